@@ -1,0 +1,185 @@
+"""Images in a folder, with or without folders for splits and classes."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drep_jax.data.decode import decode, fit
+from drep_jax.data.splits import SPLITS, plan
+from drep_jax.errors import ConfigError, DataError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LAYOUTS = "DIR/SPLIT/CLASS/IMAGE, DIR/CLASS/IMAGE, DIR/SPLIT/IMAGE or DIR/IMAGE"
+
+
+class FolderSource:
+    """One split of a folder of images, read when asked for."""
+
+    def __init__(
+        self,
+        files: list[Path],
+        labels: list[int] | None,
+        class_names: tuple[str, ...] | None,
+        *,
+        name: str,
+        note: str | None,
+        image_size: tuple[int, int],
+        resize: str,
+    ) -> None:
+        self.name = name
+        self.note = note
+        self.class_names = class_names if labels is not None else None
+        self.num_classes = None if self.class_names is None else len(self.class_names)
+        self.files = files
+        self._labels = None if labels is None else np.array(labels, np.int32)
+        self._size = image_size
+        self._resize = resize
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        where = str(self.files[index])
+        image = fit(decode(self.files[index], where), self._size, self._resize, where)
+        return {"image": image} if self._labels is None else {"image": image, "label": self._labels[index]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What lies directly in a folder, in the order of the names, and how much was passed over."""
+
+    images: list[Path]
+    folders: list[Path]
+    ignored: int
+
+
+def open_folder(
+    argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None
+) -> FolderSource:
+    """Opens `folder:DIR`.
+
+    Raises:
+      DataError: when there is no such directory, no image in it, an empty class folder, or two layouts at once.
+    """
+    del data_dir
+    if not argument:
+        raise ConfigError('The data source "folder" needs a directory: "folder:DIR".')
+    root = Path(argument).expanduser()
+    if not root.is_dir():
+        raise DataError(f"There is no directory {root} (looked for {root.absolute()}).")
+    stored = split_folders(root) or {"train": root}
+    part = plan(stored, split, str(root))
+    base = stored[part.stored]
+    images, ignored = list_images(base)
+    # Over all splits, so that a class which one of them lacks does not shift the labels of the others.
+    class_names = tuple(sorted({name for folder in stored.values() for name in class_folders(folder)}))
+    chosen = [(file, name) for file, name in images if part.start <= tenth(file.relative_to(base)) < part.stop]
+    if not chosen:
+        raise DataError(
+            f"None of the {len(images)} images below {base} falls into the {split} part. Give more images, or make the "
+            f"folders {', '.join(SPLITS)} below {root}."
+        )
+    passed_over = f"Ignored {ignored} hidden or non-image entries below {base}." if ignored else None
+    return FolderSource(
+        [file for file, _ in chosen],
+        None if chosen[0][1] is None else [class_names.index(name) for _, name in chosen if name is not None],
+        class_names,
+        name=f"folder:{argument}",
+        note=" ".join(filter(None, (part.note, passed_over))) or None,
+        image_size=image_size,
+        resize=resize,
+    )
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Returns the folders of `root` that hold a split (`val` means validation); none when there are no such folders.
+
+    Raises:
+      DataError: when other images lie beside them, or a split is there twice.
+    """
+    listing = scan(root)
+    found: dict[str, Path] = {}
+    for folder in listing.folders:
+        name = "validation" if folder.name == "val" else folder.name
+        if name in found:
+            raise DataError(f'{root} has both a "val" and a "validation" folder. Keep one of them.')
+        if name in SPLITS:
+            found[name] = folder
+    if not found:
+        return {}
+    strangers = [folder for folder in listing.folders if folder not in found.values() and holds_images(folder)]
+    if listing.images or strangers:
+        raise DataError(
+            f"{root} mixes two layouts: beside the split folders {', '.join(sorted(found))} there are images in "
+            f"{', '.join(path.name for path in [*listing.images, *strangers][:5])}. Use one of {LAYOUTS}."
+        )
+    return found
+
+
+def list_images(base: Path) -> tuple[list[tuple[Path, str | None]], int]:
+    """Lists the images of a flat folder, or of a folder of class folders, in the order of their names.
+
+    Returns:
+      Pairs of the file and its class (None in a flat folder), and how many entries were passed over.
+
+    Raises:
+      DataError: when there are none, when a class folder is empty, or when images lie beside class folders.
+    """
+    listing = scan(base)
+    if listing.images:
+        beside = [folder.name for folder in listing.folders if holds_images(folder)]
+        if beside:
+            raise DataError(
+                f"{base} mixes two layouts: {listing.images[0].name} lies beside folders of images "
+                f"({', '.join(beside[:5])}). Use one of {LAYOUTS}."
+            )
+        return [(file, None) for file in listing.images], listing.ignored + len(listing.folders)
+    classes = [scan(folder) for folder in listing.folders]
+    empty = [folder for folder, inside in zip(listing.folders, classes, strict=True) if not inside.images]
+    if len(empty) == len(classes):
+        raise DataError(f"No images in {base}: looked for files ending in {', '.join(SUFFIXES)}, as {LAYOUTS}.")
+    if empty:
+        raise DataError(
+            f'The class folder "{empty[0].name}" of {base} has no images directly in it '
+            f"({len(empty)} of {len(classes)} class folders are so). Fill or remove it."
+        )
+    ignored = listing.ignored + sum(inside.ignored + len(inside.folders) for inside in classes)
+    pairs = zip(listing.folders, classes, strict=True)
+    return [(file, folder.name) for folder, inside in pairs for file in inside.images], ignored
+
+
+def class_folders(base: Path) -> list[str]:
+    """Returns the names of the class folders of `base`; none when it is flat."""
+    listing = scan(base)
+    return [] if listing.images else [folder.name for folder in listing.folders]
+
+
+def tenth(path: Path) -> int:
+    """Returns which tenth, 0 to 9, an image belongs to: by a hash of its path, so that new images move no old one."""
+    return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") % 10
+
+
+def scan(folder: Path) -> Listing:
+    """Lists what lies directly in a folder; hidden entries and files that are not images are only counted."""
+    images, folders, ignored = [], [], 0
+    with os.scandir(folder) as entries:  # it knows files from folders without one look-up an entry
+        for entry in sorted(entries, key=lambda entry: entry.name):  # file systems list in any order
+            if entry.name.startswith("."):
+                ignored += 1
+            elif entry.is_dir():
+                folders.append(Path(entry.path))
+            elif entry.name.lower().endswith(SUFFIXES):
+                images.append(Path(entry.path))
+            else:
+                ignored += 1
+    return Listing(images, folders, ignored)
+
+
+def holds_images(folder: Path) -> bool:
+    """Returns whether there is an image in a folder or below it."""
+    listing = scan(folder)
+    return bool(listing.images) or any(map(holds_images, listing.folders))

@@ -1,0 +1,61 @@
+"""Which part of which stored split serves as train, validation or test: the one rule for folders and for TFDS."""
+
+import dataclasses
+from collections.abc import Collection
+
+from drep_jax.errors import ConfigError, DataError, did_you_mean
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The tenths [start, stop) of the stored split `stored`, and what to tell the user about it."""
+
+    stored: str
+    start: int = 0
+    stop: int = 10
+    note: str | None = None
+
+
+def check_split(split: str) -> None:
+    """Raises ConfigError unless `split` is train, validation or test."""
+    if split not in SPLITS:
+        raise ConfigError(f'Unknown split "{split}".{did_you_mean(split, SPLITS)} Splits: {", ".join(SPLITS)}.')
+
+
+def plan(stored: Collection[str], split: str, where: str) -> Part:
+    """Returns the images that serve as `split`; the three parts of one data set never overlap.
+
+    A missing test split is the stored validation split. A missing validation split (or one that had to serve as test)
+    is a tenth of train. With train alone the parts are 80, 10 and 10 %.
+
+    Args:
+      stored: the splits that exist, among train, validation and test.
+      split: the split asked for.
+      where: the data set, for messages.
+
+    Raises:
+      DataError: when there is no train split to take from.
+    """
+    check_split(split)
+    test_from = next((name for name in ("test", "validation") if name in stored), None)
+    own_validation = {"validation", "test"} <= set(stored)
+    if split == "test" and test_from:
+        return Part(
+            test_from, note=None if test_from == "test" else f"{where} has no test split: its validation split serves."
+        )
+    if split == "validation" and own_validation:
+        return Part("validation")
+    if "train" not in stored:
+        serves = " (its validation split serves as test)" if test_from == "validation" else ""
+        has = ", ".join(sorted(stored)) or "none"
+        raise DataError(f'{where} has no train split to take "{split}" from; it has: {has}{serves}.')
+    if own_validation:
+        return Part("train")
+    train_stop = 9 if test_from else 8
+    start, stop = {"train": (0, train_stop), "validation": (train_stop, train_stop + 1), "test": (9, 10)}[split]
+    shares = "90 % train, 10 % validation" if test_from else "80 % train, 10 % validation, 10 % test"
+    return Part(
+        "train", start, stop, f"{where} does not come in three splits: its train images are divided into {shares}."
+    )

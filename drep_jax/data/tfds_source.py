@@ -1,0 +1,150 @@
+"""Data sets of the TensorFlow Datasets catalogue, prepared as array_record and read without TensorFlow."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drep_jax.data.decode import as_rgb, decode, fit
+from drep_jax.data.splits import SPLITS, Part, plan
+from drep_jax.errors import ConfigError, DataError, did_you_mean
+
+FORMAT = "array_record"
+# How many of the last train images stand in for a missing validation split, where a tenth would be more than needed.
+HELD_OUT = {"imagenet2012": 10_000}
+BY_HAND = {
+    "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, put by hand (image-net.org)",
+}
+
+
+class TfdsSource:
+    """One split of a prepared TFDS data set.
+
+    Args:
+      builder: a `tfds.core.DatasetBuilder` whose data set is prepared as array_record.
+      split: `train`, `validation` or `test`.
+      image_size: (height, width) in pixels.
+      resize: `crop`, `squash` or `exact`.
+    """
+
+    def __init__(self, builder: Any, split: str, image_size: tuple[int, int], resize: str) -> None:
+        import tensorflow_datasets as tfds
+
+        features = builder.info.features
+        self.name = f"tfds:{builder.info.full_name}"
+        if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
+            raise DataError(
+                f'{self.name} has no feature "image"; it has {features}. Export its images to a folder instead.'
+            )
+        sizes = {name: info.num_examples for name, info in builder.info.splits.items() if name in SPLITS}
+        part = plan(sizes, split, self.name)
+        # The image stays encoded, so that one decoder treats grey, CMYK and transparent images alike for every source.
+        self._data = builder.as_data_source(
+            instruction(builder.name, part, sizes[part.stored]),
+            decoders={"image": tfds.decode.SkipDecoding()},
+            file_format=FORMAT,
+        )
+        label: Any = features.get("label")
+        labelled = isinstance(label, tfds.features.ClassLabel)
+        self.num_classes: int | None = label.num_classes if labelled else None
+        # TFDS calls unnamed classes "0", "1", ...
+        self.class_names: tuple[str, ...] | None = tuple(label.names) if labelled else None
+        self.note = part.note
+        self._part = part.stored
+        self._size = image_size
+        self._resize = resize
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._data[index]
+        where = f"{self.name}, {self._part} image {index}"
+        stored = example["image"]
+        image = as_rgb(stored, where) if isinstance(stored, np.ndarray) else decode(stored, where)
+        image = fit(image, self._size, self._resize, where)
+        return {"image": image} if self.num_classes is None else {"image": image, "label": np.int32(example["label"])}
+
+
+def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> TfdsSource:
+    """Opens `tfds:NAME[/config]`.
+
+    Raises:
+      ConfigError: for a name that TFDS does not know.
+      DataError: when the data set is not prepared in `data_dir` as array_record; nothing is downloaded.
+    """
+    import tensorflow_datasets as tfds  # takes half a second to import
+
+    name, _, config = argument.partition("/")
+    if not re.fullmatch(r"\w+", name):
+        raise ConfigError(f'Expected "tfds:NAME" or "tfds:NAME/CONFIG"; got "tfds:{argument}".')
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    prepared = prepared_folder(root, name, config)
+    if prepared is None:
+        # Constructing the catalogue's builder would ask the network, so only the list of names is consulted.
+        catalogue = tfds.list_builders(with_community_datasets=False)
+        if name not in catalogue:
+            raise ConfigError(
+                f'"{name}" is neither prepared in {root} nor in the TFDS catalogue.{did_you_mean(name, catalogue)}'
+            )
+        raise DataError(f'The TFDS data set "{argument}" is not prepared in {root}. {how_to_provide(argument, root)}')
+    builder = tfds.builder_from_directory(str(prepared))
+    formats = sorted(str(found.value) for found in builder.info.available_file_formats())
+    if FORMAT not in formats:
+        raise DataError(
+            f"{prepared} is prepared as {', '.join(formats)}, not as {FORMAT}, which alone allows slices. "
+            f"Move it away first. {how_to_provide(argument, root)}"
+        )
+    return TfdsSource(builder, split, image_size, resize)
+
+
+def instruction(name: str, part: Part, size: int) -> str:
+    """Returns the TFDS slice of a stored split of `size` examples, as in `train[:90]`."""
+    if (part.start, part.stop) == (0, 10):
+        return part.stored
+    borders = {tenth: size * tenth // 10 for tenth in range(11)}
+    borders[9] = max(borders[9], size - HELD_OUT.get(name, size))
+    return f"{part.stored}[{borders[part.start]}:{borders[part.stop]}]"
+
+
+def prepared_folder(root: Path, name: str, config: str) -> Path | None:
+    """Returns the newest prepared version of a data set below `root`, or None.
+
+    Raises:
+      ConfigError: when no configuration is named and several are prepared.
+    """
+    if not config and _versions(root / name):
+        return _versions(root / name)[-1]
+    candidates = [root / name / config] if config else sorted((root / name).glob("*"))
+    configs = [path for path in candidates if _versions(path)]
+    if len(configs) > 1:
+        raise ConfigError(
+            f'"tfds:{name}" is prepared in several configurations below {root / name}. Name one: '
+            f"{', '.join(f'tfds:{name}/{path.name}' for path in configs)}."
+        )
+    return _versions(configs[0])[-1] if configs else None
+
+
+def how_to_provide(argument: str, root: Path) -> str:
+    """Returns the three ways to get at the images of a TFDS data set that is not prepared."""
+    name = argument.partition("/")[0]
+    tars = f" It needs {BY_HAND[name]} in {root}/downloads/manual before that." if name in BY_HAND else ""
+    return (
+        "One of:\n"
+        f"  1. prepare it once (this alone needs TensorFlow):\n"
+        f'     pip install -r requirements-prepare.txt && python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{argument}', data_dir='{root}').download_and_prepare(file_format='{FORMAT}')\"\n"
+        f"     and pass the same directory as --config.data.data_dir or TFDS_DATA_DIR.{tars}\n"
+        "  2. --config.data.source=folder:DIR with your own copy as DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg\n"
+        "  3. --config.data.source=folder:DIR with unlabelled images, DIR/*.jpg: enough to learn denoisers, "
+        "not to measure accuracy"
+    )
+
+
+def _versions(folder: Path) -> list[Path]:
+    found = [
+        path.parent for path in folder.glob("*/dataset_info.json") if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
+    ]
+    return sorted(found, key=lambda path: [int(number) for number in path.name.split(".")])

@@ -1,0 +1,143 @@
+"""The `denoise` subtree: its form, its checks, its fixed noise z, and the reverse-step triples that go with it.
+
+For a site at path a/b the subtree holds `denoise["a"]["b"] = {"kernel": W_Dᵀ, "bias": b_D, "z": …}` in Flax layout, so that
+`D(x) = x @ kernel + bias`. Shapes are ([stack], [groups], d, d), ([stack], [groups], d) and, only if noise was sampled,
+([stack], steps, [groups], d). `bias` and `z` are absent where a site may have no constant.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drep_jax.errors import FusionError, NonFiniteError
+from drep_jax.schedule import Schedule, reverse_steps
+from drep_jax.sites import Path, Site
+
+Tree = Any
+
+
+def get_in(tree: Tree, path: Path) -> Tree:
+    """Returns the node at `path`, or None."""
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree
+
+
+def set_in(tree: Tree, path: Path, value: Tree) -> dict[str, Any]:
+    """Returns a copy of a nested mapping with `value` at `path`; the rest is shared."""
+    head, *rest = path
+    below = set_in(tree.get(head, {}), tuple(rest), value) if rest else value
+    return {**tree, head: below}
+
+
+def init_denoise(sites: Sequence[Site], dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Returns zero denoisers, which predict no noise: Algorithm 1's loss starts at 1, its value without a denoiser."""
+    tree: dict[str, Any] = {}
+    for site in sites:
+        leaves = {"kernel": jnp.zeros(site.denoiser_shape, dtype)}
+        if site.bias:
+            leaves["bias"] = jnp.zeros(site.denoiser_shape[:-1], dtype)
+        tree = set_in(tree, site.path, leaves)
+    return tree
+
+
+def noise_shape(site: Site) -> tuple[int, ...]:
+    """Returns the shape of a site's z: ([stack], steps, [groups], d)."""
+    lead = () if site.stack is None else (site.stack,)
+    return (*lead, site.steps, *site.denoiser_shape[len(lead) : -1])
+
+
+def sample_noise(denoise: Tree, sites: Sequence[Site], key: jax.Array) -> dict[str, Any]:
+    """Returns the subtree with a fixed z ~ N(0, I) for each reverse step, drawn once, so that fusing twice is the same.
+
+    Raises:
+      FusionError: if a site may have no constant: it has nowhere to put W z.
+    """
+    for number, site in enumerate(sites):
+        if not site.bias:
+            raise FusionError(f"{site.name}: sampled noise is a constant, and this site may not have one. Use zero noise.")
+        leaves = get_in(denoise, site.path)
+        z = jax.random.normal(jax.random.fold_in(key, number), noise_shape(site), leaves["kernel"].dtype)
+        denoise = set_in(denoise, site.path, {**leaves, "z": z})
+    return denoise
+
+
+def check_params(params: Tree, sites: Sequence[Site]) -> None:
+    """Checks that `params` is {"backbone", "denoise"} and that every denoiser fits its layers.
+
+    Raises:
+      FusionError: names the site, what was found and what was expected.
+    """
+    if not isinstance(params, Mapping) or "denoise" not in params or "backbone" not in params:
+        raise FusionError(
+            'Fusion needs parameters {"backbone": …, "denoise": …}; there is no `denoise` subtree. These may be a plain '
+            "backbone's weights, or weights that are already fused: fusing is done once, from the run that learned them."
+        )
+    backbone, denoise = params["backbone"], params["denoise"]
+    known = {(*site.path, leaf) for site in sites for leaf in ("kernel", "bias", "z")}
+    for path, _ in jax.tree_util.tree_leaves_with_path(denoise):
+        if (names := tuple(str(getattr(k, "key", k)) for k in path)) not in known:
+            raise FusionError(f"denoise/{'/'.join(names)}: no selected site has such a leaf.")
+    for site in sites:
+        leaves = get_in(denoise, site.path)
+        if not isinstance(leaves, Mapping) or "kernel" not in leaves:
+            raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.")
+        expected = {"kernel": site.denoiser_shape, "bias": site.denoiser_shape[:-1], "z": noise_shape(site)}
+        for name, leaf in leaves.items():
+            if name != "kernel" and not site.bias:
+                raise FusionError(
+                    f"{site.name}: the denoiser has a constant ({name}), but the site has nowhere to put it: a layer "
+                    "without bias, or zeros padded after a pointwise denoiser. Learn it through the origin."
+                )
+            if tuple(leaf.shape) != expected[name]:
+                raise FusionError(
+                    f"{site.name}: the denoiser's {name} has shape {tuple(leaf.shape)}, expected {expected[name]}."
+                )
+        for layer in site.layers:
+            node = get_in(backbone, layer.path)
+            shape = (() if layer.stack is None else (layer.stack,)) + layer.kernel_shape
+            found = tuple(node["kernel"].shape) if isinstance(node, Mapping) and "kernel" in node else None
+            if found != shape:
+                raise FusionError(f"{layer.name}: the backbone's kernel has shape {found}, expected {shape}.")
+
+
+def check_finite(tree: Tree, what: str) -> None:
+    """Raises `NonFiniteError` naming the first leaf of `tree` that holds NaN or Inf."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        value = jnp.asarray(leaf)
+        if jnp.issubdtype(value.dtype, jnp.inexact) and not bool(jnp.isfinite(value).all()):
+            name = "/".join(str(getattr(k, "key", k)) for k in path)
+            raise NonFiniteError(f"{what}: {name or 'value'} contains NaN or Inf.")
+
+
+def site_steps(sites: Sequence[Site], schedule: Schedule, rule: str, steps: int | None = None) -> dict[Path, np.ndarray]:
+    """Returns each site's triples, float64 ([stack], k, 3), for k reverse steps down from its own t.
+
+    Args:
+      sites: with time steps.
+      schedule: the one the denoisers were learned on.
+      rule: see `drep_jax.schedule.reverse_step`.
+      steps: k; at most the number the sites were given, since a denoiser is tied to the t it was learned at.
+
+    Raises:
+      FusionError: for more steps than that.
+      ConfigError: for an unknown rule or a t outside the schedule.
+    """
+    table = {}
+    for site in sites:
+        if not site.times:
+            raise FusionError(f"{site.name} has no time step yet: call `assign_times` on the selected sites.")
+        k = site.steps if steps is None else steps
+        if k > site.steps:
+            raise FusionError(
+                f"{k} steps a site would need denoisers learned at other time steps (t falls by {k} from site to site; "
+                f"these were learned with {site.steps}). Learn them again with steps={k}."
+            )
+        rows = np.stack([reverse_steps(schedule, t, k, rule) for t in site.times])
+        table[site.path] = rows[0] if site.stack is None else rows
+    return table

@@ -1,0 +1,58 @@
+"""Errors that a user can act on: each says what was given, what was expected, where, and what to do.
+
+`train.py` and `fuse.py` print a `DrepError` as one message without a traceback; anything else is a bug of ours.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class DrepError(Exception):
+    """Base class of every error that bad input can cause."""
+
+
+class ConfigError(DrepError, ValueError):
+    """A configuration value or name that cannot be used."""
+
+
+class SiteError(DrepError, ValueError):
+    """A layer that cannot be a denoising site, or a pattern that selects none."""
+
+
+class FusionError(DrepError, ValueError):
+    """Denoisers and backbone that do not fit together, or that must not be fused."""
+
+
+class DataError(DrepError, ValueError):
+    """Images or labels that are absent, unreadable or of the wrong form."""
+
+
+class CheckpointError(DrepError, ValueError):
+    """A checkpoint or work directory that is absent, damaged, foreign or not writable."""
+
+
+class NonFiniteError(DrepError, FloatingPointError):
+    """NaN or Inf where finite numbers are required."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Returns ` Did you mean "x"?` for the nearest of `options`, or the whole list when none is near."""
+    known = sorted(options)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f' Did you mean "{near[0]}"?'
+    return f" Known: {', '.join(known)}." if known else ""
+
+
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
+    """Returns `table[name]`.
+
+    Raises:
+      ConfigError: when there is no such entry; the message names the nearest one.
+    """
+    if name not in table:
+        raise ConfigError(f'Unknown {what} "{name}".{did_you_mean(name, table)}')
+    return table[name]

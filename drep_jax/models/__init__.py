@@ -1,0 +1,96 @@
+"""Registry of backbones: plain Flax Linen modules, images in, logits out.
+
+Every entry makes a module that is called as `module(x, train=False)` on normalised images (batch, height, width,
+channels) and returns logits (batch, num_classes), or features when `num_classes=0`. To add a model, add a line to
+`MODELS`.
+"""
+
+import fnmatch
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from drep_jax.errors import ConfigError, did_you_mean, lookup
+from drep_jax.models.resnet import ResNet
+from drep_jax.models.vit import ViT
+
+_vit_ti = functools.partial(ViT, width=192, depth=12, num_heads=3, mlp_dim=768)
+_vit_s = functools.partial(ViT, width=384, depth=12, num_heads=6, mlp_dim=1536)
+_vit_b = functools.partial(ViT, width=768, depth=12, num_heads=12, mlp_dim=3072)
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vit": ViT,
+    "vit_ti16": functools.partial(_vit_ti, patch_size=16),
+    "vit_s16": functools.partial(_vit_s, patch_size=16),
+    "vit_s32": functools.partial(_vit_s, patch_size=32),
+    "vit_b16": functools.partial(_vit_b, patch_size=16),
+    "vit_b32": functools.partial(_vit_b, patch_size=32),
+    "resnet": ResNet,
+    "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block="basic"),
+    "resnet34": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block="basic"),
+    "resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block="bottleneck"),
+    "resnet101": functools.partial(ResNet, stage_sizes=(3, 4, 23, 3), block="bottleneck"),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Returns the sorted names that match a shell pattern.
+
+    >>> list_models("resnet*")
+    ['resnet', 'resnet101', 'resnet18', 'resnet34', 'resnet50']
+    """
+    return sorted(fnmatch.filter(MODELS, pattern))
+
+
+def create_model(name: str, *, num_classes: int, image_size: tuple[int, int], **overrides: Any) -> nn.Module:
+    """Makes a backbone by name.
+
+    Args:
+      name: an entry of `MODELS`.
+      num_classes: number of logits; 0 for features.
+      image_size: (height, width) in pixels; backbones that take any size make no use of it.
+      **overrides: further attributes of the module, such as `dtype`, or `depth` for a smaller ViT.
+
+    Returns:
+      The module, without parameters.
+
+    Raises:
+      ConfigError: for an unknown name or override, an attribute left unset, or a value that cannot work.
+    """
+    entry = lookup(MODELS, name, "model")
+    known = _attributes(entry)
+    for key in overrides:
+        if key not in known:
+            raise ConfigError(f'Model "{name}" has no option "{key}".{did_you_mean(key, known)}')
+    for key in {"dtype", "param_dtype"} & overrides.keys():
+        _check_dtype(key, overrides[key])
+    given: dict[str, Any] = {**overrides, "num_classes": num_classes}
+    if "image_size" in known:
+        given["image_size"] = image_size
+    # Configuration files give lists; these would make the module unhashable, so that jit could not take it as static.
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    missing = [key for key, required in known.items() if required and key not in given]
+    if missing:
+        raise ConfigError(f'Model "{name}" needs {", ".join(missing)}; pass them as further options.')
+    return entry(**given)
+
+
+def _attributes(entry: Callable[..., nn.Module]) -> dict[str, bool]:
+    """Returns the attributes that an entry can be given, each with whether it must be."""
+    parameters = inspect.signature(entry).parameters.values()
+    # `parent` and `name` are Flax's own.
+    return {p.name: p.default is p.empty for p in parameters if p.name not in ("parent", "name")}
+
+
+def _check_dtype(key: str, value: Any) -> None:
+    """Raises ConfigError unless `value` names a floating dtype (or is None)."""
+    try:
+        floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ConfigError(f'{key} must be a floating dtype such as "float32" or "bfloat16", got {value!r}.')

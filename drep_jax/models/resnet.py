@@ -1,0 +1,171 @@
+"""Residual networks (He et al. 2016) as in torchvision, v1.5: a bottleneck's stride is in its 3x3 convolution.
+
+Paddings are explicit and symmetric as in PyTorch (Flax's "SAME" pads strided convolutions on one side more). BatchNorm:
+eps 1e-5, running statistics 0.9·old + 0.1·batch; the running variance is the biased one (PyTorch's is unbiased).
+Initial values: He normal by fan-out for convolutions, PyTorch's uniform 1/√fan-in for `fc`, zero bias.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from drep_jax.errors import ConfigError, did_you_mean
+
+BLOCKS = ("basic", "bottleneck")
+STEMS = ("imagenet", "cifar")
+_EXPANSION = 4
+_he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+Images = Float[Array, "batch height width channels"]
+Layer = Callable[..., Any]
+
+
+class BasicBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), two 3x3 convolutions."""
+
+    width: int
+    stride: int
+    conv: Layer
+    norm: Layer
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        """Returns maps with `width` channels, smaller by `stride`."""
+        y = self.conv(self.width, kernel=3, stride=self.stride, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.width, kernel=3, name="conv2")(y)
+        y = self.norm(name="bn2")(y)
+        return nn.relu(y + _shortcut(x, self.width, self.stride, self.conv, self.norm))
+
+
+class BottleneckBlock(nn.Module):
+    """1x1 to `width`, 3x3 with the stride, 1x1 to 4·`width`, each with BatchNorm, plus the shortcut."""
+
+    width: int
+    stride: int
+    conv: Layer
+    norm: Layer
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        """Returns maps with 4·`width` channels, smaller by `stride`."""
+        y = self.conv(self.width, kernel=1, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.width, kernel=3, stride=self.stride, name="conv2")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        y = self.conv(self.width * _EXPANSION, kernel=1, name="conv3")(y)
+        y = self.norm(name="bn3")(y)
+        return nn.relu(y + _shortcut(x, self.width * _EXPANSION, self.stride, self.conv, self.norm))
+
+
+def _shortcut(x: Images, channels: int, stride: int, conv: Layer, norm: Layer) -> Images:
+    """Returns `x`, projected by a 1x1 convolution where its shape differs from the block's output."""
+    if stride == 1 and x.shape[-1] == channels:
+        return x
+    x = conv(channels, kernel=1, stride=stride, name="downsample_conv")(x)
+    return norm(name="downsample_bn")(x)
+
+
+class ResNet(nn.Module):
+    """Residual network; takes images of any size.
+
+    Attributes:
+      stage_sizes: blocks in each stage; each stage after the first halves the maps and doubles the channels.
+      block: "basic" or "bottleneck".
+      num_classes: number of logits; 0 returns the pooled features.
+      width: channels of the stem and of the first stage.
+      stem: "imagenet" (7x7 convolution of stride 2, max-pool) or "cifar" (3x3 of stride 1, no pool).
+      axis_name: mapped axis over which BatchNorm shares its batch statistics; None keeps them per device.
+      dtype: of the computation; None follows inputs and parameters.
+      param_dtype: of the parameters.
+    """
+
+    stage_sizes: Sequence[int]
+    block: str
+    num_classes: int
+    width: int = 64
+    stem: str = "imagenet"
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        """Refuses attributes that cannot work, before anything is traced.
+
+        Raises:
+          ConfigError: naming the attribute, what was given and what was expected.
+        """
+        _check(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Images, train: bool = False) -> Float[Array, "batch outputs"]:
+        """Classifies images.
+
+        Args:
+          x: normalised images.
+          train: whether BatchNorm uses, and updates with, the statistics of this batch (make `batch_stats` mutable).
+
+        Returns:
+          Logits (batch, num_classes), float32 also when `dtype` is narrower; with `num_classes=0` features (batch, D).
+
+        Raises:
+          ConfigError: when `x` is not a batch of images.
+        """
+        if x.ndim != 4:
+            raise ConfigError(f"A ResNet takes images of shape (batch, height, width, channels), got {tuple(x.shape)}.")
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv: Layer = functools.partial(_conv, **dtypes)
+        norm: Layer = functools.partial(
+            nn.BatchNorm, not train, epsilon=1e-5, momentum=0.9, axis_name=self.axis_name, **dtypes
+        )
+        imagenet = self.stem == "imagenet"
+        x = conv(self.width, kernel=7 if imagenet else 3, stride=2 if imagenet else 1, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x))
+        if imagenet:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        block = BasicBlock if self.block == "basic" else BottleneckBlock
+        for stage, size in enumerate(self.stage_sizes):
+            for i in range(size):
+                stride = 2 if stage > 0 and i == 0 else 1
+                x = block(self.width * 2**stage, stride, conv, norm, name=f"layer{stage + 1}_{i}")(x)
+        x = x.mean(axis=(1, 2))
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, kernel_init=_torch_linear, **dtypes, name="fc")(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _conv(channels: int, *, kernel: int, stride: int = 1, name: str, dtype: Any, param_dtype: Any) -> nn.Conv:
+    """Returns a convolution without bias, padded by half its kernel on every side."""
+    pad = kernel // 2
+    return nn.Conv(
+        channels,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        kernel_init=_he_fan_out,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        name=name,
+    )
+
+
+def _check(net: ResNet) -> None:
+    """Raises ConfigError for attributes that cannot work."""
+    sizes = net.stage_sizes
+    if not isinstance(sizes, Sequence) or not sizes or not all(isinstance(s, int) and s > 0 for s in sizes):
+        raise ConfigError(f"stage_sizes must be the number of blocks of each stage, got {sizes!r}.")
+    if net.block not in BLOCKS:
+        raise ConfigError(f'Unknown block "{net.block}".{did_you_mean(net.block, BLOCKS)}')
+    if net.stem not in STEMS:
+        raise ConfigError(f'Unknown stem "{net.stem}".{did_you_mean(net.stem, STEMS)}')
+    if not isinstance(net.width, int) or net.width < 1:
+        raise ConfigError(f"width must be a number of channels, at least 1, got {net.width!r}.")
+    if not isinstance(net.num_classes, int) or net.num_classes < 0:
+        raise ConfigError(f"num_classes must be 0 (features) or more, got {net.num_classes!r}.")

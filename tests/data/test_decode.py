@@ -1,0 +1,181 @@
+"""Decoding and resizing: every colour mode, orientation, and damaged files."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drep_jax.data.decode import as_rgb, decode, fit
+from drep_jax.errors import ConfigError, DataError
+
+RAMP = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
+COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
+
+
+def encoded(image, form="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def test_rgb_is_returned_unchanged_from_bytes_and_from_a_path(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(Image.fromarray(COLOUR)))
+    for source in (path, str(path), path.read_bytes()):
+        image = decode(source, "a.png")
+        assert image.dtype == np.uint8 and image.flags.writeable
+        np.testing.assert_array_equal(image, COLOUR)
+
+
+def test_grey_is_repeated_over_three_channels():
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(RAMP)), "x"), RAMP[:, :, None].repeat(3, 2))
+
+
+def test_bilevel_is_black_and_white():
+    image = decode(encoded(Image.fromarray(RAMP > 90)), "x")
+    np.testing.assert_array_equal(image[..., 1], np.where(RAMP > 90, 255, 0))
+
+
+def test_transparency_is_composited_on_white():
+    alpha = np.full((12, 16), 64, np.uint8)
+    image = decode(encoded(Image.fromarray(np.dstack([COLOUR, alpha]))), "x")
+    expected = COLOUR * (64 / 255) + 255 * (1 - 64 / 255)
+    assert np.abs(image - expected).max() <= 1.0
+    grey_alpha = Image.merge("LA", [Image.fromarray(RAMP), Image.fromarray(np.zeros_like(RAMP))])
+    assert (decode(encoded(grey_alpha), "x") == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_transparent_colour_becomes_white(mode):
+    image = Image.fromarray(np.zeros((4, 4) if mode == "L" else (4, 4, 3), np.uint8))
+    image.putpixel((0, 0), 9 if mode == "L" else (9, 9, 9))
+    out = decode(encoded(image, transparency=9 if mode == "L" else (9, 9, 9)), "x")
+    assert (out[0, 0] == 255).all() and out.sum() == 3 * 255
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_palette_gives_its_colours(transparent):
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), mode=None).convert("P")
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1, 1, 0])
+    out = decode(encoded(image, **({"transparency": b"\x00\xff"} if transparent else {})), "x")
+    np.testing.assert_array_equal(out[0, 0], [255] * 3 if transparent else [10, 20, 30])
+    np.testing.assert_array_equal(out[0, 1], [200, 100, 50])
+
+
+def test_cmyk_becomes_rgb():
+    cmyk = Image.new("CMYK", (8, 8), (255, 0, 0, 0))  # pure cyan ink
+    for form in ("JPEG", "TIFF"):
+        pixel = decode(encoded(cmyk, form), "x").astype(int)[4, 4]
+        assert np.abs(pixel - [0, 255, 255]).max() <= 3
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    deep = np.array([[0, 257, 65535], [32768, 128, 129]], np.uint16)
+    expected = np.round(deep / 257.0).astype(np.uint8)
+    for form in ("PNG", "TIFF", "PPM"):
+        out = decode(encoded(Image.fromarray(deep), form), "x")
+        assert out.shape == (2, 3, 3)
+        np.testing.assert_array_equal(out[..., 2], expected)
+
+
+@pytest.mark.parametrize("pixels", [np.ones((3, 3), np.float32), np.full((3, 3), 70000, np.int32)])
+def test_pixels_of_unknown_range_are_refused(pixels):
+    with pytest.raises(DataError, match=r"deep\.tif"):
+        decode(encoded(Image.fromarray(pixels), "TIFF"), "deep.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    # How each orientation stores an upright image, by its definition: where the stored first row and first column are.
+    stored = {
+        1: COLOUR,
+        2: COLOUR[:, ::-1],
+        3: COLOUR[::-1, ::-1],
+        4: COLOUR[::-1],
+        5: COLOUR.transpose(1, 0, 2),
+        6: np.rot90(COLOUR, 1),
+        7: COLOUR[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(COLOUR, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    np.testing.assert_array_equal(decode(data, "x"), COLOUR)
+
+
+def test_damaged_exif_does_not_lose_the_image():
+    data = encoded(Image.fromarray(COLOUR), exif=b"Exif\x00\x00not a TIFF header")
+    np.testing.assert_array_equal(decode(data, "x"), COLOUR)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF"])
+def test_truncated_files_are_named(form):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), form)
+    for keep in (0, 3, len(data) // 2):
+        with pytest.raises(DataError, match=re.escape("dir/bad image.x")):
+            decode(data[:keep], "dir/bad image.x")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF"])
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about some of the damage
+def test_damaged_bytes_either_decode_or_raise_data_error(form):
+    rng = np.random.default_rng(1)
+    data = np.frombuffer(encoded(Image.fromarray(COLOUR), form), np.uint8)
+    refused = 0
+    for _ in range(150):
+        broken = data.copy()
+        where = rng.integers(0, min(len(data), 400), 4)
+        broken[where] = rng.integers(0, 256, 4)
+        try:
+            assert decode(broken.tobytes(), "x").shape[2] == 3
+        except DataError:
+            refused += 1
+    assert refused
+
+
+def test_absent_and_foreign_files_are_named(tmp_path):
+    text = tmp_path / "notes.png"
+    text.write_text("not an image")
+    for path in (text, tmp_path / "absent.png", tmp_path):
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            decode(path, str(path))
+
+
+def test_arrays_are_treated_like_files():
+    np.testing.assert_array_equal(as_rgb(RAMP[:, :, None], "x"), RAMP[:, :, None].repeat(3, 2))
+    np.testing.assert_array_equal(as_rgb(COLOUR, "x"), COLOUR)
+    with pytest.raises(DataError, match="array 7"):
+        as_rgb(np.zeros((2, 2, 5), np.uint8), "array 7")
+
+
+def test_crop_keeps_the_aspect_ratio_and_the_centre():
+    # Vertical stripes; twice as wide as wanted, so that only the middle half of the columns may remain.
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, 16:48] = 255
+    assert (fit(wide, (32, 32), "crop") == 255).all()
+    assert fit(wide, (32, 32), "squash")[16, 2].max() < 30
+    half = fit(wide, (16, 16), "crop")
+    assert half.shape == (16, 16, 3) and half[:, 1:-1].min() > 200
+
+
+@pytest.mark.parametrize("size", [(7, 9), (31, 5), (200, 3), (12, 16)])
+@pytest.mark.parametrize("how", ["crop", "squash"])
+def test_the_target_size_is_met_exactly(size, how):
+    assert fit(COLOUR, size, how).shape == (*size, 3)
+
+
+def test_downscaling_is_antialiased():
+    checkers = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[:, :, None].repeat(3, 2)
+    assert np.abs(fit(checkers, (16, 16), "crop").astype(int) - 127).max() < 12
+
+
+def test_exact_refuses_other_sizes_and_says_all():
+    np.testing.assert_array_equal(fit(COLOUR, (12, 16), "exact"), COLOUR)
+    with pytest.raises(DataError, match=r"cat\.png is 12 x 16 .* 16 x 12 is wanted"):
+        fit(COLOUR, (16, 12), "exact", "cat.png")
+    with pytest.raises(ConfigError, match='Did you mean "squash"'):
+        fit(COLOUR, (16, 12), "squish")

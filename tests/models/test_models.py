@@ -1,0 +1,487 @@
+"""Backbones: every registry entry by table, the networks against NumPy, remat and scan against the plain ViT."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from scipy.special import erf
+
+from drep_jax.errors import ConfigError
+from drep_jax.models import MODELS, create_model, list_models
+from drep_jax.models.vit import ViT, stack_blocks
+
+TINY_VIT = {"patch_size": (2, 4), "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
+TINY_RESNET = {"stage_sizes": (1, 1), "block": "basic", "width": 4, "stem": "cifar"}
+SIZE = (8, 12)
+
+# name: (overrides, image size, trainable parameters with 1000 classes, as published by timm and torchvision
+# or, for the free entries, counted by hand below)
+TABLE = {
+    "vit": (TINY_VIT, SIZE, 300 + 12 + 13 * 12 + 2 * (2 * 24 + 4 * 156 + 260 + 252) + 24 + 13_000),
+    "vit_ti16": ({}, (224, 224), 5_717_416),
+    "vit_s16": ({}, (224, 224), 22_050_664),
+    "vit_s32": ({}, (224, 224), 22_878_952),
+    "vit_b16": ({}, (224, 224), 86_567_656),
+    "vit_b32": ({}, (224, 224), 88_224_232),
+    "resnet": (
+        TINY_RESNET,
+        SIZE,
+        (27 * 4 + 8) + 2 * (36 * 4 + 8) + (36 * 8 + 16) + (72 * 8 + 16) + (4 * 8 + 16) + 9_000,
+    ),
+    "resnet18": ({}, (224, 224), 11_689_512),
+    "resnet34": ({}, (224, 224), 21_797_672),
+    "resnet50": ({}, (224, 224), 25_557_032),
+    "resnet101": ({}, (224, 224), 44_549_160),
+}
+
+
+def tiny(name="vit", num_classes=5, **overrides):
+    base = TINY_VIT if name == "vit" else TINY_RESNET
+    return create_model(name, num_classes=num_classes, image_size=SIZE, **{**base, **overrides})
+
+
+def images(batch=2, size=SIZE, seed=0):
+    return np.random.default_rng(seed).normal(size=(batch, *size, 3)).astype(np.float32)
+
+
+def random_variables(module, x, seed=1):
+    """Variables of the right shapes with nothing at zero or one: biases, scales, class token and statistics too."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        low, high = {"scale": (0.5, 1.5), "var": (0.5, 2.0)}.get(name, (-0.3, 0.3))
+        return jnp.asarray(rng.uniform(low, high, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def quick_key(seed):
+    """A key whose draws compile several times faster than those of the default generator."""
+    return jax.random.key(seed, impl="rbg")
+
+
+def apply(module, variables, x):
+    return np.asarray(jax.jit(module.apply)(variables, x))
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_every_entry_has_a_row_and_is_listed():
+    assert set(TABLE) == set(MODELS), "add a row to TABLE for each entry of MODELS"
+    assert list_models() == sorted(TABLE)
+    assert list_models("vit_s*") == ["vit_s16", "vit_s32"]
+    assert list_models("nothing*") == []
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_parameter_count_and_output_shape(name):
+    overrides, size, expected = TABLE[name]
+    module = create_model(name, num_classes=1000, image_size=size, **overrides)
+    x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    logits, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
+    assert (logits.shape, logits.dtype) == ((2, 1000), jnp.float32)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_without_classes_only_the_last_layer_is_gone(name):
+    overrides, size, _ = TABLE[name]
+    x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    trees = []
+    for classes in (7, 0):
+        module = create_model(name, num_classes=classes, image_size=size, **overrides)
+        output, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+        trees.append(flatten_dict(variables["params"], sep="/"))
+    last = "fc" if name.startswith("resnet") else "head"
+    assert set(trees[0]) - set(trees[1]) == {f"{last}/kernel", f"{last}/bias"}
+    assert output.shape == (2, trees[0][f"{last}/kernel"].shape[0])
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_initialised_forward_and_gradients_are_finite_and_reach_every_parameter(name):
+    module, x = tiny(name, **({"depth": 1} if name == "vit" else {"stage_sizes": (1,)})), images()
+    variables = random_variables(module, x)
+    logits, _ = jax.jit(module.init_with_output)(quick_key(0), x)
+    assert logits.shape == (2, 5) and np.isfinite(logits).all() and np.ptp(logits) > 0
+
+    def loss(params):
+        return jnp.sum(module.apply({**variables, "params": params}, x) ** 2)
+
+    for path, gradient in flatten_dict(jax.jit(jax.grad(loss))(variables["params"]), sep="/").items():
+        assert np.isfinite(gradient).all(), path
+        # A bias of the keys adds the same to all scores of a query, which the softmax ignores.
+        assert np.abs(gradient).max() > 0 or path.endswith("key/bias"), path
+
+
+def test_adding_a_model_is_one_line(monkeypatch):
+    class Flat(nn.Module):
+        num_classes: int
+
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+    monkeypatch.setitem(MODELS, "flat", Flat)
+    assert create_model("flat", num_classes=3, image_size=SIZE) == Flat(3)
+
+
+def test_lists_from_configuration_files_give_hashable_modules():
+    vit = create_model("vit", num_classes=5, image_size=list(SIZE), **{**TINY_VIT, "patch_size": [2, 4]})
+    net = create_model("resnet", num_classes=5, image_size=SIZE, **{**TINY_RESNET, "stage_sizes": [1, 1]})
+    assert vit == tiny("vit") and hash(vit) == hash(tiny("vit"))
+    assert net == tiny("resnet") and hash(net) == hash(tiny("resnet"))
+
+
+# --- NumPy oracles ---------------------------------------------------------------------------------------------------
+
+
+def np_layer_norm(x, p):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+
+def np_dense(x, p):
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def np_block(x, p, heads):
+    """One image's tokens (N, D), head by head."""
+    y = np_layer_norm(x, p["norm1"])
+    q, k, v = (np_dense(y, p["attn"][name]) for name in ("query", "key", "value"))
+    mixed = []
+    for h in range(heads):
+        part = slice(h * x.shape[1] // heads, (h + 1) * x.shape[1] // heads)
+        weights = np.exp(q[:, part] @ k[:, part].T / np.sqrt(x.shape[1] / heads))
+        mixed.append(weights / weights.sum(1, keepdims=True) @ v[:, part])
+    x = x + np_dense(np.concatenate(mixed, 1), p["attn"]["out"])
+    y = np_dense(np_layer_norm(x, p["norm2"]), p["mlp"]["fc1"])
+    return x + np_dense(y * 0.5 * (1 + erf(y / np.sqrt(2))), p["mlp"]["fc2"])
+
+
+def np_vit(image, p, patch, heads, pool):
+    rows, columns = patch
+    kernel = p["embedding"]["kernel"].reshape(-1, p["embedding"]["kernel"].shape[-1])
+    tokens = [p["cls"][0, 0]]
+    for i in range(0, image.shape[0], rows):
+        for j in range(0, image.shape[1], columns):
+            tokens.append(image[i : i + rows, j : j + columns].ravel() @ kernel + p["embedding"]["bias"])
+    x = np.array(tokens) + p["pos_embedding"][0]
+    for i in range(sum(name.startswith("encoderblock_") for name in p)):
+        x = np_block(x, p[f"encoderblock_{i}"], heads)
+    pooled = x[0] if pool == "cls" else x[1:].mean(0)
+    return np_dense(np_layer_norm(pooled, p["norm"]), p["head"])
+
+
+@pytest.mark.parametrize(("pool", "qkv_bias"), [("cls", True), ("mean", False)])
+def test_vit_equals_numpy(pool, qkv_bias):
+    module, x = tiny(pool=pool, qkv_bias=qkv_bias), images()
+    variables = random_variables(module, x)
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
+    assert ("bias" in params["encoderblock_0"]["attn"]["key"]) == qkv_bias
+    expected = [np_vit(image, params, TINY_VIT["patch_size"], TINY_VIT["num_heads"], pool) for image in x]
+    np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def np_conv(x, kernel, stride):
+    """Correlation of (B, H, W, C) zero-padded by half the kernel on all sides."""
+    size = kernel.shape[0]
+    x = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2))[:, ::stride, ::stride]
+    return np.einsum("bhwcij,ijco->bhwo", windows, kernel)
+
+
+def np_norm(x, p, s):
+    return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
+
+
+def np_resnet(x, p, s, stem, stages, strides):
+    """`strides`: of the block's convolutions in its first and in later stages, such as [(1, 1), (2, 1)]."""
+
+    def step(x, p, s, number, stride, name="conv", norm="bn"):
+        return np_norm(np_conv(x, p[f"{name}{number}"]["kernel"], stride), p[f"{norm}{number}"], s[f"{norm}{number}"])
+
+    x = np.maximum(step(x, p, s, 1, 2 if stem == "imagenet" else 1), 0)
+    if stem == "imagenet":
+        x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+        x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2].max((-1, -2))
+    for stage, size in enumerate(stages):
+        for i in range(size):
+            name = f"layer{stage + 1}_{i}"
+            q, r = p[name], s[name]
+            inner = strides[min(stage, 1)] if i == 0 else strides[0]
+            y = x
+            for number, stride in enumerate(inner, 1):
+                y = step(y, q, r, number, stride)
+                y = np.maximum(y, 0) if number < len(inner) else y
+            if "downsample_conv" in q:
+                x = step(x, q, r, "", max(inner), "downsample_conv", "downsample_bn")
+            x = np.maximum(y + x, 0)
+    return np_dense(x.mean((1, 2)), p["fc"])
+
+
+@pytest.mark.parametrize(
+    ("block", "stem", "stages", "strides"),
+    [
+        ("basic", "cifar", (2, 1), [(1, 1), (2, 1)]),
+        ("bottleneck", "imagenet", (1, 2), [(1, 1, 1), (1, 2, 1)]),
+    ],
+)
+def test_resnet_equals_numpy(block, stem, stages, strides):
+    module = tiny("resnet", block=block, stem=stem, stage_sizes=stages)
+    x = images(size=(18, 13))  # odd and even sides: symmetric and "SAME" padding differ
+    variables = random_variables(module, x)
+    p, s = (jax.tree.map(lambda a: np.asarray(a, np.float64), variables[c]) for c in ("params", "batch_stats"))
+    expected = np_resnet(x, p, s, stem, stages, strides)
+    np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_stem_is_right_at_the_borders(stem):
+    module, x = tiny("resnet", stem=stem), images()
+    variables = random_variables(module, x)
+    _, state = jax.jit(functools.partial(module.apply, capture_intermediates=True))(variables, x)
+    seen = state["intermediates"]
+    p, s = (jax.tree.map(np.asarray, variables[c]) for c in ("params", "batch_stats"))
+    conv = np_conv(x, p["conv1"]["kernel"], 2 if stem == "imagenet" else 1)
+    norm = np_norm(conv, p["bn1"], s["bn1"])
+    for got, expected in ((seen["conv1"]["__call__"][0], conv), (seen["bn1"]["__call__"][0], norm)):
+        assert got.shape == expected.shape
+        for border in (np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1]):
+            np.testing.assert_allclose(got[border], expected[border], rtol=1e-5, atol=1e-5)
+
+
+# --- ResNet: batch statistics ----------------------------------------------------------------------------------------
+
+
+def test_training_uses_and_updates_batch_statistics():
+    module, x = tiny("resnet"), images(4)
+    variables = random_variables(module, x)
+    train = jax.jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))
+    logits, state = train(variables, x)
+    conv = np_conv(x, np.asarray(variables["params"]["conv1"]["kernel"]), 1)
+    old, new = variables["batch_stats"]["bn1"], state["batch_stats"]["bn1"]
+    np.testing.assert_allclose(new["mean"], 0.9 * old["mean"] + 0.1 * conv.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["var"], 0.9 * old["var"] + 0.1 * conv.var((0, 1, 2)), rtol=1e-5, atol=1e-6)
+    other = {**variables, "batch_stats": jax.tree.map(lambda a: a + 1, variables["batch_stats"])}
+    again, _ = train(other, x)
+    np.testing.assert_array_equal(logits, again)
+    assert np.abs(logits - apply(module, variables, x)).max() > 1e-3
+
+
+def test_shared_batch_statistics_make_two_halves_equal_the_whole():
+    x = images(4)
+    alone, shared = tiny("resnet"), tiny("resnet", axis_name="devices")
+    variables = random_variables(alone, x)
+
+    def halves(module):
+        run = functools.partial(module.apply, variables, train=True, mutable=["batch_stats"])
+        return jax.jit(jax.vmap(run, axis_name="devices"))(x.reshape(2, 2, *x.shape[1:]))[0].reshape(4, -1)
+
+    whole, _ = jax.jit(functools.partial(alone.apply, train=True, mutable=["batch_stats"]))(variables, x)
+    np.testing.assert_allclose(halves(shared), whole, rtol=1e-4, atol=1e-4)
+    assert np.abs(halves(alone) - whole).max() > 1e-2
+
+
+# --- ViT: names, remat, scan, dropout --------------------------------------------------------------------------------
+
+
+def test_vit_parameter_names():
+    params = random_variables(tiny(), images())["params"]
+    names = {re.sub(r"encoderblock_\d+", "encoderblock_*", path) for path in flatten_dict(params, sep="/")}
+    dense = [f"encoderblock_*/attn/{n}" for n in ("query", "key", "value", "out")]
+    dense += ["encoderblock_*/mlp/fc1", "encoderblock_*/mlp/fc2", "embedding", "head"]
+    norms = ["encoderblock_*/norm1", "encoderblock_*/norm2", "norm"]
+    assert names == {
+        "cls",
+        "pos_embedding",
+        *(f"{d}/{leaf}" for d in dense for leaf in ("kernel", "bias")),
+        *(f"{n}/{leaf}" for n in norms for leaf in ("scale", "bias")),
+    }
+
+
+def test_query_key_and_value_read_one_and_the_same_array():
+    module, x = tiny(), images()
+    readers = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dense):
+            readers.setdefault(id(args[0]), (args[0], []))[1].append("/".join(context.module.path))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(module.init, jax.random.key(0), x)
+    groups = [paths for _, paths in readers.values()]
+    for i in range(TINY_VIT["depth"]):
+        assert [f"encoderblock_{i}/attn/{n}" for n in ("query", "key", "value")] in groups
+
+
+@pytest.mark.parametrize(("remat", "scan"), [(True, False), (False, True), (True, True)])
+def test_remat_and_scan_change_neither_outputs_nor_gradients(remat, scan):
+    plain, other, x = tiny(), tiny(remat=remat, scan=scan), images()
+    params = random_variables(plain, x)["params"]
+    convert = stack_blocks if scan else dict
+    shapes = jax.eval_shape(other.init, jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, convert(params)) == jax.tree.map(lambda a: a.shape, shapes)
+
+    expected, plain_grads = outputs_and_grads(plain)(params)
+    got, got_grads = outputs_and_grads(other)(convert(params))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got_grads, convert(plain_grads))
+    text = str(jax.make_jaxpr(outputs_and_grads(other))(convert(params)))
+    assert ("remat" in text or "checkpoint" in text) == remat
+    assert (re.search(r"\bscan\[", text) is not None) == scan
+
+
+@functools.cache
+def outputs_and_grads(module):
+    def loss(params):
+        logits = module.apply({"params": params}, images())
+        return jnp.sum(jnp.sin(logits)), logits
+
+    def run(params):
+        (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return logits, grads
+
+    return jax.jit(run)
+
+
+def test_scanned_blocks_start_different():
+    module = tiny(scan=True)
+    initial = jax.jit(lambda key: module.init(key, images())["params"]["encoder"]["mlp"]["fc1"]["kernel"])
+    kernel = np.asarray(initial(quick_key(0)))
+    assert kernel.shape == (2, 12, 20)
+    assert np.abs(kernel[0] - kernel[1]).max() > 1e-3
+    assert 0.01 < kernel.std() < 0.03
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_intercepted_layers_can_sow_under_scan(remat):
+    plain, scanned, x = tiny(), tiny(scan=True, remat=remat), images()
+    params = random_variables(plain, x)["params"]
+
+    def sow(call, args, kwargs, context):
+        if context.module.name == "fc2":
+            context.module.sow("denoise", "power", jnp.mean(args[0] ** 2))
+        return call(*args, **kwargs)
+
+    def run(module, params):
+        with nn.intercept_methods(sow):
+            return jax.jit(lambda p: module.apply({"params": p}, x, mutable=["denoise"])[1]["denoise"])(params)
+
+    separate, stacked = run(plain, params), run(scanned, stack_blocks(params))
+    expected = [separate[f"encoderblock_{i}"]["mlp"]["fc2"]["power"][0] for i in range(2)]
+    assert len(set(map(float, expected))) == 2
+    np.testing.assert_allclose(stacked["encoder"]["mlp"]["fc2"]["power"][0], expected, rtol=1e-5)
+
+
+def test_nothing_to_stack_is_an_error():
+    with pytest.raises(ConfigError, match="encoderblock_0"):
+        stack_blocks({"encoder": {}, "head": {}})
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_acts_only_in_training(scan):
+    module, x = tiny(dropout=0.3, scan=scan), images()
+    variables = random_variables(module, x)
+    same = apply(tiny(scan=scan), variables, x)
+    np.testing.assert_array_equal(apply(module, variables, x), same)
+    train = jax.jit(lambda key: module.apply(variables, x, train=True, rngs={"dropout": key}))
+    one, two, one_again = (np.asarray(train(quick_key(seed))) for seed in (0, 1, 0))
+    assert np.abs(one - two).max() > 1e-3 and np.abs(one - same).max() > 1e-3
+    np.testing.assert_array_equal(one, one_again)
+
+
+# --- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("vit", "bfloat16"), ("resnet", jnp.bfloat16)])
+def test_bfloat16_computes_narrow_and_keeps_float32_parameters_and_logits(name, dtype):
+    module, x = tiny(name, dtype=dtype), images()
+    variables = random_variables(tiny(name), x)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    wide, narrow = apply(tiny(name), variables, x), apply(module, variables, x)
+    assert narrow.dtype == np.float32
+    assert 0 < np.abs(narrow - wide).max() < 0.1 * np.abs(wide).max()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("vit", None), ("resnet", None), ("resnet", "float64")])
+def test_float64_is_not_narrowed(name, dtype):
+    x = images()
+    variables = random_variables(tiny(name), x)
+    single = apply(tiny(name), variables, x)
+    with jax.enable_x64(True):
+        double = apply(
+            tiny(name, dtype=dtype),
+            jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), variables),
+            x.astype(np.float64),
+        )
+    assert double.dtype == np.float64
+    assert 0 < np.abs(double - single).max() < 1e-4
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "overrides", "message"),
+    [
+        ("vit_s17", (224, 224), {}, 'Unknown model "vit_s17". Did you mean "vit_s16"?'),
+        ("vit_s16", (224, 224), {"dephth": 3}, 'no option "dephth". Did you mean "depth"?'),
+        ("resnet18", (224, 224), {"pool": "mean"}, 'no option "pool"'),
+        ("resnet18", (224, 224), {"parent": None}, 'no option "parent"'),
+        ("vit", (224, 224), {"width": 8}, "needs patch_size, depth, num_heads, mlp_dim"),
+        ("resnet", (224, 224), {}, "needs stage_sizes, block"),
+        (
+            "vit_s16",
+            (224, 230),
+            {},
+            "width 230 is not divisible by the patch width 16; the nearest that are: 224 and 240",
+        ),
+        ("vit_s16", (8, 224), {}, "height 8 is not divisible by the patch height 16; the nearest that are: 16 and 16"),
+        ("vit_s16", (224, 224), {"num_heads": 5}, "width 384 is not divisible by num_heads 5"),
+        ("vit_s16", 224, {}, "image_size must be (height, width)"),
+        ("vit_s16", (224, 0), {}, "image_size must be (height, width)"),
+        ("vit_s16", (224, 224), {"patch_size": "16"}, "patch_size must be (height, width)"),
+        ("vit_s16", (224, 224), {"depth": 0}, "depth must be a whole number, at least 1, got 0"),
+        ("vit_s16", (224, 224), {"width": 38.4}, "width must be a whole number, at least 1, got 38.4"),
+        ("vit_s16", (224, 224), {"pool": "means"}, 'Unknown pool "means". Did you mean "mean"?'),
+        ("vit_s16", (224, 224), {"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
+        ("vit_s16", (224, 224), {"dtype": "float33"}, 'dtype must be a floating dtype such as "float32"'),
+        ("vit_s16", (224, 224), {"param_dtype": "int32"}, "param_dtype must be a floating dtype"),
+        ("resnet18", (224, 224), {"block": "bottle"}, 'Unknown block "bottle". Did you mean "bottleneck"?'),
+        ("resnet18", (224, 224), {"stem": "imagnet"}, 'Unknown stem "imagnet". Did you mean "imagenet"?'),
+        ("resnet18", (224, 224), {"stage_sizes": (2, 0)}, "stage_sizes must be the number of blocks"),
+        ("resnet18", (224, 224), {"stage_sizes": 2}, "stage_sizes must be the number of blocks"),
+        ("resnet18", (224, 224), {"width": 0}, "width must be a number of channels, at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_traced(name, image_size, overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        create_model(name, num_classes=5, image_size=image_size, **overrides)
+
+
+@pytest.mark.parametrize("name", ["vit_s16", "resnet18"])
+def test_negative_number_of_classes(name):
+    with pytest.raises(ConfigError, match="num_classes must be 0"):
+        create_model(name, num_classes=-1, image_size=(224, 224))
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 8, 3), (8, 12, 3), (2, 8, 16, 3)])
+def test_vit_refuses_images_of_another_size(shape):
+    module = tiny()
+    assert isinstance(module, ViT)
+    with pytest.raises(ConfigError, match=re.escape(f"(batch, 8, 12, channels), got {shape}")):
+        jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def test_resnet_refuses_a_single_image():
+    with pytest.raises(ConfigError, match=re.escape("got (8, 12, 3)")):
+        jax.eval_shape(tiny("resnet").init, jax.random.key(0), jax.ShapeDtypeStruct((8, 12, 3), jnp.float32))
