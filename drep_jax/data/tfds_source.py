@@ -32,11 +32,12 @@ class TfdsSource:
     def __init__(self, builder: Any, split: str, image_size: tuple[int, int], resize: str) -> None:
         import tensorflow_datasets as tfds
 
-        features = builder.info.features
         self.name = f"tfds:{builder.info.full_name}"
-        if not isinstance(features, dict | tfds.features.FeaturesDict) or "image" not in features:
+        stored = builder.info.features
+        features: dict[str, Any] = dict(stored.items()) if isinstance(stored, tfds.features.FeaturesDict) else {}
+        if "image" not in features:
             raise DataError(
-                f'{self.name} has no feature "image"; it has {features}. Export its images to a folder instead.'
+                f'{self.name} has no feature "image"; it has {stored}. Export its images to a folder instead.'
             )
         sizes = {name: info.num_examples for name, info in builder.info.splits.items() if name in SPLITS}
         part = plan(sizes, split, self.name)

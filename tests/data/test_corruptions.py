@@ -42,7 +42,7 @@ def test_noise_depends_on_seed_and_example_only(name):
     order = np.array([5, 2, 7])
     np.testing.assert_array_equal(run(GREY[order], INDEX[order]), whole[order])
     np.testing.assert_array_equal(run(GREY[:1], INDEX[:1]), whole[:1])
-    split = jax.pmap(run)(GREY[:, None], INDEX[:, None])
+    split = jax.vmap(run)(GREY[:, None], INDEX[:, None])
     np.testing.assert_array_equal(split[:, 0], whole)
     assert (np.asarray(corrupt(GREY, INDEX, f"{name}:10", seed=4)) != whole).any()
     again = np.asarray(run(GREY[:2], jnp.array([100, 100], jnp.int32)))

@@ -36,6 +36,7 @@ def test_pixels_and_labels_are_those_of_scikit_learn(split):
             np.testing.assert_array_equal(item["image"][..., channel], expected)
         assert item["label"] == data.target[original]
     assert source[0]["image"].max() > 200
+    assert source.in_memory, "threads would only slow it down"
 
 
 def test_other_sizes_are_resized():

@@ -205,7 +205,3 @@ def test_normalize(dtype):
     for bad in ((mean[:2], std), (mean, (0.2, 0.0, 0.2))):
         with pytest.raises(ConfigError):
             normalize(images, *bad)
-
-
-def test_digits_load_fast_enough():
-    assert getattr(open_source("digits", "train", image_size=(8, 8)), "in_memory", False)

@@ -220,5 +220,5 @@ def test_damaged_wrongly_sized_and_imageless_sets_are_named(tmp_path):
     with pytest.raises(DataError, match=re.escape("Cannot read the image tfds:mine/1.0.0, test image 1")):
         source[1]
     write_metadata(tmp_path, "text", {"train": 10}, {"text": tfds.features.Text()})
-    with pytest.raises(DataError, match='no feature "image"|has no feature'):
+    with pytest.raises(DataError, match='no feature "image"'):
         open_source("tfds:text", "train", image_size=(9, 9), data_dir=str(tmp_path))

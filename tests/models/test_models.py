@@ -82,27 +82,23 @@ def test_every_entry_has_a_row_and_is_listed():
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_parameter_count_and_output_shape(name):
+def test_parameter_count_and_output_with_and_without_classes(name):
     overrides, size, expected = TABLE[name]
-    module = create_model(name, num_classes=1000, image_size=size, **overrides)
     x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
-    logits, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
+
+    def shapes(num_classes):
+        module = create_model(name, num_classes=num_classes, image_size=size, **overrides)
+        output, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+        return output, flatten_dict(variables["params"], sep="/")
+
+    logits, params = shapes(1000)
+    assert sum(leaf.size for leaf in params.values()) == expected
     assert (logits.shape, logits.dtype) == ((2, 1000), jnp.float32)
 
-
-@pytest.mark.parametrize("name", TABLE)
-def test_without_classes_only_the_last_layer_is_gone(name):
-    overrides, size, _ = TABLE[name]
-    x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
-    trees = []
-    for classes in (7, 0):
-        module = create_model(name, num_classes=classes, image_size=size, **overrides)
-        output, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
-        trees.append(flatten_dict(variables["params"], sep="/"))
+    features, headless = shapes(0)
     last = "fc" if name.startswith("resnet") else "head"
-    assert set(trees[0]) - set(trees[1]) == {f"{last}/kernel", f"{last}/bias"}
-    assert output.shape == (2, trees[0][f"{last}/kernel"].shape[0])
+    assert set(params) - set(headless) == {f"{last}/kernel", f"{last}/bias"}
+    assert (features.shape, features.dtype) == ((2, params[f"{last}/kernel"].shape[0]), jnp.float32)
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
@@ -235,21 +231,20 @@ def np_resnet(x, p, s, stem, stages, strides):
 )
 def test_resnet_equals_numpy(block, stem, stages, strides):
     module = tiny("resnet", block=block, stem=stem, stage_sizes=stages)
-    x = images(size=(18, 13))  # odd and even sides: symmetric and "SAME" padding differ
+    x = images(size=(18, 15))  # symmetric and "SAME" padding differ for the stem in height, for the pool in width
     variables = random_variables(module, x)
     p, s = (jax.tree.map(lambda a: np.asarray(a, np.float64), variables[c]) for c in ("params", "batch_stats"))
     expected = np_resnet(x, p, s, stem, stages, strides)
     np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-def test_stem_is_right_at_the_borders(stem):
-    module, x = tiny("resnet", stem=stem), images()
+def test_stem_is_right_at_the_borders():
+    module, x = tiny("resnet", stem="imagenet"), images()
     variables = random_variables(module, x)
     _, state = jax.jit(functools.partial(module.apply, capture_intermediates=True))(variables, x)
     seen = state["intermediates"]
     p, s = (jax.tree.map(np.asarray, variables[c]) for c in ("params", "batch_stats"))
-    conv = np_conv(x, p["conv1"]["kernel"], 2 if stem == "imagenet" else 1)
+    conv = np_conv(x, p["conv1"]["kernel"], 2)
     norm = np_norm(conv, p["bn1"], s["bn1"])
     for got, expected in ((seen["conv1"]["__call__"][0], conv), (seen["bn1"]["__call__"][0], norm)):
         assert got.shape == expected.shape
@@ -412,7 +407,7 @@ def test_bfloat16_computes_narrow_and_keeps_float32_parameters_and_logits(name, 
     assert 0 < np.abs(narrow - wide).max() < 0.1 * np.abs(wide).max()
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("vit", None), ("resnet", None), ("resnet", "float64")])
+@pytest.mark.parametrize(("name", "dtype"), [("vit", None), ("resnet", "float64")])
 def test_float64_is_not_narrowed(name, dtype):
     x = images()
     variables = random_variables(tiny(name), x)

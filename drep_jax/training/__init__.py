@@ -1,0 +1,1 @@
+"""Training: state and masks, the loop, many devices, checkpoints and logs."""

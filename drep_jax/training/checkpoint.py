@@ -1,0 +1,141 @@
+"""Checkpoints with Orbax: parameters, optimiser, step, random key and data position of one stage of a run."""
+
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from drep_jax.denoise_tree import check_finite
+from drep_jax.errors import CheckpointError
+from drep_jax.training.state import TrainState
+
+Tree = Any
+
+
+def _to_tree(state: TrainState, frozen: Tree) -> Tree:
+    return {
+        "params": {**frozen, **state.params},
+        "others": state.others,
+        "opt_state": state.opt_state,
+        "step": state.step,
+        "rng": state.key,
+    }
+
+
+def abstract(tree: Tree) -> Tree:
+    """Returns the shapes and types of a tree, placed on the first local device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype, sharding=here), tree)
+
+
+class Checkpointer:
+    """Saves and restores one stage below `directory`, keeping the last two checkpoints.
+
+    Saving refuses parameters that are not finite, so the last checkpoint is always a good one.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = os.path.abspath(directory)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+            )
+        except OSError as error:
+            raise CheckpointError(f"Cannot keep checkpoints in {self.directory}: {error.strerror or error}.") from error
+
+    def save(self, state: TrainState, frozen: Tree, meta: dict[str, Any]) -> None:
+        """Writes a checkpoint of the given state (one device's copy); waits until it is on disk.
+
+        Raises:
+          NonFiniteError: if a trained parameter is NaN or Inf.
+          CheckpointError: if it cannot be written.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        check_finite(state.params, f"Not saving step {step}")
+        tree = jax.tree_util.tree_map(np.asarray, _to_tree(state, frozen))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**meta, "step": step}))
+        try:
+            self._manager.save(step, args=args)
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"Could not write the checkpoint of step {step} to {self.directory}: {error}. "
+                "Earlier checkpoints are untouched; free some space or choose another --workdir, then run again."
+            ) from error
+
+    def latest(self) -> int | None:
+        """Returns the last saved step, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, state: TrainState, frozen: Tree) -> tuple[TrainState, Tree, dict[str, Any]]:
+        """Restores the last checkpoint into the structure of `state` and `frozen`.
+
+        Returns:
+          The state, the frozen parameters and the metadata saved with them.
+
+        Raises:
+          CheckpointError: if it is truncated, or belongs to another model, optimiser or set of sites.
+        """
+        step = self.latest()
+        if step is None:
+            raise CheckpointError(f"There is no checkpoint in {self.directory}.")
+        wanted = _to_tree(state, frozen)
+        self._check_structure(step, wanted)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract(wanted)), meta=ocp.args.JsonRestore())
+        try:
+            found = self._manager.restore(step, args=args)
+        except Exception as error:  # Orbax raises many kinds for damaged files; all mean the same to the user
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self.directory} is damaged or was written by something else "
+                f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Delete that folder to go on from an earlier "
+                "checkpoint."
+            ) from error
+        tree = found["state"]
+        params = {name: tree["params"][name] for name in state.params}
+        frozen = {name: tree["params"][name] for name in frozen}
+        restored = TrainState(
+            step=tree["step"],
+            params=params,
+            others=tree["others"],
+            opt_state=tree["opt_state"],
+            key=tree["rng"],
+        )
+        return restored, frozen, dict(found["meta"])
+
+    def _check_structure(self, step: int, wanted: Tree) -> None:
+        """Compares names and shapes of the parameters before reading them, so that the error can list both sides."""
+        folder = os.path.join(self.directory, str(step), "state")
+        try:
+            with open(os.path.join(folder, "_METADATA"), encoding="utf-8") as file:
+                entries = json.load(file)["tree_metadata"].values()
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self.directory} is incomplete or no checkpoint of ours "
+                f"({type(error).__name__} in {folder}). Delete that folder to go on from an earlier checkpoint."
+            ) from error
+        names = {"/".join(key["key"] for key in entry["key_metadata"]) for entry in entries}
+        found = {name for name in names if name.startswith("params/")}
+        expected = {
+            "params/" + "/".join(str(getattr(key, "key", key)) for key in path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(wanted["params"])
+        }
+        if found != expected:
+            raise CheckpointError(
+                f"The checkpoint in {self.directory} belongs to another model or set of sites."
+                f"\n  only in the checkpoint: {_some(found - expected)}\n  only in this run:       {_some(expected - found)}"
+            )
+
+    def close(self) -> None:
+        """Ends Orbax's background work."""
+        self._manager.close()
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:6]
+    return (", ".join(shown) or "none") + (f", … ({len(names)} in all)" if len(names) > 6 else "")

@@ -1,0 +1,54 @@
+"""Data parallelism over the local devices: the only module that names `jax.pmap`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.jax_utils
+import jax
+import numpy as np
+
+from drep_jax.errors import ConfigError
+
+Tree = Any
+AXIS = "devices"
+
+
+def device_count() -> int:
+    """Returns the number of local devices that a batch is divided among."""
+    return jax.local_device_count()
+
+
+def check_batch(size: int, what: str) -> None:
+    """Raises `ConfigError` unless a batch divides evenly; `pmap` would silently leave devices idle."""
+    if size < 1 or size % device_count():
+        raise ConfigError(f"{what}={size} must be a positive multiple of the {device_count()} local devices.")
+
+
+def replicate(tree: Tree) -> Tree:
+    """Returns `tree` on every local device."""
+    return flax.jax_utils.replicate(tree)
+
+
+def unreplicate(tree: Tree) -> Tree:
+    """Returns the first device's copy, as NumPy arrays."""
+    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], tree)
+
+
+def shard(batch: Tree) -> Tree:
+    """Splits the first axis of every array among the local devices: (B, …) to (devices, B / devices, …)."""
+    return jax.tree_util.tree_map(lambda leaf: leaf.reshape(device_count(), -1, *leaf.shape[1:]), batch)
+
+
+def unshard(tree: Tree) -> Tree:
+    """Inverse of `shard`, as NumPy arrays."""
+    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)
+
+
+def mean(tree: Tree) -> Tree:
+    """Averages over the devices; to be called inside a function given to `on_devices`."""
+    return jax.lax.pmean(tree, AXIS)
+
+
+def on_devices(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compiles `function` to run on every local device, each on its own slice of the arguments' first axis."""
+    return jax.pmap(function, axis_name=AXIS, **options)
