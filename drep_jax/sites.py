@@ -208,9 +208,9 @@ def _window(layer: nn.Conv) -> Window:
 
 def _describe(layer: nn.Module, x: Any, outer: Any, reads: int, order: int) -> Layer:
     kernel = layer.get_variable("params", "kernel")
-    lifts = [re.match(r"(\w+)\(", part) for part in layer.scope.debug_path]
-    transforms = [match.group(1) for match in lifts if match]
-    scans = [i for i, match in enumerate(lifts) if match and match.group(1) == "scan"]
+    lifts = [re.findall(r"(\w+)\(", part) for part in layer.scope.debug_path]  # as in "remat(scan(encoder))"
+    transforms = [name for names in lifts for name in names]
+    scans = [depth for depth, names in enumerate(lifts) if "scan" in names]
     outer_shape = getattr(outer.get("kernel"), "shape", None) if isinstance(outer, Mapping) else None
     stacked = outer_shape is not None and outer_shape != kernel.shape
 

@@ -79,7 +79,7 @@ class Mlp(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block; `dropout` acts whenever it is not 0, so pass 0 outside training."""
 
     num_heads: int
     mlp_dim: int
@@ -89,14 +89,18 @@ class EncoderBlock(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"], train: bool) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Adds attention, then the MLP, each on normalised tokens."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = nn.Dropout(self.dropout, deterministic=False)
         y = _layer_norm("norm1", **dtypes)(x)
         x = x + drop(Attention(self.num_heads, self.qkv_bias, **dtypes, name="attn")(y))
         y = _layer_norm("norm2", **dtypes)(x)
         return x + drop(Mlp(self.mlp_dim, **dtypes, name="mlp")(y))
+
+    def step(self, x: Float[Array, "batch tokens width"], _: None) -> tuple[Float[Array, "batch tokens width"], None]:
+        """Is `__call__` in the form that `nn.scan` loops over."""
+        return self(x), None
 
 
 class ViT(nn.Module):
@@ -199,30 +203,28 @@ class ViT(nn.Module):
 
     def _encode(self, x: Float[Array, "batch tokens dim"], train: bool) -> Float[Array, "batch tokens dim"]:
         """Applies the blocks, unrolled or as a loop."""
-        block_class: Any = EncoderBlock
-        if self.remat:
-            # Argument 2 of the call is `train`; inside a scan the loop already keeps XLA from merging the two passes.
-            block_class = nn.remat(EncoderBlock, static_argnums=(2,), prevent_cse=not self.scan)
-        block = functools.partial(
-            block_class,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            qkv_bias=self.qkv_bias,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        # Inside a scan the loop already keeps XLA from merging the two forward passes.
+        block_class: Any = nn.remat(EncoderBlock, prevent_cse=not self.scan) if self.remat else EncoderBlock
+        options = {
+            "num_heads": self.num_heads,
+            "mlp_dim": self.mlp_dim,
+            "qkv_bias": self.qkv_bias,
+            "dropout": self.dropout if train else 0.0,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
         if not self.scan:
             for i in range(self.depth):
-                x = block(name=f"encoderblock_{i}")(x, train)
+                x = block_class(**options, name=f"encoderblock_{i}")(x)
             return x
         looped = nn.scan(
-            lambda one, carry, _: (one(carry, train), None),
+            block_class,
             variable_axes={"params": 0, "denoise": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.depth,
+            methods=["step"],
         )
-        return looped(block(name="encoder"), x, None)[0]
+        return looped(**options, name="encoder").step(x, None)[0]
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""Every setting with its default; a configuration file changes what is different about it."""
+
+from ml_collections import ConfigDict
+
+
+def get_default() -> ConfigDict:
+    """Returns the settings that all configurations share."""
+    config = ConfigDict()
+    config.name = "default"
+    config.seed = 0
+    config.log_every = 50
+    config.checkpoint_every = 500
+    config.progress = True
+    config.dry_run = False  # two steps of the full-size job on random images
+    config.dry_run_batch = 8  # images a device in a dry run
+    config.latency_rounds = 30
+
+    config.data = ConfigDict(
+        {
+            "source": "digits",  # digits, folder:DIR, tfds:NAME, random:COUNT
+            "data_dir": "",  # where TFDS keeps its data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
+            "image_size": (224, 224),
+            "resize": "crop",  # crop, squash or exact
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "flip": False,  # augmentation of training images
+            "shift": 0,  # pixels
+        }
+    )
+    config.model = ConfigDict({"name": "vit", "num_classes": 0}, type_safe=False)  # 0: as many as the images have
+
+    stage = {
+        "steps": 0,
+        "batch_size": 64,
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "warmup": 0,
+        "weight_decay": 0.0,
+        "clip": 0.0,
+        "label_smoothing": 0.0,
+    }
+    config.backbone = ConfigDict({"init_from": "", **stage})  # trained weights, or steps > 0 from scratch
+    config.control = ConfigDict(stage)  # the backbone trained on, for the budget of the denoisers; steps 0: no such arm
+
+    config.schedule = ConfigDict({"timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.002})
+    config.sites = ConfigDict(
+        {
+            "pattern": "",  # regular expression over layer paths; "" means the linears of each MLP, or every layer
+            "kind": "auto",  # for convolutions: patch, pointwise or auto
+        }
+    )
+    config.denoise = ConfigDict(
+        {
+            "rule": "ddpm",  # ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
+            "steps": 1,  # reverse steps a site
+            "loss": "l2",  # l2, l1 or l1+l2
+            "tokens": 1.0,  # share of each image's feature vectors to learn from
+            "train_steps": 1000,
+            "batch_size": 64,
+            "optimizer": "adam",
+            "learning_rate": 4e-4,
+            "warmup": 0,
+            "weight_decay": 0.0,
+            "clip": 0.0,
+        }
+    )
+    config.evaluate = ConfigDict(
+        {
+            "conditions": ("clean", "gaussian:40", "gaussian:80"),
+            "batch_size": 200,
+            "resamples": 10_000,
+            "certificate_images": 16,
+            "latency_batch": 64,
+        }
+    )
+    return config

@@ -1,0 +1,88 @@
+"""Builds model, images and sites from a configuration: besides the scripts, the only module that reads one."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from drep_jax.data import Source, open_source
+from drep_jax.errors import ConfigError
+from drep_jax.models import create_model
+from drep_jax.schedule import RULES, Schedule, reverse_steps
+from drep_jax.sites import Coverage, Site, assign_times, coverage, find_layers, select_sites
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a run works on.
+
+    Attributes:
+      backbone: the Linen module.
+      abstract: shapes of its variables.
+      schedule: noise schedule.
+      sites: with time steps.
+      covered: how much of the backbone they cover.
+      train: images to learn from.
+      test: labelled images to evaluate on, or None.
+      mean, std: normalisation of the images, on the scale 0 to 1.
+    """
+
+    backbone: nn.Module
+    abstract: Tree
+    schedule: Schedule
+    sites: tuple[Site, ...]
+    covered: Coverage
+    train: Source
+    test: Source | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def images(self) -> jax.ShapeDtypeStruct:
+        """A batch of one image, as the backbone gets it."""
+        height, width, channels = self.train[0]["image"].shape
+        return jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+
+
+def build(config: Mapping[str, Any]) -> Setting:
+    """Opens the images, makes the backbone and finds its sites.
+
+    Raises:
+      DrepError: its subclasses name the setting that cannot be used.
+    """
+    data, denoise = config["data"], config["denoise"]
+    size = tuple(data["image_size"])
+    options = {"image_size": size, "resize": data["resize"], "data_dir": data["data_dir"] or None}
+    schedule = Schedule(**config["schedule"])
+    reverse_steps(schedule, schedule.timesteps, 1, denoise["rule"])  # an unknown rule is refused before any work
+    if denoise["rule"] == "affine":
+        raise ConfigError(f'denoise.rule "affine" is for maps given directly; choose among {sorted(RULES.keys() - {"affine"})}.')
+    train = open_source(data["source"], "train", **options)
+    test = open_source(data["source"], "test", **options) if train.num_classes else None
+    classes = config["model"].get("num_classes") or train.num_classes
+    if not classes:
+        raise ConfigError("The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=….")
+    if train.num_classes and train.num_classes > classes:
+        raise ConfigError(f"model.num_classes={classes}, but {train.name} has {train.num_classes} classes.")
+    overrides = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
+    backbone = create_model(config["model"]["name"], num_classes=classes, image_size=size, **overrides)
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
+    chosen = select_sites(find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"])
+    sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"])
+    return Setting(
+        backbone=backbone,
+        abstract=abstract,
+        schedule=schedule,
+        sites=sites,
+        covered=coverage(sites, abstract["params"]),
+        train=train,
+        test=test,
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+    )

@@ -1,0 +1,423 @@
+"""The report: complete files, honest words, and plots that hold many sites."""
+
+import copy
+import json
+import os
+import re
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drep_jax.errors import CheckpointError, DataError
+from drep_jax.report import KEYS, PLOTS, console_table, plain, validate, verdict, write_report
+
+COMPARISON = dict[str, tuple[float, float, float, float]]
+
+
+def condition(differences: COMPARISON, n=600, fused=96.0):
+    """One condition; `differences` has (difference, low, high, p) in acc@1 for each arm."""
+    entry = {"n": n, "control": {}, "fused": {"acc@1": fused, "acc@5": 99.8}}
+    entry |= {"difference": {}, "interval": {}, "mcnemar": {}}
+    for arm, (difference, low, high, p) in differences.items():
+        values = {"acc@1": fused - difference, "acc@5": 99.7}
+        if arm == "baseline":
+            entry["baseline"] = values
+        else:
+            entry["control"][arm] = values
+        entry["difference"][f"fused - {arm}"] = {"acc@1": difference, "acc@5": 0.1}
+        entry["interval"][f"fused - {arm}"] = {"acc@1": [low, high], "acc@5": [-0.1, 0.3]}
+        entry["mcnemar"][f"fused - {arm}"] = p
+    return entry
+
+
+UNCHANGED = (0.2, -0.3, 0.7, 0.6)
+HIGHER = (3.1, 1.2, 5.0, 0.0004)
+LOWER = (-1.5, -2.5, -0.5, 0.004)
+THREE = {
+    "clean": condition({"baseline": UNCHANGED, "placebo": HIGHER, "continued": (-0.4, -1.0, 0.2, 0.2)}),
+    "gaussian:20": condition(
+        {"baseline": HIGHER, "placebo": (4.0, 2.0, 6.0, 1e-5), "continued": UNCHANGED}, fused=81.3
+    ),
+    "jpeg:10": condition({"baseline": LOWER, "placebo": LOWER, "continued": LOWER}, fused=70.2),
+}
+
+
+def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, learner="algorithm1"):
+    """A realistic report of a ViT."""
+    rng = np.random.default_rng(0)
+    paths = [f"encoderblock_{i // 2}/mlp/{('fc1', 'fc2')[i % 2]}" for i in range(sites)]
+    if stack > 1:
+        paths = [f"stage_{i}/ScanBlocks/block/mlp/fc1" for i in range(sites)]
+    listed = []
+    for i, path in enumerate(paths):
+        listed.append(
+            {
+                "path": path,
+                "layers": [path],
+                "kind": "dense",
+                "width": 64,
+                "groups": 1,
+                "bias": True,
+                "t": [sites * stack - i * stack - j for j in range(stack)],
+                "relative_change": [change * float(rng.uniform(0.2, 2)) for _ in range(stack)],
+            }
+        )
+    steps = np.unique(np.geomspace(1, 2000, 60).astype(int))
+    curve = [[int(step), sites * (0.95 + 3 * float(np.exp(-step / 60)))] for step in steps]
+    figure = {"passed": True, "error": 2.1e-12, "bound": 3e-10, "change": 0.0123 if change else 0.0}
+    rows = [{"path": s["path"], "slice": j, "t": [t], **figure} for s in listed for j, t in enumerate(s["t"])]
+    return {
+        "schema": 1,
+        "config": {"seed": 0, "data": {"name": "digits", "size": 32}, "sites": ["*/mlp/*"]},
+        "environment": {
+            "drep_jax": "0.1.0",
+            "jax": "0.10.2",
+            "flax": "0.12.8",
+            "python": "3.11.9",
+            "device": "cpu",
+            "device_count": 8,
+            "command": "python train.py --config=configs/digits.py",
+            "git_revision": "abc1234",
+            "date": "2026-01-02 03:04",
+        },
+        "sites": listed,
+        "coverage": {"layers": sites, "candidates": 30, "kernel_share": 0.63},
+        "learning": {
+            "learner": learner,
+            "steps": 2000,
+            "seconds": 31.2,
+            "loss": curve if learner == "algorithm1" else [],
+            "per_site": {path: [1.5, 0.96] for path in paths},
+            "optimum": dict.fromkeys(paths, 0.94) if optimum else None,
+            "images": 1000,
+        },
+        "metrics": copy.deepcopy(metrics),
+        "certificate": {
+            "passed": True,
+            "rule": "ddpm",
+            "steps": 1,
+            "results": {
+                "float64": {**figure, "sites": rows},
+                "float32": {**figure, "error": 4e-3, "bound": 0.2, "sites": [{**row, "bound": 0.2} for row in rows]},
+            },
+            "structure": {"same_tree": True, "same_dtypes": True, "same_program": True},
+        },
+        "cost": {
+            "flops": {"baseline": 1.25e9, "fused": 1.25e9, "explicit": 1.7e9},
+            "flop_ratio": {"fused": 1.0, "explicit": 1.36},
+            "latency_ms": {"baseline": 12.1, "fused": 12.15, "explicit": 19.0},
+            "latency_ratio": {"fused": 1.004, "explicit": 1.57},
+            "parameters": {"backbone": 1_234_567, "denoise": 33_280},
+            "batch": 64,
+        },
+    }
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+CASES = {
+    "usual": {},
+    "48 sites": {"sites": 48},
+    "stacked": {"sites": 4, "stack": 12},
+    "240 slices": {"sites": 20, "stack": 12},
+    "no controls": {"metrics": {"clean": condition({"baseline": HIGHER})}},
+    "no labels": {"metrics": {}},
+    "zero change": {"change": 0.0, "metrics": {"clean": condition({"baseline": (0.0, 0.0, 0.0, 1.0)})}},
+    "no optimum": {"optimum": False},
+    "unknown change": {"change": np.nan},
+    "closed form": {"learner": "closed_form"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_writes_everything_and_nothing_else(case, tmp_path):
+    report = make_report(**CASES[case])
+    before = copy.deepcopy(report)
+    write_report(report, str(tmp_path / "new" / "run"))
+    folder = tmp_path / "new" / "run"
+    assert plain(report) == plain(before)
+    assert json.loads(read(folder / "report.json")) == plain(report)
+
+    text = read(folder / "report.md")
+    plots = {f"plots/{name}" for name in os.listdir(folder / "plots")}
+    assert sorted(os.listdir(folder)) == ["plots", "report.json", "report.md"]  # no temporary file is left
+    missing = {"no labels": {"plots/accuracy.png"}, "closed form": {"plots/loss.png"}}.get(case, set())
+    assert plots == {f"plots/{name}.png" for name in PLOTS} - missing
+    assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == plots
+    for site in report["sites"]:
+        assert f"| {site['path']} " in text
+    for plot in plots:
+        with Image.open(folder / plot) as image:
+            assert min(image.size) > 150 and len(image.getcolors(1 << 24)) > 10
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert tables and not re.search(r"\b(None|nan|inf)\b", text)
+
+
+def test_plots_are_reproducible_and_follow_the_numbers(tmp_path):
+    def draw(report):
+        return {name: zlib.crc32(plot(report)) for name, plot in PLOTS.items()}
+
+    report = make_report()
+    first, second = draw(report), draw(report)
+    assert first == second
+    report["sites"][0]["relative_change"] = [0.02]
+    report["learning"]["optimum"]["encoderblock_0/mlp/fc1"] = 0.5
+    report["metrics"]["clean"]["interval"]["fused - baseline"]["acc@1"] = [0.1, 0.9]
+    third = draw(report)
+    assert all(first[name] != third[name] for name in PLOTS)
+
+
+def test_sites_plot_grows_with_the_sites_but_not_for_ever(tmp_path):
+    heights = []
+    for sites in (8, 48, 160, 170):
+        write_report(make_report(sites=sites), str(tmp_path))
+        with Image.open(tmp_path / "plots/sites.png") as image:
+            heights.append(image.height)
+    assert heights[0] < heights[1] < heights[2] == heights[3]
+    assert heights[1] / 48 > 20  # pixels a bar, enough for its label
+
+
+def test_stale_plots_are_removed(tmp_path):
+    write_report(make_report(), str(tmp_path))
+    assert (tmp_path / "plots/accuracy.png").exists()
+    write_report(make_report(metrics={}), str(tmp_path))
+    assert not (tmp_path / "plots/accuracy.png").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    write_report(make_report(), str(tmp_path))
+    old = read(tmp_path / "report.json")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_report(make_report(sites=2), str(tmp_path))
+    assert read(tmp_path / "report.json") == old
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names if ".tmp" in name]
+
+
+def test_a_work_directory_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(CheckpointError, match=r"Cannot write .*taken"):
+        write_report(make_report(), str(tmp_path / "taken"))
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+
+
+def test_verdict_of_no_significant_change():
+    sentence = verdict("clean", condition({"baseline": UNCHANGED}))
+    assert (
+        sentence
+        == "No significant change on clean images: acc@1 +0.2 points [−0.3, +0.7] against the unchanged backbone."
+    )
+
+
+def test_verdict_credits_denoising_only_against_every_control():
+    def say(**controls):
+        return verdict("gaussian:50", condition({"baseline": HIGHER, **controls}))
+
+    assert say().startswith("Significantly higher on gaussian:50 images: acc@1 +3.1 points [+1.2, +5.0] against")
+    unproven = "so denoising is not shown to be the cause."
+    assert say().endswith("; no control arm ran, " + unproven)
+    assert say(placebo=HIGHER, continued=HIGHER).endswith(
+        "; significantly higher than placebo, significantly higher than continued."
+    )
+    mixed = say(placebo=HIGHER, continued=UNCHANGED)
+    assert mixed.endswith("; significantly higher than placebo, no significant change from continued, " + unproven)
+    assert say(placebo=LOWER, continued=HIGHER).endswith(unproven)
+    unchanged = verdict("clean", condition({"baseline": UNCHANGED, "placebo": HIGHER}))
+    assert unchanged.startswith("No significant change") and "cause" not in unchanged
+
+
+def test_verdict_says_when_it_got_worse():
+    sentence = verdict("clean", condition({"baseline": LOWER, "placebo": LOWER}))
+    assert sentence.startswith("Significantly lower on clean images: acc@1 −1.5 points [−2.5, −0.5]")
+
+
+def test_mcnemar_can_only_take_significance_away():
+    disagreeing = condition({"baseline": (0.8, 0.1, 1.5, 0.07)})
+    assert verdict("clean", disagreeing).startswith("No significant change")
+    disagreeing["mcnemar"] = {}
+    assert verdict("clean", disagreeing).startswith("Significantly higher")
+    assert verdict("clean", condition({"baseline": (0.2, -0.1, 0.5, 0.01)})).startswith("No significant change")
+
+
+@pytest.mark.parametrize(
+    ("difference", "n", "printed"),
+    [
+        ((0.0, 0.0, 0.0, 1.0), 600, "0.0 points [0.0, 0.0]"),
+        ((-0.01, -0.04, 0.03, 1.0), 600, "0.0 points [0.0, 0.0]"),
+        ((0.3, 0.002, 0.61, 0.04), 50_000, "+0.300 points [+0.002, +0.610]"),
+        ((-0.123, -0.5, 0.25, 0.4), 10_000, "−0.12 points [−0.50, +0.25]"),
+        ((2.0, None, None, 1.0), 3, "+2.0 points [−∞, +∞]"),
+        ((2.0, -np.inf, np.inf, 1.0), 3, "+2.0 points [−∞, +∞]"),
+    ],
+)
+def test_differences_are_signed_and_rounded_without_lying(difference, n, printed):
+    assert printed in verdict("clean", condition({"baseline": difference}, n=n))
+
+
+def test_console_table_tells_arms_intervals_and_verdicts():
+    text = console_table(make_report())
+    lines = text.splitlines()
+    assert lines[0].split()[:3] == ["condition", "n", "arm"] and "acc@5" in lines[0]
+    rows = [" ".join(line.split()) for line in lines]
+    assert "clean 600 baseline 95.8 99.7 +0.2 [−0.3, +0.7] 0.600 not significant" in rows
+    assert "placebo 92.9 99.7 +3.1 [+1.2, +5.0] <0.001 significant" in rows
+    assert "fused 96.0 99.8" in rows
+    for name, entry in THREE.items():
+        assert verdict(name, entry) in lines
+    assert "Certificate: PASSED" in text and "float64  error 2.1e-12 of the change, bound 3.0e-10" in text
+    assert "fused 1.000× FLOPs, 1.00× latency; explicit 1.360× FLOPs, 1.57× latency" in text
+    assert "8 sites: 8 of 30 linear layers, 63 % of the kernel weights" in text
+    assert max(map(len, lines[:14])) < 110
+
+
+def test_an_unlabelled_run_says_why_there_is_no_accuracy(tmp_path):
+    report = make_report(metrics={})
+    write_report(report, str(tmp_path))
+    for text in (console_table(report), read(tmp_path / "report.md")):
+        assert "no labelled test images" in text and "acc@1" not in text
+        assert "significant" not in text and "Certificate" in text
+
+
+def test_any_metric_names_and_no_mcnemar():
+    entry = {
+        "n": 300,
+        "baseline": {"mAP": 50.0, "rank-1": 80.0},
+        "control": {"augmented": {"mAP": 50.5, "rank-1": 80.5}},
+        "fused": {"mAP": 52.0, "rank-1": 80.0},
+        "difference": {f"fused - {arm}": {"mAP": 2.0, "rank-1": 0.0} for arm in ("baseline", "augmented")},
+        "interval": {f"fused - {arm}": {"mAP": [1.0, 3.0], "rank-1": [-1, 1]} for arm in ("baseline", "augmented")},
+        "mcnemar": {},
+    }
+    text = console_table(make_report(metrics={"clean": entry}))
+    assert "Significantly higher on clean images: mAP +2.0 points [+1.0, +3.0]" in text
+    assert "augmented" in text and "rank-1" in text
+
+
+def test_certificate_tells_failure_and_indecision(tmp_path):
+    report = make_report()
+    certificate = report["certificate"]
+    certificate["passed"] = certificate["results"]["float64"]["passed"] = False
+    certificate["results"]["float64"]["sites"][3] |= {"error": 5e-9, "passed": False}
+    certificate["results"]["float32"] |= {"bound": 3.0}
+    certificate["structure"]["same_program"] = False
+    write_report(report, str(tmp_path))
+    for text in (console_table(report), read(tmp_path / "report.md")):
+        assert "FAILED" in text and "PASSED" not in text
+        assert "same program: NO" in text
+        assert "encoderblock_1/mlp/fc2" in text and "5.0e-09" in text
+        assert "too coarse a type to decide" in text
+
+
+def test_learning_tells_the_gap_to_the_optimum(tmp_path):
+    write_report(make_report(), str(tmp_path))
+    text = read(tmp_path / "report.md")
+    assert "Sum over the sites: 12.0000 → 7.6800, optimum 7.5200, gap +0.1600; 96.4 % of the possible reduction" in text
+    assert re.search(r"\| encoderblock_0/mlp/fc1 +\| +1\.5000 \| +0\.9600 \| +0\.9400 \| +\+0\.0200 \|", text)
+    write_report(make_report(optimum=False), str(tmp_path))
+    assert "The optimum is not known" in read(tmp_path / "report.md")
+
+
+def test_stacked_sites_show_their_range(tmp_path):
+    report = make_report(sites=2, stack=12)
+    report["sites"][0]["relative_change"] = [0.001 * (j + 1) for j in range(12)]
+    write_report(report, str(tmp_path))
+    assert re.search(r"\| 24…13 \| +0\.1 % … 1\.2 % \|", read(tmp_path / "report.md"))
+
+
+def test_parts_that_were_not_measured_are_named(tmp_path):
+    report = make_report() | {"learning": None, "certificate": None, "cost": None}
+    write_report(report, str(tmp_path))
+    text = read(tmp_path / "report.md")
+    assert "it is not shown that fused equals explicit" in text and "Cost: not measured" in text
+    assert "Nothing was learned" in text
+    assert "Cost: not measured" in console_table(report)
+
+
+# ---- validation ----------------------------------------------------------------------------------------------------
+
+
+RESULTS = (("certificate", "results", "float64"), ("certificate", "results", "float32"))
+FREE = ("config", "per_site", "optimum", "control", "baseline", "fused", "mcnemar")
+
+
+def places(value, path=()):
+    """Yields the path of every key below `value`; of a list, those of its first entry."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield (*path, key)
+            yield from places(item, (*path, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*path, 0))
+
+
+def required():
+    """Yields every key that the schema fixes; names of arms, metrics, conditions, sites and precisions are free."""
+    report = make_report(sites=1, metrics={"clean": THREE["clean"]})
+    for place in places(report):
+        inside_metric = place[0] == "metrics" and len(place) > 3 and place[2] in FREE
+        inside_free = any(name in place[:-1] for name in ("config", "per_site", "optimum"))
+        if not (inside_metric or inside_free or place in (("metrics", "clean"), *RESULTS)):
+            yield place
+
+
+@pytest.mark.parametrize("place", list(required()), ids=lambda place: ".".join(map(str, place)))
+def test_every_missing_key_is_named(place):
+    report = make_report(sites=1, metrics={"clean": THREE["clean"]})
+    validate(report)
+    parent = report
+    for key in place[:-1]:
+        parent = parent[key]
+    del parent[place[-1]]
+    with pytest.raises(DataError, match=re.escape(str(place[-1])) + ".* is missing"):
+        validate(report)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema is 2, expected 1"),
+        ({"sites": None}, "sites is null"),
+        ({"environment": "cpu"}, "environment is 'cpu', expected an object"),
+        ({"sites": 3}, "sites is 3, expected entries"),
+        ({"sites": [{**make_report()["sites"][0], "t": [1, 2]}]}, "2 and 1 numbers in t and relative_change"),
+        ({"metrics": {"clean": {**THREE["clean"], "baseline": {}}}}, "metrics.clean.baseline is empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        validate(make_report() | change)
+
+
+def test_every_key_is_documented():
+    document = read(os.path.join(os.path.dirname(__file__), "../docs/report.md"))
+
+    def names(keys):
+        for key, below in keys.items():
+            yield from [key.removesuffix("?")] if key != "*" else []
+            yield from names(below or {})
+
+    assert [key for key in names(KEYS) if f"`{key}`" not in document] == []
+
+
+def test_an_incomplete_report_writes_nothing(tmp_path):
+    with pytest.raises(DataError, match="and 9 more"):
+        write_report({"schema": 1, "cost": {}, "environment": {}}, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_plain_makes_valid_json_or_says_where_it_cannot():
+    value = {"a": np.float32(0.5), "b": (1, np.int64(2)), "c": np.array([1.0, np.nan]), "d": np.bool_(True), 3: np.inf}
+    assert plain(value) == {"a": 0.5, "b": [1, 2], "c": [1.0, None], "d": True, "3": None}
+    with pytest.raises(DataError, match=r"report\.config\.model is a object"):
+        plain({"config": {"model": object()}})

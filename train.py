@@ -1,0 +1,34 @@
+"""Learns DenoiseRep denoisers for a backbone without labels, fuses them, certifies and reports.
+
+    python train.py                                          # the embedded data set: UCI handwritten digits
+    python train.py --config=configs/vit_s_imagenet.py      # ViT-S/16 on ImageNet
+    python train.py --config=… --config.data.source=folder:DIR --workdir=runs/mine
+
+A run that was interrupted goes on where it stopped when the same command is given again.
+"""
+
+import os
+import sys
+
+from drep_jax.cli import absl_main, define_config
+
+CONFIG = define_config(default="configs/digits.py")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job of the configuration; returns the exit status."""
+    from drep_jax import experiment, report
+
+    config = CONFIG.value.to_dict()
+    if config["dry_run"]:
+        experiment.dry_run(config)
+        return 0
+    directory = CONFIG.workdir or os.path.join("runs", config["name"])
+    content = experiment.run(config, directory)
+    print(report.console_table(content))
+    print(f"\nReport: {os.path.join(directory, 'report.md')}   weights: {os.path.join(directory, 'fused')}")
+    return 0 if content["certificate"]["passed"] else 3
+
+
+if __name__ == "__main__":
+    sys.exit(absl_main(main, resume=f"python {' '.join(sys.argv)}"))
