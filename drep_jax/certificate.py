@@ -259,7 +259,11 @@ def _structure(backbone: nn.Module, variables: Tree, fused: Tree, args: Any, kwa
     same_program = False
     if same_tree and same_dtypes:
         apply = jax.jit(lambda variables, args: backbone.apply(variables, *args, **kwargs))
+
+        def shapes(tree: Tree) -> Tree:  # where an array lies is no property of the network
+            return jax.tree_util.tree_map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
+
         # One line for both, because the text of a program names the line that asked for it.
-        one, two = (apply.lower({**variables, "params": p}, args).compile().as_text() for p in (before, after))
+        one, two = (apply.lower(shapes({**variables, "params": p}), shapes(args)).compile().as_text() for p in (before, after))
         same_program = one is not None and one == two
     return {"same_tree": same_tree, "same_dtypes": same_dtypes, "same_program": same_program}

@@ -207,7 +207,7 @@ def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Comparison:
-    """Fused against one arm in one metric."""
+    """One arm against another, `arm`, in one metric."""
 
     arm: str
     metric: str
@@ -232,11 +232,13 @@ class _Comparison:
         return f"{difference} {unit}[{low}, {high}]"
 
 
-def _comparisons(result: Mapping[str, Any]) -> list[_Comparison]:
-    """Returns fused against the baseline and then each control arm, every metric of each."""
+def _comparisons(result: Mapping[str, Any], ours: str = "fused") -> list[_Comparison]:
+    """Returns the arm `ours` against the baseline and then each control arm, every metric of each."""
     found = []
     for arm in list(_arms(result))[:-1]:
-        key = f"fused - {arm}"
+        key = f"{ours} - {arm}"
+        if key not in result["difference"]:  # only fused is compared with all of them
+            continue
         for metric, difference in result["difference"][key].items():
             low, high = result["interval"][key][metric]
             interval = Interval(
@@ -365,14 +367,18 @@ def _results(report: Mapping[str, Any]) -> list[str]:
         return [_NO_METRICS]
     parts, intervals = [], 0
     for condition, entry in report["metrics"].items():
-        compared = _comparisons(entry)
-        intervals += len(compared)
+        compared = {arm: _comparisons(entry, arm) for arm in ("fused", *entry["control"])}
+        intervals += sum(map(len, compared.values()))
         metrics = list(entry["baseline"])
         arms = [
             [arm, *(_fixed(values.get(name), _decimals(entry["n"])) for name in metrics)]
             for arm, values in _arms(entry).items()
         ]
-        rows = [[f"fused − {row.arm}", row.metric, row.text(), _p(row.p), row.word] for row in compared]
+        rows = [
+            [f"{ours} − {row.arm}", row.metric, row.text(), _p(row.p), row.word]
+            for ours, found in compared.items()
+            for row in found
+        ]
         parts += [
             f"### {condition} ({entry['n']} test images)",
             verdict(condition, entry),
@@ -722,8 +728,9 @@ def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:
     for condition, entry in metrics.items():
         if not entry["baseline"]:
             yield f"metrics.{condition}.baseline is empty, expected at least one metric"
-        for arm in ("baseline", *entry["control"]):
+        wanted = [f"fused - {arm}" for arm in ("baseline", *entry["control"])]
+        for key in dict.fromkeys([*wanted, *entry["difference"]]):
             for part in ("difference", "interval"):
                 for metric in entry["baseline"]:
-                    if metric not in entry[part].get(f"fused - {arm}", {}):
-                        yield f"metrics.{condition}.{part}.fused - {arm}.{metric} is missing"
+                    if metric not in entry[part].get(key, {}):
+                        yield f"metrics.{condition}.{part}.{key}.{metric} is missing"

@@ -68,7 +68,7 @@ def read_config(workdir: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError as error:
-        if os.path.exists(os.path.join(workdir, "drep_jax.json")):
+        if any(os.path.exists(os.path.join(workdir, name)) for name in ("drep_jax.json", "fused.safetensors")):
             raise CheckpointError(
                 f"{workdir} holds exported weights, which may already be fused, and not a run. Give the work directory of "
                 "the run that learned the denoisers."

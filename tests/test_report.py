@@ -304,6 +304,22 @@ def test_any_metric_names_and_no_mcnemar():
     assert "augmented" in text and "rank-1" in text
 
 
+def test_a_control_against_the_baseline_is_shown(tmp_path):
+    entry = condition({"baseline": HIGHER, "continued": UNCHANGED})
+    key = "continued - baseline"
+    entry["difference"][key] = {"acc@1": 2.9, "acc@5": 0.0}
+    entry["interval"][key] = {"acc@1": [1.0, 4.8], "acc@5": [-1.0, 1.0]}
+    entry["mcnemar"][key] = 0.002
+    write_report(make_report(metrics={"clean": entry}), str(tmp_path))
+    assert re.search(
+        r"continued − baseline \| acc@1 +\| +\+2\.9 \[\+1\.0, \+4\.8\] \| +0\.002 \| +significant",
+        read(tmp_path / "report.md"),
+    )
+    del entry["interval"][key]
+    with pytest.raises(DataError, match=r"continued - baseline.acc@1 is missing"):
+        validate(make_report(metrics={"clean": entry}))
+
+
 def test_certificate_tells_failure_and_indecision(tmp_path):
     report = make_report()
     certificate = report["certificate"]
