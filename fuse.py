@@ -14,7 +14,9 @@ from absl import flags
 from drep_jax.cli import absl_main
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that learned the denoisers.", required=True)
-RULE = flags.DEFINE_string("rule", None, "Reverse step: ddpm (Eq. 5), paper (Eq. 7), ddim or ddim:r; default: the run's.")
+RULE = flags.DEFINE_string(
+    "rule", None, "Reverse step: ddpm (Eq. 5), paper (Eq. 7), ddim or ddim:r; default: the run's."
+)
 STEPS = flags.DEFINE_integer("steps", None, "Reverse steps a site, at most the run's own; default: the run's.")
 NOISE = flags.DEFINE_string("noise", "zero", 'The noise z: "zero", or "sample" to draw it once from --seed.')
 SEED = flags.DEFINE_integer("seed", 0, "Seed of --noise=sample.")

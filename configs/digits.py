@@ -1,10 +1,11 @@
 """The embedded data set: UCI handwritten digits (8×8 pixels), a small ViT from scratch, denoisers without labels.
 
-    python train.py --config=configs/digits.py        (or just: python train.py)
+python train.py --config=configs/digits.py        (or just: python train.py)
 """
 
-from configs.default import get_default
 from ml_collections import ConfigDict
+
+from configs.default import get_default
 
 
 def get_config() -> ConfigDict:
@@ -20,7 +21,9 @@ def get_config() -> ConfigDict:
     config.model.name = "vit"
     config.model.update({"patch_size": 2, "width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 128})
 
-    config.backbone.update({"steps": 1500, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "weight_decay": 0.05})
+    config.backbone.update(
+        {"steps": 1500, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "weight_decay": 0.05}
+    )
     config.control.update({"steps": 1000, "batch_size": 64, "learning_rate": 2e-4})
     config.denoise.update({"train_steps": 1000, "batch_size": 64, "learning_rate": 4e-4})
 

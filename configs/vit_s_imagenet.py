@@ -9,8 +9,9 @@ Weights are read by the names of this project's own ViT (see docs/architecture.m
 The paper reports 83.87 → 84.02 acc@1 for its ViT-S; not yet measured here.
 """
 
-from configs.default import get_default
 from ml_collections import ConfigDict
+
+from configs.default import get_default
 
 
 def get_config() -> ConfigDict:
@@ -24,7 +25,9 @@ def get_config() -> ConfigDict:
     config.model.name = "vit_s16"
     config.model.num_classes = 1000
 
-    config.backbone.update({"batch_size": 1024, "learning_rate": 1e-3, "warmup": 10_000, "weight_decay": 0.1, "clip": 1.0})
+    config.backbone.update(
+        {"batch_size": 1024, "learning_rate": 1e-3, "warmup": 10_000, "weight_decay": 0.1, "clip": 1.0}
+    )
     config.denoise.update({"train_steps": 2000, "batch_size": 64, "learning_rate": 4e-4})
 
     config.evaluate.conditions = ("clean", "gaussian:20", "gaussian:50")

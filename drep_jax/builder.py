@@ -61,19 +61,25 @@ def build(config: Mapping[str, Any]) -> Setting:
     schedule = Schedule(**config["schedule"])
     reverse_steps(schedule, schedule.timesteps, 1, denoise["rule"])  # an unknown rule is refused before any work
     if denoise["rule"] == "affine":
-        raise ConfigError(f'denoise.rule "affine" is for maps given directly; choose among {sorted(RULES.keys() - {"affine"})}.')
+        raise ConfigError(
+            f'denoise.rule "affine" is for maps given directly; choose among {sorted(RULES.keys() - {"affine"})}.'
+        )
     train = open_source(data["source"], "train", **options)
     test = open_source(data["source"], "test", **options) if train.num_classes else None
     classes = config["model"].get("num_classes") or train.num_classes
     if not classes:
-        raise ConfigError("The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=….")
+        raise ConfigError(
+            "The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=…."
+        )
     if train.num_classes and train.num_classes > classes:
         raise ConfigError(f"model.num_classes={classes}, but {train.name} has {train.num_classes} classes.")
     overrides = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
     backbone = create_model(config["model"]["name"], num_classes=classes, image_size=size, **overrides)
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
-    chosen = select_sites(find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"])
+    chosen = select_sites(
+        find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"]
+    )
     sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"])
     return Setting(
         backbone=backbone,

@@ -59,7 +59,7 @@ class Figure:
         return {**dataclasses.asdict(self), "passed": self.passed, "decisive": self.decisive}
 
 
-def figure(squares: Sequence[float], epsilon: float) -> Figure:
+def figure(squares: Any, epsilon: float) -> Figure:
     """Makes a `Figure` of the sums of squares of (base, explicit, explicit − base, fused − explicit)."""
     base, explicit, change, error = (math.sqrt(float(value)) for value in squares)
     if change == 0.0:
@@ -117,7 +117,11 @@ class Certificate:
         results = {}
         for name, end in self.end_to_end.items():
             rows = [{"path": s.path, "slice": s.copy, "t": [*s.times], **s.figure.to_json()} for s in self.sites[name]]
-            results[name] = {**end.to_json(), "passed": all([end.passed, *(row["passed"] for row in rows)]), "sites": rows}
+            results[name] = {
+                **end.to_json(),
+                "passed": all([end.passed, *(row["passed"] for row in rows)]),
+                "sites": rows,
+            }
         return {
             "passed": self.passed,
             "rule": self.rule,
@@ -127,7 +131,9 @@ class Certificate:
         }
 
     def __str__(self) -> str:
-        lines = [f"Certificate: {'PASSED' if self.passed else 'FAILED'}   (rule {self.rule}, {self.steps} step(s) a site)"]
+        lines = [
+            f"Certificate: {'PASSED' if self.passed else 'FAILED'}   (rule {self.rule}, {self.steps} step(s) a site)"
+        ]
         for name, end in self.end_to_end.items():
             worst = max(self.sites[name], key=lambda site: site.figure.error / site.figure.bound)
             lines.append(
@@ -193,7 +199,9 @@ def _wide(leaf: Any) -> Any:
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-def _measure(settings: Any, variables: Tree, denoise: Tree, fused: Tree, args: Any) -> tuple[Figure, tuple[SiteFigure, ...]]:
+def _measure(
+    settings: Any, variables: Tree, denoise: Tree, fused: Tree, args: Any
+) -> tuple[Figure, tuple[SiteFigure, ...]]:
     backbone, sites, schedule, rule, steps, kwargs = settings
     types: dict[str, Any] = {}
 
@@ -250,7 +258,8 @@ def _squares(base: Any, explicit: Any, fused: Any) -> Any:
 
 def _structure(backbone: nn.Module, variables: Tree, fused: Tree, args: Any, kwargs: Any) -> dict[str, bool]:
     before, after = variables["params"], fused
-    same_tree = jax.tree_util.tree_structure(before) == jax.tree_util.tree_structure(after)
+    trees: list[Any] = [jax.tree_util.tree_structure(tree) for tree in (before, after)]
+    same_tree = trees[0] == trees[1]
 
     def forms(tree: Tree) -> list[Any]:
         return [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in jax.tree_util.tree_leaves(tree)]
@@ -261,9 +270,13 @@ def _structure(backbone: nn.Module, variables: Tree, fused: Tree, args: Any, kwa
         apply = jax.jit(lambda variables, args: backbone.apply(variables, *args, **kwargs))
 
         def shapes(tree: Tree) -> Tree:  # where an array lies is no property of the network
-            return jax.tree_util.tree_map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
+            return jax.tree_util.tree_map(
+                lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree
+            )
 
         # One line for both, because the text of a program names the line that asked for it.
-        one, two = (apply.lower(shapes({**variables, "params": p}), shapes(args)).compile().as_text() for p in (before, after))
+        one, two = (
+            apply.lower(shapes({**variables, "params": p}), shapes(args)).compile().as_text() for p in (before, after)
+        )
         same_program = one is not None and one == two
     return {"same_tree": same_tree, "same_dtypes": same_dtypes, "same_program": same_program}

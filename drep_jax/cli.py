@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
@@ -27,7 +28,9 @@ class Flags:
             "config", None, "Configuration file; --config.x.y=value overrides an entry.", lock_config=True
         )
         self._workdir = flags.DEFINE_string(
-            "workdir", None, "Where everything is written and resumed from; by default runs/<name of the configuration>."
+            "workdir",
+            None,
+            "Where everything is written and resumed from; by default runs/<name of the configuration>.",
         )
         if not any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:]):
             sys.argv.insert(1, f"--config={default}")
@@ -39,7 +42,8 @@ class Flags:
         Raises:
           ConfigError: if there is no such file.
         """
-        path = flags.FLAGS["config"].config_filename
+        flag: Any = flags.FLAGS["config"]
+        path = flag.config_filename
         if not os.path.isfile(path.partition(":")[0]):
             folder = os.path.dirname(path) or "."
             near = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
@@ -109,7 +113,9 @@ def _explain(error: BaseException) -> str:
         name = re.search(r"['\"](\w+)['\"]", text)
         near = re.search(r'Did you mean "(\w+)"', text)
         if name:
-            return f'Unknown setting "{name.group(1)}".' + (f' Did you mean "{near.group(1)}"?' if near else " configs/default.py lists them all.")
+            return f'Unknown setting "{name.group(1)}".' + (
+                f' Did you mean "{near.group(1)}"?' if near else " configs/default.py lists them all."
+            )
     return text
 
 

@@ -18,7 +18,7 @@ def flops(function: Callable[..., Any], *args: Any) -> float:
 
 def memory(function: Callable[..., Any], *args: Any) -> dict[str, int]:
     """Returns the compiled program's bytes for arguments, outputs and temporaries."""
-    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
+    analysis: Any = jax.jit(function).lower(*args).compile().memory_analysis()
     return {
         "argument": int(analysis.argument_size_in_bytes),
         "output": int(analysis.output_size_in_bytes),
@@ -26,9 +26,7 @@ def memory(function: Callable[..., Any], *args: Any) -> dict[str, int]:
     }
 
 
-def interleaved(
-    functions: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Times functions in turn, A B C, B C A, …, so that drift of a shared machine meets all of them alike.
 
     Args:

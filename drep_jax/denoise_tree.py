@@ -60,7 +60,9 @@ def sample_noise(denoise: Tree, sites: Sequence[Site], key: jax.Array) -> dict[s
     """
     for number, site in enumerate(sites):
         if not site.bias:
-            raise FusionError(f"{site.name}: sampled noise is a constant, and this site may not have one. Use zero noise.")
+            raise FusionError(
+                f"{site.name}: sampled noise is a constant, and this site may not have one. Use zero noise."
+            )
         leaves = get_in(denoise, site.path)
         z = jax.random.normal(jax.random.fold_in(key, number), noise_shape(site), leaves["kernel"].dtype)
         denoise = set_in(denoise, site.path, {**leaves, "z": z})
@@ -115,7 +117,9 @@ def check_finite(tree: Tree, what: str) -> None:
             raise NonFiniteError(f"{what}: {name or 'value'} contains NaN or Inf.")
 
 
-def site_steps(sites: Sequence[Site], schedule: Schedule, rule: str, steps: int | None = None) -> dict[Path, np.ndarray]:
+def site_steps(
+    sites: Sequence[Site], schedule: Schedule, rule: str, steps: int | None = None
+) -> dict[Path, np.ndarray]:
     """Returns each site's triples, float64 ([stack], k, 3), for k reverse steps down from its own t.
 
     Args:

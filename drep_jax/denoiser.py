@@ -105,8 +105,8 @@ def call_denoised(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: A
     vectors = denoise_features(extra["denoiser"], extra["triples"], features(layer, site.kind, x))
     if site.kind != "patch":
         return call(input_from_features(layer, vectors, x))
-    kernel, bias = module.get_variable("params", "kernel"), module.get_variable("params", "bias")
-    vectors, kernel, bias = module.promote_dtype(vectors, kernel, bias, dtype=module.dtype)
+    weights: Any = (module.get_variable("params", name) for name in ("kernel", "bias"))
+    vectors, kernel, bias = module.promote_dtype(vectors, *weights, dtype=module.dtype)
     matrix = kernel_matrix(layer, site.kind, kernel)
     y = affine(vectors, matrix[0] if site.groups == 1 else matrix, precision=module.precision)
     y = y if site.groups == 1 else y.reshape(*y.shape[:-2], -1)
@@ -126,7 +126,7 @@ def explicit_extras(
 
 
 def _floating(values: np.ndarray) -> Array:
-    return jnp.asarray(values, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
+    return jnp.asarray(values, jax.dtypes.canonicalize_dtype(np.float64))
 
 
 def explicit_apply(

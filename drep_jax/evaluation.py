@@ -47,7 +47,9 @@ def score_arms(
     everywhere = {name: parallel.replicate(variables) for name, variables in arms.items()}
     result: dict[str, dict[str, Scores]] = {}
     for condition in conditions:
-        prepare = parallel.on_devices(lambda x, i, c=condition: normalize(corrupt(x.astype("float32"), i, c, seed), mean, std))
+        prepare = parallel.on_devices(
+            lambda x, i, c=condition: normalize(corrupt(x.astype("float32"), i, c, seed), mean, std)
+        )
         outputs: dict[str, list[np.ndarray]] = {name: [] for name in arms}
         labels: list[np.ndarray] = []
         apply = parallel.on_devices(backbone.apply)
@@ -83,8 +85,8 @@ def summarize(results: Mapping[str, Mapping[str, Scores]], *, resamples: int, se
             }
             difference[name] = {m: 100.0 * i.difference for m, i in found.items()}
             interval[name] = {m: [100.0 * i.low, 100.0 * i.high] for m, i in found.items()}
-            first = next(iter(arms[ours]))
-            test[name] = mcnemar(arms[ours][first], arms[theirs][first])
+            if "acc@1" in arms[ours]:
+                test[name] = mcnemar(arms[ours]["acc@1"], arms[theirs]["acc@1"])
         table[condition] = {
             "n": len(next(iter(arms["baseline"].values()))),
             "baseline": percent["baseline"],

@@ -227,7 +227,9 @@ def finish(
     """Fuses, certifies, exports, evaluates all arms and writes the report."""
     options = config["denoise"]
     variables = arms["baseline"]
-    fused, certificate = fuse_and_certify(config, setting, variables, denoise, rule=options["rule"], steps=options["steps"])
+    fused, certificate = fuse_and_certify(
+        config, setting, variables, denoise, rule=options["rule"], steps=options["steps"]
+    )
     export(os.path.join(directory, "fused"), variables, fused, options["rule"], options["steps"], setting)
     params = {"backbone": variables["params"], "denoise": denoise}
     how = {"rule": options["rule"], "steps": options["steps"]}
@@ -277,7 +279,15 @@ def fuse_and_certify(
     fused = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps)
     images = certificate_images(config, setting)
     certificate = certify(
-        setting.backbone, variables, denoise, setting.sites, setting.schedule, images, rule=rule, steps=steps, fused=fused
+        setting.backbone,
+        variables,
+        denoise,
+        setting.sites,
+        setting.schedule,
+        images,
+        rule=rule,
+        steps=steps,
+        fused=fused,
     )
     return fused, certificate
 
@@ -417,7 +427,9 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     wanted = config["denoise"]["train_steps"]
     folder = os.path.join(directory, "checkpoints", "denoise")
     if not os.path.isdir(folder):
-        raise CheckpointError(f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first.")
+        raise CheckpointError(
+            f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first."
+        )
     checkpointer = Checkpointer(folder)
     try:
         state, frozen, _ = checkpointer.restore(state, frozen)
@@ -458,7 +470,9 @@ def refuse(
     rule = config["denoise"]["rule"] if rule is None else rule
     steps = config["denoise"]["steps"] if steps is None else steps
     if rule == "affine":
-        raise ConfigError('Rule "affine" is for maps given directly; these denoisers predict noise. Use ddpm, paper or ddim.')
+        raise ConfigError(
+            'Rule "affine" is for maps given directly; these denoisers predict noise. Use ddpm, paper or ddim.'
+        )
     check_finite({"backbone": variables, "denoise": denoise}, "Refusing to fuse")
     if noise == "sample":
         denoise = sample_noise(denoise, setting.sites, jax.random.key(seed))
@@ -467,9 +481,7 @@ def refuse(
     exact = None
     if dtype is not None:
         exact = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps, round_back=False)
-    export(
-        out, variables, fused, rule, steps, setting, dtype=dtype, allow_rounding=allow_rounding, exact=exact
-    )
+    export(out, variables, fused, rule, steps, setting, dtype=dtype, allow_rounding=allow_rounding, exact=exact)
     workdir.write_json(os.path.join(out, "certificate.json"), certificate.to_json())
     return certificate
 
@@ -520,7 +532,9 @@ def dry_run(config: Config) -> str:
         state, metrics = step(state, kept, parallel.shard(batch))
         loss = float(parallel.unreplicate(metrics)["loss"])
         seconds.append(time.perf_counter() - began)
-        print(f"  step {number + 1}: loss {loss:.3f}, {seconds[-1]:.2f} s{' (compiling included)' if not number else ''}")
+        print(
+            f"  step {number + 1}: loss {loss:.3f}, {seconds[-1]:.2f} s{' (compiling included)' if not number else ''}"
+        )
     more = (
         f"\nBatch {size} on {parallel.device_count()} device(s): {seconds[1]:.2f} s a step, {size / seconds[1]:.1f} images/s; "
         f"peak memory {cost.peak_memory() / 2**30:.2f} GiB."

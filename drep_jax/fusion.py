@@ -72,16 +72,20 @@ def fuse(
     return jax.tree_util.tree_map_with_path(replace, params["backbone"])
 
 
-def _fuse_layer(layer: Layer, site: Site, node: Any, denoiser: Any, triples: np.ndarray, strength: Any) -> dict[str, Any]:
+def _fuse_layer(
+    layer: Layer, site: Site, node: Any, denoiser: Any, triples: np.ndarray, strength: Any
+) -> dict[str, Any]:
     weights = {name: node[name] for name in ("kernel", "bias") if name in node}
     if layer.bias != ("bias" in weights):
-        raise FusionError(f"{layer.name}: expected {'a' if layer.bias else 'no'} bias leaf in the backbone's parameters.")
+        raise FusionError(
+            f"{layer.name}: expected {'a' if layer.bias else 'no'} bias leaf in the backbone's parameters."
+        )
     wide = jnp.promote_types(weights["kernel"].dtype, jnp.float32)
     wide = jnp.promote_types(wide, denoiser["kernel"].dtype)
 
     def one(weights: Any, denoiser: Any, triples: Any) -> Any:
         cast = jax.tree_util.tree_map(lambda leaf: leaf.astype(wide), (weights, denoiser))
-        fused = _compose(layer, site, *cast, triples.astype(wide))
+        fused = _compose(layer, site, cast[0], cast[1], triples.astype(wide))
         tau = jnp.asarray(strength, wide)
         mix = {name: (1 - tau) * leaf + tau * fused[name] for name, leaf in cast[0].items()}  # exact at τ = 0 and 1
         return {name: leaf.astype(weights[name].dtype) for name, leaf in mix.items()}

@@ -15,7 +15,13 @@ Tree = Any
 
 
 def placebo_denoisers(
-    params: Tree, sites: Sequence[Site], schedule: Schedule, key: jax.Array, *, rule: str = "ddpm", steps: int | None = None
+    params: Tree,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    key: jax.Array,
+    *,
+    rule: str = "ddpm",
+    steps: int | None = None,
 ) -> Tree:
     """Returns denoisers for rule "affine" whose maps are random and as large as the learned ones.
 

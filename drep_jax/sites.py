@@ -187,7 +187,7 @@ def _lookup(tree: Any, path: Path) -> Any:
     return tree
 
 
-def _tuple(value: None | int | Sequence[int], rank: int) -> tuple[int, ...]:
+def _tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
     if value is None:
         return (1,) * rank
     return (value,) * rank if isinstance(value, int) else tuple(value)
@@ -207,11 +207,12 @@ def _window(layer: nn.Conv) -> Window:
 
 
 def _describe(layer: nn.Module, x: Any, outer: Any, reads: int, order: int) -> Layer:
-    kernel = layer.get_variable("params", "kernel")
-    lifts = [re.findall(r"(\w+)\(", part) for part in layer.scope.debug_path]  # as in "remat(scan(encoder))"
+    kernel: Any = layer.get_variable("params", "kernel")
+    scope: Any = layer.scope
+    lifts = [re.findall(r"(\w+)\(", part) for part in scope.debug_path]  # as in "remat(scan(encoder))"
     transforms = [name for names in lifts for name in names]
     scans = [depth for depth, names in enumerate(lifts) if "scan" in names]
-    outer_shape = getattr(outer.get("kernel"), "shape", None) if isinstance(outer, Mapping) else None
+    outer_shape: Any = getattr(outer.get("kernel"), "shape", None) if isinstance(outer, Mapping) else None
     stacked = outer_shape is not None and outer_shape != kernel.shape
 
     if isinstance(layer, nn.Conv):

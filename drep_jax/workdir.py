@@ -43,7 +43,9 @@ def claim(workdir: str, config: Mapping[str, Any]) -> None:
             file.write("x" * 4096)
         os.remove(probe)
     except OSError as error:
-        raise CheckpointError(f"Cannot write to the work directory {workdir}: {error.strerror}. Choose another --workdir.") from error
+        raise CheckpointError(
+            f"Cannot write to the work directory {workdir}: {error.strerror}. Choose another --workdir."
+        ) from error
     path = os.path.join(workdir, CONFIG)
     if not os.path.exists(path):
         write_json(path, config)

@@ -29,7 +29,9 @@ def _to_tree(state: TrainState, frozen: Tree) -> Tree:
 def abstract(tree: Tree) -> Tree:
     """Returns the shapes and types of a tree, placed on the first local device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype, sharding=here), tree)
+    return jax.tree_util.tree_map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype, sharding=here), tree
+    )
 
 
 class Checkpointer:

@@ -93,7 +93,8 @@ def run_stage(
         return state, spent
     writer.rewind(name, start)
     many, kept = parallel.replicate(state), parallel.replicate(frozen)
-    began, pending = time.perf_counter(), []
+    began = time.perf_counter()
+    pending: list[tuple[int, dict[str, Any]]] = []
     bar = tqdm.tqdm(total=steps, initial=start, desc=name, disable=not progress, unit="step", mininterval=0.5)
 
     def flush() -> None:
@@ -131,5 +132,7 @@ def run_stage(
                 flush()
                 save()
             if interrupt.raised and number < steps:
-                raise Interrupted(f"Stopped by Ctrl-C in stage {name} after step {number} of {steps}; the state is saved.")
+                raise Interrupted(
+                    f"Stopped by Ctrl-C in stage {name} after step {number} of {steps}; the state is saved."
+                )
     return parallel.unreplicate(many), spent + time.perf_counter() - began

@@ -105,11 +105,16 @@ def split(params: Tree, trainable: Sequence[str]) -> tuple[Tree, Tree]:
     return chosen, {name: tree for name, tree in params.items() if name not in trainable}
 
 
-def create_state(params: Tree, others: Tree, tx: optax.GradientTransformation, frozen: Tree, key: jax.Array) -> TrainState:
+def create_state(
+    params: Tree, others: Tree, tx: optax.GradientTransformation, frozen: Tree, key: jax.Array
+) -> TrainState:
     """Returns the state before the first step; `tx` is a `partitioned` optimiser over both parts."""
     return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, others=others,
-        opt_state=tx.init({**params, **frozen}), key=jax.random.key_data(key),
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        others=others,
+        opt_state=tx.init({**params, **frozen}),
+        key=jax.random.key_data(key),
     )
 
 
