@@ -3,6 +3,7 @@
 import contextlib
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,8 +64,8 @@ def run_stage(
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
     Order: restore state and data position, drop log lines beyond it, then step; at every multiple of `log_every` the
-    losses of all steps since are checked and logged; at every multiple of `checkpoint_every`, at the end and at Ctrl-C
-    the state is saved, after that check, so a saved state is always a good one.
+    losses of all steps since are checked and their mean is logged; at every multiple of `checkpoint_every`, at the end
+    and at Ctrl-C the state is saved, after that check, so a saved state is always a good one.
 
     Args:
       name: of the stage, in logs and messages.
@@ -85,51 +86,56 @@ def run_stage(
       Interrupted: after saving.
     """
     spent = 0.0
+    unlogged: list[dict[str, float]] = []  # what each step returned since the last line of the log
     if checkpointer.latest() is not None:
         state, _, meta = checkpointer.restore(state, frozen)
-        spent = float(meta["seconds"])
+        spent, unlogged = float(meta["seconds"]), list(meta["unlogged"])
     start = int(state.step)
     if start >= steps:
         return state, spent
     writer.rewind(name, start)
     many, kept = parallel.replicate(state), parallel.replicate(frozen)
     began = time.perf_counter()
-    pending: list[tuple[int, dict[str, Any]]] = []
+    waiting: list[tuple[int, dict[str, Any]]] = []
     bar = tqdm.tqdm(total=steps, initial=start, desc=name, disable=not progress, unit="step", mininterval=0.5)
 
-    def flush() -> None:
-        values = {n: parallel.unreplicate(m) for n, m in pending}
-        for number, metrics in values.items():
-            for key, value in metrics.items():
+    def check() -> None:
+        """Fetches what the steps since the last check returned, and stops at the first number that is not finite."""
+        for number, metrics in waiting:
+            values = {key: float(value) for key, value in parallel.unreplicate(metrics).items()}
+            for key, value in values.items():
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"Stage {name}: {key} became {value} at step {number}. Training stopped; the last good checkpoint "
-                        f"(step {checkpointer.latest() or 0}) in {checkpointer.directory} is kept. Lower the learning rate "
-                        "or check the images, then run again."
+                        f"(step {checkpointer.latest() or 0}) in {checkpointer.directory} is kept. Lower the learning "
+                        "rate or check the images, then run again."
                     )
-        if values:
-            number = max(values)
-            scalars = {key: float(value) for key, value in values[number].items()}
-            scalars["seconds"] = spent + time.perf_counter() - began
-            writer.write(name, number, scalars)
-            bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-        pending.clear()
+            unlogged.append(values)
+        waiting.clear()
+
+    def log(number: int) -> None:
+        check()
+        scalars = {key: statistics.fmean(values[key] for values in unlogged) for key in unlogged[0]}
+        unlogged.clear()
+        writer.write(name, number, {**scalars, "seconds": spent + time.perf_counter() - began})
+        bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
 
     def save() -> None:
-        seconds = spent + time.perf_counter() - began
+        check()
         one = parallel.unreplicate(many)
-        checkpointer.save(one, frozen, {"stage": name, "seconds": seconds, "data_position": int(one.step)})
+        seconds = spent + time.perf_counter() - began
+        meta = {"stage": name, "seconds": seconds, "data_position": int(one.step), "unlogged": unlogged}
+        checkpointer.save(one, frozen, meta)
 
     with bar, catching_interrupt() as interrupt:
         iterator = batches(start)
         for number in range(start + 1, steps + 1):
             many, metrics = step_fn(many, kept, parallel.shard(next(iterator)))
-            pending.append((number, metrics))
+            waiting.append((number, metrics))
             bar.update()
-            if number % log_every == 0 or number == steps or interrupt.raised or number == start + 1:
-                flush()
+            if number % log_every == 0 or number in (1, steps):
+                log(number)
             if number % checkpoint_every == 0 or number == steps or interrupt.raised:
-                flush()
                 save()
             if interrupt.raised and number < steps:
                 raise Interrupted(
