@@ -53,6 +53,8 @@ def get_default() -> ConfigDict:
         {
             "rule": "ddpm",  # ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
             "steps": 1,  # reverse steps a site
+            "learner": "algorithm1",  # algorithm1, or closed_form: its global minimum in one pass
+            "moment_images": 0,  # images whose moments give the optimum; 0 for all
             "loss": "l2",  # l2, l1 or l1+l2
             "tokens": 1.0,  # share of each image's feature vectors to learn from
             "train_steps": 1000,

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.backbone.update(
         {"batch_size": 1024, "learning_rate": 1e-3, "warmup": 10_000, "weight_decay": 0.1, "clip": 1.0}
     )
-    config.denoise.update({"train_steps": 2000, "batch_size": 64, "learning_rate": 4e-4})
+    config.denoise.update({"train_steps": 2000, "batch_size": 64, "learning_rate": 4e-4, "moment_images": 10_000})
 
     config.evaluate.conditions = ("clean", "gaussian:20", "gaussian:50")
     config.evaluate.batch_size = 256

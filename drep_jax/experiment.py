@@ -4,29 +4,34 @@ Order of a run in a work directory, each step resumed or passed over if it is do
 backbone → control arm (backbone trained on) → denoisers → fusion, certificate, export → evaluation → report.
 """
 
+import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
-from drep_jax import cost, evaluation, report, weights, workdir
+from drep_jax import closed_form, cost, evaluation, report, weights, workdir
 from drep_jax.builder import Setting, build
 from drep_jax.certificate import Certificate, certify
-from drep_jax.data.loader import normalize, training_batches
+from drep_jax.closed_form import MOMENTS, Moments, load_moments, save_moments
+from drep_jax.data.loader import evaluation_batches, normalize, training_batches
 from drep_jax.denoise_tree import check_finite, get_in, init_denoise, sample_noise
 from drep_jax.denoiser import algorithm1_losses, explicit_apply
-from drep_jax.errors import CheckpointError, ConfigError
+from drep_jax.errors import CheckpointError, ConfigError, lookup
 from drep_jax.fusion import fuse_exact, survival
 from drep_jax.placebo import placebo_denoisers
+from drep_jax.sites import Path
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import FILE, MetricWriter, read_metrics
 from drep_jax.training.loop import run_stage
+from drep_jax.training.moments import collect_moments
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned, split
 
 Tree = Any
@@ -97,31 +102,100 @@ def train_labelled(
 def learn_denoisers(
     config: Config, setting: Setting, variables: Tree, directory: str, writer: MetricWriter
 ) -> tuple[Tree, dict[str, Any]]:
-    """Learns the denoisers by Algorithm 1, without labels, on the frozen backbone.
+    """Learns the denoisers without labels on the frozen backbone, by Algorithm 1 or as its global minimum.
 
     Returns:
       The `denoise` subtree, and the report's section on learning.
     """
+    learner = lookup(LEARNERS, config["denoise"]["learner"], "learner")
+    began = time.perf_counter()
+    moments = take_moments(config, setting, variables, directory)
+    pass_seconds = time.perf_counter() - began
+    optimum = closed_form.expected_losses(moments, setting.sites, setting.schedule)
+    denoise, learning = learner(config, setting, variables, moments, directory, writer)
+    start = closed_form.expected_losses(moments, setting.sites, setting.schedule, init_denoise(setting.sites))
+    final = closed_form.expected_losses(moments, setting.sites, setting.schedule, denoise)
+    return denoise, {
+        "learner": config["denoise"]["learner"],
+        **learning,
+        "moment_seconds": pass_seconds,
+        "per_site": {name: [start[name], final[name]] for name in start},
+        "optimum": optimum,
+        "images": len(setting.train),
+    }
+
+
+def take_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
+    """Returns the moments of the sites' features over the training images, from the run's own file if it has them."""
+    path = os.path.join(directory, MOMENTS)
+    owner = weights.digest(variables)
+    if os.path.exists(path):
+        return load_moments(path, setting.sites, owner)
+    batch = config["denoise"]["batch_size"]
+    parallel.check_batch(batch, "denoise.batch_size")
+    limit = config["denoise"]["moment_images"] or len(setting.train)
+    count = min(-(-limit // batch), -(-len(setting.train) // batch))
+    bar = tqdm.tqdm(itertools.islice(evaluation_batches(setting.train, batch), count), "moments", count, unit="batch")
+    bar.disable = bar.disable or not config["progress"]
+    batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
+    moments = collect_moments(setting.backbone, variables, setting.sites, batches)
+    save_moments(path, moments, owner)
+    return moments
+
+
+def _by_algorithm1(
+    config: Config,
+    setting: Setting,
+    variables: Tree,
+    moments: Mapping[Path, Moments],
+    directory: str,
+    writer: MetricWriter,
+) -> tuple[Tree, dict[str, Any]]:
     options = config["denoise"]
     others = {name: tree for name, tree in variables.items() if name != "params"}
+    least = sum(closed_form.expected_losses(moments, setting.sites, setting.schedule).values())
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         return denoising_objective(setting, options, params, others, batch, key)
 
+    def gap(params: Tree) -> dict[str, float]:
+        now = closed_form.expected_losses(moments, setting.sites, setting.schedule, params["denoise"])
+        return {"gap": sum(now.values()) - least}
+
     params = {"backbone": variables["params"], "denoise": init_denoise(setting.sites)}
-    state, seconds = _train(config, setting, "denoise", params, others, ("denoise",), loss_fn, directory, writer)
+    state, seconds = _train(
+        config, setting, "denoise", params, others, ("denoise",), loss_fn, directory, writer, probe=gap
+    )
     lines = [line for line in read_metrics(os.path.join(directory, FILE)) if line["stage"] == "denoise"]
-    names = [n for n in lines[0] if n not in ("stage", "step", "loss", "seconds")] if lines else []
-    learning = {
-        "learner": "algorithm1",
-        "steps": int(state.step),
-        "seconds": seconds,
-        "loss": [[line["step"], line["loss"]] for line in lines],
-        "per_site": {name: [lines[0][name], lines[-1][name]] for name in names},
-        "optimum": None,
-        "images": len(setting.train),
-    }
-    return state.params["denoise"], learning
+    curve = [[line["step"], line["loss"]] for line in lines]
+    return state.params["denoise"], {"steps": int(state.step), "seconds": seconds, "loss": curve}
+
+
+def _by_closed_form(
+    config: Config,
+    setting: Setting,
+    variables: Tree,
+    moments: Mapping[Path, Moments],
+    directory: str,
+    writer: MetricWriter,
+) -> tuple[Tree, dict[str, Any]]:
+    began = time.perf_counter()
+    solved = closed_form.closed_form(moments, setting.sites, setting.schedule)
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    params = {"backbone": variables["params"], "denoise": solved}
+    state, frozen, _ = _start(config, "denoise", params, others, ("denoise",))
+    checkpointer = Checkpointer(os.path.join(directory, "checkpoints", "denoise"))
+    try:
+        checkpointer.save(state, frozen, {"stage": "denoise"})
+    finally:
+        checkpointer.close()
+    return solved, {"steps": 0, "seconds": time.perf_counter() - began, "loss": []}
+
+
+LEARNERS: dict[str, Callable[..., tuple[Tree, dict[str, Any]]]] = {
+    "algorithm1": _by_algorithm1,
+    "closed_form": _by_closed_form,
+}
 
 
 def denoising_objective(
@@ -162,6 +236,7 @@ def _train(
     loss_fn: Any,
     directory: str,
     writer: MetricWriter,
+    probe: Any = None,
 ) -> Any:
     options = config[stage]
     parallel.check_batch(options["batch_size"], f"{stage}.batch_size")
@@ -186,6 +261,7 @@ def _train(
             log_every=config["log_every"],
             checkpoint_every=config["checkpoint_every"],
             progress=config["progress"],
+            probe=probe,
         )
     finally:
         checkpointer.close()
@@ -208,7 +284,9 @@ def _start(config: Config, stage: str, params: Tree, others: Tree, trainable: tu
 
 
 def _steps(config: Config, stage: str) -> int:
-    return config[stage]["train_steps" if stage == "denoise" else "steps"]
+    if stage != "denoise":
+        return config[stage]["steps"]
+    return config[stage]["train_steps"] if config[stage]["learner"] == "algorithm1" else 0
 
 
 def _key(config: Config, purpose: str) -> jax.Array:
@@ -424,7 +502,7 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     zeros = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(variables))
     params = {"backbone": zeros.pop("params"), "denoise": init_denoise(setting.sites)}
     state, frozen, _ = _start(config, "denoise", params, zeros, ("denoise",))
-    wanted = config["denoise"]["train_steps"]
+    wanted = _steps(config, "denoise")
     folder = os.path.join(directory, "checkpoints", "denoise")
     if not os.path.isdir(folder):
         raise CheckpointError(

@@ -60,6 +60,7 @@ def run_stage(
     log_every: int,
     checkpoint_every: int,
     progress: bool = True,
+    probe: Callable[[Tree], dict[str, float]] | None = None,
 ) -> tuple[TrainState, float]:
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
@@ -77,6 +78,7 @@ def run_stage(
       checkpointer, writer: of this stage and run.
       log_every, checkpoint_every: in steps.
       progress: whether to show a bar.
+      probe: trained parameters ↦ further numbers for the log and the bar, such as the gap to a known optimum.
 
     Returns:
       The final state (one copy) and the seconds spent in all, earlier parts of a resumed stage included.
@@ -117,8 +119,10 @@ def run_stage(
         check()
         scalars = {key: statistics.fmean(values[key] for values in unlogged) for key in unlogged[0]}
         unlogged.clear()
-        writer.write(name, number, {**scalars, "seconds": spent + time.perf_counter() - began})
-        bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
+        extra = probe(parallel.unreplicate(many.params)) if probe else {}
+        writer.write(name, number, {**scalars, **extra, "seconds": spent + time.perf_counter() - began})
+        shown = {"loss": scalars["loss"], **extra}
+        bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
 
     def save() -> None:
         check()

@@ -4,6 +4,7 @@ Names are the paths of the variable tree, collection first, as in "params/encode
 what was fused into them, so that fused weights are never fused again by mistake.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +29,15 @@ def names_of(tree: Tree) -> dict[str, Any]:
     """Returns {path: leaf} with "/" between the parts of a path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
+
+
+def digest(tree: Tree) -> str:
+    """Returns a hash of all names and numbers of a tree."""
+    total = hashlib.sha256()
+    for name, leaf in sorted(names_of(tree).items()):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()
 
 
 def save_safetensors(path: str, variables: Tree, fusion: Mapping[str, Any] | None = None) -> None:

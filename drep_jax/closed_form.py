@@ -1,0 +1,244 @@
+"""Algorithm 1's global minimum without training: for squared error it is linear regression with known input noise.
+
+With the mean m and covariance Σ of a site's features and X = √ᾱ·F + √(1−ᾱ)·ε, the covariance of X is C = ᾱ·Σ + (1−ᾱ)·I, and
+
+    W_D* = √(1−ᾱ)·C⁻¹        b_D* = −√ᾱ·W_D*·m        least loss per number = 1 − (1−ᾱ)/d · tr C⁻¹.
+
+Through the origin, E[F Fᵀ] = Σ + m mᵀ takes the place of Σ, and b_D = 0. One pass over unlabelled images gives the moments.
+"""
+
+import dataclasses
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float
+
+from drep_jax.denoise_tree import get_in, set_in
+from drep_jax.denoiser import sow, visit_sites
+from drep_jax.errors import CheckpointError, DataError, NonFiniteError
+from drep_jax.linear_view import features
+from drep_jax.schedule import Schedule
+from drep_jax.sites import Layer, Path, Site
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Moments of the features at one site, float64; leading axes are ([stack], [groups]).
+
+    Attributes:
+      count: number of feature vectors.
+      mean: (…, d).
+      covariance: (…, d, d), of the population (divided by the count).
+    """
+
+    count: int
+    mean: Float[np.ndarray, "*lead d"]
+    covariance: Float[np.ndarray, "*lead d d"]
+
+    @property
+    def second(self) -> Float[np.ndarray, "*lead d d"]:
+        """E[F Fᵀ]."""
+        return self.covariance + self.mean[..., :, None] * self.mean[..., None, :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pass over the images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def batch_sums(
+    backbone: nn.Module, variables: Tree, sites: Sequence[Site], shifts: Mapping[str, Any], mask: Any, *args: Any
+) -> dict[str, dict[str, Any]]:
+    """Returns, for each site, the sums over one batch of (F − shift), (F − shift)(F − shift)ᵀ and 1.
+
+    Args:
+      backbone, variables: the frozen backbone.
+      sites: where to look.
+      shifts: {site name: ([stack], [groups], d)}, near the mean, so that float32 loses nothing to cancellation.
+      mask: (batch,) 1 for real images, 0 for padding.
+      *args: for the backbone, the batch first.
+    """
+    extras = {site.path: shifts[site.name] for site in sites}
+
+    def visit(site: Site, layer: Layer, module: nn.Module, shift: Any, x: Any, call: Any) -> Any:
+        if layer.path == site.path:
+            vectors = features(layer, site.kind, x)
+            vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+            shape = shift.shape
+            grouped = vectors.reshape(-1, *shape)
+            weight = jnp.ones(grouped.shape[0], grouped.dtype)
+            if grouped.shape[0] % mask.shape[0] == 0:  # else a table without a batch axis, the same for every example
+                weight = jnp.repeat(mask.astype(grouped.dtype), grouped.shape[0] // mask.shape[0])
+            wide = weight.reshape(-1, *(1,) * len(shape))
+            centred = (grouped - shift[None]) * wide
+            square = "nd,ne->de" if len(shape) == 1 else "ngd,nge->gde"
+            product = jnp.einsum(square, centred, centred, precision=jax.lax.Precision.HIGHEST)
+            sow(module, layer, "first", jnp.sum(centred, axis=0))
+            sow(module, layer, "second", product)
+            sow(module, layer, "count", jnp.sum(weight))
+        return call(x)
+
+    _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True)
+    return {site.name: dict(get_in(collected, site.path)) for site in sites}
+
+
+def moments_from_sums(site: Site, sums: Mapping[str, np.ndarray], shift: np.ndarray) -> Moments:
+    """Turns sums around `shift`, float64, into moments.
+
+    Raises:
+      NonFiniteError: for NaN or Inf in the features, naming the site.
+      DataError: if no feature vector was seen.
+    """
+    if not all(np.isfinite(value).all() for value in sums.values()):
+        raise NonFiniteError(
+            f"{site.name}: the features contain NaN or Inf; check the images and the backbone's weights."
+        )
+    count = np.asarray(sums["count"])
+    if count.min() < 1:
+        raise DataError(f"{site.name}: no feature vector was seen.")
+
+    def mean(total: np.ndarray) -> np.ndarray:
+        return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
+
+    offset, second = mean(sums["first"]), mean(sums["second"])
+    covariance = second - offset[..., :, None] * offset[..., None, :]
+    return Moments(int(count.max()), shift + offset, (covariance + np.swapaxes(covariance, -1, -2)) / 2)
+
+
+MOMENTS = "moments.npz"
+"""Name of the file in a run directory."""
+
+
+def save_moments(path: str, moments: Mapping[Path, Moments], owner: str) -> None:
+    """Writes moments whole or not at all; `owner` identifies the backbone whose features they describe."""
+    arrays: dict[str, Any] = {"owner": np.array(owner)}
+    for where, known in moments.items():
+        for field in dataclasses.fields(known):
+            arrays[f"{'/'.join(where)}:{field.name}"] = np.asarray(getattr(known, field.name))
+    with open(f"{path}.tmp", "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(f"{path}.tmp", path)
+
+
+def load_moments(path: str, sites: Sequence[Site], owner: str) -> dict[Path, Moments]:
+    """Reads the moments of the given sites.
+
+    Raises:
+      CheckpointError: if the file is damaged, belongs to another backbone, or lacks a site or has it in another width.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it and run again to take the moments anew."
+        ) from error
+    if str(arrays.get("owner")) != owner:
+        raise CheckpointError(
+            f"{path} holds the moments of another backbone; delete it and run again to take them anew."
+        )
+    moments = {}
+    for site in sites:
+        found: dict[str, Any] = {name: arrays.get(f"{site.name}:{name}") for name in ("count", "mean", "covariance")}
+        shapes = {name: None if value is None else value.shape for name, value in found.items()}
+        if shapes["mean"] != site.denoiser_shape[:-1] or shapes["covariance"] != site.denoiser_shape:
+            raise CheckpointError(
+                f"{path}: moments of {site.name} have shape {shapes['covariance']}, expected {site.denoiser_shape}; they "
+                "belong to other sites or another image size. Delete the file and run again."
+            )
+        moments[site.path] = Moments(int(arrays[f"{site.name}:count"]), found["mean"], found["covariance"])
+    return moments
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The minimum
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _noisy_covariance(moments: Moments, alpha_bar: Any, bias: bool) -> np.ndarray:
+    """C = ᾱ·Σ + (1−ᾱ)·I, or with E[F Fᵀ] through the origin; `alpha_bar` has the leading axes or none."""
+    spread = moments.covariance if bias else moments.second
+    bar = np.asarray(alpha_bar, np.float64).reshape(np.shape(alpha_bar) + (1,) * (spread.ndim - np.ndim(alpha_bar)))
+    return bar * spread + (1.0 - bar) * np.eye(spread.shape[-1])
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Inverts symmetric positive definite matrices (…, d, d) by Cholesky."""
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    eye = np.eye(matrix.shape[-1])
+    return np.stack([scipy.linalg.cho_solve(scipy.linalg.cho_factor(m), eye) for m in flat]).reshape(matrix.shape)
+
+
+def alpha_bars(site: Site, schedule: Schedule) -> Any:
+    """ᾱ at the site's own t: a number, or one for each stacked copy."""
+    bars = np.array([schedule.alpha_bar(t) for t in site.times])
+    return bars[0] if site.stack is None else bars
+
+
+def minimiser(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.ndarray]:
+    """Returns the site's best denoiser {"kernel", "bias"} in Flax layout, float64; no bias where the site may have none.
+
+    The noise itself regularises: C has no eigenvalue below 1 − ᾱ, so rank-deficient features and dead channels need no
+    further ridge.
+    """
+    bars = alpha_bars(site, schedule)
+    lead = moments.covariance.ndim - np.ndim(bars)
+    noise = np.sqrt(1.0 - bars).reshape(np.shape(bars) + (1,) * lead)
+    weight = noise * _inverse(_noisy_covariance(moments, bars, site.bias))
+    weight = (weight + np.swapaxes(weight, -1, -2)) / 2  # W_D* is symmetric, so Flax's transposed layout is the same
+    if not site.bias:
+        return {"kernel": weight}
+    signal = np.sqrt(bars).reshape(np.shape(bars) + (1,) * (lead - 1))
+    return {"kernel": weight, "bias": -signal * np.einsum("...de,...e->...d", weight, moments.mean)}
+
+
+def closed_form(moments: Mapping[Path, Moments], sites: Sequence[Site], schedule: Schedule) -> Tree:
+    """Returns the `denoise` subtree of the minimisers, in float32."""
+    tree: Tree = {}
+    for site in sites:
+        leaves = minimiser(site, moments[site.path], schedule)
+        tree = set_in(tree, site.path, {name: leaf.astype(np.float32) for name, leaf in leaves.items()})
+    return tree
+
+
+def expected_loss(site: Site, moments: Moments, schedule: Schedule, denoiser: Tree) -> Any:
+    """Returns Algorithm 1's l2 loss of any linear denoiser exactly, a number (one a stacked copy), averaged over groups.
+
+    E‖ε − W X − b‖² / d = [d − 2√(1−ᾱ)·tr W + tr(W C Wᵀ) + ‖√ᾱ·W m + b‖²] / d, C with the covariance Σ.
+    """
+    bars = alpha_bars(site, schedule)
+    kernel = np.asarray(denoiser["kernel"], np.float64)  # W_Dᵀ
+    width = site.width
+    spread = _noisy_covariance(moments, bars, bias=True)
+    lead = kernel.ndim - 2 - np.ndim(bars)
+    noise, signal = (np.reshape(v, np.shape(bars) + (1,) * lead) for v in (np.sqrt(1.0 - bars), np.sqrt(bars)))
+    offset = signal[..., None] * np.einsum("...ij,...i->...j", kernel, moments.mean)
+    if "bias" in denoiser:
+        offset = offset + np.asarray(denoiser["bias"], np.float64)
+    quadratic = np.sum(kernel * (spread @ kernel), axis=(-2, -1)) + np.sum(offset**2, axis=-1)
+    trace = np.trace(kernel, axis1=-2, axis2=-1)
+    loss = (width - 2.0 * noise * trace + quadratic) / width
+    return loss if site.groups == 1 else loss.mean(axis=-1)
+
+
+def expected_losses(
+    moments: Mapping[Path, Moments], sites: Sequence[Site], schedule: Schedule, denoise: Tree | None = None
+) -> dict[str, float]:
+    """Returns the exact loss of each site's denoiser, named like the training metrics; without denoisers, the optimum."""
+    table = {}
+    for site in sites:
+        known = moments[site.path]
+        denoiser = minimiser(site, known, schedule) if denoise is None else get_in(denoise, site.path)
+        loss = np.asarray(expected_loss(site, known, schedule, denoiser))
+        for copy, value in enumerate(loss.reshape(-1)):
+            table[site.name if site.stack is None else f"{site.name}[{copy}]"] = float(value)
+    return table
