@@ -7,6 +7,7 @@ Exit status: 0 if the certificate holds, 3 if it fails, 1 for bad input.
 """
 
 import os
+import shlex
 import sys
 
 from absl import flags
@@ -46,4 +47,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(absl_main(main, resume=f"python {' '.join(sys.argv)}"))
+    sys.exit(absl_main(main, resume=shlex.join(["python", *sys.argv])))

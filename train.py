@@ -8,6 +8,7 @@ A run that was interrupted goes on where it stopped when the same command is giv
 """
 
 import os
+import shlex
 import sys
 
 from drep_jax.cli import absl_main, define_config
@@ -31,4 +32,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(absl_main(main, resume=f"python {' '.join(sys.argv)}"))
+    sys.exit(absl_main(main, resume=shlex.join(["python", *sys.argv])))

@@ -45,6 +45,7 @@ def score_arms(
     """
     parallel.check_batch(batch_size, "evaluate.batch_size")
     everywhere = {name: parallel.replicate(variables) for name, variables in arms.items()}
+    apply = parallel.on_devices(backbone.apply)
     result: dict[str, dict[str, Scores]] = {}
     for condition in conditions:
         prepare = parallel.on_devices(
@@ -52,7 +53,6 @@ def score_arms(
         )
         outputs: dict[str, list[np.ndarray]] = {name: [] for name in arms}
         labels: list[np.ndarray] = []
-        apply = parallel.on_devices(backbone.apply)
         for batch in evaluation_batches(source, batch_size):
             sharded = parallel.shard({"image": batch["image"], "index": batch["index"]})
             images = prepare(sharded["image"], sharded["index"])

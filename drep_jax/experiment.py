@@ -19,10 +19,11 @@ from drep_jax import closed_form, cost, evaluation, report, weights, workdir
 from drep_jax.builder import Setting, build
 from drep_jax.certificate import Certificate, certify
 from drep_jax.closed_form import MOMENTS, Moments, load_moments, save_moments
+from drep_jax.data.corruptions import parse_corruption
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
-from drep_jax.denoise_tree import check_finite, get_in, init_denoise, sample_noise
-from drep_jax.denoiser import algorithm1_losses, explicit_apply
-from drep_jax.errors import CheckpointError, ConfigError, lookup
+from drep_jax.denoise_tree import check_finite, get_in, init_denoise, sample_noise, site_steps
+from drep_jax.denoiser import LOSSES, algorithm1_losses, explicit_apply
+from drep_jax.errors import CheckpointError, ConfigError, DataError, did_you_mean, lookup
 from drep_jax.fusion import fuse_exact, survival
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.sites import Path
@@ -37,6 +38,9 @@ from drep_jax.training.state import create_state, make_optimizer, make_step, par
 Tree = Any
 Config = Mapping[str, Any]
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""Types that fused weights can be stored in."""
+
 STAGES = ("backbone", "control", "denoise")
 """Training stages; each keeps its checkpoints in `checkpoints/<stage>` and draws from a key of its own."""
 
@@ -44,6 +48,7 @@ STAGES = ("backbone", "control", "denoise")
 def run(config: Config, directory: str) -> dict[str, Any]:
     """Runs the whole job in `directory`, or finishes one that was begun there, and returns the report."""
     setting = build(config)
+    check(config, setting)
     directory = os.path.abspath(directory)
     workdir.claim(directory, config)
     writer = MetricWriter(directory)
@@ -58,6 +63,60 @@ def run(config: Config, directory: str) -> dict[str, Any]:
     return finish(config, setting, directory, arms, denoise, learning)
 
 
+def check(config: Config, setting: Setting) -> None:
+    """Refuses what a later stage could not use, before hours are spent on the earlier ones and before anything is written.
+
+    Raises:
+      DrepError: its subclasses name the setting.
+    """
+    denoise, evaluate = config["denoise"], config["evaluate"]
+    for name in ("log_every", "checkpoint_every", "latency_rounds"):
+        _at_least_one(name, config[name])
+    for name in ("certificate_images", "latency_batch"):
+        _at_least_one(f"evaluate.{name}", evaluate[name])
+    lookup(LEARNERS, denoise["learner"], "learner")
+    lookup(LOSSES, denoise["loss"], "loss")
+    if not 0.0 < denoise["tokens"] <= 1.0:
+        raise ConfigError(f"denoise.tokens={denoise['tokens']} is a share of the feature vectors and lies in (0, 1].")
+    site_steps(setting.sites, setting.schedule, denoise["rule"], denoise["steps"])
+    if not config["backbone"]["init_from"] and not config["backbone"]["steps"]:
+        raise ConfigError(
+            "There is no backbone: give trained weights with --config.backbone.init_from=FILE, or train one from labelled "
+            "images with --config.backbone.steps=N."
+        )
+    for stage in STAGES:
+        if stage == "backbone" and config["backbone"]["init_from"]:
+            continue
+        steps, batch = _steps(config, stage), config[stage]["batch_size"]
+        if steps < 0:
+            raise ConfigError(f"{stage}: the number of steps must be 0 or more, got {steps}.")
+        _optimizer(config, stage)
+        if steps or stage == "denoise":
+            parallel.check_batch(batch, f"{stage}.batch_size")
+        if steps and len(setting.train) < batch:
+            raise DataError(
+                f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {stage}.batch_size is "
+                f"{batch}."
+            )
+        if steps and stage != "denoise" and setting.train.num_classes is None:
+            raise ConfigError(
+                f"Stage {stage} trains with labels, but {setting.train.name} has none. Set --config.{stage}.steps=0."
+            )
+    if setting.test is not None:
+        parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")
+        if evaluate["resamples"] < 100:
+            raise ConfigError(f"evaluate.resamples={evaluate['resamples']}: at least 100 are needed for an interval.")
+        if not evaluate["conditions"]:
+            raise ConfigError('evaluate.conditions is empty; give at least "clean".')
+        for condition in evaluate["conditions"]:
+            parse_corruption(condition)
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}={value} must be at least 1.")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,11 +126,6 @@ def make_backbone(config: Config, setting: Setting, directory: str, writer: Metr
     """Loads the backbone's weights, or trains them from scratch."""
     if path := config["backbone"]["init_from"]:
         return weights.load(path, setting.abstract)
-    if not config["backbone"]["steps"]:
-        raise ConfigError(
-            "There is no backbone: give trained weights with --config.backbone.init_from=FILE, or train one from labelled "
-            "images with --config.backbone.steps=N."
-        )
     fresh = jax.jit(setting.backbone.init)(_key(config, "init"), jnp.zeros(setting.images.shape))
     return train_labelled(config, setting, "backbone", dict(fresh), directory, writer)
 
@@ -80,15 +134,17 @@ def train_labelled(
     config: Config, setting: Setting, stage: str, variables: Tree, directory: str, writer: MetricWriter
 ) -> Tree:
     """Trains the whole backbone with labels; stage "control" is the arm without denoising of equal budget."""
-    if setting.train.num_classes is None:
-        raise ConfigError(f"Stage {stage} trains with labels, but {setting.train.name} has none. Set {stage}.steps=0.")
     options = config[stage]
     others = {name: tree for name, tree in variables.items() if name != "params"}
+    backbone = setting.backbone
+    if getattr(backbone, "axis_name", "") is None:  # batch statistics of the whole batch, on however many devices
+        backbone = backbone.clone(axis_name=parallel.AXIS)
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         images = normalize(batch["image"], setting.mean, setting.std)
-        logits, updated = setting.backbone.apply(
-            {**others, "params": params["backbone"]}, images, train=True, rngs={"dropout": key}, mutable=list(others)
+        rngs = {"dropout": jax.random.fold_in(key, parallel.device_index())}
+        logits, updated = backbone.apply(
+            {**others, "params": params["backbone"]}, images, train=True, rngs=rngs, mutable=list(others)
         )
         hits = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
         loss = classification.loss(logits, batch["label"], options["label_smoothing"])
@@ -132,7 +188,6 @@ def take_moments(config: Config, setting: Setting, variables: Tree, directory: s
     if os.path.exists(path):
         return load_moments(path, setting.sites, owner)
     batch = config["denoise"]["batch_size"]
-    parallel.check_batch(batch, "denoise.batch_size")
     limit = config["denoise"]["moment_images"] or len(setting.train)
     count = min(-(-limit // batch), -(-len(setting.train) // batch))
     bar = tqdm.tqdm(itertools.islice(evaluation_batches(setting.train, batch), count), "moments", count, unit="batch")
@@ -239,7 +294,6 @@ def _train(
     probe: Any = None,
 ) -> Any:
     options = config[stage]
-    parallel.check_batch(options["batch_size"], f"{stage}.batch_size")
     state, frozen, tx = _start(config, stage, params, others, trainable)
     seed = config["seed"] * len(STAGES) + STAGES.index(stage)
     augment = {name: config["data"][name] for name in ("flip", "shift")}
@@ -269,18 +323,24 @@ def _train(
 
 def _start(config: Config, stage: str, params: Tree, others: Tree, trainable: tuple[str, ...]) -> Any:
     """Returns the state before a stage's first step, its frozen parameters and its optimiser."""
-    options = config[stage]
-    tx = make_optimizer(
-        options["optimizer"],
-        learning_rate=options["learning_rate"],
-        steps=_steps(config, stage),
-        warmup=options["warmup"],
-        weight_decay=options["weight_decay"],
-        clip=options["clip"],
-    )
-    tx = partitioned(tx, trainable)
+    tx = partitioned(_optimizer(config, stage), trainable)
     chosen, frozen = split(params, trainable)
     return create_state(chosen, others, tx, frozen, _key(config, stage)), frozen, tx
+
+
+def _optimizer(config: Config, stage: str) -> Any:
+    options, steps = config[stage], _steps(config, stage)
+    try:
+        return make_optimizer(
+            options["optimizer"],
+            learning_rate=options["learning_rate"],
+            steps=steps,
+            warmup=options["warmup"] if steps else 0,
+            weight_decay=options["weight_decay"],
+            clip=options["clip"],
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{stage}: {error}") from error
 
 
 def _steps(config: Config, stage: str) -> int:
@@ -405,7 +465,7 @@ def export(
     """
     stored = fused
     if dtype is not None:
-        stored = jax.tree_util.tree_map(lambda leaf: jnp.asarray(leaf).astype(dtype), fused if exact is None else exact)
+        stored = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(dtype), fused if exact is None else exact)
         kept = survival(variables["params"], exact if exact is not None else fused, stored)
         print(f"Stored as {dtype}, {100 * kept.share:.1f} % of the change survives (worst: {kept.worst_layer}).")
         if kept.share < 0.9 and not allow_rounding:
@@ -414,7 +474,10 @@ def export(
                 "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
             )
     fusion = {"rule": rule, "steps": steps, "sites": {site.name: [*site.times] for site in setting.sites}}
-    os.makedirs(directory, exist_ok=True)
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write weights to {directory}: {error.strerror}.") from error
     everything = {**variables, "params": stored}
     weights.save_safetensors(os.path.join(directory, "fused.safetensors"), everything, fusion)
     weights.save_orbax(os.path.join(directory, "orbax"), everything, fusion)
@@ -544,6 +607,8 @@ def refuse(
     """
     if noise not in ("zero", "sample"):
         raise ConfigError(f'Unknown noise "{noise}"; it is "zero" or "sample".')
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f'Unknown storage type "{dtype}".{did_you_mean(dtype, DTYPES)}')
     config, setting, variables, denoise = load_run(directory)
     rule = config["denoise"]["rule"] if rule is None else rule
     steps = config["denoise"]["steps"] if steps is None else steps
@@ -571,6 +636,7 @@ def refuse(
 
 def dry_run(config: Config) -> str:
     """Takes two label-free steps of the full-size job on random images and returns what it needs, as text."""
+    _at_least_one("dry_run_batch", config["dry_run_batch"])
     classes = config["model"].get("num_classes") or 1000
     size = parallel.device_count() * config["dry_run_batch"]
     data = {**config["data"], "source": f"random:{max(64, size)}:{classes}"}

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -52,11 +53,20 @@ def claim(workdir: str, config: Mapping[str, Any]) -> None:
         return
     old, new = flatten(read_config(workdir)), flatten(json.loads(json.dumps(config)))
     changed = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in FREE]
-    if changed:
+    if changed and not _begun(workdir):
+        write_json(path, config)  # such as a path that was mistyped the first time
+    elif changed:
         lines = "\n".join(f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in changed)
         raise CheckpointError(
             f"{workdir} holds a run with another configuration. Choose another --workdir, or delete it:\n{lines}"
         )
+
+
+def _begun(workdir: str) -> bool:
+    """Returns whether a work directory holds anything that its configuration has made."""
+    stages = os.path.join(workdir, "checkpoints")
+    saved = os.path.isdir(stages) and any(os.listdir(os.path.join(stages, stage)) for stage in os.listdir(stages))
+    return saved or any(os.path.exists(os.path.join(workdir, name)) for name in ("moments.npz", "report.json", "fused"))
 
 
 def read_config(workdir: str) -> dict[str, Any]:
@@ -93,7 +103,11 @@ def environment() -> dict[str, Any]:
     from drep_jax import __version__
 
     here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        command = ["git", "-C", here, "rev-parse", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        revision = ""
     device = jax.local_devices()[0]
     return {
         "drep_jax": __version__,
@@ -102,7 +116,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": f"{device.platform} {device.device_kind}",
         "device_count": jax.device_count(),
-        "command": " ".join(["python", *sys.argv]),
-        "git_revision": git.stdout.strip() or None,
+        "command": shlex.join(["python", *sys.argv]),
+        "git_revision": revision or None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

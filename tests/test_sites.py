@@ -10,7 +10,7 @@ import pytest
 from drep_jax.errors import ConfigError, SiteError
 from drep_jax.models import create_model
 from drep_jax.sites import assign_times, coverage, find_layers, find_sites, select_sites
-from tests.trees import Conv, Dense, Net, Scan
+from tests.trees import Conv, Dense, Inner, Net, Scan
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 VECTOR = jax.ShapeDtypeStruct((2, 5, 6), jnp.float32)
@@ -164,12 +164,6 @@ class Nested(nn.Module):
     def __call__(self, x, _=None):
         inner = nn.scan(Inner, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
         return inner(name="inner")(x, None)[0], None
-
-
-class Inner(nn.Module):
-    @nn.compact
-    def __call__(self, x, _=None):
-        return nn.Dense(x.shape[-1], name="d")(x), None
 
 
 class SecondAxis(nn.Module):

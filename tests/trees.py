@@ -68,6 +68,14 @@ class Block(nn.Module):
         return x + nn.Dense(x.shape[-1], name="fc2")(jnp.tanh(y)), None
 
 
+class Inner(nn.Module):
+    """The smallest body of a scan."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.Dense(x.shape[-1], name="d")(x), None
+
+
 class Net(nn.Module):
     """Convolutions on an image, then Dense and scanned blocks on its pixels, then a head on their mean."""
 

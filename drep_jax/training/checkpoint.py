@@ -59,7 +59,8 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        check_finite(state.params, f"Not saving step {step}")
+        kept = f"the last good checkpoint (step {self.latest() or 0}) in {self.directory} is kept"
+        check_finite(state.params, f"Not saving step {step} ({kept})")
         tree = jax.tree_util.tree_map(np.asarray, _to_tree(state, frozen))
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**meta, "step": step}))
         try:
@@ -95,8 +96,8 @@ class Checkpointer:
         except Exception as error:  # Orbax raises many kinds for damaged files; all mean the same to the user
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is damaged or was written by something else "
-                f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Delete that folder to go on from an earlier "
-                "checkpoint."
+                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}). Delete "
+                f"{os.path.join(self.directory, str(step))} to go on from an earlier checkpoint, if there is one."
             ) from error
         tree = found["state"]
         params = {name: tree["params"][name] for name in state.params}
@@ -119,7 +120,8 @@ class Checkpointer:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is incomplete or no checkpoint of ours "
-                f"({type(error).__name__} in {folder}). Delete that folder to go on from an earlier checkpoint."
+                f"({type(error).__name__} in {folder}). Delete {os.path.join(self.directory, str(step))} to go on from an "
+                "earlier checkpoint, if there is one."
             ) from error
         names = {"/".join(key["key"] for key in entry["key_metadata"]) for entry in entries}
         found = {name for name in names if name.startswith("params/")}

@@ -105,13 +105,15 @@ def run_stage(
         """Fetches what the steps since the last check returned, and stops at the first number that is not finite."""
         for number, metrics in waiting:
             values = {key: float(value) for key, value in parallel.unreplicate(metrics).items()}
-            for key, value in values.items():
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"Stage {name}: {key} became {value} at step {number}. Training stopped; the last good checkpoint "
-                        f"(step {checkpointer.latest() or 0}) in {checkpointer.directory} is kept. Lower the learning "
-                        "rate or check the images, then run again."
-                    )
+            bad = [key for key, value in values.items() if not math.isfinite(value)]
+            if bad:
+                sites = [key for key in bad if key != "loss"] or bad  # their sum says nothing if one of them is known
+                more = f" (and {len(sites) - 1} more: {', '.join(sites[1:6])})" if sites[1:] else ""
+                raise NonFiniteError(
+                    f"Stage {name}: {sites[0]}{more} became {values[sites[0]]} at step {number}. Training stopped; the last "
+                    f"good checkpoint (step {checkpointer.latest() or 0}) in {checkpointer.directory} is kept. Check the "
+                    "images and the weights, or run with a lower learning rate in another --workdir."
+                )
             unlogged.append(values)
         waiting.clear()
 
@@ -141,7 +143,7 @@ def run_stage(
                 log(number)
             if number % checkpoint_every == 0 or number == steps or interrupt.raised:
                 save()
-            if interrupt.raised and number < steps:
+            if interrupt.raised:
                 raise Interrupted(
                     f"Stopped by Ctrl-C in stage {name} after step {number} of {steps}; the state is saved."
                 )

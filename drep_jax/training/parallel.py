@@ -44,6 +44,11 @@ def unshard(tree: Tree) -> Tree:
     return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)
 
 
+def device_index() -> Any:
+    """Returns the number of this device, to be called inside a function given to `on_devices`."""
+    return jax.lax.axis_index(AXIS)
+
+
 def mean(tree: Tree) -> Tree:
     """Averages over the devices; to be called inside a function given to `on_devices`."""
     return jax.lax.pmean(tree, AXIS)

@@ -127,13 +127,13 @@ def _read_orbax(path: str, like: Tree) -> tuple[dict[str, Any], Any]:
     mark = os.path.join(path, ORBAX_MARK)
     if not os.path.isfile(mark):
         raise CheckpointError(f"{path} holds no {ORBAX_MARK}: it is no weights directory written by this project.")
-    with open(mark, encoding="utf-8") as file:
-        fused = json.load(file).get("fused")
     try:
+        with open(mark, encoding="utf-8") as file:
+            fused = json.load(file).get("fused")
         with ocp.PyTreeCheckpointer() as checkpointer:
             found = checkpointer.restore(os.path.abspath(path))
     except Exception as error:
-        raise CheckpointError(f"The Orbax checkpoint {path} is damaged: {str(error).splitlines()[0][:200]}") from error
+        raise CheckpointError(f"The Orbax checkpoint {path} is damaged: {(str(error).splitlines() or [''])[0][:200]}") from error
     return names_of(found), fused
 
 
