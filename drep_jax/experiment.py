@@ -190,8 +190,8 @@ def take_moments(config: Config, setting: Setting, variables: Tree, directory: s
     batch = config["denoise"]["batch_size"]
     limit = config["denoise"]["moment_images"] or len(setting.train)
     count = min(-(-limit // batch), -(-len(setting.train) // batch))
-    bar = tqdm.tqdm(itertools.islice(evaluation_batches(setting.train, batch), count), "moments", count, unit="batch")
-    bar.disable = bar.disable or not config["progress"]
+    first = itertools.islice(evaluation_batches(setting.train, batch), count)
+    bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
     batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
     moments = collect_moments(setting.backbone, variables, setting.sites, batches)
     save_moments(path, moments, owner)

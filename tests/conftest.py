@@ -1,10 +1,32 @@
-"""Strict JAX, eight simulated devices, and the data directory."""
+"""Strict JAX, eight simulated devices, a cache of compiled programs, and one finished run that many tests look at."""
 
 import os
+import pathlib
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling takes two thirds of the tests' time; the runs of one job in this process and in others share their programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The tiny job, done once: its configuration, work directory, report and backbone as a file. Do not write there."""
+    from drep_jax import experiment, weights
+    from tests.command import Finished
+    from tests.tiny_config import get_config
+
+    config = get_config().to_dict()
+    directory = str(tmp_path_factory.mktemp("finished") / "run")
+    report = experiment.run(config, directory)
+    _, setting, variables, denoise = experiment.load_run(directory)
+    backbone = os.path.join(os.path.dirname(directory), "backbone.safetensors")
+    weights.save_safetensors(backbone, variables)
+    return Finished(config, directory, report, setting, variables, denoise, backbone)

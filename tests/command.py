@@ -1,0 +1,86 @@
+"""train.py and fuse.py as a user runs them, in this process or in one of their own, and what their runs leave behind."""
+
+import contextlib
+import io
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from absl import app, flags
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
+
+
+class Finished(NamedTuple):
+    """A finished run, see the fixture of that name."""
+
+    config: dict[str, Any]
+    directory: str
+    report: dict[str, Any]
+    setting: Any
+    variables: Any
+    denoise: Any
+    backbone: str
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    output: str
+    messages: str
+
+    def refused(self, *expected):
+        """Checks that bad input was answered by one message without a traceback that holds all of `expected`."""
+        assert self.status == 1, (self.status, self.output, self.messages)
+        assert self.messages.count("Error: ") == 1 and "Traceback" not in self.messages, self.messages
+        for text in expected:
+            assert text in self.messages, self.messages
+
+
+def call(script, *arguments):
+    """Runs a script in this process, with fresh flags."""
+    app.define_help_flags()
+    known, argv = set(flags.FLAGS), sys.argv
+    output, messages = io.StringIO(), io.StringIO()
+    sys.argv = [str(ROOT / script), *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(messages), pytest.raises(SystemExit) as end:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = argv
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+    return Ended(end.value.code or 0, output.getvalue(), messages.getvalue())
+
+
+def start(script, *arguments, devices=8, before=""):
+    """Runs a script in a process of its own, after the statements `before`, which may damage or interrupt it."""
+    code = f"import runpy, sys; sys.argv = sys.argv[1:]; {before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def same_bits(one, two):
+    """Whether two trees have the same structure, types and bits."""
+    leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in (one, two)]
+    if [path for path, _ in leaves[0]] != [path for path, _ in leaves[1]]:
+        return False
+    arrays = [[np.asarray(leaf) for _, leaf in side] for side in leaves]
+    return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(*arrays, strict=True))
+
+
+def largest_difference(one, two):
+    """The largest absolute difference of two trees' numbers."""
+    differences = jax.tree_util.tree_map(lambda a, b: np.abs(np.asarray(a, np.float64) - np.asarray(b)).max(), one, two)
+    return max(jax.tree_util.tree_leaves(differences))
