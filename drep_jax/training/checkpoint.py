@@ -1,6 +1,5 @@
 """Checkpoints with Orbax: parameters, optimiser, step, random key and data position of one stage of a run."""
 
-import json
 import os
 from typing import Any
 
@@ -62,7 +61,10 @@ class Checkpointer:
         kept = f"the last good checkpoint (step {self.latest() or 0}) in {self.directory} is kept"
         check_finite(state.params, f"Not saving step {step} ({kept})")
         tree = jax.tree_util.tree_map(np.asarray, _to_tree(state, frozen))
-        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**meta, "step": step}))
+        shapes = _shapes(tree["params"])
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**meta, "step": step, "shapes": shapes})
+        )
         try:
             self._manager.save(step, args=args)
             self._manager.wait_until_finished()
@@ -113,22 +115,18 @@ class Checkpointer:
 
     def _check_structure(self, step: int, wanted: Tree) -> None:
         """Compares names and shapes of the parameters before reading them, so that the error can list both sides."""
-        folder = os.path.join(self.directory, str(step), "state")
+        folder = os.path.join(self.directory, str(step))
         try:
-            with open(os.path.join(folder, "_METADATA"), encoding="utf-8") as file:
-                entries = json.load(file)["tree_metadata"].values()
-        except (OSError, ValueError, KeyError) as error:
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            found = {(name, tuple(shape)) for name, shape in meta["shapes"].items()}
+            with open(os.path.join(folder, "state", "_METADATA"), "rb"):
+                pass
+        except Exception as error:  # as above
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is incomplete or no checkpoint of ours "
-                f"({type(error).__name__} in {folder}). Delete {os.path.join(self.directory, str(step))} to go on from an "
-                "earlier checkpoint, if there is one."
+                f"({type(error).__name__}). Delete {folder} to go on from an earlier checkpoint, if there is one."
             ) from error
-        names = {"/".join(key["key"] for key in entry["key_metadata"]) for entry in entries}
-        found = {name for name in names if name.startswith("params/")}
-        expected = {
-            "params/" + "/".join(str(getattr(key, "key", key)) for key in path)
-            for path, _ in jax.tree_util.tree_leaves_with_path(wanted["params"])
-        }
+        expected = {(name, tuple(shape)) for name, shape in _shapes(wanted["params"]).items()}
         if found != expected:
             raise CheckpointError(
                 f"The checkpoint in {self.directory} belongs to another model or set of sites."
@@ -140,6 +138,13 @@ class Checkpointer:
         self._manager.close()
 
 
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:6]
-    return (", ".join(shown) or "none") + (f", … ({len(names)} in all)" if len(names) > 6 else "")
+def _shapes(params: Tree) -> dict[str, list[int]]:
+    return {
+        "/".join(str(getattr(key, "key", key)) for key in path): [*leaf.shape]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def _some(leaves: set[tuple[str, tuple[int, ...]]]) -> str:
+    shown = [f"{name} {shape}" for name, shape in sorted(leaves)[:6]]
+    return (", ".join(shown) or "none") + (f", … ({len(leaves)} in all)" if len(leaves) > 6 else "")

@@ -133,7 +133,9 @@ def _read_orbax(path: str, like: Tree) -> tuple[dict[str, Any], Any]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             found = checkpointer.restore(os.path.abspath(path))
     except Exception as error:
-        raise CheckpointError(f"The Orbax checkpoint {path} is damaged: {(str(error).splitlines() or [''])[0][:200]}") from error
+        raise CheckpointError(
+            f"The Orbax checkpoint {path} is damaged: {(str(error).splitlines() or [''])[0][:200]}"
+        ) from error
     return names_of(found), fused
 
 

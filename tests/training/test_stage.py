@@ -189,6 +189,7 @@ def test_checkpoint_refuses_parameters_that_are_not_finite(tmp_path):
     checkpointer.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons coroutines on damage
 def test_damaged_and_foreign_checkpoints(tmp_path):
     Stage(tmp_path).run()
     state, frozen, _ = make()
@@ -199,7 +200,7 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match=r"(?s)another model.*denoise/bias.*denoise/elsewhere/kernel"):
         checkpointer.restore(other, frozen)
     wide = state.replace(params={"denoise": {"kernel": jnp.zeros((9, 9)), "bias": jnp.zeros(9)}})
-    with pytest.raises(CheckpointError, match=r"denoise/kernel.*\(6, 6\).*\(9, 9\)"):
+    with pytest.raises(CheckpointError, match=r"(?s)another model.*denoise/kernel \(6, 6\).*denoise/kernel \(9, 9\)"):
         checkpointer.restore(wide, frozen)
     checkpointer.close()
 
@@ -207,7 +208,7 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
         if victim.is_file() and victim.parent.name == "d":
             victim.write_bytes(victim.read_bytes()[:20])
     checkpointer = Checkpointer(str(folder))
-    with pytest.raises(CheckpointError, match="(?s)step 20.*damaged.*Delete that folder"):
+    with pytest.raises(CheckpointError, match=r"(?s)step 20.*damaged.*Delete .*c/20 to go on"):
         checkpointer.restore(state, frozen)
     checkpointer.close()
     shutil.rmtree(folder / "20" / "state")
@@ -229,7 +230,7 @@ def test_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpointer._manager, "save", full)
-    with pytest.raises(CheckpointError, match="(?s)No space left.*untouched"):
+    with pytest.raises(CheckpointError, match=r"(?s)No space left.*untouched"):
         checkpointer.save(state.replace(step=jnp.int32(1)), frozen, {})
     assert checkpointer.latest() == 0
     checkpointer.close()
