@@ -169,7 +169,8 @@ def certify(
       denoise: the denoisers.
       sites, schedule, rule, steps: see `drep_jax.fusion.fuse`.
       *args: input for the backbone; use real images.
-      fused: the weights that are deployed; by default fused here in float64 and rounded once.
+      fused: the weights that are deployed; by default fused here in float64 and rounded once. In float64 they are
+        measured with the rounding to their type undone, so that a wrong leaf shows in whatever type it is stored.
       **kwargs: passed on to the backbone.
 
     Returns:
@@ -179,11 +180,12 @@ def certify(
     exact = fuse_exact(params, sites, schedule, rule=rule, steps=steps, round_back=False)
     stored = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), exact, variables["params"])
     deployed = stored if fused is None else fused
+    measured = _undo_rounding(exact, stored, deployed, variables["params"])
     settings = (backbone, sites, schedule, rule, steps, kwargs)
 
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         free = backbone.clone(dtype=None) if getattr(backbone, "dtype", None) is not None else backbone
-        wide = [jax.tree_util.tree_map(_wide, tree) for tree in (variables, denoise, exact, args)]
+        wide = [jax.tree_util.tree_map(_wide, tree) for tree in (variables, denoise, measured, args)]
         results = {"float64": _measure((free, *settings[1:]), *wide)}
     name = str(np.result_type(*{np.asarray(get_in(deployed, s.layers[0].path)["kernel"]).dtype for s in sites}))
     if name != "float64":
@@ -195,6 +197,34 @@ def certify(
         sites={name: rows for name, (_, rows) in results.items()},
         structure=_structure(backbone, variables, deployed, args, kwargs),
     )
+
+
+def _undo_rounding(exact: Tree, stored: Tree, deployed: Tree, base: Tree) -> Tree:
+    """Returns `deployed` with every leaf that is `exact` but for rounding replaced by `exact`.
+
+    Rounding is ‖deployed − exact‖ ≤ ‖stored − exact‖ + 32·ε·(‖base‖ + ‖exact‖), with ε of the arithmetic of `fuse`.
+    """
+    if not (_same_tree(stored, deployed) and _forms(stored) == _forms(deployed)):
+        return exact  # `structure` refuses these
+
+    def choose(exact: Any, stored: Any, deployed: Any, base: Any) -> Any:
+        if not jnp.issubdtype(stored.dtype, jnp.floating):
+            return deployed
+        epsilon = float(jnp.finfo(jnp.promote_types(stored.dtype, jnp.float32)).eps)
+        stored, wide, base = (np.asarray(leaf).astype(np.float64) for leaf in (stored, deployed, base))
+        slack = SAFETY * epsilon * (np.linalg.norm(base) + np.linalg.norm(exact))
+        return exact if np.linalg.norm(wide - exact) <= np.linalg.norm(stored - exact) + slack else wide
+
+    return jax.tree_util.tree_map(choose, exact, stored, deployed, base)
+
+
+def _same_tree(before: Tree, after: Tree) -> bool:
+    trees: list[Any] = [jax.tree_util.tree_structure(tree) for tree in (before, after)]
+    return trees[0] == trees[1]
+
+
+def _forms(tree: Tree) -> list[Any]:
+    return [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in jax.tree_util.tree_leaves(tree)]
 
 
 def _wide(leaf: Any) -> Any:
@@ -239,7 +269,8 @@ def _measure(
     rows = []
     for site in sites:
         for layer in site.layers:
-            values = np.asarray(get_in(collected, layer.path)["squares"]).reshape(site.stack or 1, 4)
+            values = np.asarray(get_in(collected, layer.path)["squares"])
+            values = values.reshape(site.stack or 1, -1, 4).sum(axis=1)  # of all calls, if a scan repeats one layer
             for copy, value in enumerate(values):
                 times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
                 epsilon = float(jnp.finfo(types[layer.name]).eps)
@@ -261,13 +292,7 @@ def _squares(base: Any, explicit: Any, fused: Any) -> Any:
 
 def _structure(backbone: nn.Module, variables: Tree, fused: Tree, args: Any, kwargs: Any) -> dict[str, bool]:
     before, after = variables["params"], fused
-    trees: list[Any] = [jax.tree_util.tree_structure(tree) for tree in (before, after)]
-    same_tree = trees[0] == trees[1]
-
-    def forms(tree: Tree) -> list[Any]:
-        return [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in jax.tree_util.tree_leaves(tree)]
-
-    same_dtypes = forms(before) == forms(after)
+    same_tree, same_dtypes = _same_tree(before, after), _forms(before) == _forms(after)
     same_program = False
     if same_tree and same_dtypes:
         apply = jax.jit(lambda variables, args: backbone.apply(variables, *args, **kwargs))

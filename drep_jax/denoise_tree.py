@@ -8,6 +8,7 @@ For a site at path a/b the subtree holds `denoise["a"]["b"] = {"kernel": W_Dᵀ,
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,7 @@ def sample_noise(denoise: Tree, sites: Sequence[Site], key: jax.Array) -> dict[s
     """Returns the subtree with a fixed z ~ N(0, I) for each reverse step, drawn once, so that fusing twice is the same.
 
     Raises:
-      FusionError: if a site may have no constant: it has nowhere to put W z.
+      FusionError: if a site may have no constant: it has nowhere to put W z; or if it has no denoiser.
     """
     for number, site in enumerate(sites):
         if not site.bias:
@@ -64,6 +65,8 @@ def sample_noise(denoise: Tree, sites: Sequence[Site], key: jax.Array) -> dict[s
                 f"{site.name}: sampled noise is a constant, and this site may not have one. Use zero noise."
             )
         leaves = get_in(denoise, site.path)
+        if not isinstance(leaves, Mapping) or "kernel" not in leaves:
+            raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.")
         z = jax.random.normal(jax.random.fold_in(key, number), noise_shape(site), leaves["kernel"].dtype)
         denoise = set_in(denoise, site.path, {**leaves, "z": z})
     return denoise
@@ -81,6 +84,11 @@ def check_params(params: Tree, sites: Sequence[Site]) -> None:
             "backbone's weights, or weights that are already fused: fusing is done once, from the run that learned them."
         )
     backbone, denoise = params["backbone"], params["denoise"]
+    boxed = jax.tree_util.tree_leaves(backbone, is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata))
+    if any(isinstance(leaf, nn.meta.AxisMetadata) for leaf in boxed):
+        raise FusionError(
+            "The backbone's parameters carry partitioning boxes; take them out with flax.linen.unbox first."
+        )
     known = {(*site.path, leaf) for site in sites for leaf in ("kernel", "bias", "z")}
     for path, _ in jax.tree_util.tree_leaves_with_path(denoise):
         if (names := tuple(str(getattr(k, "key", k)) for k in path)) not in known:

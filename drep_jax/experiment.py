@@ -93,14 +93,14 @@ def check(config: Config, setting: Setting) -> None:
         _optimizer(config, stage)
         if steps or stage == "denoise":
             parallel.check_batch(batch, f"{stage}.batch_size")
+        if steps and stage != "denoise" and setting.train.num_classes is None:
+            raise ConfigError(
+                f"Stage {stage} trains with labels, but {setting.train.name} has none. Set --config.{stage}.steps=0."
+            )
         if steps and len(setting.train) < batch:
             raise DataError(
                 f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {stage}.batch_size is "
                 f"{batch}."
-            )
-        if steps and stage != "denoise" and setting.train.num_classes is None:
-            raise ConfigError(
-                f"Stage {stage} trains with labels, but {setting.train.name} has none. Set --config.{stage}.steps=0."
             )
     if setting.test is not None:
         parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")

@@ -7,6 +7,7 @@ says which three numbers it uses; everything else in this package only ever sees
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -63,7 +64,8 @@ class Schedule:
 
     def check(self, t: int) -> int:
         """Returns `t`, or raises `ConfigError` when it is no time step of this schedule."""
-        if isinstance(t, bool) or int(t) != t or not 1 <= t <= self.timesteps:
+        number = isinstance(t, numbers.Real) and not isinstance(t, bool)
+        if not number or not 1 <= t <= self.timesteps or int(t) != t:
             raise ConfigError(f"Time step t={t!r} lies outside 1…{self.timesteps} of this schedule.")
         return int(t)
 

@@ -156,7 +156,7 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
       The layers; layer `reads` numbers say which ones read the very same tensor.
     """
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
-    variables = jax.eval_shape(lambda *a: module.init(keys, *a, **kwargs), *args)
+    variables = nn.unbox(jax.eval_shape(lambda *a: module.init(keys, *a, **kwargs), *args))
     params = variables.get("params", {})
     found: dict[Path, Layer] = {}
     tensors: list[Any] = []  # keeps every traced input alive, so that identities stay unique

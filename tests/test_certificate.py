@@ -36,7 +36,15 @@ def test_correct_fusion_passes(good):
     assert set(good.end_to_end) == {"float64", "float32"}
     assert good.end_to_end["float64"].error < 1e-11
     assert 1e-3 < good.end_to_end["float64"].change < 1.0
-    assert [s.path for s in good.sites["float64"]] == ["conv0", "scan0/fc1", "scan0/fc1", "scan0/fc2", "scan0/fc2", "dense1", "head"]
+    assert [s.path for s in good.sites["float64"]] == [
+        "conv0",
+        "scan0/fc1",
+        "scan0/fc1",
+        "scan0/fc2",
+        "scan0/fc2",
+        "dense1",
+        "head",
+    ]
     assert [s.times for s in good.sites["float64"]][:3] == [(14, 13), (12, 11), (8, 7)]
     assert good.structure == {"same_tree": True, "same_dtypes": True, "same_program": True}
 

@@ -1,9 +1,17 @@
 """train.py and fuse.py as a user meets them: messages, exit statuses, and what they write."""
 
+import json
 import os
+import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import safetensors.numpy
 
+from drep_jax import experiment
+from drep_jax.training.checkpoint import Checkpointer
 from tests.command import TINY, call
 
 TYPOS = {
@@ -47,3 +55,155 @@ def test_bad_settings_are_refused_before_anything_is_written(case, tmp_path, mon
 
 def test_a_configuration_that_is_not_there_is_named_with_a_near_one():
     call("train.py", "--config=configs/digit.py").refused("configs/digit.py", "configs/digits.py")
+
+
+def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
+    place = f"--workdir={tmp_path / 'run'}"
+    ended = call("train.py", TINY, place, "--config.dry_run=true", "--config.data.source=tfds:imagenet2012")
+    assert ended.status == 0, ended
+    for text in ("Model vit", "4 denoisers", "encoderblock_1/mlp/fc2", "step 2: loss", "images/s", "peak memory"):
+        assert text in ended.output
+    assert not os.path.exists(tmp_path / "run")
+    call("train.py", TINY, "--config.dry_run=true", "--config.dry_run_batch=0").refused("dry_run_batch=0")
+
+
+def test_nan_in_given_weights_is_refused(finished, tmp_path):
+    tensors = dict(safetensors.numpy.load_file(finished.backbone))
+    tensors["params/head/bias"] = np.full_like(tensors["params/head/bias"], np.nan)
+    safetensors.numpy.save_file(tensors, tmp_path / "nan.safetensors")
+    place = f"--workdir={tmp_path / 'run'}"
+    given = f"--config.backbone.init_from={tmp_path / 'nan.safetensors'}"
+    call("train.py", TINY, place, given).refused("nan.safetensors", "params/head/bias contains NaN")
+    call("train.py", TINY, place, "--config.backbone.init_from=/nowhere.safetensors").refused("/nowhere.safetensors")
+
+
+def test_a_loss_that_diverges_names_stage_step_and_site(finished, tmp_path):
+    given = f"--config.backbone.init_from={finished.backbone}"
+    fast = ["--config.denoise.learning_rate=1e38", "--config.control.steps=0"]
+    ended = call("train.py", TINY, f"--workdir={tmp_path / 'run'}", given, *fast)
+    ended.refused("Stage denoise", "encoderblock_0/mlp/fc1", "step 2", "lower learning rate")
+    # The message asks for another --workdir, but nothing was learned in this one yet, so that it may also be kept.
+    slow = ["--config.denoise.train_steps=2", "--config.control.steps=0", "--config.evaluate.conditions=('clean',)"]
+    assert call("train.py", TINY, f"--workdir={tmp_path / 'run'}", given, *slow).status in (0, 1)
+
+
+def test_a_run_is_not_mixed_with_another(finished):
+    place = f"--workdir={finished.directory}"
+    call("train.py", TINY, place, "--config.seed=1").refused("another configuration", "seed: 0 there, 1 now", "--workdir")
+
+
+# ---- fuse.py -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fuse(finished, tmp_path):
+    """Runs fuse.py on the finished run; returns how it ended and the file it wrote."""
+
+    def run(*arguments, workdir=finished.directory):
+        out = tmp_path / f"out{len(os.listdir(tmp_path))}"
+        ended = call("fuse.py", f"--workdir={workdir}", f"--out={out}", *arguments)
+        path = out / "fused.safetensors"
+        return ended, path.read_bytes() if path.exists() else None
+
+    return run
+
+
+def passed(result):
+    ended, written = result
+    assert ended.status == 0 and "Certificate: PASSED" in ended.output, ended
+    return written
+
+
+def own(finished):
+    with open(os.path.join(finished.directory, "fused", "fused.safetensors"), "rb") as file:
+        return file.read()
+
+
+def test_fusing_again_gives_the_weights_of_the_run(finished, fuse):
+    assert passed(fuse()) == own(finished)
+
+
+def test_rules_and_steps_give_different_weights_and_all_pass(finished, fuse):
+    ways = [["--rule=paper"], ["--rule=ddim:0", "--steps=1"], ["--rule=ddim", "--steps=2"]]
+    assert len({passed(fuse(*way)) for way in ways} | {own(finished)}) == len(ways) + 1
+
+
+def test_more_steps_than_were_learned_are_refused(fuse):
+    fuse("--steps=4")[0].refused("4 steps", "learned with 3")
+    fuse("--steps=0")[0].refused("at least 1", "0")
+
+
+def test_sampled_noise_is_decided_by_its_seed(finished, fuse):
+    one, again, other = (passed(fuse("--noise=sample", f"--seed={seed}")) for seed in (1, 1, 2))
+    assert one == again != other
+    assert own(finished) not in (one, other)
+
+
+def test_types_that_round_the_change_away_are_refused(finished, fuse):
+    ended, written = fuse("--dtype=bfloat16", "--steps=1")
+    ended.refused("bfloat16", "rounds away", "--allow_rounding")
+    assert written is None
+    ended, written = fuse("--dtype=bfloat16", "--steps=1", "--allow_rounding")
+    assert ended.status == 0 and "of the change survives" in ended.output
+    header = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+    assert {entry["dtype"] for name, entry in header.items() if name.startswith("params/")} == {"BF16"}
+    assert passed(fuse("--dtype=float32")) == own(finished)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--rule=dppm"], ["dppm", 'Did you mean "ddpm"']),
+        (["--rule=affine"], ["affine", "ddpm, paper or ddim"]),
+        (["--rule=ddim:0"], ["ddim:0", "3 times"]),
+        (["--noise=sampled"], ["sampled", '"sample"']),
+        (["--dtype=bflot16"], ["bflot16", 'Did you mean "bfloat16"']),
+        (["--dtype=int8"], ["int8"]),
+        (["--sed=1"], ["sed", "seed"]),
+        (["--steps=two"], ["steps", "two"]),
+    ],
+)
+def test_bad_arguments_of_fuse_are_refused(arguments, expected, fuse):
+    ended, written = fuse(*arguments)
+    ended.refused(*expected)
+    assert written is None
+
+
+def test_places_that_hold_no_finished_run_are_refused(finished, fuse, tmp_path):
+    call("fuse.py").refused("--workdir")
+    fuse(workdir="/nowhere")[0].refused("/nowhere is no finished run")
+    fuse(workdir=os.path.join(finished.directory, "fused"))[0].refused("already be fused", "Give the work directory")
+    fuse(workdir=os.path.join(finished.directory, "fused", "orbax"))[0].refused("already be fused")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(os.path.join(finished.directory, "config.json"), begun)
+    fuse(workdir=begun)[0].refused("no learned denoisers yet", f"--workdir={begun}")
+    shutil.copytree(os.path.join(finished.directory, "checkpoints"), begun / "checkpoints")
+    shutil.rmtree(begun / "checkpoints" / "denoise" / "30")
+    fuse(workdir=begun)[0].refused("step 20 of 30", "finish the run first")
+    (begun / "file").write_text("in the way")
+    call("fuse.py", f"--workdir={finished.directory}", f"--out={begun / 'file' / 'x'}").refused("Cannot write weights to")
+
+
+def test_nan_in_a_saved_denoiser_is_refused(finished, fuse, tmp_path, monkeypatch):
+    copied = shutil.copytree(finished.directory, tmp_path / "run")
+    monkeypatch.setattr("drep_jax.training.checkpoint.check_finite", lambda tree, what: None)
+    params = {"backbone": finished.variables["params"], "denoise": finished.denoise}
+    state, frozen, _ = experiment._start(finished.config, "denoise", params, {}, ("denoise",))
+    kernel = state.params["denoise"]["encoderblock_1"]["mlp"]["fc2"]["kernel"]
+    state.params["denoise"]["encoderblock_1"]["mlp"]["fc2"]["kernel"] = jnp.asarray(kernel).at[0, 0].set(jnp.nan)
+    checkpointer = Checkpointer(str(copied / "checkpoints" / "denoise"))
+    checkpointer.save(state.replace(step=jnp.int32(31)), frozen, {})
+    checkpointer.close()
+    ended, written = fuse(workdir=copied)
+    ended.refused("Refusing to fuse", "denoise/encoderblock_1/mlp/fc2/kernel contains NaN")
+    assert written is None
+
+
+def test_a_fusion_that_does_nothing_fails_its_certificate(fuse, monkeypatch):
+    def nothing(params, *args, **kwargs):
+        return jax.tree_util.tree_map(np.asarray, params["backbone"])
+
+    monkeypatch.setattr(experiment, "fuse_exact", nothing)
+    ended, _ = fuse()
+    assert ended.status == 3 and "Certificate: FAILED" in ended.output

@@ -48,7 +48,9 @@ def gathered():
     def visit(site, layer, module, extra, x, call):
         vectors = features(layer, site.kind, x)
         shape = vectors.shape[-1:] if site.groups == 1 else vectors.shape[-2:]
-        module.sow("denoise", "features", vectors.reshape(-1, *shape), init_fn=lambda: jnp.zeros(()), reduce_fn=lambda a, b: b)
+        module.sow(
+            "denoise", "features", vectors.reshape(-1, *shape), init_fn=lambda: jnp.zeros(()), reduce_fn=lambda a, b: b
+        )
         return call(x)
 
     extras = {site.path: jnp.zeros((site.stack,)) if site.stack else jnp.zeros(()) for site in SITES}
@@ -60,7 +62,10 @@ def gathered():
 
 @pytest.fixture(scope="module")
 def moments():
-    half = [(X[:4], np.ones(4, np.float32)), (jnp.concatenate([X[4:], X[:4] * 0]), np.float32([1, 1, 1, 1, 0, 0, 0, 0]))]
+    half = [
+        (X[:4], np.ones(4, np.float32)),
+        (jnp.concatenate([X[4:], X[:4] * 0]), np.float32([1, 1, 1, 1, 0, 0, 0, 0])),
+    ]
     eight = [(jnp.concatenate([half[0][0], X[:4] * 0]), np.float32([1, 1, 1, 1, 0, 0, 0, 0])), half[1]]
     return collect_moments(NET, VARIABLES, SITES, eight)
 
@@ -241,7 +246,9 @@ def test_module_holds_both_subtrees_and_other_collections():
     variables = {**variables, "params": params}
     out = module.apply(variables, x)
     own = {"params": params["backbone"], "batch_stats": variables["batch_stats"]["backbone"]}
-    np.testing.assert_allclose(out, explicit_apply(net, own, params["denoise"], sites, SCHEDULE, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        out, explicit_apply(net, own, params["denoise"], sites, SCHEDULE, x), rtol=1e-5, atol=1e-6
+    )
     fused = fuse(params, sites, SCHEDULE)
     np.testing.assert_allclose(net.apply({**own, "params": fused}, x), out, rtol=2e-3, atol=2e-4)
     assert not np.allclose(net.apply(own, x), out, atol=1e-3)
@@ -249,4 +256,3 @@ def test_module_holds_both_subtrees_and_other_collections():
     assert set(table) == {site.name for site in sites}
     with pytest.raises(FusionError, match="denoise"):
         module.apply({"params": {"backbone": params["backbone"]}}, x)
-

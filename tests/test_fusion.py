@@ -60,7 +60,11 @@ def compare(net, variables, fused, denoise, sites, x, **options):
 
 @hypothesis.settings(max_examples=14, deadline=None, derandomize=True)
 @hypothesis.given(
-    nets(), st.integers(1, 3), st.sampled_from(("ddpm", "paper", "ddim", "ddim:0", "affine")), st.booleans(), st.booleans()
+    nets(),
+    st.integers(1, 3),
+    st.sampled_from(("ddpm", "paper", "ddim", "ddim:0", "affine")),
+    st.booleans(),
+    st.booleans(),
 )
 def test_explicit_equals_fused_on_the_change(example, steps, rule, pointwise, noise):
     net, x = example
@@ -94,7 +98,8 @@ def _squares(net, variables, fused, denoise, sites, x, rule):
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(
-    "conv", [Conv(), Conv(2, (3, 2), (2, 1), groups=0), Conv(1, (2, 3), (1, 2), groups=2, kernel_dilation=2), Conv(bias=False)]
+    "conv",
+    [Conv(), Conv(2, (3, 2), (2, 1), groups=0), Conv(1, (2, 3), (1, 2), groups=2, kernel_dilation=2), Conv(bias=False)],
 )
 def test_patch_denoisers_are_exact_at_borders(conv, padding):
     """Against loops over windows in NumPy: pad, cut out, denoise, multiply."""
@@ -225,7 +230,8 @@ def test_gradients_match_finite_differences():
         gradient = jax.jit(jax.grad(total))(point)
         direction = float64(randomize(jax.tree_util.tree_map(np.zeros_like, point), 9, 1.0))
         ahead, behind = (
-            float(jax.jit(total)(jax.tree_util.tree_map(lambda p, d, h=h: p + h * d, point, direction))) for h in (1e-5, -1e-5)
+            float(jax.jit(total)(jax.tree_util.tree_map(lambda p, d, h=h: p + h * d, point, direction)))
+            for h in (1e-5, -1e-5)
         )
         slope = sum(np.vdot(g, d) for g, d in zip(*map(jax.tree_util.tree_leaves, (gradient, direction)), strict=True))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree_util.tree_leaves(gradient))
@@ -356,7 +362,10 @@ def test_misfits_name_the_site():
         ({**denoise, "head": {**head, "bias": jnp.zeros(4)}}, r"head.*bias.*\(4,\), expected \(5,\)"),
         ({k: v for k, v in denoise.items() if k != "head"}, "head: there is no denoiser"),
         ({**denoise, "extra": {"kernel": jnp.zeros((5, 5))}}, "denoise/extra/kernel"),
-        ({**denoise, "conv1": {**denoise["conv1"], "bias": jnp.zeros((4, 9))}}, r"conv1.*constant \(bias\).*nowhere to put"),
+        (
+            {**denoise, "conv1": {**denoise["conv1"], "bias": jnp.zeros((4, 9))}},
+            r"conv1.*constant \(bias\).*nowhere to put",
+        ),
     ]:
         with pytest.raises(FusionError, match=message):
             fuse(params_of(variables, broken), sites, SCHEDULE)

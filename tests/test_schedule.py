@@ -103,7 +103,8 @@ def test_time_outside_the_schedule_is_refused(t):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0,), (1.5,), (True,), (10, 0.0), (10, 0.02, 0.01), (10, 0.1, 1.0), (10, -0.1, 0.1), (10, math.nan, 0.1)]
+    "arguments",
+    [(0,), (1.5,), (True,), (10, 0.0), (10, 0.02, 0.01), (10, 0.1, 1.0), (10, -0.1, 0.1), (10, math.nan, 0.1)],
 )
 def test_impossible_schedules_are_refused(arguments):
     with pytest.raises(ConfigError):
@@ -122,7 +123,9 @@ def test_malformed_targets_are_refused(rule):
         reverse_step(Schedule(), 3, rule)
 
 
-@pytest.mark.parametrize(("t", "steps", "rule"), [(2, 3, "ddpm"), (5, 0, "ddpm"), (5, 2, "affine"), (5, 2, "ddim:0"), (5, 1.5, "ddpm")])
+@pytest.mark.parametrize(
+    ("t", "steps", "rule"), [(2, 3, "ddpm"), (5, 0, "ddpm"), (5, 2, "affine"), (5, 2, "ddim:0"), (5, 1.5, "ddpm")]
+)
 def test_impossible_numbers_of_steps_are_refused(t, steps, rule):
     with pytest.raises(ConfigError):
         reverse_steps(Schedule(), t, steps, rule)

@@ -32,7 +32,9 @@ def refusals(module, x=VECTOR):
 
 
 def test_time_falls_with_depth_by_k_a_site():
-    vit = create_model("vit", num_classes=10, image_size=(8, 8), patch_size=4, width=8, depth=3, num_heads=2, mlp_dim=12)
+    vit = create_model(
+        "vit", num_classes=10, image_size=(8, 8), patch_size=4, width=8, depth=3, num_heads=2, mlp_dim=12
+    )
     sites = find_sites(vit, IMAGE, steps=2)
     assert [site.name for site in sites] == [f"encoderblock_{i}/mlp/fc{j}" for i in range(3) for j in (1, 2)]
     assert [site.times for site in sites] == [(12,), (10,), (8,), (6,), (4,), (2,)]
@@ -40,7 +42,9 @@ def test_time_falls_with_depth_by_k_a_site():
 
 
 def test_same_tensor_shares_one_denoiser():
-    vit = create_model("vit", num_classes=10, image_size=(8, 8), patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=12)
+    vit = create_model(
+        "vit", num_classes=10, image_size=(8, 8), patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=12
+    )
     sites = find_sites(vit, IMAGE, pattern=".*/attn/.*")
     assert [len(site.layers) for site in sites] == [3, 1, 3, 1]
     assert {layer.path[-1] for layer in sites[0].layers} == {"query", "key", "value"}
@@ -83,7 +87,16 @@ def test_two_scans_and_remat(remat):
 @pytest.mark.parametrize(("scan", "remat"), [(False, False), (True, False), (False, True), (True, True)])
 def test_vit_scan_and_remat_give_the_same_times(scan, remat):
     vit = create_model(
-        "vit", num_classes=3, image_size=(8, 8), patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=12, scan=scan, remat=remat
+        "vit",
+        num_classes=3,
+        image_size=(8, 8),
+        patch_size=4,
+        width=8,
+        depth=2,
+        num_heads=2,
+        mlp_dim=12,
+        scan=scan,
+        remat=remat,
     )
     sites = find_sites(vit, IMAGE)
     assert sorted(t for site in sites for t in site.times) == [1, 2, 3, 4]
@@ -156,7 +169,9 @@ class Doubled(nn.Dense):
 
 
 def vmapped(x):
-    return nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)(4, name="v")(x)
+    return nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)(
+        4, name="v"
+    )(x)
 
 
 class Nested(nn.Module):

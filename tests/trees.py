@@ -58,6 +58,21 @@ class Scan:
     remat: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class General:
+    """A DenseGeneral that reads both axes of each token's (rows, channels)."""
+
+    outputs: tuple[int, ...] = (2, 3)
+    bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice:
+    """One square Dense layer that is called twice."""
+
+    bias: bool = True
+
+
 class Block(nn.Module):
     hidden: int
     bias: bool = True
@@ -91,6 +106,13 @@ class Net(nn.Module):
         for i, part in enumerate(self.tail):
             if isinstance(part, Dense):
                 x = jnp.tanh(nn.Dense(part.outputs, use_bias=part.bias, name=f"dense{i}")(x))
+            elif isinstance(part, General):
+                pairs = jnp.stack([x, jnp.cos(x)], axis=-2)  # (batch, tokens, 2, channels)
+                layer = nn.DenseGeneral(part.outputs, axis=(-2, -1), use_bias=part.bias, name=f"general{i}")
+                x = jnp.tanh(layer(pairs)).reshape(*x.shape[:2], -1)
+            elif isinstance(part, Twice):
+                layer = nn.Dense(x.shape[-1], use_bias=part.bias, name=f"twice{i}")
+                x = layer(jnp.tanh(layer(x)))
             else:
                 block = nn.remat(Block) if part.remat else Block
                 axes = {"params": 0, "denoise": 0}
@@ -114,6 +136,8 @@ convs = st.builds(
 ).map(lambda c: dataclasses.replace(c, input_dilation=1) if isinstance(c.padding, str) else c)  # JAX has no other
 tails = st.one_of(
     st.builds(Dense, outputs=st.integers(1, 7), bias=st.booleans()),
+    st.builds(General, outputs=st.sampled_from(((3,), (2, 3), (1, 5))), bias=st.booleans()),
+    st.builds(Twice, bias=st.booleans()),
     st.builds(Scan, length=st.integers(2, 3), hidden=st.integers(1, 5), bias=st.booleans(), remat=st.booleans()),
 )
 
@@ -121,7 +145,11 @@ tails = st.one_of(
 @st.composite
 def nets(draw):
     """A random network and a batch for it; at least 7×7 pixels so that no window is larger than what it reads."""
-    net = Net(tuple(draw(st.lists(convs, min_size=0, max_size=1))), tuple(draw(st.lists(tails, max_size=2))), draw(st.booleans()))
+    net = Net(
+        tuple(draw(st.lists(convs, min_size=0, max_size=1))),
+        tuple(draw(st.lists(tails, max_size=2))),
+        draw(st.booleans()),
+    )
     x = normal(draw(st.integers(0, 99)), (2, 8, 7, draw(st.integers(1, 4))))
     return net, x
 

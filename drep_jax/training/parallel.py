@@ -1,5 +1,6 @@
 """Data parallelism over the local devices: the only module that names `jax.pmap`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,17 @@ def check_batch(size: int, what: str) -> None:
 
 def replicate(tree: Tree) -> Tree:
     """Returns `tree` on every local device, laid out as what `on_devices` returns, so that a second step compiles nothing."""
-    return jax.pmap(lambda _, same: same, axis_name=AXIS, in_axes=(0, None))(np.arange(device_count()), tree)
+    return _copies()(np.arange(device_count()), tree)
+
+
+@functools.cache
+def _copies() -> Callable[..., Any]:
+    return jax.pmap(lambda _, same: same, axis_name=AXIS, in_axes=(0, None))
 
 
 def unreplicate(tree: Tree) -> Tree:
-    """Returns the first device's copy, as NumPy arrays."""
-    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], tree)
+    """Returns the first device's copy, as NumPy arrays of their own (on a CPU a view would share the donated buffer)."""
+    return jax.tree_util.tree_map(lambda leaf: np.array(leaf.addressable_shards[0].data)[0], tree)
 
 
 def shard(batch: Tree) -> Tree:

@@ -47,7 +47,8 @@ def save_safetensors(path: str, variables: Tree, fusion: Mapping[str, Any] | Non
       NonFiniteError: for NaN or Inf.
     """
     check_finite(variables, f"Not writing {path}")
-    tensors: Any = {name: np.asarray(leaf) for name, leaf in names_of(variables).items()}
+    # In C order, because safetensors writes the memory of an array as it lies.
+    tensors: Any = {name: np.asarray(leaf, order="C") for name, leaf in names_of(variables).items()}
     temporary = f"{path}.tmp"
     safetensors.flax.save_file(tensors, temporary, metadata={MARK: json.dumps({"fused": fusion})})
     os.replace(temporary, path)

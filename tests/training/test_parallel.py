@@ -13,7 +13,6 @@ from drep_jax import experiment
 from drep_jax.builder import build
 from drep_jax.data.loader import normalize, training_batches
 from drep_jax.denoise_tree import init_denoise
-from drep_jax.errors import ConfigError
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.logging import MetricWriter
@@ -22,27 +21,6 @@ from tests.command import largest_difference
 from tests.tiny_config import get_config
 
 STEPS = 3
-
-
-def test_there_are_eight_devices():
-    assert parallel.device_count() == 8
-
-
-def test_shard_and_replicate_have_inverses():
-    tree = {"a": np.arange(48).reshape(16, 3), "b": np.arange(16)}
-    assert parallel.shard(tree)["a"].shape == (8, 2, 3)
-    back = parallel.unshard(parallel.on_devices(lambda x: x)(parallel.shard(tree)))
-    assert all(np.array_equal(back[name], tree[name]) for name in tree)
-    many = parallel.replicate(tree)
-    assert many["a"].shape == (8, 16, 3)
-    assert all(np.array_equal(parallel.unreplicate(many)[name], tree[name]) for name in tree)
-
-
-@pytest.mark.parametrize("size", [0, 4, 12, -8])
-def test_uneven_batches_are_refused(size):
-    with pytest.raises(ConfigError, match=f"mine={size} .*8 local devices"):
-        parallel.check_batch(size, "mine")
-    parallel.check_batch(24, "mine")
 
 
 @pytest.mark.parametrize("tokens", [1.0, 0.5])

@@ -1,0 +1,90 @@
+"""Scoring of several arms: padding is masked, all arms see the same images, and the table is what the scores say."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drep_jax import evaluation
+from drep_jax.data import open_source
+from drep_jax.data.corruptions import corrupt
+from drep_jax.data.loader import normalize
+from drep_jax.errors import ConfigError
+from drep_jax.tasks import classification
+
+MEAN, STD, SEED = (0.3, 0.3, 0.3), (0.4, 0.4, 0.4), 11
+CONDITIONS = ("clean", "gaussian:80")
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_source("digits", "test", image_size=(8, 8))
+
+
+@pytest.fixture(scope="module")
+def arms(digits):
+    first = Linear().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    other = Linear().init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
+    return {"baseline": first, "twin": first, "fused": other}
+
+
+def score(digits, arms, batch_size, scores=classification.scores, conditions=CONDITIONS):
+    return evaluation.score_arms(
+        Linear(), arms, digits, conditions, scores, batch_size=batch_size, mean=MEAN, std=STD, seed=SEED
+    )
+
+
+@pytest.mark.parametrize("batch_size", [64, 600, 1024])
+def test_scores_are_those_of_a_plain_loop(batch_size, digits, arms):
+    outputs = score(digits, arms, batch_size, lambda logits, labels: {"logits": logits, "labels": labels})
+    images = jnp.stack([digits[i]["image"] for i in range(len(digits))])
+    for condition in CONDITIONS:
+        noisy = corrupt(images.astype(jnp.float32), jnp.arange(len(digits)), condition, SEED)
+        for name, variables in arms.items():
+            found = outputs[condition][name]
+            expected = Linear().apply(variables, normalize(noisy, MEAN, STD))
+            assert found["logits"].shape == (600, 10)
+            np.testing.assert_allclose(found["logits"], expected, atol=2e-4)
+            assert np.array_equal(found["labels"], [digits[i]["label"] for i in range(len(digits))])
+    assert np.abs(outputs["clean"]["fused"]["logits"] - outputs["gaussian:80"]["fused"]["logits"]).max() > 0.1
+
+
+def test_equal_arms_get_equal_scores_under_noise(digits, arms):
+    outputs = score(digits, arms, 64, lambda logits, labels: {"logits": logits})["gaussian:80"]
+    assert np.array_equal(outputs["baseline"]["logits"], outputs["twin"]["logits"])
+    assert not np.array_equal(outputs["baseline"]["logits"], outputs["fused"]["logits"])
+
+
+def test_a_batch_that_does_not_divide_is_refused(digits, arms):
+    with pytest.raises(ConfigError, match="evaluate.batch_size=100"):
+        score(digits, arms, 100)
+
+
+def test_summary_compares_every_arm_with_its_reference():
+    rng = np.random.default_rng(0)
+    right = {name: (rng.uniform(size=200) < share).astype(float) for name, share in
+             (("baseline", 0.5), ("placebo", 0.4), ("continued", 0.6), ("fused", 0.9))}  # fmt: skip
+    results = {"clean": {name: {"acc@1": v, "acc@5": np.ones(200)} for name, v in right.items()}}
+    table = evaluation.summarize(results, resamples=500, seed=0)["clean"]
+    assert table["n"] == 200
+    assert list(table["control"]) == ["placebo", "continued"]
+    assert table["fused"]["acc@1"] == pytest.approx(100 * right["fused"].mean())
+    pairs = {"fused - baseline", "fused - placebo", "fused - continued", "placebo - baseline", "continued - baseline"}
+    for part in ("difference", "interval", "mcnemar"):
+        assert set(table[part]) == pairs
+    for pair in pairs:
+        ours, theirs = pair.split(" - ")
+        difference = 100 * (right[ours].mean() - right[theirs].mean())
+        assert table["difference"][pair]["acc@1"] == pytest.approx(difference)
+        low, high = table["interval"][pair]["acc@1"]
+        assert low < difference < high
+        assert table["difference"][pair]["acc@5"] == 0
+    assert table["mcnemar"]["fused - baseline"] < 1e-6
+    assert table == evaluation.summarize(results, resamples=500, seed=0)["clean"]

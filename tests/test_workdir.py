@@ -1,0 +1,107 @@
+"""The work directory: claimed, checked to be writable, and never shared by two different runs."""
+
+import errno
+import json
+import os
+import subprocess
+
+import pytest
+
+from drep_jax import workdir
+from drep_jax.errors import CheckpointError
+from drep_jax.workdir import CONFIG, FREE, claim, environment, flatten, read_config, write_json
+
+RUN = {"seed": 0, "log_every": 50, "checkpoint_every": 1, "progress": True, "data": {"source": "digits", "size": (8, 8)}}
+
+
+def begun(directory):
+    (directory / "checkpoints" / "denoise" / "5").mkdir(parents=True)
+
+
+def test_a_claimed_directory_can_be_claimed_again(tmp_path):
+    place = tmp_path / "deep" / "run"
+    claim(str(place), RUN)
+    assert os.listdir(place) == [CONFIG]
+    assert read_config(str(place)) == json.loads(json.dumps(RUN))
+    begun(place)
+    claim(str(place), RUN)
+
+
+def test_another_configuration_is_refused_with_every_difference(tmp_path):
+    claim(str(tmp_path), RUN)
+    begun(tmp_path)
+    other = {**RUN, "seed": 1, "data": {"source": "folder:x", "size": [8, 8]}, "new": None, "log_every": 7}
+    other["extra"] = 3
+    with pytest.raises(CheckpointError) as error:
+        claim(str(tmp_path), other)
+    message = str(error.value)
+    for text in ("seed: 0 there, 1 now", "data.source: 'digits' there, 'folder:x' now", "extra: None there, 3 now", "--workdir"):
+        assert text in message
+    assert "data.size" not in message and "log_every" not in message
+    assert read_config(str(tmp_path))["seed"] == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(FREE) & set(RUN)))
+def test_what_changes_nothing_learned_may_differ(name, tmp_path):
+    claim(str(tmp_path), RUN)
+    begun(tmp_path)
+    claim(str(tmp_path), {**RUN, name: 99})
+
+
+def test_a_run_that_has_made_nothing_yet_may_be_corrected(tmp_path):
+    claim(str(tmp_path), RUN)
+    (tmp_path / "checkpoints" / "denoise").mkdir(parents=True)
+    claim(str(tmp_path), {**RUN, "seed": 4})
+    assert read_config(str(tmp_path))["seed"] == 4
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/drep_jax"])
+def test_a_place_that_cannot_be_written_is_refused(place, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"Cannot write to the work directory .*Choose another --workdir"):
+        claim(str(tmp_path / place), RUN)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        claim(str(tmp_path), RUN)
+
+
+def test_what_is_no_run_is_told_apart(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is no finished run: there is no {CONFIG}"):
+        read_config(str(tmp_path))
+    (tmp_path / "fused.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="may already be fused"):
+        read_config(str(tmp_path))
+    (tmp_path / CONFIG).write_text('{"seed": ')
+    with pytest.raises(CheckpointError, match=f"{CONFIG} cannot be read"):
+        read_config(str(tmp_path))
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(str(path), {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(str(path), {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_flatten():
+    assert flatten({"a": {"b": {"c": 1}, "d": (2,)}, "e": None}) == {"a.b.c": 1, "a.d": (2,), "e": None}
+
+
+def test_environment_says_what_made_a_run_and_needs_no_git(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--config.sites.pattern=.*fc[12]"])
+    found = environment()
+    assert found["device_count"] == 8 and found["command"] == "python train.py '--config.sites.pattern=.*fc[12]'"
+
+    def absent(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert workdir.environment()["git_revision"] is None
