@@ -65,7 +65,8 @@ def call(script, *arguments):
 def start(script, *arguments, devices=8, before=""):
     """Runs a script in a process of its own, after the statements `before`, which may damage or interrupt it."""
     code = f"import runpy, sys\nsys.argv = sys.argv[1:]\n{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)

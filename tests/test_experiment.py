@@ -237,6 +237,7 @@ def test_resnet_with_batch_statistics_end_to_end(tmp_path):
     config["model"] = {"name": "resnet", "num_classes": 0, "stage_sizes": (1,), "block": "basic", "width": 4, "stem": "cifar"}
     config["denoise"].update(steps=1, learner="closed_form", rule="ddim")
     config["control"]["steps"] = 0
+    config["backbone"].update(steps=100, learning_rate=1e-2)
     content = experiment.run(config, str(tmp_path))
     report.validate(report.plain(content))
     assert content["certificate"]["passed"]

@@ -1,0 +1,79 @@
+"""Time and peak memory of fusing ViT-S, ViT-B and ResNet-50: jitted in float32, and exactly in float64 as exports do.
+
+    PYTHONPATH=. python benchmarks/fusion.py
+
+Every case runs in a process of its own, so that its peak memory is its own. The weights and the (non-zero) denoisers count
+in the memory; "above the weights" takes off what was resident before fusing began.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tabulate import tabulate
+
+from drep_jax import cost
+from drep_jax.denoise_tree import init_denoise
+from drep_jax.fusion import fuse, fuse_exact
+from drep_jax.models import create_model
+from drep_jax.schedule import Schedule
+from drep_jax.sites import find_sites
+
+LINEARS = r".*(attn/(query|key|value|out)|mlp/fc[12])"
+CASES = {
+    "ViT-S/16, MLP": ("vit_s16", None),
+    "ViT-S/16, all linears": ("vit_s16", LINEARS),
+    "ViT-B/16, MLP": ("vit_b16", None),
+    "ViT-B/16, all linears": ("vit_b16", LINEARS),
+    "ResNet-50, every layer": ("resnet50", None),
+}
+
+
+def one(case, how, rounds):
+    """Prints sites, parameters, seconds to compile, seconds to fuse, peak bytes and bytes above the weights."""
+    name, pattern = CASES[case]
+    model = create_model(name, num_classes=1000, image_size=(224, 224))
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    sites, schedule = find_sites(model, images, pattern=pattern), Schedule()
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(images.shape))
+    denoise = jax.tree_util.tree_map(lambda leaf: leaf + 0.01, init_denoise(sites))
+    params = jax.block_until_ready({"backbone": variables["params"], "denoise": denoise})
+    size = sum(leaf.size for leaf in jax.tree_util.tree_leaves(denoise))
+    before = cost.peak_memory()
+    compiling = 0.0
+    if how == "float32":
+        began = time.perf_counter()
+        run = jax.jit(lambda p: fuse(p, sites, schedule)).lower(params).compile()
+        compiling = time.perf_counter() - began
+    else:
+        run = lambda p: fuse_exact(p, sites, schedule)  # noqa: E731
+    times = cost.interleaved({"fuse": lambda: run(params)}, rounds=rounds)["fuse"]
+    print(len(sites), size, compiling, np.median(times), cost.peak_memory(), cost.peak_memory() - before)
+
+
+def main(arguments):
+    rows = []
+    for case in CASES:
+        for how in ("float32", "float64"):
+            command = [sys.executable, __file__, "--case", case, "--how", how, "--rounds", str(arguments.rounds)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            sites, size, compiling, seconds, peak, above = map(float, out)
+            rows.append([case, how, int(sites), size / 1e6, compiling, seconds, peak / 2**30, above / 2**30])
+    headers = ["", "in", "sites", "denoisers, M", "compile s", "fuse s", "peak GiB", "above the weights GiB"]
+    print(tabulate(rows, headers, floatfmt=("", "", "", ".1f", ".1f", ".2f", ".2f", ".2f")))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=list(CASES))
+    parser.add_argument("--how", choices=["float32", "float64"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parsed = parser.parse_args()
+    if parsed.case:
+        one(parsed.case, parsed.how, parsed.rounds)
+    else:
+        main(parsed)

@@ -1,0 +1,54 @@
+"""Inference latency of ViT-S/16 fused and explicit, relative to the unchanged backbone.
+
+    PYTHONPATH=. python benchmarks/latency.py
+"""
+
+import argparse
+
+import jax
+import numpy as np
+from tabulate import tabulate
+
+from drep_jax import cost
+from drep_jax.denoise_tree import init_denoise
+from drep_jax.denoiser import explicit_apply
+from drep_jax.fusion import fuse
+from drep_jax.models import create_model
+from drep_jax.schedule import Schedule
+from drep_jax.sites import find_sites
+
+
+def main(arguments):
+    model = create_model("vit_s16", num_classes=1000, image_size=(224, 224))
+    images = jax.random.normal(jax.random.key(0), (arguments.batch, 224, 224, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), images[:1])
+    sites, schedule = find_sites(model, images), Schedule()
+    leaves, structure = jax.tree_util.tree_flatten(init_denoise(sites))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    denoise = structure.unflatten([0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    fused = {"params": jax.jit(lambda p: fuse(p, sites, schedule))({"backbone": variables["params"], "denoise": denoise})}
+
+    plain = jax.jit(model.apply)
+    explicit = jax.jit(lambda v, d, x: explicit_apply(model, v, d, sites, schedule, x))
+    sides = {
+        "baseline": lambda: plain(variables, images),
+        "fused": lambda: plain(fused, images),
+        "explicit": lambda: explicit(variables, denoise, images),
+    }
+    operations = {name: cost.flops(model.apply, variables, images) for name in ("baseline", "fused")}
+    operations["explicit"] = cost.flops(lambda v, d, x: explicit_apply(model, v, d, sites, schedule, x), variables, denoise, images)
+    times = cost.interleaved(sides, rounds=arguments.rounds)
+    ratio = cost.ratios(times, "baseline")
+    rows = [
+        [name, 1e3 * np.median(values), 1e3 * min(values), ratio[name], operations[name] / operations["baseline"]]
+        for name, values in times.items()
+    ]
+    print(f"ViT-S/16, 224 px, batch {arguments.batch}, {len(sites)} sites, {arguments.rounds} interleaved rounds, {jax.devices()[0]}")
+    print(tabulate(rows, ["", "median ms", "least ms", "latency ratio", "FLOP ratio"], floatfmt=("", ".1f", ".1f", ".3f", ".3f")))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=21)
+    main(parser.parse_args())
