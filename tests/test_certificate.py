@@ -2,14 +2,16 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 
 from drep_jax.certificate import certify, figure
 from drep_jax.denoise_tree import init_denoise
-from drep_jax.fusion import fuse_exact
+from drep_jax.fusion import fuse, fuse_exact
 from drep_jax.schedule import Schedule
 from drep_jax.sites import find_sites
 from tests.trees import Conv, Dense, Net, Scan, normal, setup
@@ -66,6 +68,7 @@ def test_tampering_with_one_hundredth_of_one_change_fails():
     assert not found.passed
     assert [s.path for s in found.sites["float32"] if not s.figure.passed] == ["dense1"]
     assert not found.end_to_end["float32"].passed
+    assert [s.path for s in found.sites["float64"] if not s.figure.passed] == ["dense1"]
     assert "FAILED" in str(found)
 
 
@@ -76,10 +79,49 @@ def test_fusion_that_does_nothing_fails():
     assert found.end_to_end["float32"].decisive
 
 
+def test_rounding_is_not_taken_for_an_error():
+    """Weights fused in float32 differ from those fused in float64 in the last bits, and pass."""
+    found = run(jax.jit(lambda p: fuse(p, SITES, SCHEDULE))({"backbone": VARIABLES["params"], "denoise": DENOISE}))
+    assert found.passed
+    assert found.end_to_end["float64"].error < 1e-11
+
+
+class Coarse(nn.Module):
+    """A layer that computes in bfloat16, whose output therefore cannot show a small change."""
+
+    dtype: object = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, dtype=self.dtype, name="layer")(x)
+
+
+@pytest.mark.parametrize("weights", [jnp.bfloat16, jnp.float32, np.float64])
+def test_fusion_that_does_nothing_fails_whatever_the_types(weights):
+    """The output is too coarse to decide, or there is no type but float64: what was deployed must still be looked at."""
+    net, x = Coarse(None if weights == np.float64 else jnp.bfloat16), normal(1, (6, 5))
+    sites = find_sites(net, x)
+    variables, denoise = setup(net, x, sites)
+    with jax.enable_x64(weights == np.float64):
+        variables = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(weights), variables)
+        x = np.asarray(x).astype(weights)
+        right = certify(net, variables, denoise, sites, SCHEDULE, x)
+        assert right.passed, str(right)
+        assert not any(f.decisive for name, f in right.end_to_end.items() if name != "float64")
+        wrong = certify(net, variables, denoise, sites, SCHEDULE, x, fused=variables["params"])
+    assert not wrong.passed
+    assert wrong.end_to_end["float64"].error == pytest.approx(1.0, rel=1e-6)
+
+
 def test_another_type_or_tree_fails():
     half = jax.tree_util.tree_map(lambda leaf: leaf, FUSED)
     half["head"] = {name: leaf.astype(np.float16) for name, leaf in half["head"].items()}
-    assert run(half).structure == {"same_tree": True, "same_dtypes": False, "same_program": False}
+    found = run(half)
+    assert found.structure == {"same_tree": True, "same_dtypes": False, "same_program": False}
+    assert not found.passed
+    cut = {**FUSED, "head": {**FUSED["head"], "bias": FUSED["head"]["bias"][None]}}
+    with pytest.raises(ScopeParamShapeError):  # Flax refuses another shape before anything is compared
+        run(cut)
     extra = {**FUSED, "left": {"over": np.zeros(2)}}
     found = run(extra)
     assert not found.structure["same_tree"]

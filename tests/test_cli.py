@@ -89,7 +89,9 @@ def test_a_loss_that_diverges_names_stage_step_and_site(finished, tmp_path):
 
 def test_a_run_is_not_mixed_with_another(finished):
     place = f"--workdir={finished.directory}"
-    call("train.py", TINY, place, "--config.seed=1").refused("another configuration", "seed: 0 there, 1 now", "--workdir")
+    call("train.py", TINY, place, "--config.seed=1").refused(
+        "another configuration", "seed: 0 there, 1 now", "--workdir"
+    )
 
 
 # ---- fuse.py -----------------------------------------------------------------------------------------------------------
@@ -182,7 +184,9 @@ def test_places_that_hold_no_finished_run_are_refused(finished, fuse, tmp_path):
     shutil.rmtree(begun / "checkpoints" / "denoise" / "30")
     fuse(workdir=begun)[0].refused("step 20 of 30", "finish the run first")
     (begun / "file").write_text("in the way")
-    call("fuse.py", f"--workdir={finished.directory}", f"--out={begun / 'file' / 'x'}").refused("Cannot write weights to")
+    call("fuse.py", f"--workdir={finished.directory}", f"--out={begun / 'file' / 'x'}").refused(
+        "Cannot write weights to"
+    )
 
 
 def test_nan_in_a_saved_denoiser_is_refused(finished, fuse, tmp_path, monkeypatch):

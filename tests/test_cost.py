@@ -1,11 +1,17 @@
 """FLOPs, memory, interleaved timing, paired ratios and peak memory. No duration is asserted."""
 
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from drep_jax import cost
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(64, 32, 48), (8, 128, 16)])
@@ -80,10 +86,16 @@ def test_ratios_are_paired_by_round():
 
 
 def test_peak_memory_is_in_bytes_and_keeps_the_peak():
-    before = cost.peak_memory()
-    grown = np.ones(before // 4, np.float64)  # twice the peak so far
-    held = cost.peak_memory()
-    assert held >= grown.nbytes
-    assert held < 64 * grown.nbytes
-    del grown
-    assert cost.peak_memory() >= held
+    """In a fresh process: 256 MB of ones raise the peak by that much, and freeing them does not lower it."""
+    program = (
+        "import numpy as np; from drep_jax.cost import peak_memory; before = peak_memory(); x = np.ones(32_000_000); "
+        "held = peak_memory(); del x; print(before, held, peak_memory())"
+    )
+    size = 32_000_000 * 8
+    ballast = np.ones(2 * size // 8)  # a child must not take over the peak of the process that started it
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    before, held, after = map(int, out.split())
+    assert 0.9 * size < held - before < 1.2 * size
+    assert after > 0.99 * held  # the kernel counts pages in batches
+    if sys.platform == "linux":
+        assert before < ballast.nbytes

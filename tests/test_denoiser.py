@@ -1,5 +1,7 @@
 """Algorithm 1's loss, its minimum, and the DenoiseRep module."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from drep_jax import closed_form
+from drep_jax.certificate import certify
 from drep_jax.denoise_tree import get_in, init_denoise
 from drep_jax.denoiser import DenoiseRep, algorithm1_losses, explicit_apply, visit_sites
 from drep_jax.errors import ConfigError, FusionError, SiteError
@@ -16,7 +19,7 @@ from drep_jax.models import create_model
 from drep_jax.schedule import Schedule
 from drep_jax.sites import find_sites
 from drep_jax.training.moments import collect_moments
-from tests.trees import Conv, Dense, Inner, Net, Scan, normal, randomize, setup
+from tests.trees import Block, Conv, Dense, Inner, Net, Scan, normal, randomize, setup
 
 SCHEDULE = Schedule(beta_end=0.02)
 NET = Net((Conv(2, groups=2),), (Scan(2, 5), Dense(6)))
@@ -28,6 +31,11 @@ VARIABLES, DENOISE = setup(NET, X, SITES)
 
 def losses(denoise=DENOISE, key=0, x=X, index=INDEX, variables=VARIABLES, **options):
     key = jax.random.key(key) if isinstance(key, int) else key
+    return _losses(variables, denoise, key, index, x, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "tokens"))
+def _losses(variables, denoise, key, index, x, **options):
     return algorithm1_losses(NET, variables, denoise, SITES, SCHEDULE, key, index, x, **options)
 
 
@@ -71,12 +79,12 @@ def moments():
 
 
 def test_predicting_nothing_costs_one():
-    table = means(lambda key: losses(init_denoise(SITES), key))
+    table = means(lambda key: losses(init_denoise(SITES), key), 512)  # five standard deviations of the smallest site
     for value in jax.tree_util.tree_leaves(table):
         np.testing.assert_allclose(value, 1.0, atol=0.05)
-    one = means(lambda key: losses(init_denoise(SITES), key, loss="l1"))
+    one = means(lambda key: losses(init_denoise(SITES), key, loss="l1"), 512)
     np.testing.assert_allclose(one["head"], np.sqrt(2 / np.pi), atol=0.05)
-    both = means(lambda key: losses(init_denoise(SITES), key, loss="l1+l2"))
+    both = means(lambda key: losses(init_denoise(SITES), key, loss="l1+l2"), 512)
     np.testing.assert_allclose(both["head"], 1 + np.sqrt(2 / np.pi), atol=0.08)
 
 
@@ -144,10 +152,80 @@ def test_through_the_origin_without_a_bias():
 
 
 def test_no_gradient_reaches_the_backbone():
-    gradient = jax.grad(lambda p: total(losses(variables={"params": p})))(VARIABLES["params"])
-    assert all(not leaf.any() for leaf in jax.tree_util.tree_leaves(gradient))
-    gradient = jax.grad(lambda d: total(losses(d)))(DENOISE)
-    assert all(leaf.any() for leaf in jax.tree_util.tree_leaves(gradient))
+    """Not even as a part of the module's own parameters."""
+    module = DenoiseRep(NET, SITES, SCHEDULE)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return total(module.apply({"params": params}, jax.random.key(0), INDEX, X, method="denoising_losses"))
+
+    found = gradient({"backbone": VARIABLES["params"], "denoise": DENOISE})
+    assert all(not leaf.any() for leaf in jax.tree_util.tree_leaves(found["backbone"]))
+    assert all(leaf.any() for leaf in jax.tree_util.tree_leaves(found["denoise"]))
+
+
+def test_output_has_gradients_to_backbone_and_denoisers():
+    net = Net(tail=(Dense(4),))
+    sites = find_sites(net, X)
+    variables, denoise = setup(net, X, sites)
+    module = DenoiseRep(net, sites, SCHEDULE)
+    found = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, X)))))(
+        {"backbone": variables["params"], "denoise": denoise}
+    )
+    assert all(leaf.any() for leaf in jax.tree_util.tree_leaves(found))
+
+
+def test_stacked_losses_are_those_of_the_unrolled_blocks():
+    class Unrolled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for i in range(2):
+                x, _ = Block(5, name=f"block{i}")(x)
+            return x
+
+    class Stacked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0, "denoise": 0}
+            return nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=2)(5, name="all")(x, None)[0]
+
+    def unroll(tree):
+        return {f"block{i}": jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], tree["all"]) for i in range(2)}
+
+    sites = {net: find_sites(net, X, pattern=".*", steps=20) for net in (Stacked(), Unrolled())}
+    variables, denoise = setup(Stacked(), X, sites[Stacked()])
+    denoise = randomize(denoise, 3, 0.5)
+    parts = {Stacked(): (variables["params"], denoise), Unrolled(): (unroll(variables["params"]), unroll(denoise))}
+    found = []
+    for net, (params, denoisers) in parts.items():
+
+        def run(key, net=net, params=params, denoisers=denoisers):
+            return algorithm1_losses(net, {"params": params}, denoisers, sites[net], SCHEDULE, key, INDEX, X)
+
+        found.append(means(run, 16))
+    stacked, unrolled = found
+    for name in ("fc1", "fc2"):
+        expected = [unrolled[f"block{i}/{name}"] for i in range(2)]
+        np.testing.assert_allclose(stacked[f"all/{name}"], expected, rtol=0.02)
+        assert abs(expected[0] / expected[1] - 1) > 0.04  # so that swapped copies would be seen
+
+
+def test_layer_that_a_scan_repeats_is_one_site_with_one_loss():
+    class Repeated(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_broadcast": "params", "variable_axes": {"denoise": 0}, "split_rngs": {"params": False}}
+            return nn.scan(Inner, length=4, **options)(name="again")(x, None)[0]
+
+    sites = find_sites(Repeated(), X, pattern=".*")
+    assert [(site.name, site.stack, site.times) for site in sites] == [("again/d", None, (1,))]
+    variables, denoise = setup(Repeated(), X, sites)
+    key = jax.random.key(0)
+    zero = algorithm1_losses(Repeated(), variables, init_denoise(sites), sites, SCHEDULE, key, INDEX, X)
+    assert zero["again/d"].shape == ()
+    np.testing.assert_allclose(zero["again/d"], 1.0, atol=0.25)
+    assert certify(Repeated(), variables, denoise, sites, SCHEDULE, X).passed
 
 
 def test_noise_belongs_to_the_example():
@@ -231,27 +309,33 @@ def test_layer_called_twice_averages_its_calls():
 
 def test_module_holds_both_subtrees_and_other_collections():
     net = create_model(
-        "resnet", num_classes=3, image_size=(8, 8), stage_sizes=(1, 1), width=4, block="basic", stem="cifar"
+        "resnet", num_classes=3, image_size=(8, 8), stage_sizes=(1,), width=4, block="basic", stem="cifar"
     )
     x = normal(1, (2, 8, 8, 3))
     sites = find_sites(net, x)
     module = DenoiseRep(net, sites, SCHEDULE)
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     assert set(variables) == {"params", "batch_stats"}
     assert set(variables["params"]) == {"backbone", "denoise"}
-    plain = net.init(jax.random.key(3), x)
-    shapes = [jax.tree_util.tree_map(jnp.shape, t) for t in (variables["params"]["backbone"], plain["params"])]
-    assert shapes[0] == shapes[1]
+    plain = jax.eval_shape(net.init, jax.random.key(3), x)
+    for collection in ("params", "batch_stats"):
+        shapes = [jax.tree_util.tree_map(jnp.shape, t) for t in (variables[collection]["backbone"], plain[collection])]
+        assert shapes[0] == shapes[1]
     params = {**variables["params"], "denoise": randomize(variables["params"]["denoise"], 0, 0.1)}
     variables = {**variables, "params": params}
-    out = module.apply(variables, x)
+    statistics = randomize(variables["batch_stats"], 2, 0.1)  # which the layer must read: not zero and one
+    variables = {**variables, "batch_stats": jax.tree_util.tree_map(jnp.abs, statistics)}
+    out = jax.jit(module.apply)(variables, x)
     own = {"params": params["backbone"], "batch_stats": variables["batch_stats"]["backbone"]}
     np.testing.assert_allclose(
-        out, explicit_apply(net, own, params["denoise"], sites, SCHEDULE, x), rtol=1e-5, atol=1e-6
+        out,
+        jax.jit(lambda v, d: explicit_apply(net, v, d, sites, SCHEDULE, x))(own, params["denoise"]),
+        rtol=1e-5,
+        atol=1e-6,
     )
     fused = fuse(params, sites, SCHEDULE)
-    np.testing.assert_allclose(net.apply({**own, "params": fused}, x), out, rtol=2e-3, atol=2e-4)
-    assert not np.allclose(net.apply(own, x), out, atol=1e-3)
+    np.testing.assert_allclose(jax.jit(net.apply)({**own, "params": fused}, x), out, rtol=2e-3, atol=2e-4)
+    assert not np.allclose(jax.jit(net.apply)(own, x), out, atol=1e-3)
     table = module.apply(variables, jax.random.key(0), jnp.arange(2), x, loss="l1", method="denoising_losses")
     assert set(table) == {site.name for site in sites}
     with pytest.raises(FusionError, match="denoise"):

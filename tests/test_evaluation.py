@@ -63,7 +63,7 @@ def test_equal_arms_get_equal_scores_under_noise(digits, arms):
 
 
 def test_a_batch_that_does_not_divide_is_refused(digits, arms):
-    with pytest.raises(ConfigError, match="evaluate.batch_size=100"):
+    with pytest.raises(ConfigError, match=r"evaluate\.batch_size=100"):
         score(digits, arms, 100)
 
 

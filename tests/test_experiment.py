@@ -234,7 +234,14 @@ def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_pa
 
 def test_resnet_with_batch_statistics_end_to_end(tmp_path):
     config = copy.deepcopy(get_config().to_dict())
-    config["model"] = {"name": "resnet", "num_classes": 0, "stage_sizes": (1,), "block": "basic", "width": 4, "stem": "cifar"}
+    config["model"] = {
+        "name": "resnet",
+        "num_classes": 0,
+        "stage_sizes": (1,),
+        "block": "basic",
+        "width": 4,
+        "stem": "cifar",
+    }
     config["denoise"].update(steps=1, learner="closed_form", rule="ddim")
     config["control"]["steps"] = 0
     config["backbone"].update(steps=100, learning_rate=1e-2)
@@ -243,7 +250,9 @@ def test_resnet_with_batch_statistics_end_to_end(tmp_path):
     assert content["certificate"]["passed"]
     assert content["coverage"]["layers"] == content["coverage"]["candidates"] == 4
     assert {site["kind"] for site in content["sites"]} == {"patch", "dense"}
-    assert content["metrics"]["clean"]["baseline"]["acc@1"] > 15  # it has learned something, with its running statistics
+    assert (
+        content["metrics"]["clean"]["baseline"]["acc@1"] > 15
+    )  # it has learned something, with its running statistics
     _, setting, variables, _ = experiment.load_run(str(tmp_path))
     fused = weights.load(str(tmp_path / "fused" / "fused.safetensors"), setting.abstract, allow_fused=True)
     assert same_bits(fused["batch_stats"], variables["batch_stats"])

@@ -133,8 +133,7 @@ class Branches(nn.Module):
 def test_every_other_kind_of_layer(kind):
     inputs = normal(1, (2, 7, 6)), normal(2, (2, 4, 5, 3, 2))
     sites = find_sites(Branches(), *inputs, pattern=".*", kind=kind)
-    variables = randomize(Branches().init(jax.random.key(0), *inputs))
-    denoise = randomize(init_denoise(sites), 1, 0.2)
+    variables, denoise = setup(Branches(), inputs, sites)
     found = certify(Branches(), variables, denoise, sites, SCHEDULE, *inputs)
     assert found.passed, str(found)
     rows = {row.path: row.figure.change for row in found.sites["float64"]}

@@ -28,7 +28,8 @@ def norms(values, rank):
 
 
 @pytest.mark.parametrize(
-    "name, rule, steps", [*((name, "ddpm", 2) for name in NETS), ("convolution", "paper", 1), ("convolution", "ddim:0", 1)]
+    "name, rule, steps",
+    [*((name, "ddpm", 2) for name in NETS), ("convolution", "paper", 1), ("convolution", "ddim:0", 1)],
 )
 def test_maps_have_the_learned_norms_in_every_group_and_copy(name, rule, steps):
     net, x = NETS[name], normal(0, (2, 6, 6, 3))

@@ -96,7 +96,7 @@ def test_steps_go_down_from_the_largest():
     np.testing.assert_array_equal(rows, [reverse_step(schedule, t, "ddpm") for t in (7, 6, 5)])
 
 
-@pytest.mark.parametrize("t", [0, -1, 1001, 1.5, True])
+@pytest.mark.parametrize("t", [0, -1, 1001, 1.5, True, math.nan, math.inf, None, "3"])
 def test_time_outside_the_schedule_is_refused(t):
     with pytest.raises(ConfigError, match=r"1…1000"):
         reverse_step(Schedule(), t, "ddpm")

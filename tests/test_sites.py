@@ -103,6 +103,43 @@ def test_vit_scan_and_remat_give_the_same_times(scan, remat):
     assert {site.refusal for s in sites for site in s.layers} == {None}
 
 
+def test_layers_inside_one_scanned_body_share_too():
+    vit = create_model(
+        "vit", num_classes=3, image_size=(8, 8), patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=12, scan=True
+    )
+    sites = find_sites(vit, IMAGE, pattern=".*/attn/.*")
+    assert [len(site.layers) for site in sites] == [3, 1]
+    assert [site.times for site in sites] == [(4, 2), (3, 1)]
+
+
+def test_scan_of_a_function_and_remat_scan():
+    class Functional(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def body(module, x, _):
+                return nn.Dense(x.shape[-1], name="two")(nn.Dense(4, name="one")(x)), None
+
+            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return scan(self, x, None)[0]
+
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(x.shape[-1], name="d")(x)
+
+    def both(x):
+        return nn.remat_scan(Step, lengths=(3,))(name="steps")(Functional(name="scanned")(x))
+
+    table = {site.name: site.times for site in find_sites(wrap(both), VECTOR)}
+    assert table == {"scanned/one": (7, 5), "scanned/two": (6, 4), "steps/d": (3, 2, 1)}
+
+
+def test_partitioned_parameters_are_unboxed():
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    (site,) = find_sites(wrap(lambda x: nn.Dense(3, kernel_init=boxed, name="a")(x)), VECTOR)
+    assert site.denoiser_shape == (6, 6)
+
+
 def test_layer_called_twice_is_one_site():
     class Twice(nn.Module):
         @nn.compact
@@ -140,6 +177,8 @@ def test_dense_general_contracts_several_axes():
         (Conv(size=(1, 1)), "patch", ("pointwise", 3, 1, True)),  # the window is the pixel
         (Conv(size=(1, 1), padding=((1, 1), (0, 0))), "auto", ("patch", 3, 1, True)),
         (Conv(groups=0), "auto", ("patch", 9, 3, True)),
+        (Conv(groups=0), "pointwise", ("pointwise", 1, 3, False)),
+        (Conv(padding="REFLECT"), "pointwise", ("pointwise", 3, 1, True)),
         (Conv(bias=False), "auto", ("patch", 27, 1, False)),
     ],
 )

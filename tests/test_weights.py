@@ -17,7 +17,10 @@ from tests.command import same_bits
 
 VARIABLES = {
     "params": {
-        "stem": {"kernel": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4), "bias": np.float32([-0.0, 1e-40])},
+        "stem": {
+            "kernel": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4),
+            "bias": np.float32([-0.0, 1e-40]),
+        },
         "block": {"0": {"kernel": (np.arange(6).reshape(2, 3) / 7).astype(ml_dtypes.bfloat16)}},
         "transposed": np.arange(12, dtype=np.float32).reshape(3, 4).T,
         "scalar": np.float32(3.5),
@@ -136,7 +139,9 @@ def test_damaged_orbax_folders_are_refused(tmp_path):
 
 
 def test_what_is_not_there_or_not_ours_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no weights at /nowhere; expected a \.safetensors file or an Orbax directory"):
+    with pytest.raises(
+        CheckpointError, match=r"no weights at /nowhere; expected a \.safetensors file or an Orbax directory"
+    ):
         weights.load("/nowhere", VARIABLES)
     with pytest.raises(CheckpointError, match=r"holds no drep_jax\.json"):
         weights.load(str(tmp_path), VARIABLES)

@@ -11,7 +11,13 @@ from drep_jax import workdir
 from drep_jax.errors import CheckpointError
 from drep_jax.workdir import CONFIG, FREE, claim, environment, flatten, read_config, write_json
 
-RUN = {"seed": 0, "log_every": 50, "checkpoint_every": 1, "progress": True, "data": {"source": "digits", "size": (8, 8)}}
+RUN = {
+    "seed": 0,
+    "log_every": 50,
+    "checkpoint_every": 1,
+    "progress": True,
+    "data": {"source": "digits", "size": (8, 8)},
+}
 
 
 def begun(directory):
@@ -35,7 +41,12 @@ def test_another_configuration_is_refused_with_every_difference(tmp_path):
     with pytest.raises(CheckpointError) as error:
         claim(str(tmp_path), other)
     message = str(error.value)
-    for text in ("seed: 0 there, 1 now", "data.source: 'digits' there, 'folder:x' now", "extra: None there, 3 now", "--workdir"):
+    for text in (
+        "seed: 0 there, 1 now",
+        "data.source: 'digits' there, 'folder:x' now",
+        "extra: None there, 3 now",
+        "--workdir",
+    ):
         assert text in message
     assert "data.size" not in message and "log_every" not in message
     assert read_config(str(tmp_path))["seed"] == 0

@@ -154,21 +154,31 @@ def nets(draw):
     return net, x
 
 
-def normal(seed, shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+def normal(seed, shape, dtype=np.float32):
+    """Drawn by NumPy, since every new shape would cost JAX a compilation."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def randomize(tree, seed=0, size=0.3):
     """Adds noise to every leaf, so that biases and denoisers are not trivially zero."""
-    leaves, structure = jax.tree_util.tree_flatten(tree)
-    leaves = [leaf + (size * normal(1000 * seed + i, leaf.shape)).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
-    return jax.tree_util.tree_unflatten(structure, leaves)
+    random = np.random.default_rng(1000 + seed)
+
+    def add(leaf):
+        leaf = np.asarray(leaf)
+        return jnp.asarray((leaf + size * random.normal(size=leaf.shape)).astype(leaf.dtype))
+
+    return jax.tree_util.tree_map(add, tree)
 
 
 def setup(net, x, sites, seed=0):
     """Returns random variables of `net` and random denoisers, with biases where they are allowed."""
-    variables = randomize(net.init(jax.random.key(seed), x), seed)
-    return variables, randomize(init_denoise(sites), seed + 1, 0.2)
+    inputs = x if isinstance(x, tuple) else (x,)
+    variables = zeros(jax.eval_shape(net.init, jax.random.key(0), *inputs))
+    return randomize(variables, seed, 0.5), randomize(zeros(jax.eval_shape(lambda: init_denoise(sites))), seed + 1, 0.2)
+
+
+def zeros(shapes):
+    return jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def float64(tree):

@@ -57,7 +57,9 @@ def test_round_trip_is_bit_for_bit(saved):
 def test_parameters_that_are_not_finite_are_not_saved(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "denoise")
     checkpointer = Checkpointer(str(folder))
-    with pytest.raises(NonFiniteError, match=r"step 4 .*step 3\) in .*denoise is kept.*denoise/kernel contains NaN or Inf"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 4 .*step 3\) in .*denoise is kept.*denoise/kernel contains NaN or Inf"
+    ):
         checkpointer.save(state_at(4, value=np.nan), FROZEN, {})
     checkpointer.close()
     assert same_bits(restore(folder, state_at(0))[0], state_at(3))
@@ -103,7 +105,9 @@ def test_damage_is_noticed_and_the_way_out_leads_to_the_earlier_checkpoint(damag
 def test_foreign_checkpoints_are_refused(saved):
     adam = state_at(0)
     other_sites = adam.replace(params={"denoise": {"fc1": {"kernel": jnp.zeros((3, 3))}}})
-    with pytest.raises(CheckpointError, match=r"(?s)only in the checkpoint: .*denoise/bias.*only in this run: .*denoise/fc1"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)only in the checkpoint: .*denoise/bias.*only in this run: .*denoise/fc1"
+    ):
         restore(saved, other_sites)
     wider = adam.replace(params={"denoise": {"kernel": jnp.zeros((5, 5)), "bias": jnp.zeros(5)}})
     with pytest.raises(CheckpointError, match=r"(?s)denoise/kernel \(3, 3\).*denoise/kernel \(5, 5\)"):

@@ -86,7 +86,14 @@ def test_log_holds_the_mean_of_all_losses_since_the_line_before(tmp_path):
 def test_nan_names_the_site_and_not_only_the_sum(tmp_path):
     with pytest.raises(NonFiniteError) as error:
         run(tmp_path, at(5, poison))
-    for text in ("Stage denoise", "z/fc became nan", "step 5", "(step 4)", str(tmp_path / "stage"), "another --workdir"):
+    for text in (
+        "Stage denoise",
+        "z/fc became nan",
+        "step 5",
+        "(step 4)",
+        str(tmp_path / "stage"),
+        "another --workdir",
+    ):
         assert text in str(error.value), error.value
     assert "a/fc" not in str(error.value)
     assert same_bits(run(tmp_path)[0], run(tmp_path / "healthy")[0])  # from the checkpoint that was kept
@@ -96,7 +103,10 @@ def test_nan_names_the_site_and_not_only_the_sum(tmp_path):
 def test_parameters_that_overflow_under_a_finite_loss_are_not_saved(tmp_path):
     def steep(params, others, batch, key):
         w = params["denoise"]["w"]
-        return jnp.sum(jnp.sqrt(w - jax.lax.stop_gradient(w) + batch["a/fc"][0])), ({}, others)  # at 0 its slope is infinite
+        return jnp.sum(jnp.sqrt(w - jax.lax.stop_gradient(w) + batch["a/fc"][0])), (
+            {},
+            others,
+        )  # at 0 its slope is infinite
 
     with pytest.raises(NonFiniteError, match=r"Not saving step 8 .*step 6\).*denoise/w contains NaN or Inf"):
         run(tmp_path, at(8, lambda batch: batch["a/fc"].fill(0)), steep)

@@ -48,7 +48,9 @@ def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
     def reference(denoise, state, batch, number):
         def objective(denoise):
             params = {"backbone": variables["params"], "denoise": denoise}
-            return experiment.denoising_objective(setting, options, params, {}, batch, jax.random.fold_in(key, number))[0]
+            return experiment.denoising_objective(setting, options, params, {}, batch, jax.random.fold_in(key, number))[
+                0
+            ]
 
         loss, grads = jax.value_and_grad(objective)(denoise)
         updates, state = plain.update(grads, state, denoise)
@@ -68,7 +70,14 @@ def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
 
 def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
     config = copy.deepcopy(get_config().to_dict())
-    config["model"] = {"name": "resnet", "num_classes": 0, "stage_sizes": (1,), "block": "basic", "width": 4, "stem": "cifar"}
+    config["model"] = {
+        "name": "resnet",
+        "num_classes": 0,
+        "stage_sizes": (1,),
+        "block": "basic",
+        "width": 4,
+        "stem": "cifar",
+    }
     config["denoise"]["steps"] = 1
     config["backbone"].update(steps=STEPS, batch_size=32, optimizer="sgd", learning_rate=0.1, warmup=0)
     setting = build(config)
