@@ -1,6 +1,6 @@
 """Inference latency of ViT-S/16 fused and explicit, relative to the unchanged backbone.
 
-    PYTHONPATH=. python benchmarks/latency.py
+PYTHONPATH=. python benchmarks/latency.py
 """
 
 import argparse
@@ -25,8 +25,12 @@ def main(arguments):
     sites, schedule = find_sites(model, images), Schedule()
     leaves, structure = jax.tree_util.tree_flatten(init_denoise(sites))
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    denoise = structure.unflatten([0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
-    fused = {"params": jax.jit(lambda p: fuse(p, sites, schedule))({"backbone": variables["params"], "denoise": denoise})}
+    denoise = structure.unflatten(
+        [0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+    fused = {
+        "params": jax.jit(lambda p: fuse(p, sites, schedule))({"backbone": variables["params"], "denoise": denoise})
+    }
 
     plain = jax.jit(model.apply)
     explicit = jax.jit(lambda v, d, x: explicit_apply(model, v, d, sites, schedule, x))
@@ -36,15 +40,25 @@ def main(arguments):
         "explicit": lambda: explicit(variables, denoise, images),
     }
     operations = {name: cost.flops(model.apply, variables, images) for name in ("baseline", "fused")}
-    operations["explicit"] = cost.flops(lambda v, d, x: explicit_apply(model, v, d, sites, schedule, x), variables, denoise, images)
+    operations["explicit"] = cost.flops(
+        lambda v, d, x: explicit_apply(model, v, d, sites, schedule, x), variables, denoise, images
+    )
     times = cost.interleaved(sides, rounds=arguments.rounds)
     ratio = cost.ratios(times, "baseline")
     rows = [
         [name, 1e3 * np.median(values), 1e3 * min(values), ratio[name], operations[name] / operations["baseline"]]
         for name, values in times.items()
     ]
-    print(f"ViT-S/16, 224 px, batch {arguments.batch}, {len(sites)} sites, {arguments.rounds} interleaved rounds, {jax.devices()[0]}")
-    print(tabulate(rows, ["", "median ms", "least ms", "latency ratio", "FLOP ratio"], floatfmt=("", ".1f", ".1f", ".3f", ".3f")))
+    print(
+        f"ViT-S/16, 224 px, batch {arguments.batch}, {len(sites)} sites, {arguments.rounds} interleaved rounds, {jax.devices()[0]}"
+    )
+    print(
+        tabulate(
+            rows,
+            ["", "median ms", "least ms", "latency ratio", "FLOP ratio"],
+            floatfmt=("", ".1f", ".1f", ".3f", ".3f"),
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def speed(arguments):
         name = f"step, {tokens:.0%} of the tokens"
         floor = 1 + site_operations(sites, vectors * tokens) / operations
         rows.append([name, np.median(times[name]), ratio[name], floor, ratio[name] / floor])
-    print(f"ViT-S/16, 224 px, batch {arguments.batch}, {len(sites)} sites, one thread, {arguments.rounds} interleaved rounds")
+    print(
+        f"ViT-S/16, 224 px, batch {arguments.batch}, {len(sites)} sites, one thread, {arguments.rounds} interleaved rounds"
+    )
     headers = ["", "median s", "forwards", "arithmetic floor", "over the floor"]
     print(tabulate(rows, headers, floatfmt=".2f"))
 
@@ -92,7 +94,9 @@ def speed(arguments):
 def gap(arguments):
     """Trains denoisers on the real digits with all tokens and with a sample of them."""
     source = open_source("digits", "train", image_size=(8, 8))
-    model = create_model("vit", num_classes=10, image_size=(8, 8), patch_size=2, width=64, depth=4, num_heads=4, mlp_dim=128)
+    model = create_model(
+        "vit", num_classes=10, image_size=(8, 8), patch_size=2, width=64, depth=4, num_heads=4, mlp_dim=128
+    )
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
     def prepare(images):
@@ -111,7 +115,9 @@ def gap(arguments):
             key = jax.random.key(number)
             denoise, opt_state, _ = step(denoise, opt_state, prepare(batch["image"]), batch["index"], key)
         final = sum(closed_form.expected_losses(moments, sites, Schedule(), denoise).values())
-        rows.append([f"{tokens:.0%}", len(sites), optimum, final, final - optimum, (final - optimum) / (len(sites) - optimum)])
+        rows.append(
+            [f"{tokens:.0%}", len(sites), optimum, final, final - optimum, (final - optimum) / (len(sites) - optimum)]
+        )
     print(f"\nSmall ViT (random weights) on the digits, {arguments.steps} steps of 64 images, exact expected losses")
     headers = ["tokens", "loss at the start", "optimum", "final loss", "gap", "share of the gap left"]
     print(tabulate(rows, headers, floatfmt=".3f"))

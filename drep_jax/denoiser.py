@@ -205,6 +205,7 @@ def algorithm1_losses(
         raise ConfigError(f'Unknown loss "{loss}".{did_you_mean(loss, LOSSES)}')
     if not 0.0 < tokens <= 1.0:
         raise ConfigError(f"tokens is the share of feature vectors to use and lies in (0, 1], got {tokens!r}.")
+    key = _threefry(key)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(index)
     extras, slot = {}, 0
     for site in sites:
@@ -256,15 +257,22 @@ def _site_loss(clean: Any, site: Site, extra: Tree, key: Any, keys: Any, loss: A
     return _regression(loss, extra["denoiser"], noisy.reshape(-1, *shape), noise.reshape(-1, *shape))
 
 
+def _threefry(key: Any) -> Any:
+    """Returns a threefry key: other generators ("rbg"), mapped over keys, draw for the batch and not for each key."""
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
+
+
 def _draw(keys: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Returns ε ~ N(0, I) of (keys, *shape), each key's part a function of that key alone.
+    """Returns ε ~ N(0, I) of (keys, *shape), each (threefry) key's part a function of that key alone.
 
     Two chunks in a loop, because XLA fuses a loop's result into nothing: it would draw the noise again at each use. And
     both words of a threefry block are used, which `jax.random` does not; together they halve the cost of the noise.
     """
 
     def one(key: Any) -> Any:
-        if dtype != jnp.float32 or str(jax.random.key_impl(key)) != "threefry2x32":
+        if dtype != jnp.float32:
             return jax.random.normal(key, shape, dtype)
         size = math.prod(shape)
         bits = threefry_2x32(jax.random.key_data(key), jnp.arange(size + size % 2, dtype=jnp.uint32))[:size]

@@ -1,16 +1,20 @@
-"""The arithmetic of Algorithm 1's loss at one site: its noise is N(0, I) and each example's own, its gradient the definition's."""
+"""Algorithm 1's loss at one site: its noise is N(0, I) and each example's own, its gradient the definition's."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from drep_jax.denoiser import LOSSES, _draw, _regression, _systematic
+from drep_jax.denoise_tree import init_denoise
+from drep_jax.denoiser import LOSSES, _draw, _regression, _systematic, algorithm1_losses
+from drep_jax.schedule import Schedule
+from drep_jax.sites import find_sites
 
 
-def example_keys(count, **options):
-    return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(7, **options), number))(jnp.arange(count))
+def example_keys(count):
+    return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(7), number))(jnp.arange(count))
 
 
 @pytest.mark.parametrize("shape", [(197, 64), (33, 3, 5)])
@@ -37,15 +41,42 @@ def test_noise_is_white():
     assert np.unique(flat[0]).size > 0.99 * flat.shape[1]
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_noise_of_an_example_is_its_own(impl):
+def test_noise_of_an_example_is_its_own():
     """Whatever else is in the batch, and in whatever order: this is what makes the number of devices change nothing."""
-    keys, shape = example_keys(7, impl=impl), (5, 9)  # odd in every way
+    keys, shape = example_keys(7), (5, 9)  # odd in every way
     whole = _draw(keys, shape, jnp.float32)
     for count in (1, 2, 3, 7):
         np.testing.assert_array_equal(_draw(keys[:count], shape, jnp.float32), whole[:count])
     np.testing.assert_array_equal(jax.jit(lambda k: _draw(k, shape, jnp.float32))(keys[::-1]), whole[::-1])
     assert not np.allclose(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg", "legacy"])
+def test_any_generator_keeps_noise_with_its_example(impl):
+    """The batch in two halves gives the loss of the whole, whichever generator the step's key is of."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(x)
+
+    x = jax.random.normal(jax.random.key(0), (6, 5, 4))
+    variables, sites = Net().init(jax.random.key(0), x), find_sites(Net(), x, pattern=".*")
+    key = jax.random.PRNGKey(3) if impl == "legacy" else jax.random.key(3, impl=impl)
+
+    def loss(rows, tokens, key=key):
+        index, denoise = jnp.arange(6)[rows], init_denoise(sites)
+        table = algorithm1_losses(
+            Net(), variables, denoise, sites, Schedule(), key, index, x[rows], loss="l1", tokens=tokens
+        )
+        return float(table["head"])
+
+    for tokens in (1.0, 0.4):
+        parts = [loss(slice(0, 2), tokens), loss(slice(2, 4), tokens), loss(slice(4, 6), tokens)]
+        assert np.mean(parts) == pytest.approx(loss(slice(0, 6), tokens), rel=1e-6)
+        assert loss(slice(5, None, -1), tokens) == pytest.approx(np.mean(parts), rel=1e-6)
+    other = jax.random.PRNGKey(4) if impl == "legacy" else jax.random.key(4, impl=impl)
+    assert loss(slice(0, 6), 1.0, other) != loss(slice(0, 6), 1.0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])

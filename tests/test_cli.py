@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from drep_jax import experiment
+from drep_jax.denoise_tree import get_in, set_in
 from drep_jax.training.checkpoint import Checkpointer
 from tests.command import TINY, call
 
@@ -194,8 +195,9 @@ def test_nan_in_a_saved_denoiser_is_refused(finished, fuse, tmp_path, monkeypatc
     monkeypatch.setattr("drep_jax.training.checkpoint.check_finite", lambda tree, what: None)
     params = {"backbone": finished.variables["params"], "denoise": finished.denoise}
     state, frozen, _ = experiment._start(finished.config, "denoise", params, {}, ("denoise",))
-    kernel = state.params["denoise"]["encoderblock_1"]["mlp"]["fc2"]["kernel"]
-    state.params["denoise"]["encoderblock_1"]["mlp"]["fc2"]["kernel"] = jnp.asarray(kernel).at[0, 0].set(jnp.nan)
+    place = ("encoderblock_1", "mlp", "fc2", "kernel")
+    bad = jnp.asarray(get_in(finished.denoise, place)).at[0, 0].set(jnp.nan)
+    state = state.replace(params={"denoise": set_in(finished.denoise, place, bad)})
     checkpointer = Checkpointer(str(copied / "checkpoints" / "denoise"))
     checkpointer.save(state.replace(step=jnp.int32(31)), frozen, {})
     checkpointer.close()

@@ -1,0 +1,69 @@
+"""The report of a run: report.json as given, report.md and the final console table to read, and plots.
+
+Everything is made from one plain dict, whose keys docs/report.md describes. Differences are printed with their paired
+interval and one word, "significant" or "not significant".
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from drep_jax.errors import CheckpointError
+from drep_jax.report.comparisons import verdict
+from drep_jax.report.console import console_table
+from drep_jax.report.plots import PLOTS
+from drep_jax.report.schema import KEYS, SCHEMA, plain, validate
+from drep_jax.report.sections import markdown
+
+__all__ = ["KEYS", "PLOTS", "SCHEMA", "console_table", "markdown", "plain", "validate", "verdict", "write_report"]
+
+
+def write_report(report: Mapping[str, Any], workdir: str) -> None:
+    """Writes report.json, report.md and plots/*.png; each appears whole or not at all, report.json last.
+
+    Args:
+      report: what docs/report.md describes; NumPy numbers are fine, NaN and Inf become null.
+      workdir: the folder to write to; made when absent. A plot with nothing to show is not written.
+
+    Raises:
+      DataError: for a report with missing keys or values that JSON has no form for.
+      CheckpointError: where the folder cannot be written to.
+    """
+    report = plain(report)
+    validate(report)
+    plots = {f"plots/{name}.png": image for name, draw in PLOTS.items() if (image := draw(report)) is not None}
+    for name in PLOTS:
+        if f"plots/{name}.png" not in plots:  # an earlier run's picture next to this report would mislead
+            _remove(os.path.join(workdir, f"plots/{name}.png"))
+    for name, image in plots.items():
+        _write(os.path.join(workdir, name), image)
+    _write(os.path.join(workdir, "report.md"), markdown(report, sorted(plots)).encode())
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    _write(os.path.join(workdir, "report.json"), (text + "\n").encode())
+
+
+def _write(path: str, content: bytes) -> None:
+    """Writes to a temporary name beside `path`, then renames, so that a reader never sees half a file."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
+        finally:
+            _remove(temporary)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write {path}: {error.strerror}. Give a work directory that can be written to."
+        ) from error
+
+
+def _remove(path: str) -> None:
+    try:
+        os.remove(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise CheckpointError(f"Cannot remove {path}: {error.strerror}. Remove it by hand.") from error

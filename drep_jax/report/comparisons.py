@@ -1,0 +1,101 @@
+"""Arms of a run against each other: differences with their paired intervals, and the sentence that they allow."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from drep_jax.report.formatting import decimals_of, signed
+from drep_jax.statistics import Interval
+
+ALPHA = 0.05
+"""Level of McNemar's test, that of the 95 % intervals."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One arm against another, `arm`, in one metric."""
+
+    arm: str
+    metric: str
+    interval: Interval
+    p: float | None
+    decimals: int
+
+    @property
+    def direction(self) -> str:
+        """Returns "higher" or "lower" where the interval and, if there is one, McNemar's test say so; else ""."""
+        if not self.interval.significant or (self.p is not None and self.p >= ALPHA):
+            return ""
+        return "higher" if self.interval.low > 0 else "lower"
+
+    @property
+    def word(self) -> str:
+        """Returns the direction as the one word that the tables print."""
+        return "significant" if self.direction else "not significant"
+
+    def text(self, unit: str = "") -> str:
+        """Returns the difference, its unit and its interval, such as "+0.2 points [−0.3, +0.7]"."""
+        values = (self.interval.difference, self.interval.low, self.interval.high)
+        difference, low, high = (signed(value, self.decimals) for value in values)
+        return f"{difference} {unit}[{low}, {high}]"
+
+
+def compare(result: Mapping[str, Any], ours: str = "fused") -> list[Comparison]:
+    """Returns the arm `ours` against the baseline and then each control arm, every metric of each."""
+    found = []
+    for arm in list(arms_of(result))[:-1]:
+        key = f"{ours} - {arm}"
+        if key not in result["difference"]:  # only fused is compared with all of them
+            continue
+        for metric, difference in result["difference"][key].items():
+            low, high = result["interval"][key][metric]
+            interval = Interval(
+                math.nan if difference is None else difference,
+                -math.inf if low is None else low,
+                math.inf if high is None else high,
+            )
+            decimals = decimals_of(result["n"])
+            # A bound just off zero must not print as zero beside the word "significant".
+            while (
+                interval.significant
+                and decimals < 5
+                and min(abs(interval.low), abs(interval.high)) < 0.5 * 10**-decimals
+            ):
+                decimals += 1
+            p = result["mcnemar"].get(key) if metric == "acc@1" else None
+            found.append(Comparison(arm, metric, interval, p, decimals))
+    return found
+
+
+def arms_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Returns the scores of every arm by name, baseline first and fused last."""
+    return {"baseline": result["baseline"], **result["control"], "fused": result["fused"]}
+
+
+def verdict(condition: str, result: Mapping[str, Any]) -> str:
+    """Returns one sentence on the first metric under one condition, which claims no more than the intervals show.
+
+    Args:
+      condition: such as "clean" or "gaussian:50".
+      result: its entry in report["metrics"].
+    """
+    metric = next(iter(result["baseline"]))
+    first, *controls = [row for row in compare(result) if row.metric == metric]
+    words = {"higher": "Significantly higher", "lower": "Significantly lower"}.get(
+        first.direction, "No significant change"
+    )
+    sentence = f"{words} on {condition} images: {metric} {first.text('points ')} against the unchanged backbone"
+    beside = {
+        "higher": "significantly higher than",
+        "lower": "significantly lower than",
+        "": "no significant change from",
+    }
+    if controls:
+        sentence += "; " + ", ".join(f"{beside[row.direction]} {row.arm}" for row in controls)
+    # A change is denoising's only if it also beats what the same maps at random, or the same training without it, give.
+    if first.direction and not controls:
+        sentence += "; no control arm ran, so denoising is not shown to be the cause"
+    elif first.direction and any(row.direction != first.direction for row in controls):
+        sentence += ", so denoising is not shown to be the cause"
+    return sentence + "."

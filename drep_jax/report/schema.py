@@ -1,0 +1,134 @@
+"""The keys of a report, the check that they are all there, and the report as plain JSON values."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from drep_jax.errors import DataError
+
+SCHEMA = 1
+NETWORKS = ("baseline", "fused", "explicit")
+"""The networks whose cost is measured."""
+
+_FIGURE = {"passed": None, "error": None, "bound": None, "change": None}
+# "*" stands for every entry of a list or an object; a trailing "?" for a value that may be null.
+KEYS: dict[str, Any] = {
+    "schema": None,
+    "config": {},
+    "environment": dict.fromkeys(
+        ("drep_jax", "jax", "flax", "python", "device", "device_count", "command", "git_revision", "date")
+    ),
+    "sites": {
+        "*": dict.fromkeys(("path", "layers", "kind", "width", "groups", "bias")) | {"t": {}, "relative_change": {}}
+    },
+    "coverage": dict.fromkeys(("layers", "candidates", "kernel_share")),
+    "learning?": {
+        "learner": None,
+        "steps": None,
+        "seconds": None,
+        "loss": {},
+        "per_site": {},
+        "optimum?": {},
+        "images": None,
+    },
+    "metrics": {
+        "*": {"n": None, "baseline": {}, "control": {}, "fused": {}, "difference": {}, "interval": {}, "mcnemar": {}}
+    },
+    "certificate?": {
+        "passed": None,
+        "rule": None,
+        "steps": None,
+        "results": {"*": _FIGURE | {"sites": {"*": _FIGURE | {"path": None, "slice": None, "t": {}}}}},
+        "structure": dict.fromkeys(("same_tree", "same_dtypes", "same_program")),
+    },
+    "cost?": {
+        "flops": dict.fromkeys(NETWORKS),
+        "flop_ratio": {"fused": None, "explicit": None},
+        "latency_ms": dict.fromkeys(NETWORKS),
+        "latency_ratio": {"fused": None, "explicit": None},
+        "parameters": {"backbone": None, "denoise": None},
+        "batch": None,
+    },
+}
+"""The required keys of a report; further keys are kept and not shown."""
+
+
+def validate(report: Mapping[str, Any]) -> None:
+    """Checks that every key that docs/report.md promises is there.
+
+    Raises:
+      DataError: naming every missing key with its place, up to a dozen.
+    """
+    problems = list(_problems(report, KEYS, ""))
+    if not problems and report["schema"] != SCHEMA:
+        problems.append(f"schema is {report['schema']!r}, expected {SCHEMA}")
+    if not problems:
+        problems = [*_site_problems(report["sites"]), *_metric_problems(report["metrics"])]
+    if problems:
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise DataError(f"Not a complete report: {'; '.join(problems[:12])}{more}. See docs/report.md for its keys.")
+
+
+def _problems(value: Any, keys: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Yields what `value` lacks of `keys`."""
+    if "*" in keys:
+        if not isinstance(value, Mapping | Sequence) or isinstance(value, str):
+            yield f"{where} is {value!r}, expected entries"
+            return
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, entry in entries:
+            yield from _problems(entry, keys["*"], f"{where}.{name}")
+        return
+    if keys and not isinstance(value, Mapping):
+        yield f"{where or 'the report'} is {value!r}, expected an object"
+        return
+    for name, below in keys.items():
+        key = name.removesuffix("?")
+        place = f"{where}.{key}" if where else key
+        if key not in value:
+            yield f"{place} is missing"
+        elif below is not None and not (name.endswith("?") and value[key] is None):
+            if value[key] is None:
+                yield f"{place} is null"
+            else:
+                yield from _problems(value[key], below, place)
+
+
+def _site_problems(sites: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for site in sites:
+        if len(site["t"]) != len(site["relative_change"]):
+            found = f"{len(site['t'])} and {len(site['relative_change'])} numbers"
+            yield f"site {site['path']} has {found} in t and relative_change, expected one of each a slice"
+
+
+def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:
+    for condition, entry in metrics.items():
+        if not entry["baseline"]:
+            yield f"metrics.{condition}.baseline is empty, expected at least one metric"
+        wanted = [f"fused - {arm}" for arm in ("baseline", *entry["control"])]
+        for key in dict.fromkeys([*wanted, *entry["difference"]]):
+            for part in ("difference", "interval"):
+                for metric in entry["baseline"]:
+                    if metric not in entry[part].get(key, {}):
+                        yield f"metrics.{condition}.{part}.{key}.{metric} is missing"
+
+
+def plain(value: Any, where: str = "report") -> Any:
+    """Returns `value` as JSON knows it: tuples and arrays as lists, NumPy numbers as numbers, NaN and Inf as null.
+
+    Raises:
+      DataError: naming the place of a value that has no such form.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist(), where)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise DataError(f"{where} is a {type(value).__name__}; expected numbers, text, booleans, lists or dicts.")
