@@ -50,7 +50,7 @@ def main(arguments):
         for name, values in times.items()
     ]
     print(
-        f"ViT-S/16, 224 px, batch {arguments.batch}, {len(sites)} sites, {arguments.rounds} interleaved rounds, {jax.devices()[0]}"
+        f"ViT-S/16, 224 px, batch {arguments.batch}, {len(sites)} sites, {arguments.rounds} rounds, {jax.devices()[0]}"
     )
     print(
         tabulate(

@@ -119,8 +119,10 @@ def check_params(params: Tree, sites: Sequence[Site]) -> None:
 def check_finite(tree: Tree, what: str) -> None:
     """Raises `NonFiniteError` naming the first leaf of `tree` that holds NaN or Inf."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        value = jnp.asarray(leaf)
-        if jnp.issubdtype(value.dtype, jnp.inexact) and not bool(jnp.isfinite(value).all()):
+        with jax.ensure_compile_time_eval():  # concrete numbers can be looked at even while something else is traced
+            value = jnp.asarray(leaf)
+            finite = not jnp.issubdtype(value.dtype, jnp.inexact) or bool(jnp.isfinite(value).all())
+        if not finite:
             name = "/".join(str(getattr(k, "key", k)) for k in path)
             raise NonFiniteError(f"{what}: {name or 'value'} contains NaN or Inf.")
 
