@@ -22,6 +22,8 @@ _vit_ti = functools.partial(ViT, width=192, depth=12, num_heads=3, mlp_dim=768)
 _vit_s = functools.partial(ViT, width=384, depth=12, num_heads=6, mlp_dim=1536)
 _vit_b = functools.partial(ViT, width=768, depth=12, num_heads=12, mlp_dim=3072)
 
+_cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
     "vit_ti16": functools.partial(_vit_ti, patch_size=16),
@@ -34,14 +36,18 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block="basic"),
     "resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block="bottleneck"),
     "resnet101": functools.partial(ResNet, stage_sizes=(3, 4, 23, 3), block="bottleneck"),
+    "resnet20_cifar": functools.partial(_cifar, stage_sizes=(3, 3, 3)),
+    "resnet32_cifar": functools.partial(_cifar, stage_sizes=(5, 5, 5)),
+    "resnet44_cifar": functools.partial(_cifar, stage_sizes=(7, 7, 7)),
+    "resnet56_cifar": functools.partial(_cifar, stage_sizes=(9, 9, 9)),
 }
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the sorted names that match a shell pattern.
 
-    >>> list_models("resnet*")
-    ['resnet', 'resnet101', 'resnet18', 'resnet34', 'resnet50']
+    >>> list_models("resnet*_cifar")
+    ['resnet20_cifar', 'resnet32_cifar', 'resnet44_cifar', 'resnet56_cifar']
     """
     return sorted(fnmatch.filter(MODELS, pattern))
 

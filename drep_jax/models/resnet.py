@@ -2,6 +2,8 @@
 
 Paddings are explicit and symmetric as in PyTorch (Flax's "SAME" pads strided convolutions on one side more). BatchNorm:
 eps 1e-5, running statistics 0.9·old + 0.1·batch; the running variance is the biased one (PyTorch's is unbiased).
+Shortcuts are projected by a 1x1 convolution (torchvision) or, in the networks for CIFAR-10, take every second pixel and pad the
+new channels with zeros on both sides, which has no parameters (option A of He et al. 2016, section 4.2).
 Initial values: He normal by fan-out for convolutions, PyTorch's uniform 1/√fan-in for `fc`, zero bias.
 """
 
@@ -32,6 +34,7 @@ class BasicBlock(nn.Module):
     stride: int
     conv: Layer
     norm: Layer
+    shortcut: str = "projection"
 
     @nn.compact
     def __call__(self, x: Images) -> Images:
@@ -40,7 +43,7 @@ class BasicBlock(nn.Module):
         y = nn.relu(self.norm(name="bn1")(y))
         y = self.conv(self.width, kernel=3, name="conv2")(y)
         y = self.norm(name="bn2")(y)
-        return nn.relu(y + _shortcut(x, self.width, self.stride, self.conv, self.norm))
+        return nn.relu(y + SHORTCUT[self.shortcut](x, self.width, self.stride, self.conv, self.norm))
 
 
 class BottleneckBlock(nn.Module):
@@ -50,6 +53,7 @@ class BottleneckBlock(nn.Module):
     stride: int
     conv: Layer
     norm: Layer
+    shortcut: str = "projection"
 
     @nn.compact
     def __call__(self, x: Images) -> Images:
@@ -60,15 +64,25 @@ class BottleneckBlock(nn.Module):
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.width * _EXPANSION, kernel=1, name="conv3")(y)
         y = self.norm(name="bn3")(y)
-        return nn.relu(y + _shortcut(x, self.width * _EXPANSION, self.stride, self.conv, self.norm))
+        return nn.relu(y + SHORTCUT[self.shortcut](x, self.width * _EXPANSION, self.stride, self.conv, self.norm))
 
 
-def _shortcut(x: Images, channels: int, stride: int, conv: Layer, norm: Layer) -> Images:
+def _project(x: Images, channels: int, stride: int, conv: Layer, norm: Layer) -> Images:
     """Returns `x`, projected by a 1x1 convolution where its shape differs from the block's output."""
     if stride == 1 and x.shape[-1] == channels:
         return x
     x = conv(channels, kernel=1, stride=stride, name="downsample_conv")(x)
     return norm(name="downsample_bn")(x)
+
+
+def _pad(x: Images, channels: int, stride: int, conv: Layer, norm: Layer) -> Images:
+    """Returns every `stride`-th pixel of `x`, with zero channels before and after its own."""
+    del conv, norm
+    missing = channels - x.shape[-1]
+    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+
+
+SHORTCUT: dict[str, Callable[..., Images]] = {"projection": _project, "pad": _pad}
 
 
 class ResNet(nn.Module):
@@ -80,6 +94,7 @@ class ResNet(nn.Module):
       num_classes: number of logits; 0 returns the pooled features.
       width: channels of the stem and of the first stage.
       stem: "imagenet" (7x7 convolution of stride 2, max-pool) or "cifar" (3x3 of stride 1, no pool).
+      shortcut: "projection" (1x1 convolution) or "pad" (no parameters) where a block changes the shape.
       axis_name: mapped axis over which BatchNorm shares its batch statistics; None keeps them per device.
       dtype: of the computation; None follows inputs and parameters.
       param_dtype: of the parameters.
@@ -90,6 +105,7 @@ class ResNet(nn.Module):
     num_classes: int
     width: int = 64
     stem: str = "imagenet"
+    shortcut: str = "projection"
     axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -133,7 +149,7 @@ class ResNet(nn.Module):
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 stride = 2 if stage > 0 and i == 0 else 1
-                x = block(self.width * 2**stage, stride, conv, norm, name=f"layer{stage + 1}_{i}")(x)
+                x = block(self.width * 2**stage, stride, conv, norm, self.shortcut, name=f"layer{stage + 1}_{i}")(x)
         x = x.mean(axis=(1, 2))
         if self.num_classes:
             x = nn.Dense(self.num_classes, kernel_init=_torch_linear, **dtypes, name="fc")(x)
@@ -165,6 +181,8 @@ def _check(net: ResNet) -> None:
         raise ConfigError(f'Unknown block "{net.block}".{did_you_mean(net.block, BLOCKS)}')
     if net.stem not in STEMS:
         raise ConfigError(f'Unknown stem "{net.stem}".{did_you_mean(net.stem, STEMS)}')
+    if net.shortcut not in SHORTCUT:
+        raise ConfigError(f'Unknown shortcut "{net.shortcut}".{did_you_mean(net.shortcut, SHORTCUT)}')
     if not isinstance(net.width, int) or net.width < 1:
         raise ConfigError(f"width must be a number of channels, at least 1, got {net.width!r}.")
     if not isinstance(net.num_classes, int) or net.num_classes < 0:

@@ -1,5 +1,6 @@
 """Vision Transformer (Dosovitskiy et al. 2021), pre-norm: x <- x + Attn(LN(x)); x <- x + MLP(LN(x)).
 
+With `post_norm` the blocks are those of Vaswani et al. 2017: x <- LN(x + Attn(x)); x <- LN(x + MLP(x)).
 Conventions are timm's: class token first, learned position embeddings that include it, LayerNorm eps 1e-6, exact (erf)
 GELU. Initial values: truncated normal of standard deviation 0.02 for dense kernels and positions, normal of 1e-6 for
 the class token, Xavier uniform for the patch embedding, zero biases.
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 from drep_jax.errors import ConfigError, did_you_mean
 
 POOLS = ("cls", "mean")
-_LAYER_NORM_EPS = 1e-6
+ACTIVATIONS = {"gelu": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
 _trunc_normal = nn.initializers.truncated_normal(0.02)
 
 
@@ -64,9 +65,10 @@ def _attend(
 
 
 class Mlp(nn.Module):
-    """fc2(GELU(fc1(x))) with the exact GELU."""
+    """fc2(activation(fc1(x)))."""
 
     hidden: int
+    activation: str = "gelu"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -74,29 +76,36 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Maps each token by itself."""
         dense = functools.partial(nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
+        hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
         return dense(x.shape[-1], name="fc2")(hidden)
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm transformer block; `dropout` acts whenever it is not 0, so pass 0 outside training."""
+    """One transformer block; `dropout` acts whenever it is not 0, so pass 0 outside training."""
 
     num_heads: int
     mlp_dim: int
     qkv_bias: bool = True
     dropout: float = 0.0
+    post_norm: bool = False
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Adds attention, then the MLP, each on normalised tokens."""
+        """Adds attention, then the MLP."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         drop = nn.Dropout(self.dropout, deterministic=False)
-        y = _layer_norm("norm1", **dtypes)(x)
-        x = x + drop(Attention(self.num_heads, self.qkv_bias, **dtypes, name="attn")(y))
-        y = _layer_norm("norm2", **dtypes)(x)
-        return x + drop(Mlp(self.mlp_dim, **dtypes, name="mlp")(y))
+        norm1, norm2 = (_layer_norm(name, self.norm_eps, **dtypes) for name in ("norm1", "norm2"))
+        attention = Attention(self.num_heads, self.qkv_bias, **dtypes, name="attn")
+        mlp = Mlp(self.mlp_dim, self.activation, **dtypes, name="mlp")
+        if self.post_norm:
+            x = norm1(x + drop(attention(x)))
+            return norm2(x + drop(mlp(x)))
+        x = x + drop(attention(norm1(x)))
+        return x + drop(mlp(norm2(x)))
 
     def step(self, x: Float[Array, "batch tokens width"], _: None) -> tuple[Float[Array, "batch tokens width"], None]:
         """Is `__call__` in the form that `nn.scan` loops over."""
@@ -120,6 +129,9 @@ class ViT(nn.Module):
       remat: recompute each block in the backward pass: less memory, more time.
       scan: one compiled block looped over parameters stacked under `encoder` (see `stack_blocks`) instead of
         `encoderblock_0`, ...; intercepted layers may sow into a collection named "denoise", stacked the same way.
+      post_norm: normalise each sum instead of each input.
+      activation: of the MLPs, "gelu" (exact) or "relu".
+      norm_eps: of every LayerNorm.
       dropout: rate after the embedding, the attention and the MLP when `train`; needs an rng named "dropout".
       dtype: of the computation; None follows inputs and parameters.
       param_dtype: of the parameters.
@@ -136,6 +148,9 @@ class ViT(nn.Module):
     qkv_bias: bool = True
     remat: bool = False
     scan: bool = False
+    post_norm: bool = False
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
     dropout: float = 0.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -176,7 +191,7 @@ class ViT(nn.Module):
         x = self._encode(self._embed(x, train), train)
         pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(axis=1)
         # The norm works token by token, so taking the class token first gives the same result for less work.
-        features = _layer_norm("norm", **dtypes)(pooled)
+        features = _layer_norm("norm", self.norm_eps, **dtypes)(pooled)
         if self.num_classes:
             features = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **dtypes, name="head")(features)
         return _at_least_float32(features)
@@ -210,6 +225,9 @@ class ViT(nn.Module):
             "mlp_dim": self.mlp_dim,
             "qkv_bias": self.qkv_bias,
             "dropout": self.dropout if train else 0.0,
+            "post_norm": self.post_norm,
+            "activation": self.activation,
+            "norm_eps": self.norm_eps,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
@@ -247,9 +265,9 @@ def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in params.items() if not k.startswith("encoderblock_")}, "encoder": stacked}
 
 
-def _layer_norm(name: str, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
+def _layer_norm(name: str, eps: float, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
     """Returns a LayerNorm whose variance is mean((x - mean)²): exact also where single channels are huge."""
-    return nn.LayerNorm(_LAYER_NORM_EPS, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(eps, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
 
 
 def _at_least_float32(x: Array) -> Array:
@@ -286,6 +304,10 @@ def _check(vit: ViT) -> None:
         raise ConfigError(f"dropout must be in [0, 1), got {vit.dropout}.")
     if vit.pool not in POOLS:
         raise ConfigError(f'Unknown pool "{vit.pool}".{did_you_mean(vit.pool, POOLS)}')
+    if vit.activation not in ACTIVATIONS:
+        raise ConfigError(f'Unknown activation "{vit.activation}".{did_you_mean(vit.activation, ACTIVATIONS)}')
+    if not vit.norm_eps > 0:
+        raise ConfigError(f"norm_eps must be above 0, got {vit.norm_eps}.")
     if vit.width % vit.num_heads:
         raise ConfigError(f"width {vit.width} is not divisible by num_heads {vit.num_heads}.")
     for side, size, patch in zip(("height", "width"), vit.image_size, _pair(vit.patch_size), strict=True):

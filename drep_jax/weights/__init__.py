@@ -1,5 +1,7 @@
 """Weights of a plain backbone as files: safetensors and Orbax, written whole or not at all, read against a known tree.
 
+Foreign files are read too, one module a format: `torch_npz`.
+
 Names are the paths of the variable tree, collection first, as in "params/encoderblock_0/mlp/fc1/kernel". Both forms carry
 what was fused into them, so that fused weights are never fused again by mistake.
 """
@@ -19,6 +21,7 @@ import safetensors.flax
 
 from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError
+from drep_jax.weights.torch_npz import read_torch_npz
 
 Tree = Any
 MARK = "drep_jax"
@@ -69,7 +72,7 @@ def save_orbax(directory: str, variables: Tree, fusion: Mapping[str, Any] | None
 
 
 def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:
-    """Reads a backbone's variables from a safetensors file or an Orbax directory.
+    """Reads a backbone's variables from a safetensors file, an Orbax directory or an `.npz` in PyTorch's names.
 
     Args:
       path: file or directory.
@@ -85,10 +88,12 @@ def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:
     """
     if os.path.isdir(path):
         tensors, fused = _read_orbax(path, like)
+    elif os.path.isfile(path) and path.endswith(".npz"):
+        tensors, fused = read_torch_npz(path), None
     elif os.path.isfile(path):
         tensors, fused = _read_safetensors(path)
     else:
-        raise CheckpointError(f"There are no weights at {path}; expected a .safetensors file or an Orbax directory.")
+        raise CheckpointError(f"There are no weights at {path}; expected a .safetensors or .npz file or an Orbax directory.")
     if fused and not allow_fused:
         raise CheckpointError(
             f"The weights in {path} are already fused ({fused}); denoising them again would compound. Use the weights they "

@@ -1,0 +1,133 @@
+"""Images in NumPy files: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, held in memory.
+
+A file has `labels` (N,) and either `images`, uint8 (N, H, W, 3) or (N, H, W), or pictures `webp_00`, `webp_01`, …, each a
+`grid` of (rows, columns) images in row-major order.
+"""
+
+import os
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from drep_jax.data.decode import as_rgb, decode, fit
+from drep_jax.data.splits import SPLITS, Part, plan
+from drep_jax.errors import ConfigError, DataError
+
+
+class ArraySource:
+    """One split of a data set that is an array of images."""
+
+    in_memory = True
+
+    def __init__(
+        self,
+        name: str,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        class_names: tuple[str, ...] | None,
+        note: str | None,
+    ) -> None:
+        self.name = name
+        self.class_names = class_names
+        self.num_classes = None if class_names is None else len(class_names)
+        self.note = note
+        self._images = images
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item: dict[str, Any] = {"image": self._images[index]}
+        return item if self._labels is None else {**item, "label": self._labels[index]}
+
+
+def cut(
+    name: str,
+    part: Part,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    class_names: tuple[str, ...] | None,
+    image_size: tuple[int, int],
+    resize: str,
+) -> ArraySource:
+    """Returns the part of the stored arrays that serves as a split, resized; tenths are taken in stored order."""
+    start, stop = (len(images) * tenth // 10 for tenth in (part.start, part.stop))
+    chosen = images[start:stop]
+    if chosen.shape[1:] != (*image_size, 3):
+        chosen = np.stack(
+            [fit(as_rgb(image, f"{name} {i}"), image_size, resize, f"{name} {i}") for i, image in enumerate(chosen)]
+        )
+    kept = None if labels is None else labels[start:stop].astype(np.int32)
+    return ArraySource(name, chosen, kept, class_names, part.note)
+
+
+def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> ArraySource:
+    """Opens `npz:NAME`: NAME_train.npz, NAME_validation.npz, NAME_test.npz in `data_dir` or in $DREP_DATA; or NAME is a path.
+
+    Raises:
+      DataError: when there is no such file, or it does not hold images and labels that fit.
+    """
+    if not argument:
+        raise ConfigError('The data source "npz" needs a name, as in "npz:cifar10" for cifar10_train.npz.')
+    folder = data_dir or os.environ.get("DREP_DATA", "")
+    base = os.path.join(os.path.expanduser(folder), argument)
+    stored = {name: f"{base}_{name}.npz" for name in SPLITS if os.path.isfile(f"{base}_{name}.npz")}
+    if not stored:
+        raise DataError(
+            f"There is no {base}_train.npz or {base}_test.npz. Say where the files are with --config.data.data_dir=DIR or "
+            "the environment variable DREP_DATA."
+        )
+    part = plan(stored, split, f"npz:{argument}")
+    images, labels, names = read_npz(stored[part.stored], part)
+    whole = Part(part.stored, note=part.note)
+    return cut(f"npz:{argument}", whole, images, labels, names, image_size, resize)
+
+
+def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
+    """Returns images, labels and class names of one part of a file; pictures outside the part are not decoded.
+
+    Raises:
+      DataError: naming the file and what is wrong with it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = file.files
+            labels = file["labels"] if "labels" in names else None
+            classes = tuple(map(str, file["label_names"])) if "label_names" in names else None
+            if "images" in names:
+                images = file["images"]
+                start, stop = (len(images) * tenth // 10 for tenth in (part.start, part.stop))
+                images, total, first = images[start:stop], len(images), start
+            else:
+                pictures = sorted(name for name in names if name.startswith("webp_"))
+                if not pictures or "grid" not in names:
+                    raise DataError(f'{path} holds neither "images" nor pictures "webp_…" with their "grid".')
+                rows, columns = map(int, file["grid"])
+                total = len(pictures) * rows * columns
+                start, stop = (total * tenth // 10 for tenth in (part.start, part.stop))
+                low, high = start // (rows * columns), -(-stop // (rows * columns))
+                parts = [_tiles(file[name].tobytes(), rows, columns, f"{path}:{name}") for name in pictures[low:high]]
+                first = start
+                images = np.concatenate(parts)[start - low * rows * columns :][: stop - start]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 (N, H, W, 3) or (N, H, W).")
+    if labels is None:
+        return images, None, None
+    if len(labels) != total:
+        raise DataError(f"{path}: {len(labels)} labels for {total} images.")
+    if classes is None:
+        classes = tuple(map(str, range(int(labels.max()) + 1)))
+    return images, labels[first : first + len(images)], classes
+
+
+def _tiles(encoded: bytes, rows: int, columns: int, where: str) -> np.ndarray:
+    picture = decode(encoded, where)
+    height, width = picture.shape[0] // rows, picture.shape[1] // columns
+    if (height * rows, width * columns) != picture.shape[:2]:
+        raise DataError(f"{where}: a picture of {picture.shape[:2]} pixels is no grid of {rows} by {columns} images.")
+    tiles = picture.reshape(rows, height, columns, width, 3).transpose(0, 2, 1, 3, 4)
+    return tiles.reshape(-1, height, width, 3)
