@@ -63,7 +63,7 @@ def fuse(
         for layer in site.layers:
             node = get_in(params["backbone"], layer.path)
             triples = table[site.path]
-            fused = _fuse_layer(layer, site, node, get_in(params["denoise"], site.path), triples, strength)
+            fused = fuse_layer(layer, site, node, get_in(params["denoise"], site.path), triples, strength)
             new.update({(*layer.path, name): leaf for name, leaf in fused.items()})
 
     def replace(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -72,9 +72,10 @@ def fuse(
     return jax.tree_util.tree_map_with_path(replace, params["backbone"])
 
 
-def _fuse_layer(
-    layer: Layer, site: Site, node: Any, denoiser: Any, triples: np.ndarray, strength: Any
+def fuse_layer(
+    layer: Layer, site: Site, node: Any, denoiser: Any, triples: np.ndarray, strength: Any, *, stacked: bool | None = None
 ) -> dict[str, Any]:
+    """Returns a layer's fused kernel and bias; `stacked` says whether they have the axis of `nn.scan`, by default as the site."""
     weights = {name: node[name] for name in ("kernel", "bias") if name in node}
     if layer.bias != ("bias" in weights):
         raise FusionError(
@@ -90,7 +91,7 @@ def _fuse_layer(
         mix = {name: (1 - tau) * leaf + tau * fused[name] for name, leaf in cast[0].items()}  # exact at τ = 0 and 1
         return {name: leaf.astype(weights[name].dtype) for name, leaf in mix.items()}
 
-    run = one if site.stack is None else jax.vmap(one)
+    run = jax.vmap(one) if (site.stack is not None if stacked is None else stacked) else one
     return run(weights, dict(denoiser), jnp.asarray(triples, wide))
 
 

@@ -1,0 +1,301 @@
+"""Measured noise: regress clean on corrupted features, site by site, each with the earlier sites already fused.
+
+The paper assumes isotropic Gaussian noise at every layer. Where a corruption of the *images* is known, the noise at a site can
+be measured: with u the feature of the clean image in the unfused backbone and w that of the corrupted image behind the
+sites fused so far,
+
+    A* = (Cov(u, w) + λI) (Cov(w) + λI)⁻¹        c* = E u − A* E w,
+
+or with second moments and c* = 0 where a site may have no constant. The ridge λ pulls towards the identity, so that where
+there is no evidence nothing changes. This is our extension of the paper.
+
+In a residual network the shortcut q brings noise past every denoiser. Where a layer's output y meets it in a sum, z = L(y) + q
+(see `drep_jax.dataflow`), the layer can answer for it: instead of W u it is fitted to W u + L⁻¹(q_clean − q), so that the
+sum comes out clean. The fit is over the layer's own outputs,
+
+    W* = (E[t wᵀ] + λW) (E[w wᵀ] + λI)⁻¹        A* = I + W⁺(W* − W),
+
+the smallest denoiser that fuses to W* (or, if the layer has more outputs than inputs, to the nearest that one can).
+
+All sites are solved in one program and one forward pass of all images, clean and corrupted side by side.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from drep_jax.dataflow import Call, trace, walk
+from drep_jax.denoise_tree import set_in
+from drep_jax.errors import DataError, NonFiniteError, SiteError
+from drep_jax.fusion import fuse_layer
+from drep_jax.linear_view import features, kernel_matrix
+from drep_jax.schedule import Schedule, reverse_steps
+from drep_jax.sites import Layer, Path, Site
+
+Tree = Any
+
+CHUNK = 64
+"""Images whose patches are held at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What measuring gives.
+
+    Attributes:
+      denoise: the `denoise` subtree for rule "affine": kernel (I − A*)ᵀ and bias −c*.
+      errors: {site name[copy]: (before, after)}, ‖t − W w‖² and ‖t − W* w − c‖² over ‖t − E t‖², on the images it was fitted to.
+      outputs: what the backbone gave for the streams, (1 + streams, images, …).
+    """
+
+    denoise: Tree
+    errors: dict[str, tuple[float, float]]
+    outputs: np.ndarray
+
+
+def measure(
+    backbone: nn.Module,
+    variables: Tree,
+    sites: Sequence[Site],
+    images: Float[Array, "streams batch height width channels"],
+    weights: Sequence[float],
+    *,
+    ridge: float = 1e-3,
+    vectors: int = 400,
+    shortcut: bool = True,
+) -> Measured:
+    """Solves every site in execution order in one program.
+
+    Args:
+      backbone, variables: the frozen backbone.
+      sites: where.
+      images: normalised; the first stream is clean, the others are corrupted versions of the same images, in the same
+        order. A stream that is the clean one again keeps clean accuracy.
+      weights: of the corrupted streams, at least 0.
+      ridge: λ over the mean power of a site's features.
+      vectors: feature vectors a site uses, in multiples of its width; more than so many are sampled evenly.
+      shortcut: whether layers answer for the noise of the shortcut that they are added to.
+
+    Raises:
+      NonFiniteError: if features or solutions are not finite, naming the site.
+      DataError: for fewer than two streams, or weights that do not fit them.
+      SiteError: if a site's features cannot be followed.
+    """
+    share = np.asarray(weights, np.float64)
+    if images.ndim < 3 or images.shape[0] < 2 or share.shape != (images.shape[0] - 1,):
+        raise DataError(
+            f"Measuring needs a clean and at least one corrupted stream of images, with one weight for each corrupted one; got "
+            f"images {tuple(images.shape)} and {share.size} weights."
+        )
+    if not (np.isfinite(share).all() and (share >= 0).all() and share.sum() > 0):
+        raise DataError(f"The weights of the corrupted streams must be at least 0 and not all 0, got {list(weights)}.")
+    solver = _Solver(sites, images.shape[0], share / share.sum(), ridge, vectors, shortcut)
+    with jax.enable_x64(True):  # sums and solves are in float64; images and parameters stay in their own types
+        program = jax.jit(lambda v, x: solver.run(backbone, v, x))
+        outputs, kept = jax.tree_util.tree_map(np.asarray, program(variables, np.asarray(images)))
+    return _collect(sites, kept, outputs)
+
+
+def _collect(sites: Sequence[Site], kept: dict[Path, Any], outputs: np.ndarray) -> Measured:
+    tree: Tree = {}
+    errors = {}
+    for site in sites:
+        form = site.denoiser_shape
+        if site.path not in kept:  # what it reads does not depend on the images
+            leaves: Any = {"kernel": np.zeros(form, np.float32)}
+            if site.bias:
+                leaves["bias"] = np.zeros(form[:-1], np.float32)
+            tree = set_in(tree, site.path, leaves)
+            continue
+        found = kept[site.path]
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(found)):
+            raise NonFiniteError(
+                f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to them. "
+                "Check the images and the backbone's weights."
+            )
+        leaves = {"kernel": found["kernel"].reshape(form).astype(np.float32)}
+        if site.bias:
+            leaves["bias"] = found["bias"].reshape(form[:-1]).astype(np.float32)
+        tree = set_in(tree, site.path, leaves)
+        for copy, pair in enumerate(found["errors"].reshape(-1, 2)):
+            errors[site.name if site.stack is None else f"{site.name}[{copy}]"] = (float(pair[0]), float(pair[1]))
+    return Measured(tree, errors, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solver:
+    sites: Sequence[Site]
+    streams: int
+    weights: np.ndarray
+    ridge: float
+    vectors: int
+    shortcut: bool
+
+    def run(self, backbone: nn.Module, variables: Tree, images: Any) -> Any:
+        """Returns (outputs, {site path: {"kernel", "bias", "errors"}})."""
+        flat = images.reshape(-1, *images.shape[2:])
+        closed = trace(backbone, variables, self.sites, flat)
+        leaves = jax.tree_util.tree_leaves(variables)
+        table = {layer.path: (site, layer) for site in self.sites for layer in site.layers}
+        solved: dict[Path, Any] = {}
+
+        def visit(call: Call) -> Any:
+            site, layer = table[call.path]
+            if call.x.shape[0] % flat.shape[0]:
+                raise SiteError(
+                    f"{layer.name}: the first axis of its input {tuple(call.x.shape)} is not the batch of {flat.shape[0]} "
+                    "images, so clean and corrupted features cannot be told apart; narrow sites.pattern."
+                )
+            x = call.x.reshape(self.streams, -1, *call.x.shape[1:])
+            y = call.apply(call.leaves, x[0])
+            keep = None
+            if site.path == call.path:
+                solved[site.path], keep = self._solve(site, call, x, y)
+            fused = fuse_layer(layer, site, call.leaves, solved[site.path], AFFINE, 1.0, stacked=False)
+            rest = call.apply(fused, x[1:].reshape(-1, *x.shape[2:]))
+            return jnp.concatenate([y, rest]), keep
+
+        outputs, kept = walk(closed, [*leaves, flat], [False] * len(leaves) + [True], visit)
+        return outputs[0].reshape(self.streams, images.shape[1], *outputs[0].shape[1:]), kept
+
+    def _solve(self, site: Site, call: Call, x: Any, y: Any) -> tuple[Tree, Tree]:
+        """Returns the site's denoiser and, with its errors, what is to be kept of it."""
+        matrices = [
+            kernel_matrix(layer, site.kind, call.leaves_of(layer.path)["kernel"]).astype(jnp.float64)
+            for layer in site.layers
+        ]
+        matrix = jnp.concatenate(matrices, axis=-1)
+        delta = None
+        if self.shortcut and call.correction is not None and len(site.layers) == 1 and site.kind != "pointwise":
+            apart = (self.streams, *y.shape)
+            change = lambda q: _by_stream(q, self.streams, lambda s: s[:1] - s)  # noqa: E731
+            everywhere = jnp.broadcast_to(y[None], apart).reshape(-1, *y.shape[1:])
+            delta = call.correction(everywhere, change).reshape(apart)[1:]
+        if delta is None and (site.kind == "pointwise" or matrix.shape[-1] >= site.width):
+            matrix = jnp.broadcast_to(jnp.eye(site.width), (site.groups, site.width, site.width))
+        sums = self._sums(site, site.layers[0], x, matrix, delta)
+        return _regress(site, matrix, sums, self.ridge, direct=matrix.shape[-1] == site.width and delta is None)
+
+    def _sums(self, site: Site, layer: Layer, x: Any, matrix: Any, delta: Any) -> Tree:
+        """Returns the means and the centred second moments of features w and targets t over the corrupted streams."""
+        g, d, columns = matrix.shape
+        count = x.shape[1]
+        chunk = next(c for c in range(min(CHUNK, count), 0, -1) if count % c == 0)
+        parts = count // chunk
+
+        def cut(a: Any) -> Any:
+            return jnp.moveaxis(a.reshape(a.shape[0], parts, chunk, *a.shape[2:]), 1, 0)
+
+        probe = jax.eval_shape(lambda a: features(layer, site.kind, a), jax.ShapeDtypeStruct(x.shape[2:] and (chunk, *x.shape[2:]), x.dtype))
+        positions = int(np.prod(probe.shape)) // (g * d)  # of a chunk
+        stride = max(1, positions * parts * (self.streams - 1) // (self.vectors * d))
+        weights = jnp.asarray(self.weights)
+        thin = matrix.astype(jnp.float32)
+        identity = delta is None and columns == d
+
+        def pairs(piece: Any) -> tuple[Any, Any]:
+            number, images, *more = piece
+            f = features(layer, site.kind, images.reshape(-1, *images.shape[2:])).reshape(self.streams, -1, g, d)
+            start = number % stride
+            take = lambda a: jax.lax.dynamic_slice_in_dim(  # noqa: E731
+                jnp.pad(a, ((0, 0), (0, stride), (0, 0), (0, 0))), start, a.shape[1], axis=1
+            )[:, ::stride][:, : max(1, a.shape[1] // stride)]
+            f = take(f) if stride > 1 else f
+            f = f.astype(jnp.float32)
+            u, w = f[0], f[1:]
+            t = u if identity else jnp.einsum("ngd,gdc->ngc", u, thin, precision="highest")
+            t = jnp.broadcast_to(t[None], (self.streams - 1, *t.shape))
+            if more:
+                extra = more[0].reshape(self.streams - 1, -1, g, columns)
+                t = t + (take(extra) if stride > 1 else extra)
+            return w, t
+
+        pieces = (jnp.arange(parts), cut(x), *(() if delta is None else (cut(delta),)))
+
+        def add(total: Any, new: Any) -> Any:
+            return jax.tree_util.tree_map(lambda a, b: a + b.astype(jnp.float64) / parts, total, new)
+
+        def means(total: Any, piece: Any) -> Any:
+            new = [jnp.einsum("s,sgd->gd", weights, a.mean(axis=1)) for a in pairs(piece)]
+            return add(total, new), None
+
+        mw, mt = jnp.zeros((g, d)), jnp.zeros((g, columns))
+        if site.bias:
+            (mw, mt), _ = jax.lax.scan(means, [mw, mt], pieces)
+        base_w, base_t = mw.astype(jnp.float32), mt.astype(jnp.float32)
+
+        def moments(total: Any, piece: Any) -> Any:
+            w, t = pairs(piece)
+            w, t = w - base_w, t - base_t
+            n = w.shape[1]
+            scaled = (weights / n).astype(jnp.float32)[:, None, None, None] * w
+            square = jnp.einsum("sngd,snge->gde", scaled, w, precision="highest")
+            cross = jnp.einsum("sngd,snge->gde", scaled, t, precision="highest")
+            power = jnp.einsum("s,sngc,sngc->g", weights / n, t, t)
+            return add(total, (square, cross, power)), None
+
+        zero = (jnp.zeros((g, d, d)), jnp.zeros((g, d, columns)), jnp.zeros(g))
+        (square, cross, power), _ = jax.lax.scan(moments, zero, pieces)
+        return {
+            "square": square,
+            "cross": cross,
+            "power": power,
+            "mean_w": base_w.astype(jnp.float64),
+            "mean_t": base_t.astype(jnp.float64),
+        }
+
+
+AFFINE = reverse_steps(Schedule(), 1, 1, "affine")
+
+
+def _by_stream(a: Any, streams: int, change: Any) -> Any:
+    return change(a.reshape(streams, -1, *a.shape[1:])).reshape(a.shape)
+
+
+def _regress(site: Site, matrix: Any, sums: Tree, ridge: float, direct: bool) -> tuple[Tree, Tree]:
+    """Returns {"kernel": (I − A)ᵀ, "bias": −c} in float64, and the same with the errors before and after."""
+    square, cross = sums["square"], sums["cross"]
+    width = site.width
+    eye = jnp.eye(width)
+    power = jnp.trace(square, axis1=-2, axis2=-1) / width
+    pull = jnp.where(power > 0, ridge * power, 1.0)[:, None, None]
+
+    def solve(m: Any, r: Any) -> Any:
+        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(m), r)
+
+    best = jax.vmap(solve)(square + pull * eye, cross + pull * matrix)
+    change = best - matrix
+    if direct:
+        kernel = -change
+    else:
+        # K' − K = N K for the smallest N: with K = Wᵀ this is A − I = W⁺(W* − W).
+        kernel = -change @ jnp.linalg.pinv(matrix, rtol=1e-6)
+        best = matrix - kernel @ matrix
+    denoiser = {"kernel": kernel}
+    if site.bias:
+        # The constant meets W as well: its target is E t − W* E w.
+        missing = sums["mean_t"] - jnp.einsum("gdc,gd->gc", best, sums["mean_w"])
+        constant = missing if direct else jnp.einsum("gc,gcd->gd", missing, jnp.linalg.pinv(matrix, rtol=1e-6))
+        denoiser["bias"] = -constant
+
+    def error(m: Any) -> Any:
+        quadratic = jnp.sum(m * (square @ m), axis=(-2, -1)) - 2 * jnp.sum(m * cross, axis=(-2, -1)) + sums["power"]
+        return quadratic
+
+    scale = jnp.maximum(sums["power"].sum(), 1e-300)
+    before, after = error(matrix), error(best)
+    if site.bias:
+        gap = sums["mean_t"] - jnp.einsum("gdc,gd->gc", matrix, sums["mean_w"])
+        before = before + jnp.sum(gap**2, axis=-1)
+    shape = site.denoiser_shape if site.stack is None else site.denoiser_shape[1:]
+    denoiser = {"kernel": denoiser["kernel"].reshape(shape)} | (
+        {"bias": denoiser["bias"].reshape(shape[:-1])} if site.bias else {}
+    )
+    errors = jnp.stack([before.sum() / scale, after.sum() / scale])
+    return denoiser, {**denoiser, "errors": errors}
