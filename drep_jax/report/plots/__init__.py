@@ -1,0 +1,15 @@
+"""The plots of a report as PNG files in memory."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from drep_jax.report.plots.accuracy import plot_accuracy
+from drep_jax.report.plots.loss import plot_loss
+from drep_jax.report.plots.sites import plot_sites
+
+PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
+    "accuracy": plot_accuracy,
+    "loss": plot_loss,
+    "sites": plot_sites,
+}
+"""By file name, what draws plots/NAME.png; None where there is nothing to show."""
