@@ -1,17 +1,22 @@
 """The report: complete files, honest words, and plots that hold many sites."""
 
 import copy
+import itertools
 import json
 import os
 import re
 import zlib
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image
 
 from drep_jax.errors import CheckpointError, DataError
 from drep_jax.report import KEYS, PLOTS, console_table, plain, validate, verdict, write_report
+from drep_jax.report.plots.front import non_dominated
+from drep_jax.report.plots.spectra import through_the_depth
 
 COMPARISON = dict[str, tuple[float, float, float, float]]
 OURS = "algorithm1"
@@ -50,7 +55,7 @@ THREE = {
 }
 
 
-def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, learners=(OURS,)):
+def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, learners=(OURS,), pictures=False):
     """A realistic report of a ViT."""
     rng = np.random.default_rng(0)
     paths = [f"encoderblock_{i // 2}/mlp/{('fc1', 'fc2')[i % 2]}" for i in range(sites)]
@@ -74,7 +79,7 @@ def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, lea
     curve = [[int(step), sites * (0.95 + 3 * float(np.exp(-step / 60)))] for step in steps]
     figure = {"passed": True, "error": 2.1e-12, "bound": 3e-10, "change": 0.0123 if change else 0.0}
     rows = [{"path": s["path"], "slice": j, "t": [t], **figure} for s in listed for j, t in enumerate(s["t"])]
-    return {
+    report = {
         "schema": 2,
         "config": {"seed": 0, "data": {"name": "digits", "size": 32}, "sites": ["*/mlp/*"]},
         "environment": {
@@ -122,6 +127,39 @@ def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, lea
             "batch": 64,
         },
     }
+    return report | (pictures_of(paths) if pictures else {})
+
+
+def pictures_of(paths):
+    """The optional parts of a report."""
+    variance = np.geomspace(3.0, 1e-3, 64)
+    strengths = [round(0.1 * index, 1) for index in range(11)]
+    return {
+        "spectra": {
+            path: {"variance": variance, "gain": variance / (variance + 0.02 * (index + 1))}
+            for index, path in enumerate(paths)
+        },
+        "front": {
+            "conditions": ["clean", "gaussian:20", "gaussian:40"],
+            "chosen": 7,
+            "points": [
+                {
+                    "label": f"τ = {s}",
+                    "strength": s,
+                    "scores": {
+                        "clean": 95 - 3 * s**2,
+                        "gaussian:20": 75 + 14 * s,
+                        "gaussian:40": 40 + 40 * np.sin(2.2 * s),
+                    },
+                }
+                for s in strengths
+            ],
+        },
+        "recovery": {
+            "gaussian:20": {"measured": 0.93, "placebo": -0.02},
+            "gaussian:40": {"measured": None, "tent": 1.1},
+        },
+    }
 
 
 def read(path):
@@ -140,6 +178,7 @@ CASES = {
     "zero change": {"change": 0.0, "metrics": {"clean": condition({"baseline": (0.0, 0.0, 0.0, 1.0)})}},
     "no optimum": {"optimum": False},
     "unknown change": {"change": np.nan},
+    "pictures": {"pictures": True, "sites": 30},
     "closed form": {
         "learners": ("closed_form",),
         "metrics": {"clean": condition({"baseline": UNCHANGED}, learners=("closed_form",))},
@@ -163,8 +202,9 @@ def test_writes_everything_and_nothing_else(case, tmp_path):
     text = read(folder / "report.md")
     plots = {f"plots/{name}" for name in os.listdir(folder / "plots")}
     assert sorted(os.listdir(folder)) == ["plots", "report.json", "report.md"]  # no temporary file is left
-    missing = {"no labels": {"plots/accuracy.png"}, "closed form": {"plots/loss.png"}}.get(case, set())
-    assert plots == {f"plots/{name}.png" for name in PLOTS} - missing
+    missing = {"no labels": {"accuracy"}, "closed form": {"loss"}}.get(case, set())
+    missing |= set() if case == "pictures" else {"spectra", "front"}
+    assert plots == {f"plots/{name}.png" for name in PLOTS.keys() - missing}
     assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == plots
     for site in report["sites"]:
         assert f"| {site['path']} " in text
@@ -179,12 +219,14 @@ def test_plots_are_reproducible_and_follow_the_numbers(tmp_path):
     def draw(report):
         return {name: zlib.crc32(plot(report)) for name, plot in PLOTS.items()}
 
-    report = make_report()
+    report = make_report(pictures=True)
     first, second = draw(report), draw(report)
     assert first == second
     report["sites"][0]["relative_change"] = [0.02]
     report["learning"][OURS]["optimum"]["encoderblock_0/mlp/fc1"] = 0.5
     report["metrics"]["clean"]["interval"][f"{OURS} - baseline"]["acc@1"] = [0.1, 0.9]
+    report["spectra"]["encoderblock_0/mlp/fc1"]["gain"] = np.full(64, 0.5)
+    report["front"]["chosen"] = 3
     third = draw(report)
     assert all(first[name] != third[name] for name in PLOTS)
 
@@ -197,6 +239,64 @@ def test_sites_plot_grows_with_the_sites_but_not_for_ever(tmp_path):
             heights.append(image.height)
     assert heights[0] < heights[1] < heights[2] == heights[3]
     assert heights[1] / 48 > 20  # pixels a bar, enough for its label
+
+
+def test_spectra_of_many_sites_are_spread_through_the_depth():
+    names = [f"layer_{index}" for index in range(48)]
+    chosen = [int(name.removeprefix("layer_")) for name in through_the_depth(names)]
+    assert len(chosen) == 12 and chosen[0] == 0 and chosen[-1] == 47
+    assert {b - a for a, b in itertools.pairwise(chosen)} <= {4, 5}
+    assert through_the_depth(names[:12]) == names[:12]
+
+
+def test_spectra_with_no_variance_or_gains_beyond_one_are_drawn():
+    spectra = {
+        "a": {"variance": [0.0], "gain": [1.0]},
+        "b": {"variance": [2.0, None, -1e-9], "gain": [1.4, None, -0.2]},
+    }
+    assert PLOTS["spectra"](make_report() | {"spectra": spectra})
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(places):
+    best = non_dominated(places)
+
+    def beats(a, b):
+        return a[0] >= b[0] and a[1] >= b[1] and a != b
+
+    assert best
+    for index, place in enumerate(places):
+        assert (index in best) != any(beats(other, place) for other in places)
+    assert all(any(beats(places[i], place) or places[i] == place for i in best) for place in places)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        {
+            "conditions": ["clean"],
+            "chosen": 0,
+            "points": [{"label": "", "strength": 0.0, "scores": {"clean": 1.0}}] * 2,
+        },
+        {
+            "conditions": ["clean", "b"],
+            "chosen": 0,
+            "points": [{"label": "", "strength": 0.0, "scores": {"clean": 1.0, "b": value}} for value in (2.0, None)],
+        },
+    ],
+)
+def test_a_front_of_one_condition_or_point_is_not_drawn(front):
+    assert PLOTS["front"](make_report() | {"front": front}) is None
+
+
+def test_recovery_is_a_table_of_shares(tmp_path):
+    report = make_report(pictures=True)
+    write_report(report, str(tmp_path))
+    title = "Share of the labelled fine-tuning's recovery"
+    rows = [" ".join(line.split()) for line in console_table(report).split(title)[1].splitlines()]
+    assert rows[1:5:3] == ["condition measured placebo tent", "gaussian:40 – – 110 %"]
+    assert rows[3] == "gaussian:20 93 % −2 % –"
+    assert f"### {title}\n" in read(tmp_path / "report.md")
 
 
 def test_stale_plots_are_removed(tmp_path):
@@ -317,8 +417,11 @@ def test_console_table_of_three_learners_fits_and_speaks_of_the_exported_one(tmp
     lines = console_table(report).splitlines()
     table = lines[: lines.index("")]
     assert max(map(len, table)) <= 110 and "acc@20" not in table[0]
-    assert [line.split()[0] for line in table[3:-1]] == ["placebo", "continued", *LEARNERS]
-    assert [line for line in table if " * " in line] == [line for line in table if "measured" in line]
+    assert [line.split()[0] for line in table[3:]][:5] == ["placebo", "continued", *LEARNERS]
+    assert [line.split()[0] for line in table if "* " in line] == [
+        "measured",
+        "The",
+    ]  # the row, and what the star means
     told = [line for line in lines if ": Significantly" in line]
     assert told == [verdict("gaussian:40", report["metrics"]["gaussian:40"], "measured")]
     write_report(report, str(tmp_path))
@@ -411,6 +514,7 @@ def test_parts_that_were_not_measured_are_named(tmp_path):
 
 
 RESULTS = (("certificate", "results", "float64"), ("certificate", "results", "float32"))
+FRONT = pictures_of(())["front"]
 FREE = ("config", "per_site", "optimum", "control", "baseline", "denoised", "mcnemar")
 
 
@@ -455,6 +559,17 @@ def test_every_missing_key_is_named(place):
         ({"sites": 3}, "sites is 3, expected entries"),
         ({"sites": [{**make_report()["sites"][0], "t": [1, 2]}]}, "2 and 1 numbers in t and relative_change"),
         ({"metrics": {"clean": {**THREE["clean"], "baseline": {}}}}, "metrics.clean.baseline is empty"),
+        (
+            {"spectra": {"a": {"variance": [1.0, 2.0], "gain": [1.0]}}},
+            "spectra.a has 2 and 1 numbers in variance and gain",
+        ),
+        ({"spectra": {"a": {"variance": [], "gain": []}}}, "spectra.a has 0 and 0 numbers"),
+        ({"spectra": {"a": {"variance": 3.0, "gain": [1.0]}}}, "spectra.a.variance is 3.0, expected entries"),
+        ({"spectra": {"a": {"variance": [3.0]}}}, "spectra.a.gain is missing"),
+        ({"front": {**FRONT, "chosen": 11}}, "front.chosen is 11, expected the index of one of 11 points"),
+        ({"front": {**FRONT, "conditions": ["clean", "jpeg:5"]}}, r"front\.points\.0\.scores\.jpeg:5 is missing"),
+        ({"front": {**FRONT, "points": [{"label": "a"}]}}, r"front\.points\.0\.strength is missing"),
+        ({"recovery": 0.5}, "recovery is 0.5, expected entries"),
         ({"exported": "fused"}, "exported is 'fused', expected one of learning: algorithm1"),
         (
             {"metrics": {"clean": {**THREE["clean"], "denoised": {}}}},

@@ -21,7 +21,7 @@ def console_table(report: Mapping[str, Any]) -> str:
     validate(report)
     parts = []
     if report["metrics"]:
-        parts.append(_drawn(results_table(report, MOST_METRICS)) + f"\n{EXPORTED_NOTE}")
+        parts.append(_drawn(results_table(report, MOST_METRICS)) + f"\n\n{EXPORTED_NOTE}")
         parts.append("\n".join(verdict(name, entry, report["exported"]) for name, entry in report["metrics"].items()))
     else:
         parts.append(NO_METRICS)

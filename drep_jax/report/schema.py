@@ -47,6 +47,13 @@ KEYS: dict[str, Any] = {
         "parameters": {"backbone": None, "denoise": None},
         "batch": None,
     },
+    "spectra??": {"*": {"variance": {"*": None}, "gain": {"*": None}}},
+    "front??": {
+        "conditions": {"*": None},
+        "chosen": None,
+        "points": {"*": {"label": None, "strength": None, "scores": {}}},
+    },
+    "recovery??": {"*": {}},
 }
 """The keys of a report; further keys are kept and not shown."""
 
@@ -62,7 +69,7 @@ def validate(report: Mapping[str, Any]) -> None:
         problems.append(f"schema is {report['schema']!r}, expected {SCHEMA}")
     if not problems:
         problems = [*_site_problems(report["sites"]), *_metric_problems(report["metrics"])]
-        problems += _learner_problems(report)
+        problems += [*_learner_problems(report), *_picture_problems(report)]
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise DataError(f"Not a complete report: {'; '.join(problems[:12])}{more}. See docs/report.md for its keys.")
@@ -78,7 +85,7 @@ def _problems(value: Any, keys: Mapping[str, Any], where: str) -> Iterator[str]:
         entries = value.items() if isinstance(value, Mapping) else enumerate(value)
         for name, entry in entries:
             if entry is not None or not every.endswith("?"):
-                yield from _problems(entry, keys[every], f"{where}.{name}")
+                yield from _problems(entry, keys[every] or {}, f"{where}.{name}")
         return
     if keys and not isinstance(value, Mapping):
         yield f"{where or 'the report'} is {value!r}, expected an object"
@@ -110,6 +117,22 @@ def _learner_problems(report: Mapping[str, Any]) -> Iterator[str]:
     for condition, entry in report["metrics"].items():
         if exported not in entry["denoised"]:
             yield f"metrics.{condition}.denoised.{exported} is missing"
+
+
+def _picture_problems(report: Mapping[str, Any]) -> Iterator[str]:
+    for name, site in (report.get("spectra") or {}).items():
+        found = (len(site["variance"]), len(site["gain"]))
+        if found[0] != found[1] or not found[0]:
+            yield f"spectra.{name} has {found[0]} and {found[1]} numbers in variance and gain, expected one of each"
+    front = report.get("front")
+    if front:
+        count = len(front["points"])
+        if not isinstance(front["chosen"], int) or not 0 <= front["chosen"] < count:
+            yield f"front.chosen is {front['chosen']!r}, expected the index of one of {count} points"
+        for index, point in enumerate(front["points"]):
+            for condition in front["conditions"]:
+                if condition not in point["scores"]:
+                    yield f"front.points.{index}.scores.{condition} is missing"
 
 
 def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:
