@@ -9,6 +9,8 @@ import numpy as np
 from drep_jax.data import Source
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import evaluation_batches, normalize
+from drep_jax.errors import DataError
+from drep_jax.report.comparisons import pairs_of
 from drep_jax.statistics import mcnemar, paired_interval
 from drep_jax.training import parallel
 
@@ -64,36 +66,46 @@ def score_arms(
     return result
 
 
-def summarize(results: Mapping[str, Mapping[str, Scores]], *, resamples: int, seed: int) -> dict[str, Any]:
+def summarize(
+    results: Mapping[str, Mapping[str, Scores]], *, controls: Sequence[str], resamples: int, seed: int
+) -> dict[str, Any]:
     """Turns scores into the report's `metrics`: means in per cent, paired differences, 95 % intervals, McNemar.
 
-    Every arm other than `baseline` and `fused` is a control; `fused` is compared with each of them, and each control with
-    the baseline.
+    Args:
+      results: {condition: {arm: {metric: (n,)}}}; arms other than `baseline` and the controls are denoised networks.
+      controls: arms that show what comes about without denoising.
+      resamples, seed: of the bootstrap.
+
+    Returns:
+      By condition, what docs/report.md describes. Every denoised arm is compared with the baseline and with every
+      control, and every control with the baseline.
+
+    Raises:
+      DataError: where the baseline or a control has no scores.
     """
     table = {}
     for condition, arms in results.items():
-        controls = [name for name in arms if name not in ("baseline", "fused")]
-        pairs = [("fused", "baseline"), *(("fused", c) for c in controls), *((c, "baseline") for c in controls)]
+        for name in ("baseline", *controls):
+            if name not in arms:
+                raise DataError(f"No scores of the arm {name!r} under {condition}; there are: {', '.join(arms)}.")
         percent = {name: {m: 100.0 * float(v.mean()) for m, v in scores.items()} for name, scores in arms.items()}
-        difference: dict[str, Any] = {}
-        interval: dict[str, Any] = {}
-        test: dict[str, float] = {}
-        for ours, theirs in pairs:
+        entry: dict[str, Any] = {
+            "n": len(next(iter(arms["baseline"].values()))),
+            "baseline": percent["baseline"],
+            "control": {name: percent[name] for name in controls},
+            "denoised": {name: percent[name] for name in arms if name not in ("baseline", *controls)},
+            "difference": {},
+            "interval": {},
+            "mcnemar": {},
+        }
+        for ours, theirs in pairs_of(entry):
             name = f"{ours} - {theirs}"
             found = {
                 m: paired_interval(v, arms[theirs][m], resamples=resamples, seed=seed) for m, v in arms[ours].items()
             }
-            difference[name] = {m: 100.0 * i.difference for m, i in found.items()}
-            interval[name] = {m: [100.0 * i.low, 100.0 * i.high] for m, i in found.items()}
+            entry["difference"][name] = {m: 100.0 * i.difference for m, i in found.items()}
+            entry["interval"][name] = {m: [100.0 * i.low, 100.0 * i.high] for m, i in found.items()}
             if "acc@1" in arms[ours]:
-                test[name] = mcnemar(arms[ours]["acc@1"], arms[theirs]["acc@1"])
-        table[condition] = {
-            "n": len(next(iter(arms["baseline"].values()))),
-            "baseline": percent["baseline"],
-            "control": {name: percent[name] for name in controls},
-            "fused": percent["fused"],
-            "difference": difference,
-            "interval": interval,
-            "mcnemar": test,
-        }
+                entry["mcnemar"][name] = mcnemar(arms[ours]["acc@1"], arms[theirs]["acc@1"])
+        table[condition] = entry
     return table

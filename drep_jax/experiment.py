@@ -172,7 +172,6 @@ def learn_denoisers(
     start = closed_form.expected_losses(moments, setting.sites, setting.schedule, init_denoise(setting.sites))
     final = closed_form.expected_losses(moments, setting.sites, setting.schedule, denoise)
     return denoise, {
-        "learner": config["denoise"]["learner"],
         **learning,
         "moment_seconds": pass_seconds,
         "per_site": {name: [start[name], final[name]] for name in start},
@@ -364,6 +363,7 @@ def finish(
 ) -> dict[str, Any]:
     """Fuses, certifies, exports, evaluates all arms and writes the report."""
     options = config["denoise"]
+    learner = options["learner"]
     variables = arms["baseline"]
     fused, certificate = fuse_and_certify(
         config, setting, variables, denoise, rule=options["rule"], steps=options["steps"]
@@ -377,7 +377,7 @@ def finish(
         "baseline": variables,
         "placebo": {**variables, "params": placebo},
         **{name: tree for name, tree in arms.items() if name != "baseline"},
-        "fused": {**variables, "params": fused},
+        learner: {**variables, "params": fused},
     }
     metrics = {}
     if setting.test is not None:
@@ -393,14 +393,16 @@ def finish(
             std=setting.std,
             seed=config["seed"],
         )
-        metrics = evaluation.summarize(scores, resamples=evaluate["resamples"], seed=config["seed"])
+        controls = [name for name in arms if name not in ("baseline", learner)]
+        metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
     content = {
-        "schema": 1,
+        "schema": report.SCHEMA,
         "config": config,
         "environment": workdir.environment(),
         "sites": describe_sites(setting, variables["params"], fused),
         "coverage": vars(setting.covered),
-        "learning": learning,
+        "learning": {learner: learning},
+        "exported": learner,
         "metrics": metrics,
         "certificate": certificate.to_json(),
         "cost": measure_cost(config, setting, variables, fused, denoise),

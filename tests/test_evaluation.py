@@ -10,7 +10,7 @@ from drep_jax import evaluation
 from drep_jax.data import open_source
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import normalize
-from drep_jax.errors import ConfigError
+from drep_jax.errors import ConfigError, DataError
 from drep_jax.tasks import classification
 
 MEAN, STD, SEED = (0.3, 0.3, 0.3), (0.4, 0.4, 0.4), 11
@@ -67,16 +67,19 @@ def test_a_batch_that_does_not_divide_is_refused(digits, arms):
         score(digits, arms, 100)
 
 
-def test_summary_compares_every_arm_with_its_reference():
+def test_summary_compares_every_arm_with_its_references():
     rng = np.random.default_rng(0)
-    right = {name: (rng.uniform(size=200) < share).astype(float) for name, share in
-             (("baseline", 0.5), ("placebo", 0.4), ("continued", 0.6), ("fused", 0.9))}  # fmt: skip
+    shares = {"baseline": 0.5, "placebo": 0.4, "continued": 0.6, "closed_form": 0.8, "measured": 0.9}
+    right = {name: (rng.uniform(size=200) < share).astype(float) for name, share in shares.items()}
     results = {"clean": {name: {"acc@1": v, "acc@5": np.ones(200)} for name, v in right.items()}}
-    table = evaluation.summarize(results, resamples=500, seed=0)["clean"]
+    options = {"controls": ("placebo", "continued"), "resamples": 500, "seed": 0}
+    table = evaluation.summarize(results, **options)["clean"]
     assert table["n"] == 200
     assert list(table["control"]) == ["placebo", "continued"]
-    assert table["fused"]["acc@1"] == pytest.approx(100 * right["fused"].mean())
-    pairs = {"fused - baseline", "fused - placebo", "fused - continued", "placebo - baseline", "continued - baseline"}
+    assert list(table["denoised"]) == ["closed_form", "measured"]
+    assert table["denoised"]["measured"]["acc@1"] == pytest.approx(100 * right["measured"].mean())
+    pairs = {f"{ours} - {theirs}" for ours in ("closed_form", "measured") for theirs in list(shares)[:3]}
+    pairs |= {"placebo - baseline", "continued - baseline"}
     for part in ("difference", "interval", "mcnemar"):
         assert set(table[part]) == pairs
     for pair in pairs:
@@ -86,5 +89,13 @@ def test_summary_compares_every_arm_with_its_reference():
         low, high = table["interval"][pair]["acc@1"]
         assert low < difference < high
         assert table["difference"][pair]["acc@5"] == 0
-    assert table["mcnemar"]["fused - baseline"] < 1e-6
-    assert table == evaluation.summarize(results, resamples=500, seed=0)["clean"]
+    assert table["mcnemar"]["measured - baseline"] < 1e-6
+    assert table == evaluation.summarize(results, **options)["clean"]
+
+
+@pytest.mark.parametrize("missing", ["baseline", "placebo"])
+def test_summary_names_an_arm_without_scores(missing):
+    results = {"clean": {name: {"acc@1": np.ones(9)} for name in ("baseline", "placebo", "measured")}}
+    del results["clean"][missing]
+    with pytest.raises(DataError, match=f"No scores of the arm '{missing}' under clean; there are: .*measured"):
+        evaluation.summarize(results, controls=["placebo"], resamples=500, seed=0)

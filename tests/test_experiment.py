@@ -78,16 +78,17 @@ def test_report_is_complete_and_readable(finished):
     assert all(0 < change < 1 for site in content["sites"] for change in site["relative_change"])
     for entry in content["metrics"].values():
         assert entry["n"] == 600 and set(entry["control"]) == {"placebo", "continued"}
+        assert set(entry["denoised"]) == {content["exported"]} == {"algorithm1"}
     assert content["cost"]["flop_ratio"]["fused"] == 1.0 < content["cost"]["flop_ratio"]["explicit"]
     table = report.console_table(content)
-    for word in ("baseline", "placebo", "continued", "fused", "gaussian:60", "PASSED"):
+    for word in ("baseline", "placebo", "continued", "algorithm1", "gaussian:60", "PASSED"):
         assert word in table
     for name in ("report.md", "plots/accuracy.png", "plots/loss.png", "plots/sites.png"):
         assert os.path.getsize(os.path.join(finished.directory, name)) > 500
 
 
 def test_learning_lowers_every_loss_towards_its_optimum(finished):
-    learning = finished.report["learning"]
+    learning = finished.report["learning"]["algorithm1"]
     assert learning["steps"] == 30 and [step for step, _ in learning["loss"]] == [1, 7, 14, 21, 28, 30]
     for name, (before, after) in learning["per_site"].items():
         assert before == pytest.approx(1.0)
@@ -206,7 +207,7 @@ def test_labelled_folder_end_to_end(tmp_path):
     with open(tmp_path / "run" / "report.json", encoding="utf-8") as file:
         content = json.load(file)
     report.validate(content)
-    assert content["metrics"]["clean"]["n"] == 100 and content["learning"]["images"] == 160
+    assert content["metrics"]["clean"]["n"] == 100 and content["learning"]["algorithm1"]["images"] == 160
 
 
 def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_path):
@@ -227,8 +228,8 @@ def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_pa
     report.validate(content)
     assert content["metrics"] == {} and not os.path.exists(tmp_path / "run" / "plots" / "accuracy.png")
     # The closed form is the optimum itself.
-    for name, (_, after) in content["learning"]["per_site"].items():
-        assert after == pytest.approx(content["learning"]["optimum"][name], rel=1e-5)
+    for name, (_, after) in content["learning"]["closed_form"]["per_site"].items():
+        assert after == pytest.approx(content["learning"]["closed_form"]["optimum"][name], rel=1e-5)
     assert call("fuse.py", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}").status == 0
 
 

@@ -1,34 +1,45 @@
 """The report: complete files, honest words, and plots that hold many sites."""
 
 import copy
+import itertools
 import json
 import os
 import re
 import zlib
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image
 
 from drep_jax.errors import CheckpointError, DataError
 from drep_jax.report import KEYS, PLOTS, console_table, plain, validate, verdict, write_report
+from drep_jax.report.plots.front import non_dominated
+from drep_jax.report.plots.spectra import through_the_depth
 
 COMPARISON = dict[str, tuple[float, float, float, float]]
+OURS = "algorithm1"
 
 
-def condition(differences: COMPARISON, n=600, fused=96.0):
-    """One condition; `differences` has (difference, low, high, p) in acc@1 for each arm."""
-    entry = {"n": n, "control": {}, "fused": {"acc@1": fused, "acc@5": 99.8}}
+def condition(differences: COMPARISON, n=600, score=96.0, learners=(OURS,)):
+    """One condition; `differences` has (difference, low, high, p) in acc@1 of every learner to each arm."""
+    entry = {"n": n, "control": {}, "denoised": {name: {"acc@1": score, "acc@5": 99.8} for name in learners}}
     entry |= {"difference": {}, "interval": {}, "mcnemar": {}}
+    gained = differences["baseline"][0]
     for arm, (difference, low, high, p) in differences.items():
-        values = {"acc@1": fused - difference, "acc@5": 99.7}
+        values = {"acc@1": score - difference, "acc@5": 99.7}
+        pairs = {f"{name} - {arm}": ({"acc@1": difference, "acc@5": 0.1}, [low, high], p) for name in learners}
         if arm == "baseline":
             entry["baseline"] = values
         else:
             entry["control"][arm] = values
-        entry["difference"][f"fused - {arm}"] = {"acc@1": difference, "acc@5": 0.1}
-        entry["interval"][f"fused - {arm}"] = {"acc@1": [low, high], "acc@5": [-0.1, 0.3]}
-        entry["mcnemar"][f"fused - {arm}"] = p
+            gap = gained - difference
+            pairs[f"{arm} - baseline"] = ({"acc@1": gap, "acc@5": 0.0}, [gap - 1.0, gap + 1.0], 0.5)
+        for key, (values, interval, p_value) in pairs.items():
+            entry["difference"][key] = values
+            entry["interval"][key] = {"acc@1": interval, "acc@5": [-0.1, 0.3]}
+            entry["mcnemar"][key] = p_value
     return entry
 
 
@@ -38,13 +49,13 @@ LOWER = (-1.5, -2.5, -0.5, 0.004)
 THREE = {
     "clean": condition({"baseline": UNCHANGED, "placebo": HIGHER, "continued": (-0.4, -1.0, 0.2, 0.2)}),
     "gaussian:20": condition(
-        {"baseline": HIGHER, "placebo": (4.0, 2.0, 6.0, 1e-5), "continued": UNCHANGED}, fused=81.3
+        {"baseline": HIGHER, "placebo": (4.0, 2.0, 6.0, 1e-5), "continued": UNCHANGED}, score=81.3
     ),
-    "jpeg:10": condition({"baseline": LOWER, "placebo": LOWER, "continued": LOWER}, fused=70.2),
+    "jpeg:10": condition({"baseline": LOWER, "placebo": LOWER, "continued": LOWER}, score=70.2),
 }
 
 
-def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, learner="algorithm1"):
+def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, learners=(OURS,), pictures=False):
     """A realistic report of a ViT."""
     rng = np.random.default_rng(0)
     paths = [f"encoderblock_{i // 2}/mlp/{('fc1', 'fc2')[i % 2]}" for i in range(sites)]
@@ -68,8 +79,8 @@ def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, lea
     curve = [[int(step), sites * (0.95 + 3 * float(np.exp(-step / 60)))] for step in steps]
     figure = {"passed": True, "error": 2.1e-12, "bound": 3e-10, "change": 0.0123 if change else 0.0}
     rows = [{"path": s["path"], "slice": j, "t": [t], **figure} for s in listed for j, t in enumerate(s["t"])]
-    return {
-        "schema": 1,
+    report = {
+        "schema": 2,
         "config": {"seed": 0, "data": {"name": "digits", "size": 32}, "sites": ["*/mlp/*"]},
         "environment": {
             "drep_jax": "0.1.0",
@@ -85,14 +96,17 @@ def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, lea
         "sites": listed,
         "coverage": {"layers": sites, "candidates": 30, "kernel_share": 0.63},
         "learning": {
-            "learner": learner,
-            "steps": 2000,
-            "seconds": 31.2,
-            "loss": curve if learner == "algorithm1" else [],
-            "per_site": {path: [1.5, 0.96] for path in paths},
-            "optimum": dict.fromkeys(paths, 0.94) if optimum else None,
-            "images": 1000,
+            name: {
+                "steps": 2000,
+                "seconds": 31.2,
+                "loss": curve if name == OURS else [],
+                "per_site": {path: [1.5, 0.96] for path in paths},
+                "optimum": dict.fromkeys(paths, 0.94) if optimum else None,
+                "images": 1000,
+            }
+            for name in learners
         },
+        "exported": learners[-1],
         "metrics": copy.deepcopy(metrics),
         "certificate": {
             "passed": True,
@@ -113,6 +127,39 @@ def make_report(sites=8, stack=1, metrics=THREE, change=0.004, optimum=True, lea
             "batch": 64,
         },
     }
+    return report | (pictures_of(paths) if pictures else {})
+
+
+def pictures_of(paths):
+    """The optional parts of a report."""
+    variance = np.geomspace(3.0, 1e-3, 64)
+    strengths = [round(0.1 * index, 1) for index in range(11)]
+    return {
+        "spectra": {
+            path: {"variance": variance, "gain": variance / (variance + 0.02 * (index + 1))}
+            for index, path in enumerate(paths)
+        },
+        "front": {
+            "conditions": ["clean", "gaussian:20", "gaussian:40"],
+            "chosen": 7,
+            "points": [
+                {
+                    "label": f"τ = {s}",
+                    "strength": s,
+                    "scores": {
+                        "clean": 95 - 3 * s**2,
+                        "gaussian:20": 75 + 14 * s,
+                        "gaussian:40": 40 + 40 * np.sin(2.2 * s),
+                    },
+                }
+                for s in strengths
+            ],
+        },
+        "recovery": {
+            "gaussian:20": {"measured": 0.93, "placebo": -0.02},
+            "gaussian:40": {"measured": None, "tent": 1.1},
+        },
+    }
 
 
 def read(path):
@@ -120,6 +167,7 @@ def read(path):
         return file.read()
 
 
+LEARNERS = (OURS, "closed_form", "measured")
 CASES = {
     "usual": {},
     "48 sites": {"sites": 48},
@@ -130,7 +178,15 @@ CASES = {
     "zero change": {"change": 0.0, "metrics": {"clean": condition({"baseline": (0.0, 0.0, 0.0, 1.0)})}},
     "no optimum": {"optimum": False},
     "unknown change": {"change": np.nan},
-    "closed form": {"learner": "closed_form"},
+    "pictures": {"pictures": True, "sites": 30},
+    "closed form": {
+        "learners": ("closed_form",),
+        "metrics": {"clean": condition({"baseline": UNCHANGED}, learners=("closed_form",))},
+    },
+    "three learners": {
+        "learners": LEARNERS,
+        "metrics": {"clean": condition({"baseline": UNCHANGED, "placebo": HIGHER}, learners=LEARNERS)},
+    },
 }
 
 
@@ -146,8 +202,9 @@ def test_writes_everything_and_nothing_else(case, tmp_path):
     text = read(folder / "report.md")
     plots = {f"plots/{name}" for name in os.listdir(folder / "plots")}
     assert sorted(os.listdir(folder)) == ["plots", "report.json", "report.md"]  # no temporary file is left
-    missing = {"no labels": {"plots/accuracy.png"}, "closed form": {"plots/loss.png"}}.get(case, set())
-    assert plots == {f"plots/{name}.png" for name in PLOTS} - missing
+    missing = {"no labels": {"accuracy"}, "closed form": {"loss"}}.get(case, set())
+    missing |= set() if case == "pictures" else {"spectra", "front"}
+    assert plots == {f"plots/{name}.png" for name in PLOTS.keys() - missing}
     assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == plots
     for site in report["sites"]:
         assert f"| {site['path']} " in text
@@ -162,12 +219,14 @@ def test_plots_are_reproducible_and_follow_the_numbers(tmp_path):
     def draw(report):
         return {name: zlib.crc32(plot(report)) for name, plot in PLOTS.items()}
 
-    report = make_report()
+    report = make_report(pictures=True)
     first, second = draw(report), draw(report)
     assert first == second
     report["sites"][0]["relative_change"] = [0.02]
-    report["learning"]["optimum"]["encoderblock_0/mlp/fc1"] = 0.5
-    report["metrics"]["clean"]["interval"]["fused - baseline"]["acc@1"] = [0.1, 0.9]
+    report["learning"][OURS]["optimum"]["encoderblock_0/mlp/fc1"] = 0.5
+    report["metrics"]["clean"]["interval"][f"{OURS} - baseline"]["acc@1"] = [0.1, 0.9]
+    report["spectra"]["encoderblock_0/mlp/fc1"]["gain"] = np.full(64, 0.5)
+    report["front"]["chosen"] = 3
     third = draw(report)
     assert all(first[name] != third[name] for name in PLOTS)
 
@@ -180,6 +239,64 @@ def test_sites_plot_grows_with_the_sites_but_not_for_ever(tmp_path):
             heights.append(image.height)
     assert heights[0] < heights[1] < heights[2] == heights[3]
     assert heights[1] / 48 > 20  # pixels a bar, enough for its label
+
+
+def test_spectra_of_many_sites_are_spread_through_the_depth():
+    names = [f"layer_{index}" for index in range(48)]
+    chosen = [int(name.removeprefix("layer_")) for name in through_the_depth(names)]
+    assert len(chosen) == 12 and chosen[0] == 0 and chosen[-1] == 47
+    assert {b - a for a, b in itertools.pairwise(chosen)} <= {4, 5}
+    assert through_the_depth(names[:12]) == names[:12]
+
+
+def test_spectra_with_no_variance_or_gains_beyond_one_are_drawn():
+    spectra = {
+        "a": {"variance": [0.0], "gain": [1.0]},
+        "b": {"variance": [2.0, None, -1e-9], "gain": [1.4, None, -0.2]},
+    }
+    assert PLOTS["spectra"](make_report() | {"spectra": spectra})
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(places):
+    best = non_dominated(places)
+
+    def beats(a, b):
+        return a[0] >= b[0] and a[1] >= b[1] and a != b
+
+    assert best
+    for index, place in enumerate(places):
+        assert (index in best) != any(beats(other, place) for other in places)
+    assert all(any(beats(places[i], place) or places[i] == place for i in best) for place in places)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        {
+            "conditions": ["clean"],
+            "chosen": 0,
+            "points": [{"label": "", "strength": 0.0, "scores": {"clean": 1.0}}] * 2,
+        },
+        {
+            "conditions": ["clean", "b"],
+            "chosen": 0,
+            "points": [{"label": "", "strength": 0.0, "scores": {"clean": 1.0, "b": value}} for value in (2.0, None)],
+        },
+    ],
+)
+def test_a_front_of_one_condition_or_point_is_not_drawn(front):
+    assert PLOTS["front"](make_report() | {"front": front}) is None
+
+
+def test_recovery_is_a_table_of_shares(tmp_path):
+    report = make_report(pictures=True)
+    write_report(report, str(tmp_path))
+    title = "Share of the labelled fine-tuning's recovery"
+    rows = [" ".join(line.split()) for line in console_table(report).split(title)[1].splitlines()]
+    assert rows[1:5:3] == ["condition measured placebo tent", "gaussian:40 – – 110 %"]
+    assert rows[3] == "gaussian:20 93 % −2 % –"
+    assert f"### {title}\n" in read(tmp_path / "report.md")
 
 
 def test_stale_plots_are_removed(tmp_path):
@@ -213,41 +330,47 @@ def test_a_work_directory_that_is_a_file_is_refused(tmp_path):
 
 
 def test_verdict_of_no_significant_change():
-    sentence = verdict("clean", condition({"baseline": UNCHANGED}))
+    sentence = verdict("clean", condition({"baseline": UNCHANGED}), OURS)
     assert (
-        sentence
-        == "No significant change on clean images: acc@1 +0.2 points [−0.3, +0.7] against the unchanged backbone."
+        sentence == "algorithm1: No significant change on clean images: acc@1 +0.2 points [−0.3, +0.7] against the "
+        "unchanged backbone."
     )
 
 
 def test_verdict_credits_denoising_only_against_every_control():
     def say(**controls):
-        return verdict("gaussian:50", condition({"baseline": HIGHER, **controls}))
+        return verdict("gaussian:50", condition({"baseline": HIGHER, **controls}), OURS)
 
-    assert say().startswith("Significantly higher on gaussian:50 images: acc@1 +3.1 points [+1.2, +5.0] against")
+    assert say().startswith("algorithm1: Significantly higher on gaussian:50 images: acc@1 +3.1 points [+1.2, +5.0] ")
     unproven = "so denoising is not shown to be the cause."
     assert say().endswith("; no control arm ran, " + unproven)
-    assert say(placebo=HIGHER, continued=HIGHER).endswith(
-        "; significantly higher than placebo, significantly higher than continued."
-    )
+    assert say(placebo=HIGHER, continued=HIGHER).endswith("; significantly higher than placebo, continued.")
     mixed = say(placebo=HIGHER, continued=UNCHANGED)
-    assert mixed.endswith("; significantly higher than placebo, no significant change from continued, " + unproven)
+    assert mixed.endswith("; significantly higher than placebo; no significant change from continued, " + unproven)
     assert say(placebo=LOWER, continued=HIGHER).endswith(unproven)
-    unchanged = verdict("clean", condition({"baseline": UNCHANGED, "placebo": HIGHER}))
-    assert unchanged.startswith("No significant change") and "cause" not in unchanged
+    unchanged = verdict("clean", condition({"baseline": UNCHANGED, "placebo": HIGHER}), OURS)
+    assert "No significant change" in unchanged and "cause" not in unchanged
+
+
+def test_verdict_is_that_of_the_arm_asked_for():
+    entry = condition({"baseline": HIGHER, "placebo": HIGHER}, learners=LEARNERS)
+    entry["difference"]["measured - baseline"]["acc@1"] = -7.0
+    entry["interval"]["measured - baseline"]["acc@1"] = [-9.0, -5.0]
+    assert verdict("clean", entry, "measured").startswith("measured: Significantly lower on clean images: acc@1 −7.0 ")
+    assert verdict("clean", entry, "closed_form").startswith("closed_form: Significantly higher")
 
 
 def test_verdict_says_when_it_got_worse():
-    sentence = verdict("clean", condition({"baseline": LOWER, "placebo": LOWER}))
-    assert sentence.startswith("Significantly lower on clean images: acc@1 −1.5 points [−2.5, −0.5]")
+    sentence = verdict("clean", condition({"baseline": LOWER, "placebo": LOWER}), OURS)
+    assert "Significantly lower on clean images: acc@1 −1.5 points [−2.5, −0.5]" in sentence
 
 
 def test_mcnemar_can_only_take_significance_away():
     disagreeing = condition({"baseline": (0.8, 0.1, 1.5, 0.07)})
-    assert verdict("clean", disagreeing).startswith("No significant change")
+    assert "No significant change" in verdict("clean", disagreeing, OURS)
     disagreeing["mcnemar"] = {}
-    assert verdict("clean", disagreeing).startswith("Significantly higher")
-    assert verdict("clean", condition({"baseline": (0.2, -0.1, 0.5, 0.01)})).startswith("No significant change")
+    assert "Significantly higher" in verdict("clean", disagreeing, OURS)
+    assert "No significant change" in verdict("clean", condition({"baseline": (0.2, -0.1, 0.5, 0.01)}), OURS)
 
 
 @pytest.mark.parametrize(
@@ -262,23 +385,51 @@ def test_mcnemar_can_only_take_significance_away():
     ],
 )
 def test_differences_are_signed_and_rounded_without_lying(difference, n, printed):
-    assert printed in verdict("clean", condition({"baseline": difference}, n=n))
+    assert printed in verdict("clean", condition({"baseline": difference}, n=n), OURS)
 
 
 def test_console_table_tells_arms_intervals_and_verdicts():
     text = console_table(make_report())
     lines = text.splitlines()
-    assert lines[0].split()[:3] == ["condition", "n", "arm"] and "acc@5" in lines[0]
+    assert lines[0].split()[:3] == ["condition", "n", "arm"] and "acc@1 against baseline" in lines[0]
     rows = [" ".join(line.split()) for line in lines]
-    assert "clean 600 baseline 95.8 99.7 +0.2 [−0.3, +0.7] 0.600 not significant" in rows
-    assert "placebo 92.9 99.7 +3.1 [+1.2, +5.0] <0.001 significant" in rows
-    assert "fused 96.0 99.8" in rows
+    assert "clean 600 baseline 95.8 99.7" in rows
+    assert "placebo 92.9 99.7 −2.9 [−3.9, −1.9] 0.500 not significant" in rows  # McNemar's test does not agree
+    assert "algorithm1 * 96.0 99.8 +0.2 [−0.3, +0.7] 0.600 not significant" in rows
+    assert "algorithm1 * 81.3 99.8 +3.1 [+1.2, +5.0] <0.001 higher" in rows
+    assert "algorithm1 * 70.2 99.8 −1.5 [−2.5, −0.5] 0.004 lower" in rows
     for name, entry in THREE.items():
-        assert verdict(name, entry) in lines
+        assert verdict(name, entry, OURS) in lines
     assert "Certificate: PASSED" in text and "float64  error 2.1e-12 of the change, bound 3.0e-10" in text
     assert "fused 1.000× FLOPs, 1.00× latency; explicit 1.360× FLOPs, 1.57× latency" in text
     assert "8 sites: 8 of 30 linear layers, 63 % of the kernel weights" in text
-    assert max(map(len, lines[:14])) < 110
+
+
+def test_console_table_of_three_learners_fits_and_speaks_of_the_exported_one(tmp_path):
+    controls = {"baseline": HIGHER, "placebo": HIGHER, "continued": LOWER}
+    report = make_report(metrics={"gaussian:40": condition(controls, learners=LEARNERS)}, learners=LEARNERS)
+    for entry in report["metrics"].values():
+        for arm in (entry["baseline"], *entry["control"].values(), *entry["denoised"].values()):
+            arm |= {"acc@10": 99.9, "acc@20": 100.0}
+        for part, value in (("difference", 0.0), ("interval", [0.0, 0.0])):
+            for numbers in entry[part].values():
+                numbers |= {"acc@10": value, "acc@20": value}
+    lines = console_table(report).splitlines()
+    table = lines[: lines.index("")]
+    assert max(map(len, table)) <= 110 and "acc@20" not in table[0]
+    assert [line.split()[0] for line in table[3:]][:5] == ["placebo", "continued", *LEARNERS]
+    assert [line.split()[0] for line in table if "* " in line] == [
+        "measured",
+        "The",
+    ]  # the row, and what the star means
+    told = [line for line in lines if ": Significantly" in line]
+    assert told == [verdict("gaussian:40", report["metrics"]["gaussian:40"], "measured")]
+    write_report(report, str(tmp_path))
+    text = read(tmp_path / "report.md")
+    assert "acc@20" in text
+    for learner in LEARNERS:
+        assert verdict("gaussian:40", report["metrics"]["gaussian:40"], learner) in text
+        assert f"### {learner}\n" in text
 
 
 def test_an_unlabelled_run_says_why_there_is_no_accuracy(tmp_path):
@@ -290,13 +441,14 @@ def test_an_unlabelled_run_says_why_there_is_no_accuracy(tmp_path):
 
 
 def test_any_metric_names_and_no_mcnemar():
+    pairs = ("algorithm1 - baseline", "algorithm1 - augmented", "augmented - baseline")
     entry = {
         "n": 300,
         "baseline": {"mAP": 50.0, "rank-1": 80.0},
         "control": {"augmented": {"mAP": 50.5, "rank-1": 80.5}},
-        "fused": {"mAP": 52.0, "rank-1": 80.0},
-        "difference": {f"fused - {arm}": {"mAP": 2.0, "rank-1": 0.0} for arm in ("baseline", "augmented")},
-        "interval": {f"fused - {arm}": {"mAP": [1.0, 3.0], "rank-1": [-1, 1]} for arm in ("baseline", "augmented")},
+        "denoised": {OURS: {"mAP": 52.0, "rank-1": 80.0}},
+        "difference": {pair: {"mAP": 2.0, "rank-1": 0.0} for pair in pairs},
+        "interval": {pair: {"mAP": [1.0, 3.0], "rank-1": [-1, 1]} for pair in pairs},
         "mcnemar": {},
     }
     text = console_table(make_report(metrics={"clean": entry}))
@@ -307,12 +459,10 @@ def test_any_metric_names_and_no_mcnemar():
 def test_a_control_against_the_baseline_is_shown(tmp_path):
     entry = condition({"baseline": HIGHER, "continued": UNCHANGED})
     key = "continued - baseline"
-    entry["difference"][key] = {"acc@1": 2.9, "acc@5": 0.0}
-    entry["interval"][key] = {"acc@1": [1.0, 4.8], "acc@5": [-1.0, 1.0]}
     entry["mcnemar"][key] = 0.002
     write_report(make_report(metrics={"clean": entry}), str(tmp_path))
     assert re.search(
-        r"continued − baseline \| acc@1 +\| +\+2\.9 \[\+1\.0, \+4\.8\] \| +0\.002 \| +significant",
+        r"continued − baseline +\| acc@1 +\| +\+2\.9 \[\+1\.9, \+3\.9\] \| +0\.002 \| higher",
         read(tmp_path / "report.md"),
     )
     del entry["interval"][key]
@@ -352,7 +502,7 @@ def test_stacked_sites_show_their_range(tmp_path):
 
 
 def test_parts_that_were_not_measured_are_named(tmp_path):
-    report = make_report() | {"learning": None, "certificate": None, "cost": None}
+    report = make_report() | {"learning": {OURS: None}, "certificate": None, "cost": None}
     write_report(report, str(tmp_path))
     text = read(tmp_path / "report.md")
     assert "it is not shown that fused equals explicit" in text and "Cost: not measured" in text
@@ -364,7 +514,8 @@ def test_parts_that_were_not_measured_are_named(tmp_path):
 
 
 RESULTS = (("certificate", "results", "float64"), ("certificate", "results", "float32"))
-FREE = ("config", "per_site", "optimum", "control", "baseline", "fused", "mcnemar")
+FRONT = pictures_of(())["front"]
+FREE = ("config", "per_site", "optimum", "control", "baseline", "denoised", "mcnemar")
 
 
 def places(value, path=()):
@@ -383,7 +534,7 @@ def required():
     for place in places(report):
         inside_metric = place[0] == "metrics" and len(place) > 3 and place[2] in FREE
         inside_free = any(name in place[:-1] for name in ("config", "per_site", "optimum"))
-        if not (inside_metric or inside_free or place in (("metrics", "clean"), *RESULTS)):
+        if not (inside_metric or inside_free or place in (("metrics", "clean"), ("learning", OURS), *RESULTS)):
             yield place
 
 
@@ -402,12 +553,28 @@ def test_every_missing_key_is_named(place):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema is 2, expected 1"),
+        ({"schema": 1}, "schema is 1, expected 2"),
         ({"sites": None}, "sites is null"),
         ({"environment": "cpu"}, "environment is 'cpu', expected an object"),
         ({"sites": 3}, "sites is 3, expected entries"),
         ({"sites": [{**make_report()["sites"][0], "t": [1, 2]}]}, "2 and 1 numbers in t and relative_change"),
         ({"metrics": {"clean": {**THREE["clean"], "baseline": {}}}}, "metrics.clean.baseline is empty"),
+        (
+            {"spectra": {"a": {"variance": [1.0, 2.0], "gain": [1.0]}}},
+            "spectra.a has 2 and 1 numbers in variance and gain",
+        ),
+        ({"spectra": {"a": {"variance": [], "gain": []}}}, "spectra.a has 0 and 0 numbers"),
+        ({"spectra": {"a": {"variance": 3.0, "gain": [1.0]}}}, "spectra.a.variance is 3.0, expected entries"),
+        ({"spectra": {"a": {"variance": [3.0]}}}, "spectra.a.gain is missing"),
+        ({"front": {**FRONT, "chosen": 11}}, "front.chosen is 11, expected the index of one of 11 points"),
+        ({"front": {**FRONT, "conditions": ["clean", "jpeg:5"]}}, r"front\.points\.0\.scores\.jpeg:5 is missing"),
+        ({"front": {**FRONT, "points": [{"label": "a"}]}}, r"front\.points\.0\.strength is missing"),
+        ({"recovery": 0.5}, "recovery is 0.5, expected entries"),
+        ({"exported": "fused"}, "exported is 'fused', expected one of learning: algorithm1"),
+        (
+            {"metrics": {"clean": {**THREE["clean"], "denoised": {}}}},
+            r"metrics\.clean\.denoised\.algorithm1 is missing",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
@@ -420,15 +587,15 @@ def test_every_key_is_documented():
 
     def names(keys):
         for key, below in keys.items():
-            yield from [key.removesuffix("?")] if key != "*" else []
+            yield from [key.rstrip("?")] if not key.startswith("*") else []
             yield from names(below or {})
 
     assert [key for key in names(KEYS) if f"`{key}`" not in document] == []
 
 
 def test_an_incomplete_report_writes_nothing(tmp_path):
-    with pytest.raises(DataError, match="and 9 more"):
-        write_report({"schema": 1, "cost": {}, "environment": {}}, str(tmp_path / "run"))
+    with pytest.raises(DataError, match="and 10 more"):
+        write_report({"schema": 2, "cost": {}, "environment": {}}, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

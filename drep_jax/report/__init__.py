@@ -1,7 +1,7 @@
 """The report of a run: report.json as given, report.md and the final console table to read, and plots.
 
 Everything is made from one plain dict, whose keys docs/report.md describes. Differences are printed with their paired
-interval and one word, "significant" or "not significant".
+interval and one word: "higher", "lower" or "not significant".
 """
 
 import json
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from drep_jax.errors import CheckpointError
+from drep_jax.report.as_markdown import markdown
 from drep_jax.report.comparisons import verdict
 from drep_jax.report.console import console_table
 from drep_jax.report.plots import PLOTS
 from drep_jax.report.schema import KEYS, SCHEMA, plain, validate
-from drep_jax.report.sections import markdown
 
 __all__ = ["KEYS", "PLOTS", "SCHEMA", "console_table", "markdown", "plain", "validate", "verdict", "write_report"]
 
@@ -32,13 +32,14 @@ def write_report(report: Mapping[str, Any], workdir: str) -> None:
     """
     report = plain(report)
     validate(report)
-    plots = {f"plots/{name}.png": image for name, draw in PLOTS.items() if (image := draw(report)) is not None}
+    plots = {name: image for name, draw in PLOTS.items() if (image := draw(report)) is not None}
     for name in PLOTS:
-        if f"plots/{name}.png" not in plots:  # an earlier run's picture next to this report would mislead
-            _remove(os.path.join(workdir, f"plots/{name}.png"))
-    for name, image in plots.items():
-        _write(os.path.join(workdir, name), image)
-    _write(os.path.join(workdir, "report.md"), markdown(report, sorted(plots)).encode())
+        path = os.path.join(workdir, "plots", f"{name}.png")
+        if name in plots:
+            _write(path, plots[name])
+        else:  # an earlier run's picture next to this report would mislead
+            _remove(path)
+    _write(os.path.join(workdir, "report.md"), markdown(report, plots).encode())
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     _write(os.path.join(workdir, "report.json"), (text + "\n").encode())
 

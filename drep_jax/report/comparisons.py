@@ -14,9 +14,10 @@ ALPHA = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One arm against another, `arm`, in one metric."""
+    """The arm `ours` minus the arm `theirs` in one metric."""
 
-    arm: str
+    ours: str
+    theirs: str
     metric: str
     interval: Interval
     p: float | None
@@ -31,8 +32,8 @@ class Comparison:
 
     @property
     def word(self) -> str:
-        """Returns the direction as the one word that the tables print."""
-        return "significant" if self.direction else "not significant"
+        """Returns the direction as the tables print it."""
+        return self.direction or "not significant"
 
     def text(self, unit: str = "") -> str:
         """Returns the difference, its unit and its interval, such as "+0.2 points [−0.3, +0.7]"."""
@@ -41,58 +42,72 @@ class Comparison:
         return f"{difference} {unit}[{low}, {high}]"
 
 
-def compare(result: Mapping[str, Any], ours: str = "fused") -> list[Comparison]:
-    """Returns the arm `ours` against the baseline and then each control arm, every metric of each."""
-    found = []
-    for arm in list(arms_of(result))[:-1]:
-        key = f"{ours} - {arm}"
-        if key not in result["difference"]:  # only fused is compared with all of them
-            continue
-        for metric, difference in result["difference"][key].items():
-            low, high = result["interval"][key][metric]
-            interval = Interval(
-                math.nan if difference is None else difference,
-                -math.inf if low is None else low,
-                math.inf if high is None else high,
-            )
-            decimals = decimals_of(result["n"])
-            # A bound just off zero must not print as zero beside the word "significant".
-            while (
-                interval.significant
-                and decimals < 5
-                and min(abs(interval.low), abs(interval.high)) < 0.5 * 10**-decimals
-            ):
-                decimals += 1
-            p = result["mcnemar"].get(key) if metric == "acc@1" else None
-            found.append(Comparison(arm, metric, interval, p, decimals))
-    return found
-
-
 def arms_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """Returns the scores of every arm by name, baseline first and fused last."""
-    return {"baseline": result["baseline"], **result["control"], "fused": result["fused"]}
+    """Returns the scores of every arm by name: baseline, controls, denoised."""
+    return {"baseline": result["baseline"], **result["control"], **result["denoised"]}
 
 
-def verdict(condition: str, result: Mapping[str, Any]) -> str:
-    """Returns one sentence on the first metric under one condition, which claims no more than the intervals show.
+def pairs_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns which arms are compared: every denoised one with baseline and controls, every control with the baseline."""
+    references = ["baseline", *result["control"]]
+    pairs = [(arm, other) for arm in result["denoised"] for other in references]
+    return pairs + [(arm, "baseline") for arm in result["control"]]
+
+
+def compare(result: Mapping[str, Any], ours: str) -> list[Comparison]:
+    """Returns the arm `ours` against every arm that it is compared with, baseline first, in every metric."""
+    return [
+        _comparison(result, ours, theirs, metric)
+        for arm, theirs in pairs_of(result)
+        if arm == ours
+        for metric in result["difference"][f"{ours} - {theirs}"]
+    ]
+
+
+def _comparison(result: Mapping[str, Any], ours: str, theirs: str, metric: str) -> Comparison:
+    key = f"{ours} - {theirs}"
+    difference = result["difference"][key][metric]
+    low, high = result["interval"][key][metric]
+    interval = Interval(
+        math.nan if difference is None else difference,
+        -math.inf if low is None else low,
+        math.inf if high is None else high,
+    )
+    decimals = decimals_of(result["n"])
+    # A bound just off zero must not print as zero beside the word "higher".
+    while interval.significant and decimals < 5 and min(abs(interval.low), abs(interval.high)) < 0.5 * 10**-decimals:
+        decimals += 1
+    p = result["mcnemar"].get(key) if metric == "acc@1" else None
+    return Comparison(ours, theirs, metric, interval, p, decimals)
+
+
+def direction(result: Mapping[str, Any], arm: str) -> str:
+    """Returns where an arm stands against the baseline in the first metric: "higher", "lower" or ""."""
+    return compare(result, arm)[0].direction
+
+
+def verdict(condition: str, result: Mapping[str, Any], arm: str) -> str:
+    """Returns one sentence on the first metric of one arm, which claims no more than the intervals show.
 
     Args:
       condition: such as "clean" or "gaussian:50".
       result: its entry in report["metrics"].
+      arm: a denoised one.
     """
     metric = next(iter(result["baseline"]))
-    first, *controls = [row for row in compare(result) if row.metric == metric]
+    first, *controls = [row for row in compare(result, arm) if row.metric == metric]
     words = {"higher": "Significantly higher", "lower": "Significantly lower"}.get(
         first.direction, "No significant change"
     )
-    sentence = f"{words} on {condition} images: {metric} {first.text('points ')} against the unchanged backbone"
+    sentence = f"{arm}: {words} on {condition} images: {metric} {first.text('points ')} against the unchanged backbone"
     beside = {
         "higher": "significantly higher than",
         "lower": "significantly lower than",
         "": "no significant change from",
     }
-    if controls:
-        sentence += "; " + ", ".join(f"{beside[row.direction]} {row.arm}" for row in controls)
+    for outcome, phrase in beside.items():
+        if named := [row.theirs for row in controls if row.direction == outcome]:
+            sentence += f"; {phrase} {', '.join(named)}"
     # A change is denoising's only if it also beats what the same maps at random, or the same training without it, give.
     if first.direction and not controls:
         sentence += "; no control arm ran, so denoising is not shown to be the cause"

@@ -1,102 +1,40 @@
-"""The console table of a report, and its lines on coverage, certificate and cost, which report.md shares."""
+"""What a person reads in the terminal at the end of a run: results, verdicts, certificate and cost."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from tabulate import tabulate
+from tabulate import SEPARATING_LINE, tabulate
 
-from drep_jax.report.comparisons import arms_of, compare, verdict
-from drep_jax.report.formatting import decimals_of, fixed, p_value, percent, power
+from drep_jax.report.blocks import Table, as_text
+from drep_jax.report.comparisons import verdict
+from drep_jax.report.lines import NO_METRICS, certificate_lines, cost_lines, coverage_line
 from drep_jax.report.schema import plain, validate
+from drep_jax.report.tables import EXPORTED_NOTE, recovery_table, results_table
 
-NO_METRICS = (
-    "No accuracy: this run had no labelled test images, so no arms could be compared. Whether the features got better "
-    "is not known; give labelled test images to find out. Certificate and cost need no labels."
-)
+MOST_METRICS = 2
+"""Metrics in the console's table, so that it fits in 110 columns; report.md has them all."""
 
 
 def console_table(report: Mapping[str, Any]) -> str:
-    """Returns what a person reads in the terminal at the end: results, verdicts, certificate and cost."""
+    """Returns what is printed for a complete report; about 105 columns wide, the sentences apart."""
     report = plain(report)
     validate(report)
-    lines = []
+    parts = []
     if report["metrics"]:
-        metrics = list(dict.fromkeys(name for entry in report["metrics"].values() for name in entry["baseline"]))
-        rows = []
-        for condition, entry in report["metrics"].items():
-            first = next(iter(entry["baseline"]))
-            against = {row.arm: row for row in compare(entry) if row.metric == first}
-            for index, (arm, values) in enumerate(arms_of(entry).items()):
-                row = against.get(arm)
-                told = [row.text(), p_value(row.p), row.word] if row else ["", "", ""]
-                numbers = [fixed(values.get(name), decimals_of(entry["n"])) for name in metrics]
-                rows.append([*([condition, str(entry["n"])] if index == 0 else ["", ""]), arm, *numbers, *told])
-        headers = ["condition", "n", "arm", *metrics, f"fused − arm ({metrics[0]})", "p", "verdict"]
-        align = ["left", "right", "left", *["right"] * len(metrics), "right", "right", "left"]
-        lines += [tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=align), ""]
-        lines += [verdict(condition, entry) for condition, entry in report["metrics"].items()]
+        parts.append(_drawn(results_table(report, MOST_METRICS)) + f"\n\n{EXPORTED_NOTE}")
+        parts.append("\n".join(verdict(name, entry, report["exported"]) for name, entry in report["metrics"].items()))
     else:
-        lines.append(NO_METRICS)
-    return "\n".join(
-        [*lines, "", *certificate_lines(report["certificate"]), *cost_lines(report["cost"]), coverage_line(report)]
-    )
+        parts.append(NO_METRICS)
+    if report.get("recovery"):
+        parts.append("Share of the labelled fine-tuning's recovery\n" + _drawn(recovery_table(report["recovery"])))
+    lines = [*certificate_lines(report["certificate"]), *cost_lines(report["cost"]), coverage_line(report)]
+    return "\n\n".join([*parts, "\n".join(lines)])
 
 
-def coverage_line(report: Mapping[str, Any]) -> str:
-    """Returns how much of the backbone the sites are, in one line."""
-    coverage = report["coverage"]
-    return (
-        f"{len(report['sites'])} sites: {coverage['layers']} of {coverage['candidates']} linear layers, "
-        f"{percent(coverage['kernel_share'])} of the kernel weights."
-    )
-
-
-def certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
-    """Returns the outcome, one line a precision, and the structure; or that there is no certificate."""
-    if certificate is None:
-        return ["Certificate: none was made, so it is not shown that fused equals explicit."]
-    lines = [
-        f"Certificate: {'PASSED' if certificate['passed'] else 'FAILED'}   "
-        f"(rule {certificate['rule']}, {certificate['steps']} step(s) a site)"
-    ]
-    for name, result in certificate["results"].items():
-        worst = worst_site(result)
-        line = f"  {name:8s} error {power(result['error'])} of the change, bound {power(result['bound'])}"
-        if worst:
-            line += f"; worst site {worst['path']}: {power(worst['error'])}, bound {power(worst['bound'])}"
-        lines.append(line + f"  {outcome(result)}")
-    marks = (f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in certificate["structure"].items())
-    return [*lines, f"  {', '.join(marks)}"]
-
-
-def outcome(result: Mapping[str, Any]) -> str:
-    """Returns what became of one figure of the certificate."""
-    if not result["passed"]:
-        return "FAILED"
-    if result["change"] == 0:
-        return "passed (denoising changes nothing)"
-    # With a bound of the size of the change, a fusion that does nothing would pass as well.
-    return "passed" if result["bound"] is not None and result["bound"] < 1 else "too coarse a type to decide"
-
-
-def worst_site(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Returns the site nearest to, or furthest above, its bound; an error that is no number is the worst."""
-
-    def ratio(site: Mapping[str, Any]) -> float:
-        if site["error"] is None or not site["bound"]:
-            return math.inf
-        return site["error"] / site["bound"]
-
-    return max(result["sites"], key=ratio, default=None)
-
-
-def cost_lines(cost: Mapping[str, Any] | None) -> list[str]:
-    """Returns FLOPs and latency against the baseline, or that they were not measured."""
-    if cost is None:
-        return ["Cost: not measured."]
-    flops, latency = cost["flop_ratio"], cost["latency_ratio"]
-    return [
-        f"Cost against the baseline: fused {fixed(flops['fused'], 3)}× FLOPs, {fixed(latency['fused'], 2)}× latency; "
-        f"explicit {fixed(flops['explicit'], 3)}× FLOPs, {fixed(latency['explicit'], 2)}× latency."
-    ]
+def _drawn(table: Table) -> str:
+    rows: list[Any] = []
+    for index, row in enumerate(table.rows):
+        rows += [SEPARATING_LINE] if index and index in table.groups else []
+        rows.append([as_text(cell) for cell in row])
+    align = ["left" if letter == "l" else "right" for letter in table.align]
+    return tabulate(rows, table.headers, tablefmt="simple", disable_numparse=True, colalign=align)

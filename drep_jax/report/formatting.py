@@ -1,9 +1,7 @@
-"""Numbers and tables as a person reads them; a number that is not known is "–"."""
+"""Numbers as a person reads them; a number that is not known is "–"."""
 
 import math
-from collections.abc import Iterable, Sequence
-
-from tabulate import tabulate
+from collections.abc import Sequence
 
 
 def decimals_of(n: int) -> int:
@@ -52,10 +50,3 @@ def si(value: float | None) -> str:
 def time_steps(times: Sequence[int]) -> str:
     """Returns time steps; of more than four, the first and the last."""
     return ", ".join(map(str, times)) if len(times) <= 4 else f"{times[0]}…{times[-1]}"
-
-
-def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Returns a Markdown table whose first `left` columns are text."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    align = ["left"] * left + ["right"] * (len(headers) - left)
-    return tabulate(cells, headers, tablefmt="github", disable_numparse=True, colalign=align if cells else None)

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from drep_jax.errors import DataError
+from drep_jax.report.comparisons import pairs_of
 
-SCHEMA = 1
+SCHEMA = 2
 NETWORKS = ("baseline", "fused", "explicit")
 """The networks whose cost is measured."""
 
 _FIGURE = {"passed": None, "error": None, "bound": None, "change": None}
-# "*" stands for every entry of a list or an object; a trailing "?" for a value that may be null.
+# "*" stands for every entry of a list or an object; a trailing "?" for a value that may be null, "??" may be absent too.
 KEYS: dict[str, Any] = {
     "schema": None,
     "config": {},
@@ -24,17 +25,12 @@ KEYS: dict[str, Any] = {
         "*": dict.fromkeys(("path", "layers", "kind", "width", "groups", "bias")) | {"t": {}, "relative_change": {}}
     },
     "coverage": dict.fromkeys(("layers", "candidates", "kernel_share")),
-    "learning?": {
-        "learner": None,
-        "steps": None,
-        "seconds": None,
-        "loss": {},
-        "per_site": {},
-        "optimum?": {},
-        "images": None,
+    "learning": {
+        "*?": {"steps": None, "seconds": None, "loss": {}, "per_site": {}, "optimum?": {}, "images": None},
     },
+    "exported": None,
     "metrics": {
-        "*": {"n": None, "baseline": {}, "control": {}, "fused": {}, "difference": {}, "interval": {}, "mcnemar": {}}
+        "*": {"n": None} | {key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")}
     },
     "certificate?": {
         "passed": None,
@@ -51,8 +47,15 @@ KEYS: dict[str, Any] = {
         "parameters": {"backbone": None, "denoise": None},
         "batch": None,
     },
+    "spectra??": {"*": {"variance": {"*": None}, "gain": {"*": None}}},
+    "front??": {
+        "conditions": {"*": None},
+        "chosen": None,
+        "points": {"*": {"label": None, "strength": None, "scores": {}}},
+    },
+    "recovery??": {"*": {}},
 }
-"""The required keys of a report; further keys are kept and not shown."""
+"""The keys of a report; further keys are kept and not shown."""
 
 
 def validate(report: Mapping[str, Any]) -> None:
@@ -66,6 +69,7 @@ def validate(report: Mapping[str, Any]) -> None:
         problems.append(f"schema is {report['schema']!r}, expected {SCHEMA}")
     if not problems:
         problems = [*_site_problems(report["sites"]), *_metric_problems(report["metrics"])]
+        problems += [*_learner_problems(report), *_picture_problems(report)]
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise DataError(f"Not a complete report: {'; '.join(problems[:12])}{more}. See docs/report.md for its keys.")
@@ -73,22 +77,25 @@ def validate(report: Mapping[str, Any]) -> None:
 
 def _problems(value: Any, keys: Mapping[str, Any], where: str) -> Iterator[str]:
     """Yields what `value` lacks of `keys`."""
-    if "*" in keys:
+    every = next((name for name in keys if name.startswith("*")), None)
+    if every:
         if not isinstance(value, Mapping | Sequence) or isinstance(value, str):
             yield f"{where} is {value!r}, expected entries"
             return
         entries = value.items() if isinstance(value, Mapping) else enumerate(value)
         for name, entry in entries:
-            yield from _problems(entry, keys["*"], f"{where}.{name}")
+            if entry is not None or not every.endswith("?"):
+                yield from _problems(entry, keys[every] or {}, f"{where}.{name}")
         return
     if keys and not isinstance(value, Mapping):
         yield f"{where or 'the report'} is {value!r}, expected an object"
         return
     for name, below in keys.items():
-        key = name.removesuffix("?")
+        key = name.rstrip("?")
         place = f"{where}.{key}" if where else key
         if key not in value:
-            yield f"{place} is missing"
+            if not name.endswith("??"):
+                yield f"{place} is missing"
         elif below is not None and not (name.endswith("?") and value[key] is None):
             if value[key] is None:
                 yield f"{place} is null"
@@ -103,16 +110,40 @@ def _site_problems(sites: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"site {site['path']} has {found} in t and relative_change, expected one of each a slice"
 
 
+def _learner_problems(report: Mapping[str, Any]) -> Iterator[str]:
+    exported, learners = report["exported"], list(report["learning"])
+    if exported not in learners:
+        yield f"exported is {exported!r}, expected one of learning: {', '.join(learners) or 'none'}"
+    for condition, entry in report["metrics"].items():
+        if exported not in entry["denoised"]:
+            yield f"metrics.{condition}.denoised.{exported} is missing"
+
+
+def _picture_problems(report: Mapping[str, Any]) -> Iterator[str]:
+    for name, site in (report.get("spectra") or {}).items():
+        found = (len(site["variance"]), len(site["gain"]))
+        if found[0] != found[1] or not found[0]:
+            yield f"spectra.{name} has {found[0]} and {found[1]} numbers in variance and gain, expected one of each"
+    front = report.get("front")
+    if front:
+        count = len(front["points"])
+        if not isinstance(front["chosen"], int) or not 0 <= front["chosen"] < count:
+            yield f"front.chosen is {front['chosen']!r}, expected the index of one of {count} points"
+        for index, point in enumerate(front["points"]):
+            for condition in front["conditions"]:
+                if condition not in point["scores"]:
+                    yield f"front.points.{index}.scores.{condition} is missing"
+
+
 def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:
     for condition, entry in metrics.items():
         if not entry["baseline"]:
             yield f"metrics.{condition}.baseline is empty, expected at least one metric"
-        wanted = [f"fused - {arm}" for arm in ("baseline", *entry["control"])]
-        for key in dict.fromkeys([*wanted, *entry["difference"]]):
+        for ours, theirs in pairs_of(entry):
             for part in ("difference", "interval"):
                 for metric in entry["baseline"]:
-                    if metric not in entry[part].get(key, {}):
-                        yield f"metrics.{condition}.{part}.{key}.{metric} is missing"
+                    if metric not in entry[part].get(f"{ours} - {theirs}", {}):
+                        yield f"metrics.{condition}.{part}.{ours} - {theirs}.{metric} is missing"
 
 
 def plain(value: Any, where: str = "report") -> Any:

@@ -1,47 +1,207 @@
-"""report.md: its sections, each a function from a complete report to paragraphs."""
+"""The sections of a report, each a function from a complete report to blocks."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from drep_jax.report.comparisons import ALPHA, arms_of, compare, verdict
-from drep_jax.report.console import NO_METRICS, certificate_lines, cost_lines, coverage_line, outcome, worst_site
-from drep_jax.report.formatting import (
-    decimals_of,
-    fixed,
-    markdown_table,
-    p_value,
-    percent,
-    power,
-    si,
-    signed,
-    time_steps,
-)
+from drep_jax.report.blocks import Block, Cell, Code, Details, Heading, Picture, Table, Text, Verdict, Word
+from drep_jax.report.comparisons import ALPHA, compare, direction, verdict
+from drep_jax.report.formatting import fixed, p_value, percent, power, si, signed, time_steps
+from drep_jax.report.lines import NO_METRICS, certificate_lines, cost_lines, coverage_line, outcome, worst_site
 from drep_jax.report.schema import NETWORKS
+from drep_jax.report.tables import EXPORTED_NOTE, recovery_table, results_table
 
 
-def _what_ran(report: Mapping[str, Any]) -> list[str]:
-    env, learning, certificate = report["environment"], report["learning"], report["certificate"]
+def _in_short(report: Mapping[str, Any]) -> list[Block]:
+    certificate, exported = report["certificate"], report["exported"]
+    said: list[Block] = [
+        Verdict(verdict(condition, entry, exported), direction(entry, exported))
+        for condition, entry in report["metrics"].items()
+    ]
+    passed = "" if certificate is None else "higher" if certificate["passed"] else "lower"
+    return [
+        *(said or [Verdict(NO_METRICS, "")]),
+        Verdict(certificate_lines(certificate)[0], passed),
+        Text(cost_lines(report["cost"])[0]),
+        Text(coverage_line(report)),
+    ]
+
+
+def _results(report: Mapping[str, Any]) -> list[Block]:
+    if not report["metrics"]:
+        return [Text("No arms were compared."), *_front(report)]
+    blocks: list[Block] = [
+        results_table(report),
+        Text(EXPORTED_NOTE),
+        Picture("accuracy", "Every arm under every condition, and its difference from the baseline with the interval"),
+    ]
+    if report.get("recovery"):
+        blocks += [
+            Heading("Share of the labelled fine-tuning's recovery"),
+            recovery_table(report["recovery"]),
+            Text(
+                "What an arm gains over the baseline, as a share of what fine-tuning with labels on such images gains. The "
+                "fine-tuned network is no control: it has seen labels."
+            ),
+        ]
+    blocks += _front(report)
+    intervals = 0
+    for condition, entry in report["metrics"].items():
+        found = [row for arm in (*entry["denoised"], *entry["control"]) for row in compare(entry, arm)]
+        intervals += len(found)
+        rows: list[list[Cell]] = [
+            [f"{row.ours} − {row.theirs}", row.metric, row, p_value(row.p), Word(row.word, row.direction)]
+            for row in found
+        ]
+        headers = ["difference", "metric", "points [95 % interval]", "McNemar p", "verdict"]
+        blocks += [
+            Heading(f"{condition} ({entry['n']} test images)"),
+            *(Verdict(verdict(condition, entry, arm), direction(entry, arm)) for arm in entry["denoised"]),
+            Details(f"All {len(rows)} differences on {condition} images", [Table(headers, rows, "llrrl")]),
+        ]
+    note = (
+        f"Intervals are paired bootstrap intervals over the same test images, each by itself: of {intervals} intervals "
+        f"at 95 %, about {0.05 * intervals:.1f} would exclude zero by chance if nothing had changed. Where McNemar's p "
+        f"is given, higher and lower need p < {ALPHA} too. Not significant means that no difference was shown, not that "
+        "there is none."
+    )
+    return [*blocks, Text(note)]
+
+
+def _front(report: Mapping[str, Any]) -> list[Block]:
+    if not report.get("front"):
+        return []
+    return [
+        Heading("Clean against corrupted images, by strength"),
+        Picture("front", "Score on clean images against the mean score on the others, one point a strength"),
+    ]
+
+
+def _certificate(report: Mapping[str, Any]) -> list[Block]:
+    certificate = report["certificate"]
+    lines = certificate_lines(certificate)
+    if certificate is None:
+        return [Text(lines[0])]
+    rows: list[list[Cell]] = []
+    for name, result in certificate["results"].items():
+        for label, row in (("end to end", result), ("worst site", worst_site(result))):
+            if row is not None:
+                where = (
+                    label
+                    if row is result
+                    else f"worst site: {row['path']}, slice {row['slice']}, t = {time_steps(row['t'])}"
+                )
+                numbers = [power(row["error"]), power(row["bound"]), percent(row["change"])]
+                word = Word(outcome(row), "" if row["passed"] else "lower")
+                rows.append([name, where, *numbers, word])
+    return [
+        Text(lines[0], strong=True),
+        Table(["precision", "where", "error", "bound", "change", "outcome"], rows, "llrrrl"),
+        Text(f"Structure: {lines[-1].strip()}."),
+        Text(
+            "error = ‖(fused − base) − (explicit − base)‖ / ‖explicit − base‖; bound = what rounding allows for it; "
+            "change = ‖explicit − base‖ / ‖base‖."
+        ),
+    ]
+
+
+def _cost(report: Mapping[str, Any]) -> list[Block]:
+    cost = report["cost"]
+    if cost is None:
+        return [Text(line) for line in cost_lines(cost)]
+    rows = []
+    for arm in NETWORKS:
+        ratios = (cost["flop_ratio"].get(arm, 1.0), cost["latency_ratio"].get(arm, 1.0))
+        by_flops, by_latency = (
+            "–" if ratio is None else f"{fixed(ratio, digits)}×" for ratio, digits in zip(ratios, (3, 2), strict=True)
+        )
+        rows.append([arm, si(cost["flops"][arm]), by_flops, fixed(cost["latency_ms"][arm], 2), by_latency])
+    parameters = cost["parameters"]
+    return [
+        Table(["network", "FLOPs", "ratio", "latency (ms)", "ratio"], rows, "lrrrr"),
+        Text(
+            f"Per batch of {cost['batch']}. The backbone has {si(parameters['backbone'])} parameters, fused or not; the "
+            f"{si(parameters['denoise'])} of the denoisers are gone after fusion."
+        ),
+    ]
+
+
+def _sites(report: Mapping[str, Any]) -> list[Block]:
+    rows = []
+    for site in report["sites"]:
+        known = [value for value in site["relative_change"] if value is not None]
+        change = percent(max(known)) if known else "–"
+        if len(known) > 1:
+            change = f"{percent(min(known))} … {change}"
+        form = f"{site['width']}" + (f" × {site['groups']} groups" if site["groups"] != 1 else "")
+        rows.append([site["path"], site["kind"], form, "yes" if site["bias"] else "no", time_steps(site["t"]), change])
+    stacked = any(len(site["t"]) > 1 for site in report["sites"])
+    blocks: list[Block] = [
+        Table(["site", "kind", "width", "bias", "t", "‖W′ − W‖ / ‖W‖"], rows, "llrrrr"),
+        Text(
+            "Of stacked layers, t is that of the first and last slice, and the change the smallest and largest."
+            if stacked
+            else "One t and one relative change of the weights a site."
+        ),
+        Picture("sites", "Relative change of the weights of every site"),
+    ]
+    if report.get("spectra"):
+        blocks += [
+            Heading("What is kept of the features"),
+            Picture("spectra", "By site, the variance of the features along each eigenvector, and the gain on it"),
+        ]
+    return blocks
+
+
+def _learning(report: Mapping[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    for learner, learning in report["learning"].items():
+        blocks += [Heading(learner), *_learner(learning)]
+    return [*blocks, Picture("loss", "Total loss of each learner against its step")]
+
+
+def _learner(learning: Mapping[str, Any] | None) -> list[Block]:
+    if learning is None:
+        return [Text("Nothing was learned in this run; the denoisers were given.")]
+    optimum = learning["optimum"] or {}
+    rows, known = [], []
+    for path, (initial, final) in learning["per_site"].items():
+        best = optimum.get(path)
+        gap = math.nan if best is None or final is None else final - best
+        rows.append([path, *(fixed(value, 4) for value in (initial, final, best)), signed(gap, 4)])
+        if initial is not None and not math.isnan(gap):
+            known.append((initial, final, best))
+    text = "The optimum is not known for this learner, so how much is left to learn is not known either."
+    if known:
+        initial, final, best = (sum(column) for column in zip(*known, strict=True))
+        text = f"Sum over the sites: {initial:.4f} → {final:.4f}, optimum {best:.4f}, gap {signed(final - best, 4)}"
+        if initial > best:
+            text += f"; {100 * (initial - final) / (initial - best):.1f} % of the possible reduction was reached"
+        text += "."
+    if not rows:
+        return [Text(text)]
+    columns = 5 if optimum else 3
+    headers = ["site", "initial loss", "final loss", "optimum", "gap"][:columns]
+    table = Table(headers, [row[:columns] for row in rows], "lrrrr"[:columns])
+    return [Text(text), Details(f"Loss of each of the {len(rows)} sites", [table])]
+
+
+def _what_ran(report: Mapping[str, Any]) -> list[Block]:
+    env, certificate = report["environment"], report["certificate"]
     rows = [
         ["date", str(env["date"])],
         ["git revision", str(env["git_revision"])],
         ["device", f"{env['device_count']} × {env['device']}"],
         ["versions", ", ".join(f"{name} {env[name]}" for name in ("drep_jax", "jax", "flax", "python"))],
     ]
-    if learning:
-        seconds = fixed(learning["seconds"], 1)
-        rows.append(
-            ["learner", f"{learning['learner']}, {learning['steps']} steps, {learning['images']} images, {seconds} s"]
-        )
+    for learner, learning in report["learning"].items():
+        if learning:
+            cells = (f"{learning['steps']} steps", f"{learning['images']} images", f"{fixed(learning['seconds'], 1)} s")
+            rows.append([f"learner {learner}", ", ".join(cells)])
     if certificate:
         rows.append(["reverse step", f"rule {certificate['rule']}, {certificate['steps']} step(s) a site"])
-    rows.append(["coverage", coverage_line(report)])
     settings = "\n".join(f"{name} = {value!r}" for name, value in _flat(report["config"]))
-    return [
-        f"```\n{env['command']}\n```",
-        markdown_table(["", ""], rows, left=2),
-        f"<details><summary>Configuration</summary>\n\n```\n{settings}\n```\n\n</details>",
-    ]
+    return [Code(env["command"]), Table(["", ""], rows, "ll"), Details("Configuration", [Code(settings)])]
 
 
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -52,144 +212,18 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _results(report: Mapping[str, Any]) -> list[str]:
-    if not report["metrics"]:
-        return [NO_METRICS]
-    parts, intervals = [], 0
-    for condition, entry in report["metrics"].items():
-        compared = {arm: compare(entry, arm) for arm in ("fused", *entry["control"])}
-        intervals += sum(map(len, compared.values()))
-        metrics = list(entry["baseline"])
-        arms = [
-            [arm, *(fixed(values.get(name), decimals_of(entry["n"])) for name in metrics)]
-            for arm, values in arms_of(entry).items()
-        ]
-        rows = [
-            [f"{ours} − {row.arm}", row.metric, row.text(), p_value(row.p), row.word]
-            for ours, found in compared.items()
-            for row in found
-        ]
-        parts += [
-            f"### {condition} ({entry['n']} test images)",
-            verdict(condition, entry),
-            markdown_table(["arm", *(f"{name} (%)" for name in metrics)], arms),
-            markdown_table(["difference", "metric", "points [95 % interval]", "McNemar p", "verdict"], rows, left=2),
-        ]
-    parts.append(
-        f"Intervals are paired bootstrap intervals over the same test images, each by itself: of {intervals} intervals "
-        f"at 95 %, about {0.05 * intervals:.1f} would exclude zero by chance if nothing had changed. Where McNemar's p "
-        f"is given, significant needs p < {ALPHA} too. Not significant means that no difference was shown, not that "
-        "there is none."
-    )
-    return parts
-
-
-def _certificate(report: Mapping[str, Any]) -> list[str]:
-    certificate = report["certificate"]
-    lines = certificate_lines(certificate)
-    if certificate is None:
-        return lines
-    rows = []
-    for name, result in certificate["results"].items():
-        for label, row in (("end to end", result), ("worst site", worst_site(result))):
-            if row is not None:
-                where = (
-                    label
-                    if row is result
-                    else f"worst site: {row['path']}, slice {row['slice']}, t = {time_steps(row['t'])}"
-                )
-                numbers = [power(row["error"]), power(row["bound"]), percent(row["change"]), outcome(row)]
-                rows.append([name, where, *numbers])
-    return [
-        f"**{lines[0].strip()}**",
-        markdown_table(["precision", "where", "error", "bound", "change", "outcome"], rows, left=2),
-        f"Structure: {lines[-1].strip()}.",
-        "error = ‖(fused − base) − (explicit − base)‖ / ‖explicit − base‖; bound = what rounding allows for it; "
-        "change = ‖explicit − base‖ / ‖base‖.",
-    ]
-
-
-def _cost(report: Mapping[str, Any]) -> list[str]:
-    cost = report["cost"]
-    if cost is None:
-        return cost_lines(cost)
-    rows = []
-    for arm in NETWORKS:
-        ratios = (cost["flop_ratio"].get(arm, 1.0), cost["latency_ratio"].get(arm, 1.0))
-        by_flops, by_latency = (
-            "–" if ratio is None else f"{fixed(ratio, digits)}×" for ratio, digits in zip(ratios, (3, 2), strict=True)
-        )
-        rows.append([arm, si(cost["flops"][arm]), by_flops, fixed(cost["latency_ms"][arm], 2), by_latency])
-    parameters = cost["parameters"]
-    return [
-        markdown_table(["network", "FLOPs", "ratio", "latency (ms)", "ratio"], rows),
-        f"Per batch of {cost['batch']}. The backbone has {si(parameters['backbone'])} parameters, fused or not; the "
-        f"{si(parameters['denoise'])} of the denoisers are gone after fusion.",
-    ]
-
-
-def _sites(report: Mapping[str, Any]) -> list[str]:
-    rows = []
-    for site in report["sites"]:
-        known = [value for value in site["relative_change"] if value is not None]
-        change = percent(max(known)) if known else "–"
-        if len(known) > 1:
-            change = f"{percent(min(known))} … {change}"
-        form = f"{site['width']}" + (f" × {site['groups']} groups" if site["groups"] != 1 else "")
-        rows.append([site["path"], site["kind"], form, "yes" if site["bias"] else "no", time_steps(site["t"]), change])
-    return [
-        markdown_table(["site", "kind", "width", "bias", "t", "‖W′ − W‖ / ‖W‖"], rows, left=2),
-        "Of stacked layers, t is that of the first and last slice, and the change the smallest and largest."
-        if any(len(site["t"]) > 1 for site in report["sites"])
-        else "One t and one relative change of the weights a site.",
-    ]
-
-
-def _learning(report: Mapping[str, Any]) -> list[str]:
-    learning = report["learning"]
-    if learning is None:
-        return ["Nothing was learned in this run; the denoisers were given."]
-    optimum = learning["optimum"] or {}
-    rows, known = [], []
-    for path, (initial, final) in learning["per_site"].items():
-        best = optimum.get(path)
-        gap = math.nan if best is None or final is None else final - best
-        rows.append([path, *(fixed(value, 4) for value in (initial, final, best)), signed(gap, 4)])
-        if initial is not None and not math.isnan(gap):
-            known.append((initial, final, best))
-    if known:
-        initial, final, best = (sum(column) for column in zip(*known, strict=True))
-        text = f"Sum over the sites: {initial:.4f} → {final:.4f}, optimum {best:.4f}, gap {signed(final - best, 4)}"
-        if initial > best:
-            text += f"; {100 * (initial - final) / (initial - best):.1f} % of the possible reduction was reached"
-        parts = [text + "."]
-    else:
-        parts = ["The optimum is not known for this learner, so how much is left to learn is not known either."]
-    if rows:
-        headers = ["site", "initial loss", "final loss", "optimum", "gap"]
-        parts.append(
-            markdown_table(headers if optimum else headers[:3], rows if optimum else [row[:3] for row in rows])
-        )
-    return parts
-
-
-SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
-    "What ran": _what_ran,
+SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Block]]] = {
+    "In short": _in_short,
     "Results": _results,
     "Certificate": _certificate,
     "Cost": _cost,
     "Sites": _sites,
     "Learning": _learning,
+    "What ran": _what_ran,
 }
-"""By title, in the order of report.md, what returns the paragraphs of a section."""
+"""By title, in the order of the report, what returns the blocks of a section."""
 
 
-def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
-    """Returns report.md for a complete report, with links to `plots`."""
-    pictures = {"Results": "plots/accuracy.png", "Sites": "plots/sites.png", "Learning": "plots/loss.png"}
-    parts = ["# DenoiseRep report"]
-    for title, section in SECTIONS.items():
-        parts += [f"## {title}", *section(report)]
-        if pictures.get(title) in plots:
-            parts.append(f"![{title}]({pictures[title]})")
-    return "\n\n".join(parts) + "\n"
+def sections(report: Mapping[str, Any]) -> dict[str, list[Block]]:
+    """Returns the blocks of every section of a complete report."""
+    return {title: section(report) for title, section in SECTIONS.items()}

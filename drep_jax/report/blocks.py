@@ -1,0 +1,90 @@
+"""What a report is made of: a few kinds of block, which report.md, report.html and the console each draw in their way."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeAlias, Union
+
+from drep_jax.report.comparisons import Comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A word that says how something came out; `direction` is "higher" (good), "lower" (bad) or ""."""
+
+    text: str
+    direction: str
+
+
+Cell: TypeAlias = str | Comparison | Word
+"""Of a table: a comparison shows its difference and interval."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+    """A heading inside a section."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A sentence on an outcome, set apart; `direction` as in `Word`."""
+
+    text: str
+    direction: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Text as it was typed."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table; `align` has one letter a column, "l" or "r".
+
+    Attributes:
+      headers, rows, align: the columns, and the cells of every row.
+      groups: indices of the rows that begin a group of rows.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    align: str
+    groups: Sequence[int] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """The plot plots/NAME.png; left out where it was not drawn."""
+
+    name: str
+    description: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """Blocks to be folded away under a summary."""
+
+    summary: str
+    blocks: "Sequence[Block]"
+
+
+Block: TypeAlias = Union[Heading, Text, Verdict, Code, Table, Picture, Details]  # noqa: UP007, names a later class
+
+
+def as_text(cell: Cell) -> str:
+    """Returns a cell of a table as plain text."""
+    if isinstance(cell, Comparison):
+        return cell.text()
+    return cell.text if isinstance(cell, Word) else cell

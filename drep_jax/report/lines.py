@@ -1,0 +1,71 @@
+"""Single lines on coverage, certificate and cost, the same in the console and the report."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from drep_jax.report.formatting import fixed, percent, power
+
+NO_METRICS = (
+    "No accuracy: this run had no labelled test images, so no arms could be compared. Whether the features got better "
+    "is not known; give labelled test images to find out. Certificate and cost need no labels."
+)
+
+
+def coverage_line(report: Mapping[str, Any]) -> str:
+    """Returns how much of the backbone the sites are, in one line."""
+    coverage = report["coverage"]
+    return (
+        f"{len(report['sites'])} sites: {coverage['layers']} of {coverage['candidates']} linear layers, "
+        f"{percent(coverage['kernel_share'])} of the kernel weights."
+    )
+
+
+def certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
+    """Returns the outcome, one line a precision, and the structure; or that there is no certificate."""
+    if certificate is None:
+        return ["Certificate: none was made, so it is not shown that fused equals explicit."]
+    lines = [
+        f"Certificate: {'PASSED' if certificate['passed'] else 'FAILED'}   "
+        f"(rule {certificate['rule']}, {certificate['steps']} step(s) a site)"
+    ]
+    for name, result in certificate["results"].items():
+        worst = worst_site(result)
+        line = f"  {name:8s} error {power(result['error'])} of the change, bound {power(result['bound'])}"
+        if worst:
+            line += f"; worst site {worst['path']}: {power(worst['error'])}, bound {power(worst['bound'])}"
+        lines.append(line + f"  {outcome(result)}")
+    marks = (f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in certificate["structure"].items())
+    return [*lines, f"  {', '.join(marks)}"]
+
+
+def outcome(result: Mapping[str, Any]) -> str:
+    """Returns what became of one figure of the certificate."""
+    if not result["passed"]:
+        return "FAILED"
+    if result["change"] == 0:
+        return "passed (denoising changes nothing)"
+    # With a bound of the size of the change, a fusion that does nothing would pass as well.
+    return "passed" if result["bound"] is not None and result["bound"] < 1 else "too coarse a type to decide"
+
+
+def worst_site(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the site nearest to, or furthest above, its bound; an error that is no number is the worst."""
+
+    def ratio(site: Mapping[str, Any]) -> float:
+        if site["error"] is None or not site["bound"]:
+            return math.inf
+        return site["error"] / site["bound"]
+
+    return max(result["sites"], key=ratio, default=None)
+
+
+def cost_lines(cost: Mapping[str, Any] | None) -> list[str]:
+    """Returns FLOPs and latency against the baseline, or that they were not measured."""
+    if cost is None:
+        return ["Cost: not measured."]
+    flops, latency = cost["flop_ratio"], cost["latency_ratio"]
+    return [
+        f"Cost against the baseline: fused {fixed(flops['fused'], 3)}× FLOPs, {fixed(latency['fused'], 2)}× latency; "
+        f"explicit {fixed(flops['explicit'], 3)}× FLOPs, {fixed(latency['explicit'], 2)}× latency."
+    ]

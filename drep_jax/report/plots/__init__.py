@@ -1,0 +1,19 @@
+"""The plots of a report as PNG files in memory."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from drep_jax.report.plots.accuracy import plot_accuracy
+from drep_jax.report.plots.front import plot_front
+from drep_jax.report.plots.loss import plot_loss
+from drep_jax.report.plots.sites import plot_sites
+from drep_jax.report.plots.spectra import plot_spectra
+
+PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
+    "accuracy": plot_accuracy,
+    "loss": plot_loss,
+    "sites": plot_sites,
+    "spectra": plot_spectra,
+    "front": plot_front,
+}
+"""By file name, what draws plots/NAME.png; None where there is nothing to show."""

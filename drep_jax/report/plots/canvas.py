@@ -1,0 +1,36 @@
+"""What the plots share: colours, axes, and a figure as PNG bytes."""
+
+import io
+import warnings
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with any colour vision; markers differ too.
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"
+COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("D", "X", "*", "p", "h", "8")
+
+
+def png(figure: Figure) -> bytes:
+    """Draws with Agg and no global state; the same figure gives the same bytes."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a folder name in a script the font lacks is no fault
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def styled(axes: Any, grid: str) -> Any:
+    """Returns the axes with two spines and a light grid in x, y or both."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def shortened(name: str, most: int) -> str:
+    """Returns a name of at most `most` characters, its end kept."""
+    return name if len(name) <= most else "…" + name[1 - most :]

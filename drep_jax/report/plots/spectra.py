@@ -1,0 +1,68 @@
+"""plots/spectra.png: by site, how much the features vary along each direction, and how much of that denoising keeps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from drep_jax.report.plots.canvas import BLUE, RED, png, shortened, styled
+
+MOST_PANELS = 12
+"""Sites in the plot; of more than that, as many evenly through the depth, first and last included."""
+_COLUMNS = 4
+
+
+def plot_spectra(report: Mapping[str, Any]) -> bytes | None:
+    """One panel a site: eigenvalues of the features' covariance on a log axis, and the gain along each eigenvector."""
+    spectra = report.get("spectra")
+    if not spectra:
+        return None
+    names = through_the_depth(list(spectra))
+    columns = min(_COLUMNS, len(names))
+    rows = math.ceil(len(names) / columns)
+    shown = {name: {key: np.array(spectra[name][key], float) for key in ("variance", "gain")} for name in names}
+    gains = np.concatenate([[0.0, 1.0], *(values["gain"] for values in shown.values())])
+    low, high = float(np.nanmin(gains)), float(np.nanmax(gains))
+    margin = 0.05 * (high - low)
+
+    figure = Figure(figsize=(max(4.5, 2.9 * columns), 0.7 + 2.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for name, axes in zip(names, panels, strict=False):
+        styled(axes, "x").set_title(shortened(name, 36), fontsize=8, parse_math=False)
+        variance = shown[name]["variance"]
+        index = np.arange(1, len(variance) + 1)
+        axes.set_xlim(0.5, len(variance) + 0.5)
+        dots = {"marker": "."} if len(variance) == 1 else {}
+        known = np.where(
+            variance > 0, variance, np.nan
+        )  # a direction in which nothing varies has no place on a log axis
+        if not np.isnan(known).all():
+            axes.plot(index, known, color=BLUE, linewidth=1.3, **dots)
+            axes.set_yscale("log")
+        axes.tick_params(axis="y", colors=BLUE, labelsize=7)
+        axes.tick_params(axis="x", labelsize=7)
+        beside = axes.twinx()
+        beside.spines["top"].set_visible(False)
+        beside.axhline(1.0, color=RED, linewidth=0.6, linestyle=":")
+        beside.plot(index, shown[name]["gain"], color=RED, linewidth=1.3, linestyle="--", **dots)
+        beside.set_ylim(low - margin, high + margin)
+        beside.tick_params(axis="y", colors=RED, labelsize=7)
+    for axes in list(panels):  # what is left over
+        axes.set_visible(False)
+    figure.supxlabel("eigenvector of the features' covariance, by descending variance", fontsize=9)
+    handles = [
+        Line2D([], [], color=BLUE, label="variance (eigenvalue, left, log)"),
+        Line2D([], [], color=RED, linestyle="--", label="gain (right; 1 = kept, 0 = removed)"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(2, columns), frameon=False, fontsize=9)
+    return png(figure)
+
+
+def through_the_depth(names: Sequence[str]) -> Sequence[str]:
+    """Returns the names, or of more than `MOST_PANELS` that many at equal distances, first and last included."""
+    if len(names) <= MOST_PANELS:
+        return names
+    return [names[index] for index in np.linspace(0, len(names) - 1, MOST_PANELS).round().astype(int)]
