@@ -15,6 +15,10 @@ def get_default() -> ConfigDict:
     config.dry_run_batch = 8  # images a device in a dry run
     config.latency_rounds = 30
 
+    config.learner = "algorithm1"  # algorithm1, closed_form, wiener or measured; its weights are exported
+    config.compare = ()  # further learners, evaluated beside it
+    config.noise = "gaussian:0..40"  # for learner measured: a corruption, several with commas, or pairs:DIR
+
     config.data = ConfigDict(
         {
             "source": "digits",  # digits, folder:DIR, tfds:NAME, random:COUNT
@@ -53,7 +57,6 @@ def get_default() -> ConfigDict:
         {
             "rule": "ddpm",  # ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
             "steps": 1,  # reverse steps a site
-            "learner": "algorithm1",  # algorithm1, or closed_form: its global minimum in one pass
             "moment_images": 0,  # images whose moments give the optimum; 0 for all
             "loss": "l2",  # l2, l1 or l1+l2
             "tokens": 1.0,  # share of each image's feature vectors to learn from
@@ -64,6 +67,26 @@ def get_default() -> ConfigDict:
             "warmup": 0,
             "weight_decay": 0.0,
             "clip": 0.0,
+        }
+    )
+    config.measured = ConfigDict(
+        {
+            "images": 1500,  # 0 for all training images
+            "draws": 1,  # corrupted versions of each image
+            "clean_share": (0.75,),  # weight of the clean images; of several, the best on held-out images is taken
+            "ridge": 1e-3,  # pull towards the identity, in units of a site's mean feature power
+            "vectors": 400,  # feature vectors a site uses, in multiples of its width
+            "shortcut": True,  # whether layers answer for the noise of the shortcut that they are added to
+        }
+    )
+    config.wiener = ConfigDict({"ratios": (0.001, 0.003, 0.01, 0.03, 0.1)})  # noise over mean feature power
+    config.select = ConfigDict(  # how wiener and measured choose on held-out images
+        {
+            "strengths": (0.0, 0.25, 0.5, 0.75, 1.0),
+            "conditions": (),  # () for those of the evaluation
+            "images": 1000,  # 0 for all held-out images
+            "labels": True,  # False: by agreement with the backbone's clean answers even where there are labels
+            "max_clean_loss": 1.0,  # points on clean images
         }
     )
     config.evaluate = ConfigDict(

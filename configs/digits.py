@@ -1,4 +1,4 @@
-"""The embedded data set: UCI handwritten digits (8×8 pixels), a small ViT from scratch, denoisers without labels.
+"""The embedded data set: UCI handwritten digits (8×8 pixels), a small ViT, denoisers without labels.
 
 python train.py --config=configs/digits.py        (or just: python train.py)
 """
@@ -12,6 +12,9 @@ def get_config() -> ConfigDict:
     """Returns the configuration."""
     config = get_default()
     config.name = "digits"
+    config.learner = "measured"
+    config.compare = ("algorithm1", "closed_form")
+    config.noise = "gaussian:0..80"
     config.data.source = "digits"
     config.data.image_size = (8, 8)
     config.data.mean = (0.3, 0.3, 0.3)

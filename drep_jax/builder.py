@@ -28,6 +28,7 @@ class Setting:
       sites: with time steps.
       covered: how much of the backbone they cover.
       train: images to learn from.
+      held_out: images to choose on, of the split "validation".
       test: labelled images to evaluate on, or None.
       mean, std: normalisation of the images, on the scale 0 to 1.
     """
@@ -38,6 +39,7 @@ class Setting:
     sites: tuple[Site, ...]
     covered: Coverage
     train: Source
+    held_out: Source
     test: Source | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -65,6 +67,7 @@ def build(config: Mapping[str, Any]) -> Setting:
             f'denoise.rule "affine" is for maps given directly; choose among {sorted(RULES.keys() - {"affine"})}.'
         )
     train = open_source(data["source"], "train", **options)
+    held_out = open_source(data["source"], "validation", **options)
     test = open_source(data["source"], "test", **options) if train.num_classes else None
     classes = config["model"].get("num_classes") or train.num_classes
     if not classes:
@@ -88,6 +91,7 @@ def build(config: Mapping[str, Any]) -> Setting:
         sites=sites,
         covered=coverage(sites, abstract["params"]),
         train=train,
+        held_out=held_out,
         test=test,
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),

@@ -210,6 +210,50 @@ def closed_form(moments: Mapping[Path, Moments], sites: Sequence[Site], schedule
     return tree
 
 
+def wiener_maps(moments: Mapping[Path, Moments], sites: Sequence[Site], ratio: float) -> Tree:
+    """Returns the best linear maps against isotropic noise of `ratio` times a site's mean feature power, for rule "affine".
+
+    With the power p = tr E[F Fᵀ] / d and noise variance v = ratio·p, the estimate of F from F + √v·ε that errs least is
+    A = Σ (Σ + v·I)⁻¹, c = m − A m (or E[F Fᵀ] for Σ and c = 0 through the origin): the Wiener filter. It is the paper's
+    step straight to the clean estimate (`ddim:0`), with the noise measured by the features instead of by 1 − ᾱ_t.
+
+    Returns:
+      {"kernel": (I − A)ᵀ, "bias": −c} a site, in float32.
+    """
+    tree: Tree = {}
+    for site in sites:
+        known = moments[site.path]
+        spread = known.covariance if site.bias else known.second
+        power = np.trace(known.second, axis1=-2, axis2=-1) / site.width
+        eye = np.eye(site.width)
+        noise = np.maximum(ratio * power, np.finfo(np.float64).tiny)[..., None, None]
+        kernel = noise * _inverse(spread + noise * eye)  # I − Σ(Σ + vI)⁻¹ = v(Σ + vI)⁻¹, symmetric
+        leaves = {"kernel": ((kernel + np.swapaxes(kernel, -1, -2)) / 2).astype(np.float32)}
+        if site.bias:
+            leaves["bias"] = -np.einsum("...de,...e->...d", kernel, known.mean).astype(np.float32)
+        tree = set_in(tree, site.path, leaves)
+    return tree
+
+
+def spectrum(moments: Moments, matrix: np.ndarray) -> dict[str, list[float]]:
+    """Returns the variances of a site's features along their principal axes, and what share of each a map keeps.
+
+    Args:
+      moments: of the site.
+      matrix: A of x̂ = A x + c, shaped as the covariance.
+
+    Returns:
+      {"variance": eigenvalues λ_i, largest first, "gain": v_iᵀ A v_i}, averaged over groups and stacked copies.
+    """
+    variance, axes = np.linalg.eigh(moments.covariance)
+    gain = np.einsum("...di,...de,...ei->...i", axes, matrix, axes)
+    width = variance.shape[-1]
+    return {
+        "variance": np.maximum(variance, 0.0).reshape(-1, width).mean(axis=0)[::-1].tolist(),
+        "gain": gain.reshape(-1, width).mean(axis=0)[::-1].tolist(),
+    }
+
+
 def expected_loss(site: Site, moments: Moments, schedule: Schedule, denoiser: Tree) -> Any:
     """Returns Algorithm 1's l2 loss of any linear denoiser exactly, a number (one a stacked copy), averaged over groups.
 

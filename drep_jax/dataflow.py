@@ -177,9 +177,11 @@ def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
             name = after.primitive.name
             others = [v for v in after.invars if v is not var]
             fixed = [isinstance(v, core.Literal) or v not in varying for v in others]
-            if name in MOVES or (name in ("mul", "add", "add_any", "sub") and fixed == [True]):
-                pass
-            elif name == "div" and fixed == [True] and after.invars[0] is var:
+            if (
+                name in MOVES
+                or (name in ("mul", "add", "add_any", "sub") and fixed == [True])
+                or (name == "div" and fixed == [True] and after.invars[0] is var)
+            ):
                 pass
             elif name in ("add", "add_any", "sub") and len(others) == 1 and others[0] not in behind:
                 sign = 1.0 if name != "sub" else -1.0
@@ -204,9 +206,7 @@ def _correction(
         env = {start: y}
         for number in junction.chain:
             eqn = jaxpr.eqns[number]
-            values = [
-                v.val if isinstance(v, core.Literal) else env[v] if v in env else read(v) for v in eqn.invars
-            ]
+            values = [v.val if isinstance(v, core.Literal) else env[v] if v in env else read(v) for v in eqn.invars]
             env[eqn.outvars[0]] = bind(eqn, values)[0]
         return env[junction.end]
 

@@ -7,7 +7,7 @@ backbone → control arm (backbone trained on) → denoisers → fusion, certifi
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,30 +19,28 @@ from drep_jax import closed_form, cost, evaluation, report, weights, workdir
 from drep_jax.builder import Setting, build
 from drep_jax.certificate import Certificate, certify
 from drep_jax.closed_form import MOMENTS, Moments, load_moments, save_moments
-from drep_jax.data.corruptions import parse_corruption
+from drep_jax.data.corruptions import parse_spec
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
 from drep_jax.denoise_tree import check_finite, get_in, init_denoise, sample_noise, site_steps
-from drep_jax.denoiser import LOSSES, algorithm1_losses, explicit_apply
+from drep_jax.denoiser import LOSSES, explicit_apply
 from drep_jax.errors import CheckpointError, ConfigError, DataError, did_you_mean, lookup
-from drep_jax.fusion import fuse_exact, survival
+from drep_jax.fusion import composed_maps, fuse_exact, survival
+from drep_jax.learners import DIRECT, LEARNERS, Learned, Task, check_measuring, denoising_objective, learn
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.sites import Path
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.logging import FILE, MetricWriter, read_metrics
-from drep_jax.training.loop import run_stage
+from drep_jax.training.logging import MetricWriter
 from drep_jax.training.moments import collect_moments
-from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned, split
+from drep_jax.training.stages import STAGES, key_of, optimizer_of, options_of, prepare, run_training, training_steps
+from drep_jax.training.state import make_step
 
 Tree = Any
 Config = Mapping[str, Any]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 """Types that fused weights can be stored in."""
-
-STAGES = ("backbone", "control", "denoise")
-"""Training stages; each keeps its checkpoints in `checkpoints/<stage>` and draws from a key of its own."""
 
 
 def run(config: Config, directory: str) -> dict[str, Any]:
@@ -57,10 +55,10 @@ def run(config: Config, directory: str) -> dict[str, Any]:
         arms = {"baseline": variables}
         if config["control"]["steps"]:
             arms["continued"] = train_labelled(config, setting, "control", variables, directory, writer)
-        denoise, learning = learn_denoisers(config, setting, variables, directory, writer)
+        learned = learn_all(config, setting, variables, directory, writer)
     finally:
         writer.close()
-    return finish(config, setting, directory, arms, denoise, learning)
+    return finish(config, setting, directory, arms, learned)
 
 
 def check(config: Config, setting: Setting) -> None:
@@ -74,7 +72,9 @@ def check(config: Config, setting: Setting) -> None:
         _at_least_one(name, config[name])
     for name in ("certificate_images", "latency_batch"):
         _at_least_one(f"evaluate.{name}", evaluate[name])
-    lookup(LEARNERS, denoise["learner"], "learner")
+    for learner in (config["learner"], *config["compare"]):
+        lookup(LEARNERS, learner, "learner")
+    check_measuring(config)
     lookup(LOSSES, denoise["loss"], "loss")
     if not 0.0 < denoise["tokens"] <= 1.0:
         raise ConfigError(f"denoise.tokens={denoise['tokens']} is a share of the feature vectors and lies in (0, 1].")
@@ -87,13 +87,14 @@ def check(config: Config, setting: Setting) -> None:
     for stage in STAGES:
         if stage == "backbone" and config["backbone"]["init_from"]:
             continue
-        steps, batch = _steps(config, stage), config[stage]["batch_size"]
+        trains = stage in ("backbone", "control") or stage in (config["learner"], *config["compare"])
+        steps, batch = training_steps(config, stage) if trains else 0, options_of(config, stage)["batch_size"]
         if steps < 0:
             raise ConfigError(f"{stage}: the number of steps must be 0 or more, got {steps}.")
-        _optimizer(config, stage)
-        if steps or stage == "denoise":
+        optimizer_of(config, stage)
+        if steps or stage == "algorithm1":
             parallel.check_batch(batch, f"{stage}.batch_size")
-        if steps and stage != "denoise" and setting.train.num_classes is None:
+        if steps and stage != "algorithm1" and setting.train.num_classes is None:
             raise ConfigError(
                 f"Stage {stage} trains with labels, but {setting.train.name} has none. Set --config.{stage}.steps=0."
             )
@@ -109,7 +110,7 @@ def check(config: Config, setting: Setting) -> None:
         if not evaluate["conditions"]:
             raise ConfigError('evaluate.conditions is empty; give at least "clean".')
         for condition in evaluate["conditions"]:
-            parse_corruption(condition)
+            parse_spec(condition)
 
 
 def _at_least_one(name: str, value: int) -> None:
@@ -126,7 +127,7 @@ def make_backbone(config: Config, setting: Setting, directory: str, writer: Metr
     """Loads the backbone's weights, or trains them from scratch."""
     if path := config["backbone"]["init_from"]:
         return weights.load(path, setting.abstract)
-    fresh = jax.jit(setting.backbone.init)(_key(config, "init"), jnp.zeros(setting.images.shape))
+    fresh = jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape))
     return train_labelled(config, setting, "backbone", dict(fresh), directory, writer)
 
 
@@ -151,33 +152,19 @@ def train_labelled(
         return loss, ({"accuracy": hits}, dict(updated))
 
     params = {"backbone": variables["params"]}
-    state = _train(config, setting, stage, params, others, ("backbone",), loss_fn, directory, writer)[0]
+    state = run_training(config, setting.train, stage, params, others, ("backbone",), loss_fn, directory, writer)[0]
     return {**state.others, "params": state.params["backbone"]}
 
 
-def learn_denoisers(
+def learn_all(
     config: Config, setting: Setting, variables: Tree, directory: str, writer: MetricWriter
-) -> tuple[Tree, dict[str, Any]]:
-    """Learns the denoisers without labels on the frozen backbone, by Algorithm 1 or as its global minimum.
-
-    Returns:
-      The `denoise` subtree, and the report's section on learning.
-    """
-    learner = lookup(LEARNERS, config["denoise"]["learner"], "learner")
+) -> dict[str, Learned]:
+    """Learns the denoisers without labels on the frozen backbone by every learner asked for, the exported one last."""
     began = time.perf_counter()
     moments = take_moments(config, setting, variables, directory)
-    pass_seconds = time.perf_counter() - began
-    optimum = closed_form.expected_losses(moments, setting.sites, setting.schedule)
-    denoise, learning = learner(config, setting, variables, moments, directory, writer)
-    start = closed_form.expected_losses(moments, setting.sites, setting.schedule, init_denoise(setting.sites))
-    final = closed_form.expected_losses(moments, setting.sites, setting.schedule, denoise)
-    return denoise, {
-        **learning,
-        "moment_seconds": pass_seconds,
-        "per_site": {name: [start[name], final[name]] for name in start},
-        "optimum": optimum,
-        "images": len(setting.train),
-    }
+    task = Task(config, setting, variables, moments, time.perf_counter() - began, directory, writer)
+    names = dict.fromkeys([*(name for name in config["compare"] if name != config["learner"]), config["learner"]])
+    return {name: learn(name, task) for name in names}
 
 
 def take_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
@@ -197,188 +184,35 @@ def take_moments(config: Config, setting: Setting, variables: Tree, directory: s
     return moments
 
 
-def _by_algorithm1(
-    config: Config,
-    setting: Setting,
-    variables: Tree,
-    moments: Mapping[Path, Moments],
-    directory: str,
-    writer: MetricWriter,
-) -> tuple[Tree, dict[str, Any]]:
-    options = config["denoise"]
-    others = {name: tree for name, tree in variables.items() if name != "params"}
-    least = sum(closed_form.expected_losses(moments, setting.sites, setting.schedule).values())
-
-    def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
-        return denoising_objective(setting, options, params, others, batch, key)
-
-    def gap(params: Tree) -> dict[str, float]:
-        now = closed_form.expected_losses(moments, setting.sites, setting.schedule, params["denoise"])
-        return {"gap": sum(now.values()) - least}
-
-    params = {"backbone": variables["params"], "denoise": init_denoise(setting.sites)}
-    state, seconds = _train(
-        config, setting, "denoise", params, others, ("denoise",), loss_fn, directory, writer, probe=gap
-    )
-    lines = [line for line in read_metrics(os.path.join(directory, FILE)) if line["stage"] == "denoise"]
-    curve = [[line["step"], line["loss"]] for line in lines]
-    return state.params["denoise"], {"steps": int(state.step), "seconds": seconds, "loss": curve}
-
-
-def _by_closed_form(
-    config: Config,
-    setting: Setting,
-    variables: Tree,
-    moments: Mapping[Path, Moments],
-    directory: str,
-    writer: MetricWriter,
-) -> tuple[Tree, dict[str, Any]]:
-    began = time.perf_counter()
-    solved = closed_form.closed_form(moments, setting.sites, setting.schedule)
-    others = {name: tree for name, tree in variables.items() if name != "params"}
-    params = {"backbone": variables["params"], "denoise": solved}
-    state, frozen, _ = _start(config, "denoise", params, others, ("denoise",))
-    checkpointer = Checkpointer(os.path.join(directory, "checkpoints", "denoise"))
-    try:
-        checkpointer.save(state, frozen, {"stage": "denoise"})
-    finally:
-        checkpointer.close()
-    return solved, {"steps": 0, "seconds": time.perf_counter() - began, "loss": []}
-
-
-LEARNERS: dict[str, Callable[..., tuple[Tree, dict[str, Any]]]] = {
-    "algorithm1": _by_algorithm1,
-    "closed_form": _by_closed_form,
-}
-
-
-def denoising_objective(
-    setting: Setting, options: Config, params: Tree, others: Tree, batch: Tree, key: jax.Array
-) -> tuple[Any, tuple[dict[str, Any], Tree]]:
-    """Returns the sum of Algorithm 1's losses over the sites, with each one as a metric."""
-    losses = algorithm1_losses(
-        setting.backbone,
-        {**others, "params": params["backbone"]},
-        params["denoise"],
-        setting.sites,
-        setting.schedule,
-        key,
-        batch["index"],
-        normalize(batch["image"], setting.mean, setting.std),
-        loss=options["loss"],
-        tokens=options["tokens"],
-    )
-    return sum(jnp.sum(value) for value in losses.values()), (_scalars(losses), others)
-
-
-def _scalars(losses: Mapping[str, Any]) -> dict[str, Any]:
-    """Names every loss after its site, and copy if stacked."""
-    return {
-        name if value.ndim == 0 else f"{name}[{copy}]": value if value.ndim == 0 else value[copy]
-        for name, value in losses.items()
-        for copy in range(value.size)
-    }
-
-
-def _train(
-    config: Config,
-    setting: Setting,
-    stage: str,
-    params: Tree,
-    others: Tree,
-    trainable: tuple[str, ...],
-    loss_fn: Any,
-    directory: str,
-    writer: MetricWriter,
-    probe: Any = None,
-) -> Any:
-    options = config[stage]
-    state, frozen, tx = _start(config, stage, params, others, trainable)
-    seed = config["seed"] * len(STAGES) + STAGES.index(stage)
-    augment = {name: config["data"][name] for name in ("flip", "shift")}
-
-    def batches(start: int) -> Iterator[dict[str, Any]]:
-        return training_batches(setting.train, options["batch_size"], seed=seed, start_step=start, **augment)
-
-    checkpointer = Checkpointer(os.path.join(directory, "checkpoints", stage))
-    try:
-        return run_stage(
-            stage,
-            state,
-            frozen,
-            make_step(loss_fn, tx),
-            batches,
-            steps=_steps(config, stage),
-            checkpointer=checkpointer,
-            writer=writer,
-            log_every=config["log_every"],
-            checkpoint_every=config["checkpoint_every"],
-            progress=config["progress"],
-            probe=probe,
-        )
-    finally:
-        checkpointer.close()
-
-
-def _start(config: Config, stage: str, params: Tree, others: Tree, trainable: tuple[str, ...]) -> Any:
-    """Returns the state before a stage's first step, its frozen parameters and its optimiser."""
-    tx = partitioned(_optimizer(config, stage), trainable)
-    chosen, frozen = split(params, trainable)
-    return create_state(chosen, others, tx, frozen, _key(config, stage)), frozen, tx
-
-
-def _optimizer(config: Config, stage: str) -> Any:
-    options, steps = config[stage], _steps(config, stage)
-    try:
-        return make_optimizer(
-            options["optimizer"],
-            learning_rate=options["learning_rate"],
-            steps=steps,
-            warmup=options["warmup"] if steps else 0,
-            weight_decay=options["weight_decay"],
-            clip=options["clip"],
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{stage}: {error}") from error
-
-
-def _steps(config: Config, stage: str) -> int:
-    if stage != "denoise":
-        return config[stage]["steps"]
-    return config[stage]["train_steps"] if config[stage]["learner"] == "algorithm1" else 0
-
-
-def _key(config: Config, purpose: str) -> jax.Array:
-    purposes = ("init", *STAGES, "placebo", "noise")
-    return jax.random.fold_in(jax.random.key(config["seed"]), purposes.index(purpose))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Fusion and what is said about it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def finish(
-    config: Config, setting: Setting, directory: str, arms: dict[str, Tree], denoise: Tree, learning: dict[str, Any]
+    config: Config, setting: Setting, directory: str, arms: dict[str, Tree], learned: Mapping[str, Learned]
 ) -> dict[str, Any]:
     """Fuses, certifies, exports, evaluates all arms and writes the report."""
-    options = config["denoise"]
-    learner = options["learner"]
     variables = arms["baseline"]
-    fused, certificate = fuse_and_certify(
-        config, setting, variables, denoise, rule=options["rule"], steps=options["steps"]
-    )
-    export(os.path.join(directory, "fused"), variables, fused, options["rule"], options["steps"], setting)
+    exported = learned[config["learner"]]
+    denoise, how = exported.denoise, {"rule": exported.rule, "steps": exported.steps}
+    fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
+    export(os.path.join(directory, "fused"), variables, fused, setting=setting, **how)
     params = {"backbone": variables["params"], "denoise": denoise}
-    how = {"rule": options["rule"], "steps": options["steps"]}
-    random_maps = placebo_denoisers(params, setting.sites, setting.schedule, _key(config, "placebo"), **how)
+    random_maps = placebo_denoisers(params, setting.sites, setting.schedule, key_of(config, "placebo"), **how)
     placebo = fuse_exact({**params, "denoise": random_maps}, setting.sites, setting.schedule, rule="affine", steps=1)
     arms = {
         "baseline": variables,
         "placebo": {**variables, "params": placebo},
         **{name: tree for name, tree in arms.items() if name != "baseline"},
-        learner: {**variables, "params": fused},
     }
+    controls = [name for name in arms if name != "baseline"]
+    for name, found in learned.items():
+        other = {"backbone": variables["params"], "denoise": found.denoise}
+        numbers = fused
+        if found is not exported:
+            numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
+        arms[name] = {**variables, "params": numbers}
     metrics = {}
     if setting.test is not None:
         evaluate = config["evaluate"]
@@ -393,7 +227,6 @@ def finish(
             std=setting.std,
             seed=config["seed"],
         )
-        controls = [name for name in arms if name not in ("baseline", learner)]
         metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
     content = {
         "schema": report.SCHEMA,
@@ -401,14 +234,30 @@ def finish(
         "environment": workdir.environment(),
         "sites": describe_sites(setting, variables["params"], fused),
         "coverage": vars(setting.covered),
-        "learning": {learner: learning},
-        "exported": learner,
+        "learning": {name: found.section for name, found in learned.items()},
+        "exported": config["learner"],
         "metrics": metrics,
         "certificate": certificate.to_json(),
-        "cost": measure_cost(config, setting, variables, fused, denoise),
+        "cost": measure_cost(config, setting, variables, fused, exported),
+        "spectra": spectra(config, setting, variables, directory, params, **how),
+        "front": exported.choice.front() if exported.choice else None,
     }
     report.write_report(content, directory)
     return content
+
+
+def spectra(
+    config: Config, setting: Setting, variables: Tree, directory: str, params: Tree, *, rule: str, steps: int
+) -> dict[str, Any]:
+    """Returns the report's `spectra`: how much of each principal axis of a site's features its denoiser keeps."""
+    moments = take_moments(config, setting, variables, directory)
+    maps = composed_maps(params, setting.sites, setting.schedule, rule=rule, steps=steps)
+    return {
+        site.name: closed_form.spectrum(
+            moments[site.path], np.eye(site.width) + np.swapaxes(np.asarray(maps[site.path]["matrix"]), -1, -2)
+        )
+        for site in setting.sites
+    }
 
 
 def fuse_and_certify(
@@ -443,10 +292,10 @@ def export(
     directory: str,
     variables: Tree,
     fused: Tree,
+    *,
     rule: str,
     steps: int,
     setting: Setting,
-    *,
     dtype: str | None = None,
     allow_rounding: bool = False,
     exact: Tree | None = None,
@@ -509,20 +358,19 @@ def describe_sites(setting: Setting, before: Tree, after: Tree) -> list[dict[str
     return rows
 
 
-def measure_cost(config: Config, setting: Setting, variables: Tree, fused: Tree, denoise: Tree) -> dict[str, Any]:
+def measure_cost(config: Config, setting: Setting, variables: Tree, fused: Tree, learned: Learned) -> dict[str, Any]:
     """Measures FLOPs and interleaved latency of baseline, fused and explicit network on one batch."""
-    options = config["denoise"]
     batch = config["evaluate"]["latency_batch"]
     images = jax.random.normal(jax.random.key(0), (batch, *setting.images.shape[1:]))
     backbone = setting.backbone
     plain = jax.jit(lambda v, x: backbone.apply(v, x))
     explicit = jax.jit(
         lambda v, d, x: explicit_apply(
-            backbone, v, d, setting.sites, setting.schedule, x, rule=options["rule"], steps=options["steps"]
+            backbone, v, d, setting.sites, setting.schedule, x, rule=learned.rule, steps=learned.steps
         )
     )
     after = jax.device_put({**variables, "params": fused})
-    before, denoise = jax.device_put(dict(variables)), jax.device_put(denoise)
+    before, denoise = jax.device_put(dict(variables)), jax.device_put(learned.denoise)
     times = cost.interleaved(
         {
             "baseline": lambda: plain(before, images),
@@ -566,9 +414,10 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     variables = setting.abstract
     zeros = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(variables))
     params = {"backbone": zeros.pop("params"), "denoise": init_denoise(setting.sites)}
-    state, frozen, _ = _start(config, "denoise", params, zeros, ("denoise",))
-    wanted = _steps(config, "denoise")
-    folder = os.path.join(directory, "checkpoints", "denoise")
+    stage = config["learner"]
+    state, frozen, _ = prepare(config, stage, params, zeros, ("denoise",))
+    wanted = training_steps(config, stage)
+    folder = os.path.join(directory, "checkpoints", stage)
     if not os.path.isdir(folder):
         raise CheckpointError(
             f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first."
@@ -612,9 +461,15 @@ def refuse(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f'Unknown storage type "{dtype}".{did_you_mean(dtype, DTYPES)}')
     config, setting, variables, denoise = load_run(directory)
-    rule = config["denoise"]["rule"] if rule is None else rule
-    steps = config["denoise"]["steps"] if steps is None else steps
-    if rule == "affine":
+    direct = config["learner"] in DIRECT
+    rule = ("affine" if direct else config["denoise"]["rule"]) if rule is None else rule
+    steps = (1 if direct else config["denoise"]["steps"]) if steps is None else steps
+    if direct and (rule != "affine" or steps != 1 or noise == "sample"):
+        raise ConfigError(
+            f"The run in {directory} learned its maps directly ({config['learner']}): they are one step without noise, so "
+            "--rule, --steps and --noise=sample do not apply."
+        )
+    if rule == "affine" and not direct:
         raise ConfigError(
             'Rule "affine" is for maps given directly; these denoisers predict noise. Use ddpm, paper or ddim.'
         )
@@ -626,7 +481,17 @@ def refuse(
     exact = None
     if dtype is not None:
         exact = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps, round_back=False)
-    export(out, variables, fused, rule, steps, setting, dtype=dtype, allow_rounding=allow_rounding, exact=exact)
+    export(
+        out,
+        variables,
+        fused,
+        rule=rule,
+        steps=steps,
+        setting=setting,
+        dtype=dtype,
+        allow_rounding=allow_rounding,
+        exact=exact,
+    )
     workdir.write_json(os.path.join(out, "certificate.json"), certificate.to_json())
     return certificate
 
@@ -644,7 +509,7 @@ def dry_run(config: Config) -> str:
     data = {**config["data"], "source": f"random:{max(64, size)}:{classes}"}
     config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}}
     setting = build(config)
-    variables = jax.jit(setting.backbone.init)(_key(config, "init"), jnp.zeros(setting.images.shape))
+    variables = jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape))
     total = {n: sum(x.size for x in jax.tree_util.tree_leaves(t)) for n, t in dict(variables).items()}
     denoise = init_denoise(setting.sites)
     added = sum(x.size for x in jax.tree_util.tree_leaves(denoise))
@@ -665,7 +530,7 @@ def dry_run(config: Config) -> str:
     options = config["denoise"]
     params = {"backbone": dict(variables)["params"], "denoise": denoise}
     others = {name: tree for name, tree in dict(variables).items() if name != "params"}
-    state, frozen, tx = _start(config, "denoise", params, others, ("denoise",))
+    state, frozen, tx = prepare(config, "algorithm1", params, others, ("denoise",))
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         return denoising_objective(setting, options, params, others, batch, key)

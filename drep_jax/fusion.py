@@ -73,7 +73,14 @@ def fuse(
 
 
 def fuse_layer(
-    layer: Layer, site: Site, node: Any, denoiser: Any, triples: np.ndarray, strength: Any, *, stacked: bool | None = None
+    layer: Layer,
+    site: Site,
+    node: Any,
+    denoiser: Any,
+    triples: np.ndarray,
+    strength: Any,
+    *,
+    stacked: bool | None = None,
 ) -> dict[str, Any]:
     """Returns a layer's fused kernel and bias; `stacked` says whether they have the axis of `nn.scan`, by default as the site."""
     weights = {name: node[name] for name in ("kernel", "bias") if name in node}

@@ -192,7 +192,10 @@ class _Solver:
         def cut(a: Any) -> Any:
             return jnp.moveaxis(a.reshape(a.shape[0], parts, chunk, *a.shape[2:]), 1, 0)
 
-        probe = jax.eval_shape(lambda a: features(layer, site.kind, a), jax.ShapeDtypeStruct(x.shape[2:] and (chunk, *x.shape[2:]), x.dtype))
+        probe = jax.eval_shape(
+            lambda a: features(layer, site.kind, a),
+            jax.ShapeDtypeStruct(x.shape[2:] and (chunk, *x.shape[2:]), x.dtype),
+        )
         positions = int(np.prod(probe.shape)) // (g * d)  # of a chunk
         stride = max(1, positions * parts * (self.streams - 1) // (self.vectors * d))
         weights = jnp.asarray(self.weights)
@@ -203,7 +206,7 @@ class _Solver:
             number, images, *more = piece
             f = features(layer, site.kind, images.reshape(-1, *images.shape[2:])).reshape(self.streams, -1, g, d)
             start = number % stride
-            take = lambda a: jax.lax.dynamic_slice_in_dim(  # noqa: E731
+            take = lambda a: jax.lax.dynamic_slice_in_dim(
                 jnp.pad(a, ((0, 0), (0, stride), (0, 0), (0, 0))), start, a.shape[1], axis=1
             )[:, ::stride][:, : max(1, a.shape[1] // stride)]
             f = take(f) if stride > 1 else f

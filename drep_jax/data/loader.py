@@ -155,6 +155,16 @@ def normalize(images: Num[Array, "*b c"], mean: Sequence[float], std: Sequence[f
     return (images.astype(jnp.float32) / 255 - centre) / spread
 
 
+def read_images(source: Source, indices: np.ndarray) -> np.ndarray:
+    """Returns the images of those numbers, uint8 (n, H, W, C), all in memory."""
+    return _read(source, indices)["image"]
+
+
+def read_labels(source: Source, indices: np.ndarray) -> np.ndarray | None:
+    """Returns their labels, or None where the source has none."""
+    return _read(source, indices).get("label")
+
+
 def _rows(batch_size: int, shard: tuple[int, int]) -> slice:
     which, count = shard
     if batch_size < 1 or not 0 <= which < count or batch_size % count:

@@ -93,7 +93,9 @@ def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:
     elif os.path.isfile(path):
         tensors, fused = _read_safetensors(path)
     else:
-        raise CheckpointError(f"There are no weights at {path}; expected a .safetensors or .npz file or an Orbax directory.")
+        raise CheckpointError(
+            f"There are no weights at {path}; expected a .safetensors or .npz file or an Orbax directory."
+        )
     if fused and not allow_fused:
         raise CheckpointError(
             f"The weights in {path} are already fused ({fused}); denoising them again would compound. Use the weights they "

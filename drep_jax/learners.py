@@ -1,0 +1,313 @@
+"""How denoisers are learned without labels: every way has the same arguments and returns a `Learned`.
+
+| learner | what it assumes | what it costs |
+|---|---|---|
+| `algorithm1` | the paper's: isotropic noise of the schedule's t, by gradient descent (Algorithm 1) | thousands of steps |
+| `closed_form` | the same, as its exact minimum (`drep_jax.closed_form`) | one pass for the moments |
+| `wiener` | isotropic noise of a share of the site's own feature power | one pass for the moments |
+| `measured` | the noise that a corruption of the images makes at the site (`drep_jax.measured`) | one pass of a few hundred images |
+
+For the last two, the strength of fusion (and the share of noise, or of clean images) is chosen on held-out images, see
+`drep_jax.selection`.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drep_jax import closed_form
+from drep_jax.builder import Setting
+from drep_jax.closed_form import Moments
+from drep_jax.data.corruptions import corrupt, parse_spec
+from drep_jax.data.loader import epoch_order, normalize, read_images
+from drep_jax.data.pairs import open_pairs
+from drep_jax.denoise_tree import init_denoise
+from drep_jax.denoiser import algorithm1_losses
+from drep_jax.errors import ConfigError, DataError, lookup
+from drep_jax.measured import measure
+from drep_jax.selection import Candidate, Choice, choose, scaled
+from drep_jax.sites import Path
+from drep_jax.training.checkpoint import Checkpointer
+from drep_jax.training.logging import FILE, MetricWriter, read_metrics
+from drep_jax.training.stages import prepare, run_training
+
+Tree = Any
+Config = Mapping[str, Any]
+
+PAIRS = "pairs:"
+CORRUPTION_SEED = 1
+"""Added to the run's seed for the noise that is learned from, which must not be the noise of the test images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """Denoisers and how to fuse them.
+
+    Attributes:
+      denoise: the `denoise` subtree.
+      rule, steps: of the reverse process; "affine" and 1 for maps given directly.
+      section: the report's on learning.
+      choice: what was chosen on held-out images, or None.
+    """
+
+    denoise: Tree
+    rule: str
+    steps: int
+    section: dict[str, Any]
+    choice: Choice | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every learner gets."""
+
+    config: Config
+    setting: Setting
+    variables: Tree
+    moments: Mapping[Path, Moments]
+    moment_seconds: float
+    directory: str
+    writer: MetricWriter
+
+
+def learn(name: str, task: Task) -> Learned:
+    """Learns by the learner of that name and keeps the result in `checkpoints/<name>`, from where a later call takes it.
+
+    Raises:
+      ConfigError: for an unknown learner.
+    """
+    return lookup(LEARNERS, name, "learner")(task)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's assumption
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _by_algorithm1(task: Task) -> Learned:
+    config, setting, variables = task.config, task.setting, task.variables
+    options = config["denoise"]
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    least = sum(closed_form.expected_losses(task.moments, setting.sites, setting.schedule).values())
+
+    def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
+        return denoising_objective(setting, options, params, others, batch, key)
+
+    def gap(params: Tree) -> dict[str, float]:
+        now = closed_form.expected_losses(task.moments, setting.sites, setting.schedule, params["denoise"])
+        return {"gap": sum(now.values()) - least}
+
+    params = {"backbone": variables["params"], "denoise": init_denoise(setting.sites)}
+    state, seconds = run_training(
+        config,
+        setting.train,
+        "algorithm1",
+        params,
+        others,
+        ("denoise",),
+        loss_fn,
+        task.directory,
+        task.writer,
+        probe=gap,
+    )
+    lines = [line for line in read_metrics(os.path.join(task.directory, FILE)) if line["stage"] == "algorithm1"]
+    section = {
+        "steps": int(state.step),
+        "seconds": seconds,
+        "loss": [[line["step"], line["loss"]] for line in lines],
+        "images": len(setting.train),
+        **_against_optimum(task, state.params["denoise"]),
+    }
+    return Learned(state.params["denoise"], options["rule"], options["steps"], section)
+
+
+def denoising_objective(
+    setting: Setting, options: Config, params: Tree, others: Tree, batch: Tree, key: jax.Array
+) -> tuple[Any, tuple[dict[str, Any], Tree]]:
+    """Returns the sum of Algorithm 1's losses over the sites, with each one as a metric."""
+    losses = algorithm1_losses(
+        setting.backbone,
+        {**others, "params": params["backbone"]},
+        params["denoise"],
+        setting.sites,
+        setting.schedule,
+        key,
+        batch["index"],
+        normalize(batch["image"], setting.mean, setting.std),
+        loss=options["loss"],
+        tokens=options["tokens"],
+    )
+    scalars = {
+        name if value.ndim == 0 else f"{name}[{copy}]": value if value.ndim == 0 else value[copy]
+        for name, value in losses.items()
+        for copy in range(value.size)
+    }
+    return sum(jnp.sum(value) for value in losses.values()), (scalars, others)
+
+
+def _by_closed_form(task: Task) -> Learned:
+    began = time.perf_counter()
+    solved = closed_form.closed_form(task.moments, task.setting.sites, task.setting.schedule)
+    seconds = task.moment_seconds + time.perf_counter() - began
+    section = {
+        "steps": 0,
+        "seconds": seconds,
+        "loss": [],
+        "images": _moment_images(task),
+        **_against_optimum(task, solved),
+    }
+    learned = Learned(solved, task.config["denoise"]["rule"], task.config["denoise"]["steps"], section)
+    _keep("closed_form", task, learned)
+    return learned
+
+
+def _moment_images(task: Task) -> int:
+    return min(task.config["denoise"]["moment_images"] or len(task.setting.train), len(task.setting.train))
+
+
+def _against_optimum(task: Task, denoise: Tree) -> dict[str, Any]:
+    sites, schedule = task.setting.sites, task.setting.schedule
+    start = closed_form.expected_losses(task.moments, sites, schedule, init_denoise(sites))
+    final = closed_form.expected_losses(task.moments, sites, schedule, denoise)
+    return {
+        "per_site": {name: [start[name], final[name]] for name in start},
+        "optimum": closed_form.expected_losses(task.moments, sites, schedule),
+        "moment_seconds": task.moment_seconds,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise as large as the features, or as measured
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _by_wiener(task: Task) -> Learned:
+    options = task.config["wiener"]
+    began = time.perf_counter()
+    candidates = [
+        Candidate(f"noise power {ratio:g}", closed_form.wiener_maps(task.moments, task.setting.sites, ratio))
+        for ratio in options["ratios"]
+    ]
+    solving = task.moment_seconds + time.perf_counter() - began
+    return _chosen("wiener", task, candidates, solving, _moment_images(task), {})
+
+
+def _by_measuring(task: Task) -> Learned:
+    options = task.config["measured"]
+    clean, corrupted = measuring_images(task.config, task.setting)
+    streams = np.stack([normalize(x, task.setting.mean, task.setting.std) for x in (clean, clean, *corrupted)])
+    candidates, errors = [], {}
+    began = time.perf_counter()
+    for share in options["clean_share"]:
+        weights = [share, *[(1.0 - share) / len(corrupted)] * len(corrupted)]
+        found = measure(
+            task.setting.backbone,
+            task.variables,
+            task.setting.sites,
+            streams,
+            weights,
+            ridge=options["ridge"],
+            vectors=options["vectors"],
+            shortcut=options["shortcut"],
+        )
+        candidates.append(Candidate(f"clean share {share:g}", found.denoise))
+        errors[candidates[-1].label] = {name: list(pair) for name, pair in found.errors.items()}
+    return _chosen("measured", task, candidates, time.perf_counter() - began, len(clean), errors)
+
+
+def _chosen(
+    name: str, task: Task, candidates: Sequence[Candidate], seconds: float, images: int, errors: Mapping[str, Any]
+) -> Learned:
+    choice = choose(task.config, task.setting, task.variables, candidates)
+    point = choice.points[choice.chosen]
+    denoise = scaled(candidates[point.candidate].denoise, point.strength)
+    section = {
+        "steps": 0,
+        "seconds": seconds,
+        "loss": [],
+        "images": images,
+        "per_site": errors.get(point.label, {}),
+        "optimum": None,
+        "chosen": {"label": point.label, "strength": point.strength, "criterion": choice.criterion},
+        "selection_images": choice.images,
+        "selection_seconds": choice.seconds,
+    }
+    learned = Learned(denoise, "affine", 1, section, choice)
+    _keep(name, task, learned)
+    return learned
+
+
+def measuring_images(config: Config, setting: Setting) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns the images to learn from, uint8 (n, h, w, c), and `measured.draws` corrupted versions of them, float32.
+
+    Raises:
+      DataError: if there are none.
+    """
+    options, noise = config["measured"], config["noise"]
+    if noise.startswith(PAIRS):
+        pairs = open_pairs(noise.removeprefix(PAIRS), tuple(config["data"]["image_size"]), config["data"]["resize"])
+        count = min(options["images"] or len(pairs), len(pairs))
+        found = [pairs[i] for i in range(count)]
+        return np.stack([p["clean"] for p in found]), [np.stack([p["corrupted"] for p in found]).astype(np.float32)]
+    count = min(options["images"] or len(setting.train), len(setting.train))
+    if not count:
+        raise DataError(f"{setting.train.name} has no training images to measure the noise on.")
+    index = np.sort(epoch_order(len(setting.train), config["seed"], 0)[:count])
+    clean = read_images(setting.train, index)
+    seeds = [config["seed"] + CORRUPTION_SEED + draw * 7919 for draw in range(options["draws"])]
+    return clean, [corrupt(clean, index, noise, seed) for seed in seeds]
+
+
+def check_measuring(config: Config) -> None:
+    """Refuses settings of the learners that choose on held-out images, before any work.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    options, select = config["measured"], config["select"]
+    if not config["noise"].startswith(PAIRS):
+        if all(part.high == 0 for part in parse_spec(config["noise"])):
+            raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
+    for name in ("draws", "vectors"):
+        if options[name] < 1:
+            raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
+    if not options["clean_share"] or not all(0.0 <= share < 1.0 for share in options["clean_share"]):
+        raise ConfigError(f"measured.clean_share={options['clean_share']} are shares of clean images, each in [0, 1).")
+    if not options["ridge"] > 0:
+        raise ConfigError(
+            f"measured.ridge={options['ridge']} must be above 0: without it, few images have no solution."
+        )
+    if not config["wiener"]["ratios"] or not all(ratio > 0 for ratio in config["wiener"]["ratios"]):
+        raise ConfigError(f"wiener.ratios={config['wiener']['ratios']} are noise powers, each above 0.")
+    if not select["strengths"] or not all(np.isfinite(t) and t >= 0 for t in select["strengths"]):
+        raise ConfigError(f"select.strengths={select['strengths']} are strengths of fusion, each at least 0.")
+    for condition in select["conditions"]:
+        parse_spec(condition)
+
+
+def _keep(name: str, task: Task, learned: Learned) -> None:
+    others = {key: tree for key, tree in task.variables.items() if key != "params"}
+    params = {"backbone": task.variables["params"], "denoise": learned.denoise}
+    state, frozen, _ = prepare(task.config, name, params, others, ("denoise",))
+    checkpointer = Checkpointer(os.path.join(task.directory, "checkpoints", name))
+    try:
+        checkpointer.save(state, frozen, {"stage": name})
+    finally:
+        checkpointer.close()
+
+
+LEARNERS: dict[str, Callable[[Task], Learned]] = {
+    "algorithm1": _by_algorithm1,
+    "closed_form": _by_closed_form,
+    "wiener": _by_wiener,
+    "measured": _by_measuring,
+}
+
+DIRECT = ("wiener", "measured")
+"""Learners whose denoisers are maps given directly, fused by rule "affine"."""

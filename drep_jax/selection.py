@@ -1,0 +1,192 @@
+"""Choice among denoisers and strengths on held-out images, in one compiled program; the unchanged backbone is always among them.
+
+Every candidate is a `denoise` subtree for rule "affine"; a point of the grid is a candidate and a strength τ. With labels a point
+is scored by accuracy; without, by *agreement*: the share of images, corrupted, on which the fused network says what the
+unfused backbone says of the clean image. Where backbone and label agree, so do the two criteria; hence they differ by at most
+the backbone's clean error.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drep_jax.builder import Setting
+from drep_jax.data.corruptions import CLEAN, corrupt
+from drep_jax.data.loader import epoch_order, normalize, read_images, read_labels
+from drep_jax.errors import ConfigError, DataError
+from drep_jax.fusion import fuse
+from drep_jax.sites import Site
+
+Tree = Any
+SELECTION_SEED = 2
+"""Added to the run's seed for the corruption of held-out images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Denoisers for rule "affine", and what to call them."""
+
+    label: str
+    denoise: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A candidate at a strength, and what it scored under every condition (per cent; NaN where outputs overflowed)."""
+
+    label: str
+    candidate: int
+    strength: float
+    accuracy: dict[str, float] | None
+    agreement: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A grid's points and which one was chosen.
+
+    Attributes:
+      points: the first is the unchanged backbone.
+      chosen: its number.
+      criterion: "accuracy" or "agreement".
+      conditions: clean first.
+      images, seconds: how many held-out images, and how long it took.
+    """
+
+    points: tuple[Point, ...]
+    chosen: int
+    criterion: str
+    conditions: tuple[str, ...]
+    images: int
+    seconds: float
+
+    def front(self) -> dict[str, Any]:
+        """Returns the report's `front`."""
+        return {
+            "conditions": list(self.conditions),
+            "chosen": self.chosen,
+            "points": [
+                {"label": p.label, "strength": p.strength, "scores": _scores(p, self.criterion)} for p in self.points
+            ],
+        }
+
+
+def scaled(denoise: Tree, strength: float) -> Tree:
+    """Returns denoisers for rule "affine" whose full fusion is that of `denoise` with this strength."""
+    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf * np.asarray(strength, leaf.dtype)), denoise)
+
+
+def grid_outputs(
+    backbone: nn.Module,
+    variables: Tree,
+    sites: Sequence[Site],
+    schedule: Any,
+    candidates: Sequence[Candidate],
+    points: Sequence[tuple[int, float]],
+) -> Any:
+    """Returns a compiled function of a batch that gives every point's outputs, (points, batch, …).
+
+    Args:
+      backbone, variables, sites, schedule: of the unfused network.
+      candidates: their trees are stacked, so that one program serves all.
+      points: (number of the candidate, strength).
+    """
+    stacked = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *[c.denoise for c in candidates])
+    which = jnp.array([candidate for candidate, _ in points], jnp.int32)
+    strengths = jnp.array([strength for _, strength in points], jnp.float32)
+
+    @jax.jit
+    def program(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any) -> Any:
+        def one(point: Any) -> Any:
+            denoise = jax.tree_util.tree_map(lambda leaf: leaf[point[0]], stacked)
+            params = {"backbone": variables["params"], "denoise": denoise}
+            fused = fuse(params, sites, schedule, rule="affine", steps=1, strength=point[1])
+            return backbone.apply({**variables, "params": fused}, images)
+
+        return jax.lax.map(one, (which, strengths))
+
+    on_device = jax.device_put((dict(variables), stacked, which, strengths))
+    return lambda images: program(*on_device, images)
+
+
+def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candidates: Sequence[Candidate]) -> Choice:
+    """Scores every candidate at every strength on held-out images and picks the best.
+
+    Best is the highest mean over the conditions among the points that lose at most `select.max_clean_loss` points on
+    clean images against the unchanged backbone; ties go to the smaller strength.
+
+    Raises:
+      DataError: if no images can be held out.
+    """
+    began = time.perf_counter()
+    options = config["select"]
+    conditions = tuple(dict.fromkeys((CLEAN, *(options["conditions"] or config["evaluate"]["conditions"]))))
+    strengths = sorted({float(value) for value in options["strengths"]} - {0.0})
+    grid = [(0, 0.0), *((number, tau) for number in range(len(candidates)) for tau in strengths)]
+    outputs = grid_outputs(setting.backbone, variables, setting.sites, setting.schedule, candidates, grid)
+    source = setting.held_out
+    if not len(source):
+        raise DataError(f"{source.name} has no images to choose on; give a validation split.")
+    count = min(options["images"] or len(source), len(source))
+    index = np.sort(epoch_order(len(source), config["seed"], 0)[:count])
+    images, labels = read_images(source, index), read_labels(source, index)
+    if labels is not None and options["labels"] is False:
+        labels = None
+    batch = min(config["evaluate"]["batch_size"], count)
+    said: dict[str, np.ndarray] = {}
+    for condition in conditions:
+        corrupted = corrupt(images, index, condition, config["seed"] + SELECTION_SEED)
+        said[condition] = _answers(outputs, normalize(corrupted, setting.mean, setting.std), batch)
+    clean = said[CLEAN][0]
+    points = []
+    for number, (candidate, tau) in enumerate(grid):
+        accuracy = None if labels is None else {c: _share(said[c][number], labels) for c in conditions}
+        agreement = {c: _share(said[c][number], clean) for c in conditions}
+        label = candidates[candidate].label if number else "backbone"
+        points.append(Point(label, candidate, tau, accuracy, agreement))
+    criterion = "agreement" if labels is None else "accuracy"
+    chosen = best_point(points, criterion, options["max_clean_loss"])
+    return Choice(tuple(points), chosen, criterion, conditions, count, time.perf_counter() - began)
+
+
+def best_point(points: Sequence[Point], criterion: str, max_clean_loss: float) -> int:
+    """Returns the number of the best point; the first one is the unchanged backbone and can always be had."""
+    if not max_clean_loss >= 0:
+        raise ConfigError(f"select.max_clean_loss={max_clean_loss} is in points and at least 0.")
+    base = _scores(points[0], criterion)[CLEAN]
+
+    def rank(number: int) -> tuple[float, float]:
+        scores = _scores(points[number], criterion)
+        total = sum(scores.values())
+        if number and (not math.isfinite(total) or scores[CLEAN] < base - max_clean_loss - 1e-9):
+            return (-math.inf, 0.0)
+        return (total, -points[number].strength)
+
+    return max(range(len(points)), key=rank)
+
+
+def _scores(point: Point, criterion: str) -> dict[str, float]:
+    return point.agreement if criterion == "agreement" or point.accuracy is None else point.accuracy
+
+
+def _answers(outputs: Any, images: Any, batch: int) -> np.ndarray:
+    """Returns each point's class of every image, (points, images); −1 where outputs are not finite."""
+    images = np.asarray(images)
+    padded = np.concatenate([images, np.zeros((-len(images) % batch, *images.shape[1:]), images.dtype)])
+    found = []
+    for start in range(0, len(padded), batch):
+        logits = np.asarray(outputs(padded[start : start + batch]))
+        found.append(np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), -1))
+    return np.concatenate(found, axis=1)[:, : len(images)]
+
+
+def _share(answers: np.ndarray, truth: np.ndarray) -> float:
+    """Returns the percentage of equal answers; NaN if any output overflowed."""
+    return float("nan") if (answers < 0).any() else 100.0 * float(np.mean(answers == truth))
