@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
     directory = CONFIG.workdir or os.path.join("runs", config["name"])
     content = experiment.run(config, directory)
     print(report.console_table(content))
-    print(f"\nReport: {os.path.join(directory, 'report.md')}   weights: {os.path.join(directory, 'fused')}")
+    pages = " and ".join(os.path.join(directory, name) for name in ("report.html", "report.md"))
+    print(f"\nReport: {pages}   weights: {os.path.join(directory, 'fused')}")
     return 0 if content["certificate"]["passed"] else 3
 
 

@@ -83,7 +83,7 @@ def test_report_is_complete_and_readable(finished):
     table = report.console_table(content)
     for word in ("baseline", "placebo", "continued", "algorithm1", "gaussian:60", "PASSED"):
         assert word in table
-    for name in ("report.md", "plots/accuracy.png", "plots/loss.png", "plots/sites.png"):
+    for name in ("report.md", "report.html", "plots/accuracy.png", "plots/loss.png", "plots/sites.png"):
         assert os.path.getsize(os.path.join(finished.directory, name)) > 500
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: report.json as given, report.md and the final console table to read, and plots.
+"""The report of a run: report.json as given, report.md, report.html and the final console table to read, and plots.
 
 Everything is made from one plain dict, whose keys docs/report.md describes. Differences are printed with their paired
 interval and one word: "higher", "lower" or "not significant".
@@ -10,17 +10,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from drep_jax.errors import CheckpointError
+from drep_jax.report.as_html import html
 from drep_jax.report.as_markdown import markdown
 from drep_jax.report.comparisons import verdict
 from drep_jax.report.console import console_table
 from drep_jax.report.plots import PLOTS
 from drep_jax.report.schema import KEYS, SCHEMA, plain, validate
 
-__all__ = ["KEYS", "PLOTS", "SCHEMA", "console_table", "markdown", "plain", "validate", "verdict", "write_report"]
+__all__ = [
+    "KEYS",
+    "PLOTS",
+    "SCHEMA",
+    "console_table",
+    "html",
+    "markdown",
+    "plain",
+    "validate",
+    "verdict",
+    "write_report",
+]
 
 
 def write_report(report: Mapping[str, Any], workdir: str) -> None:
-    """Writes report.json, report.md and plots/*.png; each appears whole or not at all, report.json last.
+    """Writes report.json, report.md, report.html and plots/*.png; each appears whole or not at all, report.json last.
 
     Args:
       report: what docs/report.md describes; NumPy numbers are fine, NaN and Inf become null.
@@ -40,6 +52,7 @@ def write_report(report: Mapping[str, Any], workdir: str) -> None:
         else:  # an earlier run's picture next to this report would mislead
             _remove(path)
     _write(os.path.join(workdir, "report.md"), markdown(report, plots).encode())
+    _write(os.path.join(workdir, "report.html"), html(report, plots).encode())
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     _write(os.path.join(workdir, "report.json"), (text + "\n").encode())
 

@@ -9,10 +9,10 @@ from drep_jax.report.comparisons import Comparison
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word that says how something came out; `direction` is "higher" (good), "lower" (bad) or ""."""
+    """A word that says how something came out; `tone` is "higher", "lower", "passed", "failed" or ""."""
 
     text: str
-    direction: str
+    tone: str
 
 
 Cell: TypeAlias = str | Comparison | Word
@@ -36,10 +36,10 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A sentence on an outcome, set apart; `direction` as in `Word`."""
+    """A sentence on an outcome, set apart; `tone` as in `Word`."""
 
     text: str
-    direction: str
+    tone: str
 
 
 @dataclasses.dataclass(frozen=True)

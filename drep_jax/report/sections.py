@@ -18,7 +18,7 @@ def _in_short(report: Mapping[str, Any]) -> list[Block]:
         Verdict(verdict(condition, entry, exported), direction(entry, exported))
         for condition, entry in report["metrics"].items()
     ]
-    passed = "" if certificate is None else "higher" if certificate["passed"] else "lower"
+    passed = "" if certificate is None else "passed" if certificate["passed"] else "failed"
     return [
         *(said or [Verdict(NO_METRICS, "")]),
         Verdict(certificate_lines(certificate)[0], passed),
@@ -92,7 +92,8 @@ def _certificate(report: Mapping[str, Any]) -> list[Block]:
                     else f"worst site: {row['path']}, slice {row['slice']}, t = {time_steps(row['t'])}"
                 )
                 numbers = [power(row["error"]), power(row["bound"]), percent(row["change"])]
-                word = Word(outcome(row), "" if row["passed"] else "lower")
+                told = outcome(row)
+                word = Word(told, {"passed": "passed", "FAILED": "failed"}.get(told, ""))
                 rows.append([name, where, *numbers, word])
     return [
         Text(lines[0], strong=True),

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from drep_jax.report.comparisons import arms_of, compare
-from drep_jax.report.plots.canvas import COLOURS, GREY, MARKERS, png, styled
+from drep_jax.report.plots.canvas import COLOURS, GREY, MARKERS, NAME, png, shortened, styled
 
 _CONTROLS = (("#E69F00", "s"), ("#999999", "^"), ("#B09060", "v"), ("#777777", "P"))
 
@@ -45,11 +45,14 @@ def plot_accuracy(report: Mapping[str, Any]) -> bytes | None:
         styled(axes, "x")
         for index in range(1, len(shown)):
             axes.axhline(index - 0.5, color="#DDDDDD", linewidth=0.6)
-    values.set_yticks(range(len(shown)), list(shown), parse_math=False)
+    values.set_yticks(range(len(shown)), [shortened(name, NAME) for name in shown], parse_math=False)
     values.set_ylim(len(shown) - 0.5, -0.5)
-    values.set_xlabel(f"{metric} (%)", parse_math=False)
+    values.set_xlabel(f"{shortened(metric, NAME)} (%)", parse_math=False)
     note = "95 % interval\n(filled: significant, hollow: not)"
-    gaps.set_xlabel(f"difference from the baseline, points of {metric}, {note}", parse_math=False)
-    handles = [values.plot([], [], marker, color=colour, label=arm)[0] for arm, (colour, marker) in looks.items()]
+    gaps.set_xlabel(f"difference from the baseline, points of {shortened(metric, NAME)}, {note}", parse_math=False)
+    handles = [
+        values.plot([], [], marker, color=colour, label=shortened(arm, NAME))[0]
+        for arm, (colour, marker) in looks.items()
+    ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(looks), 6), frameon=False)
     return png(figure)

@@ -12,6 +12,9 @@ BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"
 COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("D", "X", "*", "p", "h", "8")
 
+NAME = 24
+"""Characters of a name that a plot has room for."""
+
 
 def png(figure: Figure) -> bytes:
     """Draws with Agg and no global state; the same figure gives the same bytes."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from drep_jax.report.plots.canvas import BLUE, GREY, RED, png, styled
+from drep_jax.report.plots.canvas import BLUE, GREY, NAME, RED, png, shortened, styled
 
 MOST_LABELS = 16
 """Labels in the plot; of more points than that, only those on the front, the backbone and the chosen one have one."""
@@ -42,10 +42,10 @@ def plot_front(report: Mapping[str, Any]) -> bytes | None:
     for index, point in enumerate(points):
         if len(points) <= MOST_LABELS or index in special or index in best:
             options = {"textcoords": "offset points", "fontsize": 8, "parse_math": False}
-            axes.annotate(point["label"], places[index], (9, 5), **options)
+            axes.annotate(shortened(point["label"], NAME), places[index], (9, 5), **options)
     axes.margins(0.12)
-    axes.set_xlabel(f"{clean} images (%)", parse_math=False)
-    name = ", ".join(others) if len(others) <= 3 else f"{len(others)} corruptions"
+    axes.set_xlabel(f"{shortened(clean, NAME)} images (%)", parse_math=False)
+    name = ", ".join(shortened(one, NAME) for one in others) if len(others) <= 3 else f"{len(others)} corruptions"
     axes.set_ylabel(f"{'mean of ' if len(others) > 1 else ''}{name} (%)", parse_math=False)
     axes.legend(frameon=False)
     return png(figure)
