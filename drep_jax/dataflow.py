@@ -68,7 +68,7 @@ def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: A
 
     def mark(site: Site, layer: Layer, module: nn.Module, extra: Any, x: Any, call: Any) -> Any:
         del site, extra, call
-        leaves = {
+        leaves: Tree = {
             name: module.get_variable("params", name)
             for name in ("kernel", "bias")
             if module.has_variable("params", name)
@@ -125,7 +125,8 @@ def _inner(eqn: Any) -> Any:
 
 
 def _marked(eqn: Any) -> bool:
-    return str(eqn.params.get("name", "")).startswith(MARK)
+    # Flax traces the body of a scan once more to find what does not change in it, and drops the outputs of that trace.
+    return bool(eqn.outvars) and str(eqn.params.get("name", "")).startswith(MARK)
 
 
 def _path(eqn: Any) -> Path:
@@ -170,7 +171,8 @@ def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
     for number, eqn in enumerate(jaxpr.eqns):
         if not _marked(eqn):
             continue
-        var, chain = eqn.outvars[0], []
+        var = eqn.outvars[0]
+        chain: list[int] = []
         behind = _reach(jaxpr, {var})
         while var not in ends and len(users.get(var, ())) == 1:
             after = jaxpr.eqns[users[var][0]]

@@ -195,7 +195,8 @@ def finish(
     """Fuses, certifies, exports, evaluates all arms and writes the report."""
     variables = arms["baseline"]
     exported = learned[config["learner"]]
-    denoise, how = exported.denoise, {"rule": exported.rule, "steps": exported.steps}
+    denoise = exported.denoise
+    how: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
     fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
     export(os.path.join(directory, "fused"), variables, fused, setting=setting, **how)
     params = {"backbone": variables["params"], "denoise": denoise}

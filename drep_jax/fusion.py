@@ -82,7 +82,7 @@ def fuse_layer(
     *,
     stacked: bool | None = None,
 ) -> dict[str, Any]:
-    """Returns a layer's fused kernel and bias; `stacked` says whether they have the axis of `nn.scan`, by default as the site."""
+    """Returns a layer's fused kernel and bias; `stacked` says whether they have the axis of `nn.scan` (None: as the site)."""
     weights = {name: node[name] for name in ("kernel", "bias") if name in node}
     if layer.bias != ("bias" in weights):
         raise FusionError(

@@ -5,7 +5,7 @@
 | `algorithm1` | the paper's: isotropic noise of the schedule's t, by gradient descent (Algorithm 1) | thousands of steps |
 | `closed_form` | the same, as its exact minimum (`drep_jax.closed_form`) | one pass for the moments |
 | `wiener` | isotropic noise of a share of the site's own feature power | one pass for the moments |
-| `measured` | the noise that a corruption of the images makes at the site (`drep_jax.measured`) | one pass of a few hundred images |
+| `measured` | the noise that a corruption of the images makes there (`drep_jax.measured`) | one pass, some hundred images |
 
 For the last two, the strength of fusion (and the share of noise, or of clean images) is chosen on held-out images, see
 `drep_jax.selection`.
@@ -201,7 +201,7 @@ def _by_wiener(task: Task) -> Learned:
 def _by_measuring(task: Task) -> Learned:
     options = task.config["measured"]
     clean, corrupted = measuring_images(task.config, task.setting)
-    streams = np.stack([normalize(x, task.setting.mean, task.setting.std) for x in (clean, clean, *corrupted)])
+    streams: Any = np.stack([normalize(x, task.setting.mean, task.setting.std) for x in (clean, clean, *corrupted)])
     candidates, errors = [], {}
     began = time.perf_counter()
     for share in options["clean_share"]:
@@ -271,9 +271,8 @@ def check_measuring(config: Config) -> None:
       ConfigError: naming the setting.
     """
     options, select = config["measured"], config["select"]
-    if not config["noise"].startswith(PAIRS):
-        if all(part.high == 0 for part in parse_spec(config["noise"])):
-            raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
+    if not config["noise"].startswith(PAIRS) and all(part.high == 0 for part in parse_spec(config["noise"])):
+        raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
     for name in ("draws", "vectors"):
         if options[name] < 1:
             raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")

@@ -50,7 +50,7 @@ class Measured:
 
     Attributes:
       denoise: the `denoise` subtree for rule "affine": kernel (I − A*)ᵀ and bias −c*.
-      errors: {site name[copy]: (before, after)}, ‖t − W w‖² and ‖t − W* w − c‖² over ‖t − E t‖², on the images it was fitted to.
+      errors: {site name[copy]: (before, after)}, ‖t − W w‖² and ‖t − W* w − c‖² over ‖t − E t‖², on its images.
       outputs: what the backbone gave for the streams, (1 + streams, images, …).
     """
 
@@ -205,18 +205,13 @@ class _Solver:
         def pairs(piece: Any) -> tuple[Any, Any]:
             number, images, *more = piece
             f = features(layer, site.kind, images.reshape(-1, *images.shape[2:])).reshape(self.streams, -1, g, d)
-            start = number % stride
-            take = lambda a: jax.lax.dynamic_slice_in_dim(
-                jnp.pad(a, ((0, 0), (0, stride), (0, 0), (0, 0))), start, a.shape[1], axis=1
-            )[:, ::stride][:, : max(1, a.shape[1] // stride)]
-            f = take(f) if stride > 1 else f
-            f = f.astype(jnp.float32)
+            f = _every(stride, number, f).astype(jnp.float32)
             u, w = f[0], f[1:]
             t = u if identity else jnp.einsum("ngd,gdc->ngc", u, thin, precision="highest")
             t = jnp.broadcast_to(t[None], (self.streams - 1, *t.shape))
             if more:
                 extra = more[0].reshape(self.streams - 1, -1, g, columns)
-                t = t + (take(extra) if stride > 1 else extra)
+                t = t + _every(stride, number, extra)
             return w, t
 
         pieces = (jnp.arange(parts), cut(x), *(() if delta is None else (cut(delta),)))
@@ -225,17 +220,17 @@ class _Solver:
             return jax.tree_util.tree_map(lambda a, b: a + b.astype(jnp.float64) / parts, total, new)
 
         def means(total: Any, piece: Any) -> Any:
-            new = [jnp.einsum("s,sgd->gd", weights, a.mean(axis=1)) for a in pairs(piece)]
+            new = tuple(jnp.einsum("s,sgd->gd", weights, a.mean(axis=1)) for a in pairs(piece))
             return add(total, new), None
 
         mw, mt = jnp.zeros((g, d)), jnp.zeros((g, columns))
         if site.bias:
-            (mw, mt), _ = jax.lax.scan(means, [mw, mt], pieces)
+            (mw, mt), _ = jax.lax.scan(means, (mw, mt), pieces)
         base_w, base_t = mw.astype(jnp.float32), mt.astype(jnp.float32)
 
         def moments(total: Any, piece: Any) -> Any:
             w, t = pairs(piece)
-            w, t = w - base_w, t - base_t
+            w, t = w - base_w[None, None], t - base_t[None, None]
             n = w.shape[1]
             scaled = (weights / n).astype(jnp.float32)[:, None, None, None] * w
             square = jnp.einsum("sngd,snge->gde", scaled, w, precision="highest")
@@ -257,6 +252,13 @@ class _Solver:
 AFFINE = reverse_steps(Schedule(), 1, 1, "affine")
 
 
+def _every(stride: int, start: Any, a: Any) -> Any:
+    """Returns every so many of the second axis, from a start that moves from chunk to chunk."""
+    count = max(1, a.shape[1] // stride)
+    pick = (start % stride + stride * jnp.arange(count)) % a.shape[1]
+    return jnp.take(a, pick, axis=1)
+
+
 def _by_stream(a: Any, streams: int, change: Any) -> Any:
     return change(a.reshape(streams, -1, *a.shape[1:])).reshape(a.shape)
 
@@ -272,7 +274,7 @@ def _regress(site: Site, matrix: Any, sums: Tree, ridge: float, direct: bool) ->
     def solve(m: Any, r: Any) -> Any:
         return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(m), r)
 
-    best = jax.vmap(solve)(square + pull * eye, cross + pull * matrix)
+    best = jax.vmap(solve)(square + pull * eye[None], cross + pull * matrix)
     change = best - matrix
     if direct:
         kernel = -change
@@ -288,8 +290,7 @@ def _regress(site: Site, matrix: Any, sums: Tree, ridge: float, direct: bool) ->
         denoiser["bias"] = -constant
 
     def error(m: Any) -> Any:
-        quadratic = jnp.sum(m * (square @ m), axis=(-2, -1)) - 2 * jnp.sum(m * cross, axis=(-2, -1)) + sums["power"]
-        return quadratic
+        return jnp.sum(m * (square @ m), axis=(-2, -1)) - 2 * jnp.sum(m * cross, axis=(-2, -1)) + sums["power"]
 
     scale = jnp.maximum(sums["power"].sum(), 1e-300)
     before, after = error(matrix), error(best)

@@ -1,7 +1,7 @@
-"""Choice among denoisers and strengths on held-out images, in one compiled program; the unchanged backbone is always among them.
+"""Choice among denoisers and strengths on held-out images, in one program; the unchanged backbone is always among them.
 
-Every candidate is a `denoise` subtree for rule "affine"; a point of the grid is a candidate and a strength τ. With labels a point
-is scored by accuracy; without, by *agreement*: the share of images, corrupted, on which the fused network says what the
+Every candidate is a `denoise` subtree for rule "affine"; a point of the grid is a candidate and a strength τ. With labels a
+point is scored by accuracy; without, by *agreement*: the share of images, corrupted, on which the fused network says what the
 unfused backbone says of the clean image. Where backbone and label agree, so do the two criteria; hence they differ by at most
 the backbone's clean error.
 """

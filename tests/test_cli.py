@@ -27,7 +27,7 @@ TYPOS = {
     "target above t": (["--config.denoise.rule=ddim:5", "--config.denoise.steps=1"], ["t=4", "r=5"]),
     "two jumps": (["--config.denoise.rule=ddim:0"], ["ddim:0", "3 times"]),
     "unknown source": (["--config.data.source=digit"], ["digit", 'Did you mean "digits"']),
-    "unknown learner": (["--config.denoise.learner=closedform"], ["closedform", 'Did you mean "closed_form"']),
+    "unknown learner": (["--config.learner=closedform"], ["closedform", 'Did you mean "closed_form"']),
     "unknown loss": (["--config.denoise.loss=l3"], ["l3", "l2"]),
     "unknown optimizer": (["--config.denoise.optimizer=adm"], ["denoise", "adm", 'Did you mean "adam"']),
     "unknown corruption": (["--config.evaluate.conditions=('clean','gausian:20')"], ["gausian", "gaussian"]),
@@ -198,7 +198,7 @@ def test_nan_in_a_saved_denoiser_is_refused(finished, fuse, tmp_path, monkeypatc
     place = ("encoderblock_1", "mlp", "fc2", "kernel")
     bad = jnp.asarray(get_in(finished.denoise, place)).at[0, 0].set(jnp.nan)
     state = state.replace(params={"denoise": set_in(finished.denoise, place, bad)})
-    checkpointer = Checkpointer(str(copied / "checkpoints" / "denoise"))
+    checkpointer = Checkpointer(str(copied / "checkpoints" / "algorithm1"))
     checkpointer.save(state.replace(step=jnp.int32(31)), frozen, {})
     checkpointer.close()
     ended, written = fuse(workdir=copied)

@@ -95,13 +95,13 @@ def test_learning_lowers_every_loss_towards_its_optimum(finished):
         assert learning["optimum"][name] <= after
     before, after = np.sum(list(learning["per_site"].values()), axis=0)
     assert after < before - 0.05 * (before - sum(learning["optimum"].values()))
-    gaps = [line["gap"] for line in losses(finished.directory) if line["stage"] == "denoise"]
+    gaps = [line["gap"] for line in losses(finished.directory) if line["stage"] == "algorithm1"]
     assert gaps[-1] < gaps[0]
 
 
 def test_label_free_learning_leaves_every_bit_of_the_backbone(finished):
     trained = restored(finished.directory, "backbone")["backbone"]
-    after = restored(finished.directory, "denoise")
+    after = restored(finished.directory, "algorithm1")
     assert same_bits(trained, after["backbone"])
     assert same_bits(trained, finished.variables["params"])
     assert largest_difference(after["denoise"], init_denoise(finished.setting.sites)) > 0.1
@@ -128,10 +128,10 @@ def test_fused_weights_in_the_plain_backbone_are_the_explicit_path(form, finishe
 
 def test_killed_and_resumed_gives_the_same_bits(finished, tmp_path):
     directory = str(tmp_path / "run")
-    before = DIE.format(stage="denoise", step=21, signal="SIGKILL")
+    before = DIE.format(stage="algorithm1", step=21, signal="SIGKILL")
     ended = start("train.py", TINY, f"--workdir={directory}", before=before)
     assert ended.status == -9, ended
-    assert sorted(os.listdir(os.path.join(directory, "checkpoints", "denoise"))) == ["10", "20"]
+    assert sorted(os.listdir(os.path.join(directory, "checkpoints", "algorithm1"))) == ["10", "20"]
     assert losses(directory)[-1]["step"] == 21  # beyond the checkpoint
     again = experiment.run(finished.config, directory)
     assert same_result(directory, finished)
@@ -178,7 +178,7 @@ def test_one_device_learns_what_eight_learn(finished, tmp_path):
     assert largest_difference(denoise, init_denoise(finished.setting.sites)) > 0.5
     assert largest_difference(denoise, finished.denoise) < 5e-3
     ours, theirs = (
-        [line["loss"] for line in losses(d) if line["stage"] == "denoise"] for d in (directory, finished.directory)
+        [line["loss"] for line in losses(d) if line["stage"] == "algorithm1"] for d in (directory, finished.directory)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
@@ -219,7 +219,7 @@ def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_pa
     options += [f"--config.backbone.init_from={finished.backbone}"]
     call("train.py", *options).refused("Stage control trains with labels", "--config.control.steps=0")
     assert not os.path.exists(tmp_path / "run")
-    options += ["--config.control.steps=0", "--config.denoise.learner=closed_form"]
+    options += ["--config.control.steps=0", "--config.learner=closed_form"]
     ended = call("train.py", *options)
     assert ended.status == 0, ended
     assert "No accuracy" in ended.output and "no labelled test images" in ended.output and "PASSED" in ended.output
@@ -243,7 +243,8 @@ def test_resnet_with_batch_statistics_end_to_end(tmp_path):
         "width": 4,
         "stem": "cifar",
     }
-    config["denoise"].update(steps=1, learner="closed_form", rule="ddim")
+    config["learner"] = "closed_form"
+    config["denoise"].update(steps=1, rule="ddim")
     config["control"]["steps"] = 0
     config["backbone"].update(steps=100, learning_rate=1e-2)
     content = experiment.run(config, str(tmp_path))

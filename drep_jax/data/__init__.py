@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from drep_jax.data import decode, digits, folder, npz_source, random_images, splits, tfds_source
+from drep_jax.data import decode, digits, folder, idx_source, npz_source, random_images, splits, tfds_source
 from drep_jax.errors import ConfigError, lookup
 
 
@@ -38,6 +38,7 @@ class Source(Protocol):
 SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source]] = {
     "digits": digits.open_digits,
     "folder": folder.open_folder,
+    "idx": idx_source.open_idx,
     "npz": npz_source.open_npz,
     "random": random_images.open_random,
     "tfds": tfds_source.open_tfds,
@@ -50,11 +51,12 @@ def open_source(
     """Opens a data set for reading.
 
     Args:
-      spec: `digits`, `folder:DIR`, `npz:NAME`, `tfds:NAME[/config]` or `random:COUNT[:CLASSES]`.
+      spec: `digits`, `folder:DIR`, `idx:DIR`, `npz:NAME`, `tfds:NAME[/config]` or `random:COUNT[:CLASSES]`.
       split: `train`, `validation` or `test`.
       image_size: (height, width) in pixels of every image that the source returns.
       resize: `crop` (short side to the target, then the centre), `squash` (both sides) or `exact` (refuse other sizes).
-      data_dir: where data sets are kept; None means TFDS_DATA_DIR or ~/tensorflow_datasets (tfds), DREP_DATA (npz).
+      data_dir: where data sets are kept; None means TFDS_DATA_DIR or ~/tensorflow_datasets (tfds), DREP_DATA (npz), or
+        that the directory is given in full (idx).
 
     Raises:
       ConfigError: for an unknown source, split or way of resizing.

@@ -137,7 +137,9 @@ def augment(images: np.ndarray, *, seed: int, first_position: int, flip: bool, s
     return images
 
 
-def normalize(images: Num[Array, "*b c"], mean: Sequence[float], std: Sequence[float]) -> Float32[Array, "*b c"]:
+def normalize(
+    images: Num[Array | np.ndarray, "*b c"], mean: Sequence[float], std: Sequence[float]
+) -> Float32[Array, "*b c"]:
     """Returns (images / 255 - mean) / std in float32.
 
     Args:
@@ -152,7 +154,7 @@ def normalize(images: Num[Array, "*b c"], mean: Sequence[float], std: Sequence[f
         )
     shape = (1,) * (images.ndim - 1) + (-1,)
     centre, spread = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))
-    return (images.astype(jnp.float32) / 255 - centre) / spread
+    return (jnp.asarray(images, jnp.float32) / 255 - centre) / spread
 
 
 def read_images(source: Source, indices: np.ndarray) -> np.ndarray:

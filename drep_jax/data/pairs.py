@@ -82,7 +82,8 @@ def open_pairs(directory: str, image_size: tuple[int, int], resize: str = "crop"
 
 
 def _names(base: Path) -> set[str]:
-    folders, names = [base], set()
+    folders: list[Path] = [base]
+    names: set[str] = set()
     while folders:
         listing = scan(folders.pop())
         folders += listing.folders

@@ -7,7 +7,7 @@ the class token, Xavier uniform for the patch embedding, zero biases.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from drep_jax.errors import ConfigError, did_you_mean
 
 POOLS = ("cls", "mean")
-ACTIVATIONS = {"gelu": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {"gelu": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
 _trunc_normal = nn.initializers.truncated_normal(0.02)
 
 
