@@ -30,7 +30,7 @@ from drep_jax.data.pairs import open_pairs
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import algorithm1_losses
 from drep_jax.errors import ConfigError, DataError, lookup
-from drep_jax.measured import measure
+from drep_jax.measured import measuring
 from drep_jax.selection import Candidate, Choice, choose, scaled
 from drep_jax.sites import Path
 from drep_jax.training.checkpoint import Checkpointer
@@ -204,18 +204,10 @@ def _by_measuring(task: Task) -> Learned:
     streams: Any = np.stack([normalize(x, task.setting.mean, task.setting.std) for x in (clean, clean, *corrupted)])
     candidates, errors = [], {}
     began = time.perf_counter()
+    how = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
+    solve = measuring(task.setting.backbone, task.variables, task.setting.sites, streams, **how)
     for share in options["clean_share"]:
-        weights = [share, *[(1.0 - share) / len(corrupted)] * len(corrupted)]
-        found = measure(
-            task.setting.backbone,
-            task.variables,
-            task.setting.sites,
-            streams,
-            weights,
-            ridge=options["ridge"],
-            vectors=options["vectors"],
-            shortcut=options["shortcut"],
-        )
+        found = solve([share, *[(1.0 - share) / len(corrupted)] * len(corrupted)])
         candidates.append(Candidate(f"clean share {share:g}", found.denoise))
         errors[candidates[-1].label] = {name: list(pair) for name, pair in found.errors.items()}
     return _chosen("measured", task, candidates, time.perf_counter() - began, len(clean), errors)

@@ -21,7 +21,7 @@ All sites are solved in one program and one forward pass of all images, clean an
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -63,43 +63,66 @@ def measure(
     backbone: nn.Module,
     variables: Tree,
     sites: Sequence[Site],
-    images: Float[Array, "streams batch height width channels"],
+    images: Float[Array | np.ndarray, "streams batch height width channels"],
     weights: Sequence[float],
+    **options: Any,
+) -> Measured:
+    """Solves every site in execution order; `measuring` with these weights, once."""
+    return measuring(backbone, variables, sites, images, **options)(weights)
+
+
+def measuring(
+    backbone: nn.Module,
+    variables: Tree,
+    sites: Sequence[Site],
+    images: Float[Array | np.ndarray, "streams batch height width channels"],
     *,
     ridge: float = 1e-3,
     vectors: int = 400,
     shortcut: bool = True,
-) -> Measured:
-    """Solves every site in execution order in one program.
+) -> Callable[[Sequence[float]], Measured]:
+    """Returns a function of the streams' weights that solves every site in execution order; it compiles once.
 
     Args:
       backbone, variables: the frozen backbone.
       sites: where.
       images: normalised; the first stream is clean, the others are corrupted versions of the same images, in the same
-        order. A stream that is the clean one again keeps clean accuracy.
-      weights: of the corrupted streams, at least 0.
-      ridge: λ over the mean power of a site's features.
-      vectors: feature vectors a site uses, in multiples of its width; more than so many are sampled evenly.
+        order. A stream that is the clean one again keeps clean accuracy. All are held in memory at once.
+      ridge: λ over the mean power of a site's features, above 0.
+      vectors: feature vectors a site uses, in multiples of its width; of more than so many, an even sample.
       shortcut: whether layers answer for the noise of the shortcut that they are added to.
+
+    Returns:
+      weights ↦ `Measured`; one weight for each stream after the first, at least 0; only their ratios matter.
 
     Raises:
       NonFiniteError: if features or solutions are not finite, naming the site.
       DataError: for fewer than two streams, or weights that do not fit them.
       SiteError: if a site's features cannot be followed.
     """
-    share = np.asarray(weights, np.float64)
-    if images.ndim < 3 or images.shape[0] < 2 or share.shape != (images.shape[0] - 1,):
+    if images.ndim < 3 or images.shape[0] < 2 or images.shape[1] < 1:
         raise DataError(
-            f"Measuring needs a clean and at least one corrupted stream of images, with one weight for each corrupted one; got "
-            f"images {tuple(images.shape)} and {share.size} weights."
+            f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
         )
-    if not (np.isfinite(share).all() and (share >= 0).all() and share.sum() > 0):
-        raise DataError(f"The weights of the corrupted streams must be at least 0 and not all 0, got {list(weights)}.")
-    solver = _Solver(sites, images.shape[0], share / share.sum(), ridge, vectors, shortcut)
-    with jax.enable_x64(True):  # sums and solves are in float64; images and parameters stay in their own types
-        program = jax.jit(lambda v, x: solver.run(backbone, v, x))
-        outputs, kept = jax.tree_util.tree_map(np.asarray, program(variables, np.asarray(images)))
-    return _collect(sites, kept, outputs)
+    solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut)
+    program = jax.jit(lambda v, x, w: solver.run(backbone, v, x, w))
+
+    def solve(weights: Sequence[float]) -> Measured:
+        share = np.asarray(weights, np.float64)
+        if share.shape != (images.shape[0] - 1,):
+            raise DataError(
+                f"{images.shape[0]} streams need one weight for each corrupted one; got {share.size} weights."
+            )
+        if not (np.isfinite(share).all() and (share >= 0).all() and share.sum() > 0):
+            raise DataError(
+                f"The weights of the corrupted streams must be at least 0 and not all 0, got {list(weights)}."
+            )
+        with jax.enable_x64(True):  # sums and solves are in float64; images and parameters stay in their own types
+            found = program(variables, np.asarray(images), share / share.sum())
+            outputs, kept = jax.tree_util.tree_map(np.asarray, found)
+        return _collect(sites, kept, outputs)
+
+    return solve
 
 
 def _collect(sites: Sequence[Site], kept: dict[Path, Any], outputs: np.ndarray) -> Measured:
@@ -132,12 +155,11 @@ def _collect(sites: Sequence[Site], kept: dict[Path, Any], outputs: np.ndarray) 
 class _Solver:
     sites: Sequence[Site]
     streams: int
-    weights: np.ndarray
     ridge: float
     vectors: int
     shortcut: bool
 
-    def run(self, backbone: nn.Module, variables: Tree, images: Any) -> Any:
+    def run(self, backbone: nn.Module, variables: Tree, images: Any, weights: Any) -> Any:
         """Returns (outputs, {site path: {"kernel", "bias", "errors"}})."""
         flat = images.reshape(-1, *images.shape[2:])
         closed = trace(backbone, variables, self.sites, flat)
@@ -156,7 +178,7 @@ class _Solver:
             y = call.apply(call.leaves, x[0])
             keep = None
             if site.path == call.path:
-                solved[site.path], keep = self._solve(site, call, x, y)
+                solved[site.path], keep = self._solve(site, call, x, y, weights)
             fused = fuse_layer(layer, site, call.leaves, solved[site.path], AFFINE, 1.0, stacked=False)
             rest = call.apply(fused, x[1:].reshape(-1, *x.shape[2:]))
             return jnp.concatenate([y, rest]), keep
@@ -164,7 +186,7 @@ class _Solver:
         outputs, kept = walk(closed, [*leaves, flat], [False] * len(leaves) + [True], visit)
         return outputs[0].reshape(self.streams, images.shape[1], *outputs[0].shape[1:]), kept
 
-    def _solve(self, site: Site, call: Call, x: Any, y: Any) -> tuple[Tree, Tree]:
+    def _solve(self, site: Site, call: Call, x: Any, y: Any, weights: Any) -> tuple[Tree, Tree]:
         """Returns the site's denoiser and, with its errors, what is to be kept of it."""
         matrices = [
             kernel_matrix(layer, site.kind, call.leaves_of(layer.path)["kernel"]).astype(jnp.float64)
@@ -179,10 +201,10 @@ class _Solver:
             delta = call.correction(everywhere, change).reshape(apart)[1:]
         if delta is None and (site.kind == "pointwise" or matrix.shape[-1] >= site.width):
             matrix = jnp.broadcast_to(jnp.eye(site.width), (site.groups, site.width, site.width))
-        sums = self._sums(site, site.layers[0], x, matrix, delta)
+        sums = self._sums(site, site.layers[0], x, matrix, delta, weights)
         return _regress(site, matrix, sums, self.ridge, direct=matrix.shape[-1] == site.width and delta is None)
 
-    def _sums(self, site: Site, layer: Layer, x: Any, matrix: Any, delta: Any) -> Tree:
+    def _sums(self, site: Site, layer: Layer, x: Any, matrix: Any, delta: Any, weights: Any) -> Tree:
         """Returns the means and the centred second moments of features w and targets t over the corrupted streams."""
         g, d, columns = matrix.shape
         count = x.shape[1]
@@ -198,7 +220,6 @@ class _Solver:
         )
         positions = int(np.prod(probe.shape)) // (g * d)  # of a chunk
         stride = max(1, positions * parts * (self.streams - 1) // (self.vectors * d))
-        weights = jnp.asarray(self.weights)
         thin = matrix.astype(jnp.float32)
         identity = delta is None and columns == d
 
