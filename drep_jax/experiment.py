@@ -33,7 +33,7 @@ from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.moments import collect_moments
-from drep_jax.training.stages import STAGES, key_of, optimizer_of, options_of, prepare, run_training, training_steps
+from drep_jax.training.stages import STAGES, key_of, optimizer_of, prepare, run_training, section_of, training_steps
 from drep_jax.training.state import make_step
 
 Tree = Any
@@ -87,20 +87,21 @@ def check(config: Config, setting: Setting) -> None:
     for stage in STAGES:
         if stage == "backbone" and config["backbone"]["init_from"]:
             continue
-        trains = stage in ("backbone", "control") or stage in (config["learner"], *config["compare"])
-        steps, batch = training_steps(config, stage) if trains else 0, options_of(config, stage)["batch_size"]
+        section = section_of(stage)
+        used = section == stage or stage in (config["learner"], *config["compare"])
+        steps, batch = training_steps(config, stage) if used else 0, config[section]["batch_size"]
         if steps < 0:
-            raise ConfigError(f"{stage}: the number of steps must be 0 or more, got {steps}.")
+            raise ConfigError(f"{section}: the number of steps must be 0 or more, got {steps}.")
         optimizer_of(config, stage)
-        if steps or stage == "algorithm1":
-            parallel.check_batch(batch, f"{stage}.batch_size")
-        if steps and stage != "algorithm1" and setting.train.num_classes is None:
+        if steps or section == "denoise":  # whose batches serve for the moments, too
+            parallel.check_batch(batch, f"{section}.batch_size")
+        if steps and section == stage and setting.train.num_classes is None:
             raise ConfigError(
                 f"Stage {stage} trains with labels, but {setting.train.name} has none. Set --config.{stage}.steps=0."
             )
         if steps and len(setting.train) < batch:
             raise DataError(
-                f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {stage}.batch_size is "
+                f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {section}.batch_size is "
                 f"{batch}."
             )
     if setting.test is not None:

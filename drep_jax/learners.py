@@ -26,7 +26,7 @@ from drep_jax.builder import Setting
 from drep_jax.closed_form import Moments
 from drep_jax.data.corruptions import corrupt, parse_spec
 from drep_jax.data.loader import epoch_order, normalize, read_images
-from drep_jax.data.pairs import open_pairs
+from drep_jax.data.pairs import PairedSource, open_pairs
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import algorithm1_losses
 from drep_jax.errors import ConfigError, DataError, lookup
@@ -243,7 +243,7 @@ def measuring_images(config: Config, setting: Setting) -> tuple[np.ndarray, list
     """
     options, noise = config["measured"], config["noise"]
     if noise.startswith(PAIRS):
-        pairs = open_pairs(noise.removeprefix(PAIRS), tuple(config["data"]["image_size"]), config["data"]["resize"])
+        pairs = _open_pairs(config)
         count = min(options["images"] or len(pairs), len(pairs))
         found = [pairs[i] for i in range(count)]
         return np.stack([p["clean"] for p in found]), [np.stack([p["corrupted"] for p in found]).astype(np.float32)]
@@ -256,6 +256,11 @@ def measuring_images(config: Config, setting: Setting) -> tuple[np.ndarray, list
     return clean, [corrupt(clean, index, noise, seed) for seed in seeds]
 
 
+def _open_pairs(config: Config) -> PairedSource:
+    data = config["data"]
+    return open_pairs(config["noise"].removeprefix(PAIRS), tuple(data["image_size"]), data["resize"])
+
+
 def check_measuring(config: Config) -> None:
     """Refuses settings of the learners that choose on held-out images, before any work.
 
@@ -263,7 +268,10 @@ def check_measuring(config: Config) -> None:
       ConfigError: naming the setting.
     """
     options, select = config["measured"], config["select"]
-    if not config["noise"].startswith(PAIRS) and all(part.high == 0 for part in parse_spec(config["noise"])):
+    if config["noise"].startswith(PAIRS):
+        if "measured" in (config["learner"], *config["compare"]):
+            _open_pairs(config)
+    elif all(part.high == 0 for part in parse_spec(config["noise"])):
         raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
     for name in ("draws", "vectors"):
         if options[name] < 1:

@@ -13,6 +13,7 @@ import safetensors.numpy
 from drep_jax import experiment
 from drep_jax.denoise_tree import get_in, set_in
 from drep_jax.training.checkpoint import Checkpointer
+from drep_jax.training.stages import prepare
 from tests.command import TINY, call
 
 TYPOS = {
@@ -42,6 +43,16 @@ TYPOS = {
     "never log": (["--config.log_every=0"], ["log_every=0", "at least 1"]),
     "tfds": (["--config.data.source=tfds:cifar10"], ["cifar10", "not prepared", "download_and_prepare", "folder:DIR"]),
     "tfds typo": (["--config.data.source=tfds:cifar01"], ["cifar01", "Did you mean"]),
+    "unknown learner beside": (["--config.compare=('mesured',)"], ["mesured", 'Did you mean "measured"']),
+    "unknown noise": (["--config.noise=gausian:0..40"], ["gausian", "gaussian"]),
+    "noise that does nothing": (["--config.noise=gaussian:0"], ["gaussian:0", "nothing to measure"]),
+    "no draws": (["--config.measured.draws=0"], ["measured.draws=0", "at least 1"]),
+    "all clean": (["--config.measured.clean_share=(0.5,1.0)"], ["measured.clean_share", "[0, 1)"]),
+    "no ridge": (["--config.measured.ridge=0"], ["measured.ridge=0", "above 0"]),
+    "no noise power": (["--config.wiener.ratios=(0.0,)"], ["wiener.ratios", "above 0"]),
+    "negative strength": (["--config.select.strengths=(-1.0,1.0)"], ["select.strengths", "at least 0"]),
+    "unknown selection noise": (["--config.select.conditions=('clean','blurr:2')"], ["blurr", "blur"]),
+    "no such pairs": (["--config.learner=measured", "--config.noise=pairs:/nowhere"], ["/nowhere", "DIR/clean/NAME"]),
     "no folder": (["--config.data.source=folder:/nowhere"], ["/nowhere"]),
 }
 
@@ -82,7 +93,7 @@ def test_a_loss_that_diverges_names_stage_step_and_site(finished, tmp_path):
     given = f"--config.backbone.init_from={finished.backbone}"
     fast = ["--config.denoise.learning_rate=1e38", "--config.control.steps=0"]
     ended = call("train.py", TINY, f"--workdir={tmp_path / 'run'}", given, *fast)
-    ended.refused("Stage denoise", "encoderblock_0/mlp/fc1", "step 2", "lower learning rate")
+    ended.refused("Stage algorithm1", "encoderblock_0/mlp/fc1", "step 2", "lower learning rate")
     # The message asks for another --workdir, but nothing was learned in this one yet, so that it may also be kept.
     slow = ["--config.denoise.train_steps=2", "--config.control.steps=0", "--config.evaluate.conditions=('clean',)"]
     assert call("train.py", TINY, f"--workdir={tmp_path / 'run'}", given, *slow).status in (0, 1)
@@ -182,7 +193,7 @@ def test_places_that_hold_no_finished_run_are_refused(finished, fuse, tmp_path):
     shutil.copy(os.path.join(finished.directory, "config.json"), begun)
     fuse(workdir=begun)[0].refused("no learned denoisers yet", f"--workdir={begun}")
     shutil.copytree(os.path.join(finished.directory, "checkpoints"), begun / "checkpoints")
-    shutil.rmtree(begun / "checkpoints" / "denoise" / "30")
+    shutil.rmtree(begun / "checkpoints" / "algorithm1" / "30")
     fuse(workdir=begun)[0].refused("step 20 of 30", "finish the run first")
     (begun / "file").write_text("in the way")
     call("fuse.py", f"--workdir={finished.directory}", f"--out={begun / 'file' / 'x'}").refused(
@@ -194,7 +205,7 @@ def test_nan_in_a_saved_denoiser_is_refused(finished, fuse, tmp_path, monkeypatc
     copied = shutil.copytree(finished.directory, tmp_path / "run")
     monkeypatch.setattr("drep_jax.training.checkpoint.check_finite", lambda tree, what: None)
     params = {"backbone": finished.variables["params"], "denoise": finished.denoise}
-    state, frozen, _ = experiment._start(finished.config, "denoise", params, {}, ("denoise",))
+    state, frozen, _ = prepare(finished.config, "algorithm1", params, {}, ("denoise",))
     place = ("encoderblock_1", "mlp", "fc2", "kernel")
     bad = jnp.asarray(get_in(finished.denoise, place)).at[0, 0].set(jnp.nan)
     state = state.replace(params={"denoise": set_in(finished.denoise, place, bad)})

@@ -15,6 +15,7 @@ from drep_jax import experiment, report, weights
 from drep_jax.data.loader import normalize
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import explicit_apply
+from drep_jax.training import stages
 from drep_jax.training.logging import read_metrics
 from tests.command import TINY, call, largest_difference, same_bits, start
 from tests.tiny_config import get_config
@@ -263,6 +264,5 @@ def test_resnet_with_batch_statistics_end_to_end(tmp_path):
 
 
 def test_keys_of_the_stages_differ(finished):
-    purposes = ("init", *experiment.STAGES, "placebo", "noise")
-    keys = [tuple(jax.random.key_data(experiment._key(finished.config, purpose)).tolist()) for purpose in purposes]
-    assert len(set(keys)) == len(purposes)
+    keys = [tuple(jax.random.key_data(stages.key_of(finished.config, purpose)).tolist()) for purpose in stages.PURPOSES]
+    assert len(set(keys)) == len(stages.PURPOSES)

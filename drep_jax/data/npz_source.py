@@ -92,7 +92,7 @@ def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tupl
       DataError: naming the file and what is wrong with it.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = file.files
             labels = file["labels"] if "labels" in names else None
             classes = tuple(map(str, file["label_names"])) if "label_names" in names else None

@@ -23,9 +23,9 @@ STAGES = ("backbone", "control", "algorithm1")
 PURPOSES = ("init", *STAGES, "placebo", "noise", "closed_form", "wiener", "measured")
 
 
-def options_of(config: Config, stage: str) -> Config:
-    """Returns the settings of a stage; every learner of denoisers has those of `denoise`."""
-    return config[stage] if stage in ("backbone", "control") else config["denoise"]
+def section_of(stage: str) -> str:
+    """Returns the name of the settings of a stage; every learner of denoisers has those of `denoise`."""
+    return stage if stage in ("backbone", "control") else "denoise"
 
 
 def training_steps(config: Config, stage: str) -> int:
@@ -46,7 +46,7 @@ def optimizer_of(config: Config, stage: str) -> Any:
     Raises:
       ConfigError: naming the stage.
     """
-    options, steps = options_of(config, stage), training_steps(config, stage)
+    options, steps = config[section_of(stage)], training_steps(config, stage)
     try:
         return make_optimizer(
             options["optimizer"],
@@ -57,7 +57,7 @@ def optimizer_of(config: Config, stage: str) -> Any:
             clip=options["clip"],
         )
     except ConfigError as error:
-        raise ConfigError(f"{stage}: {error}") from error
+        raise ConfigError(f"{section_of(stage)}: {error}") from error
 
 
 def prepare(config: Config, stage: str, params: Tree, others: Tree, trainable: tuple[str, ...]) -> Any:
@@ -80,7 +80,7 @@ def run_training(
     probe: Any = None,
 ) -> Any:
     """Runs or resumes a stage; returns its final state and the seconds it took."""
-    options = options_of(config, stage)
+    options = config[section_of(stage)]
     state, frozen, tx = prepare(config, stage, params, others, trainable)
     seed = config["seed"] * len(STAGES) + STAGES.index(stage)
     augment = {name: config["data"][name] for name in ("flip", "shift")}

@@ -96,7 +96,7 @@ def read_torch_npz(path: str) -> dict[str, np.ndarray]:
       CheckpointError: if the file is damaged, or of no format known here.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays: dict[str, Any] = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read as an .npz of arrays: {error}.") from error

@@ -19,6 +19,15 @@ TINY_VIT = {"patch_size": (2, 4), "width": 12, "depth": 2, "num_heads": 3, "mlp_
 TINY_RESNET = {"stage_sizes": (1, 1), "block": "basic", "width": 4, "stem": "cifar"}
 SIZE = (8, 12)
 
+
+def cifar_parameters(n):
+    """A stem, three stages of 2n convolutions, shortcuts without parameters (He et al. 2016, section 4.2)."""
+    stem = 27 * 16
+    first, second, third = 2 * n * 16 * 144, 16 * 288 + (2 * n - 1) * 32 * 288, 32 * 576 + (2 * n - 1) * 64 * 576
+    norms = 2 * (16 * (2 * n + 1) + 32 * 2 * n + 64 * 2 * n)
+    return stem + first + second + third + norms + 64 * 1000 + 1000
+
+
 # name: (overrides, image size, trainable parameters with 1000 classes, as published by timm and torchvision
 # or, for the free entries, counted by hand below)
 TABLE = {
@@ -37,6 +46,7 @@ TABLE = {
     "resnet34": ({}, (224, 224), 21_797_672),
     "resnet50": ({}, (224, 224), 25_557_032),
     "resnet101": ({}, (224, 224), 44_549_160),
+    **{f"resnet{6 * n + 2}_cifar": ({}, (32, 32), cifar_parameters(n)) for n in (3, 5, 7, 9)},
 }
 
 
