@@ -57,6 +57,7 @@ def get_default() -> ConfigDict:
         {
             "rule": "ddpm",  # ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
             "steps": 1,  # reverse steps a site
+            "time_scale": 1.0,  # every site's t, times this; 1 is the paper's
             "moment_images": 0,  # images whose moments give the optimum; 0 for all
             "loss": "l2",  # l2, l1 or l1+l2
             "tokens": 1.0,  # share of each image's feature vectors to learn from
@@ -87,6 +88,15 @@ def get_default() -> ConfigDict:
             "images": 1000,  # 0 for all held-out images
             "labels": True,  # False: by agreement with the backbone's clean answers even where there are labels
             "max_clean_loss": 1.0,  # points on clean images
+        }
+    )
+    config.sweep = ConfigDict(  # fuse.py --sweep: every combination is solved from the moments
+        {
+            "rules": ("ddpm", "paper", "ddim", "ddim:0"),
+            "steps": (1, 5, 10),
+            "scales": (1.0, 10.0, 50.0),
+            "wiener": True,  # the ratios of `wiener` too
+            "strengths": (0.0, 0.5, 1.0, 1.5),
         }
     )
     config.evaluate = ConfigDict(

@@ -83,7 +83,7 @@ def build(config: Mapping[str, Any]) -> Setting:
     chosen = select_sites(
         find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"]
     )
-    sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"])
+    sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"], scale=denoise["time_scale"])
     return Setting(
         backbone=backbone,
         abstract=abstract,

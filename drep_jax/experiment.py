@@ -4,10 +4,11 @@ Order of a run in a work directory, each step resumed or passed over if it is do
 backbone → control arm (backbone trained on) → denoisers → fusion, certificate, export → evaluation → report.
 """
 
+import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,9 @@ from drep_jax.errors import CheckpointError, ConfigError, DataError, did_you_mea
 from drep_jax.fusion import composed_maps, fuse_exact, survival
 from drep_jax.learners import DIRECT, LEARNERS, Learned, Task, check_measuring, denoising_objective, learn
 from drep_jax.placebo import placebo_denoisers
-from drep_jax.sites import Path
+from drep_jax.selection import choose, scaled
+from drep_jax.sites import Path, assign_times
+from drep_jax.sweep import sweep_candidates, sweep_table
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
@@ -215,21 +218,7 @@ def finish(
         if found is not exported:
             numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
         arms[name] = {**variables, "params": numbers}
-    metrics = {}
-    if setting.test is not None:
-        evaluate = config["evaluate"]
-        scores = evaluation.score_arms(
-            setting.backbone,
-            arms,
-            setting.test,
-            evaluate["conditions"],
-            classification.scores,
-            batch_size=evaluate["batch_size"],
-            mean=setting.mean,
-            std=setting.std,
-            seed=config["seed"],
-        )
-        metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
+    metrics = evaluate_arms(config, setting, arms, controls=controls)
     content = {
         "schema": report.SCHEMA,
         "config": config,
@@ -246,6 +235,27 @@ def finish(
     }
     report.write_report(content, directory)
     return content
+
+
+def evaluate_arms(
+    config: Config, setting: Setting, arms: Mapping[str, Tree], *, controls: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the report's `metrics`: every arm on the test images under every condition; none without test images."""
+    if setting.test is None:
+        return {}
+    evaluate = config["evaluate"]
+    scores = evaluation.score_arms(
+        setting.backbone,
+        arms,
+        setting.test,
+        evaluate["conditions"],
+        classification.scores,
+        batch_size=evaluate["batch_size"],
+        mean=setting.mean,
+        std=setting.std,
+        seed=config["seed"],
+    )
+    return evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
 
 
 def spectra(
@@ -441,60 +451,153 @@ def refuse(
     directory: str,
     out: str,
     *,
-    rule: str | None,
-    steps: int | None,
-    noise: str,
-    seed: int,
-    dtype: str | None,
-    allow_rounding: bool,
+    rule: str | None = None,
+    steps: int | None = None,
+    time_scale: float | None = None,
+    resolve: bool = False,
+    noise: str = "zero",
+    seed: int = 0,
+    dtype: str | None = None,
+    allow_rounding: bool = False,
 ) -> Certificate:
-    """Fuses a finished run again, without training, and writes weights and certificate to `out`.
+    """Fuses a finished run again, without training or images, and writes weights and certificate to `out`.
 
     Args:
       directory: of the run.
       out: where to write.
-      rule, steps: None for the run's own.
+      rule, steps, time_scale: None for the run's own. Denoisers for other time steps are solved from the run's moments
+        if it learned in closed form, or with `resolve`.
+      resolve: take the closed form of the run's moments in place of its own denoisers.
       noise: "zero", or "sample" for a z drawn once from `seed` and kept in the weights.
       seed: of that draw.
       dtype, allow_rounding: see `export`.
+
+    Raises:
+      ConfigError: for a choice that does not fit the run.
     """
     if noise not in ("zero", "sample"):
         raise ConfigError(f'Unknown noise "{noise}"; it is "zero" or "sample".')
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f'Unknown storage type "{dtype}".{did_you_mean(dtype, DTYPES)}')
     config, setting, variables, denoise = load_run(directory)
-    direct = config["learner"] in DIRECT
-    rule = ("affine" if direct else config["denoise"]["rule"]) if rule is None else rule
-    steps = (1 if direct else config["denoise"]["steps"]) if steps is None else steps
-    if direct and (rule != "affine" or steps != 1 or noise == "sample"):
+    options = config["denoise"]
+    direct = config["learner"] in DIRECT and not resolve
+    other_times = (steps or options["steps"]) > options["steps"] or time_scale not in (None, options["time_scale"])
+    rule = ("affine" if direct else options["rule"]) if rule is None else rule
+    chosen = (1 if direct else options["steps"]) if steps is None else steps
+    if direct and (rule != "affine" or chosen != 1 or time_scale is not None or noise == "sample"):
         raise ConfigError(
             f"The run in {directory} learned its maps directly ({config['learner']}): they are one step without noise, so "
-            "--rule, --steps and --noise=sample do not apply."
+            "--rule, --steps, --time_scale and --noise=sample do not apply. --resolve takes the closed form instead."
         )
     if rule == "affine" and not direct:
         raise ConfigError(
             'Rule "affine" is for maps given directly; these denoisers predict noise. Use ddpm, paper or ddim.'
         )
+    if resolve or (other_times and config["learner"] == "closed_form"):
+        setting, denoise = _solved_again(setting, variables, directory, options, steps, time_scale)
+    elif time_scale not in (None, options["time_scale"]):
+        raise ConfigError(
+            f"--time_scale={time_scale} would need denoisers learned at other time steps; --resolve solves them from the run's "
+            "moments, in closed form."
+        )
     check_finite({"backbone": variables, "denoise": denoise}, "Refusing to fuse")
     if noise == "sample":
         denoise = sample_noise(denoise, setting.sites, jax.random.key(seed))
+    return _fuse_and_export(
+        config, setting, variables, denoise, out, rule=rule, steps=chosen, dtype=dtype, allow_rounding=allow_rounding
+    )[1]
+
+
+def _solved_again(
+    setting: Setting, variables: Tree, directory: str, options: Config, steps: int | None, time_scale: float | None
+) -> tuple[Setting, Tree]:
+    """Returns the setting with other time steps, and the closed form for them from the run's moments."""
+    began = time.perf_counter()
+    moments = load_moments(os.path.join(directory, MOMENTS), setting.sites, weights.digest(variables))
+    sites = assign_times(
+        setting.sites,
+        timesteps=setting.schedule.timesteps,
+        steps=options["steps"] if steps is None else steps,
+        scale=options["time_scale"] if time_scale is None else time_scale,
+    )
+    denoise = closed_form.closed_form(moments, sites, setting.schedule)
+    first, last = sites[0].times[0], sites[-1].times[-1]
+    seconds = time.perf_counter() - began
+    print(
+        f"Solved {len(sites)} sites again from the saved moments, t = {first} … {last}, in {seconds:.1f} s, without images."
+    )
+    return dataclasses.replace(setting, sites=sites), denoise
+
+
+def _fuse_and_export(
+    config: Config,
+    setting: Setting,
+    variables: Tree,
+    denoise: Tree,
+    out: str,
+    *,
+    rule: str,
+    steps: int,
+    dtype: str | None = None,
+    allow_rounding: bool = False,
+) -> tuple[Tree, Certificate]:
     fused, certificate = fuse_and_certify(config, setting, variables, denoise, rule=rule, steps=steps)
     params = {"backbone": variables["params"], "denoise": denoise}
     exact = None
     if dtype is not None:
         exact = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps, round_back=False)
-    export(
-        out,
-        variables,
-        fused,
-        rule=rule,
-        steps=steps,
-        setting=setting,
-        dtype=dtype,
-        allow_rounding=allow_rounding,
-        exact=exact,
-    )
+    how: dict[str, Any] = {"rule": rule, "steps": steps, "setting": setting}
+    export(out, variables, fused, **how, dtype=dtype, allow_rounding=allow_rounding, exact=exact)
     workdir.write_json(os.path.join(out, "certificate.json"), certificate.to_json())
+    return fused, certificate
+
+
+def sweep(directory: str, out: str, *, images: int | None = None) -> Certificate:
+    """Tries a grid of rules, steps, time-step scales and strengths on held-out images, and fuses the best one to `out`.
+
+    Every denoiser is solved from the run's moments, so the grid needs no training. The best point is evaluated once on
+    the test images, with its paired interval against the backbone.
+
+    Args:
+      directory: of the run.
+      out: where to write weights, certificate and `sweep.json`.
+      images: held-out images to choose on; None for the configured number.
+
+    Raises:
+      CheckpointError: if the run has no moments.
+    """
+    config, setting, variables, _ = load_run(directory)
+    path = os.path.join(directory, MOMENTS)
+    if not os.path.exists(path):
+        raise CheckpointError(f"There are no moments in {directory} to solve denoisers from; run train.py again.")
+    moments = load_moments(path, setting.sites, weights.digest(variables))
+    candidates, dropped = sweep_candidates(config, setting.sites, setting.schedule, variables, moments)
+    for line in dropped:
+        print(f"Left out {line}")
+    select = {**config["select"], "strengths": config["sweep"]["strengths"]}
+    if images is not None:
+        select["images"] = images
+    config = {**config, "select": select}
+    choice = choose(config, setting, variables, candidates)
+    point = choice.points[choice.chosen]
+    print(
+        f"{len(choice.points)} points on {choice.images} held-out images, by {choice.criterion}, {choice.seconds:.1f} s:\n"
+    )
+    print(sweep_table(choice))
+    if choice.chosen == 0:
+        print("\nNo point is better than the unchanged backbone; its weights are written as they are.")
+    denoise = scaled(candidates[point.candidate].denoise, point.strength)
+    fused, certificate = _fuse_and_export(config, setting, variables, denoise, out, rule="affine", steps=1)
+    arms = {"baseline": variables, "swept": {**variables, "params": fused}}
+    metrics = evaluate_arms(config, setting, arms, controls=[])
+    if metrics:
+        print("\nOn the test images, which were not chosen on:")
+        for condition, entry in metrics.items():
+            print(report.verdict(condition, entry, "swept"))
+    content = {"front": choice.front(), "criterion": choice.criterion, "left_out": dropped, "metrics": metrics}
+    points = [dataclasses.asdict(found) for found in choice.points]
+    workdir.write_json(os.path.join(out, "sweep.json"), report.plain({**content, "points": points}))
     return certificate
 
 
