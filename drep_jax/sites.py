@@ -354,17 +354,22 @@ def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int
     )
 
 
-def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1) -> tuple[Site, ...]:
-    """Gives the i-th of N sites in execution order the time step t = steps·(N − i + 1), so that t falls to `steps` (Alg. 2).
+def assign_times(
+    sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_scale: float = 1.0
+) -> tuple[Site, ...]:
+    """Gives the i-th of N sites in execution order the time step t = time_scale·steps·(N − i + 1), rounded (Alg. 2).
 
     Every slice of a stacked site counts as one of the N; slices of one `nn.scan` interleave as they run. A site then
-    takes the reverse steps t, t − 1, …, t − steps + 1, so the last site ends at t = 1.
+    takes the reverse steps t, t − 1, …, t − steps + 1, so with time_scale 1 (the paper's) the last site ends at t = 1. A
+    larger scale assumes more noise at every site; t is never below `steps`.
 
     Raises:
-      ConfigError: if the chain does not fit into `timesteps`, or `steps` < 1.
+      ConfigError: if the chain does not fit into `timesteps`, or for `steps` < 1 or a scale that is no number above 0.
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ConfigError(f"The number of steps per site must be a whole number of at least 1, got {steps!r}.")
+    if isinstance(time_scale, bool) or not (math.isfinite(time_scale) and time_scale > 0):
+        raise ConfigError(f"The scale of the time steps must be a number above 0, got {time_scale!r}.")
     first_in_scan: dict[Path, int] = {}
     for site in sites:
         if (scan := site.layers[0].scan) is not None:
@@ -375,14 +380,16 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1) -> tu
         start = layer.order if layer.scan is None else first_in_scan[layer.scan]
         slots += [(start, copy, layer.order, number) for copy in range(site.stack or 1)]
     total = len(slots)
-    if steps * total > timesteps:
+    largest = max(steps, round(time_scale * steps * total))
+    if largest > timesteps:
+        scaled, less = ("", "") if time_scale == 1 else (f" at time scale {time_scale:g}", "a smaller scale, ")
         raise ConfigError(
-            f"{total} sites of {steps} step(s) each need {steps * total} time steps, but the schedule has "
-            f"{timesteps}; take fewer sites or steps, or a longer schedule."
+            f"{total} sites of {steps} step(s) each need {largest} time steps{scaled}, but the schedule has "
+            f"{timesteps}; take fewer sites or steps, {less}or a longer schedule."
         )
     times: dict[tuple[int, int], int] = {}
     for position, (_, copy, _, number) in enumerate(sorted(slots)):
-        times[number, copy] = steps * (total - position)
+        times[number, copy] = max(steps, round(time_scale * steps * (total - position)))
     return tuple(
         dataclasses.replace(site, steps=steps, times=tuple(times[number, copy] for copy in range(site.stack or 1)))
         for number, site in enumerate(sites)
@@ -395,6 +402,7 @@ def find_sites(
     pattern: str | Sequence[str] | None = None,
     timesteps: int = 1000,
     steps: int = 1,
+    time_scale: float = 1.0,
     kind: str = "auto",
     bias: bool = True,
     **kwargs: Any,
@@ -404,6 +412,7 @@ def find_sites(
         select_sites(find_layers(module, *args, **kwargs), pattern, kind=kind, bias=bias),
         timesteps=timesteps,
         steps=steps,
+        time_scale=time_scale,
     )
 
 
