@@ -2,8 +2,8 @@
 
     python fuse.py --workdir=runs/digits
     python fuse.py --workdir=runs/digits --rule=paper --noise=sample --seed=1 --out=weights
-    python fuse.py --workdir=runs/digits --resolve --steps=10 --time_scale=5   # other time steps, from the saved moments
-    python fuse.py --workdir=runs/digits --sweep                               # the best of a grid, on held-out images
+    python fuse.py --workdir=runs/digits --resolve --steps=10 --time_scale=10       # other time steps, without training
+    python fuse.py --workdir=runs/digits --sweep                                    # the best of many, on held-out images
 
 Exit status: 0 if the certificate holds, 3 if it fails, 1 for bad input.
 """
@@ -15,19 +15,18 @@ import sys
 from absl import flags
 
 from drep_jax.cli import absl_main
-from drep_jax.errors import ConfigError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that learned the denoisers.", required=True)
 RULE = flags.DEFINE_string(
-    "rule", None, "Reverse step: ddpm (Eq. 5), paper (Eq. 7), ddim or ddim:r; default: the run's."
+    "rule", None, "Reverse step: ddpm (Eq. 5), paper (Eq. 7), ddim or ddim:r, or wiener:r; default: the run's."
 )
-STEPS = flags.DEFINE_integer(
-    "steps", None, "Reverse steps a site; more than the run's own need --resolve or a closed form; default: the run's."
-)
-TIME_SCALE = flags.DEFINE_float("time_scale", None, "Every site's t, times this; needs --resolve or a closed form.")
-RESOLVE = flags.DEFINE_bool("resolve", False, "Take the closed form of the run's moments in place of its denoisers.")
-SWEEP = flags.DEFINE_bool("sweep", False, "Try the configuration's grid on held-out images and fuse the best.")
-SWEEP_IMAGES = flags.DEFINE_integer("sweep_images", None, "Held-out images of --sweep; default: select.images.")
+STEPS = flags.DEFINE_integer("steps", None, "Reverse steps a site; default: the run's.")
+TIME_SCALE = flags.DEFINE_float("time_scale", None, "Scale of the time steps; default: the run's.")
+BETA_END = flags.DEFINE_float("beta_end", None, "End of the noise schedule; default: the run's.")
+STRENGTH = flags.DEFINE_float("strength", None, "How much of the fusion to take, 0 for the backbone; default: 1.")
+RESOLVE = flags.DEFINE_bool("resolve", False, "Take Algorithm 1's minimum from the run's moments, not what it learned.")
+SWEEP = flags.DEFINE_bool("sweep", False, "Choose among the run's grid of rules, steps, scales and strengths.")
+SWEEP_IMAGES = flags.DEFINE_integer("sweep_images", None, "Held-out images of --sweep, 0 for all; default: the run's.")
 NOISE = flags.DEFINE_string("noise", "zero", 'The noise z: "zero", or "sample" to draw it once from --seed.')
 SEED = flags.DEFINE_integer("seed", 0, "Seed of --noise=sample.")
 OUT = flags.DEFINE_string("out", None, "Where to write; default: WORKDIR/fused, or WORKDIR/sweep.")
@@ -37,28 +36,28 @@ ALLOW_ROUNDING = flags.DEFINE_bool("allow_rounding", False, "Write even if the t
 
 def main(argv: list[str]) -> int:
     """Fuses again; returns the exit status."""
-    from drep_jax import experiment
+    from drep_jax import experiment, sweep
 
     out = OUT.value or os.path.join(WORKDIR.value, "sweep" if SWEEP.value else "fused")
     options = {
         "rule": RULE.value,
         "steps": STEPS.value,
         "time_scale": TIME_SCALE.value,
-        "resolve": RESOLVE.value,
-        "noise": NOISE.value,
-        "seed": SEED.value,
+        "beta_end": BETA_END.value,
         "dtype": DTYPE.value,
         "allow_rounding": ALLOW_ROUNDING.value,
     }
     if SWEEP.value:
-        given = [name for name in options if flags.FLAGS[name].present]
-        if given:
-            raise ConfigError(
-                f"--sweep chooses by itself; it cannot be given with {', '.join('--' + n for n in given)}."
-            )
-        certificate = experiment.sweep(WORKDIR.value, out, images=SWEEP_IMAGES.value)
+        if NOISE.value != "zero":
+            raise flags.Error("--sweep compares without noise, so --noise does not go with it.")
+        found = sweep.sweep(WORKDIR.value, out, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
+        certificate = found.certificate
     else:
-        certificate = experiment.refuse(WORKDIR.value, out, **options)
+        if SWEEP_IMAGES.value is not None:
+            raise flags.Error("--sweep_images goes with --sweep only.")
+        strength = 1.0 if STRENGTH.value is None else STRENGTH.value
+        again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
+        certificate = experiment.refuse(WORKDIR.value, out, strength=strength, **again, **options)
     print(certificate)
     print(f"Weights: {os.path.join(out, 'fused.safetensors')} and {os.path.join(out, 'orbax')}")
     return 0 if certificate.passed else 3

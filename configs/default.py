@@ -57,7 +57,7 @@ def get_default() -> ConfigDict:
         {
             "rule": "ddpm",  # ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
             "steps": 1,  # reverse steps a site
-            "time_scale": 1.0,  # every site's t, times this; 1 is the paper's
+            "time_scale": 1.0,  # t = time_scale · steps · (N − i + 1): above 1, more noise is assumed than in the paper
             "moment_images": 0,  # images whose moments give the optimum; 0 for all
             "loss": "l2",  # l2, l1 or l1+l2
             "tokens": 1.0,  # share of each image's feature vectors to learn from
@@ -90,13 +90,12 @@ def get_default() -> ConfigDict:
             "max_clean_loss": 1.0,  # points on clean images
         }
     )
-    config.sweep = ConfigDict(  # fuse.py --sweep: every combination is solved from the moments
+    config.sweep = ConfigDict(  # grid of `fuse.py --sweep`; how it chooses is in `select`
         {
-            "rules": ("ddpm", "paper", "ddim", "ddim:0"),
-            "steps": (1, 5, 10),
-            "scales": (1.0, 10.0, 50.0),
-            "wiener": True,  # the ratios of `wiener` too
-            "strengths": (0.0, 0.5, 1.0, 1.5),
+            "rules": ("ddpm", "ddim:0", "wiener:0.001", "wiener:0.003", "wiener:0.01", "wiener:0.03", "wiener:0.1"),
+            "steps": (1, 2, 5, 10),  # single jumps (ddim:r, wiener:r) have 1 only
+            "scales": (1.0, 3.0, 10.0, 30.0, 100.0),  # of the time steps; what does not fit in the schedule is left out
+            "strengths": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
         }
     )
     config.evaluate = ConfigDict(

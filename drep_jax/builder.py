@@ -83,7 +83,7 @@ def build(config: Mapping[str, Any]) -> Setting:
     chosen = select_sites(
         find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"]
     )
-    sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"], scale=denoise["time_scale"])
+    sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"])
     return Setting(
         backbone=backbone,
         abstract=abstract,
@@ -96,3 +96,16 @@ def build(config: Mapping[str, Any]) -> Setting:
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
     )
+
+
+def respaced(setting: Setting, *, steps: int, time_scale: float, beta_end: float | None = None) -> Setting:
+    """Returns the setting with other time steps; denoisers learned at the old ones do not belong to it.
+
+    Args:
+      setting: as built.
+      steps, time_scale: see `drep_jax.sites.assign_times`.
+      beta_end: other end of the noise schedule; None for the same.
+    """
+    schedule = setting.schedule if beta_end is None else dataclasses.replace(setting.schedule, beta_end=beta_end)
+    sites = assign_times(setting.sites, timesteps=schedule.timesteps, steps=steps, time_scale=time_scale)
+    return dataclasses.replace(setting, schedule=schedule, sites=sites)

@@ -119,7 +119,7 @@ MOMENTS = "moments.npz"
 
 
 def save_moments(path: str, moments: Mapping[Path, Moments], owner: str) -> None:
-    """Writes moments whole or not at all; `owner` identifies the backbone whose features they describe."""
+    """Writes moments whole or not at all; `owner` identifies the backbone and image size whose features they describe."""
     arrays: dict[str, Any] = {"owner": np.array(owner)}
     for where, known in moments.items():
         for field in dataclasses.fields(known):
@@ -133,18 +133,23 @@ def load_moments(path: str, sites: Sequence[Site], owner: str) -> dict[Path, Mom
     """Reads the moments of the given sites.
 
     Raises:
-      CheckpointError: if the file is damaged, belongs to another backbone, or lacks a site or has it in another width.
+      CheckpointError: if the file is absent or damaged, belongs to another backbone or image size, or lacks a site or has
+        it in another width.
     """
     try:
         with np.load(path) as file:
             arrays = dict(file)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"There is no {path}, which holds the moments of the features; run train.py with the same --workdir to take them."
+        ) from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); delete it and run again to take the moments anew."
         ) from error
     if str(arrays.get("owner")) != owner:
         raise CheckpointError(
-            f"{path} holds the moments of another backbone; delete it and run again to take them anew."
+            f"{path} holds the moments of another backbone or image size; delete it and run again to take them anew."
         )
     moments = {}
     for site in sites:
@@ -201,12 +206,14 @@ def minimiser(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.
     return {"kernel": weight, "bias": -signal * np.einsum("...de,...e->...d", weight, moments.mean)}
 
 
-def closed_form(moments: Mapping[Path, Moments], sites: Sequence[Site], schedule: Schedule) -> Tree:
-    """Returns the `denoise` subtree of the minimisers, in float32."""
+def closed_form(
+    moments: Mapping[Path, Moments], sites: Sequence[Site], schedule: Schedule, dtype: Any = np.float32
+) -> Tree:
+    """Returns the `denoise` subtree of the minimisers, solved in float64 and rounded once to `dtype`."""
     tree: Tree = {}
     for site in sites:
         leaves = minimiser(site, moments[site.path], schedule)
-        tree = set_in(tree, site.path, {name: leaf.astype(np.float32) for name, leaf in leaves.items()})
+        tree = set_in(tree, site.path, {name: leaf.astype(dtype) for name, leaf in leaves.items()})
     return tree
 
 

@@ -4,11 +4,10 @@ Order of a run in a work directory, each step resumed or passed over if it is do
 backbone → control arm (backbone trained on) → denoisers → fusion, certificate, export → evaluation → report.
 """
 
-import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 import tqdm
 
 from drep_jax import closed_form, cost, evaluation, report, weights, workdir
-from drep_jax.builder import Setting, build
+from drep_jax.builder import Setting, build, respaced
 from drep_jax.certificate import Certificate, certify
 from drep_jax.closed_form import MOMENTS, Moments, load_moments, save_moments
 from drep_jax.data.corruptions import parse_spec
@@ -28,9 +27,9 @@ from drep_jax.errors import CheckpointError, ConfigError, DataError, did_you_mea
 from drep_jax.fusion import composed_maps, fuse_exact, survival
 from drep_jax.learners import DIRECT, LEARNERS, Learned, Task, check_measuring, denoising_objective, learn
 from drep_jax.placebo import placebo_denoisers
-from drep_jax.selection import choose, scaled
-from drep_jax.sites import Path, assign_times
-from drep_jax.sweep import sweep_candidates, sweep_table
+from drep_jax.recipes import WIENER, Recipe, as_affine, check_grid, check_rule
+from drep_jax.selection import scaled
+from drep_jax.sites import Path
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
@@ -78,6 +77,7 @@ def check(config: Config, setting: Setting) -> None:
     for learner in (config["learner"], *config["compare"]):
         lookup(LEARNERS, learner, "learner")
     check_measuring(config)
+    check_grid(config["sweep"], setting.schedule)
     lookup(LOSSES, denoise["loss"], "loss")
     if not 0.0 < denoise["tokens"] <= 1.0:
         raise ConfigError(f"denoise.tokens={denoise['tokens']} is a share of the feature vectors and lies in (0, 1].")
@@ -174,9 +174,8 @@ def learn_all(
 def take_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
     """Returns the moments of the sites' features over the training images, from the run's own file if it has them."""
     path = os.path.join(directory, MOMENTS)
-    owner = weights.digest(variables)
     if os.path.exists(path):
-        return load_moments(path, setting.sites, owner)
+        return saved_moments(setting, variables, directory)
     batch = config["denoise"]["batch_size"]
     limit = config["denoise"]["moment_images"] or len(setting.train)
     count = min(-(-limit // batch), -(-len(setting.train) // batch))
@@ -184,8 +183,23 @@ def take_moments(config: Config, setting: Setting, variables: Tree, directory: s
     bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
     batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
     moments = collect_moments(setting.backbone, variables, setting.sites, batches)
-    save_moments(path, moments, owner)
+    save_moments(path, moments, _owner(setting, variables))
     return moments
+
+
+def saved_moments(setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
+    """Returns the moments that a run has kept.
+
+    Raises:
+      CheckpointError: if there are none, or they are of another backbone, image size or choice of sites.
+    """
+    return load_moments(os.path.join(directory, MOMENTS), setting.sites, _owner(setting, variables))
+
+
+def _owner(setting: Setting, variables: Tree) -> str:
+    """Names whose features the moments describe: a convolutional backbone alone does not tell the image size."""
+    height, width = setting.images.shape[1:3]
+    return f"{weights.digest(variables)} {height}x{width}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +232,21 @@ def finish(
         if found is not exported:
             numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
         arms[name] = {**variables, "params": numbers}
-    metrics = evaluate_arms(config, setting, arms, controls=controls)
+    metrics = {}
+    if setting.test is not None:
+        evaluate = config["evaluate"]
+        scores = evaluation.score_arms(
+            setting.backbone,
+            arms,
+            setting.test,
+            evaluate["conditions"],
+            classification.scores,
+            batch_size=evaluate["batch_size"],
+            mean=setting.mean,
+            std=setting.std,
+            seed=config["seed"],
+        )
+        metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
     content = {
         "schema": report.SCHEMA,
         "config": config,
@@ -235,27 +263,6 @@ def finish(
     }
     report.write_report(content, directory)
     return content
-
-
-def evaluate_arms(
-    config: Config, setting: Setting, arms: Mapping[str, Tree], *, controls: Sequence[str]
-) -> dict[str, Any]:
-    """Returns the report's `metrics`: every arm on the test images under every condition; none without test images."""
-    if setting.test is None:
-        return {}
-    evaluate = config["evaluate"]
-    scores = evaluation.score_arms(
-        setting.backbone,
-        arms,
-        setting.test,
-        evaluate["conditions"],
-        classification.scores,
-        batch_size=evaluate["batch_size"],
-        mean=setting.mean,
-        std=setting.std,
-        seed=config["seed"],
-    )
-    return evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
 
 
 def spectra(
@@ -308,6 +315,7 @@ def export(
     rule: str,
     steps: int,
     setting: Setting,
+    strength: float = 1.0,
     dtype: str | None = None,
     allow_rounding: bool = False,
     exact: Tree | None = None,
@@ -318,7 +326,7 @@ def export(
       directory: made if absent.
       variables: the unfused backbone's.
       fused: fused parameters.
-      rule, steps, setting: recorded in the files.
+      rule, steps, setting, strength: recorded in the files.
       dtype: storage type; None keeps each parameter's own.
       allow_rounding: write even if less than 90 % of the change survives the type.
       exact: fused parameters in float64, to measure that against; needed with `dtype`.
@@ -336,7 +344,8 @@ def export(
                 f"Storing as {dtype} rounds away {100 * (1 - kept.share):.0f} % of what fusion changed; the network would be "
                 "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
             )
-    fusion = {"rule": rule, "steps": steps, "sites": {site.name: [*site.times] for site in setting.sites}}
+    times = {site.name: [*site.times] for site in setting.sites}
+    fusion = {"rule": rule, "steps": steps, "strength": strength, "sites": times}
     try:
         os.makedirs(directory, exist_ok=True)
     except OSError as error:
@@ -454,150 +463,153 @@ def refuse(
     rule: str | None = None,
     steps: int | None = None,
     time_scale: float | None = None,
+    beta_end: float | None = None,
+    strength: float = 1.0,
     resolve: bool = False,
     noise: str = "zero",
     seed: int = 0,
     dtype: str | None = None,
     allow_rounding: bool = False,
 ) -> Certificate:
-    """Fuses a finished run again, without training or images, and writes weights and certificate to `out`.
+    """Fuses a finished run again, without training, and writes weights and certificate to `out`.
+
+    A denoiser belongs to its time step. Where the run took Algorithm 1's minimum (learner `closed_form`), or with
+    `resolve`, it is solved anew for what is asked, from the run's moments and without images; what was trained can be
+    fused by another rule or with fewer steps only.
 
     Args:
       directory: of the run.
       out: where to write.
-      rule, steps, time_scale: None for the run's own. Denoisers for other time steps are solved from the run's moments
-        if it learned in closed form, or with `resolve`.
-      resolve: take the closed form of the run's moments in place of its own denoisers.
+      rule, steps, time_scale, beta_end: None for the run's own; with new denoisers the rule may also be `wiener:r`.
+      strength: τ, how much of the fusion is taken.
+      resolve: whether the denoisers are to be solved anew whatever the run's learner.
       noise: "zero", or "sample" for a z drawn once from `seed` and kept in the weights.
       seed: of that draw.
       dtype, allow_rounding: see `export`.
-
-    Raises:
-      ConfigError: for a choice that does not fit the run.
     """
     if noise not in ("zero", "sample"):
         raise ConfigError(f'Unknown noise "{noise}"; it is "zero" or "sample".')
+    check_dtype(dtype)
+    if not (np.isfinite(strength) and strength >= 0):
+        raise ConfigError(f"The strength must be a number of at least 0, got {strength}.")
+    config, setting, variables, denoise = load_run(directory)
+    check_finite({"backbone": variables, "denoise": denoise}, "Refusing to fuse")
+    asked = {"rule": rule, "steps": steps, "time_scale": time_scale, "beta_end": beta_end}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if resolve or (asked and config["learner"] == "closed_form"):
+        setting, denoise, how = solve_again(directory, config, setting, variables, asked)
+    else:
+        how = _as_learned(directory, config, asked, noise)
+    recorded = {"rule": how["rule"], "steps": how["steps"], "strength": strength}
+    if how["rule"].startswith(WIENER):
+        how = {"rule": "affine", "steps": 1}
+        if noise == "sample":
+            raise ConfigError(f"Rule {recorded['rule']} is one step without noise, so --noise=sample does not apply.")
+    if noise == "sample":
+        denoise = sample_noise(denoise, setting.sites, jax.random.key(seed))
+    if strength != 1.0:
+        denoise = scaled(as_affine(denoise, setting.sites, setting.schedule, **how), strength)
+        how = {"rule": "affine", "steps": 1}
+    return fuse_and_export(
+        config, setting, variables, denoise, out, how, recorded, dtype=dtype, allow_rounding=allow_rounding
+    )
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuses a storage type that is not one of `DTYPES`."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f'Unknown storage type "{dtype}".{did_you_mean(dtype, DTYPES)}')
-    config, setting, variables, denoise = load_run(directory)
-    options = config["denoise"]
-    direct = config["learner"] in DIRECT and not resolve
-    other_times = (steps or options["steps"]) > options["steps"] or time_scale not in (None, options["time_scale"])
-    rule = ("affine" if direct else options["rule"]) if rule is None else rule
-    chosen = (1 if direct else options["steps"]) if steps is None else steps
-    if direct and (rule != "affine" or chosen != 1 or time_scale is not None or noise == "sample"):
+
+
+def _as_learned(directory: str, config: Config, asked: Mapping[str, Any], noise: str) -> dict[str, Any]:
+    """Returns rule and steps for the denoisers that the run learned, or refuses what they were not learned for."""
+    direct = config["learner"] in DIRECT
+    own = {**config["denoise"], "beta_end": config["schedule"]["beta_end"]}
+    if direct:
+        own.update(rule="affine", steps=1)
+    resolve = "Add --resolve to take the closed form from the run's moments instead."
+    changed = [name for name, value in asked.items() if value != own[name]]
+    if direct and (changed or noise == "sample"):
         raise ConfigError(
             f"The run in {directory} learned its maps directly ({config['learner']}): they are one step without noise, so "
-            "--rule, --steps, --time_scale and --noise=sample do not apply. --resolve takes the closed form instead."
+            f"--rule, --steps, --time_scale, --beta_end and --noise=sample do not apply. {resolve}"
         )
+    rule, steps = asked.get("rule", own["rule"]), asked.get("steps", own["steps"])
+    if moved := [name for name in changed if name in ("time_scale", "beta_end")]:
+        raise ConfigError(
+            f"The run in {directory} trained its denoisers at {' and '.join(f'{name}={own[name]:g}' for name in moved)}, and "
+            f"a denoiser belongs to its time step. {resolve}"
+        )
+    if steps > own["steps"]:
+        raise ConfigError(
+            f"{steps} steps a site need denoisers of other time steps (t falls by {steps} from site to site); these were "
+            f"learned with {own['steps']}. {resolve}"
+        )
+    if rule.startswith(WIENER):
+        raise ConfigError(f'Rule "{rule}" needs other denoisers than those that were trained. {resolve}')
     if rule == "affine" and not direct:
         raise ConfigError(
             'Rule "affine" is for maps given directly; these denoisers predict noise. Use ddpm, paper or ddim.'
         )
-    if resolve or (other_times and config["learner"] == "closed_form"):
-        setting, denoise = _solved_again(setting, variables, directory, options, steps, time_scale)
-    elif time_scale not in (None, options["time_scale"]):
-        raise ConfigError(
-            f"--time_scale={time_scale} would need denoisers learned at other time steps; --resolve solves them from the run's "
-            "moments, in closed form."
-        )
-    check_finite({"backbone": variables, "denoise": denoise}, "Refusing to fuse")
-    if noise == "sample":
-        denoise = sample_noise(denoise, setting.sites, jax.random.key(seed))
-    return _fuse_and_export(
-        config, setting, variables, denoise, out, rule=rule, steps=chosen, dtype=dtype, allow_rounding=allow_rounding
-    )[1]
+    return {"rule": rule, "steps": steps}
 
 
-def _solved_again(
-    setting: Setting, variables: Tree, directory: str, options: Config, steps: int | None, time_scale: float | None
-) -> tuple[Setting, Tree]:
-    """Returns the setting with other time steps, and the closed form for them from the run's moments."""
+def solve_again(
+    directory: str, config: Config, setting: Setting, variables: Tree, asked: Mapping[str, Any]
+) -> tuple[Setting, Tree, dict[str, Any]]:
+    """Solves Algorithm 1's minimum, or a Wiener filter, from the moments of a run, for other time steps, schedule or rule.
+
+    Args:
+      directory, config, setting, variables: of the run.
+      asked: any of rule, steps, time_scale and beta_end; the run's own for the others.
+
+    Returns:
+      The setting with these time steps, the denoisers, and their rule and steps.
+    """
     began = time.perf_counter()
-    moments = load_moments(os.path.join(directory, MOMENTS), setting.sites, weights.digest(variables))
-    sites = assign_times(
-        setting.sites,
-        timesteps=setting.schedule.timesteps,
-        steps=options["steps"] if steps is None else steps,
-        scale=options["time_scale"] if time_scale is None else time_scale,
-    )
-    denoise = closed_form.closed_form(moments, sites, setting.schedule)
-    first, last = sites[0].times[0], sites[-1].times[-1]
+    own = config["denoise"]
+    rule = asked.get("rule", own["rule"])
+    check_rule(rule, setting.schedule)
+    moments = saved_moments(setting, variables, directory)
+    if (ratio := Recipe(rule).ratio) is not None:
+        if useless := [f"--{name}" for name in asked if name != "rule"]:
+            raise ConfigError(f"Rule {rule} has no time steps, so {', '.join(useless)} would change nothing.")
+        steps, where = 1, f"noise of {ratio:g} times each site's feature power"
+        denoise = closed_form.wiener_maps(moments, setting.sites, ratio)
+    else:
+        steps = asked.get("steps", own["steps"])
+        scale = asked.get("time_scale", own["time_scale"])
+        setting = respaced(setting, steps=steps, time_scale=scale, beta_end=asked.get("beta_end"))
+        site_steps(setting.sites, setting.schedule, rule, steps)
+        times = [t for site in setting.sites for t in site.times]
+        where = f"t = {max(times)}…{min(times)}"
+        denoise = closed_form.closed_form(moments, setting.sites, setting.schedule)
     seconds = time.perf_counter() - began
-    print(
-        f"Solved {len(sites)} sites again from the saved moments, t = {first} … {last}, in {seconds:.1f} s, without images."
-    )
-    return dataclasses.replace(setting, sites=sites), denoise
+    print(f"Denoisers solved anew for {where} from the run's moments, without images, in {seconds:.1f} s.")
+    return setting, denoise, {"rule": rule, "steps": steps}
 
 
-def _fuse_and_export(
+def fuse_and_export(
     config: Config,
     setting: Setting,
     variables: Tree,
     denoise: Tree,
     out: str,
+    how: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     *,
-    rule: str,
-    steps: int,
-    dtype: str | None = None,
-    allow_rounding: bool = False,
-) -> tuple[Tree, Certificate]:
-    fused, certificate = fuse_and_certify(config, setting, variables, denoise, rule=rule, steps=steps)
-    params = {"backbone": variables["params"], "denoise": denoise}
+    dtype: str | None,
+    allow_rounding: bool,
+) -> Certificate:
+    """Fuses in float64, certifies and writes weights and certificate to `out`; `how` is fused, `recorded` is written down."""
+    fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
     exact = None
     if dtype is not None:
-        exact = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps, round_back=False)
-    how: dict[str, Any] = {"rule": rule, "steps": steps, "setting": setting}
-    export(out, variables, fused, **how, dtype=dtype, allow_rounding=allow_rounding, exact=exact)
+        params = {"backbone": variables["params"], "denoise": denoise}
+        exact = fuse_exact(params, setting.sites, setting.schedule, round_back=False, **how)
+    options: dict[str, Any] = {"dtype": dtype, "allow_rounding": allow_rounding, "exact": exact}
+    export(out, variables, fused, setting=setting, **recorded, **options)
     workdir.write_json(os.path.join(out, "certificate.json"), certificate.to_json())
-    return fused, certificate
-
-
-def sweep(directory: str, out: str, *, images: int | None = None) -> Certificate:
-    """Tries a grid of rules, steps, time-step scales and strengths on held-out images, and fuses the best one to `out`.
-
-    Every denoiser is solved from the run's moments, so the grid needs no training. The best point is evaluated once on
-    the test images, with its paired interval against the backbone.
-
-    Args:
-      directory: of the run.
-      out: where to write weights, certificate and `sweep.json`.
-      images: held-out images to choose on; None for the configured number.
-
-    Raises:
-      CheckpointError: if the run has no moments.
-    """
-    config, setting, variables, _ = load_run(directory)
-    path = os.path.join(directory, MOMENTS)
-    if not os.path.exists(path):
-        raise CheckpointError(f"There are no moments in {directory} to solve denoisers from; run train.py again.")
-    moments = load_moments(path, setting.sites, weights.digest(variables))
-    candidates, dropped = sweep_candidates(config, setting.sites, setting.schedule, variables, moments)
-    for line in dropped:
-        print(f"Left out {line}")
-    select = {**config["select"], "strengths": config["sweep"]["strengths"]}
-    if images is not None:
-        select["images"] = images
-    config = {**config, "select": select}
-    choice = choose(config, setting, variables, candidates)
-    point = choice.points[choice.chosen]
-    print(
-        f"{len(choice.points)} points on {choice.images} held-out images, by {choice.criterion}, {choice.seconds:.1f} s:\n"
-    )
-    print(sweep_table(choice))
-    if choice.chosen == 0:
-        print("\nNo point is better than the unchanged backbone; its weights are written as they are.")
-    denoise = scaled(candidates[point.candidate].denoise, point.strength)
-    fused, certificate = _fuse_and_export(config, setting, variables, denoise, out, rule="affine", steps=1)
-    arms = {"baseline": variables, "swept": {**variables, "params": fused}}
-    metrics = evaluate_arms(config, setting, arms, controls=[])
-    if metrics:
-        print("\nOn the test images, which were not chosen on:")
-        for condition, entry in metrics.items():
-            print(report.verdict(condition, entry, "swept"))
-    content = {"front": choice.front(), "criterion": choice.criterion, "left_out": dropped, "metrics": metrics}
-    points = [dataclasses.asdict(found) for found in choice.points]
-    workdir.write_json(os.path.join(out, "sweep.json"), report.plain({**content, "points": points}))
     return certificate
 
 

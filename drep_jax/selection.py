@@ -20,13 +20,16 @@ import numpy as np
 from drep_jax.builder import Setting
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import epoch_order, normalize, read_images, read_labels
-from drep_jax.errors import ConfigError, DataError
+from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.fusion import fuse
 from drep_jax.sites import Site
 
 Tree = Any
 SELECTION_SEED = 2
 """Added to the run's seed for the corruption of held-out images."""
+
+STACK_BYTES = 2**30
+"""Memory for the candidates that are on the device at once; of more, one stack after the other is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +42,16 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A candidate at a strength, and what it scored under every condition (per cent; NaN where outputs overflowed)."""
+    """A candidate at a strength, and what it scored under every condition (per cent; NaN where outputs overflowed).
+
+    Attributes:
+      change: τ·‖I − A‖, the root mean square over all directions at all sites; 0 for the unchanged backbone.
+    """
 
     label: str
     candidate: int
     strength: float
+    change: float
     accuracy: dict[str, float] | None
     agreement: dict[str, float]
 
@@ -67,13 +75,18 @@ class Choice:
     images: int
     seconds: float
 
+    def scores(self, number: int) -> dict[str, float]:
+        """Returns a point's scores by the criterion."""
+        return _scores(self.points[number], self.criterion)
+
     def front(self) -> dict[str, Any]:
         """Returns the report's `front`."""
         return {
             "conditions": list(self.conditions),
             "chosen": self.chosen,
             "points": [
-                {"label": p.label, "strength": p.strength, "scores": _scores(p, self.criterion)} for p in self.points
+                {"label": point.label, "strength": point.strength, "scores": self.scores(number)}
+                for number, point in enumerate(self.points)
             ],
         }
 
@@ -95,35 +108,59 @@ def grid_outputs(
 
     Args:
       backbone, variables, sites, schedule: of the unfused network.
-      candidates: their trees are stacked, so that one program serves all.
+      candidates: their trees are stacked, so that one program serves all, in several stacks of one form if they are large.
       points: (number of the candidate, strength).
     """
-    stacked = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *[c.denoise for c in candidates])
-    which = jnp.array([candidate for candidate, _ in points], jnp.int32)
-    strengths = jnp.array([strength for _, strength in points], jnp.float32)
+    size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(candidates[0].denoise))
+    per_stack = min(len(candidates), max(1, STACK_BYTES // max(1, size)))
+    rows: dict[int, list[int]] = {}
+    for row, (number, _) in enumerate(points):
+        rows.setdefault(number // per_stack, []).append(row)
+    longest = max(len(found) for found in rows.values())
 
     @jax.jit
     def program(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any) -> Any:
         def one(point: Any) -> Any:
-            denoise = jax.tree_util.tree_map(lambda leaf: leaf[point[0]], stacked)
+            # No map at all where the strength is 0, since 0 times what has overflowed would not be 0.
+            denoise = jax.tree_util.tree_map(lambda leaf: jnp.where(point[1] == 0, 0, leaf[point[0]]), stacked)
             params = {"backbone": variables["params"], "denoise": denoise}
             fused = fuse(params, sites, schedule, rule="affine", steps=1, strength=point[1])
             return backbone.apply({**variables, "params": fused}, images)
 
         return jax.lax.map(one, (which, strengths))
 
-    on_device = jax.device_put((dict(variables), stacked, which, strengths))
-    return lambda images: program(*on_device, images)
+    def stack(number: int) -> Any:
+        first = number * per_stack
+        trees = [candidates[min(first + i, len(candidates) - 1)].denoise for i in range(per_stack)]
+        chosen = [points[row] for row in rows[number]]
+        chosen += [(first, 0.0)] * (longest - len(chosen))
+        which = np.array([candidate - first for candidate, _ in chosen], np.int32)
+        strengths = np.array([strength for _, strength in chosen], np.float32)
+        return jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees), which, strengths
+
+    on_device = jax.device_put(dict(variables))
+    kept = jax.device_put(stack(next(iter(rows)))) if len(rows) == 1 else None
+
+    def outputs(images: Any) -> Any:
+        parts = [
+            program(on_device, *(stack(number) if kept is None else kept), images)[: len(found)]
+            for number, found in rows.items()
+        ]
+        order = np.argsort(np.concatenate(list(rows.values())))
+        return parts[0] if kept is not None else np.concatenate(parts)[order]
+
+    return outputs
 
 
 def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candidates: Sequence[Candidate]) -> Choice:
     """Scores every candidate at every strength on held-out images and picks the best.
 
     Best is the highest mean over the conditions among the points that lose at most `select.max_clean_loss` points on
-    clean images against the unchanged backbone; ties go to the smaller strength.
+    clean images against the unchanged backbone; ties go to the smaller change.
 
     Raises:
       DataError: if no images can be held out.
+      NonFiniteError: if the backbone itself gives NaN or Inf on them.
     """
     began = time.perf_counter()
     options = config["select"]
@@ -145,12 +182,15 @@ def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candida
         corrupted = corrupt(images, index, condition, config["seed"] + SELECTION_SEED)
         said[condition] = _answers(outputs, normalize(corrupted, setting.mean, setting.std), batch)
     clean = said[CLEAN][0]
+    if (clean < 0).any():
+        raise NonFiniteError(f"The unchanged backbone gives NaN or Inf on images of {source.name}.")
+    sizes = [_size(candidate.denoise) for candidate in candidates]
     points = []
     for number, (candidate, tau) in enumerate(grid):
         accuracy = None if labels is None else {c: _share(said[c][number], labels) for c in conditions}
         agreement = {c: _share(said[c][number], clean) for c in conditions}
         label = candidates[candidate].label if number else "backbone"
-        points.append(Point(label, candidate, tau, accuracy, agreement))
+        points.append(Point(label, candidate, tau, tau * sizes[candidate] if tau else 0.0, accuracy, agreement))
     criterion = "agreement" if labels is None else "accuracy"
     chosen = best_point(points, criterion, options["max_clean_loss"])
     return Choice(tuple(points), chosen, criterion, conditions, count, time.perf_counter() - began)
@@ -167,9 +207,20 @@ def best_point(points: Sequence[Point], criterion: str, max_clean_loss: float) -
         total = sum(scores.values())
         if number and (not math.isfinite(total) or scores[CLEAN] < base - max_clean_loss - 1e-9):
             return (-math.inf, 0.0)
-        return (total, -points[number].strength)
+        return (total, -points[number].change)
 
     return max(range(len(points)), key=rank)
+
+
+def _size(denoise: Tree) -> float:
+    """Returns ‖I − A‖ over the root of the number of directions, of all sites together."""
+    kernels = [
+        np.asarray(leaf, np.float64)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(denoise)
+        if getattr(path[-1], "key", None) == "kernel"
+    ]
+    directions = sum(kernel.size // kernel.shape[-1] for kernel in kernels)
+    return math.sqrt(sum(float(np.sum(kernel**2)) for kernel in kernels) / directions)
 
 
 def _scores(point: Point, criterion: str) -> dict[str, float]:

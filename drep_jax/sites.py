@@ -354,20 +354,20 @@ def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int
     )
 
 
-def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, scale: float = 1.0) -> tuple[Site, ...]:
-    """Gives the i-th of N sites in execution order the time step t = steps·(N − i + 1), so that t falls to `steps` (Alg. 2).
+def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_scale: float = 1.0) -> tuple[Site, ...]:
+    """Gives the i-th of N sites in execution order the time step t = time_scale·steps·(N − i + 1), rounded (Alg. 2).
 
     Every slice of a stacked site counts as one of the N; slices of one `nn.scan` interleave as they run. A site then
-    takes the reverse steps t, t − 1, …, t − steps + 1, so the last site ends at t = 1. With `scale` s other than 1 (our
-    extension) t is s times as large, rounded, but at least `steps`: more noise is assumed everywhere.
+    takes the reverse steps t, t − 1, …, t − steps + 1, so with time_scale 1 (the paper's) the last site ends at t = 1. A
+    larger scale assumes more noise at every site; t is never below `steps`.
 
     Raises:
-      ConfigError: if the chain does not fit into `timesteps`, `steps` < 1 or `scale` ≤ 0.
+      ConfigError: if the chain does not fit into `timesteps`, or for `steps` < 1 or a scale that is no number above 0.
     """
-    if not 0.0 < scale < math.inf:
-        raise ConfigError(f"The scale of the time steps must be a number above 0, got {scale!r}.")
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ConfigError(f"The number of steps per site must be a whole number of at least 1, got {steps!r}.")
+    if isinstance(time_scale, bool) or not (math.isfinite(time_scale) and time_scale > 0):
+        raise ConfigError(f"The scale of the time steps must be a number above 0, got {time_scale!r}.")
     first_in_scan: dict[Path, int] = {}
     for site in sites:
         if (scan := site.layers[0].scan) is not None:
@@ -378,16 +378,16 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, scale
         start = layer.order if layer.scan is None else first_in_scan[layer.scan]
         slots += [(start, copy, layer.order, number) for copy in range(site.stack or 1)]
     total = len(slots)
-    needed = max(steps, round(scale * steps * total))
-    if needed > timesteps:
-        scaled = "" if scale == 1 else f", scaled by {scale:g},"
+    largest = max(steps, round(time_scale * steps * total))
+    if largest > timesteps:
+        scaled, less = ("", "") if time_scale == 1 else (f" at time scale {time_scale:g}", "a smaller scale, ")
         raise ConfigError(
-            f"{total} sites of {steps} step(s) each{scaled} need {needed} time steps, but the schedule has "
-            f"{timesteps}; take fewer sites or steps, or a longer schedule."
+            f"{total} sites of {steps} step(s) each need {largest} time steps{scaled}, but the schedule has "
+            f"{timesteps}; take fewer sites or steps, {less}or a longer schedule."
         )
     times: dict[tuple[int, int], int] = {}
     for position, (_, copy, _, number) in enumerate(sorted(slots)):
-        times[number, copy] = max(steps, round(scale * steps * (total - position)))
+        times[number, copy] = max(steps, round(time_scale * steps * (total - position)))
     return tuple(
         dataclasses.replace(site, steps=steps, times=tuple(times[number, copy] for copy in range(site.stack or 1)))
         for number, site in enumerate(sites)
@@ -400,7 +400,7 @@ def find_sites(
     pattern: str | Sequence[str] | None = None,
     timesteps: int = 1000,
     steps: int = 1,
-    scale: float = 1.0,
+    time_scale: float = 1.0,
     kind: str = "auto",
     bias: bool = True,
     **kwargs: Any,
@@ -410,7 +410,7 @@ def find_sites(
         select_sites(find_layers(module, *args, **kwargs), pattern, kind=kind, bias=bias),
         timesteps=timesteps,
         steps=steps,
-        scale=scale,
+        time_scale=time_scale,
     )
 
 

@@ -64,7 +64,7 @@ def test_the_grid_is_fusing_point_by_point_in_one_trace():
 
 
 def point(strength, clean, noisy):
-    return Point("p", 0, strength, {"clean": clean, "n": noisy}, {"clean": noisy, "n": clean})
+    return Point("p", 0, strength, strength, {"clean": clean, "n": noisy}, {"clean": noisy, "n": clean})
 
 
 def test_the_best_point_respects_the_limit_ties_and_overflow():
