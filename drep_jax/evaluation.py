@@ -46,16 +46,13 @@ def score_arms(
     parallel.check_batch(batch_size, "evaluate.batch_size")
     everywhere = {name: parallel.replicate(variables) for name, variables in arms.items()}
     apply = parallel.on_devices(backbone.apply)
+    prepare = parallel.on_devices(lambda images: normalize(images, mean, std))
     result: dict[str, dict[str, Scores]] = {}
     for condition in conditions:
-        prepare = parallel.on_devices(
-            lambda x, i, c=condition: normalize(corrupt(x.astype("float32"), i, c, seed), mean, std)
-        )
         outputs: dict[str, list[np.ndarray]] = {name: [] for name in arms}
         labels: list[np.ndarray] = []
         for batch in evaluation_batches(source, batch_size):
-            sharded = parallel.shard({"image": batch["image"], "index": batch["index"]})
-            images = prepare(sharded["image"], sharded["index"])
+            images = prepare(parallel.shard(corrupt(batch["image"], batch["index"], condition, seed)))
             labels.append(batch["label"][batch["mask"]])
             for name, variables in everywhere.items():
                 outputs[name].append(parallel.unshard(apply(variables, images))[batch["mask"]])

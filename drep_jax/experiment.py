@@ -19,7 +19,7 @@ from drep_jax import closed_form, cost, evaluation, report, weights, workdir
 from drep_jax.builder import Setting, build
 from drep_jax.certificate import Certificate, certify
 from drep_jax.closed_form import MOMENTS, Moments, load_moments, save_moments
-from drep_jax.data.corruptions import parse_corruption
+from drep_jax.data.corruptions import parse_spec
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
 from drep_jax.denoise_tree import check_finite, get_in, init_denoise, sample_noise, site_steps
 from drep_jax.denoiser import LOSSES, algorithm1_losses, explicit_apply
@@ -109,7 +109,7 @@ def check(config: Config, setting: Setting) -> None:
         if not evaluate["conditions"]:
             raise ConfigError('evaluate.conditions is empty; give at least "clean".')
         for condition in evaluate["conditions"]:
-            parse_corruption(condition)
+            parse_spec(condition)
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -1,0 +1,72 @@
+"""Corruptions of images, on the host: what happens to image i depends on (seed, i, corruption), not on its batch."""
+
+import hashlib
+
+import numpy as np
+from jaxtyping import Float32, Int, Num
+
+from drep_jax.data.corruptions.cifar10c import CIFAR10C, at_severity
+from drep_jax.data.corruptions.physical import CORRUPTIONS, Corruption
+from drep_jax.data.corruptions.spec import CLEAN, PROTOCOL_PREFIX, Part, parse_spec
+from drep_jax.errors import DataError
+
+__all__ = ["CIFAR10C", "CLEAN", "CORRUPTIONS", "Corruption", "Part", "corrupt", "parse_spec"]
+
+WORD = 2**64
+CHOICE = "which of several"  # no corruption's name has spaces, so the choice shares its random numbers with none
+
+
+def corrupt(
+    images: Num[np.ndarray, "b h w c"], index: Int[np.ndarray, "b"], spec: str, seed: int
+) -> Float32[np.ndarray, "b h w c"]:
+    """Corrupts images, each by random numbers of its own.
+
+    The numbers are keyed by the corruption's name but not by its strength, so that two strengths of one corruption draw
+    the same noise, and an image whose strength was drawn looks as if that strength had been asked for.
+
+    Args:
+      images: (B, H, W, 1 or 3), grey levels from 0 to 255; they are left as they are.
+      index: (B,), each image's number in its source: the same image is always corrupted in the same way.
+      spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, or several of these joined by
+        commas; see `parse_spec`.
+      seed: another seed is other noise.
+
+    Returns:
+      (B, H, W, C), clipped to 0..255.
+
+    Raises:
+      ConfigError: for a spec that cannot be used.
+      DataError: for arrays of another shape.
+    """
+    parts = parse_spec(spec)
+    images, index = np.asarray(images), np.asarray(index)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or index.shape != images.shape[:1]:
+        raise DataError(
+            f"Expected images (count, height, width, 1 or 3 channels) and one index an image; got {images.shape} and "
+            f"{index.shape}."
+        )
+    out = np.clip(images.astype(np.float32), 0, 255)
+    for image, number in zip(out, index.tolist(), strict=True):
+        choice = 0 if len(parts) == 1 else int(_generator(seed, number, CHOICE).integers(len(parts)))
+        image[...] = _apply(parts[choice], image, seed, number)
+    return np.clip(out, 0, 255, out=out)
+
+
+def _apply(part: Part, image: np.ndarray, seed: int, number: int) -> np.ndarray:
+    if part.high == 0:
+        return image
+    rng = _generator(seed, number, part.name)
+    strength = part.low + (part.high - part.low) * rng.random()
+    if part.name.startswith(PROTOCOL_PREFIX):
+        return at_severity(image, rng, part.name.removeprefix(PROTOCOL_PREFIX), int(strength))
+    return image if strength == 0 else CORRUPTIONS[part.name].function(image, rng, strength)
+
+
+def _generator(seed: int, number: int, name: str) -> np.random.Generator:
+    # The image's number stands in the highest word of the counter, which no drawing ever reaches.
+    key = np.array([seed % WORD, _hash(name)], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, number % WORD], np.uint64)))
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

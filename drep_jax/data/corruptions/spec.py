@@ -1,0 +1,108 @@
+"""The text that names corruptions: `gaussian:20`, `gaussian:0..40`, `clean,blur,cifar10c:fog:3`."""
+
+import dataclasses
+import math
+
+from drep_jax.data.corruptions.cifar10c import CIFAR10C
+from drep_jax.data.corruptions.physical import CORRUPTIONS
+from drep_jax.errors import ConfigError, did_you_mean
+
+CLEAN = "clean"
+PROTOCOL_PREFIX = "cifar10c:"
+SEVERITIES = ("1", "2", "3", "4", "5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One corruption of a spec.
+
+    Attributes:
+      name: `clean`, a key of `CORRUPTIONS`, or `cifar10c:` and a name of `CIFAR10C`.
+      low: the smallest strength, in the unit of the corruption, or the severity.
+      high: the largest strength; each image's is drawn uniformly between the two.
+    """
+
+    name: str
+    low: float
+    high: float
+
+
+def parse_spec(spec: str) -> tuple[Part, ...]:
+    """Parses corruptions joined by commas, one of which each image gets; one that stands twice is twice as likely.
+
+    Args:
+      spec: `clean`; `NAME:STRENGTH`; `NAME:LOW..HIGH`, a strength drawn uniformly for each image; `NAME`, the same
+        with the default range of the corruption; `cifar10c:NAME:SEVERITY` with a severity from 1 to 5.
+
+    Returns:
+      One `Part` a corruption, in the order given.
+
+    Raises:
+      ConfigError: for an unknown name, or a strength that is not a number in the range of the corruption.
+
+    >>> parse_spec("clean,gaussian:0..40")
+    (Part(name='clean', low=0.0, high=0.0), Part(name='gaussian', low=0.0, high=40.0))
+    """
+    return tuple(_part(text.strip(), spec) for text in spec.split(","))
+
+
+def _part(text: str, spec: str) -> Part:
+    name, colon, strength = text.partition(":")
+    if name + ":" == PROTOCOL_PREFIX:
+        return _protocol(strength, text)
+    if name == CLEAN:
+        if colon:
+            raise ConfigError(f'The corruption "{CLEAN}" takes no strength; got "{text}".')
+        return Part(CLEAN, 0.0, 0.0)
+    if name not in CORRUPTIONS:
+        raise ConfigError(f'Unknown corruption "{name}"{_within(text, spec)}.{_hint(name)}')
+    if not colon:
+        return Part(name, *CORRUPTIONS[name].default)
+    low, dots, high = strength.partition("..")
+    first = _strength(low, name, text)
+    last = _strength(high, name, text) if dots else first
+    if first > last:
+        raise ConfigError(f'The corruption "{text}" runs from a high to a low strength; write "{name}:{high}..{low}".')
+    return Part(name, first, last)
+
+
+def _strength(number: str, name: str, text: str) -> float:
+    corruption = CORRUPTIONS[name]
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(
+            f'The corruption "{name}" needs a finite strength of at least 0 ({corruption.unit}), as in "{name}:20" or '
+            f'"{name}:0..20"; got "{text}".'
+        )
+    if value > corruption.largest:
+        raise ConfigError(
+            f'The strength of "{name}" is at most {corruption.largest:g} ({corruption.unit}); got "{text}".'
+        )
+    return value
+
+
+def _protocol(argument: str, text: str) -> Part:
+    name, _, severity = argument.partition(":")
+    if name not in CIFAR10C:
+        raise ConfigError(
+            f'Unknown CIFAR-10-C corruption "{name}" in "{text}"; the form is "{PROTOCOL_PREFIX}NAME:SEVERITY".'
+            f"{did_you_mean(name, CIFAR10C)}"
+        )
+    if severity not in SEVERITIES:
+        raise ConfigError(f'The severity of "{PROTOCOL_PREFIX}{name}" is 1, 2, 3, 4 or 5; got "{text}".')
+    return Part(PROTOCOL_PREFIX + name, float(severity), float(severity))
+
+
+def _within(text: str, spec: str) -> str:
+    return "" if text == spec else f' in "{spec}"'
+
+
+def _hint(name: str) -> str:
+    if name == "pairs":
+        return " Pairs of images are read from a folder to learn from them; they corrupt no other images."
+    if name in CIFAR10C:
+        return f' It belongs to the CIFAR-10-C protocol: write "{PROTOCOL_PREFIX}{name}:3".'
+    return did_you_mean(name, [CLEAN, *CORRUPTIONS, PROTOCOL_PREFIX.rstrip(":")])
