@@ -340,3 +340,50 @@ def test_module_holds_both_subtrees_and_other_collections():
     assert set(table) == {site.name for site in sites}
     with pytest.raises(FusionError, match="denoise"):
         module.apply({"params": {"backbone": params["backbone"]}}, x)
+
+
+def test_sampled_moments_are_unbiased_and_decided_by_the_seed(moments):
+    mask = np.ones(8, np.float32)
+
+    def sampled(seed, images=X):
+        return collect_moments(NET, VARIABLES, SITES, [(images, mask)], tokens=0.5, seed=seed)
+
+    again = [sampled(seed) for seed in range(24)]
+    first, repeated = again[0], sampled(0)
+    picked = 0
+    for site in SITES:
+        exact = moments[site.path]
+        known = first[site.path]
+        np.testing.assert_array_equal(known.covariance, repeated[site.path].covariance)
+        vectors = exact.count // 8
+        assert known.count == 8 * max(1, round(0.5 * vectors)), site.name
+        if vectors < 4:
+            continue
+        picked += 1
+        assert not np.array_equal(known.mean, again[1][site.path].mean)
+        spread = np.sqrt(np.diagonal(exact.covariance, axis1=-2, axis2=-1))
+        averages = np.mean([table[site.path].mean for table in again], axis=0)
+        assert np.abs(averages - exact.mean).max() < 0.35 * spread.max()
+    assert picked
+    with pytest.raises(ConfigError, match=r"\(0, 1\]"):
+        collect_moments(NET, VARIABLES, SITES, [(X, mask)], tokens=0.0)
+
+
+def test_millions_of_vectors_far_from_the_origin_lose_nothing():
+    """A mean a thousand times the spread, in float32, over many batches: against two passes in float64."""
+    rng = np.random.default_rng(0)
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="d")(x)
+
+    plain = Plain()
+    x = (1000 + rng.normal(size=(40, 8, 6_000, 4)) * [1, 2, 0.5, 1]).astype(np.float32)
+    variables = plain.init(jax.random.key(0), x[0])
+    (site,) = find_sites(plain, x[0], pattern="d")
+    found = collect_moments(plain, variables, [site], ((batch, np.ones(8, np.float32)) for batch in x))[site.path]
+    data = x.reshape(-1, 4).astype(np.float64)
+    assert found.count == len(data) == 1_920_000
+    np.testing.assert_allclose(found.mean, data.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(found.covariance, np.cov(data.T, bias=True), rtol=2e-6, atol=2e-6)
