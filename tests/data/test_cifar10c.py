@@ -3,6 +3,8 @@
 import colorsys
 import io
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,3 +201,13 @@ def test_jpeg_compression_is_that_of_pillow(severity, quality):
     stream = io.BytesIO()
     Image.fromarray(IMAGES[0]).save(stream, "JPEG", quality=quality)
     np.testing.assert_array_equal(run("jpeg_compression", severity)[0], Image.open(stream))
+
+
+def test_the_documented_constants_are_those_in_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "corruptions.md").read_text(encoding="utf-8")
+    for name, (_, constants) in PROTOCOL.items():
+        if name == "zoom_blur":  # there the table has the last magnification, and the code the end of `numpy.arange`
+            constants = [(np.arange(1, end, 0.01)[-1].round(2),) for (end,) in constants]
+        (cells,) = re.findall(rf"^\| `{name}` \| [^|]+ \|(( [\d., ]+ \|){{5}})$", page, re.MULTILINE)
+        documented = [tuple(map(float, cell.split(","))) for cell in cells[0].strip(" |").split("|")]
+        assert documented == [tuple(map(float, values)) for values in constants], name

@@ -2,6 +2,8 @@
 
 import collections
 import io
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -289,3 +291,9 @@ def test_arrays_of_jax_are_accepted():
     found = corrupt(jnp.asarray(GREY), jnp.asarray(INDEX, jnp.int32), "gaussian:3", seed=0)
     assert isinstance(found, np.ndarray)
     np.testing.assert_array_equal(found, corrupt(GREY, INDEX, "gaussian:3", seed=0))
+
+
+def test_the_documented_table_is_the_one_in_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "corruptions.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]+\.\.[\d.]+ \| [\d.]+) \|", page, re.MULTILINE))
+    assert rows == {name: f"{c.default[0]:g}..{c.default[1]:g} | {c.largest:g}" for name, c in CORRUPTIONS.items()}
