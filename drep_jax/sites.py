@@ -354,9 +354,7 @@ def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int
     )
 
 
-def assign_times(
-    sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_scale: float = 1.0
-) -> tuple[Site, ...]:
+def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_scale: float = 1.0) -> tuple[Site, ...]:
     """Gives the i-th of N sites in execution order the time step t = time_scale·steps·(N − i + 1), rounded (Alg. 2).
 
     Every slice of a stacked site counts as one of the N; slices of one `nn.scan` interleave as they run. A site then
