@@ -23,7 +23,7 @@ from drep_jax.data.corruptions import parse_spec
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
 from drep_jax.denoise_tree import check_finite, get_in, init_denoise, sample_noise, site_steps
 from drep_jax.denoiser import LOSSES, explicit_apply
-from drep_jax.errors import CheckpointError, ConfigError, DataError, did_you_mean, lookup
+from drep_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, did_you_mean, lookup
 from drep_jax.fusion import composed_maps, fuse_exact, survival
 from drep_jax.learners import DIRECT, LEARNERS, Learned, Task, check_measuring, denoising_objective, learn
 from drep_jax.placebo import placebo_denoisers
@@ -607,6 +607,11 @@ def fuse_and_export(
     if dtype is not None:
         params = {"backbone": variables["params"], "denoise": denoise}
         exact = fuse_exact(params, setting.sites, setting.schedule, round_back=False, **how)
+    if not all(np.isfinite(figure.error) for figure in certificate.end_to_end.values()):
+        raise NonFiniteError(
+            f"With rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g} the fused "
+            "network gives NaN or Inf on real images; nothing was written. Take a smaller strength or time steps."
+        )
     options: dict[str, Any] = {"dtype": dtype, "allow_rounding": allow_rounding, "exact": exact}
     export(out, variables, fused, setting=setting, **recorded, **options)
     workdir.write_json(os.path.join(out, "certificate.json"), certificate.to_json())

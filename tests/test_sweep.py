@@ -15,7 +15,7 @@ from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import normalize
 from drep_jax.fusion import fuse_exact
 from drep_jax.learners import Task, learn
-from drep_jax.recipes import Recipe, solve
+from drep_jax.recipes import Recipe, as_affine, solve
 from drep_jax.selection import SELECTION_SEED, Choice, Point
 from drep_jax.sweep import table
 from tests.command import call, largest_difference, same_bits
@@ -73,7 +73,10 @@ def params_of(finished, denoise):
         (["--resolve", "--rule=weiner:0.1"], ["weiner", 'Did you mean "wiener"']),
         (["--resolve", "--rule=affine"], ["affine", "given directly"]),
         (["--resolve", "--rule=ddim:0"], ["ddim:0", "3 times"]),
+        (["--resolve", "--time_scale=0"], ["scale of the time steps"]),
         (["--strength=-1"], ["strength", "at least 0"]),
+        (["--strength=nan"], ["strength", "at least 0"]),
+        (["--strength=1e38"], ["NaN or Inf", "nothing was written"]),
         (["--sweep_images=5"], ["--sweep only"]),
         (["--sweep", "--noise=sample"], ["--noise does not go with it"]),
         (["--sweep", "--sweep_images=-1"], ["0 (all of them)", "-1"]),
@@ -143,7 +146,16 @@ def test_a_run_that_was_solved_is_solved_again_without_being_told(finished, tmp_
     assert again and largest_difference(own, other) > 1e-3
 
 
-@pytest.mark.parametrize("damage", ["absent", "backbone", "size"])
+@pytest.mark.parametrize("rule, steps", [("ddpm", 3), ("paper", 1), ("ddim", 2), ("ddim:0", 1)])
+def test_k_steps_of_any_rule_are_one_affine_map(finished, rule, steps):
+    setting, params = finished.setting, params_of(finished, finished.denoise)
+    maps = as_affine(finished.denoise, setting.sites, setting.schedule, rule=rule, steps=steps)
+    expected = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps)
+    got = fuse_exact(params_of(finished, maps), setting.sites, setting.schedule, rule="affine", steps=1)
+    assert largest_difference(got, expected) < 1e-4 * largest_difference(expected, params["backbone"])
+
+
+@pytest.mark.parametrize("damage", ["absent", "backbone", "size", "width"])
 def test_moments_of_something_else_are_refused(damage, finished, tmp_path):
     directory = copied(finished, tmp_path / "run", lambda config: None)
     path = os.path.join(directory, MOMENTS)
@@ -151,12 +163,17 @@ def test_moments_of_something_else_are_refused(damage, finished, tmp_path):
         arrays = dict(file)
     owner = str(arrays["owner"])
     assert owner.endswith(" 8x8")
+    first = finished.setting.sites[0]
     if damage == "absent":
         os.remove(path)
+    elif damage == "width":
+        np.savez(path, **{**arrays, f"{first.name}:mean": np.zeros(first.width + 1)})
     else:
         other = owner.replace("8x8", "16x16") if damage == "size" else "0" + owner[1:]
         np.savez(path, **{**arrays, "owner": np.array(other if other != owner else "1" + owner[1:])})
-    expected = "There is no" if damage == "absent" else "another backbone or image size"
+    expected = {"absent": "There is no", "width": f"moments of {first.name} have shape"}.get(
+        damage, "another backbone or image size"
+    )
     for way in ("--resolve", "--sweep"):
         call("fuse.py", f"--workdir={directory}", f"--out={tmp_path / 'out'}", way).refused(MOMENTS, expected)
 
