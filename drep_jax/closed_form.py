@@ -21,7 +21,7 @@ import scipy.linalg
 from jaxtyping import Float
 
 from drep_jax.denoise_tree import get_in, set_in
-from drep_jax.denoiser import sow, visit_sites
+from drep_jax.denoiser import sample_vectors, sow, visit_sites
 from drep_jax.errors import CheckpointError, DataError, NonFiniteError
 from drep_jax.linear_view import features
 from drep_jax.schedule import Schedule
@@ -56,7 +56,14 @@ class Moments:
 
 
 def batch_sums(
-    backbone: nn.Module, variables: Tree, sites: Sequence[Site], shifts: Mapping[str, Any], mask: Any, *args: Any
+    backbone: nn.Module,
+    variables: Tree,
+    sites: Sequence[Site],
+    shifts: Mapping[str, Any],
+    mask: Any,
+    *args: Any,
+    tokens: float = 1.0,
+    keys: Any = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each site, the sums over one batch of (F − shift), (F − shift)(F − shift)ᵀ and 1.
 
@@ -66,14 +73,19 @@ def batch_sums(
       shifts: {site name: ([stack], [groups], d)}, near the mean, so that float32 loses nothing to cancellation.
       mask: (batch,) 1 for real images, 0 for padding.
       *args: for the backbone, the batch first.
+      tokens: share of the feature vectors of each image to use, by systematic sampling: each is as likely as any other.
+      keys: (batch,) random keys of the images, needed if `tokens` is below 1.
     """
-    extras = {site.path: shifts[site.name] for site in sites}
+    extras = {site.path: {"shift": shifts[site.name], "slot": _slots(site, n)} for n, site in enumerate(sites)}
 
-    def visit(site: Site, layer: Layer, module: nn.Module, shift: Any, x: Any, call: Any) -> Any:
+    def visit(site: Site, layer: Layer, module: nn.Module, extra: Any, x: Any, call: Any) -> Any:
         if layer.path == site.path:
             vectors = features(layer, site.kind, x)
-            vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+            shift = extra["shift"]
             shape = shift.shape
+            if tokens < 1.0 and x.shape[0] % mask.shape[0] == 0:
+                vectors = sample_vectors(vectors.reshape(mask.shape[0], -1, *shape), keys, extra["slot"], tokens)
+            vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
             grouped = vectors.reshape(-1, *shape)
             weight = jnp.ones(grouped.shape[0], grouped.dtype)
             if grouped.shape[0] % mask.shape[0] == 0:  # else a table without a batch axis, the same for every example
@@ -89,6 +101,11 @@ def batch_sums(
 
     _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True)
     return {site.name: dict(get_in(collected, site.path)) for site in sites}
+
+
+def _slots(site: Site, number: int) -> Any:
+    """Numbers the sites, so that each samples by itself; the copies of a stacked site sample alike."""
+    return jnp.int32(number) if site.stack is None else jnp.full(site.stack, number, jnp.int32)
 
 
 def moments_from_sums(site: Site, sums: Mapping[str, np.ndarray], shift: np.ndarray) -> Moments:

@@ -79,8 +79,9 @@ def check(config: Config, setting: Setting) -> None:
     check_measuring(config)
     check_grid(config["sweep"], setting.schedule)
     lookup(LOSSES, denoise["loss"], "loss")
-    if not 0.0 < denoise["tokens"] <= 1.0:
-        raise ConfigError(f"denoise.tokens={denoise['tokens']} is a share of the feature vectors and lies in (0, 1].")
+    for name in ("tokens", "moment_tokens"):
+        if not 0.0 < denoise[name] <= 1.0:
+            raise ConfigError(f"denoise.{name}={denoise[name]} is a share of the feature vectors and lies in (0, 1].")
     site_steps(setting.sites, setting.schedule, denoise["rule"], denoise["steps"])
     if not config["backbone"]["init_from"] and not config["backbone"]["steps"]:
         raise ConfigError(
@@ -182,7 +183,8 @@ def take_moments(config: Config, setting: Setting, variables: Tree, directory: s
     first = itertools.islice(evaluation_batches(setting.train, batch), count)
     bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
     batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
-    moments = collect_moments(setting.backbone, variables, setting.sites, batches)
+    options = {"tokens": config["denoise"]["moment_tokens"], "seed": config["seed"]}
+    moments = collect_moments(setting.backbone, variables, setting.sites, batches, **options)
     save_moments(path, moments, _owner(setting, variables))
     return moments
 
@@ -608,9 +610,10 @@ def fuse_and_export(
         params = {"backbone": variables["params"], "denoise": denoise}
         exact = fuse_exact(params, setting.sites, setting.schedule, round_back=False, **how)
     if not all(np.isfinite(figure.error) for figure in certificate.end_to_end.values()):
+        told = f"rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g}"
         raise NonFiniteError(
-            f"With rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g} the fused "
-            "network gives NaN or Inf on real images; nothing was written. Take a smaller strength or time steps."
+            f"With {told} the fused network gives NaN or Inf on real images; nothing was written. Take a smaller "
+            "strength or time steps."
         )
     options: dict[str, Any] = {"dtype": dtype, "allow_rounding": allow_rounding, "exact": exact}
     export(out, variables, fused, setting=setting, **recorded, **options)
