@@ -348,7 +348,7 @@ def test_sampled_moments_are_unbiased_and_decided_by_the_seed(moments):
     def sampled(seed, images=X):
         return collect_moments(NET, VARIABLES, SITES, [(images, mask)], tokens=0.5, seed=seed)
 
-    again = [sampled(seed) for seed in range(24)]
+    again = [sampled(seed) for seed in range(12)]
     first, repeated = again[0], sampled(0)
     picked = 0
     for site in SITES:
@@ -363,7 +363,7 @@ def test_sampled_moments_are_unbiased_and_decided_by_the_seed(moments):
         assert not np.array_equal(known.mean, again[1][site.path].mean)
         spread = np.sqrt(np.diagonal(exact.covariance, axis1=-2, axis2=-1))
         averages = np.mean([table[site.path].mean for table in again], axis=0)
-        assert np.abs(averages - exact.mean).max() < 0.35 * spread.max()
+        assert np.abs(averages - exact.mean).max() < 0.45 * spread.max()
     assert picked
     with pytest.raises(ConfigError, match=r"\(0, 1\]"):
         collect_moments(NET, VARIABLES, SITES, [(X, mask)], tokens=0.0)

@@ -46,15 +46,16 @@ def collect_moments(
     """
     if not 0.0 < tokens <= 1.0:
         raise ConfigError(f"tokens is the share of feature vectors to use and lies in (0, 1], got {tokens!r}.")
-    centre, start, add = _programs(backbone, tuple(sites), tokens, seed)
+    centre, start, add = _programs(backbone, tuple(sites), tokens)
     everywhere = parallel.replicate(variables)
     state: Any = None
     shifts: Any = None
-    seen = 0
+    # Other generators, mapped over keys, draw for the batch and not for each key.
+    key, seen = jax.random.key(seed, impl="threefry2x32"), 0
     for images, mask in batches:
-        index = np.arange(seen, seen + len(mask), dtype=np.int32)
+        keys = _image_keys(key, np.arange(seen, seen + len(mask), dtype=np.int32))
         seen += len(mask)
-        batch = tuple(parallel.shard(part) for part in (images, mask, index))
+        batch = tuple(parallel.shard(part) for part in (images, mask, keys))
         if state is None:
             shifts = centre(everywhere, *batch)
             state = start(everywhere, shifts, *batch)
@@ -69,31 +70,35 @@ def collect_moments(
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float, seed: int) -> tuple[Any, Any, Any]:
+def _programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tuple[Any, Any, Any]:
     """Returns the compiled functions of a pass: the first batch's means, the first sums, and the sums with one batch more."""
     origin = {site.name: jnp.zeros(site.denoiser_shape[:-1], jnp.float32) for site in sites}
 
-    key = jax.random.key(seed)
-
-    def sums_of(variables: Tree, shifts: Any, images: Any, mask: Any, index: Any) -> Any:
-        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(index) if tokens < 1.0 else None
+    def sums_of(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
+        keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
         return batch_sums(backbone, variables, sites, shifts, mask, images, tokens=tokens, keys=keys)
 
-    def centre(variables: Tree, images: Any, mask: Any, index: Any) -> Any:
-        sums = parallel.mean(sums_of(variables, origin, images, mask, index))
+    def centre(variables: Tree, images: Any, mask: Any, key_data: Any) -> Any:
+        sums = parallel.mean(sums_of(variables, origin, images, mask, key_data))
         return {name: s["first"] / _like(jnp.maximum(s["count"], 1.0 / 2), s["first"]) for name, s in sums.items()}
 
-    def start(variables: Tree, shifts: Any, images: Any, mask: Any, index: Any) -> Any:
-        sums = sums_of(variables, shifts, images, mask, index)
+    def start(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
+        sums = sums_of(variables, shifts, images, mask, key_data)
         return sums, jax.tree_util.tree_map(jnp.zeros_like, sums)
 
-    def add(state: Any, variables: Tree, shifts: Any, images: Any, mask: Any, index: Any) -> Any:
+    def add(state: Any, variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
         total, lost = state
-        new = jax.tree_util.tree_map(jnp.subtract, sums_of(variables, shifts, images, mask, index), lost)
+        new = jax.tree_util.tree_map(jnp.subtract, sums_of(variables, shifts, images, mask, key_data), lost)
         after = jax.tree_util.tree_map(jnp.add, total, new)
         return after, jax.tree_util.tree_map(lambda a, t, n: (a - t) - n, after, total, new)
 
     return parallel.on_devices(centre), parallel.on_devices(start), parallel.on_devices(add)
+
+
+@jax.jit
+def _image_keys(key: Any, index: Any) -> Any:
+    """Returns the raw random key of each image, (batch, 2)."""
+    return jax.random.key_data(jax.vmap(lambda number: jax.random.fold_in(key, number))(index))
 
 
 def _like(count: Any, array: Any) -> Any:
