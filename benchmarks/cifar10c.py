@@ -193,7 +193,7 @@ def main():
             mark = "" if found.significant else " ns"
             cells.append(f"{100 * found.difference:+.1f}{mark}")
             content[row][arm] = [100 * v for v in (found.difference, found.low, found.high)]
-            content[row].setdefault("recovery", {})[arm] = 100 * found.difference / gain if gain > 1 else None
+            content[row].setdefault("recovery", {})[arm] = 1e4 * found.difference / gain if gain > 1 else None
         table.append(cells)
     print(
         f"\nAccuracy of the backbone, and change in points, {options.images} test images; ns: the paired 95 % interval has 0"
