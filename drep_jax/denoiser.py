@@ -249,7 +249,7 @@ def _site_loss(clean: Any, site: Site, extra: Tree, key: Any, keys: Any, loss: A
         clean = clean.reshape(1, -1, *shape)
         keys = jax.random.fold_in(key, extra["slot"])[None]
     if tokens < 1.0:
-        pick = jax.vmap(lambda k: _systematic(jax.random.fold_in(k, 1), clean.shape[1], tokens))(keys)
+        pick = jax.vmap(lambda k: systematic(jax.random.fold_in(k, 1), clean.shape[1], tokens))(keys)
         clean = jnp.take_along_axis(clean, pick.reshape(*pick.shape, *(1,) * len(shape)), axis=1)
     dtype = jnp.promote_types(clean.dtype, extra["denoiser"]["kernel"].dtype)
     noise = _draw(keys, clean.shape[1:], dtype)
@@ -300,11 +300,11 @@ def _regression_backward(loss: Any, gradient: Tree, weight: Any) -> Any:
 _regression.defvjp(_regression_forward, _regression_backward)
 
 
-def _systematic(key: Any, total: int, share: float) -> Int[Array, " picked"]:
-    """Positions of a systematic sample: evenly spread from a random start, each position equally likely."""
+def systematic(key: Any, total: int, share: float) -> Int[Array, " picked"]:
+    """Returns the positions of a systematic sample: evenly spread from a random start, each position equally likely."""
     picked = max(1, round(share * total))
-    start = jax.random.randint(key, (), 0, total)
-    return (start + (jnp.arange(picked) * total) // picked) % total
+    spread = (np.arange(picked) * total) // picked  # in NumPy's int64: the product of two numbers of pixels
+    return (jax.random.randint(key, (), 0, total) + jnp.asarray(spread, jnp.int32)) % total
 
 
 # ---------------------------------------------------------------------------------------------------------------------

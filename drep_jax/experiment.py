@@ -34,7 +34,7 @@ from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
-from drep_jax.training.moments import collect_moments
+from drep_jax.training.moments import check_share, collect_moments
 from drep_jax.training.stages import STAGES, key_of, optimizer_of, prepare, run_training, section_of, training_steps
 from drep_jax.training.state import make_step
 
@@ -81,6 +81,7 @@ def check(config: Config, setting: Setting) -> None:
     lookup(LOSSES, denoise["loss"], "loss")
     if not 0.0 < denoise["tokens"] <= 1.0:
         raise ConfigError(f"denoise.tokens={denoise['tokens']} is a share of the feature vectors and lies in (0, 1].")
+    check_share(denoise["moment_tokens"])
     site_steps(setting.sites, setting.schedule, denoise["rule"], denoise["steps"])
     if not config["backbone"]["init_from"] and not config["backbone"]["steps"]:
         raise ConfigError(
@@ -175,25 +176,27 @@ def take_moments(config: Config, setting: Setting, variables: Tree, directory: s
     """Returns the moments of the sites' features over the training images, from the run's own file if it has them."""
     path = os.path.join(directory, MOMENTS)
     if os.path.exists(path):
-        return saved_moments(setting, variables, directory)
+        return saved_moments(config, setting, variables, directory)
     batch = config["denoise"]["batch_size"]
     limit = config["denoise"]["moment_images"] or len(setting.train)
     count = min(-(-limit // batch), -(-len(setting.train) // batch))
     first = itertools.islice(evaluation_batches(setting.train, batch), count)
     bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
-    batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
-    moments = collect_moments(setting.backbone, variables, setting.sites, batches)
-    save_moments(path, moments, _owner(setting, variables))
+    batches = ((normalize(b["image"], setting.mean, setting.std), b["index"]) for b in bar)
+    share = config["denoise"]["moment_tokens"]
+    moments = collect_moments(setting.backbone, variables, setting.sites, batches, share=share, seed=config["seed"])
+    save_moments(path, moments, _owner(setting, variables), share)
     return moments
 
 
-def saved_moments(setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
+def saved_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
     """Returns the moments that a run has kept.
 
     Raises:
-      CheckpointError: if there are none, or they are of another backbone, image size or choice of sites.
+      CheckpointError: if there are none, or they are of another backbone, image size, share of the tokens or choice of sites.
     """
-    return load_moments(os.path.join(directory, MOMENTS), setting.sites, _owner(setting, variables))
+    path, share = os.path.join(directory, MOMENTS), config["denoise"]["moment_tokens"]
+    return load_moments(path, setting.sites, _owner(setting, variables), share)
 
 
 def _owner(setting: Setting, variables: Tree) -> str:
@@ -570,7 +573,7 @@ def solve_again(
     own = config["denoise"]
     rule = asked.get("rule", own["rule"])
     check_rule(rule, setting.schedule)
-    moments = saved_moments(setting, variables, directory)
+    moments = saved_moments(config, setting, variables, directory)
     if (ratio := Recipe(rule).ratio) is not None:
         if useless := [f"--{name}" for name in asked if name != "rule"]:
             raise ConfigError(f"Rule {rule} has no time steps, so {', '.join(useless)} would change nothing.")

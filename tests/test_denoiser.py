@@ -71,10 +71,10 @@ def gathered():
 @pytest.fixture(scope="module")
 def moments():
     half = [
-        (X[:4], np.ones(4, np.float32)),
-        (jnp.concatenate([X[4:], X[:4] * 0]), np.float32([1, 1, 1, 1, 0, 0, 0, 0])),
+        (X[:4], np.arange(4)),
+        (jnp.concatenate([X[4:], X[:4] * 0]), np.array([4, 5, 6, 7, -1, -1, -1, -1])),
     ]
-    eight = [(jnp.concatenate([half[0][0], X[:4] * 0]), np.float32([1, 1, 1, 1, 0, 0, 0, 0])), half[1]]
+    eight = [(jnp.concatenate([half[0][0], X[:4] * 0]), np.array([0, 1, 2, 3, -1, -1, -1, -1])), half[1]]
     return collect_moments(NET, VARIABLES, SITES, eight)
 
 
@@ -143,7 +143,7 @@ def test_through_the_origin_without_a_bias():
     module = Net(tail=(Dense(6, bias=False), Dense(3)))
     sites = find_sites(module, X, pattern="dense0", steps=20)
     variables = randomize(module.init(jax.random.key(0), X))
-    found = collect_moments(module, variables, sites, [(X + 1.0, np.ones(8, np.float32))])
+    found = collect_moments(module, variables, sites, [(X + 1.0, np.arange(8))])
     best = closed_form.closed_form(found, sites, SCHEDULE)
     assert set(best["dense0"]) == {"kernel"}
     optimum = closed_form.expected_losses(found, sites, SCHEDULE)["dense0"]

@@ -266,3 +266,23 @@ def test_resnet_with_batch_statistics_end_to_end(tmp_path):
 def test_keys_of_the_stages_differ(finished):
     keys = [tuple(jax.random.key_data(stages.key_of(finished.config, purpose)).tolist()) for purpose in stages.PURPOSES]
     assert len(set(keys)) == len(stages.PURPOSES)
+
+
+def test_a_run_keeps_its_share(finished, tmp_path):
+    """The share is used, recorded with the moments, and asked for when they are read again."""
+    config = copy.deepcopy(finished.config)
+    config["denoise"].update(moment_tokens=0.5, batch_size=64)
+    setting, variables, directory = finished.setting, finished.variables, str(tmp_path)
+    taken = experiment.take_moments(config, setting, variables, directory)
+    assert {known.count for known in taken.values()} == {
+        len(setting.train) * round(0.5 * 5)
+    }  # four patches and the token
+    again = experiment.take_moments(config, setting, variables, directory)
+    path = setting.sites[0].path
+    np.testing.assert_array_equal(again[path].covariance, taken[path].covariance)
+    with pytest.raises(CheckpointError, match=r"share of 0\.5"):
+        experiment.take_moments(finished.config, setting, variables, directory)
+    for share in (0.0, 1.5):
+        config["denoise"]["moment_tokens"] = share
+        with pytest.raises(ConfigError, match=r"denoise\.moment_tokens="):
+            experiment.check(config, setting)

@@ -18,7 +18,7 @@ from tests.command import call, largest_difference
 
 
 def moments_of(finished):
-    return experiment.saved_moments(finished.setting, finished.variables, finished.directory)
+    return experiment.saved_moments(finished.config, finished.setting, finished.variables, finished.directory)
 
 
 @pytest.mark.parametrize("rule, steps", [("ddpm", 3), ("paper", 1), ("ddim", 2), ("ddim:0", 1)])
