@@ -1,6 +1,11 @@
 """One pass for the moments: NumPy's mean and covariance at every kind of site, however many images, devices and calls."""
 
 import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -8,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drep_jax.closed_form import _blocks, moments_from_sums, no_sums
+from drep_jax.closed_form import _blocks, load_moments, moments_from_sums, no_sums
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.sites import find_sites
 from drep_jax.training import parallel
@@ -186,6 +191,61 @@ def test_one_device_takes_the_moments_of_eight(monkeypatch):
             for part in ("mean", "covariance"):
                 ours, theirs = getattr(one[site.path], part), getattr(many[site.path], part)
                 np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
+
+
+HOST = """
+import os, sys
+which, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
+import jax
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=which)
+import numpy as np
+from drep_jax.closed_form import save_moments
+from drep_jax.training.moments import collect_moments
+from tests.training.test_moments import over_hosts
+net, sites, variables, x = over_hosts()
+mine = [(x[i : i + 4], np.arange(i, i + 4)) for i in (4 * which, 8 + 4 * which)]
+save_moments(out, collect_moments(net, variables, sites, mine, share=0.4, seed=5), str(jax.device_count()))
+"""
+
+
+def over_hosts():
+    net = trees.Net((trees.Conv(),), (trees.Scan(length=2),))
+    x = np.asarray(trees.normal(1, (16, 5, 5, 2))) + 3.0
+    sites = find_sites(net, x[:1], pattern=".*")
+    return net, sites, trees.randomize(trees.zeros(jax.eval_shape(net.init, jax.random.key(0), x[:1]))), x
+
+
+def test_two_hosts_take_the_moments_of_one(tmp_path):
+    """Two processes of two devices each, with half of every batch: both end with the moments of all images."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    files = [str(tmp_path / f"{which}.npz") for which in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(which), port, file],
+            env=environment,
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for which, file in enumerate(files)
+    ]
+    messages = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], messages
+    net, sites, variables, x = over_hosts()
+    wanted = collect_moments(
+        net, variables, sites, [(x[i : i + 8], np.arange(i, i + 8)) for i in (0, 8)], share=0.4, seed=5
+    )
+    first, second = (load_moments(file, sites, "4") for file in files)
+    for site in sites:
+        path = site.path
+        assert first[path].count == wanted[path].count
+        np.testing.assert_array_equal(first[path].covariance, second[path].covariance)
+        np.testing.assert_allclose(first[path].mean, wanted[path].mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(first[path].covariance, wanted[path].covariance, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [1, 192, 193, 800])
