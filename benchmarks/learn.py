@@ -36,19 +36,20 @@ from drep_jax.schedule import Schedule
 from drep_jax.sites import find_sites
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
-from drep_jax.training.moments import make_pass, run_pass
+from drep_jax.training.moments import collect_moments, image_keys, nothing_yet, programs
 
 
-def one_batch(model, variables, sites, images, index, share):
-    """Returns a function that adds one batch to the moments, as every batch but the first does."""
-    centre, add = make_pass(model, sites, share=share)
-    everywhere, images, index = parallel.replicate(variables), parallel.shard(images), parallel.shard(index)
-    shifts = centre(everywhere, images, index)
-    zeros = {site.name: closed_form.no_sums(site) for site in sites}
-    state = [parallel.replicate((zeros, zeros))]
+def one_batch(model, variables, sites, images, tokens):
+    """Returns a function that adds one batch to the moments, as every batch does."""
+    centre, add = programs(model, tuple(sites), tokens)
+    everywhere = parallel.replicate(variables)
+    mask, keys = jnp.ones(len(images)), image_keys(jax.random.key(0), np.arange(len(images)))
+    batch = tuple(parallel.shard(part) for part in (images, mask, keys))
+    shifts = centre(everywhere, *batch)
+    state = [nothing_yet(sites)]
 
     def run():
-        state[0] = add(state[0], everywhere, shifts, images, index)
+        state[0] = add(state[0], everywhere, shifts, *batch)
         return state[0]
 
     return run
@@ -58,7 +59,6 @@ def speed(arguments):
     """Times forward pass, moments, bare products and a step of Algorithm 1 in turn."""
     model = create_model("vit_s16", num_classes=1000, image_size=(224, 224))
     images = jax.random.normal(jax.random.key(0), (arguments.batch, 224, 224, 3))
-    index = np.arange(arguments.batch)
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     sites = find_sites(model, images, pattern=LINEARS)
     forward = jax.jit(model.apply)
@@ -71,14 +71,14 @@ def speed(arguments):
     step, learning = make_step(model, variables, sites, tx, 1.0), [init_denoise(sites), tx.init(init_denoise(sites))]
 
     def advance():
-        *learning[:], loss = step(*learning, images, jnp.asarray(index), jax.random.key(3))
+        *learning[:], loss = step(*learning, images, jnp.arange(arguments.batch), jax.random.key(3))
         return loss
 
     times = cost.interleaved(
         {
             "forward": lambda: forward(variables, images),
-            "moments, all tokens": one_batch(model, variables, sites, images, index, 1.0),
-            f"moments, {share}": one_batch(model, variables, sites, images, index, arguments.tokens),
+            "moments, all tokens": one_batch(model, variables, sites, images, 1.0),
+            f"moments, {share}": one_batch(model, variables, sites, images, arguments.tokens),
             "bare products": lambda: products(vectors),
             f"bare products, {share}": lambda: products(some),
             "step of Algorithm 1, all tokens": advance,
@@ -138,10 +138,10 @@ def reached(arguments):
     def batches(images):
         for b in evaluation_batches(setting.train, 64):
             if (b["index"] < images).any():
-                yield normalize(b["image"], setting.mean, setting.std), np.where(b["index"] < images, b["index"], -1)
+                yield normalize(b["image"], setting.mean, setting.std), (b["mask"] & (b["index"] < images)).astype("f4")
 
     every = len(setting.train)
-    truth = run_pass(*make_pass(backbone, sites), variables, sites, batches(every))
+    truth = collect_moments(backbone, variables, sites, batches(every))
 
     def total(denoise):
         return sum(closed_form.expected_losses(truth, sites, schedule, denoise).values())
@@ -153,12 +153,11 @@ def reached(arguments):
         (f"closed form, {arguments.tokens:.0%} of the tokens", every, arguments.tokens),
         (f"closed form, {arguments.tokens:.0%} of the tokens", every // 4, arguments.tokens),
     ):
-        functions = make_pass(backbone, sites, share=share)
-        run_pass(*functions, variables, sites, batches(64))  # compiles
+        collect_moments(backbone, variables, sites, batches(64), tokens=share)  # compiles
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            found = run_pass(*functions, variables, sites, batches(images))
+            found = collect_moments(backbone, variables, sites, batches(images), tokens=share)
             denoise = closed_form.closed_form(found, sites, schedule)
             seconds.append(time.perf_counter() - began)
         rows.append([name, images, np.median(seconds), total(denoise)])

@@ -103,7 +103,7 @@ def gap(arguments):
         return normalize(images, (0.3,) * 3, (0.38,) * 3)
 
     sites = find_sites(model, jnp.zeros((1, 8, 8, 3)), pattern=LINEARS)
-    batches = ((prepare(b["image"]), b["index"]) for b in evaluation_batches(source, 64))
+    batches = ((prepare(b["image"]), b["mask"].astype(np.float32)) for b in evaluation_batches(source, 64))
     moments = collect_moments(model, variables, sites, batches)
     optimum = sum(closed_form.expected_losses(moments, sites, Schedule()).values())
     rows = []

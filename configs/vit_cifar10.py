@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.denoise.update({"train_steps": 300, "learning_rate": 0.05, "batch_size": 32, "moment_images": 1536})
     config.denoise.tokens = 0.1
     config.measured.clean_share = (0.5, 0.65, 0.8)
-    config.select.update({"images": 2000, "max_clean_loss": 2.0})
+    config.select.update({"images": 1000, "max_clean_loss": 2.0})
 
     config.evaluate.conditions = ("clean", "gaussian:10", "gaussian:20", "gaussian:40")
     config.evaluate.batch_size = 500

@@ -4,6 +4,7 @@ from drep_jax.certificate import Certificate, certify
 from drep_jax.denoiser import DenoiseRep, algorithm1_losses, explicit_apply, init_denoise
 from drep_jax.errors import DrepError
 from drep_jax.fusion import fuse, fuse_exact
+from drep_jax.measured import Measured, measure
 from drep_jax.schedule import Schedule
 from drep_jax.sites import Site, find_layers, find_sites, select_sites
 
@@ -13,6 +14,7 @@ __all__ = [
     "Certificate",
     "DenoiseRep",
     "DrepError",
+    "Measured",
     "Schedule",
     "Site",
     "algorithm1_losses",
@@ -23,5 +25,6 @@ __all__ = [
     "fuse",
     "fuse_exact",
     "init_denoise",
+    "measure",
     "select_sites",
 ]

@@ -83,10 +83,10 @@ def batch_sums(
     variables: Tree,
     sites: Sequence[Site],
     shifts: Mapping[str, Any],
-    index: Any,
+    mask: Any,
     *args: Any,
-    share: float = 1.0,
-    seed: int = 0,
+    tokens: float = 1.0,
+    keys: Any = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each site, the sums over one batch of (F − shift), (F − shift)(F − shift)ᵀ and 1.
 
@@ -94,18 +94,16 @@ def batch_sums(
       backbone, variables: the frozen backbone.
       sites: where to look.
       shifts: {site name: ([stack], [groups], d)}, float32, near the mean, so that float32 loses nothing to cancellation.
-      index: (batch,) number of each image, −1 for padding, which counts for nothing.
+      mask: (batch,) 1 for real images, 0 for padding, which counts for nothing.
       *args: for the backbone, the batch first.
-      share: of each image's feature vectors to take, a systematic sample of its own at every site.
-      seed: of the samples; they depend on (seed, number of the image, site) only.
+      tokens: share of each image's feature vectors to use, a systematic sample of its own at every site.
+      keys: (batch,) threefry keys of the images, needed if `tokens` is below 1: others, mapped over, draw for the batch.
 
     Returns:
       {site name: {"count", "first", "second0", "second1", …}}; the last are the blocks of rows of the symmetric matrix, from
       the diagonal on (`moments_from_sums` puts them together).
     """
-    batch = index.shape[0]
-    key = jax.random.key(seed, impl="threefry2x32")  # others, mapped over keys, draw for the batch and not for each key
-    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(index)
+    batch = mask.shape[0]
     extras: dict[Path, Tree] = {}
     slot = 0
     for site in sites:
@@ -118,14 +116,14 @@ def batch_sums(
             shift = extra["shift"]
             form = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
             each = len(form) > shift.ndim and form[0] % batch == 0  # else a table, the same for every image
-            if each and share < 1.0:
+            if each and tokens < 1.0:
                 total = math.prod(form[: -shift.ndim]) // batch
                 own = jax.vmap(lambda k: jax.random.fold_in(k, extra["slot"]))(keys)
-                vectors = sampled_features(layer, site.kind, x, jax.vmap(lambda k: systematic(k, total, share))(own))
+                vectors = sampled_features(layer, site.kind, x, jax.vmap(lambda k: systematic(k, total, tokens))(own))
             else:
                 vectors = features(layer, site.kind, x)
             vectors = vectors.reshape(-1, *shift.shape)
-            real = jnp.repeat(index >= 0, vectors.shape[0] // batch) if each else jnp.ones(vectors.shape[0], bool)
+            real = jnp.repeat(mask > 0, vectors.shape[0] // batch) if each else jnp.ones(vectors.shape[0], bool)
             for name, value in _sums(vectors, real, shift).items():
                 sow(module, layer, name, value)
         return call(x)
@@ -187,16 +185,16 @@ MOMENTS = "moments.npz"
 """Name of the file in a run directory."""
 
 
-def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, share: float = 1.0) -> None:
+def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens: float = 1.0) -> None:
     """Writes moments whole or not at all.
 
     Args:
       path: of the file.
       moments: of every site.
       owner: identifies the backbone and image size whose features they describe.
-      share: of each image's feature vectors that were taken.
+      tokens: share of each image's feature vectors that they were taken of.
     """
-    arrays: dict[str, Any] = {"owner": np.array(owner), "share": np.array(share)}
+    arrays: dict[str, Any] = {"owner": np.array(owner), "tokens": np.array(tokens)}
     for where, known in moments.items():
         for field in dataclasses.fields(known):
             arrays[f"{'/'.join(where)}:{field.name}"] = np.asarray(getattr(known, field.name))
@@ -205,7 +203,7 @@ def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, share: 
     os.replace(f"{path}.tmp", path)
 
 
-def load_moments(path: str, sites: Sequence[Site], owner: str, share: float = 1.0) -> dict[Path, Moments]:
+def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1.0) -> dict[Path, Moments]:
     """Reads the moments of the given sites.
 
     Raises:
@@ -230,11 +228,11 @@ def load_moments(path: str, sites: Sequence[Site], owner: str, share: float = 1.
         raise CheckpointError(
             f"{path} holds the moments of another backbone or image size; delete it and run again to take them anew."
         )
-    taken = float(arrays.get("share", 1.0))
-    if taken != share:
+    taken = float(arrays.get("tokens", 1.0))
+    if taken != tokens:
         raise CheckpointError(
-            f"{path} holds the moments of a share of {taken:g} of the feature vectors, and denoise.moment_tokens is {share:g}; "
-            "delete it and run again to take them anew."
+            f"{path} holds the moments of a share of {taken:g} of the feature vectors, and denoise.moment_tokens is {tokens:g}"
+            "; delete it and run again to take them anew."
         )
     moments = {}
     for site in sites:

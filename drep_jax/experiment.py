@@ -34,7 +34,7 @@ from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
-from drep_jax.training.moments import check_share, collect_moments
+from drep_jax.training.moments import collect_moments
 from drep_jax.training.stages import STAGES, key_of, optimizer_of, prepare, run_training, section_of, training_steps
 from drep_jax.training.state import make_step
 
@@ -79,9 +79,9 @@ def check(config: Config, setting: Setting) -> None:
     check_measuring(config)
     check_grid(config["sweep"], setting.schedule)
     lookup(LOSSES, denoise["loss"], "loss")
-    if not 0.0 < denoise["tokens"] <= 1.0:
-        raise ConfigError(f"denoise.tokens={denoise['tokens']} is a share of the feature vectors and lies in (0, 1].")
-    check_share(denoise["moment_tokens"])
+    for name in ("tokens", "moment_tokens"):
+        if not 0.0 < denoise[name] <= 1.0:
+            raise ConfigError(f"denoise.{name}={denoise[name]} is a share of the feature vectors and lies in (0, 1].")
     site_steps(setting.sites, setting.schedule, denoise["rule"], denoise["steps"])
     if not config["backbone"]["init_from"] and not config["backbone"]["steps"]:
         raise ConfigError(
@@ -182,10 +182,10 @@ def take_moments(config: Config, setting: Setting, variables: Tree, directory: s
     count = min(-(-limit // batch), -(-len(setting.train) // batch))
     first = itertools.islice(evaluation_batches(setting.train, batch), count)
     bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
-    batches = ((normalize(b["image"], setting.mean, setting.std), b["index"]) for b in bar)
-    share = config["denoise"]["moment_tokens"]
-    moments = collect_moments(setting.backbone, variables, setting.sites, batches, share=share, seed=config["seed"])
-    save_moments(path, moments, _owner(setting, variables), share)
+    batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
+    tokens = config["denoise"]["moment_tokens"]
+    moments = collect_moments(setting.backbone, variables, setting.sites, batches, tokens=tokens, seed=config["seed"])
+    save_moments(path, moments, _owner(setting, variables), tokens)
     return moments
 
 
@@ -195,8 +195,8 @@ def saved_moments(config: Config, setting: Setting, variables: Tree, directory: 
     Raises:
       CheckpointError: if there are none, or they are of another backbone, image size, share of the tokens or choice of sites.
     """
-    path, share = os.path.join(directory, MOMENTS), config["denoise"]["moment_tokens"]
-    return load_moments(path, setting.sites, _owner(setting, variables), share)
+    path, tokens = os.path.join(directory, MOMENTS), config["denoise"]["moment_tokens"]
+    return load_moments(path, setting.sites, _owner(setting, variables), tokens)
 
 
 def _owner(setting: Setting, variables: Tree) -> str:
@@ -611,9 +611,10 @@ def fuse_and_export(
         params = {"backbone": variables["params"], "denoise": denoise}
         exact = fuse_exact(params, setting.sites, setting.schedule, round_back=False, **how)
     if not all(np.isfinite(figure.error) for figure in certificate.end_to_end.values()):
+        told = f"rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g}"
         raise NonFiniteError(
-            f"With rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g} the fused network gives "
-            "NaN or Inf on real images; nothing was written. Take a smaller strength or time steps."
+            f"With {told} the fused network gives NaN or Inf on real images; nothing was written. Take a smaller "
+            "strength or time steps."
         )
     options: dict[str, Any] = {"dtype": dtype, "allow_rounding": allow_rounding, "exact": exact}
     export(out, variables, fused, setting=setting, **recorded, **options)

@@ -16,9 +16,9 @@ import numpy as np
 
 from drep_jax.closed_form import Moments, closed_form, wiener_maps
 from drep_jax.denoise_tree import set_in, site_steps
-from drep_jax.errors import ConfigError
+from drep_jax.errors import ConfigError, lookup
 from drep_jax.fusion import composed_maps
-from drep_jax.schedule import Schedule, reverse_step
+from drep_jax.schedule import RULES, Schedule, reverse_step
 from drep_jax.sites import Path, Site, assign_times
 
 Tree = Any
@@ -79,7 +79,7 @@ def check_rule(rule: str, schedule: Schedule) -> None:
     Raises:
       ConfigError: naming the nearest rule.
     """
-    if rule.startswith(WIENER):
+    if rule.startswith(WIENER) or rule == WIENER.rstrip(":"):
         try:
             ratio = float(rule.removeprefix(WIENER))
         except ValueError:
@@ -89,6 +89,7 @@ def check_rule(rule: str, schedule: Schedule) -> None:
                 f'Rule "{rule}" is not understood: noise over feature power is above 0, as in "wiener:0.01".'
             )
         return
+    lookup({name: name for name in (*RULES, WIENER.rstrip(":"))}, rule.partition(":")[0], "rule")
     reverse_step(schedule, schedule.timesteps, rule)
     if rule == "affine":
         raise ConfigError(

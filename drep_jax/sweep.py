@@ -181,7 +181,7 @@ def table(choice: Choice, max_clean_loss: float) -> str:
         lost = choice.scores(0)[CLEAN] - scores[CLEAN]
         note = "chosen" if number == choice.chosen else "unchanged" if number == 0 else ""
         if lost > max_clean_loss + 1e-9:
-            note = f"loses {lost:.1f} on clean"
+            note = f"loses {lost:.2f} on clean"
         numbers = [*scores.values(), _mean(scores), *([_mean(point.agreement)] if labelled else [])]
         rows.append([point.label, f"{point.strength:g}", *(fixed(value, 1) for value in numbers), note])
     headers = ["recipe", "strength", *choice.conditions, "mean", *(["agreement"] if labelled else []), ""]

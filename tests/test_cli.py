@@ -52,6 +52,10 @@ TYPOS = {
     "no noise power": (["--config.wiener.ratios=(0.0,)"], ["wiener.ratios", "above 0"]),
     "negative strength": (["--config.select.strengths=(-1.0,1.0)"], ["select.strengths", "at least 0"]),
     "unknown selection noise": (["--config.select.conditions=('clean','blurr:2')"], ["blurr", "blur"]),
+    "no time": (["--config.denoise.time_scale=0"], ["scale of the time steps", "0"]),
+    "time outside the schedule": (["--config.denoise.time_scale=100."], ["1200 time steps at time scale 100", "1000"]),
+    "unknown rule of the sweep": (["--config.sweep.rules=('dppm',)"], ["dppm", 'Did you mean "ddpm"']),
+    "no steps of the sweep": (["--config.sweep.steps=()"], ["sweep.steps is empty"]),
     "no such pairs": (["--config.learner=measured", "--config.noise=pairs:/nowhere"], ["/nowhere", "DIR/clean/NAME"]),
     "no folder": (["--config.data.source=folder:/nowhere"], ["/nowhere"]),
 }

@@ -98,7 +98,7 @@ def test_sgd_comes_down_to_the_closed_form():
     x = (rng.standard_normal((64, 8, 4)) @ rng.standard_normal((4, 4)) + 1.0).astype(np.float32)
     site = lone_site(4)
     variables = One().init(jax.random.key(0), x)
-    moments = collect_moments(One(), variables, (site,), [(x, np.arange(64))])
+    moments = collect_moments(One(), variables, (site,), [(x, np.ones(64, np.float32))])
     best = closed_form(moments, (site,), SCHEDULE)
     (least,) = expected_losses(moments, (site,), SCHEDULE).values()
     tx = optax.sgd(optax.cosine_decay_schedule(0.5, 600), momentum=0.9)
@@ -137,7 +137,7 @@ def test_the_noise_regularises():
     x[..., 5], x[..., 7] = 0.0, 1e3
     site = lone_site(24, time=1)
     variables = One().init(jax.random.key(0), x)
-    moments = collect_moments(One(), variables, (site,), [(x, np.arange(8))])
+    moments = collect_moments(One(), variables, (site,), [(x, np.ones(8, np.float32))])
     known = moments["head",]
     assert known.count == 8 and np.linalg.matrix_rank(known.covariance, tol=1e-5) == 7
     best = minimiser(site, known, SCHEDULE)
@@ -164,7 +164,7 @@ def test_rounding_that_is_larger_than_the_noise_is_survived():
     x = (strong + rng.standard_normal((64, 2, 5)) @ rng.standard_normal((5, 48))).astype(np.float32)
     site = lone_site(48, time=1)
     variables = One().init(jax.random.key(0), x)
-    batches = [(x[i : i + 8], np.arange(i, i + 8)) for i in range(0, 64, 8)]
+    batches = [(x[i : i + 8], np.ones(8, np.float32)) for i in range(0, 64, 8)]
     known = collect_moments(One(), variables, (site,), batches)["head",]
     bar = SCHEDULE.alpha_bar(1)
     assert np.linalg.eigvalsh(bar * known.covariance + (1 - bar) * np.eye(48)).min() < 0
@@ -193,8 +193,8 @@ def test_a_wide_site_is_solved():
 def test_moments_survive_their_file(tmp_path):
     sites, moments = sites_and_moments()
     path = str(tmp_path / "moments.npz")
-    save_moments(path, moments, "mine 8x8", share=0.25)
-    again = load_moments(path, sites, "mine 8x8", share=0.25)
+    save_moments(path, moments, "mine 8x8", tokens=0.25)
+    again = load_moments(path, sites, "mine 8x8", tokens=0.25)
     for site in sites:
         assert again[site.path].count == 1000
         np.testing.assert_array_equal(again[site.path].mean, moments[site.path].mean)
@@ -207,18 +207,18 @@ def test_moments_of_something_else_are_refused(tmp_path):
     path = str(tmp_path / "moments.npz")
     with pytest.raises(CheckpointError, match=r"There is no .*moments\.npz"):
         load_moments(path, sites, "mine")
-    save_moments(path, moments, "mine", share=0.25)
+    save_moments(path, moments, "mine", tokens=0.25)
     with pytest.raises(CheckpointError, match="another backbone or image size"):
-        load_moments(path, sites, "yours", share=0.25)
+        load_moments(path, sites, "yours", tokens=0.25)
     with pytest.raises(CheckpointError, match=r"share of 0\.25 .*denoise\.moment_tokens is 1; delete it"):
         load_moments(path, sites, "mine")
     wider = (dataclasses.replace(sites[0], width=sites[0].width + 1), *sites[1:])
     with pytest.raises(CheckpointError, match=rf"moments of {sites[0].name} have shape .* expected"):
-        load_moments(path, wider, "mine", share=0.25)
+        load_moments(path, wider, "mine", tokens=0.25)
     moved = (dataclasses.replace(sites[0], path=("elsewhere",)), *sites[1:])
     with pytest.raises(CheckpointError, match="moments of elsewhere have shape None"):
-        load_moments(path, moved, "mine", share=0.25)
+        load_moments(path, moved, "mine", tokens=0.25)
     with open(path, "r+b") as file:
         file.truncate(100)
     with pytest.raises(CheckpointError, match="is damaged"):
-        load_moments(path, sites, "mine", share=0.25)
+        load_moments(path, sites, "mine", tokens=0.25)

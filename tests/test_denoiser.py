@@ -71,10 +71,10 @@ def gathered():
 @pytest.fixture(scope="module")
 def moments():
     half = [
-        (X[:4], np.arange(4)),
-        (jnp.concatenate([X[4:], X[:4] * 0]), np.array([4, 5, 6, 7, -1, -1, -1, -1])),
+        (X[:4], np.ones(4, np.float32)),
+        (jnp.concatenate([X[4:], X[:4] * 0]), np.float32([1, 1, 1, 1, 0, 0, 0, 0])),
     ]
-    eight = [(jnp.concatenate([half[0][0], X[:4] * 0]), np.array([0, 1, 2, 3, -1, -1, -1, -1])), half[1]]
+    eight = [(jnp.concatenate([half[0][0], X[:4] * 0]), np.float32([1, 1, 1, 1, 0, 0, 0, 0])), half[1]]
     return collect_moments(NET, VARIABLES, SITES, eight)
 
 
@@ -143,7 +143,7 @@ def test_through_the_origin_without_a_bias():
     module = Net(tail=(Dense(6, bias=False), Dense(3)))
     sites = find_sites(module, X, pattern="dense0", steps=20)
     variables = randomize(module.init(jax.random.key(0), X))
-    found = collect_moments(module, variables, sites, [(X + 1.0, np.arange(8))])
+    found = collect_moments(module, variables, sites, [(X + 1.0, np.ones(8, np.float32))])
     best = closed_form.closed_form(found, sites, SCHEDULE)
     assert set(best["dense0"]) == {"kernel"}
     optimum = closed_form.expected_losses(found, sites, SCHEDULE)["dense0"]
@@ -340,3 +340,50 @@ def test_module_holds_both_subtrees_and_other_collections():
     assert set(table) == {site.name for site in sites}
     with pytest.raises(FusionError, match="denoise"):
         module.apply({"params": {"backbone": params["backbone"]}}, x)
+
+
+def test_sampled_moments_are_unbiased_and_decided_by_the_seed(moments):
+    mask = np.ones(8, np.float32)
+
+    def sampled(seed, images=X):
+        return collect_moments(NET, VARIABLES, SITES, [(images, mask)], tokens=0.5, seed=seed)
+
+    again = [sampled(seed) for seed in range(12)]
+    first, repeated = again[0], sampled(0)
+    picked = 0
+    for site in SITES:
+        exact = moments[site.path]
+        known = first[site.path]
+        np.testing.assert_array_equal(known.covariance, repeated[site.path].covariance)
+        vectors = exact.count // 8
+        assert known.count == 8 * max(1, round(0.5 * vectors)), site.name
+        if vectors < 4:
+            continue
+        picked += 1
+        assert not np.array_equal(known.mean, again[1][site.path].mean)
+        spread = np.sqrt(np.diagonal(exact.covariance, axis1=-2, axis2=-1))
+        averages = np.mean([table[site.path].mean for table in again], axis=0)
+        assert np.abs(averages - exact.mean).max() < 0.45 * spread.max()
+    assert picked
+    with pytest.raises(ConfigError, match=r"\(0, 1\]"):
+        collect_moments(NET, VARIABLES, SITES, [(X, mask)], tokens=0.0)
+
+
+def test_millions_of_vectors_far_from_the_origin_lose_nothing():
+    """A mean a thousand times the spread, in float32, over many batches: against two passes in float64."""
+    rng = np.random.default_rng(0)
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="d")(x)
+
+    plain = Plain()
+    x = (1000 + rng.normal(size=(40, 8, 6_000, 4)) * [1, 2, 0.5, 1]).astype(np.float32)
+    variables = plain.init(jax.random.key(0), x[0])
+    (site,) = find_sites(plain, x[0], pattern="d")
+    found = collect_moments(plain, variables, [site], ((batch, np.ones(8, np.float32)) for batch in x))[site.path]
+    data = x.reshape(-1, 4).astype(np.float64)
+    assert found.count == len(data) == 1_920_000
+    np.testing.assert_allclose(found.mean, data.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(found.covariance, np.cov(data.T, bias=True), rtol=2e-6, atol=2e-6)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from drep_jax import selection
 from drep_jax.builder import build
 from drep_jax.closed_form import Moments, spectrum, wiener_maps
 from drep_jax.data.loader import normalize
 from drep_jax.denoise_tree import get_in, init_denoise
-from drep_jax.errors import ConfigError
+from drep_jax.errors import ConfigError, NonFiniteError
 from drep_jax.fusion import fuse_exact
 from drep_jax.schedule import Schedule
 from drep_jax.selection import Candidate, Point, best_point, choose, grid_outputs, scaled
@@ -63,6 +64,34 @@ def test_the_grid_is_fusing_point_by_point_in_one_trace():
         np.testing.assert_allclose(full["conv"]["kernel"], fused["conv"]["kernel"], atol=1e-6)
 
 
+def test_candidates_larger_than_the_memory_take_turns_in_the_same_program(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
+    net = Net()
+    variables = net.init(jax.random.key(0), x)
+    sites, schedule = find_sites(net, x), Schedule()
+    candidates = [Candidate(str(seed), random_maps(sites, seed)) for seed in range(5)]
+    points = [(0, 0.0), (4, 1.0), *((number, tau) for number in range(5) for tau in (0.5, 1.0))]
+    together = np.asarray(grid_outputs(net, variables, sites, schedule, candidates, points)(x))
+    size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(candidates[0].denoise))
+    monkeypatch.setattr(selection, "STACK_BYTES", 2 * size)
+    TRACES.clear()
+    outputs = grid_outputs(net, variables, sites, schedule, candidates, points)
+    np.testing.assert_array_equal(outputs(x), together)
+    assert len(TRACES) == 1
+    assert len(np.unique(together[:, 0, 0])) == 1 + 5 * 2  # (4, 1.0) is there twice
+
+
+def test_strength_zero_is_the_backbone_whatever_the_map():
+    x = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
+    net = Net()
+    variables = net.init(jax.random.key(0), x)
+    sites = find_sites(net, x)
+    candidates = [Candidate("endless", jax.tree_util.tree_map(lambda leaf: leaf * np.inf, random_maps(sites, 1)))]
+    got = np.asarray(grid_outputs(net, variables, sites, Schedule(), candidates, [(0, 0.0), (0, 1.0)])(x))
+    np.testing.assert_array_equal(got[0], jax.jit(net.apply)(variables, x))
+    assert not np.isfinite(got[1]).any()
+
+
 def point(strength, clean, noisy):
     return Point("p", 0, strength, strength, {"clean": clean, "n": noisy}, {"clean": noisy, "n": clean})
 
@@ -76,6 +105,9 @@ def test_the_best_point_respects_the_limit_ties_and_overflow():
     assert best_point(table, "accuracy", 0.5) == 0
     assert best_point([backbone, point(1.0, 90.0, 50.0)], "accuracy", 1.0) == 0
     assert best_point([backbone, point(1.0, 90.0, 60.0), point(0.5, 90.0, 60.0)], "accuracy", 1.0) == 2
+    # The smaller change, not the smaller number: strengths of two candidates do not compare.
+    gentle = dataclasses.replace(point(1.0, 90.0, 60.0), change=0.1)
+    assert best_point([backbone, point(0.5, 90.0, 60.0), gentle], "accuracy", 1.0) == 2
     assert best_point([backbone, point(1.0, 89.0, 51.0)], "agreement", 100.0) == 0  # other criterion, other scores
     with pytest.raises(ConfigError, match="max_clean_loss=-1"):
         best_point(table, "accuracy", -1)
@@ -117,6 +149,10 @@ def test_choosing_scores_held_out_images_by_labels_and_by_agreement(setting):
     best = choice.points[choice.chosen]
     assert sum(best.accuracy.values()) >= sum(first.accuracy.values())
     assert choice.front()["points"][0] == {"label": "backbone", "strength": 0.0, "scores": first.accuracy}
+
+    broken = jax.tree_util.tree_map(lambda leaf: leaf * np.float32(np.nan), variables)
+    with pytest.raises(NonFiniteError, match="unchanged backbone"):
+        choose(config, known, broken, candidates[:1])
 
     blind = choose({**config, "select": {**config["select"], "labels": False}}, known, variables, candidates)
     assert blind.criterion == "agreement" and blind.points[0].accuracy is None

@@ -285,6 +285,31 @@ def test_chain_must_fit_into_the_schedule():
         assign_times(layers, timesteps=5, steps=0)
 
 
+@pytest.mark.parametrize(
+    ("steps", "scale", "expected"),
+    [
+        (1, 1.0, [3, 2, 1]),
+        (2, 10.0, [60, 40, 20]),
+        (1, 2.5, [8, 5, 2]),
+        (3, 0.5, [4, 3, 3]),  # never below k, so that k steps end at t = 1 or later
+    ],
+)
+def test_time_scale_multiplies_the_time_steps(steps, scale, expected):
+    sites = find_sites(Net(tail=(Dense(), Dense())), IMAGE, steps=steps, time_scale=scale)
+    assert [site.times for site in sites] == [(t,) for t in expected]
+    assert {site.steps for site in sites} == {steps}
+
+
+def test_scaled_chain_must_fit_into_the_schedule():
+    layers = select_sites(find_layers(Net(tail=(Dense(), Dense())), IMAGE))
+    assert max(site.times for site in assign_times(layers, timesteps=30, time_scale=10.0)) == (30,)
+    with pytest.raises(ConfigError, match="need 30 time steps at time scale 10, but the schedule has 29"):
+        assign_times(layers, timesteps=29, time_scale=10.0)
+    for bad in (0.0, -1.0, float("nan"), float("inf"), True):
+        with pytest.raises(ConfigError, match="scale of the time steps"):
+            assign_times(layers, timesteps=29, time_scale=bad)
+
+
 def test_coverage_counts_kernels():
     net = Net(tail=(Dense(4), Scan(3, 5)))
     params = jax.eval_shape(net.init, jax.random.key(0), IMAGE)["params"]

@@ -82,7 +82,7 @@ def open_pairs(directory: str, image_size: tuple[int, int], resize: str = "crop"
 
 
 def _names(base: Path) -> set[str]:
-    folders: list[Path] = [base]
+    folders = [base]
     names: set[str] = set()
     while folders:
         listing = scan(folders.pop())

@@ -1,5 +1,6 @@
-"""One pass over unlabelled images that gives the moments of every site, on all local devices."""
+"""One pass over unlabelled images that gives the moments of every site, on all devices of all hosts."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,77 +17,13 @@ from drep_jax.training import parallel
 Tree = Any
 
 
-def check_share(share: float) -> None:
-    """Raises `ConfigError` unless `share` can be a share of the feature vectors."""
-    if not 0.0 < share <= 1.0:
-        raise ConfigError(f"denoise.moment_tokens={share} is a share of the feature vectors and lies in (0, 1].")
-
-
-def make_pass(
-    backbone: nn.Module, sites: Sequence[Site], *, share: float = 1.0, seed: int = 0
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns the two functions of a pass, each on all local devices.
-
-    Returns:
-      centre: (variables, images, index) ↦ the mean of each site's features over one batch of all devices and hosts.
-      add: (state, variables, shifts, images, index) ↦ state, the sums so far and what rounding has dropped from them; the
-        old state is used up.
-    """
-
-    def centre(variables: Tree, images: Any, index: Any) -> Any:
-        origin = {site.name: jnp.zeros(site.denoiser_shape[:-1], jnp.float32) for site in sites}
-        sums = batch_sums(backbone, variables, sites, origin, index, images, share=share, seed=seed)
-        sums = parallel.mean({name: {part: s[part] for part in ("first", "count")} for name, s in sums.items()})
-        return {name: s["first"] / _like(jnp.maximum(s["count"], 1.0 / 2), s["first"]) for name, s in sums.items()}
-
-    def add(state: Any, variables: Tree, shifts: Any, images: Any, index: Any) -> Any:
-        total, lost = state
-        sums = batch_sums(backbone, variables, sites, shifts, index, images, share=share, seed=seed)
-        new = jax.tree_util.tree_map(jnp.subtract, sums, lost)
-        after = jax.tree_util.tree_map(jnp.add, total, new)
-        return after, jax.tree_util.tree_map(lambda a, t, n: (a - t) - n, after, total, new)
-
-    return parallel.on_devices(centre), parallel.on_devices(add, donate_argnums=(0,))
-
-
-def run_pass(
-    centre: Callable[..., Any],
-    add: Callable[..., Any],
-    variables: Tree,
-    sites: Sequence[Site],
-    batches: Iterable[tuple[Any, Any]],
-) -> dict[Path, Moments]:
-    """Runs what `make_pass` has made over the batches; see `collect_moments`."""
-    everywhere = parallel.replicate(variables)
-    state: Any = None
-    shifts: Any = None
-    for images, index in batches:
-        if not np.issubdtype(index.dtype, np.integer):
-            raise DataError(f"Moments need the number of each image as an integer, -1 for padding; got {index.dtype}.")
-        images, index = parallel.shard(images), parallel.shard(index)
-        if state is None:
-            shifts = centre(everywhere, images, index)
-            zeros = {site.name: no_sums(site) for site in sites}
-            state = parallel.replicate((zeros, zeros))
-        state = add(state, everywhere, shifts, images, index)
-    if state is None:
-        raise DataError("There are no images to take moments of.")
-    moments = {}
-    for site in sites:  # one by one: in float64 all of them would take far more memory than the pass
-        total, lost = ({part: parallel.host_sum(leaf) for part, leaf in tree[site.name].items()} for tree in state)
-        sums = {part: total[part] - lost[part] for part in total}
-        shift = parallel.unreplicate(shifts[site.name]).astype(np.float64)
-        moments[site.path] = moments_from_sums(site, sums, shift)
-    return moments
-
-
 def collect_moments(
     backbone: nn.Module,
     variables: Tree,
     sites: Sequence[Site],
     batches: Iterable[tuple[Any, Any]],
     *,
-    share: float = 1.0,
+    tokens: float = 1.0,
     seed: int = 0,
 ) -> dict[Path, Moments]:
     """Accumulates the moments of every site; memory does not depend on the number of images.
@@ -97,19 +34,88 @@ def collect_moments(
     Args:
       backbone, variables: the frozen backbone.
       sites: where to look.
-      batches: (images, index): normalised, (batch, …), and the number of each image, (batch,) with −1 for padding.
-      share: of each image's feature vectors to take, a systematic sample of its own at every site: unbiased, and moments
-        of neighbouring tokens are so alike that a quarter of them tells almost as much as all.
-      seed: of the samples; they depend on (seed, number of the image, site) only, not on batches or devices.
+      batches: (images, mask), normalised, (batch, …) and (batch,) with 0 for padding; with several hosts, each one's equal
+        part of every batch.
+      tokens: share of each image's feature vectors to use, in (0, 1]; which ones depends on the seed, the site and the
+        image's place in the stream only. Neighbouring tokens are so alike that a quarter tells almost as much as all.
+      seed: of that sample.
 
     Raises:
-      ConfigError: if the share does not lie in (0, 1].
-      DataError: if there is no image, or the images are not numbered.
+      ConfigError: for a share outside (0, 1].
+      DataError: if there is no image.
       NonFiniteError: for NaN or Inf in the features, naming the site.
     """
-    check_share(share)
-    centre, add = make_pass(backbone, sites, share=share, seed=seed)
-    return run_pass(centre, add, variables, sites, batches)
+    if not 0.0 < tokens <= 1.0:
+        raise ConfigError(f"tokens is the share of feature vectors to use and lies in (0, 1], got {tokens!r}.")
+    centre, add = programs(backbone, tuple(sites), tokens)
+    everywhere = parallel.replicate(variables)
+    state: Any = None
+    shifts: Any = None
+    # Other generators, mapped over keys, draw for the batch and not for each key.
+    key, seen = jax.random.key(seed, impl="threefry2x32"), 0
+    for images, mask in batches:
+        place = seen + jax.process_index() * len(mask) + np.arange(len(mask), dtype=np.int32)
+        seen += jax.process_count() * len(mask)
+        batch = tuple(parallel.shard(part) for part in (images, mask, image_keys(key, place)))
+        if state is None:
+            shifts = centre(everywhere, *batch)
+            state = nothing_yet(sites)
+        state = add(state, everywhere, shifts, *batch)
+    if state is None:
+        raise DataError("There are no images to take moments of.")
+    moments = {}
+    for site in sites:  # one by one: in float64 all of them would take far more memory than the pass
+        total, lost = ({part: parallel.host_sum(leaf) for part, leaf in tree[site.name].items()} for tree in state)
+        shift = parallel.unreplicate(shifts[site.name]).astype(np.float64)
+        moments[site.path] = moments_from_sums(site, {part: total[part] - lost[part] for part in total}, shift)
+    return moments
+
+
+def programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tuple[Callable[..., Any], ...]:
+    """Returns the compiled functions of a pass, the same ones for the same arguments.
+
+    Returns:
+      centre: (variables, images, mask, keys) ↦ each site's mean over one batch of all devices and hosts.
+      add: (state, variables, shifts, images, mask, keys) ↦ state; the old state is used up.
+    """
+    try:
+        return _programs(backbone, sites, tokens)
+    except TypeError:  # the attributes of a backbone need not be hashable
+        return _programs.__wrapped__(backbone, sites, tokens)
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tuple[Callable[..., Any], ...]:
+    origin = {site.name: jnp.zeros(site.denoiser_shape[:-1], jnp.float32) for site in sites}
+
+    def sums_of(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
+        keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
+        return batch_sums(backbone, variables, sites, shifts, mask, images, tokens=tokens, keys=keys)
+
+    def centre(variables: Tree, *batch: Any) -> Any:
+        sums = sums_of(variables, origin, *batch)
+        means = parallel.mean({name: {part: s[part] for part in ("first", "count")} for name, s in sums.items()})
+        return {name: m["first"] / _like(jnp.maximum(m["count"], 1.0 / 2), m["first"]) for name, m in means.items()}
+
+    def add(state: Any, variables: Tree, shifts: Any, *batch: Any) -> Any:
+        total, lost = state
+        new = jax.tree_util.tree_map(jnp.subtract, sums_of(variables, shifts, *batch), lost)
+        after = jax.tree_util.tree_map(jnp.add, total, new)
+        return after, jax.tree_util.tree_map(lambda a, t, n: (a - t) - n, after, total, new)
+
+    return parallel.on_devices(centre), parallel.on_devices(add, donate_argnums=(0,))
+
+
+def nothing_yet(sites: Sequence[Site]) -> Any:
+    """Returns the state before the first batch: the sums, and what rounding has dropped from them, on every device."""
+    zeros = {site.name: no_sums(site) for site in sites}
+    return parallel.replicate((zeros, zeros))
+
+
+@jax.jit
+def image_keys(key: Any, places: Any) -> Any:
+    """Returns the raw random key of each image, (batch, 2)."""
+    return jax.random.key_data(jax.vmap(lambda place: jax.random.fold_in(key, place))(places))
 
 
 def _like(count: Any, array: Any) -> Any:

@@ -1,24 +1,21 @@
 """Corruptions: right strengths in their own units, and random numbers that belong to an image, not to a batch."""
 
 import collections
+import io
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import ndimage
+from PIL import Image
 
 from drep_jax.data.corruptions import CORRUPTIONS, Part, corrupt, parse_spec
 from drep_jax.errors import ConfigError, DataError
+from tests.pictures import textured
 
 GREY = np.full((8, 32, 32, 3), 127, np.uint8)
 INDEX = np.arange(8) + 100
-
-
-def textured(count=4, size=(32, 32), channels=3, seed=0):
-    """Smooth blobs with some grain: every corruption must show on them."""
-    rng = np.random.default_rng(seed)
-    blobs = ndimage.gaussian_filter(rng.normal(size=(count, *size, channels)), (0, 2, 2, 0)) * 400
-    return np.clip(127 + blobs + 10 * rng.normal(size=blobs.shape), 0, 255).astype(np.uint8)
 
 
 def one(image, spec, seed=0):
@@ -45,8 +42,7 @@ def test_the_result_depends_on_seed_and_image_only(spec):
     np.testing.assert_array_equal(corrupt(images[order], index[order], spec, seed=3), whole[order])
     np.testing.assert_array_equal(corrupt(images[:1], index[:1], spec, seed=3), whole[:1])
     np.testing.assert_array_equal(corrupt(images.astype(np.float32), index, spec, seed=3), whole)
-    if spec not in ("blur:1", "jpeg:30", "contrast:30"):
-        assert (corrupt(images, index, spec, seed=4) != whole).any()
+    assert (corrupt(images, index, spec, seed=4) != whole).any()
 
 
 def test_images_and_channels_share_no_noise():
@@ -64,10 +60,8 @@ def test_two_strengths_of_one_corruption_draw_the_same_noise():
 
 def test_noise_is_the_same_as_ever():
     first = corrupt(GREY[:1], np.array([7]), "gaussian:10", seed=3)[0, 0, :2] - 127
-    np.testing.assert_allclose(first, RECORDED, atol=1e-3)
-
-
-RECORDED = [[0, 0, 0], [0, 0, 0]]
+    recorded = [[-18.395523, -13.195084, -8.802963], [6.477829, 0.605713, 0.080040]]
+    np.testing.assert_allclose(first, recorded, atol=1e-4)
 
 
 @pytest.mark.parametrize(("index", "seed"), [(-1, 0), (2**40, 0), (0, -5), (0, 2**63)])
@@ -84,8 +78,8 @@ def test_a_range_draws_one_strength_an_image_uniformly():
 
 
 def test_a_drawn_strength_acts_as_if_asked_for():
-    drawn = corrupt(GREY, INDEX, "gaussian:10..40", seed=1) - 127
-    unit = (corrupt(GREY, INDEX, "gaussian:10", seed=1) - 127) / 10
+    drawn = corrupt(GREY, INDEX, "gaussian:5..20", seed=1) - 127
+    unit = (corrupt(GREY, INDEX, "gaussian:5", seed=1) - 127) / 5
     ratio = drawn.std(axis=(1, 2, 3)) / unit.std(axis=(1, 2, 3))
     np.testing.assert_allclose(drawn, unit * ratio[:, None, None, None], atol=1e-3)
 
@@ -191,10 +185,6 @@ def test_motion_draws_a_point_into_a_line_of_the_stated_length():
 
 
 def test_jpeg_is_that_of_pillow():
-    import io
-
-    from PIL import Image
-
     image = textured(1)[0]
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=25)
@@ -272,7 +262,7 @@ def test_specs_are_parsed():
         ("jpeg:0..100", "at most 99"),
         ("impulse:101", "at most 100 .per cent"),
         ("cifar10c", "cifar10c:NAME:SEVERITY"),
-        ("cifar10c:frog:3", 'Unknown CIFAR-10-C corruption "frog".*Did you mean "fro?[sg]t?"'),
+        ("cifar10c:frog:3", 'Unknown CIFAR-10-C corruption "frog".*Did you mean "fog"'),
         ("cifar10c:fog", "severity of .*fog.* is 1, 2, 3, 4 or 5"),
         ("cifar10c:fog:0", "severity"),
         ("cifar10c:fog:6", "severity"),
@@ -301,3 +291,9 @@ def test_arrays_of_jax_are_accepted():
     found = corrupt(jnp.asarray(GREY), jnp.asarray(INDEX, jnp.int32), "gaussian:3", seed=0)
     assert isinstance(found, np.ndarray)
     np.testing.assert_array_equal(found, corrupt(GREY, INDEX, "gaussian:3", seed=0))
+
+
+def test_the_documented_table_is_the_one_in_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "corruptions.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]+\.\.[\d.]+ \| [\d.]+) \|", page, re.MULTILINE))
+    assert rows == {name: f"{c.default[0]:g}..{c.default[1]:g} | {c.largest:g}" for name, c in CORRUPTIONS.items()}

@@ -20,7 +20,7 @@ from drep_jax.training import parallel
 from drep_jax.training.moments import collect_moments
 from tests import trees
 
-PADDING = np.array([0, 1, 2, 3, 4, -1, 5, -1, 6, 7, 8, 9, 10, -1, -1, -1])  # of two batches of eight
+MASK = np.array([1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0], np.float32)  # of two batches of eight: 11 images
 
 
 class Whole(nn.Module):
@@ -31,14 +31,15 @@ class Whole(nn.Module):
         return nn.Dense(2, name="head")(x)
 
 
-def pass_over(net, x, index, **options):
+def pass_over(net, x, mask=None, **options):
     """Moments of every site of `net` from images x, in batches of eight."""
     pattern, kind = options.pop("pattern", ".*"), options.pop("kind", "auto")
     variables = options.pop("variables", None)
     if variables is None:
         variables = trees.randomize(trees.zeros(jax.eval_shape(net.init, jax.random.key(0), x[:1])))
     sites = find_sites(net, x[:1], pattern=pattern, kind=kind)
-    batches = [(jnp.asarray(x[i : i + 8]), index[i : i + 8]) for i in range(0, len(x), 8)]
+    mask = np.ones(len(x), np.float32) if mask is None else mask
+    batches = [(jnp.asarray(x[i : i + 8]), mask[i : i + 8]) for i in range(0, len(x), 8)]
     return sites, variables, collect_moments(net, variables, sites, batches, **options)
 
 
@@ -87,23 +88,23 @@ CONVS = {
 def test_convolutions(case, kind):
     """Padding images (here: not even small ones) count for nothing."""
     conv, x = CONVS[case], np.array(trees.normal(0, (16, 5, 6, 4))) + 1.0
-    x[PADDING < 0] = 1e4
-    ((site,), _, found) = pass_over(trees.Net((conv,)), x, PADDING, pattern="conv0", kind=kind)
+    x[MASK == 0] = 1e4
+    ((site,), _, found) = pass_over(trees.Net((conv,)), x, MASK, pattern="conv0", kind=kind)
     assert site.kind == ("pointwise" if case == "one pixel" else kind)
-    check(found[site.path], windows(conv, x[PADDING >= 0].astype(np.float64), site.kind), site)
+    check(found[site.path], windows(conv, x[MASK == 1].astype(np.float64), site.kind), site)
 
 
 def test_dense_layers_scanned_layers_and_layers_called_twice():
     net = trees.Net(tail=(trees.General((2, 3)), trees.Scan(length=3, hidden=5), trees.Twice()))
     x = np.array(trees.normal(0, (16, 3, 4, 3)))
-    x[PADDING < 0] = 7.0
-    sites, variables, found = pass_over(net, x, PADDING)
+    x[MASK == 0] = 7.0
+    sites, variables, found = pass_over(net, x, MASK)
     params = trees.float64(variables["params"])
 
     def dense(layer, v):
         return v @ layer["kernel"].reshape(v.shape[-1], -1) + layer["bias"].reshape(-1)
 
-    v = x[PADDING >= 0].astype(np.float64).reshape(-1, 3)
+    v = x[MASK == 1].astype(np.float64).reshape(-1, 3)
     wanted = {"general0": np.concatenate([v, np.cos(v)], axis=-1)}
     v = np.tanh(dense(params["general0"], wanted["general0"]))
     inputs = {"scan1/fc1": [], "scan1/fc2": []}
@@ -139,7 +140,7 @@ def test_a_layer_that_a_scan_repeats_is_one_site():
             return scan(name="same")(x, None)[0]
 
     x = np.array(trees.normal(0, (8, 6, 4)))
-    sites, variables, found = pass_over(Repeated(), x, np.arange(8), pattern="same/d")
+    sites, variables, found = pass_over(Repeated(), x, pattern="same/d")
     layer, v, inputs = trees.float64(variables["params"]["same"]["d"]), x.reshape(-1, 4).astype(np.float64), []
     for _ in range(3):
         inputs.append(v)
@@ -165,7 +166,7 @@ def test_ten_million_vectors_lose_no_accuracy():
             count, total, outer = count + len(exact), total + exact.sum(0), outer + exact.T @ exact
             flat = x.reshape(-1, 3)
             plain = plain + flat.T @ flat
-            yield x, np.arange(8)
+            yield x, np.ones(8, np.float32)
 
     known = collect_moments(Whole(), variables, sites, batches())["head",]
     assert known.count == count == 10_000_000
@@ -182,10 +183,10 @@ def test_one_device_takes_the_moments_of_eight(monkeypatch):
     net = trees.Net((trees.Conv(groups=2),), (trees.Scan(length=2), trees.Dense(4)))
     x = np.asarray(trees.normal(1, (16, 6, 6, 4))) + 3.0
     for share in (1.0, 0.4):
-        sites, variables, many = pass_over(net, x, PADDING, share=share, seed=5)
+        sites, variables, many = pass_over(net, x, MASK, tokens=share, seed=5)
         with monkeypatch.context() as patch:
             patch.setattr(parallel, "device_count", lambda: 1)
-            _, _, one = pass_over(net, x, PADDING, share=share, seed=5, variables=variables)
+            _, _, one = pass_over(net, x, MASK, tokens=share, seed=5, variables=variables)
         for site in sites:
             assert one[site.path].count == many[site.path].count
             for part in ("mean", "covariance"):
@@ -204,8 +205,8 @@ from drep_jax.closed_form import save_moments
 from drep_jax.training.moments import collect_moments
 from tests.training.test_moments import over_hosts
 net, sites, variables, x = over_hosts()
-mine = [(x[i : i + 4], np.arange(i, i + 4)) for i in (4 * which, 8 + 4 * which)]
-save_moments(out, collect_moments(net, variables, sites, mine, share=0.4, seed=5), str(jax.device_count()))
+mine = [(x[i : i + 4], np.ones(4, np.float32)) for i in (4 * which, 8 + 4 * which)]
+save_moments(out, collect_moments(net, variables, sites, mine, tokens=0.4, seed=5), str(jax.device_count()))
 """
 
 
@@ -237,7 +238,7 @@ def test_two_hosts_take_the_moments_of_one(tmp_path):
     assert [process.returncode for process in started] == [0, 0], messages
     net, sites, variables, x = over_hosts()
     wanted = collect_moments(
-        net, variables, sites, [(x[i : i + 8], np.arange(i, i + 8)) for i in (0, 8)], share=0.4, seed=5
+        net, variables, sites, [(x[i : i + 8], np.ones(8, np.float32)) for i in (0, 8)], tokens=0.4, seed=5
     )
     first, second = (load_moments(file, sites, "4") for file in files)
     for site in sites:
@@ -270,36 +271,63 @@ def test_blocks_of_rows_make_the_whole_matrix(width):
 
 
 def test_a_sample_is_the_images_own():
-    """The same whatever the batches, the order and the padding; another one for another seed, image or site."""
-    x = np.array(trees.normal(2, (16, 5, 5, 3)))
-    net, index = trees.Net((trees.Conv(),), (trees.Dense(4),)), np.arange(16)
-    sites, variables, first = pass_over(net, x, index, share=0.3, seed=1)
-    order = np.random.default_rng(0).permutation(16)
-    _, _, shuffled = pass_over(net, x[order], index[order], share=0.3, seed=1, variables=variables)
-    _, _, again = pass_over(net, x, index, share=0.3, seed=1, variables=variables)
-    _, _, other = pass_over(net, x, index, share=0.3, seed=2, variables=variables)
-    _, _, renumbered = pass_over(net, x, index + 16, share=0.3, seed=1, variables=variables)
+    """The same whatever the size of the batches and the padding; another one for another seed, image or site."""
+    x = np.array(trees.normal(2, (32, 5, 5, 3)))
+    net = trees.Net((trees.Conv(),), (trees.Dense(4),))
+    sites, variables, first = pass_over(net, x, tokens=0.3, seed=1)
+    whole = [(x, np.ones(32, np.float32))]
+    at_once = collect_moments(net, variables, sites, whole, tokens=0.3, seed=1)
+    longer = (np.concatenate([x, x[:8]]), np.repeat(np.float32([1, 0]), (32, 8)))
+    _, _, padded = pass_over(net, *longer, tokens=0.3, seed=1, variables=variables)
+    _, _, again = pass_over(net, x, tokens=0.3, seed=1, variables=variables)
+    _, _, other = pass_over(net, x, tokens=0.3, seed=2, variables=variables)
+    _, _, moved = pass_over(net, np.roll(x, 1, axis=0), tokens=0.3, seed=1, variables=variables)
     for site in sites:
         if site.name == "head":
             continue  # has one vector an image
         ours = first[site.path]
-        assert ours.count == 16 * round(0.3 * 25)
+        assert ours.count == 32 * round(0.3 * 25)
         np.testing.assert_array_equal(again[site.path].covariance, ours.covariance)
-        np.testing.assert_allclose(shuffled[site.path].covariance, ours.covariance, rtol=1e-5, atol=1e-6)
-        for different in (other, renumbered):
+        for same in (at_once, padded):
+            np.testing.assert_allclose(same[site.path].covariance, ours.covariance, rtol=1e-5, atol=1e-6)
+        for different in (other, moved):
             assert np.abs(different[site.path].covariance - ours.covariance).max() > 1e-3
-    assert first["head",].count == 16
+    assert first["head",].count == 32
+
+
+def test_sites_and_stacked_copies_sample_by_themselves():
+    """Three times the same features, at two sites and as two copies of one: other samples, so other means."""
+
+    class Same(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(
+                trees.Inner, variable_axes={"params": 0, "denoise": 0}, split_rngs={"params": True}, length=2
+            )
+            y = scan(name="scan")(x, None)[0]
+            return nn.Dense(3, name="one")(y), nn.Dense(3, name="two")(y + 0.0)
+
+    x = np.array(trees.normal(2, (8, 40, 3)))
+    layer = {"kernel": np.eye(3, dtype=np.float32), "bias": np.zeros(3, np.float32)}
+    stacked = jax.tree_util.tree_map(lambda leaf: np.stack([leaf] * 2), {"d": layer})
+    variables = {"params": {"scan": stacked, "one": layer, "two": layer}}
+    _, _, found = pass_over(Same(), x, tokens=0.25, variables=variables)
+    means = [*found["scan", "d"].mean, found["one",].mean, found["two",].mean]
+    for one, two in itertools.combinations(means, 2):
+        assert np.abs(one - two).max() > 1e-3
+    _, _, full = pass_over(Same(), x, variables=variables)
+    for mean in [*full["scan", "d"].mean, full["one",].mean, full["two",].mean]:
+        np.testing.assert_allclose(mean, x.reshape(-1, 3).mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["patch", "pointwise"])
 def test_samples_are_unbiased(kind):
-    """The same images under 200 numbers each: their samples average to the moments of all vectors."""
+    """The same images at 200 places each: their samples average to the moments of all vectors."""
     x = np.array(trees.normal(3, (8, 6, 5, 2))) + np.linspace(0, 2, 5).reshape(1, 1, 5, 1)
     net, count = trees.Net((trees.Conv(),), (trees.Dense(3),)), 200
-    sites, variables, full = pass_over(net, x, np.arange(8), kind=kind)
-    many = (np.tile(x, (count, 1, 1, 1)), np.arange(8 * count))
-    _, _, sampled = pass_over(net, *many, kind=kind, share=0.2, variables=variables)
-    _, _, one = pass_over(net, x, np.arange(8), kind=kind, share=0.2, variables=variables)
+    sites, variables, full = pass_over(net, x, kind=kind)
+    _, _, sampled = pass_over(net, np.tile(x, (count, 1, 1, 1)), kind=kind, tokens=0.2, variables=variables)
+    _, _, one = pass_over(net, x, kind=kind, tokens=0.2, variables=variables)
     for site in sites:
         if site.name == "head":
             continue
@@ -317,8 +345,8 @@ def test_samples_are_unbiased(kind):
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
 def test_shares_that_are_none_are_refused(share):
-    with pytest.raises(ConfigError, match=r"denoise\.moment_tokens=.*\(0, 1\]"):
-        pass_over(Whole(), np.ones((8, 2, 3), np.float32), np.arange(8), share=share)
+    with pytest.raises(ConfigError, match=r"tokens is the share .*\(0, 1\]"):
+        pass_over(Whole(), np.ones((8, 2, 3), np.float32), tokens=share)
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------------
@@ -328,10 +356,10 @@ def test_nan_names_the_site():
     x = np.array(trees.normal(0, (8, 4, 4, 2)))
     x[3, 1, 1, 0] = np.nan
     with pytest.raises(NonFiniteError, match=r"^conv0: .*NaN"):
-        pass_over(trees.Net((trees.Conv(),)), x, np.arange(8))
-    index = np.arange(8)
-    index[3] = -1
-    _, _, found = pass_over(Whole(), x.reshape(8, -1, 2), index)  # in padding it is not looked at
+        pass_over(trees.Net((trees.Conv(),)), x)
+    mask = np.ones(8, np.float32)
+    mask[3] = 0
+    _, _, found = pass_over(Whole(), x.reshape(8, -1, 2), mask)  # in padding it is not looked at
     assert np.isfinite(found["head",].covariance).all()
 
 
@@ -340,6 +368,19 @@ def test_nothing_to_see():
     with pytest.raises(DataError, match="no images"):
         collect_moments(Whole(), {"params": {}}, sites, [])
     with pytest.raises(DataError, match="head: no feature vector"):
-        pass_over(Whole(), np.ones((8, 2, 3), np.float32), np.full(8, -1))
-    with pytest.raises(DataError, match=r"number of each image as an integer.*float32"):
-        pass_over(Whole(), np.ones((8, 2, 3), np.float32), np.ones(8, np.float32))
+        pass_over(Whole(), np.ones((8, 2, 3), np.float32), np.zeros(8, np.float32))
+
+
+def test_a_backbone_with_unhashable_attributes():
+    class Listed(nn.Module):
+        widths: list
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(self.widths[0], name="head")(x)
+
+    with pytest.raises(TypeError):
+        hash(Listed([2]))
+    x = np.array(trees.normal(0, (8, 4, 3)))
+    sites, _, found = pass_over(Listed([2]), x)
+    check(found["head",], x, sites[0])

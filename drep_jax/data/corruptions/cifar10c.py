@@ -94,11 +94,11 @@ def motion_blur(image: Image, rng: Generator, radius: int, sigma: float) -> Imag
     return _smear(image, radius, sigma, rng.uniform(-45, 45))
 
 
-def zoom_blur(image: Image, rng: Generator, farthest: float) -> Image:
-    """Averages the image with its magnifications from 1 to almost `farthest`, in steps of 0.01."""
+def zoom_blur(image: Image, rng: Generator, end: float) -> Image:
+    """Averages the image with its magnifications from 1 to before `end` in steps of 0.01, as `numpy.arange` counts them."""
     del rng
     height, width, channels = image.shape
-    vertical, horizontal = _zooms(height, farthest), _zooms(width, farthest)
+    vertical, horizontal = _zooms(height, end), _zooms(width, end)
     count = len(vertical)
     tall = (vertical.reshape(-1, height) @ image.reshape(height, -1)).reshape(count, height, width, channels)
     pairs = tall.transpose(1, 3, 0, 2).reshape(height * channels, count * width)
@@ -129,13 +129,14 @@ def snow(
 
 def frost(image: Image, rng: Generator, kept: float, added: float) -> Image:
     """Mixes the image with a frozen pane."""
-    return kept * image + added * _pane(*image.shape, rng)
+    return kept * image + added * _pane(image.shape, rng)
 
 
 def fog(image: Image, rng: Generator, amount: float, decay: float) -> Image:
     """Adds fractal noise and scales back to the image's own brightest value."""
     brightest = image.max()
-    mist = amount * plasma(*image.shape[:2], decay, rng)[..., None]
+    height, width, _ = image.shape
+    mist = amount * plasma(height, width, decay, rng)[..., None]
     return (image + mist) * brightest / (brightest + amount)
 
 
@@ -248,8 +249,8 @@ def _sample(image: Image, rows: np.ndarray, columns: np.ndarray, border: str) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _zooms(side: int, farthest: float) -> np.ndarray:
-    return np.stack([_zoom_matrix(side, factor) for factor in np.arange(1, farthest, 0.01).tolist()])
+def _zooms(side: int, end: float) -> np.ndarray:
+    return np.stack([_zoom_matrix(side, factor) for factor in np.arange(1, end, 0.01).tolist()])
 
 
 @functools.lru_cache(maxsize=64)
@@ -266,8 +267,9 @@ def _zoom_matrix(side: int, factor: float) -> np.ndarray:
     return matrix
 
 
-def _pane(height: int, width: int, channels: int, rng: Generator) -> np.ndarray:
-    """Returns a frozen pane, 0 to 1: needles of ice over slower changes, in the colour of one of `PANES`."""
+def _pane(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
+    """Returns a frozen pane, 0 to 1, made up: needles of ice over slower changes, in the colour of one of `PANES`."""
+    height, width, channels = shape
     colour, spread = PANES[rng.integers(len(PANES))]
     needles = correlate(rng.standard_normal((height, width, 1)), _needle(rng.uniform(0, math.pi)), "edge")
     slow = plasma(height, width, 1.5, rng)[..., None]

@@ -1,4 +1,4 @@
-"""What several corruptions share: averages of moved images, JPEG, fractal noise; on (height, width, channels)."""
+"""What several corruptions share, on arrays (height, width, channels): sparse kernels, JPEG, fractal noise."""
 
 import io
 

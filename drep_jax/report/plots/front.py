@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from drep_jax.report.plots.canvas import BLUE, GREY, NAME, RED, png, shortened, styled
+from drep_jax.report.plots.canvas import BLUE, COLOURS, GREY, MARKERS, NAME, RED, png, shortened, styled
 
 MOST_LABELS = 16
 """Labels in the plot; of more points than that, only those on the front, the backbone and the chosen one have one."""
@@ -27,9 +27,20 @@ def plot_front(report: Mapping[str, Any]) -> bytes | None:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = styled(figure.add_subplot(), "both")
     edge = sorted(places[index] for index in best)
-    axes.plot(*zip(*edge, strict=True), color=BLUE, linewidth=1.3, zorder=1, label="Pareto front")
+    axes.plot(*zip(*edge, strict=True), color="#BBBBBB", linewidth=5, zorder=0, label="Pareto front")
+    looks = _looks(points)
+    for label, (colour, marker) in looks.items():
+        own = sorted(
+            (point["strength"], place) for point, place in zip(points, places, strict=True) if point["label"] == label
+        )
+        if len(own) > 1:
+            line = [place for _, place in own]
+            axes.plot(*zip(*line, strict=True), color=colour, linewidth=0.7, alpha=0.6, zorder=1)
+        axes.plot([], [], marker, color=colour, label=shortened(label, NAME))
     for index, (x, y) in enumerate(places):
-        axes.plot(x, y, "o", color=BLUE, markerfacecolor=BLUE if index in best else "white", markersize=6)
+        if points[index]["strength"] != 0:
+            colour, marker = looks.get(points[index]["label"], (BLUE, "o"))
+            axes.plot(x, y, marker, color=colour, markerfacecolor=colour if index in best else "white", markersize=6)
     special = []
     for index, point in enumerate(points):
         if point["strength"] == 0:
@@ -40,15 +51,20 @@ def plot_front(report: Mapping[str, Any]) -> bytes | None:
             axes.plot(*places[index], "o", linestyle="none", label="chosen", **look)
             special.append(index)
     for index, point in enumerate(points):
-        if len(points) <= MOST_LABELS or index in special or index in best:
-            options = {"textcoords": "offset points", "fontsize": 8, "parse_math": False}
-            axes.annotate(shortened(point["label"], NAME), places[index], (9, 5), **options)
+        if point["strength"] != 0 and (len(points) <= MOST_LABELS or index in special or index in best):
+            axes.annotate(f"{point['strength']:g}", places[index], (6, 4), textcoords="offset points", fontsize=7)
     axes.margins(0.12)
     axes.set_xlabel(f"{shortened(clean, NAME)} images (%)", parse_math=False)
     name = ", ".join(shortened(one, NAME) for one in others) if len(others) <= 3 else f"{len(others)} corruptions"
     axes.set_ylabel(f"{'mean of ' if len(others) > 1 else ''}{name} (%)", parse_math=False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8, title="numbers are strengths", title_fontsize=8)
     return png(figure)
+
+
+def _looks(points: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Returns colour and marker of each map, of the first few."""
+    labels = list(dict.fromkeys(point["label"] for point in points if point["strength"] != 0))
+    return dict(zip(labels, zip(COLOURS, MARKERS, strict=True), strict=False))
 
 
 def _scores(point: Mapping[str, Any], conditions: Sequence[str]) -> list[Any]:

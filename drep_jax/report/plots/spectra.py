@@ -36,9 +36,8 @@ def plot_spectra(report: Mapping[str, Any]) -> bytes | None:
         index = np.arange(1, len(variance) + 1)
         axes.set_xlim(0.5, len(variance) + 0.5)
         dots = {"marker": "."} if len(variance) == 1 else {}
-        known = np.where(
-            variance > 0, variance, np.nan
-        )  # a direction in which nothing varies has no place on a log axis
+        # What is nothing but rounding beside the largest has no place on a log axis.
+        known = np.where(variance > 1e-9 * np.nanmax(variance, initial=0.0), variance, np.nan)
         if not np.isnan(known).all():
             axes.plot(index, known, color=BLUE, linewidth=1.3, **dots)
             axes.set_yscale("log")

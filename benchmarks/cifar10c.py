@@ -1,0 +1,215 @@
+"""The corruption benchmark: ResNet-20 on the CIFAR-10-C protocol (15 corruptions × 5 severities), all arms in one run.
+
+    DREP_DATA=… PYTHONPATH=. python benchmarks/cifar10c.py [--images=1000] [--out=cifar10c.json]
+
+Arms: the backbone; batch norm adapted to each test batch; a placebo (random maps as large as the measured ones); Algorithm 1
+and its closed form at the paper's settings; the Wiener filter (clean images only); noise measured on Gaussian noise alone
+("gaussian": every other corruption is unseen) and on a mixture of sensor noise, blur and compression ("mixed");
+self-distillation (the whole backbone learns its own clean answers on noisy images: same images, same wall time, no labels);
+and, as the upper bound, the backbone fine-tuned with labels on the same Gaussian noise.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+
+import jax
+import numpy as np
+import optax
+from tabulate import tabulate
+
+from configs import resnet20_cifar10
+from drep_jax import learners, weights
+from drep_jax.builder import build
+from drep_jax.data.corruptions import CIFAR10C, corrupt
+from drep_jax.data.loader import epoch_order, normalize, read_images, read_labels
+from drep_jax.experiment import take_moments
+from drep_jax.fusion import fuse_exact
+from drep_jax.placebo import placebo_denoisers
+from drep_jax.statistics import paired_interval
+from drep_jax.training.logging import MetricWriter
+
+FAMILIES = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+GAUSSIAN = "gaussian:10..50"
+MIXED = "gaussian:0..50,shot:0..60,blur:0..2,motion:0..6,jpeg:0..80,impulse:0..10"
+BATCH = 500
+SEED = 11
+
+
+@dataclasses.dataclass
+class Arm:
+    """A network, and what it cost."""
+
+    variables: object
+    images: int
+    seconds: float
+    adapt: bool = False
+
+
+def fine_tune(setting, variables, images, targets, *, seconds=None, epochs=None, clean_share=0.5, rate=5e-4, batch=128):
+    """Trains the whole backbone on images of which a share is clean, the others with Gaussian noise; batch norm frozen."""
+    tx = optax.adam(rate)
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+
+    @jax.jit
+    def step(params, state, x, t):
+        def loss(p):
+            logits = setting.backbone.apply({**others, "params": p}, x)
+            return optax.softmax_cross_entropy(logits, t).mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    params, state = variables["params"], tx.init(variables["params"])
+    began, done = time.perf_counter(), 0
+    rng = np.random.default_rng(SEED)
+    while epochs is None or done < epochs * len(images):
+        pick = rng.permutation(len(images))
+        for start in range(0, len(images) - batch + 1, batch):
+            chosen = pick[start : start + batch]
+            noisy = corrupt(images[chosen], chosen, GAUSSIAN, SEED + done)
+            keep = rng.random(batch) < clean_share
+            noisy[keep] = images[chosen][keep]
+            params, state = step(params, state, normalize(noisy, setting.mean, setting.std), targets[chosen])
+            done += batch
+            if seconds is not None:
+                jax.block_until_ready(params)
+                if time.perf_counter() - began > seconds:
+                    return {**others, "params": params}, time.perf_counter() - began
+    jax.block_until_ready(params)
+    return {**others, "params": params}, time.perf_counter() - began
+
+
+def make_arms(directory):
+    """Returns the setting and all arms by name."""
+    config = resnet20_cifar10.get_config().unlock()
+    config.progress = False
+    config.measured.clean_share = (0.8,)
+    config.select.images = 1000
+    setting = build(config)
+    variables = weights.load(config.backbone.init_from, setting.abstract)
+    arms = {"backbone": Arm(variables, 0, 0.0), "bn adapted": Arm(variables, BATCH, 0.0, adapt=True)}
+
+    writer = MetricWriter(directory)
+    began = time.perf_counter()
+    moments = take_moments(config, setting, variables, directory)
+    task = learners.Task(config, setting, variables, moments, time.perf_counter() - began, directory, writer)
+
+    def learn(arm, name, **changes):
+        changed = config.copy_and_resolve_references().unlock()
+        changed.update(changes)
+        if name == "wiener":
+            changed.select.max_clean_loss = 0.4
+        found = learners.learn(name, dataclasses.replace(task, config=changed))
+        params = {"backbone": variables["params"], "denoise": found.denoise}
+        fused = fuse_exact(params, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
+        arms[arm] = Arm({**variables, "params": fused}, found.section["images"], found.section["seconds"])
+        print(f"{arm}: {found.section['seconds']:.0f} s {found.section.get('chosen', '')}", flush=True)
+        return params
+
+    learn("algorithm 1", "algorithm1")
+    learn("closed form", "closed_form")
+    learn("wiener", "wiener")
+    params = learn("measured gaussian", "measured", noise=GAUSSIAN)
+    learn("measured mixed", "measured", noise=MIXED)
+    writer.close()
+
+    maps = placebo_denoisers(params, setting.sites, setting.schedule, jax.random.key(3), rule="affine", steps=1)
+    fused = fuse_exact({**params, "denoise": maps}, setting.sites, setting.schedule, rule="affine", steps=1)
+    arms["placebo"] = Arm({**variables, "params": fused}, 0, 0.0)
+
+    index = np.sort(epoch_order(len(setting.train), config.seed, 0)[: config.measured.images])
+    images = read_images(setting.train, index)
+    apply = jax.jit(setting.backbone.apply)
+    own = [
+        apply(variables, normalize(images[i : i + 500], setting.mean, setting.std)) for i in range(0, len(images), 500)
+    ]
+    targets = np.asarray(jax.nn.softmax(np.concatenate(own)))
+    budget = arms["measured gaussian"].seconds
+    new, seconds = fine_tune(setting, variables, images, targets, seconds=budget)
+    arms["distilled"] = Arm(new, len(images), seconds)
+    print(f"distilled: {seconds:.0f} s", flush=True)
+
+    index = np.sort(epoch_order(len(setting.train), config.seed, 1)[:20_000])
+    labels = np.eye(10, dtype=np.float32)[read_labels(setting.train, index)]
+    new, seconds = fine_tune(setting, variables, read_images(setting.train, index), labels, epochs=3)
+    arms["labelled"] = Arm(new, len(index), seconds)
+    print(f"labelled: {seconds:.0f} s", flush=True)
+    return setting, arms
+
+
+def evaluate(setting, arms, count):
+    """Returns {condition: {arm: hits of every image}}, "clean" first, then corruption:severity."""
+    index = np.arange(count)
+    images, labels = read_images(setting.test, index), read_labels(setting.test, index)
+    plain = jax.jit(setting.backbone.apply)
+    adapted = jax.jit(lambda v, x: setting.backbone.apply(v, x, train=True, mutable=["batch_stats"])[0])
+    hits = {}
+    for name in ("clean", *(f"cifar10c:{name}:{severity}" for name in CIFAR10C for severity in range(1, 6))):
+        x = np.asarray(normalize(corrupt(images, index, name, SEED), setting.mean, setting.std))
+        hits[name] = {}
+        for arm, known in arms.items():
+            apply = adapted if known.adapt else plain
+            logits = [np.asarray(apply(known.variables, x[i : i + BATCH])) for i in range(0, count, BATCH)]
+            hits[name][arm] = np.argmax(np.concatenate(logits), -1) == labels
+    return hits
+
+
+def main():
+    """Runs and prints everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000, help=f"test images, a multiple of {BATCH}")
+    parser.add_argument("--out", default="cifar10c.json")
+    options = parser.parse_args()
+    if options.images % BATCH:
+        parser.error(f"--images must be a multiple of {BATCH}")
+    with tempfile.TemporaryDirectory() as directory:
+        setting, arms = make_arms(directory)
+    hits = evaluate(setting, arms, options.images)
+
+    def of(names, arm):  # hits of every image, averaged over what is in the row
+        return np.mean([hits[f"cifar10c:{n}:{s}"][arm] for n in names for s in range(1, 6)], axis=0)
+
+    rows = {"clean": {arm: hits["clean"][arm].astype(float) for arm in arms}}
+    rows |= {name: {arm: of((name,), arm) for arm in arms} for name in CIFAR10C}
+    rows |= {f"mean {family}": {arm: of(names, arm) for arm in arms} for family, names in FAMILIES.items()}
+    rows["mean of all 15"] = {arm: of(CIFAR10C, arm) for arm in arms}
+
+    base = {row: 100 * scores["backbone"].mean() for row, scores in rows.items()}
+    table, content = [], {}
+    for row, scores in rows.items():
+        cells = [row, f"{base[row]:.1f}"]
+        content[row] = {"backbone": base[row]}
+        gain = 100 * scores["labelled"].mean() - base[row]
+        for arm in list(arms)[1:]:
+            found = paired_interval(scores[arm], scores["backbone"], resamples=2000, seed=0)
+            mark = "" if found.significant else " ns"
+            cells.append(f"{100 * found.difference:+.1f}{mark}")
+            content[row][arm] = [100 * v for v in (found.difference, found.low, found.high)]
+            content[row].setdefault("recovery", {})[arm] = 100 * found.difference / gain if gain > 1 else None
+        table.append(cells)
+    print(
+        f"\nAccuracy of the backbone, and change in points, {options.images} test images; ns: the paired 95 % interval has 0"
+    )
+    print(tabulate(table, ["", *arms], tablefmt="github", disable_numparse=True))
+    print()
+    for row in ("mean noise", "mean of all 15"):
+        shares = {arm: share for arm, share in content[row]["recovery"].items() if share is not None}
+        told = ", ".join(f"{arm} {share:.0f} %" for arm, share in shares.items())
+        print(f"Share of the labelled fine-tuning's recovery, {row}: {told}")
+    cost = [[arm, known.images, f"{known.seconds:.0f}"] for arm, known in arms.items()]
+    print()
+    print(tabulate(cost, ["arm", "images", "seconds"], tablefmt="github"))
+    with open(options.out, "w", encoding="utf-8") as file:
+        json.dump({"table": content, "cost": cost, "images": options.images}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
