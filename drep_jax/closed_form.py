@@ -8,6 +8,7 @@ Through the origin, E[F Fᵀ] = Σ + m mᵀ takes the place of Σ, and b_D = 0. 
 """
 
 import dataclasses
+import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,9 @@ import scipy.linalg
 from jaxtyping import Float
 
 from drep_jax.denoise_tree import get_in, set_in
-from drep_jax.denoiser import sample_vectors, sow, visit_sites
+from drep_jax.denoiser import sow, systematic, visit_sites
 from drep_jax.errors import CheckpointError, DataError, NonFiniteError
-from drep_jax.linear_view import features
+from drep_jax.linear_view import features, sampled_features
 from drep_jax.schedule import Schedule
 from drep_jax.sites import Layer, Path, Site
 
@@ -55,6 +56,28 @@ class Moments:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+ROW_BLOCKS = 4
+"""F Fᵀ is symmetric: its rows are summed in at most so many blocks, each from the diagonal on, for 5/8 of the operations."""
+
+LEAST_BLOCK = 192
+"""Rows in a block at least: smaller products lose more speed than they save operations."""
+
+
+def _blocks(width: int) -> list[tuple[int, int]]:
+    """Returns the first and the end row of every block of a symmetric matrix."""
+    rows = max(LEAST_BLOCK, -(-width // ROW_BLOCKS))
+    return [(first, min(first + rows, width)) for first in range(0, width, rows)]
+
+
+def no_sums(site: Site) -> dict[str, np.ndarray]:
+    """Returns a site's sums before the first batch, laid out as in `batch_sums`."""
+    *lead, _, width = site.denoiser_shape
+    stack = () if site.stack is None else (site.stack,)
+    blocks = {f"second{n}": (*lead, end - first, width - first) for n, (first, end) in enumerate(_blocks(width))}
+    shapes = {"count": stack, "first": (*lead, width), **blocks}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
 def batch_sums(
     backbone: nn.Module,
     variables: Tree,
@@ -70,42 +93,67 @@ def batch_sums(
     Args:
       backbone, variables: the frozen backbone.
       sites: where to look.
-      shifts: {site name: ([stack], [groups], d)}, near the mean, so that float32 loses nothing to cancellation.
-      mask: (batch,) 1 for real images, 0 for padding.
+      shifts: {site name: ([stack], [groups], d)}, float32, near the mean, so that float32 loses nothing to cancellation.
+      mask: (batch,) 1 for real images, 0 for padding, which counts for nothing.
       *args: for the backbone, the batch first.
-      tokens: share of the feature vectors of each image to use, by systematic sampling: each is as likely as any other.
-      keys: (batch,) random keys of the images, needed if `tokens` is below 1.
-    """
-    extras = {site.path: {"shift": shifts[site.name], "slot": _slots(site, n)} for n, site in enumerate(sites)}
+      tokens: share of each image's feature vectors to use, a systematic sample of its own at every site.
+      keys: (batch,) threefry keys of the images, needed if `tokens` is below 1: others, mapped over, draw for the batch.
 
-    def visit(site: Site, layer: Layer, module: nn.Module, extra: Any, x: Any, call: Any) -> Any:
-        if layer.path == site.path:
-            vectors = features(layer, site.kind, x)
+    Returns:
+      {site name: {"count", "first", "second0", "second1", …}}; the last are the blocks of rows of the symmetric matrix, from
+      the diagonal on (`moments_from_sums` puts them together).
+    """
+    batch = mask.shape[0]
+    extras: dict[Path, Tree] = {}
+    slot = 0
+    for site in sites:
+        slots = jnp.arange(slot, slot + (site.stack or 1), dtype=jnp.int32)
+        slot += slots.size
+        extras[site.path] = {"shift": shifts[site.name], "slot": slots[0] if site.stack is None else slots}
+
+    def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
+        if layer.path == site.path:  # the other layers of a site read the same tensor
             shift = extra["shift"]
-            shape = shift.shape
-            if tokens < 1.0 and x.shape[0] % mask.shape[0] == 0:
-                vectors = sample_vectors(vectors.reshape(mask.shape[0], -1, *shape), keys, extra["slot"], tokens)
-            vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
-            grouped = vectors.reshape(-1, *shape)
-            weight = jnp.ones(grouped.shape[0], grouped.dtype)
-            if grouped.shape[0] % mask.shape[0] == 0:  # else a table without a batch axis, the same for every example
-                weight = jnp.repeat(mask.astype(grouped.dtype), grouped.shape[0] // mask.shape[0])
-            wide = weight.reshape(-1, *(1,) * len(shape))
-            centred = (grouped - shift[None]) * wide
-            square = "nd,ne->de" if len(shape) == 1 else "ngd,nge->gde"
-            product = jnp.einsum(square, centred, centred, precision=jax.lax.Precision.HIGHEST)
-            sow(module, layer, "first", jnp.sum(centred, axis=0))
-            sow(module, layer, "second", product)
-            sow(module, layer, "count", jnp.sum(weight))
+            form = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
+            each = len(form) > shift.ndim and form[0] % batch == 0  # else a table, the same for every image
+            if each and tokens < 1.0:
+                total = math.prod(form[: -shift.ndim]) // batch
+                own = jax.vmap(lambda k: jax.random.fold_in(k, extra["slot"]))(keys)
+                vectors = sampled_features(layer, site.kind, x, jax.vmap(lambda k: systematic(k, total, tokens))(own))
+            else:
+                vectors = features(layer, site.kind, x)
+            vectors = vectors.reshape(-1, *shift.shape)
+            real = jnp.repeat(mask > 0, vectors.shape[0] // batch) if each else jnp.ones(vectors.shape[0], bool)
+            for name, value in _sums(vectors, real, shift).items():
+                sow(module, layer, name, value)
         return call(x)
 
     _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True)
-    return {site.name: dict(get_in(collected, site.path)) for site in sites}
+    return {site.name: _own_axes(site, get_in(collected, site.path)) for site in sites}
 
 
-def _slots(site: Site, number: int) -> Any:
-    """Numbers the sites, so that each samples by itself; the copies of a stacked site sample alike."""
-    return jnp.int32(number) if site.stack is None else jnp.full(site.stack, number, jnp.int32)
+def _sums(vectors: Any, real: Any, shift: Any) -> dict[str, Any]:
+    """Sums of vectors (n, [groups], d) around `shift` where `real`."""
+    wide = real.reshape(-1, *(1,) * shift.ndim)
+    centred = jnp.where(wide, vectors.astype(shift.dtype) - shift[None], 0.0)
+    square = "nd,ne->de" if shift.ndim == 1 else "ngd,nge->gde"
+    sums = {"count": jnp.sum(real, dtype=centred.dtype), "first": jnp.sum(centred, axis=0)}
+    for number, (first, end) in enumerate(_blocks(shift.shape[-1])):
+        rows, rest = centred[..., first:end], centred[..., first:]
+        sums[f"second{number}"] = jnp.einsum(square, rows, rest, precision=jax.lax.Precision.HIGHEST)
+    return sums
+
+
+def _own_axes(site: Site, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds up the calls of one layer that `nn.scan` repeats or `nn.vmap` spreads, which are axes after that of the stack."""
+    vector = len(site.denoiser_shape) - 1
+    stack = 0 if site.stack is None else 1
+
+    def add(name: str, value: Any) -> Any:
+        axes = {"count": stack, "first": vector}.get(name, vector + 1)
+        return value.sum(axis=tuple(range(stack, stack + value.ndim - axes)))
+
+    return {name: add(name, value) for name, value in leaves.items()}
 
 
 def moments_from_sums(site: Site, sums: Mapping[str, np.ndarray], shift: np.ndarray) -> Moments:
@@ -126,18 +174,27 @@ def moments_from_sums(site: Site, sums: Mapping[str, np.ndarray], shift: np.ndar
     def mean(total: np.ndarray) -> np.ndarray:
         return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
 
-    offset, second = mean(sums["first"]), mean(sums["second"])
-    covariance = second - offset[..., :, None] * offset[..., None, :]
-    return Moments(int(count.max()), shift + offset, (covariance + np.swapaxes(covariance, -1, -2)) / 2)
+    offset, upper = mean(sums["first"]), np.zeros(site.denoiser_shape)
+    for number, (first, end) in enumerate(_blocks(site.width)):
+        upper[..., first:end, first:] = mean(sums[f"second{number}"])
+    upper = np.triu(upper - offset[..., :, None] * offset[..., None, :])
+    return Moments(int(count.max()), shift + offset, upper + np.swapaxes(np.triu(upper, 1), -1, -2))
 
 
 MOMENTS = "moments.npz"
 """Name of the file in a run directory."""
 
 
-def save_moments(path: str, moments: Mapping[Path, Moments], owner: str) -> None:
-    """Writes moments whole or not at all; `owner` identifies the backbone and image size whose features they describe."""
-    arrays: dict[str, Any] = {"owner": np.array(owner)}
+def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens: float = 1.0) -> None:
+    """Writes moments whole or not at all.
+
+    Args:
+      path: of the file.
+      moments: of every site.
+      owner: identifies the backbone and image size whose features they describe.
+      tokens: share of each image's feature vectors that they were taken of.
+    """
+    arrays: dict[str, Any] = {"owner": np.array(owner), "tokens": np.array(tokens)}
     for where, known in moments.items():
         for field in dataclasses.fields(known):
             arrays[f"{'/'.join(where)}:{field.name}"] = np.asarray(getattr(known, field.name))
@@ -146,16 +203,19 @@ def save_moments(path: str, moments: Mapping[Path, Moments], owner: str) -> None
     os.replace(f"{path}.tmp", path)
 
 
-def load_moments(path: str, sites: Sequence[Site], owner: str) -> dict[Path, Moments]:
+def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1.0) -> dict[Path, Moments]:
     """Reads the moments of the given sites.
 
     Raises:
-      CheckpointError: if the file is absent or damaged, belongs to another backbone or image size, or lacks a site or has
-        it in another width.
+      CheckpointError: if the file is absent or damaged, belongs to another backbone or image size or to another share of
+        the feature vectors, or lacks a site or has it in another width.
     """
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
+        with (
+            open(path, "rb") as file,
+            np.load(file) as held,
+        ):  # NumPy does not close a damaged file that it opened itself
+            arrays = dict(held)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"There is no {path}, which holds the moments of the features; run train.py with the same --workdir to take them."
@@ -167,6 +227,12 @@ def load_moments(path: str, sites: Sequence[Site], owner: str) -> dict[Path, Mom
     if str(arrays.get("owner")) != owner:
         raise CheckpointError(
             f"{path} holds the moments of another backbone or image size; delete it and run again to take them anew."
+        )
+    taken = float(arrays.get("tokens", 1.0))
+    if taken != tokens:
+        raise CheckpointError(
+            f"{path} holds the moments of a share of {taken:g} of the feature vectors, and denoise.moment_tokens is {tokens:g}"
+            "; delete it and run again to take them anew."
         )
     moments = {}
     for site in sites:
@@ -193,11 +259,27 @@ def _noisy_covariance(moments: Moments, alpha_bar: Any, bias: bool) -> np.ndarra
     return bar * spread + (1.0 - bar) * np.eye(spread.shape[-1])
 
 
-def _inverse(matrix: np.ndarray) -> np.ndarray:
-    """Inverts symmetric positive definite matrices (…, d, d) by Cholesky."""
+def _inverse(matrix: np.ndarray, floor: Any) -> np.ndarray:
+    """Inverts symmetric matrices (…, d, d) without an eigenvalue below `floor` > 0, but for rounding, by Cholesky.
+
+    Moments are sums in float32: if some direction is 10⁷ times stronger than the noise, rounding can leave C with
+    eigenvalues below the floor, or below zero. These are then put back on it, which an eigendecomposition costs.
+    """
     flat = matrix.reshape(-1, *matrix.shape[-2:])
-    eye = np.eye(matrix.shape[-1])
-    return np.stack([scipy.linalg.cho_solve(scipy.linalg.cho_factor(m), eye) for m in flat]).reshape(matrix.shape)
+    floors = np.broadcast_to(floor, matrix.shape[:-2]).reshape(-1)
+    return np.stack([_inverse_of_one(m, f) for m, f in zip(flat, floors, strict=True)]).reshape(matrix.shape)
+
+
+def _inverse_of_one(matrix: np.ndarray, floor: float) -> np.ndarray:
+    eye = np.eye(len(matrix))
+    try:
+        scipy.linalg.cholesky(
+            matrix - 0.5 * floor * eye, check_finite=False
+        )  # exists if all eigenvalues exceed half of it
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, overwrite_a=False), eye)
+    except scipy.linalg.LinAlgError:
+        values, axes = scipy.linalg.eigh(matrix)
+        return (axes / np.maximum(values, floor)) @ axes.T
 
 
 def alpha_bars(site: Site, schedule: Schedule) -> Any:
@@ -209,13 +291,14 @@ def alpha_bars(site: Site, schedule: Schedule) -> Any:
 def minimiser(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.ndarray]:
     """Returns the site's best denoiser {"kernel", "bias"} in Flax layout, float64; no bias where the site may have none.
 
-    The noise itself regularises: C has no eigenvalue below 1 − ᾱ, so rank-deficient features and dead channels need no
-    further ridge.
+    The noise itself regularises: C has no eigenvalue below 1 − ᾱ, so fewer vectors than channels, and dead or constant
+    channels, need no further ridge.
     """
     bars = alpha_bars(site, schedule)
     lead = moments.covariance.ndim - np.ndim(bars)
     noise = np.sqrt(1.0 - bars).reshape(np.shape(bars) + (1,) * lead)
-    weight = noise * _inverse(_noisy_covariance(moments, bars, site.bias))
+    floor = (1.0 - bars).reshape(np.shape(bars) + (1,) * (lead - 2))
+    weight = noise * _inverse(_noisy_covariance(moments, bars, site.bias), floor)
     weight = (weight + np.swapaxes(weight, -1, -2)) / 2  # W_D* is symmetric, so Flax's transposed layout is the same
     if not site.bias:
         return {"kernel": weight}
@@ -251,7 +334,7 @@ def wiener_maps(moments: Mapping[Path, Moments], sites: Sequence[Site], ratio: f
         power = np.trace(known.second, axis1=-2, axis2=-1) / site.width
         eye = np.eye(site.width)
         noise = np.maximum(ratio * power, np.finfo(np.float64).tiny)[..., None, None]
-        kernel = noise * _inverse(spread + noise * eye)  # I − Σ(Σ + vI)⁻¹ = v(Σ + vI)⁻¹, symmetric
+        kernel = noise * _inverse(spread + noise * eye, noise[..., 0, 0])  # I − Σ(Σ + vI)⁻¹ = v(Σ + vI)⁻¹, symmetric
         leaves = {"kernel": ((kernel + np.swapaxes(kernel, -1, -2)) / 2).astype(np.float32)}
         if site.bias:
             leaves["bias"] = -np.einsum("...de,...e->...d", kernel, known.mean).astype(np.float32)

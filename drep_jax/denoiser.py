@@ -249,7 +249,8 @@ def _site_loss(clean: Any, site: Site, extra: Tree, key: Any, keys: Any, loss: A
         clean = clean.reshape(1, -1, *shape)
         keys = jax.random.fold_in(key, extra["slot"])[None]
     if tokens < 1.0:
-        clean = _pick(clean, keys, tokens)
+        pick = jax.vmap(lambda k: systematic(jax.random.fold_in(k, 1), clean.shape[1], tokens))(keys)
+        clean = jnp.take_along_axis(clean, pick.reshape(*pick.shape, *(1,) * len(shape)), axis=1)
     dtype = jnp.promote_types(clean.dtype, extra["denoiser"]["kernel"].dtype)
     noise = _draw(keys, clean.shape[1:], dtype)
     noisy = extra["signal"].astype(dtype) * clean.astype(dtype) + extra["noise"].astype(dtype) * noise
@@ -299,21 +300,11 @@ def _regression_backward(loss: Any, gradient: Tree, weight: Any) -> Any:
 _regression.defvjp(_regression_forward, _regression_backward)
 
 
-def sample_vectors(vectors: Any, keys: Any, slot: Any, share: float) -> Any:
-    """Returns a systematic sample of the vectors of each image, (images, vectors, …), drawn by (its key, slot)."""
-    return _pick(vectors, jax.vmap(lambda key: jax.random.fold_in(key, slot))(keys), share)
-
-
-def _pick(vectors: Any, keys: Any, share: float) -> Any:
-    pick = jax.vmap(lambda key: _systematic(jax.random.fold_in(key, 1), vectors.shape[1], share))(keys)
-    return jnp.take_along_axis(vectors, pick.reshape(*pick.shape, *(1,) * (vectors.ndim - 2)), axis=1)
-
-
-def _systematic(key: Any, total: int, share: float) -> Int[Array, " picked"]:
-    """Positions of a systematic sample: evenly spread from a random start, each position equally likely."""
+def systematic(key: Any, total: int, share: float) -> Int[Array, " picked"]:
+    """Returns the positions of a systematic sample: evenly spread from a random start, each position equally likely."""
     picked = max(1, round(share * total))
-    start = jax.random.randint(key, (), 0, total)
-    return (start + (jnp.arange(picked) * total) // picked) % total
+    spread = (np.arange(picked) * total) // picked  # in NumPy's int64: the product of two numbers of pixels
+    return (jax.random.randint(key, (), 0, total) + jnp.asarray(spread, jnp.int32)) % total
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -176,26 +176,27 @@ def take_moments(config: Config, setting: Setting, variables: Tree, directory: s
     """Returns the moments of the sites' features over the training images, from the run's own file if it has them."""
     path = os.path.join(directory, MOMENTS)
     if os.path.exists(path):
-        return saved_moments(setting, variables, directory)
+        return saved_moments(config, setting, variables, directory)
     batch = config["denoise"]["batch_size"]
     limit = config["denoise"]["moment_images"] or len(setting.train)
     count = min(-(-limit // batch), -(-len(setting.train) // batch))
     first = itertools.islice(evaluation_batches(setting.train, batch), count)
     bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
     batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
-    options = {"tokens": config["denoise"]["moment_tokens"], "seed": config["seed"]}
-    moments = collect_moments(setting.backbone, variables, setting.sites, batches, **options)
-    save_moments(path, moments, _owner(setting, variables))
+    tokens = config["denoise"]["moment_tokens"]
+    moments = collect_moments(setting.backbone, variables, setting.sites, batches, tokens=tokens, seed=config["seed"])
+    save_moments(path, moments, _owner(setting, variables), tokens)
     return moments
 
 
-def saved_moments(setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
+def saved_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
     """Returns the moments that a run has kept.
 
     Raises:
-      CheckpointError: if there are none, or they are of another backbone, image size or choice of sites.
+      CheckpointError: if there are none, or they are of another backbone, image size, share of the tokens or choice of sites.
     """
-    return load_moments(os.path.join(directory, MOMENTS), setting.sites, _owner(setting, variables))
+    path, tokens = os.path.join(directory, MOMENTS), config["denoise"]["moment_tokens"]
+    return load_moments(path, setting.sites, _owner(setting, variables), tokens)
 
 
 def _owner(setting: Setting, variables: Tree) -> str:
@@ -572,7 +573,7 @@ def solve_again(
     own = config["denoise"]
     rule = asked.get("rule", own["rule"])
     check_rule(rule, setting.schedule)
-    moments = saved_moments(setting, variables, directory)
+    moments = saved_moments(config, setting, variables, directory)
     if (ratio := Recipe(rule).ratio) is not None:
         if useless := [f"--{name}" for name in asked if name != "rule"]:
             raise ConfigError(f"Rule {rule} has no time steps, so {', '.join(useless)} would change nothing.")

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from drep_jax.sites import Layer, Window
 
@@ -72,16 +73,7 @@ def patches(window: Window, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Gathers the windows of a convolution after padding: (*batch, *outputs, C·∏kernel_size), channel-major."""
     rank = len(window.kernel_size)
     batch = x.shape[: -rank - 1]
-    x = x.reshape(-1, *x.shape[-rank - 1 :])
-    reach = [(k - 1) * d + 1 for k, d in zip(window.kernel_size, window.kernel_dilation, strict=True)]
-    padding: Any = window.padding
-    if padding in ("CIRCULAR", "REFLECT"):
-        sides = [(0, 0), *(((r - 1) // 2, r // 2) for r in reach), (0, 0)]
-        x = jnp.pad(x, sides, mode="wrap" if padding == "CIRCULAR" else "reflect")
-        padding = "VALID"
-    elif padding == "CAUSAL":
-        x = jnp.pad(x, [(0, 0), (reach[0] - 1, 0), (0, 0)])
-        padding = "VALID"
+    x, padding = _wrapped(window, x.reshape(-1, *x.shape[-rank - 1 :]))
     spatial = "DHW"[-rank:] if rank <= 3 else "".join(chr(ord("a") + i) for i in range(rank))
     out = jax.lax.conv_general_dilated_patches(
         x,
@@ -94,6 +86,69 @@ def patches(window: Window, x: Float[Array, "..."]) -> Float[Array, "..."]:
         precision=jax.lax.Precision.HIGHEST,  # a copy must stay one where the default product rounds its operands
     )
     return out.reshape(*batch, *out.shape[1:])
+
+
+def _reach(window: Window) -> list[int]:
+    """Pixels from the first to the last that a window touches, along each axis."""
+    return [(k - 1) * d + 1 for k, d in zip(window.kernel_size, window.kernel_dilation, strict=True)]
+
+
+def _wrapped(window: Window, x: Float[Array, "batch *pixels c"]) -> tuple[Any, Any]:
+    """Fills what is not padded with zeros, and returns the padding that is left for the convolution to do."""
+    reach = _reach(window)
+    if window.padding in ("CIRCULAR", "REFLECT"):
+        sides = [(0, 0), *(((r - 1) // 2, r // 2) for r in reach), (0, 0)]
+        return jnp.pad(x, sides, mode="wrap" if window.padding == "CIRCULAR" else "reflect"), "VALID"
+    if window.padding == "CAUSAL":
+        return jnp.pad(x, [(0, 0), (reach[0] - 1, 0), (0, 0)]), "VALID"
+    return x, window.padding
+
+
+def sampled_features(
+    layer: Layer, kind: str, x: Float[Array, "..."], picks: Int[Array, "batch picked"]
+) -> Float[Array, "batch picked ..."]:
+    """Returns some feature vectors of every example; of a convolution's windows only those are gathered.
+
+    Args:
+      layer, kind, x: as for `features`; the first axis of x holds the examples, or a fixed number of rows of each.
+      picks: positions among an example's feature vectors, in the order of `features`.
+
+    Returns:
+      (batch, picked, width), or (batch, picked, groups, width) for a grouped convolution.
+    """
+    groups = 1 if layer.window is None else layer.window.groups
+    if kind == "patch":
+        vectors = _sampled_patches(layer.window, x, picks)
+        return vectors if groups == 1 else vectors.reshape(*vectors.shape[:-1], groups, -1)
+    vectors = features(layer, kind, x)
+    flat = vectors.reshape(picks.shape[0], -1, *vectors.shape[-1 if groups == 1 else -2 :])
+    return flat.at[jnp.arange(picks.shape[0])[:, None], picks].get(mode="promise_in_bounds")
+
+
+def _sampled_patches(window: Any, x: Float[Array, "..."], picks: Int[Array, "batch picked"]) -> Float[Array, "..."]:
+    """Gathers the windows of `patches` at the given positions of every example: (batch, picked, C·∏kernel_size)."""
+    rank, count, channels = len(window.kernel_size), picks.shape[0], x.shape[-1]
+    x, padding = _wrapped(window, x.reshape(-1, *x.shape[-rank - 1 :]))
+    reach = _reach(window)
+    if isinstance(padding, str):  # never together with a dilated input
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, window.strides, padding)
+    sides = [(low, high, d - 1) for (low, high), d in zip(padding, window.input_dilation, strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+    pixels = x.shape[1:-1]
+    outputs = [(n - r) // s + 1 for n, r, s in zip(pixels, reach, window.strides, strict=True)]
+    # A window's pixels, numbered over all images: those of its first one, which depends on where the window is, plus a
+    # constant.
+    pitch = np.cumprod([1, *pixels[:0:-1]])[::-1]
+    taps = np.indices(window.kernel_size).reshape(rank, -1)
+    apart = (pitch * np.asarray(window.kernel_dilation)) @ taps
+    image, *corner = jnp.unravel_index(picks, (x.shape[0] // count, *outputs))
+    image = image + jnp.arange(count)[:, None] * (x.shape[0] // count)
+    start = image * math.prod(pixels) + sum(
+        place * int(step * p) for place, step, p in zip(corner, window.strides, pitch, strict=True)
+    )
+    flat = start[..., None] + jnp.asarray(apart, start.dtype)[None, None, :]
+    found = x.reshape(-1, channels).at[flat].get(mode="promise_in_bounds")
+    return jnp.swapaxes(found, -1, -2).reshape(*picks.shape, -1)
 
 
 def affine(x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Any = None, precision: Any = None) -> Any:

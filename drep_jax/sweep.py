@@ -97,7 +97,7 @@ def sweep(
     if grid.dropped:
         print(f"Left out, since they do not fit in the schedule: {'; '.join(grid.dropped)}.")
     began = time.perf_counter()
-    moments = experiment.saved_moments(setting, variables, directory)
+    moments = experiment.saved_moments(config, setting, variables, directory)
     trees = solve(grid.recipes, moments, setting.sites, setting.schedule)
     candidates = [Candidate(recipe.label, tree) for recipe, tree in zip(grid.recipes, trees, strict=True)]
     solving = time.perf_counter() - began

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from drep_jax.denoise_tree import init_denoise
-from drep_jax.denoiser import LOSSES, _draw, _regression, _systematic, algorithm1_losses
+from drep_jax.denoiser import LOSSES, _draw, _regression, algorithm1_losses, systematic
 from drep_jax.schedule import Schedule
 from drep_jax.sites import find_sites
 
@@ -132,7 +132,7 @@ def test_gradient_by_central_differences(loss, groups):
 def test_systematic_sample_is_even(total, share):
     """No position twice, evenly spread, and each position equally likely: that makes the sampled loss unbiased."""
     keys = example_keys(4000)
-    picks = np.asarray(jax.vmap(lambda key: _systematic(key, total, share))(keys))
+    picks = np.asarray(jax.vmap(lambda key: systematic(key, total, share))(keys))
     picked = max(1, round(share * total))
     assert picks.shape == (4000, picked)
     assert picks.min() >= 0 and picks.max() < total

@@ -15,6 +15,7 @@ from drep_jax import experiment, report, weights
 from drep_jax.data.loader import normalize
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import explicit_apply
+from drep_jax.errors import CheckpointError, ConfigError
 from drep_jax.training import stages
 from drep_jax.training.logging import read_metrics
 from tests.command import TINY, call, largest_difference, same_bits, start
@@ -266,3 +267,21 @@ def test_resnet_with_batch_statistics_end_to_end(tmp_path):
 def test_keys_of_the_stages_differ(finished):
     keys = [tuple(jax.random.key_data(stages.key_of(finished.config, purpose)).tolist()) for purpose in stages.PURPOSES]
     assert len(set(keys)) == len(stages.PURPOSES)
+
+
+def test_a_run_keeps_its_share(finished, tmp_path):
+    """The share is used, recorded with the moments, and asked for when they are read again."""
+    config = copy.deepcopy(finished.config)
+    config["denoise"].update(moment_tokens=0.5, batch_size=64)
+    setting, variables, directory = finished.setting, finished.variables, str(tmp_path)
+    taken = experiment.take_moments(config, setting, variables, directory)
+    assert {known.count for known in taken.values()} == {len(setting.train) * 2}  # of four patches and the token
+    again = experiment.take_moments(config, setting, variables, directory)
+    path = setting.sites[0].path
+    np.testing.assert_array_equal(again[path].covariance, taken[path].covariance)
+    with pytest.raises(CheckpointError, match=r"share of 0\.5"):
+        experiment.take_moments(finished.config, setting, variables, directory)
+    for share in (0.0, 1.5):
+        config["denoise"]["moment_tokens"] = share
+        with pytest.raises(ConfigError, match=r"denoise\.moment_tokens="):
+            experiment.check(config, setting)

@@ -50,7 +50,7 @@ def written(finished, out):
 
 
 def moments_of(finished):
-    return experiment.saved_moments(finished.setting, finished.variables, finished.directory)
+    return experiment.saved_moments(finished.config, finished.setting, finished.variables, finished.directory)
 
 
 def params_of(finished, denoise):

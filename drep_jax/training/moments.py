@@ -1,7 +1,7 @@
-"""One pass over unlabelled images that gives the moments of every site, on all local devices."""
+"""One pass over unlabelled images that gives the moments of every site, on all devices of all hosts."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax.closed_form import Moments, batch_sums, moments_from_sums
+from drep_jax.closed_form import Moments, batch_sums, moments_from_sums, no_sums
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.sites import Path, Site
 from drep_jax.training import parallel
@@ -29,14 +29,15 @@ def collect_moments(
     """Accumulates the moments of every site; memory does not depend on the number of images.
 
     Each device sums in float32 around the first batch's mean, and carries what rounding drops from one batch to the next
-    (compensated summation). The devices' sums are added once, at the end, in float64 on the host.
+    (compensated summation). The sums of all devices and hosts are added once, at the end, in float64 on the host.
 
     Args:
       backbone, variables: the frozen backbone.
       sites: where to look.
-      batches: (images, mask), normalised, (batch, …) and (batch,) with 0 for padding.
-      tokens: share of each image's feature vectors to use, in (0, 1]; which ones depends on the seed and on the image's
-        place in the stream only.
+      batches: (images, mask), normalised, (batch, …) and (batch,) with 0 for padding; with several hosts, each one's equal
+        part of every batch.
+      tokens: share of each image's feature vectors to use, in (0, 1]; which ones depends on the seed, the site and the
+        image's place in the stream only. Neighbouring tokens are so alike that a quarter tells almost as much as all.
       seed: of that sample.
 
     Raises:
@@ -46,59 +47,75 @@ def collect_moments(
     """
     if not 0.0 < tokens <= 1.0:
         raise ConfigError(f"tokens is the share of feature vectors to use and lies in (0, 1], got {tokens!r}.")
-    centre, start, add = _programs(backbone, tuple(sites), tokens)
+    centre, add = programs(backbone, tuple(sites), tokens)
     everywhere = parallel.replicate(variables)
     state: Any = None
     shifts: Any = None
     # Other generators, mapped over keys, draw for the batch and not for each key.
     key, seen = jax.random.key(seed, impl="threefry2x32"), 0
     for images, mask in batches:
-        keys = _image_keys(key, np.arange(seen, seen + len(mask), dtype=np.int32))
-        seen += len(mask)
-        batch = tuple(parallel.shard(part) for part in (images, mask, keys))
+        place = seen + jax.process_index() * len(mask) + np.arange(len(mask), dtype=np.int32)
+        seen += jax.process_count() * len(mask)
+        batch = tuple(parallel.shard(part) for part in (images, mask, image_keys(key, place)))
         if state is None:
             shifts = centre(everywhere, *batch)
-            state = start(everywhere, shifts, *batch)
-        else:
-            state = add(state, everywhere, shifts, *batch)
+            state = nothing_yet(sites)
+        state = add(state, everywhere, shifts, *batch)
     if state is None:
         raise DataError("There are no images to take moments of.")
-    total, lost = (jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), tree) for tree in state)
-    sums = jax.tree_util.tree_map(lambda t, c: np.sum(t - c, axis=0), total, lost)
-    centres = {name: np.asarray(value, np.float64)[0] for name, value in shifts.items()}
-    return {site.path: moments_from_sums(site, sums[site.name], centres[site.name]) for site in sites}
+    moments = {}
+    for site in sites:  # one by one: in float64 all of them would take far more memory than the pass
+        total, lost = ({part: parallel.host_sum(leaf) for part, leaf in tree[site.name].items()} for tree in state)
+        shift = parallel.unreplicate(shifts[site.name]).astype(np.float64)
+        moments[site.path] = moments_from_sums(site, {part: total[part] - lost[part] for part in total}, shift)
+    return moments
+
+
+def programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tuple[Callable[..., Any], ...]:
+    """Returns the compiled functions of a pass, the same ones for the same arguments.
+
+    Returns:
+      centre: (variables, images, mask, keys) ↦ each site's mean over one batch of all devices and hosts.
+      add: (state, variables, shifts, images, mask, keys) ↦ state; the old state is used up.
+    """
+    try:
+        return _programs(backbone, sites, tokens)
+    except TypeError:  # the attributes of a backbone need not be hashable
+        return _programs.__wrapped__(backbone, sites, tokens)
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tuple[Any, Any, Any]:
-    """Returns the compiled functions of a pass: the first batch's means, the first sums, and the sums with one batch more."""
+def _programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tuple[Callable[..., Any], ...]:
     origin = {site.name: jnp.zeros(site.denoiser_shape[:-1], jnp.float32) for site in sites}
 
     def sums_of(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
         keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
         return batch_sums(backbone, variables, sites, shifts, mask, images, tokens=tokens, keys=keys)
 
-    def centre(variables: Tree, images: Any, mask: Any, key_data: Any) -> Any:
-        sums = parallel.mean(sums_of(variables, origin, images, mask, key_data))
-        return {name: s["first"] / _like(jnp.maximum(s["count"], 1.0 / 2), s["first"]) for name, s in sums.items()}
+    def centre(variables: Tree, *batch: Any) -> Any:
+        sums = sums_of(variables, origin, *batch)
+        means = parallel.mean({name: {part: s[part] for part in ("first", "count")} for name, s in sums.items()})
+        return {name: m["first"] / _like(jnp.maximum(m["count"], 1.0 / 2), m["first"]) for name, m in means.items()}
 
-    def start(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
-        sums = sums_of(variables, shifts, images, mask, key_data)
-        return sums, jax.tree_util.tree_map(jnp.zeros_like, sums)
-
-    def add(state: Any, variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
+    def add(state: Any, variables: Tree, shifts: Any, *batch: Any) -> Any:
         total, lost = state
-        new = jax.tree_util.tree_map(jnp.subtract, sums_of(variables, shifts, images, mask, key_data), lost)
+        new = jax.tree_util.tree_map(jnp.subtract, sums_of(variables, shifts, *batch), lost)
         after = jax.tree_util.tree_map(jnp.add, total, new)
         return after, jax.tree_util.tree_map(lambda a, t, n: (a - t) - n, after, total, new)
 
-    return parallel.on_devices(centre), parallel.on_devices(start), parallel.on_devices(add)
+    return parallel.on_devices(centre), parallel.on_devices(add, donate_argnums=(0,))
+
+
+def nothing_yet(sites: Sequence[Site]) -> Any:
+    """Returns the state before the first batch: the sums, and what rounding has dropped from them, on every device."""
+    zeros = {site.name: no_sums(site) for site in sites}
+    return parallel.replicate((zeros, zeros))
 
 
 @jax.jit
-def _image_keys(key: Any, index: Any) -> Any:
+def image_keys(key: Any, places: Any) -> Any:
     """Returns the raw random key of each image, (batch, 2)."""
-    return jax.random.key_data(jax.vmap(lambda number: jax.random.fold_in(key, number))(index))
+    return jax.random.key_data(jax.vmap(lambda place: jax.random.fold_in(key, place))(places))
 
 
 def _like(count: Any, array: Any) -> Any:

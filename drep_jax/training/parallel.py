@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from drep_jax.errors import ConfigError
 
@@ -37,6 +38,17 @@ def _copies() -> Callable[..., Any]:
 def unreplicate(tree: Tree) -> Tree:
     """Returns the first device's copy, as NumPy arrays of their own (on a CPU a view would share the donated buffer)."""
     return jax.tree_util.tree_map(lambda leaf: np.array(leaf.addressable_shards[0].data)[0], tree)
+
+
+def host_sum(leaf: Any) -> np.ndarray:
+    """Adds up an array's copies on all devices of all hosts, in float64, and returns the sum on every host."""
+    local = np.sum([np.asarray(piece.data, np.float64)[0] for piece in leaf.addressable_shards], axis=0)
+    if jax.process_count() == 1:
+        return local
+    # Hosts exchange float32 only; what the first number leaves out of a float64, a second one holds.
+    high = local.astype(np.float32)
+    both = np.stack([high, (local - high).astype(np.float32)])
+    return np.sum(np.asarray(multihost_utils.process_allgather(both), np.float64), axis=(0, 1))
 
 
 def shard(batch: Tree) -> Tree:
