@@ -20,11 +20,11 @@ from drep_jax.data.corruptions import CLEAN
 from drep_jax.denoise_tree import check_finite, init_denoise
 from drep_jax.errors import ConfigError
 from drep_jax.experiment import saved_moments
-from drep_jax.refusion import fuse_and_export, load_run
 from drep_jax.fusion import fuse_exact
 from drep_jax.output import Output
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.recipes import Grid, make_grid, solve
+from drep_jax.refusion import fuse_and_export, load_run
 from drep_jax.report.formatting import fixed
 from drep_jax.report.lines import NO_METRICS
 from drep_jax.selection import Candidate, Choice, Point, choose, scaled
