@@ -232,8 +232,7 @@ def _kind_of_suffix(path: str) -> str | None:
 
 
 def _others(contents: Contents, chosen: Iterable[Path]) -> list[str]:
-    inside = {where[:-1] for where in chosen}
-    count = sum(where[:-1] in inside for where in contents.others)
+    count = sum(contents.others.get(entry, 0) for entry in {where[:-1] for where in chosen})
     return [f"{count} entries that are no tensors ignored"] if count else []
 
 

@@ -69,13 +69,13 @@ class View:
 
 @dataclass(frozen=True)
 class Contents:
-    """A file as it was read; `views` are its tensors by path, `others` the paths of everything else."""
+    """A file as it was read; `views` are its tensors by path, `others` counts everything else by entry."""
 
     path: str
     kind: str
     blocks: Mapping[str, Block]
     views: Mapping[Path, View]
-    others: tuple[Path, ...] = ()
+    others: Mapping[Path, int] = field(default_factory=dict)
     unnamed: tuple[View, ...] = ()  # tensors inside objects that are not looked into: they must not change either
     mark: str | None = None
     notes: tuple[str, ...] = ()

@@ -45,7 +45,7 @@ def read(path: str, buffer: memoryview) -> Contents:
         raise CheckpointError(f"{path} has {len(buffer)} bytes and would expand to {expanded}: refused.")
     blocks: dict[str, Block] = {}
     views: dict[Path, View] = {}
-    others: list[Path] = []
+    others = 0
     heads: dict[str, bytes] = {}
     guessed = 0
     for member, record in records.items():
@@ -53,7 +53,7 @@ def read(path: str, buffer: memoryview) -> Contents:
         data = _unpacked(path, buffer, record)
         head, dtype, shape, fortran = _header(path, member, data) if name != member else (0, None, (), False)
         if dtype is None:
-            others.append((name,))
+            others += 1
             continue
         numbers = data[head:]
         native = dtype.newbyteorder("=")
@@ -67,7 +67,7 @@ def read(path: str, buffer: memoryview) -> Contents:
         views[name,] = view
     notes = (f"{guessed} arrays of two-byte voids taken for bfloat16, which NumPy cannot name",) if guessed else ()
     layout = (records, heads, comment)
-    return Contents(path, "npz", blocks, views, tuple(others), mark=_mark(comment), notes=notes, layout=layout)
+    return Contents(path, "npz", blocks, views, {(): others}, mark=_mark(comment), notes=notes, layout=layout)
 
 
 def _unpacked(path: str, buffer: memoryview, record: zip_records.Record) -> memoryview:

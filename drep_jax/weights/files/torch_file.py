@@ -21,7 +21,9 @@ from drep_jax.weights.files.unpickler import DTYPES, STORAGES, Storage, Tensor, 
 
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of PyTorch's magic number
 ALIGNMENT = 64
-MOST_VISITS = 2_000_000
+MOST_VALUES = 2_000_000
+DEEPEST = 64
+_ENTRIES = (dict, list, tuple, Tensor)
 _MARK_RECORD = f"{MARK}.json"
 _TRAILER = f"<{MARK}>".encode()  # last bytes of a legacy file with a mark: JSON, its length, this
 
@@ -96,8 +98,8 @@ def read_legacy(path: str, buffer: memoryview) -> Contents:
     blocks: dict[str, Block] = {}
     position = keys.end
     for key in keys.value:
-        if not isinstance(key, str) or key not in storages:
-            raise CheckpointError(f"{path} is damaged: it has a storage {str(key)[:80]!r} that nothing uses.")
+        if not isinstance(key, str) or key not in storages or key in blocks:
+            raise CheckpointError(f"{path} is damaged: it lists a storage that nothing uses, or one twice.")
         storage = storages[key]
         size = storage.size * storage.dtype.itemsize
         start = position + 8
@@ -135,32 +137,33 @@ def _check_size(path: str, storage: Storage, nbytes: int) -> None:
 
 def _views(
     path: str, pickled: Unpickled, blocks: Mapping[str, Block], swapped: bool
-) -> tuple[dict[Path, View], tuple[Path, ...], tuple[View, ...]]:
-    """Returns the tensors by path, the paths of all other leaves, and the tensors that no path leads to."""
+) -> tuple[dict[Path, View], dict[Path, int], tuple[View, ...]]:
+    """Returns the tensors by path, how many other leaves each entry has, and the tensors that no path leads to."""
     made = {id(tensor): _view(path, tensor, blocks, swapped) for tensor in pickled.tensors}
     views: dict[Path, View] = {}
-    others: list[Path] = []
+    others: dict[Path, int] = {}
     named: set[int] = set()
-    visits = 0
-    waiting: list[tuple[Path, Any]] = [((), pickled.value)]
+    looked_at = 0
+    waiting: list[tuple[Path, Any]] = [((), pickled.value)] if isinstance(pickled.value, _ENTRIES) else []
     while waiting:
         where, value = waiting.pop()
-        visits += 1
-        if visits > MOST_VISITS or len(where) > 64:
-            raise CheckpointError(f"{path} is damaged or malicious: its dictionaries nest without an end.")
         if isinstance(value, Tensor):
             if where in views:
                 raise CheckpointError(f"{path} has two tensors of the name {'/'.join(where)!r}.")
             views[where] = made[id(value)]
             named.add(id(value))
-        elif isinstance(value, dict):
-            waiting += [((*where, _part(key)), inner) for key, inner in reversed(value.items())]
-        elif isinstance(value, list | tuple):
-            waiting += [((*where, f"[{i}]"), inner) for i, inner in reversed(list(enumerate(value)))]
-        else:
-            others.append(where)
+            continue
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        looked_at += len(items)
+        if looked_at > MOST_VALUES or len(where) > DEEPEST:  # one list may be in many places, or in itself
+            raise CheckpointError(
+                f"{path} holds more than {MOST_VALUES} values, or entries nested deeper than {DEEPEST}."
+            )
+        inner = [((*where, _part(key)), value) for key, value in items if isinstance(value, _ENTRIES)]
+        others[where] = len(items) - len(inner)
+        waiting += reversed(inner)
     unnamed = tuple(view for key, view in made.items() if key not in named)
-    return views, tuple(others), unnamed
+    return views, others, unnamed
 
 
 def _part(key: Any) -> str:

@@ -6,6 +6,7 @@ name; PyTorch's own few rebuilding functions are done here as data; configuratio
 their weights become `Inert`. Every other name is refused. Opcodes are those of protocols 2 to 5 that torch.save writes.
 """
 
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -367,7 +368,7 @@ class _Machine:
             self.damaged("a persistent reference that is no storage")
         kind, key, _, size = found[1:5]
         dtype = STORAGES.get(kind.name.rpartition(".")[2].removeprefix("_")) if isinstance(kind, Global) else None
-        if dtype is None or not isinstance(key, str) or type(size) is not int or size < 0:
+        if dtype is None or not _is_key(key) or type(size) is not int or size < 0:
             self.damaged("a storage whose type, key or size cannot be")
         view = found[5] if len(found) == 6 else None
         start, seen = 0, None
@@ -404,7 +405,7 @@ class _Machine:
         kind = args[6] if len(args) > 6 else None
         dtype = DTYPES.get(kind.name.removeprefix("torch.")) if isinstance(kind, Global) else None
         if dtype is None:
-            self.refuse(f"a tensor of type {kind.name if isinstance(kind, Global) else kind!r}")
+            self.refuse(f"a tensor of type {kind.name if isinstance(kind, Global) else type(kind).__name__}")
         return self.tensor(args, dtype)
 
     def parameter(self, args: tuple[Any, ...]) -> Tensor:
@@ -419,6 +420,10 @@ class _Machine:
         if rebuild not in (_Machine.tensor, _Machine.tensor_v2, _Machine.tensor_v3, _Machine.parameter):
             self.refuse(f"{args[0].name} to make a tensor")
         return rebuild(self, args[2])
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"[\w.-]{1,80}", key, re.ASCII) is not None
 
 
 def _short(text: str) -> str:
