@@ -1,0 +1,52 @@
+"""Registry of foreign checkpoint formats; another one is a file here and a line in `FORMATS`."""
+
+from collections.abc import Collection
+
+import flax.linen as nn
+
+from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
+from drep_jax.weights.translation import Format, some
+
+# Where the names of two formats are alike, the more special one stands first.
+FORMATS: tuple[Format, ...] = ()
+
+
+def find_format(module: nn.Module, names: Collection[str], path: str, name: str = "") -> Format:
+    """Returns the format of a file.
+
+    Args:
+      module: the backbone that it is to be read into.
+      names: of the file's tensors.
+      path: of the file, for messages.
+      name: of the format, if the user said it; else it is recognised by the names.
+
+    Raises:
+      ConfigError: if there is no such format for this family of backbones.
+      CheckpointError: if the file is of none of the family's formats; says what it is, if that is known.
+    """
+    if name:
+        return named_format(module, name)
+    for fmt in FORMATS:
+        if isinstance(module, fmt.family) and fmt.recognises(names):
+            return fmt
+    own = sorted({fmt.name for fmt in FORMATS if isinstance(module, fmt.family)})
+    others = [fmt for fmt in FORMATS if fmt.recognises(names)]
+    if others:
+        seen = f"It holds a {others[0].family.__name__} in the format {others[0].name}: choose a model of that family."
+    else:
+        seen = f"Its first names are: {some(sorted(names), 5)}."
+    raise CheckpointError(
+        f"{path} is in none of the formats known for a {type(module).__name__} ({', '.join(own) or 'none'}). {seen}"
+    )
+
+
+def named_format(module: nn.Module, name: str) -> Format:
+    """Returns the format called `name` for this family of backbones.
+
+    Raises:
+      ConfigError: if there is none; names those that there are.
+    """
+    own = {fmt.name: fmt for fmt in FORMATS if isinstance(module, fmt.family)}
+    if name not in own:
+        raise ConfigError(f'There is no format "{name}" for a {type(module).__name__}.{did_you_mean(name, own)}')
+    return own[name]

@@ -1,0 +1,242 @@
+"""Foreign names and layouts as data: one table of rules a format, read in both directions.
+
+A rule says where a leaf of our variable tree lies in a foreign file. Importing looks every leaf up; exporting puts it back in
+the same place. Layouts are transposes and reshapes, parts are slices: nothing is computed, so both ways are exact to the bit.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import flax.linen as nn
+import numpy as np
+
+from drep_jax.errors import CheckpointError
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Two exact inverses: `read` makes our array of theirs, `write` theirs of ours."""
+
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda a: a, lambda a: a)
+DENSE = Layout(lambda a: a.T, lambda a: a.T)
+"""PyTorch's (out, in) and Flax's (in, out)."""
+CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
+"""PyTorch's (out, in, height, width) and Flax's (height, width, in, out)."""
+
+
+def reshaped(ours: Sequence[int], theirs: Sequence[int]) -> Layout:
+    """Returns the layout between two shapes of the same numbers in the same order."""
+    return Layout(lambda a: a.reshape(tuple(ours)), lambda a: a.reshape(tuple(theirs)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Where leaves lie in the foreign file.
+
+    Attributes:
+      ours: regular expression that matches all of a leaf's path without its collection ("encoderblock_3/attn/query/kernel"),
+        or of its module's path ("encoderblock_3/attn/query"). The first rule that matches counts.
+      theirs: template for `re.Match.expand`: the tensor's name if `ours` matched the leaf, the module's name otherwise, which
+        PyTorch's name of the leaf is then added to.
+      part: (i, n) if ours is the i-th of n equal parts of theirs along their first axis.
+      layout: None for the usual one of a kernel with 2 or 4 axes, and no change for all else.
+    """
+
+    ours: str
+    theirs: str
+    part: tuple[int, int] | None = None
+    layout: Layout | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one kind of foreign checkpoint names and lays out the parameters of one family of backbones.
+
+    Attributes:
+      name: what users call it.
+      family: class of the backbones.
+      marks: regular expressions; a file is of this format if each matches one of its names.
+      rules: for a backbone of the family.
+      ignored: regular expressions over foreign names that hold nothing trained, such as buffers of indices.
+      suffix: of a new file.
+    """
+
+    name: str
+    family: type[nn.Module]
+    marks: tuple[str, ...]
+    rules: Callable[[nn.Module], Sequence[Rule]]
+    ignored: tuple[str, ...] = ()
+    suffix: str = ".pth"
+
+    def recognises(self, names: Collection[str]) -> bool:
+        """Returns whether names as these are of this format."""
+        return all(any(re.fullmatch(mark, name) for name in names) for mark in self.marks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One leaf of ours (path with its collection) and its place in the foreign file; see `Rule`."""
+
+    ours: str
+    theirs: str
+    part: tuple[int, int] | None
+    layout: Layout
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns our array, cut out of their tensor.
+
+        Raises:
+          ValueError: if the tensor has not the axes, or not the size, that this asks for.
+        """
+        return self.layout.read(tensor if self.part is None else np.split(tensor, self.part[1])[self.part[0]])
+
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def find_pieces(fmt: Format, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
+    """Returns the place of every leaf.
+
+    Args:
+      fmt: the format.
+      module: the backbone.
+      shapes: {path with collection: shape} of its variables.
+
+    Raises:
+      CheckpointError: naming the leaves that the format has no place for.
+    """
+    rules = [(re.compile(rule.ours), rule) for rule in fmt.rules(module)]
+    found, homeless = [], []
+    for path, shape in shapes.items():
+        piece = _place(path, len(shape), rules)
+        if piece is None:
+            homeless.append(path)
+        else:
+            found.append(piece)
+    if homeless:
+        raise CheckpointError(
+            f'Format "{fmt.name}" cannot express these parameters of this {type(module).__name__}: {some(homeless)}. '
+            "Choose options of the model that the format's own networks have."
+        )
+    return found
+
+
+def _place(path: str, axes: int, rules: Iterable[tuple[re.Pattern[str], Rule]]) -> Piece | None:
+    """Returns where the first rule that matches puts a leaf."""
+    leaf = path.split("/", 1)[1]
+    owner, _, last = leaf.rpartition("/")
+    for pattern, rule in rules:
+        layout = rule.layout or ({2: DENSE, 4: CONV}.get(axes, SAME) if last == "kernel" else SAME)
+        if match := pattern.fullmatch(leaf):
+            return Piece(path, match.expand(rule.theirs), rule.part, layout)
+        if last in _LEAVES and (match := pattern.fullmatch(owner)):
+            return Piece(path, f"{match.expand(rule.theirs)}.{_LEAVES[last]}", rule.part, layout)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Every tensor accounted for.
+
+    Attributes:
+      arrays: {path: array} of the leaves that were found, as stored.
+      missing: {path: the foreign name looked for}.
+      unexpected: foreign names that no leaf asks for.
+      shaped: {path: what is wrong with its shape}.
+    """
+
+    arrays: dict[str, np.ndarray]
+    missing: dict[str, str]
+    unexpected: tuple[str, ...]
+    shaped: dict[str, str]
+
+
+def account(
+    pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]], tensors: Arrays, ignored: Iterable[str]
+) -> Account:
+    """Takes every leaf from the foreign tensors and says what is missing, left over or of another shape."""
+    arrays, missing, shaped = {}, {}, {}
+    for piece in pieces:
+        if piece.theirs not in tensors:
+            missing[piece.ours] = piece.theirs
+            continue
+        tensor = tensors[piece.theirs]
+        try:
+            array = piece.read(tensor)
+        except ValueError:
+            array = None
+        if array is None or array.shape != tuple(shapes[piece.ours]):
+            expected = _expected(piece, shapes[piece.ours])
+            shaped[piece.ours] = f"{piece.theirs} is {tuple(tensor.shape)} in the file, {expected} in the model"
+        else:
+            arrays[piece.ours] = array
+    wanted = {piece.theirs for piece in pieces}
+    unexpected = (name for name in tensors if name not in wanted and not _any(ignored, name))
+    return Account(arrays, missing, tuple(sorted(unexpected)), shaped)
+
+
+def _expected(piece: Piece, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape that the foreign tensor of a leaf should have."""
+    theirs = piece.layout.write(np.broadcast_to(np.float32(0), tuple(shape))).shape
+    return theirs if piece.part is None else (theirs[0] * piece.part[1], *theirs[1:])
+
+
+def put_back(pieces: Sequence[Piece], arrays: Arrays, tensors: Arrays | None = None) -> dict[str, np.ndarray]:
+    """Returns foreign tensors with our arrays in their places.
+
+    Args:
+      pieces: the places of the arrays; others are passed over.
+      arrays: {path: array}; all the same dtype within a foreign tensor.
+      tensors: the file's own, for what the arrays do not cover; None for a new file, in which they must cover all.
+
+    Returns:
+      {foreign name: tensor} for each tensor that holds one of the arrays.
+
+    Raises:
+      CheckpointError: if two leaves that the file ties to one tensor differ, or a new tensor would have gaps.
+    """
+    by_name: dict[str, dict[tuple[int, int], Piece]] = {}
+    for piece in pieces:
+        if piece.ours not in arrays:
+            continue
+        places = by_name.setdefault(piece.theirs, {})
+        other = places.setdefault(piece.part or (0, 1), piece)
+        if other is not piece and not np.array_equal(arrays[other.ours], arrays[piece.ours]):
+            raise CheckpointError(
+                f"{other.ours} and {piece.ours} are one tensor in this format ({piece.theirs}), but they differ now: it cannot be "
+                "written without changing one of them. Leave these layers out of the sites."
+            )
+    return {name: _assemble(name, places, arrays, tensors) for name, places in by_name.items()}
+
+
+def _assemble(name: str, places: Mapping[tuple[int, int], Piece], arrays: Arrays, tensors: Arrays | None) -> np.ndarray:
+    """Returns one foreign tensor."""
+    parts = {part: piece.layout.write(np.asarray(arrays[piece.ours])) for part, piece in places.items()}
+    count = next(iter(parts))[1]
+    if tensors is not None:
+        first = next(iter(parts.values()))
+        whole = np.split(tensors[name].astype(first.dtype), count)
+    elif len(parts) == count:
+        whole = [np.empty(0)] * count
+    else:
+        raise CheckpointError(f"Only {len(parts)} of the {count} parts of {name} are there.")
+    for (i, _), array in parts.items():
+        whole[i] = array
+    return np.ascontiguousarray(whole[0] if count == 1 else np.concatenate(whole))
+
+
+def _any(patterns: Iterable[str], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def some(names: Collection[str], most: int = 6) -> str:
+    """Returns the first few names, and how many there are in all if there are more."""
+    listed = list(names)
+    return ("; ".join(listed[:most]) or "none") + (f"; … ({len(listed)} in all)" if len(listed) > most else "")
