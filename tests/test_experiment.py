@@ -162,7 +162,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
         raise AssertionError("a training step was made")
 
     monkeypatch.setattr(experiment, "collect_moments", never)
-    monkeypatch.setattr(experiment, "training_batches", never)
+    monkeypatch.setattr("drep_jax.training.stages.training_batches", never)
     again = experiment.run({**finished.config, "latency_rounds": 2}, finished.directory)
     assert again["metrics"] == finished.report["metrics"]
     assert file_bytes(finished.directory, "metrics.jsonl") == log

@@ -104,8 +104,8 @@ def test_a_write_that_breaks_off_leaves_the_old_weights(form, tmp_path, monkeypa
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights.os, "replace", power_cut)
-        patch.setattr(weights.json, "dump", power_cut)
+        patch.setattr(weights.native.os, "replace", power_cut)
+        patch.setattr(weights.native.json, "dump", power_cut)
         with pytest.raises(RuntimeError, match="power cut"):
             save(form, tmp_path, changed(scalar=np.float32(9)))
     assert same_bits(weights.load(path, VARIABLES), VARIABLES)

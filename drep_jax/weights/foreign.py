@@ -93,7 +93,7 @@ def load_foreign(
         notes.append(f"not in the file, and left as initialised: {some(absent)}")
     if found.unexpected:
         notes.append(f"in the file, but not in the model: {some(found.unexpected)}")
-    leaves = [np.ascontiguousarray(arrays[name]).astype(leaf.dtype) for name, leaf in wanted.items()]
+    leaves = [np.asarray(arrays[name], order="C").astype(leaf.dtype) for name, leaf in wanted.items()]
     variables = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves)
     check_finite(variables, path)
     return Foreign(variables, source, fmt, tuple(pieces), tuple(notes), state)
@@ -115,13 +115,19 @@ def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str])
     if missing or unexpected or shaped:
         raise CheckpointError(
             f"The weights in {path} (format {fmt.name}) do not fit this model.\n"
-            f"  missing:    {some([f'{name} (for {ours})' for ours, name in missing.items()])}\n"
-            f"  unexpected: {some(unexpected)}\n"
-            f"  mis-shaped: {some([f'{ours}: {text}' for ours, text in shaped.items()])}\n"
+            f"  missing: {_listed([f'{name} (for {ours})' for ours, name in missing.items()])}\n"
+            f"  unexpected: {_listed(unexpected)}\n"
+            f"  mis-shaped: {_listed([f'{text} ({ours})' for ours, text in shaped.items()])}\n"
             "Choose the model that the file is of, or allow what may differ with "
             "--config.backbone.init_allow=\"('regular expression',)\"."
         )
     return [*found.missing, *found.shaped]
+
+
+def _listed(lines: Sequence[str], most: int = 20) -> str:
+    """Returns the first lines below one another, and how many there are in all if there are more."""
+    more = [f"… ({len(lines)} in all)"] if len(lines) > most else []
+    return "".join(f"\n    {line}" for line in [*lines[:most], *more]) or "none"
 
 
 def _named(allow: Sequence[str], text: str) -> bool:

@@ -222,14 +222,15 @@ def _assemble(name: str, places: Mapping[tuple[int, int], Piece], arrays: Arrays
     count = next(iter(parts))[1]
     if tensors is not None:
         first = next(iter(parts.values()))
-        whole = np.split(tensors[name].astype(first.dtype), count)
+        held = tensors[name].astype(first.dtype)
+        whole = [held] if count == 1 else np.split(held, count)  # a number by itself has no axis to split
     elif len(parts) == count:
         whole = [np.empty(0)] * count
     else:
         raise CheckpointError(f"Only {len(parts)} of the {count} parts of {name} are there.")
     for (i, _), array in parts.items():
         whole[i] = array
-    return np.ascontiguousarray(whole[0] if count == 1 else np.concatenate(whole))
+    return np.asarray(whole[0] if count == 1 else np.concatenate(whole), order="C")
 
 
 def matches(patterns: Iterable[str], name: str) -> bool:
