@@ -130,7 +130,10 @@ def write_checked(
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-        found = compare(reload(temporary), live, closed, image_shape)
+        try:
+            found = compare(reload(temporary), live, closed, image_shape)
+        except Exception as error:
+            raise ExportError(f"Not writing {path}: the file cannot be read back and run. {error}") from error
         if not found.passed:
             raise ExportError(
                 f"Not writing {path}: the exported network is not the live one, {found}. This is a fault of the exporter "
@@ -158,12 +161,13 @@ def compare(reloaded: Network, live: Network, closed: core.ClosedJaxpr, image_sh
                     )
                 error = float(np.maximum(error, np.abs(got - expected).max()))  # NaN stays
                 largest = max(largest, float(np.abs(expected).max()))
-    dtype = _coarsest(closed)
+    dtype = coarsest(closed)
     tolerance = TOLERANCES.get(dtype, max(TOLERANCES.values()))
     return Comparison(BATCHES, error, tolerance * largest, tolerance, dtype)
 
 
-def _coarsest(closed: core.ClosedJaxpr) -> str:
+def coarsest(closed: core.ClosedJaxpr) -> str:
+    """Returns the floating type with the largest round-off that any equation computes."""
     dtypes = {aval.dtype for aval in _results(closed.jaxpr) if jnp.issubdtype(aval.dtype, jnp.floating)}
     return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps)).name if dtypes else "float32"
 
