@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,9 @@ from drep_jax.builder import Setting, init_options
 from drep_jax.certificate import Certificate, certify
 from drep_jax.data.loader import normalize
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
+from drep_jax.exporting.checked_file import Comparison
+from drep_jax.exporting.onnx_file import export_onnx
+from drep_jax.exporting.stablehlo import export_stablehlo
 from drep_jax.fusion import fuse_exact, survival
 from drep_jax.weights.formats import formats_of
 
@@ -26,6 +29,9 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 SAME = "same"
 """The export in the format that the backbone came in."""
 
+PROGRAMS: dict[str, Callable[..., Comparison]] = {"stablehlo": export_stablehlo, "onnx": export_onnx}
+"""Exports of the network itself, weights inside; another is a line here."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -35,7 +41,7 @@ class Output:
       directory: made if absent.
       dtype: storage type of our own and of new files; None keeps each parameter's own.
       allow_rounding: write even if less than 90 % of the change survives a storage type.
-      forms: further files: "same", or names of formats.
+      forms: further files: "same", or names of formats or of `PROGRAMS`.
       init_from: the file of the backbone's weights, if it is no longer where the run read it.
     """
 
@@ -122,7 +128,7 @@ def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
 
 def _forms(setting: Setting) -> list[str]:
     """Returns the names of all exports that there are for a backbone."""
-    return [SAME, *formats_of(setting.backbone)]
+    return [SAME, *formats_of(setting.backbone), *PROGRAMS]
 
 
 def _check_form(setting: Setting, form: str) -> None:
@@ -183,6 +189,9 @@ def write(
             path = os.path.join(output.directory, f"{stem}_fused{suffix}")
             count = len(weights.write_back(original, path, variables, again, fusion))
             print(f"{path}: the file that the backbone came in, with {count} of its tensors replaced.")
+        elif form in PROGRAMS:
+            path = os.path.join(output.directory, f"fused.{form}")
+            print(f"{path}: {PROGRAMS[form](setting.backbone, everything, setting.images.shape[1:3], path)}")
         else:
             path = os.path.join(output.directory, f"fused_{form}")
             path = weights.write_new(setting.backbone, everything, form, path, fusion)
