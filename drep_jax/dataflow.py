@@ -124,6 +124,16 @@ def _inner(eqn: Any) -> Any:
     return None
 
 
+def bodies(eqn: Any) -> list[Any]:
+    """Returns the equations inside an equation: of a loop, its branches, a nested call."""
+
+    def is_jaxpr(value: Any) -> bool:
+        return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+    found = jax.tree_util.tree_leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
+    return [getattr(value, "jaxpr", value) for value in found if is_jaxpr(value)]
+
+
 def _marked(eqn: Any) -> bool:
     # Flax traces the body of a scan once more to find what does not change in it, and drops the outputs of that trace.
     return bool(eqn.outvars) and str(eqn.params.get("name", "")).startswith(MARK)
