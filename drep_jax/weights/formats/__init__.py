@@ -5,10 +5,11 @@ from collections.abc import Collection
 import flax.linen as nn
 
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
+from drep_jax.weights.formats.vmamba import VMAMBA
 from drep_jax.weights.translation import Format, some
 
 # Where the names of two formats are alike, the more special one stands first.
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (VMAMBA,)
 
 
 def find_format(module: nn.Module, names: Collection[str], path: str, name: str = "") -> Format:
