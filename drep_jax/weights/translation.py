@@ -178,7 +178,7 @@ def account(
         else:
             arrays[piece.ours] = array
     wanted = {piece.theirs for piece in pieces}
-    unexpected = (name for name in tensors if name not in wanted and not _any(ignored, name))
+    unexpected = (name for name in tensors if name not in wanted and not matches(ignored, name))
     return Account(arrays, missing, tuple(sorted(unexpected)), shaped)
 
 
@@ -210,8 +210,8 @@ def put_back(pieces: Sequence[Piece], arrays: Arrays, tensors: Arrays | None = N
         other = places.setdefault(piece.part or (0, 1), piece)
         if other is not piece and not np.array_equal(arrays[other.ours], arrays[piece.ours]):
             raise CheckpointError(
-                f"{other.ours} and {piece.ours} are one tensor in this format ({piece.theirs}), but they differ now: it cannot be "
-                "written without changing one of them. Leave these layers out of the sites."
+                f"{other.ours} and {piece.ours} are one tensor in this format ({piece.theirs}), but they differ now, so it "
+                "cannot be written. Leave these layers out of the sites."
             )
     return {name: _assemble(name, places, arrays, tensors) for name, places in by_name.items()}
 
@@ -222,17 +222,19 @@ def _assemble(name: str, places: Mapping[tuple[int, int], Piece], arrays: Arrays
     count = next(iter(parts))[1]
     if tensors is not None:
         first = next(iter(parts.values()))
-        whole = np.split(tensors[name].astype(first.dtype), count)
+        held = tensors[name].astype(first.dtype)
+        whole = [held] if count == 1 else np.split(held, count)  # a number by itself has no axis to split
     elif len(parts) == count:
         whole = [np.empty(0)] * count
     else:
         raise CheckpointError(f"Only {len(parts)} of the {count} parts of {name} are there.")
     for (i, _), array in parts.items():
         whole[i] = array
-    return np.ascontiguousarray(whole[0] if count == 1 else np.concatenate(whole))
+    return np.asarray(whole[0] if count == 1 else np.concatenate(whole), order="C")
 
 
-def _any(patterns: Iterable[str], name: str) -> bool:
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """Returns whether one of the regular expressions matches all of a name."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 

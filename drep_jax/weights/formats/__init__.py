@@ -29,7 +29,7 @@ def find_format(module: nn.Module, names: Collection[str], path: str, name: str 
     for fmt in FORMATS:
         if isinstance(module, fmt.family) and fmt.recognises(names):
             return fmt
-    own = sorted({fmt.name for fmt in FORMATS if isinstance(module, fmt.family)})
+    own = formats_of(module)
     others = [fmt for fmt in FORMATS if fmt.recognises(names)]
     if others:
         seen = f"It holds a {others[0].family.__name__} in the format {others[0].name}: choose a model of that family."
@@ -38,6 +38,11 @@ def find_format(module: nn.Module, names: Collection[str], path: str, name: str 
     raise CheckpointError(
         f"{path} is in none of the formats known for a {type(module).__name__} ({', '.join(own) or 'none'}). {seen}"
     )
+
+
+def formats_of(module: nn.Module) -> list[str]:
+    """Returns the names of the formats for a family of backbones."""
+    return sorted({fmt.name for fmt in FORMATS if isinstance(module, fmt.family)})
 
 
 def named_format(module: nn.Module, name: str) -> Format:
