@@ -105,6 +105,7 @@ def init_options(config: Mapping[str, Any]) -> dict[str, Any]:
         "format_name": backbone["init_format"],
         "state": backbone["init_state"] or None,
         "allow": tuple(backbone["init_allow"]),
+        "grid": tuple(backbone["init_grid"]) or None,
     }
 
 

@@ -140,7 +140,7 @@ def test_damaged_orbax_folders_are_refused(tmp_path):
 
 def test_what_is_not_there_or_not_ours_is_named(tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"no weights at /nowhere; expected a \.safetensors or \.npz file or an Orbax directory"
+        CheckpointError, match=r"no weights at /nowhere; expected a \.safetensors file or an Orbax directory"
     ):
         weights.load("/nowhere", VARIABLES)
     with pytest.raises(CheckpointError, match=r"holds no drep_jax\.json"):

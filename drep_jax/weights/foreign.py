@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ from drep_jax.errors import CheckpointError
 from drep_jax.weights import files
 from drep_jax.weights.formats import find_format, named_format
 from drep_jax.weights.native import names_of
+from drep_jax.weights.positions import resize, source_grid
 from drep_jax.weights.translation import Account, Format, Piece, account, find_pieces, matches, put_back, some
 
 Tree = Any
@@ -55,6 +56,7 @@ def load_foreign(
     state: str | None = None,
     allow: Sequence[str] = (),
     allow_fused: bool = False,
+    grid: tuple[int, int] | None = None,
     fresh: Callable[[], Tree] | None = None,
 ) -> Foreign:
     """Reads a foreign checkpoint into the variables of a backbone.
@@ -68,6 +70,8 @@ def load_foreign(
       allow: regular expressions over our paths and foreign names; what they match may be missing (then it stays as
         initialised), left over, or of another shape (both).
       allow_fused: whether a file that carries a fusion already is accepted.
+      grid: (height, width) of the patches that the file's position embeddings are for; None: that of the format or, if
+        their number fits, of the backbone.
       fresh: makes initial variables, for what is allowed to be missing.
 
     Raises:
@@ -80,10 +84,12 @@ def load_foreign(
     fmt = find_format(module, source.tensors.keys(), path, format_name)
     wanted = names_of(like)
     shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
-    pieces = find_pieces(fmt, module, shapes)
+    _check_refused(fmt, source.tensors, path)
+    pieces = find_pieces(fmt, module, shapes, source.tensors)
     found = account(pieces, shapes, source.tensors, fmt.ignored)
+    found, resized = _with_positions(found, fmt, module, pieces, shapes, source.tensors, grid)
     absent = _check_account(found, fmt, path, allow)
-    notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.found]
+    notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.found, *resized]
     arrays: dict[str, Any] = dict(found.arrays)
     if absent:
         if fresh is None:
@@ -105,6 +111,60 @@ def already_fused(path: str, fusion: Any) -> str:
         f"The weights in {path} are already fused ({fusion}); denoising them again would compound. Use the weights they were "
         "fused from."
     )
+
+
+def _check_refused(fmt: Format, names: Iterable[str], path: str) -> None:
+    """Refuses a file with names that only another network has."""
+    for pattern, reason in fmt.refused:
+        seen = [name for name in names if matches((pattern,), fmt.canonical(name))]
+        if seen:
+            raise CheckpointError(f"{path} (format {fmt.name}) holds {some(seen)}: {reason}")
+
+
+def _with_positions(
+    found: Account,
+    fmt: Format,
+    module: nn.Module,
+    pieces: Sequence[Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, np.ndarray],
+    grid: tuple[int, int] | None,
+) -> tuple[Account, list[str]]:
+    """Resizes position embeddings of another grid; where that is not known, says in the account how to tell it.
+
+    Returns:
+      The account, and notes for the user.
+
+    Raises:
+      CheckpointError: if `grid` was given and does not fit the file, or there is nothing that it could be of.
+    """
+    positions = fmt.positions(module) if fmt.positions else None
+    piece = next((p for p in pieces if positions and p.ours == positions.leaf and p.theirs in tensors), None)
+    if positions is None or piece is None:
+        if grid is not None:
+            raise CheckpointError(
+                f"There are no position embeddings of format {fmt.name} to resize: leave out --config.backbone.init_grid."
+            )
+        return found, []
+    tensor = tensors[piece.theirs]
+    if tensor.shape[::2] != shapes[piece.ours][::2] or tensor.shape[1] <= positions.prefix:
+        return found, []  # of another width: the account says so
+    old = source_grid(positions, tensor.shape, grid)
+    if old == positions.grid:
+        return found, []
+    ours = "×".join(map(str, positions.grid))
+    shaped = dict(found.shaped)
+    if old is None:
+        shaped[piece.ours] += (
+            f", whose patches are {ours}: to resize the positions, give the grid of the file, such as "
+            '--config.backbone.init_grid="(14, 14)" (height, width)'
+        )
+        return dataclasses.replace(found, shaped=shaped), []
+    shaped.pop(piece.ours, None)
+    arrays = {**found.arrays, piece.ours: resize(positions, tensor, old)}
+    theirs = "×".join(map(str, old))
+    note = f"{piece.theirs} resized from {theirs} to {ours} patches ({positions.interpolation.name})"
+    return dataclasses.replace(found, arrays=arrays, shaped=shaped), [note]
 
 
 def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:

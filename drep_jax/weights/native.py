@@ -19,7 +19,6 @@ import safetensors.flax
 
 from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError
-from drep_jax.weights.torch_npz import read_torch_npz
 from drep_jax.weights.translation import some
 
 Tree = Any
@@ -72,7 +71,7 @@ def save_orbax(directory: str, variables: Tree, fusion: Mapping[str, Any] | None
 
 
 def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:
-    """Reads a backbone's variables from a safetensors file, an Orbax directory or an `.npz` in PyTorch's names.
+    """Reads a backbone's variables from a safetensors file or an Orbax directory.
 
     Args:
       path: file or directory.
@@ -88,14 +87,10 @@ def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:
     """
     if os.path.isdir(path):
         tensors, fused = _read_orbax(path, like)
-    elif os.path.isfile(path) and path.endswith(".npz"):
-        tensors, fused = read_torch_npz(path), None
     elif os.path.isfile(path):
         tensors, fused = _read_safetensors(path)
     else:
-        raise CheckpointError(
-            f"There are no weights at {path}; expected a .safetensors or .npz file or an Orbax directory."
-        )
+        raise CheckpointError(f"There are no weights at {path}; expected a .safetensors file or an Orbax directory.")
     if fused and not allow_fused:
         raise CheckpointError(
             f"The weights in {path} are already fused ({fused}); denoising them again would compound. Use the weights they "

@@ -5,11 +5,29 @@ from collections.abc import Collection
 import flax.linen as nn
 
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
+from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
+from drep_jax.weights.formats.dinov2 import DINOV2
+from drep_jax.weights.formats.timm_vit import TIMM_VIT
+from drep_jax.weights.formats.torch_encoder_vit import TORCH_ENCODER_VIT
+from drep_jax.weights.formats.torchvision_resnet import TIMM_RESNET, TORCHVISION_RESNET
+from drep_jax.weights.formats.transreid_ssl import TRANSREID_SSL
+from drep_jax.weights.formats.vision_transformer import BIG_VISION, VISION_TRANSFORMER
 from drep_jax.weights.formats.vmamba import VMAMBA
 from drep_jax.weights.translation import Format, some
 
 # Where the names of two formats are alike, the more special one stands first.
-FORMATS: tuple[Format, ...] = (VMAMBA,)
+FORMATS: tuple[Format, ...] = (
+    DINOV2,
+    TRANSREID_SSL,
+    TIMM_VIT,
+    TORCH_ENCODER_VIT,
+    VISION_TRANSFORMER,
+    BIG_VISION,
+    CIFAR_RESNET,
+    TORCHVISION_RESNET,
+    TIMM_RESNET,
+    VMAMBA,
+)
 
 
 def find_format(module: nn.Module, names: Collection[str], path: str, name: str = "") -> Format:
