@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from drep_jax.errors import ConfigError, did_you_mean, lookup
 from drep_jax.models.resnet import ResNet
+from drep_jax.models.swin import SwinV2
 from drep_jax.models.vit import ViT
 
 _vit_ti = functools.partial(ViT, width=192, depth=12, num_heads=3, mlp_dim=768)
@@ -23,6 +24,10 @@ _vit_s = functools.partial(ViT, width=384, depth=12, num_heads=6, mlp_dim=1536)
 _vit_b = functools.partial(ViT, width=768, depth=12, num_heads=12, mlp_dim=3072)
 
 _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
+
+_swinv2_t = functools.partial(SwinV2, width=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+_swinv2_s = functools.partial(SwinV2, width=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
+_swinv2_b = functools.partial(SwinV2, width=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -40,6 +45,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32_cifar": functools.partial(_cifar, stage_sizes=(5, 5, 5)),
     "resnet44_cifar": functools.partial(_cifar, stage_sizes=(7, 7, 7)),
     "resnet56_cifar": functools.partial(_cifar, stage_sizes=(9, 9, 9)),
+    "swinv2": SwinV2,
+    "swinv2_t_w8": functools.partial(_swinv2_t, window_size=8),
+    "swinv2_t_w16": functools.partial(_swinv2_t, window_size=16),
+    "swinv2_s_w8": functools.partial(_swinv2_s, window_size=8),
+    "swinv2_s_w16": functools.partial(_swinv2_s, window_size=16),
+    "swinv2_b_w8": functools.partial(_swinv2_b, window_size=8),
+    "swinv2_b_w16": functools.partial(_swinv2_b, window_size=16),
 }
 
 
