@@ -34,9 +34,14 @@ OUT = flags.DEFINE_string("out", None, "Where to write; default: WORKDIR/fused, 
 DTYPE = flags.DEFINE_string("dtype", None, "Storage type, such as bfloat16; default: the backbone's own.")
 ALLOW_ROUNDING = flags.DEFINE_bool("allow_rounding", False, "Write even if the type rounds most of the change away.")
 EXPORT = flags.DEFINE_list(
-    "export", [], 'Further files: "same" for the kind that the backbone came in, or formats\' names.'
+    "export",
+    [],
+    'Further files: "same" for the kind that the backbone came in, a format\'s name, "stablehlo" or "onnx".',
 )
 INIT_FROM = flags.DEFINE_string("init_from", None, "The backbone's file for --export; default: where the run read it.")
+FOLD_BATCHNORM = flags.DEFINE_bool(
+    "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
+)
 
 
 def main(argv: list[str]) -> int:
@@ -50,6 +55,7 @@ def main(argv: list[str]) -> int:
         allow_rounding=ALLOW_ROUNDING.value,
         forms=tuple(EXPORT.value),
         init_from=INIT_FROM.value,
+        fold_batchnorm=FOLD_BATCHNORM.value,
     )
     options = {
         "rule": RULE.value,

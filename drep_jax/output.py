@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,12 @@ from drep_jax import weights
 from drep_jax.builder import Setting, init_options
 from drep_jax.certificate import Certificate, certify
 from drep_jax.data.loader import normalize
-from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
+from drep_jax.errors import CheckpointError, ConfigError, ExportError, did_you_mean
+from drep_jax.exporting.checked_file import Comparison
+from drep_jax.exporting.fold_batchnorm import find_folds, fold_batchnorm
+from drep_jax.exporting.fold_certificate import certify_folds
+from drep_jax.exporting.onnx_file import export_onnx
+from drep_jax.exporting.stablehlo import export_stablehlo
 from drep_jax.fusion import fuse_exact, survival
 from drep_jax.weights.formats import formats_of
 
@@ -26,6 +31,9 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 SAME = "same"
 """The export in the format that the backbone came in."""
 
+PROGRAMS: dict[str, Callable[..., Comparison]] = {"stablehlo": export_stablehlo, "onnx": export_onnx}
+"""Exports of the network itself, weights inside; another is a line here."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -35,8 +43,9 @@ class Output:
       directory: made if absent.
       dtype: storage type of our own and of new files; None keeps each parameter's own.
       allow_rounding: write even if less than 90 % of the change survives a storage type.
-      forms: further files: "same", or names of formats.
+      forms: further files: "same", or names of formats or of `PROGRAMS`.
       init_from: the file of the backbone's weights, if it is no longer where the run read it.
+      fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers before them.
     """
 
     directory: str
@@ -44,6 +53,7 @@ class Output:
     allow_rounding: bool = False
     forms: tuple[str, ...] = ()
     init_from: str | None = None
+    fold_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         """Refuses an unknown storage type."""
@@ -122,7 +132,7 @@ def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
 
 def _forms(setting: Setting) -> list[str]:
     """Returns the names of all exports that there are for a backbone."""
-    return [SAME, *formats_of(setting.backbone)]
+    return [SAME, *formats_of(setting.backbone), *PROGRAMS]
 
 
 def _check_form(setting: Setting, form: str) -> None:
@@ -139,6 +149,7 @@ def write(
     *,
     exact: Tree | None = None,
     original: weights.Foreign | None = None,
+    images: jax.Array | None = None,
 ) -> list[str]:
     """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors` and whatever else was asked for.
 
@@ -150,30 +161,36 @@ def write(
       fusion: how they were fused; recorded in the files.
       exact: fused parameters in float64; needed where a storage type is narrower.
       original: the foreign file that the backbone came in.
+      images: that the folding of BatchNorms is certified on.
 
     Returns:
       The paths.
 
     Raises:
       CheckpointError: if rounding would lose more than 10 % of the change, or the directory cannot be written.
+      ExportError: if BatchNorms cannot be folded, or a program computes something else than the network.
     """
-    stored = fused
+    exact = fused if exact is None else exact
     if output.dtype is not None:
-        exact = fused if exact is None else exact
-        stored = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
-        _check_survival(output, output.dtype, variables["params"], exact, stored)
+        kept = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
+        _check_survival(output, output.dtype, variables["params"], exact, kept)
+    again = original is not None and any(form in (SAME, original.format.name) for form in output.forms)
+    if original is not None and again and original.rounds:
+        kept = weights.stored_tree(original, {**variables, "params": exact})["params"]
+        _check_survival(output, original.source.path, variables["params"], exact, kept)
+    full = {**variables, "params": exact}
+    if output.fold_batchnorm:
+        full = _folded(setting, {**variables, "params": fused}, full, images)
+    everything = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), full, dict(variables))
+    if output.dtype is not None:
+        everything["params"] = jax.tree_util.tree_map(
+            lambda leaf: np.asarray(leaf).astype(output.dtype), full["params"]
+        )
     fusion = {**fusion, "sites": {site.name: [*site.times] for site in setting.sites}}
-    again = None
-    if original is not None and any(form in (SAME, original.format.name) for form in output.forms):
-        full = {**variables, "params": fused if exact is None else exact}
-        again = weights.stored_tree(original, full)
-        if original.rounds:
-            _check_survival(output, original.source.path, variables["params"], full["params"], again["params"])
     try:
         os.makedirs(output.directory, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"Cannot write weights to {output.directory}: {error.strerror}.") from error
-    everything = {**variables, "params": stored}
     paths = [os.path.join(output.directory, name) for name in ("fused.safetensors", "orbax")]
     weights.save_safetensors(paths[0], everything, fusion)
     weights.save_orbax(paths[1], everything, fusion)
@@ -181,13 +198,26 @@ def write(
         if original is not None and form in (SAME, original.format.name):
             stem, suffix = os.path.splitext(os.path.basename(original.source.path))
             path = os.path.join(output.directory, f"{stem}_fused{suffix}")
-            count = len(weights.write_back(original, path, variables, again, fusion))
+            count = len(weights.write_back(original, path, variables, weights.stored_tree(original, full), fusion))
             print(f"{path}: the file that the backbone came in, with {count} of its tensors replaced.")
+        elif form in PROGRAMS:
+            path = os.path.join(output.directory, f"fused.{form}")
+            print(f"{path}: {PROGRAMS[form](setting.backbone, everything, setting.images.shape[1:3], path)}")
         else:
             path = os.path.join(output.directory, f"fused_{form}")
             path = weights.write_new(setting.backbone, everything, form, path, fusion)
         paths.append(path)
     return paths
+
+
+def _folded(setting: Setting, fused: Tree, exact: Tree, images: Any) -> Tree:
+    """Returns exact variables with BatchNorms folded, and prints the certificate of that for those that are rounded."""
+    folds = find_folds(setting.backbone, images)
+    certificate = certify_folds(setting.backbone, fused, folds, images)
+    print(certificate)
+    if not certificate.passed:
+        raise ExportError("Folding BatchNorm changes what the network computes here; nothing was written.")
+    return fold_batchnorm(exact, folds, round_back=False)
 
 
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:

@@ -16,7 +16,7 @@ from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from drep_jax.experiment import saved_moments
 from drep_jax.fusion import fuse_exact
 from drep_jax.learners import DIRECT
-from drep_jax.output import Output, fuse_and_certify, needs_exact, open_original, write
+from drep_jax.output import Output, certificate_images, fuse_and_certify, needs_exact, open_original, write
 from drep_jax.recipes import WIENER, Recipe, as_affine, check_rule
 from drep_jax.selection import scaled
 from drep_jax.training.checkpoint import Checkpointer
@@ -201,6 +201,7 @@ def fuse_and_export(
             f"With {told} the fused network gives NaN or Inf on real images; nothing was written. Take a smaller "
             "strength or time steps."
         )
-    paths = write(output, setting, variables, fused, recorded, exact=exact, original=original)
+    images = certificate_images(config, setting)
+    paths = write(output, setting, variables, fused, recorded, exact=exact, original=original, images=images)
     workdir.write_json(os.path.join(output.directory, "certificate.json"), certificate.to_json())
     return certificate, paths

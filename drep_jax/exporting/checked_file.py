@@ -18,6 +18,7 @@ import numpy as np
 from jax import export
 from jax.extend import core
 
+from drep_jax.dataflow import bodies
 from drep_jax.errors import ExportError
 
 Tree = Any
@@ -175,13 +176,8 @@ def coarsest(closed: core.ClosedJaxpr) -> str:
 def _results(jaxpr: Any) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         yield from (var.aval for var in eqn.outvars if hasattr(var.aval, "dtype"))
-        for value in jax.tree_util.tree_leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                yield from _results(getattr(value, "jaxpr", value))
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+        for body in bodies(eqn):
+            yield from _results(body)
 
 
 def _first_line(error: Exception) -> str:

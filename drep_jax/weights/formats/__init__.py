@@ -12,6 +12,7 @@ from drep_jax.weights.formats.torch_encoder_vit import TORCH_ENCODER_VIT
 from drep_jax.weights.formats.torchvision_resnet import TIMM_RESNET, TORCHVISION_RESNET
 from drep_jax.weights.formats.transreid_ssl import TRANSREID_SSL
 from drep_jax.weights.formats.vision_transformer import BIG_VISION, VISION_TRANSFORMER
+from drep_jax.weights.formats.vmamba import VMAMBA
 from drep_jax.weights.translation import Format, some
 
 # Where the names of two formats are alike, the more special one stands first.
@@ -25,6 +26,7 @@ FORMATS: tuple[Format, ...] = (
     CIFAR_RESNET,
     TORCHVISION_RESNET,
     TIMM_RESNET,
+    VMAMBA,
 )
 
 
