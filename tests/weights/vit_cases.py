@@ -1,4 +1,4 @@
-"""Small ViTs as timm and as we call them: the default tests compare ours with stored outputs of timm, parity tests make these."""
+"""Small ViTs as timm and as we call them: default tests compare ours with stored outputs of timm, parity tests make these."""
 
 import jax
 import numpy as np
