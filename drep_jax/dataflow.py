@@ -170,14 +170,16 @@ def _reach(jaxpr: Any, start: set[Any]) -> set[Any]:
 def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
     """Returns, by equation number of a marked layer, where its output is added to something that does not depend on it.
 
-    Layers whose output goes elsewhere first (a nonlinearity, two users, a norm that mixes channels) have none.
+    Layers whose output goes elsewhere first (a nonlinearity, two users, a norm that mixes channels) have none. Where two layers
+    meet in one sum (a block's last convolution and a projected shortcut), the first one answers for the other.
     """
     users: dict[Any, list[int]] = {}
     for number, eqn in enumerate(jaxpr.eqns):
         for var in {v for v in eqn.invars if not isinstance(v, core.Literal)}:
             users.setdefault(var, []).append(number)
     ends = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    found = {}
+    found: dict[int, Junction] = {}
+    answered: set[int] = set()
     for number, eqn in enumerate(jaxpr.eqns):
         if not _marked(eqn):
             continue
@@ -196,8 +198,10 @@ def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
             ):
                 pass
             elif name in ("add", "add_any", "sub") and len(others) == 1 and others[0] not in behind:
-                sign = 1.0 if name != "sub" else -1.0
-                found[number] = Junction(tuple(chain), var, others[0], sign)
+                if users[var][0] not in answered:
+                    sign = 1.0 if name != "sub" else -1.0
+                    found[number] = Junction(tuple(chain), var, others[0], sign)
+                    answered.add(users[var][0])
                 break
             else:
                 break
