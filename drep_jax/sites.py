@@ -268,7 +268,7 @@ def _refusal(
     custom = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
     given = [f for f in (getattr(layer, name, None) for name in custom) if f is not None]
     if not all(getattr(f, "is_convolution", False) for f in given):
-        return "it replaces the matrix product, which then need not be linear"
+        return "it replaces the matrix product, which then need not be linear (if it is, say f.is_convolution = True)"
     if stacked and "vmap" in transforms:
         return "nn.vmap stacks its kernel: its copies run side by side and have no order in time"
     if stacked and transforms.count("scan") != 1:

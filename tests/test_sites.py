@@ -244,6 +244,7 @@ def nested(x):
         (SecondAxis(), "first axis"),
         (wrap(lambda x: nn.DenseGeneral(4, batch_dims=(0,))(x)), "batch_dims"),
         (wrap(lambda x: nn.Dense(4, dot_general=jax.lax.dot_general)(x)), "matrix product"),
+        (wrap(lambda x: nn.Conv(4, (2,), conv_general_dilated=jax.lax.conv_general_dilated)(x)), "matrix product"),
         (nn.Dense(4), "wrap it"),
     ],
 )

@@ -18,6 +18,7 @@ from drep_jax.models.vit import ViT, stack_blocks
 TINY_VIT = {"patch_size": (2, 4), "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 TINY_RESNET = {"stage_sizes": (1, 1), "block": "basic", "width": 4, "stem": "cifar"}
 TINY_SWIN = {"width": 4, "depths": (2, 1), "num_heads": (2, 4), "window_size": (2, 3), "patch_size": 2}
+TINY_VMAMBA = {"depths": (1, 1), "width": 4, "ssm_ratio": 1.5}
 SIZE = (8, 12)
 
 
@@ -33,6 +34,12 @@ def swin_block(width, heads):
     """Attention without a bias of the keys, the network of the position bias, an MLP of four times the width, norms."""
     attention = 4 * width * width + 3 * width + heads + 2 * 512 + 512 + 512 * heads
     return attention + 8 * width * width + 5 * width + 4 * width
+
+
+def vmamba_block(width, inner):
+    """Norms, in and out, depthwise 3x3, four directions (Δ of rank 1, B, C, Δ's map and bias, A, D), MLP."""
+    mix = 2 * width * inner + 9 * inner + 4 * 3 * inner + 4 * 2 * inner + 4 * 2 * inner + 2 * inner
+    return mix + 4 * width + 8 * width**2 + 5 * width
 
 
 # name: (overrides, image size, trainable parameters with 1000 classes, as published by timm and torchvision
@@ -73,6 +80,14 @@ TABLE = {
     **{f"swinv2_t_w{window}": ({}, (256, 256), 28_347_154) for window in (8, 16)},
     **{f"swinv2_s_w{window}": ({}, (256, 256), 49_728_418) for window in (8, 16)},
     **{f"swinv2_b_w{window}": ({}, (256, 256), 87_918_816) for window in (8, 16)},
+    "vmamba": (
+        TINY_VMAMBA,
+        SIZE,
+        (27 * 2 + 2 + 4) + (18 * 4 + 4 + 8) + vmamba_block(4, 6) + (36 * 8 + 8 + 16) + vmamba_block(8, 12) + 16 + 9_000,
+    ),
+    "vmamba_t": ({}, (224, 224), 30_249_064),
+    "vmamba_s": ({}, (224, 224), 50_147_752),
+    "vmamba_b": ({}, (224, 224), 88_557_800),
     **{f"resnet{6 * n + 2}_cifar": ({}, (32, 32), cifar_parameters(n)) for n in (3, 5, 7, 9)},
 }
 
