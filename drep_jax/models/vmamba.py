@@ -108,7 +108,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
         """Maps each pixel by itself."""
-        dense: Any = functools.partial(nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense: Any = functools.partial(
+            nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
         return dense(x.shape[-1], name="fc2")(hidden)
 
