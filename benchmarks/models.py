@@ -8,10 +8,11 @@ both the allocator keeps freed memory (`drep_jax.host_memory`); --return_memory 
 are medians of processor time, a ratio is the median over the rounds of ours / PyTorch's in the same round. Both networks are
 in inference mode with their own random weights, so that there is the same to compute; gradients are of the mean square of the
 logits by all parameters. A reference that is not installed is skipped with the reason; VMamba's is a checkout of its
-repository, whose path VMAMBA_REFERENCE gives.
+repository, whose path VMAMBA_REFERENCE gives (tests/parity/vmamba_reference.py); it runs the authors' plain PyTorch path.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import os
@@ -53,17 +54,14 @@ def from_torchvision(name):
 
 
 def from_vmamba(**options):
-    path = os.environ.get("VMAMBA_REFERENCE")
-    if not path:
+    checkout = os.environ.get("VMAMBA_REFERENCE")
+    if not checkout:
         raise Missing("VMAMBA_REFERENCE is not set")
-    source = os.path.join(path, "vmamba.py")
-    if not os.path.isfile(source):
-        raise Missing(f"there is no {source}")
-    spec = importlib.util.spec_from_file_location("vmamba_reference", source)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.VSSM(**options)
+    import torch
+    from tests.parity.vmamba_reference import load_reference, make_reference
+
+    torch.cuda.device = lambda device: contextlib.nullcontext()  # it enters the GPU that its tensors are on
+    return make_reference(load_reference(checkout), num_classes=1000, **options)
 
 
 def _package(name):
@@ -78,25 +76,7 @@ CASES = {
     "resnet50": Case(224, functools.partial(from_torchvision, "resnet50")),
     "resnet101": Case(224, functools.partial(from_torchvision, "resnet101")),
     "swinv2_t_w8": Case(256, functools.partial(from_timm, "swinv2_tiny_window8_256")),
-    "vmamba_t": Case(
-        224,
-        functools.partial(
-            from_vmamba,
-            depths=[2, 2, 8, 2],
-            dims=96,
-            drop_path_rate=0.2,
-            ssm_d_state=1,
-            ssm_ratio=1.0,
-            ssm_dt_rank="auto",
-            ssm_conv=3,
-            ssm_conv_bias=False,
-            forward_type="v05_noz",
-            mlp_ratio=4.0,
-            downsample_version="v3",
-            patchembed_version="v2",
-            norm_layer="ln2d",
-        ),
-    ),
+    "vmamba_t": Case(224, functools.partial(from_vmamba, depths=(2, 2, 8, 2), width=96, ssm_ratio=1.0)),
 }
 
 

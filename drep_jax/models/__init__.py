@@ -23,9 +23,6 @@ from drep_jax.models.vmamba import VMamba
 _vit_ti = functools.partial(ViT, width=192, depth=12, num_heads=3, mlp_dim=768)
 _vit_s = functools.partial(ViT, width=384, depth=12, num_heads=6, mlp_dim=1536)
 _vit_b = functools.partial(ViT, width=768, depth=12, num_heads=12, mlp_dim=3072)
-
-# The published ones: T[s1l8], S[s2l15] and B[s2l15], s being the ratio of scanned channels and l the depth of the third stage.
-_vmamba_s2l15 = functools.partial(VMamba, depths=(2, 2, 15, 2), ssm_ratio=2.0)
 _vit_l = functools.partial(ViT, width=1024, depth=24, num_heads=16, mlp_dim=4096)
 
 # As published at https://github.com/facebookresearch/dinov2; its backbones have no head (num_classes=0).
@@ -33,6 +30,9 @@ _DINOV2 = {"patch_size": 14, "layer_scale": True}
 _DINOV2_REGISTERS = {**_DINOV2, "registers": 4}
 # The plain ViT-S/16 of https://arxiv.org/abs/2205.01580, as in big_vision's vit_s16_i1k.
 _GAP = {"pool": "gap", "class_token": False, "positions": "sincos2d", "pre_logits": True, "activation": "gelu_tanh"}
+
+# The published ones: T[s1l8], S[s2l15] and B[s2l15], s being the ratio of scanned channels and l the depth of the third stage.
+_vmamba_s2l15 = functools.partial(VMamba, depths=(2, 2, 15, 2), ssm_ratio=2.0)
 
 _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
 

@@ -4,7 +4,7 @@ import pickle
 import struct
 import zipfile
 
-from drep_jax.weights.files import torch_file
+LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of PyTorch's magic number
 
 
 def zip_file(path, program, storages=(("0", bytes(24)),), order=b"little", compression=zipfile.ZIP_STORED):
@@ -17,7 +17,7 @@ def zip_file(path, program, storages=(("0", bytes(24)),), order=b"little", compr
 
 
 def legacy_file(path, program, storages=(("0", 4, bytes(24)),)):
-    parts = [torch_file.LEGACY_START, pickle.dumps(1001, 2), pickle.dumps({"little_endian": True}, 2), program]
+    parts = [LEGACY_START, pickle.dumps(1001, 2), pickle.dumps({"little_endian": True}, 2), program]
     parts.append(pickle.dumps([key for key, _, _ in storages], 2))
     parts += [struct.pack("<q", len(data) // size) + data for _, size, data in storages]
     path.write_bytes(b"".join(parts))

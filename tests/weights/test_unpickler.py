@@ -263,9 +263,7 @@ def test_lists_of_storages_are_checked(tmp_path):
             files.read(pickles.legacy_file(path, state(tensor()), storages))
     nested = nested_tuples(200)
     for keys in (nested, b"\x80\x02]" + nested[2:-1] + b"a.", b"\x80\x02K\x01."):
-        path.write_bytes(
-            files.torch_file.LEGACY_START + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + state(tensor()) + keys
-        )
+        path.write_bytes(pickles.LEGACY_START + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + state(tensor()) + keys)
         with pytest.raises(CheckpointError, match=r"evil.pth is damaged"):
             files.read(str(path))
 

@@ -19,7 +19,7 @@ from drep_jax.weights.files import zip_records
 from drep_jax.weights.files.contents import MARK, Block, Contents, Path, View, check_view, dense_strides
 from drep_jax.weights.files.unpickler import DTYPES, STORAGES, Storage, Tensor, Unpickled, unpickle
 
-LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of PyTorch's magic number
+MAGIC_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the end of the pickle that every legacy file begins with
 ALIGNMENT = 64
 MOST_VALUES = 20_000_000  # numbers and texts that are passed over
 MOST_ENTRIES = 300_000  # tensors, dictionaries and lists
@@ -79,6 +79,11 @@ def read_zip(path: str, buffer: memoryview) -> Contents:
         mark.decode("utf-8", "replace") or None,
         layout=(root, records),
     )
+
+
+def is_legacy(start: bytes) -> bool:
+    """Returns whether a file that begins so is a legacy checkpoint, in any of the pickle protocols."""
+    return start[:1] == b"\x80" and MAGIC_NUMBER in start[:32]
 
 
 def read_legacy(path: str, buffer: memoryview) -> Contents:

@@ -33,7 +33,7 @@ _KINDS_COUNTED: Parts = {
 }
 _OURS = {theirs: ours for parts in (_ALL_COUNTED, _KINDS_COUNTED) for ours, theirs in parts.items()}
 _PREFIX = r"(opt/target/|params/img/|params/)?"
-_POSITIONS = r"(Transformer/(posembed_input/)?)?pos_embedding"
+_TOKEN_FIRST = "Transformer/posembed_input/pos_embedding"
 
 
 def _canonical(prefix: str, parts: Parts, embedding: str) -> Callable[[str], str]:
@@ -45,7 +45,7 @@ def _canonical(prefix: str, parts: Parts, embedding: str) -> Callable[[str], str
     def canonical(name: str) -> str:
         plain = re.sub(f"^{_PREFIX}", "", name)
         plain = re.sub(r"(encoderblock_\d+)/(\w+)/", part, plain, count=1)
-        return prefix + (embedding if re.fullmatch(_POSITIONS, plain) else plain)
+        return prefix + (embedding if plain == "Transformer/pos_embedding" else plain)
 
     return canonical
 
@@ -98,8 +98,6 @@ def _format(name: str, prefix: str, parts: Parts, embedding: str, *marks: str) -
         positions=lambda vit: vit_positions(vit, positions.GOOGLE),
     )
 
-
-_TOKEN_FIRST = "Transformer/posembed_input/pos_embedding"
 
 VISION_TRANSFORMER = _format("vision_transformer", "", _ALL_COUNTED, _TOKEN_FIRST, _TOKEN_FIRST)
 BIG_VISION = _format("big_vision", "params/", _KINDS_COUNTED, "pos_embedding")
