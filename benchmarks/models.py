@@ -58,6 +58,7 @@ def from_vmamba(**options):
     if not checkout:
         raise Missing("VMAMBA_REFERENCE is not set")
     import torch
+
     from tests.parity.vmamba_reference import load_reference, make_reference
 
     torch.cuda.device = lambda device: contextlib.nullcontext()  # it enters the GPU that its tensors are on
