@@ -217,7 +217,11 @@ def _folded(setting: Setting, fused: Tree, exact: Tree, images: Any) -> Tree:
     print(certificate)
     if not certificate.passed:
         raise ExportError("Folding BatchNorm changes what the network computes here; nothing was written.")
-    return fold_batchnorm(exact, folds, round_back=False)
+    # The statistics are constants that are exact in their own type only.
+    return {
+        **fold_batchnorm(exact, folds, round_back=False),
+        "batch_stats": fold_batchnorm(fused, folds)["batch_stats"],
+    }
 
 
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:

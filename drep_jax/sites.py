@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from drep_jax.dependence import independent, mark
 from drep_jax.errors import ConfigError, SiteError, did_you_mean
 
 Path = tuple[str, ...]
@@ -23,6 +24,9 @@ COLLECTION = "denoise"
 
 MAX_PATCH_WIDTH = 2304
 """Widest patch (k²C per group) that kind "auto" denoises as a whole; wider layers get a pointwise denoiser."""
+
+NO_IMAGES = "what it reads is the same for all images, so it holds no feature of theirs to denoise"
+"""Refusal of a layer that works on a constant or on parameters, such as one that computes position biases."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +148,8 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
 
     The module is traced abstractly, once to initialise and once to apply. Layers inside `nn.remat`, `nn.jit` and
     `nn.scan` are found at their parameters' path. A layer that is called several times is one layer. What looks like a
-    layer but cannot be fused exactly (masked kernels, an overridden `__call__`, transformed weights, …) is listed with
-    the reason in `refusal`.
+    layer but cannot be fused exactly (masked kernels, an overridden `__call__`, transformed weights, …), or reads
+    nothing that depends on the inputs, is listed with the reason in `refusal`.
 
     Args:
       module: an unbound Flax Linen module.
@@ -169,14 +173,19 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
                 reads = next((i for i, tensor in enumerate(tensors) if tensor is x), len(tensors))
                 tensors.append(x)
                 found[layer.path] = _describe(layer, x, _lookup(params, layer.path), reads, len(found))
+            marked = mark("/".join(layer.path), x)
+            args, kwargs = ((marked, *args[1:]), kwargs) if args else (args, {**kwargs, "inputs": marked})
         return next_fun(*args, **kwargs)
 
     def trace(variables: Any, *args: Any) -> Any:
         with nn.intercept_methods(record):
             return module.apply(variables, *args, rngs={"dropout": keys["dropout"]}, mutable=[COLLECTION], **kwargs)
 
-    jax.eval_shape(trace, variables, *args)
-    return tuple(found.values())
+    constant = independent(trace, variables, *args)
+    return tuple(
+        dataclasses.replace(layer, refusal=NO_IMAGES) if layer.name in constant and not layer.refusal else layer
+        for layer in found.values()
+    )
 
 
 def _lookup(tree: Any, path: Path) -> Any:
@@ -293,7 +302,8 @@ def select_sites(
     Args:
       layers: from `find_layers`.
       pattern: regular expression, or several, that must match a layer's whole path, as in `".*/mlp/fc[12]"`; None takes
-        `default_pattern` and passes over layers that cannot be sites.
+        `default_pattern` and passes over layers that cannot be sites. Layers that read nothing of the images are passed
+        over too, except by a pattern that matches no others.
       kind: for convolutions, "patch" denoises the whole window (exact at borders), "pointwise" its channels; "auto" is
         patch up to `max_patch_width` numbers a group.
       bias: False learns every denoiser through the origin.
@@ -312,9 +322,11 @@ def select_sites(
         compiled = [re.compile(p) for p in patterns]
     except re.error as error:
         raise SiteError(f"Pattern {patterns} is not a regular expression: {error}.") from error
-    chosen = [layer for layer in layers if any(p.fullmatch(layer.name) for p in compiled)]
+    matched = [[layer for layer in layers if p.fullmatch(layer.name)] for p in compiled]
     if pattern is None:
-        chosen = [layer for layer in chosen if not layer.refusal]
+        matched = [[layer for layer in group if not layer.refusal] for group in matched]
+    matched = [[layer for layer in group if layer.refusal != NO_IMAGES] or group for group in matched]
+    chosen = [layer for layer in layers if any(layer in group for group in matched)]
     if not chosen:
         names = [layer.name for layer in layers]
         shown = ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

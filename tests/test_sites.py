@@ -5,11 +5,12 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from drep_jax.errors import ConfigError, SiteError
 from drep_jax.models import create_model
-from drep_jax.sites import assign_times, coverage, find_layers, find_sites, select_sites
+from drep_jax.sites import NO_IMAGES, assign_times, coverage, find_layers, find_sites, select_sites
 from tests.trees import Conv, Dense, Inner, Net, Scan
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
@@ -253,6 +254,70 @@ def test_what_cannot_be_fused_is_refused_with_the_reason(module, reason):
         find_sites(module, VECTOR, pattern=".*")
     with pytest.raises(SiteError, match="selects no layer"):
         find_sites(module, VECTOR)  # the default passes over them
+
+
+class Positions(nn.Module):
+    """Two layers on a constant, whose result the images are added to."""
+
+    @nn.compact
+    def __call__(self, x):
+        table = nn.Dense(4, name="fc1")(np.arange(10, dtype=np.float32).reshape(5, 2))
+        return x + nn.Dense(6, name="fc2")(nn.relu(table))[None]
+
+
+class Biased(nn.Module):
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        positions = (nn.remat(Positions) if self.remat else Positions)(name="positions")
+        return nn.Dense(6, name="mixed")(positions(x)), None
+
+
+class Accumulated(nn.Module):
+    """Its carry starts as a constant and becomes a function of the images in the second round."""
+
+    @nn.compact
+    def __call__(self, x):
+        def body(module, carry, x):
+            return carry + x.mean(), nn.Dense(2, name="reads_carry")(carry) + nn.Dense(2, name="reads_x")(x)
+
+        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return scan(self, jnp.zeros((5, 6)), jnp.stack([x[0], x[1]]))[1]
+
+
+def scanned(x):
+    return nn.scan(Biased, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(name="s")(x, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "prefix"),
+    [(Biased(), ""), (Biased(remat=True), ""), (wrap(scanned), "s/")],
+    ids=["plain", "remat", "scan"],
+)
+def test_layers_that_read_no_image_are_no_sites(module, prefix):
+    found = refusals(module)
+    assert found.pop(f"{prefix}mixed") is None
+    assert found == dict.fromkeys((f"{prefix}positions/fc1", f"{prefix}positions/fc2"), NO_IMAGES)
+    assert [site.name for site in find_sites(module, VECTOR)] == [f"{prefix}mixed"]
+    assert [site.name for site in find_sites(module, VECTOR, pattern=".*")] == [f"{prefix}mixed"]
+    with pytest.raises(SiteError, match=f"{prefix}positions/fc1: what it reads is the same for all images"):
+        find_sites(module, VECTOR, pattern=[".*", ".*positions.*"])
+
+
+def test_a_carry_that_the_images_reach_later_counts():
+    assert set(refusals(Accumulated()).values()) == {None}
+
+
+def test_parameters_are_no_images_and_layers_called_twice_count_if_one_call_does():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            queries = self.param("queries", nn.initializers.ones, (1, 5, 6))
+            shared = nn.Dense(6, name="shared")
+            return nn.Dense(6, name="alone")(queries) + shared(queries) + shared(x)
+
+    assert refusals(Twice()) == {"alone": NO_IMAGES, "shared": None}
 
 
 def test_pattern_that_selects_nothing_lists_the_layers():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from drep_jax.errors import ConfigError, did_you_mean, lookup
 from drep_jax.models.resnet import ResNet
+from drep_jax.models.swin import SwinV2
 from drep_jax.models.vit import ViT
 from drep_jax.models.vmamba import VMamba
 
@@ -34,6 +35,10 @@ _GAP = {"pool": "gap", "class_token": False, "positions": "sincos2d", "pre_logit
 _vmamba_s2l15 = functools.partial(VMamba, depths=(2, 2, 15, 2), ssm_ratio=2.0)
 
 _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
+
+_swinv2_t = functools.partial(SwinV2, width=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+_swinv2_s = functools.partial(SwinV2, width=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
+_swinv2_b = functools.partial(SwinV2, width=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -65,6 +70,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vmamba_t": functools.partial(VMamba, depths=(2, 2, 8, 2), ssm_ratio=1.0, width=96),
     "vmamba_s": functools.partial(_vmamba_s2l15, width=96),
     "vmamba_b": functools.partial(_vmamba_s2l15, width=128),
+    "swinv2": SwinV2,
+    "swinv2_t_w8": functools.partial(_swinv2_t, window_size=8),
+    "swinv2_t_w16": functools.partial(_swinv2_t, window_size=16),
+    "swinv2_s_w8": functools.partial(_swinv2_s, window_size=8),
+    "swinv2_s_w16": functools.partial(_swinv2_s, window_size=16),
+    "swinv2_b_w8": functools.partial(_swinv2_b, window_size=8),
+    "swinv2_b_w16": functools.partial(_swinv2_b, window_size=16),
 }
 
 

@@ -32,7 +32,7 @@ from drep_jax.models.selective_scan import selective_scan
 
 Maps = Float[Array, "batch height width channels"]
 
-DIRECTIONS = ({}, {"by_columns": True}, {"reverse": True}, {"by_columns": True, "reverse": True})
+DIRECTIONS: tuple[dict[str, bool], ...] = ({}, {"by_columns": True}, {"reverse": True}, {"by_columns": True, "reverse": True})
 _trunc_normal = nn.initializers.truncated_normal(0.02)
 _torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _SMALLEST_STEP, _LARGEST_STEP = 1e-3, 1e-1
@@ -58,7 +58,7 @@ class SS2D(nn.Module):
     def __call__(self, x: Maps) -> Maps:
         """Returns maps of the same shape."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = functools.partial(nn.Dense, use_bias=False, **dtypes)
+        dense: Any = functools.partial(nn.Dense, use_bias=False, **dtypes)
         u = dense(self.inner, kernel_init=_trunc_normal, name="in_proj")(x)
         u = nn.Conv(
             self.inner,
@@ -108,7 +108,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
         """Maps each pixel by itself."""
-        dense = functools.partial(nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense: Any = functools.partial(nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype)
         hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
         return dense(x.shape[-1], name="fc2")(hidden)
 
@@ -189,7 +189,7 @@ class VMamba(nn.Module):
         if x.ndim != 4:
             raise ConfigError(f"A VMamba takes images of shape (batch, height, width, channels), got {tuple(x.shape)}.")
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(_layer_norm, **dtypes)
+        norm: Any = functools.partial(_layer_norm, **dtypes)
         x = norm("stem_norm1")(_halve(self.width // 2, "stem_conv1", **dtypes)(x))
         x = norm("stem_norm2")(_halve(self.width, "stem_conv2", **dtypes)(nn.gelu(x, approximate=False)))
         block: Any = nn.remat(VSSBlock) if self.remat else VSSBlock

@@ -17,6 +17,7 @@ from drep_jax.models.vit import ViT, stack_blocks
 
 TINY_VIT = {"patch_size": (2, 4), "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 TINY_RESNET = {"stage_sizes": (1, 1), "block": "basic", "width": 4, "stem": "cifar"}
+TINY_SWIN = {"width": 4, "depths": (2, 1), "num_heads": (2, 4), "window_size": (2, 3), "patch_size": 2}
 SIZE = (8, 12)
 
 
@@ -26,6 +27,12 @@ def cifar_parameters(n):
     first, second, third = 2 * n * 16 * 144, 16 * 288 + (2 * n - 1) * 32 * 288, 32 * 576 + (2 * n - 1) * 64 * 576
     norms = 2 * (16 * (2 * n + 1) + 32 * 2 * n + 64 * 2 * n)
     return stem + first + second + third + norms + 64 * 1000 + 1000
+
+
+def swin_block(width, heads):
+    """Attention without a bias of the keys, the network of the position bias, an MLP of four times the width, norms."""
+    attention = 4 * width * width + 3 * width + heads + 2 * 512 + 512 + 512 * heads
+    return attention + 8 * width * width + 5 * width + 4 * width
 
 
 # name: (overrides, image size, trainable parameters with 1000 classes, as published by timm and torchvision
@@ -58,6 +65,14 @@ TABLE = {
     "resnet34": ({}, (224, 224), 21_797_672),
     "resnet50": ({}, (224, 224), 25_557_032),
     "resnet101": ({}, (224, 224), 44_549_160),
+    "swinv2": (
+        TINY_SWIN,
+        SIZE,
+        (12 * 4 + 4 + 8) + 2 * swin_block(4, 2) + (16 * 8 + 16) + swin_block(8, 4) + 16 + 9_000,
+    ),
+    **{f"swinv2_t_w{window}": ({}, (256, 256), 28_347_154) for window in (8, 16)},
+    **{f"swinv2_s_w{window}": ({}, (256, 256), 49_728_418) for window in (8, 16)},
+    **{f"swinv2_b_w{window}": ({}, (256, 256), 87_918_816) for window in (8, 16)},
     **{f"resnet{6 * n + 2}_cifar": ({}, (32, 32), cifar_parameters(n)) for n in (3, 5, 7, 9)},
 }
 

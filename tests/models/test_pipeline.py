@@ -22,6 +22,12 @@ SCHEDULE = Schedule(beta_end=0.02)
 NARROW = {
     "vit": ({"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}, (8, 12), 4),
     "resnet": ({"stage_sizes": (1, 1), "block": "bottleneck", "width": 4, "stem": "cifar"}, (8, 8), 9),
+    "swinv2": (
+        {"patch_size": 2, "width": 8, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4},
+        (16, 16),
+        6,
+    ),
+    "vmamba": ({"depths": (1, 1), "width": 8, "ssm_ratio": 1.0}, (32, 32), 4),
 }
 
 

@@ -197,7 +197,7 @@ def _contents(path: str) -> Contents:
         if any(name.endswith(".npy") for name in records):
             return npz_file.read(path, buffer)
         raise _unknown(path, "a zip archive without data.pkl or .npy members")
-    if start.startswith(torch_file.LEGACY_START):
+    if torch_file.is_legacy(start):
         return torch_file.read_legacy(path, buffer)
     if safetensors_file.is_safetensors(start):
         return safetensors_file.read(path, buffer)

@@ -75,6 +75,8 @@ def find_state(where: str, paths: Iterable[Path], state: str | None) -> tuple[di
             break  # a flat state dict
         states = known or [name for name in nested if not BESIDES.fullmatch(name)]
         if not known and len(states) != 1:
+            if pending:
+                raise CheckpointError(f'{where} has no state "{pending}".{did_you_mean(pending, nested)}')
             raise CheckpointError(
                 f"{where} holds tensors under {_listed(nested)}; say which of them are the weights (state=…)."
             )

@@ -19,9 +19,10 @@ from drep_jax.weights.files import zip_records
 from drep_jax.weights.files.contents import MARK, Block, Contents, Path, View, check_view, dense_strides
 from drep_jax.weights.files.unpickler import DTYPES, STORAGES, Storage, Tensor, Unpickled, unpickle
 
-LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of PyTorch's magic number
+MAGIC_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the end of the pickle that every legacy file begins with
 ALIGNMENT = 64
-MOST_VALUES = 2_000_000
+MOST_VALUES = 20_000_000  # numbers and texts that are passed over
+MOST_ENTRIES = 300_000  # tensors, dictionaries and lists
 DEEPEST = 64
 _ENTRIES = (dict, list, tuple, Tensor)
 _MARK_RECORD = f"{MARK}.json"
@@ -80,6 +81,11 @@ def read_zip(path: str, buffer: memoryview) -> Contents:
     )
 
 
+def is_legacy(start: bytes) -> bool:
+    """Returns whether a file that begins so is a legacy checkpoint, in any of the pickle protocols."""
+    return start[:1] == b"\x80" and MAGIC_NUMBER in start[:32]
+
+
 def read_legacy(path: str, buffer: memoryview) -> Contents:
     """Reads a checkpoint of torch.save before PyTorch 1.6.
 
@@ -90,10 +96,8 @@ def read_legacy(path: str, buffer: memoryview) -> Contents:
     for _ in range(5):
         parts.append(unpickle(buffer, parts[-1].end if parts else 0, path))
     _, protocol, _, pickled, keys = parts
-    if protocol.value != 1001 or not isinstance(keys.value, list) or len(set(map(str, keys.value))) != len(keys.value):
-        raise CheckpointError(
-            f"{path} is damaged: its legacy header has protocol {protocol.value!r} or no list of storages."
-        )
+    if protocol.value != 1001 or not isinstance(keys.value, list):
+        raise CheckpointError(f"{path} is damaged: its legacy header is not of protocol 1001, or it lists no storages.")
     storages = {storage.key: storage for storage in _storages(path, pickled)}
     blocks: dict[str, Block] = {}
     position = keys.end
@@ -143,7 +147,7 @@ def _views(
     views: dict[Path, View] = {}
     others: dict[Path, int] = {}
     named: set[int] = set()
-    looked_at = 0
+    values = entries = 0
     waiting: list[tuple[Path, Any]] = [((), pickled.value)] if isinstance(pickled.value, _ENTRIES) else []
     while waiting:
         where, value = waiting.pop()
@@ -154,12 +158,13 @@ def _views(
             named.add(id(value))
             continue
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        looked_at += len(items)
-        if looked_at > MOST_VALUES or len(where) > DEEPEST:  # one list may be in many places, or in itself
-            raise CheckpointError(
-                f"{path} holds more than {MOST_VALUES} values, or entries nested deeper than {DEEPEST}."
-            )
         inner = [((*where, _part(key)), value) for key, value in items if isinstance(value, _ENTRIES)]
+        # One list may be in many others, or in itself: so what is met is counted, however few bytes it has in the file.
+        values, entries = values + len(items), entries + len(inner)
+        if values > MOST_VALUES or entries > MOST_ENTRIES or len(where) > DEEPEST:
+            raise CheckpointError(
+                f"{path} holds more than {MOST_ENTRIES} entries or {MOST_VALUES} values, or nests deeper than {DEEPEST}."
+            )
         others[where] = len(items) - len(inner)
         waiting += reversed(inner)
     unnamed = tuple(view for key, view in made.items() if key not in named)

@@ -7,6 +7,8 @@ import flax.linen as nn
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
 from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
 from drep_jax.weights.formats.dinov2 import DINOV2
+from drep_jax.weights.formats.swin import SWIN
+from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
 from drep_jax.weights.formats.timm_vit import TIMM_VIT
 from drep_jax.weights.formats.torch_encoder_vit import TORCH_ENCODER_VIT
 from drep_jax.weights.formats.torchvision_resnet import TIMM_RESNET, TORCHVISION_RESNET
@@ -27,6 +29,8 @@ FORMATS: tuple[Format, ...] = (
     TORCHVISION_RESNET,
     TIMM_RESNET,
     VMAMBA,
+    SWIN,
+    TIMM_SWINV2,
 )
 
 
