@@ -156,7 +156,9 @@ def main(arguments):
             rows += measure(name, CASES[name], arguments.batch, arguments.rounds)
         except Missing as reason:
             print(f"{name}: skipped, {reason}", file=sys.stderr)
-    print(f"batch {arguments.batch}, float32, one thread each, {arguments.rounds} interleaved rounds, {os.uname().machine}")
+    print(
+        f"batch {arguments.batch}, float32, one thread each, {arguments.rounds} interleaved rounds, {os.uname().machine}"
+    )
     print(tabulate(rows, ["", "", "ours s", "PyTorch s", "ours / PyTorch"], floatfmt=("", "", ".3f", ".3f", ".2f")))
 
 

@@ -5,9 +5,16 @@ at once; then the states at the rows' ends are chained, h_row <- P_row h_{row-1}
 decays; and the state that a row starts with, decayed, is added to its own. That is width + height steps instead of
 width · height, and memory linear in their product. Decays are exp(Δ A) with A < 0 < Δ: all factors are at most 1, and
 nothing is ever divided by them.
+
+The gradient is a scan the other way: with g_k = C_k dy_k + exp(Δ_{k+1} A) g_{k+1} and r_k = exp(Δ_k A) h_{k-1},
+
+    dx = Δ Bᵀg,  dB = Δ Σ_channels g x,  dC = Σ_channels h dy,  dA = Σ_pixels Δ g r,  dΔ = Σ_states g (A r + B x).
+
+It is written out because XLA, left to itself, stores several more maps and takes twice the time.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,65 +48,74 @@ def selective_scan(
     Returns:
       y, computed in float32 at least.
     """
-    if by_columns:
-        x, delta, b, c = (jnp.swapaxes(t, 1, 2) for t in (x, delta, b, c))
     wide = jnp.promote_types(jnp.result_type(x, delta), jnp.float32)
     x, delta, a, b, c = (t.astype(wide) for t in (x, delta, a, b, c))
-    delta = delta[..., None, :]
-    decay = jnp.exp(delta * a.reshape((1, 1, 1, *a.shape)))
-    states = linear_recurrence(decay, delta * b[..., None] * x[..., None, :], reverse)
-    y = jnp.sum(states * c[..., None], axis=-2)
-    return jnp.swapaxes(y, 1, 2) if by_columns else y
+    return _scan(1 if by_columns else 2, reverse, x, delta, a, b, c)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear_recurrence(decay: States, inputs: States, reverse: bool = False) -> States:
-    """Returns h with h_k = decay_k h_{k-1} + inputs_k, k going along the rows one after the other, or back.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(along: int, reverse: bool, x: Any, delta: Any, a: Any, b: Any, c: Any) -> Maps:
+    return _forward(along, reverse, x, delta, a, b, c)[0]
+
+
+def _forward(along: int, reverse: bool, x: Any, delta: Any, a: Any, b: Any, c: Any) -> tuple[Maps, Any]:
+    states = _recur(_decay(delta, a), _inputs(x, delta, b), along, reverse)
+    return jnp.sum(states * c[..., None], axis=-2), (x, delta, a, b, c, states)
+
+
+def _backward(along: int, reverse: bool, saved: Any, dy: Maps) -> tuple[Any, ...]:
+    x, delta, a, b, c, states = saved
+    decay = _decay(delta, a)
+    grads = _recur(decay, c[..., None] * dy[..., None, :], along, not reverse, late=True)
+    remembered = states - _inputs(x, delta, b)
+    via_decay = grads * remembered
+    d_delta = jnp.sum(via_decay * a[None, None, None] + grads * b[..., None] * x[..., None, :], axis=-2)
+    d_a = jnp.sum(via_decay * delta[..., None, :], axis=(0, 1, 2))
+    d_x = delta * jnp.sum(grads * b[..., None], axis=-2)
+    return d_x, d_delta, d_a, _over_channels(grads * (delta * x)[..., None, :]), _over_channels(states * dy[..., None, :])
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _decay(delta: Maps, a: Any) -> States:
+    return jnp.exp(delta[..., None, :] * a[None, None, None])
+
+
+def _inputs(x: Maps, delta: Maps, b: Any) -> States:
+    return (delta * x)[..., None, :] * b[..., None]
+
+
+def _over_channels(values: States) -> Float[Array, "batch rows columns states"]:
+    """Returns the sums over the channels, as a matrix product: on CPUs XLA's own reduction takes some ten times as long."""
+    return jnp.matmul(values, jnp.ones(values.shape[-1], values.dtype), precision=lax.Precision.HIGHEST)
+
+
+def _recur(decay: States, inputs: States, along: int, reverse: bool, late: bool = False) -> States:
+    """Returns h with h_k = decay_k h_{k-1} + inputs_k, or decay_{k-1} h_{k-1} + inputs_k if `late`.
 
     Args:
       decay: in [0, 1].
       inputs: of the same shape.
+      along: the axis, 1 or 2, of neighbouring pixels; the other one leads from line to line.
       reverse: whether k counts from the last pixel.
+      late: whether a state decays as it is left instead of as the next is reached.
     """
-    return _recur(decay, inputs, reverse)
 
+    def step(state: tuple[Array, Array], pixel: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        decay, inputs = pixel
+        if late:
+            seen = state[0], state[1] + inputs
+            return (decay * seen[0], decay * seen[1]), seen
+        seen = decay * state[0], decay * state[1] + inputs
+        return seen, seen
 
-def _recur(decay: States, inputs: States, reverse: bool) -> States:
-    def along(
-        carry: tuple[Array, Array], pixel: tuple[Array, Array]
-    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        decayed, state = pixel[0] * carry[0], pixel[0] * carry[1] + pixel[1]
-        return (decayed, state), (decayed, state)
+    def chain(start: Array, line: tuple[Array, Array]) -> tuple[Array, Array]:
+        return line[0] * start + line[1], start
 
-    def down(state: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
-        return row[0] * state + row[1], state
-
-    columns = jnp.moveaxis(decay, 2, 0), jnp.moveaxis(inputs, 2, 0)
-    empty = jnp.ones_like(columns[0][0]), jnp.zeros_like(columns[1][0])
-    ends, (decayed, states) = lax.scan(along, empty, columns, reverse=reverse)
-    rows = jnp.moveaxis(ends[0], 1, 0), jnp.moveaxis(ends[1], 1, 0)
-    _, starts = lax.scan(down, jnp.zeros_like(rows[1][0]), rows, reverse=reverse)
-    return jnp.moveaxis(states + decayed * jnp.moveaxis(starts, 0, 1)[None], 0, 2)
-
-
-def _forward(decay: States, inputs: States, reverse: bool) -> tuple[States, tuple[States, States]]:
-    states = _recur(decay, inputs, reverse)
-    return states, (decay, states)
-
-
-def _backward(reverse: bool, saved: tuple[States, States], grad: States) -> tuple[States, States]:
-    """Returns the gradients: g_k = grad_k + decay_{k+1} g_{k+1} is a recurrence the other way."""
-    decay, states = saved
-    inputs = _recur(_previous(decay, not reverse), grad, not reverse)
-    return inputs * _previous(states, reverse), inputs
-
-
-def _previous(values: States, reverse: bool) -> States:
-    """Returns v_{k-1} at each k, and 0 at the first."""
-    flat = values.reshape(values.shape[0], -1, *values.shape[3:])
-    zero = jnp.zeros_like(flat[:, :1])
-    shifted = [flat[:, 1:], zero] if reverse else [zero, flat[:, :-1]]
-    return jnp.concatenate(shifted, axis=1).reshape(values.shape)
-
-
-linear_recurrence.defvjp(_forward, _backward)
+    pixels = jnp.moveaxis(decay, along, 0), jnp.moveaxis(inputs, along, 0)
+    empty = jnp.ones_like(pixels[0][0]), jnp.zeros_like(pixels[1][0])
+    ends, (decayed, own) = lax.scan(step, empty, pixels, reverse=reverse)
+    lines = jnp.moveaxis(ends[0], 1, 0), jnp.moveaxis(ends[1], 1, 0)
+    _, starts = lax.scan(chain, jnp.zeros_like(lines[1][0]), lines, reverse=reverse)
+    return jnp.moveaxis(own + decayed * jnp.moveaxis(starts, 0, 1)[None], 0, along)

@@ -32,7 +32,12 @@ from drep_jax.models.selective_scan import selective_scan
 
 Maps = Float[Array, "batch height width channels"]
 
-DIRECTIONS: tuple[dict[str, bool], ...] = ({}, {"by_columns": True}, {"reverse": True}, {"by_columns": True, "reverse": True})
+DIRECTIONS: tuple[dict[str, bool], ...] = (
+    {},
+    {"by_columns": True},
+    {"reverse": True},
+    {"by_columns": True, "reverse": True},
+)
 _trunc_normal = nn.initializers.truncated_normal(0.02)
 _torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _SMALLEST_STEP, _LARGEST_STEP = 1e-3, 1e-1
@@ -108,7 +113,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
         """Maps each pixel by itself."""
-        dense: Any = functools.partial(nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense: Any = functools.partial(
+            nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
         return dense(x.shape[-1], name="fc2")(hidden)
 
