@@ -4,6 +4,7 @@
     python fuse.py --workdir=runs/digits --rule=paper --noise=sample --seed=1 --out=weights
     python fuse.py --workdir=runs/digits --resolve --steps=10 --time_scale=10       # other time steps, without training
     python fuse.py --workdir=runs/digits --sweep                                    # the best of many, on held-out images
+    python fuse.py --workdir=runs/resnet50 --export=same                            # a file like the one the backbone came in
 
 Exit status: 0 if the certificate holds, 3 if it fails, 1 for bad input.
 """
@@ -32,34 +33,49 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of --noise=sample.")
 OUT = flags.DEFINE_string("out", None, "Where to write; default: WORKDIR/fused, or WORKDIR/sweep.")
 DTYPE = flags.DEFINE_string("dtype", None, "Storage type, such as bfloat16; default: the backbone's own.")
 ALLOW_ROUNDING = flags.DEFINE_bool("allow_rounding", False, "Write even if the type rounds most of the change away.")
+EXPORT = flags.DEFINE_list(
+    "export",
+    [],
+    'Further files: "same" for the kind that the backbone came in, a format\'s name, "stablehlo" or "onnx".',
+)
+INIT_FROM = flags.DEFINE_string("init_from", None, "The backbone's file for --export; default: where the run read it.")
+FOLD_BATCHNORM = flags.DEFINE_bool(
+    "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
+)
 
 
 def main(argv: list[str]) -> int:
     """Fuses again; returns the exit status."""
-    from drep_jax import experiment, sweep
+    from drep_jax import refusion, sweep
+    from drep_jax.output import Output
 
-    out = OUT.value or os.path.join(WORKDIR.value, "sweep" if SWEEP.value else "fused")
+    output = Output(
+        OUT.value or os.path.join(WORKDIR.value, "sweep" if SWEEP.value else "fused"),
+        dtype=DTYPE.value,
+        allow_rounding=ALLOW_ROUNDING.value,
+        forms=tuple(EXPORT.value),
+        init_from=INIT_FROM.value,
+        fold_batchnorm=FOLD_BATCHNORM.value,
+    )
     options = {
         "rule": RULE.value,
         "steps": STEPS.value,
         "time_scale": TIME_SCALE.value,
         "beta_end": BETA_END.value,
-        "dtype": DTYPE.value,
-        "allow_rounding": ALLOW_ROUNDING.value,
     }
     if SWEEP.value:
         if NOISE.value != "zero":
             raise flags.Error("--sweep compares without noise, so --noise does not go with it.")
-        found = sweep.sweep(WORKDIR.value, out, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
-        certificate = found.certificate
+        found = sweep.sweep(WORKDIR.value, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
+        certificate, paths = found.certificate, found.paths
     else:
         if SWEEP_IMAGES.value is not None:
             raise flags.Error("--sweep_images goes with --sweep only.")
         strength = 1.0 if STRENGTH.value is None else STRENGTH.value
         again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
-        certificate = experiment.refuse(WORKDIR.value, out, strength=strength, **again, **options)
+        certificate, paths = refusion.refuse(WORKDIR.value, output, strength=strength, **again, **options)
     print(certificate)
-    print(f"Weights: {os.path.join(out, 'fused.safetensors')} and {os.path.join(out, 'orbax')}")
+    print(f"Weights: {', '.join(paths)}")
     return 0 if certificate.passed else 3
 
 

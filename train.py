@@ -18,11 +18,11 @@ CONFIG = define_config(default="configs/digits.py")
 
 def main(argv: list[str]) -> int:
     """Runs the job of the configuration; returns the exit status."""
-    from drep_jax import experiment, report
+    from drep_jax import dry_run, experiment, report
 
     config = CONFIG.value.to_dict()
     if config["dry_run"]:
-        experiment.dry_run(config)
+        dry_run.dry_run(config)
         return 0
     directory = CONFIG.workdir or os.path.join("runs", config["name"])
     content = experiment.run(config, directory)

@@ -43,7 +43,14 @@ def get_default() -> ConfigDict:
         "clip": 0.0,
         "label_smoothing": 0.0,
     }
-    config.backbone = ConfigDict({"init_from": "", **stage})  # trained weights, or steps > 0 from scratch
+    init = {
+        "init_from": "",  # file of trained weights, ours or foreign (docs/weights.md); or train from scratch with steps > 0
+        "init_format": "",  # of a foreign file; "" recognises it by its names
+        "init_state": "",  # which state in it, such as "model_ema"; "" takes the only one, or the averaged one
+        "init_grid": (),  # (height, width) in patches of its position embeddings, where these are to be resized
+        "init_allow": (),  # regular expressions over names that may be missing, left over or of another shape
+    }
+    config.backbone = ConfigDict({**init, **stage})
     config.control = ConfigDict(stage)  # the backbone trained on, for the budget of the denoisers; steps 0: no such arm
 
     config.schedule = ConfigDict({"timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.002})

@@ -98,6 +98,17 @@ def build(config: Mapping[str, Any]) -> Setting:
     )
 
 
+def init_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how a foreign file of weights is to be read; see `drep_jax.weights.load_foreign`."""
+    backbone = config["backbone"]
+    return {
+        "format_name": backbone["init_format"],
+        "state": backbone["init_state"] or None,
+        "allow": tuple(backbone["init_allow"]),
+        "grid": tuple(backbone["init_grid"]) or None,
+    }
+
+
 def respaced(setting: Setting, *, steps: int, time_scale: float, beta_end: float | None = None) -> Setting:
     """Returns the setting with other time steps; denoisers learned at the old ones do not belong to it.
 

@@ -180,12 +180,12 @@ def certify(
     exact = fuse_exact(params, sites, schedule, rule=rule, steps=steps, round_back=False)
     stored = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), exact, variables["params"])
     deployed = stored if fused is None else fused
-    measured = _undo_rounding(exact, stored, deployed, variables["params"])
+    measured = undo_rounding(exact, stored, deployed, variables["params"])
     settings = (backbone, sites, schedule, rule, steps, kwargs)
 
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         free = backbone.clone(dtype=None) if getattr(backbone, "dtype", None) is not None else backbone
-        wide = [jax.tree_util.tree_map(_wide, tree) for tree in (variables, denoise, measured, args)]
+        wide = [jax.tree_util.tree_map(wide_leaf, tree) for tree in (variables, denoise, measured, args)]
         results = {"float64": _measure((free, *settings[1:]), *wide)}
     name = str(np.result_type(*{np.asarray(get_in(deployed, s.layers[0].path)["kernel"]).dtype for s in sites}))
     if name != "float64":
@@ -195,11 +195,11 @@ def certify(
         steps=sites[0].steps if steps is None else steps,
         end_to_end={name: end for name, (end, _) in results.items()},
         sites={name: rows for name, (_, rows) in results.items()},
-        structure=_structure(backbone, variables, deployed, args, kwargs),
+        structure=structure_kept(backbone, variables, {**variables, "params": deployed}, args, kwargs),
     )
 
 
-def _undo_rounding(exact: Tree, stored: Tree, deployed: Tree, base: Tree) -> Tree:
+def undo_rounding(exact: Tree, stored: Tree, deployed: Tree, base: Tree) -> Tree:
     """Returns `deployed` with every leaf that is `exact` but for rounding replaced by `exact`.
 
     Rounding is ‖deployed − exact‖ ≤ ‖stored − exact‖ + 32·ε·(‖base‖ + ‖exact‖), with ε of the arithmetic of `fuse`.
@@ -227,7 +227,8 @@ def _forms(tree: Tree) -> list[Any]:
     return [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in jax.tree_util.tree_leaves(tree)]
 
 
-def _wide(leaf: Any) -> Any:
+def wide_leaf(leaf: Any) -> Any:
+    """Returns a leaf in float64 if it is floating, as NumPy."""
     array = np.asarray(leaf)
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
@@ -260,7 +261,7 @@ def _measure(
         base, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
         explicit = explicit_apply(backbone, variables, denoise, sites, schedule, *args, **options)
         after = backbone.apply({**variables, "params": fused}, *args, **kwargs)
-        leaves = [_floating_leaves(tree) for tree in (base, explicit, after)]
+        leaves = [floating_leaves(tree) for tree in (base, explicit, after)]
         types["output"] = leaves[0][0].dtype
         return sum(_squares(*parts) for parts in zip(*leaves, strict=True)), collected
 
@@ -280,7 +281,8 @@ def _measure(
     return figure(np.asarray(end), epsilon), tuple(rows)
 
 
-def _floating_leaves(tree: Tree) -> list[Any]:
+def floating_leaves(tree: Tree) -> list[Any]:
+    """Returns the floating leaves of a tree of outputs."""
     return [leaf for leaf in jax.tree_util.tree_leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
@@ -290,8 +292,8 @@ def _squares(base: Any, explicit: Any, fused: Any) -> Any:
     return jnp.stack([jnp.sum(jnp.square(v)) for v in (base, explicit, explicit - base, fused - explicit)])
 
 
-def _structure(backbone: nn.Module, variables: Tree, fused: Tree, args: Any, kwargs: Any) -> dict[str, bool]:
-    before, after = variables["params"], fused
+def structure_kept(backbone: nn.Module, before: Tree, after: Tree, args: Any, kwargs: Any) -> dict[str, bool]:
+    """Returns whether two sets of variables have the same tree and types, and compile to the same program to the letter."""
     same_tree, same_dtypes = _same_tree(before, after), _forms(before) == _forms(after)
     same_program = False
     if same_tree and same_dtypes:
@@ -303,8 +305,6 @@ def _structure(backbone: nn.Module, variables: Tree, fused: Tree, args: Any, kwa
             )
 
         # One line for both, because the text of a program names the line that asked for it.
-        one, two = (
-            apply.lower(shapes({**variables, "params": p}), shapes(args)).compile().as_text() for p in (before, after)
-        )
+        one, two = (apply.lower(shapes(variables), shapes(args)).compile().as_text() for variables in (before, after))
         same_program = one is not None and one == two
     return {"same_tree": same_tree, "same_dtypes": same_dtypes, "same_program": same_program}

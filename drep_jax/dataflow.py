@@ -124,6 +124,16 @@ def _inner(eqn: Any) -> Any:
     return None
 
 
+def bodies(eqn: Any) -> list[Any]:
+    """Returns the equations inside an equation: of a loop, its branches, a nested call."""
+
+    def is_jaxpr(value: Any) -> bool:
+        return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+    found = jax.tree_util.tree_leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
+    return [getattr(value, "jaxpr", value) for value in found if is_jaxpr(value)]
+
+
 def _marked(eqn: Any) -> bool:
     # Flax traces the body of a scan once more to find what does not change in it, and drops the outputs of that trace.
     return bool(eqn.outvars) and str(eqn.params.get("name", "")).startswith(MARK)
@@ -160,14 +170,16 @@ def _reach(jaxpr: Any, start: set[Any]) -> set[Any]:
 def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
     """Returns, by equation number of a marked layer, where its output is added to something that does not depend on it.
 
-    Layers whose output goes elsewhere first (a nonlinearity, two users, a norm that mixes channels) have none.
+    Layers whose output goes elsewhere first (a nonlinearity, two users, a norm that mixes channels) have none. Where two layers
+    meet in one sum (a block's last convolution and a projected shortcut), the first one answers for the other.
     """
     users: dict[Any, list[int]] = {}
     for number, eqn in enumerate(jaxpr.eqns):
         for var in {v for v in eqn.invars if not isinstance(v, core.Literal)}:
             users.setdefault(var, []).append(number)
     ends = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    found = {}
+    found: dict[int, Junction] = {}
+    answered: set[int] = set()
     for number, eqn in enumerate(jaxpr.eqns):
         if not _marked(eqn):
             continue
@@ -186,8 +198,10 @@ def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
             ):
                 pass
             elif name in ("add", "add_any", "sub") and len(others) == 1 and others[0] not in behind:
-                sign = 1.0 if name != "sub" else -1.0
-                found[number] = Junction(tuple(chain), var, others[0], sign)
+                if users[var][0] not in answered:
+                    sign = 1.0 if name != "sub" else -1.0
+                    found[number] = Junction(tuple(chain), var, others[0], sign)
+                    answered.add(users[var][0])
                 break
             else:
                 break

@@ -34,6 +34,10 @@ class CheckpointError(DrepError, ValueError):
     """A checkpoint or work directory that is absent, damaged, foreign or not writable."""
 
 
+class ExportError(DrepError, ValueError):
+    """A network that cannot be written in the form asked for, or that would not compute the same there."""
+
+
 class NonFiniteError(DrepError, FloatingPointError):
     """NaN or Inf where finite numbers are required."""
 

@@ -266,7 +266,8 @@ def _refusal(
     if getattr(layer, "batch_dims", ()):
         return "it has batch_dims, so every batch row has a kernel of its own"
     custom = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
-    if any(getattr(layer, name, None) is not None for name in custom):
+    given = [f for f in (getattr(layer, name, None) for name in custom) if f is not None]
+    if not all(getattr(f, "is_convolution", False) for f in given):
         return "it replaces the matrix product, which then need not be linear"
     if stacked and "vmap" in transforms:
         return "nn.vmap stacks its kernel: its copies run side by side and have no order in time"

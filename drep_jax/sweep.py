@@ -13,15 +13,18 @@ from typing import Any
 
 from tabulate import tabulate
 
-from drep_jax import evaluation, experiment, report, workdir
+from drep_jax import evaluation, report, workdir
 from drep_jax.builder import Setting, respaced
 from drep_jax.certificate import Certificate
 from drep_jax.data.corruptions import CLEAN
 from drep_jax.denoise_tree import check_finite, init_denoise
 from drep_jax.errors import ConfigError
+from drep_jax.experiment import saved_moments
 from drep_jax.fusion import fuse_exact
+from drep_jax.output import Output
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.recipes import Grid, make_grid, solve
+from drep_jax.refusion import fuse_and_export, load_run
 from drep_jax.report.formatting import fixed
 from drep_jax.report.lines import NO_METRICS
 from drep_jax.selection import Candidate, Choice, Point, choose, scaled
@@ -50,17 +53,19 @@ class Swept:
       grid: the recipes; point i's is `grid.recipes[choice.points[i].candidate]`.
       certificate: of the chosen weights.
       metrics: the chosen network on the test images, as in the report; {} without labels.
+      paths: what was written.
     """
 
     choice: Choice
     grid: Grid
     certificate: Certificate
     metrics: dict[str, Any]
+    paths: list[str]
 
 
 def sweep(
     directory: str,
-    out: str,
+    output: Output,
     *,
     rule: str | None = None,
     steps: int | None = None,
@@ -68,26 +73,22 @@ def sweep(
     beta_end: float | None = None,
     strength: float | None = None,
     images: int | None = None,
-    dtype: str | None = None,
-    allow_rounding: bool = False,
 ) -> Swept:
     """Scores the run's grid on held-out images, fuses the best point, certifies it, writes it and tests it once.
 
     Args:
       directory: of the finished run, whose settings `sweep` and `select` say what the grid is and how to choose.
-      out: where the weights, the certificate and `sweep.json` are written.
+      output: what is written, and where; `sweep.json` beside it.
       rule, steps, time_scale, strength: each narrows the grid to this one value; strength 0 stays in it.
       beta_end: another end of the noise schedule.
       images: held-out images to choose on; 0 for all, None for the run's own `select.images`.
-      dtype, allow_rounding: see `drep_jax.experiment.export`.
 
     Raises:
       DrepError: its subclasses say what cannot be used.
     """
-    experiment.check_dtype(dtype)
     if images is not None and images < 0:
         raise ConfigError(f"The number of held-out images must be 0 (all of them) or more, got {images}.")
-    config, setting, variables, _ = experiment.load_run(directory)
+    config, setting, variables, _ = load_run(directory)
     check_finite(variables, "Refusing to fuse")
     if beta_end is not None:
         own = config["denoise"]
@@ -97,7 +98,7 @@ def sweep(
     if grid.dropped:
         print(f"Left out, since they do not fit in the schedule: {'; '.join(grid.dropped)}.")
     began = time.perf_counter()
-    moments = experiment.saved_moments(config, setting, variables, directory)
+    moments = saved_moments(config, setting, variables, directory)
     trees = solve(grid.recipes, moments, setting.sites, setting.schedule)
     candidates = [Candidate(recipe.label, tree) for recipe, tree in zip(grid.recipes, trees, strict=True)]
     solving = time.perf_counter() - began
@@ -116,14 +117,14 @@ def sweep(
     denoise = scaled(trees[point.candidate], point.strength) if choice.chosen else init_denoise(setting.sites)
     recorded = {"rule": recipe.rule, "steps": recipe.steps, "strength": point.strength}
     how: dict[str, Any] = {"rule": "affine", "steps": 1}
-    certificate = experiment.fuse_and_export(
-        config, setting, variables, denoise, out, how, recorded, dtype=dtype, allow_rounding=allow_rounding
-    )
+    certificate, paths = fuse_and_export(config, setting, variables, denoise, output, how, recorded)
     metrics = tested(config, setting, variables, denoise, choice)
     lines = [report.verdict(condition, entry, ARM) for condition, entry in metrics.items()]
     print("\n".join(["On the test images, looked at once:", *lines]) if lines else NO_METRICS)
-    found = Swept(choice, grid, certificate, metrics)
-    workdir.write_json(os.path.join(out, FILE), to_json(found, directory, solving, select["max_clean_loss"]))
+    found = Swept(choice, grid, certificate, metrics, paths)
+    workdir.write_json(
+        os.path.join(output.directory, FILE), to_json(found, directory, solving, select["max_clean_loss"])
+    )
     return found
 
 

@@ -27,14 +27,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The tiny job, done once: its configuration, work directory, report and backbone as a file. Do not write there."""
-    from drep_jax import experiment, weights
+    from drep_jax import experiment, refusion, weights
     from tests.command import Finished
     from tests.tiny_config import get_config
 
     config = get_config().to_dict()
     directory = str(tmp_path_factory.mktemp("finished") / "run")
     report = experiment.run(config, directory)
-    _, setting, variables, denoise = experiment.load_run(directory)
+    _, setting, variables, denoise = refusion.load_run(directory)
     backbone = os.path.join(os.path.dirname(directory), "backbone.safetensors")
     weights.save_safetensors(backbone, variables)
     return Finished(config, directory, report, setting, variables, denoise, backbone)

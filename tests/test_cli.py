@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from drep_jax import experiment
+from drep_jax import output
 from drep_jax.denoise_tree import get_in, set_in
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.stages import prepare
@@ -225,6 +225,6 @@ def test_a_fusion_that_does_nothing_fails_its_certificate(fuse, monkeypatch):
     def nothing(params, *args, **kwargs):
         return jax.tree_util.tree_map(np.asarray, params["backbone"])
 
-    monkeypatch.setattr(experiment, "fuse_exact", nothing)
+    monkeypatch.setattr(output, "fuse_exact", nothing)
     ended, _ = fuse()
     assert ended.status == 3 and "Certificate: FAILED" in ended.output

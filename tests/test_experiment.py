@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from drep_jax import experiment, report, weights
+from drep_jax import experiment, refusion, report, weights
 from drep_jax.data.loader import normalize
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import explicit_apply
@@ -56,7 +56,7 @@ def restored(directory, stage):
 
 def same_result(directory, finished):
     """Whether a run ended with the same bits as the one that was never stopped."""
-    _, _, variables, denoise = experiment.load_run(directory)
+    _, _, variables, denoise = refusion.load_run(directory)
     return (
         same_bits(denoise, finished.denoise)
         and same_bits(variables, finished.variables)
@@ -162,7 +162,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
         raise AssertionError("a training step was made")
 
     monkeypatch.setattr(experiment, "collect_moments", never)
-    monkeypatch.setattr(experiment, "training_batches", never)
+    monkeypatch.setattr("drep_jax.training.stages.training_batches", never)
     again = experiment.run({**finished.config, "latency_rounds": 2}, finished.directory)
     assert again["metrics"] == finished.report["metrics"]
     assert file_bytes(finished.directory, "metrics.jsonl") == log
@@ -175,7 +175,7 @@ def test_one_device_learns_what_eight_learn(finished, tmp_path):
     learning_only = "from drep_jax import experiment\nexperiment.finish = lambda *a: print(len(a)) or sys.exit()"
     ended = start("train.py", TINY, f"--workdir={directory}", *options, devices=1, before=learning_only)
     assert ended.status == 0, ended
-    _, _, variables, denoise = experiment.load_run(directory)
+    _, _, variables, denoise = refusion.load_run(directory)
     assert same_bits(variables, finished.variables)
     assert largest_difference(denoise, init_denoise(finished.setting.sites)) > 0.5
     assert largest_difference(denoise, finished.denoise) < 5e-3
@@ -257,7 +257,7 @@ def test_resnet_with_batch_statistics_end_to_end(tmp_path):
     assert (
         content["metrics"]["clean"]["baseline"]["acc@1"] > 15
     )  # it has learned something, with its running statistics
-    _, setting, variables, _ = experiment.load_run(str(tmp_path))
+    _, setting, variables, _ = refusion.load_run(str(tmp_path))
     fused = weights.load(str(tmp_path / "fused" / "fused.safetensors"), setting.abstract, allow_fused=True)
     assert same_bits(fused["batch_stats"], variables["batch_stats"])
     assert largest_difference(fused["params"], variables["params"]) > 1e-6

@@ -18,10 +18,21 @@ from drep_jax.errors import ConfigError, did_you_mean, lookup
 from drep_jax.models.resnet import ResNet
 from drep_jax.models.swin import SwinV2
 from drep_jax.models.vit import ViT
+from drep_jax.models.vmamba import VMamba
 
 _vit_ti = functools.partial(ViT, width=192, depth=12, num_heads=3, mlp_dim=768)
 _vit_s = functools.partial(ViT, width=384, depth=12, num_heads=6, mlp_dim=1536)
 _vit_b = functools.partial(ViT, width=768, depth=12, num_heads=12, mlp_dim=3072)
+_vit_l = functools.partial(ViT, width=1024, depth=24, num_heads=16, mlp_dim=4096)
+
+# As published at https://github.com/facebookresearch/dinov2; its backbones have no head (num_classes=0).
+_DINOV2 = {"patch_size": 14, "layer_scale": True}
+_DINOV2_REGISTERS = {**_DINOV2, "registers": 4}
+# The plain ViT-S/16 of https://arxiv.org/abs/2205.01580, as in big_vision's vit_s16_i1k.
+_GAP = {"pool": "gap", "class_token": False, "positions": "sincos2d", "pre_logits": True, "activation": "gelu_tanh"}
+
+# The published ones: T[s1l8], S[s2l15] and B[s2l15], s being the ratio of scanned channels and l the depth of the third stage.
+_vmamba_s2l15 = functools.partial(VMamba, depths=(2, 2, 15, 2), ssm_ratio=2.0)
 
 _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
 
@@ -32,10 +43,20 @@ _swinv2_b = functools.partial(SwinV2, width=128, depths=(2, 2, 18, 2), num_heads
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
     "vit_ti16": functools.partial(_vit_ti, patch_size=16),
+    "vit_s8": functools.partial(_vit_s, patch_size=8),
     "vit_s16": functools.partial(_vit_s, patch_size=16),
+    "vit_s16_gap": functools.partial(_vit_s, patch_size=16, **_GAP),
     "vit_s32": functools.partial(_vit_s, patch_size=32),
+    "vit_b8": functools.partial(_vit_b, patch_size=8),
     "vit_b16": functools.partial(_vit_b, patch_size=16),
     "vit_b32": functools.partial(_vit_b, patch_size=32),
+    "vit_l16": functools.partial(_vit_l, patch_size=16),
+    "dinov2_s14": functools.partial(_vit_s, **_DINOV2),
+    "dinov2_s14_reg": functools.partial(_vit_s, **_DINOV2_REGISTERS),
+    "dinov2_b14": functools.partial(_vit_b, **_DINOV2),
+    "dinov2_b14_reg": functools.partial(_vit_b, **_DINOV2_REGISTERS),
+    "dinov2_l14": functools.partial(_vit_l, **_DINOV2),
+    "dinov2_l14_reg": functools.partial(_vit_l, **_DINOV2_REGISTERS),
     "resnet": ResNet,
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block="basic"),
     "resnet34": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block="basic"),
@@ -45,6 +66,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32_cifar": functools.partial(_cifar, stage_sizes=(5, 5, 5)),
     "resnet44_cifar": functools.partial(_cifar, stage_sizes=(7, 7, 7)),
     "resnet56_cifar": functools.partial(_cifar, stage_sizes=(9, 9, 9)),
+    "vmamba": VMamba,
+    "vmamba_t": functools.partial(VMamba, depths=(2, 2, 8, 2), ssm_ratio=1.0, width=96),
+    "vmamba_s": functools.partial(_vmamba_s2l15, width=96),
+    "vmamba_b": functools.partial(_vmamba_s2l15, width=128),
     "swinv2": SwinV2,
     "swinv2_t_w8": functools.partial(_swinv2_t, window_size=8),
     "swinv2_t_w16": functools.partial(_swinv2_t, window_size=16),

@@ -95,6 +95,7 @@ class ResNet(nn.Module):
       width: channels of the stem and of the first stage.
       stem: "imagenet" (7x7 convolution of stride 2, max-pool) or "cifar" (3x3 of stride 1, no pool).
       shortcut: "projection" (1x1 convolution) or "pad" (no parameters) where a block changes the shape.
+      last_stride: of the last stage; 1 keeps its maps twice as large, as person re-identification does.
       axis_name: mapped axis over which BatchNorm shares its batch statistics; None keeps them per device.
       dtype: of the computation; None follows inputs and parameters.
       param_dtype: of the parameters.
@@ -106,6 +107,7 @@ class ResNet(nn.Module):
     width: int = 64
     stem: str = "imagenet"
     shortcut: str = "projection"
+    last_stride: int = 2
     axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -146,9 +148,10 @@ class ResNet(nn.Module):
         if imagenet:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         block = BasicBlock if self.block == "basic" else BottleneckBlock
+        strides = [1, *[2] * (len(self.stage_sizes) - 2), self.last_stride][: len(self.stage_sizes)]
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
-                stride = 2 if stage > 0 and i == 0 else 1
+                stride = strides[stage] if i == 0 else 1
                 x = block(self.width * 2**stage, stride, conv, norm, self.shortcut, name=f"layer{stage + 1}_{i}")(x)
         x = x.mean(axis=(1, 2))
         if self.num_classes:
@@ -185,5 +188,7 @@ def _check(net: ResNet) -> None:
         raise ConfigError(f'Unknown shortcut "{net.shortcut}".{did_you_mean(net.shortcut, SHORTCUT)}')
     if not isinstance(net.width, int) or net.width < 1:
         raise ConfigError(f"width must be a number of channels, at least 1, got {net.width!r}.")
+    if net.last_stride not in (1, 2):
+        raise ConfigError(f"last_stride must be 1 or 2, got {net.last_stride!r}.")
     if not isinstance(net.num_classes, int) or net.num_classes < 0:
         raise ConfigError(f"num_classes must be 0 (features) or more, got {net.num_classes!r}.")

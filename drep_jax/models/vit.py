@@ -1,25 +1,34 @@
 """Vision Transformer (Dosovitskiy et al. 2021), pre-norm: x <- x + Attn(LN(x)); x <- x + MLP(LN(x)).
 
 With `post_norm` the blocks are those of Vaswani et al. 2017: x <- LN(x + Attn(x)); x <- LN(x + MLP(x)).
-Conventions are timm's: class token first, learned position embeddings that include it, LayerNorm eps 1e-6, exact (erf)
-GELU. Initial values: truncated normal of standard deviation 0.02 for dense kernels and positions, normal of 1e-6 for
-the class token, Xavier uniform for the patch embedding, zero biases.
+Tokens are in the order of DINOv2 and timm: class token, registers (Darcet et al. 2024), patches row by row. Defaults are
+timm's: class token, learned position embeddings that include it, LayerNorm eps 1e-6, exact (erf) GELU.
+Initial values: truncated normal of standard deviation 0.02 for dense kernels and positions, normal of 1e-6 for the class
+token and registers, Xavier uniform for the patch embedding, zero biases, 1e-5 for layer scales.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError, did_you_mean
 
-POOLS = ("cls", "mean")
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {"gelu": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
+POOLS = ("cls", "mean", "gap")
+POSITIONS = ("learned", "sincos2d")
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
 _trunc_normal = nn.initializers.truncated_normal(0.02)
+_tiny_normal = nn.initializers.normal(1e-6)
 
 
 class Attention(nn.Module):
@@ -80,36 +89,64 @@ class Mlp(nn.Module):
         return dense(x.shape[-1], name="fc2")(hidden)
 
 
+class LayerScale(nn.Module):
+    """x * gamma, one number a channel (Touvron et al. 2021)."""
+
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        """Scales each channel."""
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), x.shape[-1:], self.param_dtype)
+        return x * gamma.astype(x.dtype)[None, None]
+
+
 class EncoderBlock(nn.Module):
-    """One transformer block; `dropout` acts whenever it is not 0, so pass 0 outside training."""
+    """One transformer block; `dropout` and the drop path act whenever they are given, so only in training."""
 
     num_heads: int
     mlp_dim: int
     qkv_bias: bool = True
     dropout: float = 0.0
     post_norm: bool = False
+    layer_scale: bool = False
     activation: str = "gelu"
     norm_eps: float = 1e-6
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Adds attention, then the MLP."""
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], drop_path: Float[Array, ""] | None = None
+    ) -> Float[Array, "batch tokens width"]:
+        """Adds attention, then the MLP; with probability `drop_path` a branch is left out, for each image by itself."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        drop = nn.Dropout(self.dropout, deterministic=False)
         norm1, norm2 = (_layer_norm(name, self.norm_eps, **dtypes) for name in ("norm1", "norm2"))
         attention = Attention(self.num_heads, self.qkv_bias, **dtypes, name="attn")
         mlp = Mlp(self.mlp_dim, self.activation, **dtypes, name="mlp")
-        if self.post_norm:
-            x = norm1(x + drop(attention(x)))
-            return norm2(x + drop(mlp(x)))
-        x = x + drop(attention(norm1(x)))
-        return x + drop(mlp(norm2(x)))
 
-    def step(self, x: Float[Array, "batch tokens width"], _: None) -> tuple[Float[Array, "batch tokens width"], None]:
+        def branch(y: Array, scale: str) -> Array:
+            y = nn.Dropout(self.dropout, deterministic=False)(y)
+            y = LayerScale(self.param_dtype, name=scale)(y) if self.layer_scale else y
+            return y if drop_path is None else _drop_path(y, drop_path, self.make_rng("dropout"))
+
+        if self.post_norm:
+            x = norm1(x + branch(attention(x), "ls1"))
+            return norm2(x + branch(mlp(x), "ls2"))
+        x = x + branch(attention(norm1(x)), "ls1")
+        return x + branch(mlp(norm2(x)), "ls2")
+
+    def step(
+        self, x: Float[Array, "batch tokens width"], drop_path: Float[Array, ""] | None
+    ) -> tuple[Float[Array, "batch tokens width"], None]:
         """Is `__call__` in the form that `nn.scan` loops over."""
-        return self(x), None
+        return self(x, drop_path), None
+
+
+def _drop_path(y: Float[Array, "batch tokens width"], rate: Float[Array, ""], key: Array) -> Array:
+    """Returns `y` with all of an image's numbers at zero with probability `rate`, the others scaled to the same mean."""
+    kept = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
+    return jnp.where(kept, y / (1 - rate).astype(y.dtype), 0)
 
 
 class ViT(nn.Module):
@@ -122,17 +159,29 @@ class ViT(nn.Module):
       num_heads: attention heads.
       mlp_dim: hidden dimension of the MLPs.
       num_classes: number of logits; 0 returns the features that the head would read.
-      image_size: (height, width) in pixels, each a multiple of the patch.
-      pool: "cls" reads the class token after the final norm; "mean" averages the patch tokens (not the class token),
-        then normalises the average.
+      image_size: (height, width) in pixels; each a multiple of the patch, unless `patch_stride` is given.
+      pool: "cls" reads the class token after the final norm; "mean" averages the patch tokens (no others), then normalises
+        the average, as timm does; "gap" normalises the patch tokens, then averages, as big_vision does.
+      class_token: whether there is one.
+      registers: number of further learned tokens; they have no positions.
+      position_class_token: whether the class token has a position too (ViT, DeiT, DINOv2), or the patches only (DeiT-3,
+        big_vision, timm's networks with registers).
+      positions: "learned", or "sincos2d": fixed ones of the patches, as in MoCo v3 and big_vision's plain ViT-S/16.
+      patch_stride: distance of the patches, one number or (height, width), as in TransReID, where they overlap; None for
+        the patch's own size. There are (size - patch) // stride + 1 of them along a side.
+      layer_scale: whether what a block adds is scaled by one learned number a channel.
+      pre_logits: whether tanh(dense(·)) of the same width follows the pooled features, as in Google's older ViTs.
       qkv_bias: whether query, key and value have biases.
       remat: recompute each block in the backward pass: less memory, more time.
       scan: one compiled block looped over parameters stacked under `encoder` (see `stack_blocks`) instead of
         `encoderblock_0`, ...; intercepted layers may sow into a collection named "denoise", stacked the same way.
       post_norm: normalise each sum instead of each input.
-      activation: of the MLPs, "gelu" (exact) or "relu".
+      activation: of the MLPs, "gelu" (exact), "gelu_tanh" (its approximation, which Google's ViTs were trained with) or
+        "relu".
       norm_eps: of every LayerNorm.
       dropout: rate after the embedding, the attention and the MLP when `train`; needs an rng named "dropout".
+      drop_path: rate at which the last block's branches are left out when `train` (stochastic depth), rising linearly from
+        0 at the first block; needs the same rng.
       dtype: of the computation; None follows inputs and parameters.
       param_dtype: of the parameters.
     """
@@ -145,13 +194,21 @@ class ViT(nn.Module):
     num_classes: int
     image_size: tuple[int, int]
     pool: str = "cls"
+    class_token: bool = True
+    registers: int = 0
+    position_class_token: bool = True
+    positions: str = "learned"
+    patch_stride: int | tuple[int, int] | None = None
     qkv_bias: bool = True
+    layer_scale: bool = False
+    pre_logits: bool = False
     remat: bool = False
     scan: bool = False
     post_norm: bool = False
     activation: str = "gelu"
     norm_eps: float = 1e-6
     dropout: float = 0.0
+    drop_path: float = 0.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -164,6 +221,22 @@ class ViT(nn.Module):
         _check(self)
         super().__post_init__()
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of patches along (height, width)."""
+        sides = zip(self.image_size, _pair(self.patch_size), self._stride, strict=True)
+        rows, columns = ((size - patch) // stride + 1 for size, patch, stride in sides)
+        return rows, columns
+
+    @property
+    def prefix_positions(self) -> int:
+        """Number of positions before those of the patches."""
+        return int(self.class_token and self.position_class_token and self.positions == "learned")
+
+    @property
+    def _stride(self) -> tuple[int, int]:
+        return _pair(self.patch_size if self.patch_stride is None else self.patch_stride)
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool = False
@@ -172,7 +245,7 @@ class ViT(nn.Module):
 
         Args:
           x: normalised images of `image_size`.
-          train: whether dropout is on.
+          train: whether dropout and drop path are on.
 
         Returns:
           Logits (batch, num_classes), or features (batch, width) with `num_classes=0`; float32 also when `dtype` is
@@ -189,20 +262,26 @@ class ViT(nn.Module):
             )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = self._encode(self._embed(x, train), train)
-        pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(axis=1)
+        norm = _layer_norm("norm", self.norm_eps, **dtypes)
+        patches = x[:, x.shape[1] - math.prod(self.grid) :]
         # The norm works token by token, so taking the class token first gives the same result for less work.
-        features = _layer_norm("norm", self.norm_eps, **dtypes)(pooled)
+        features = {
+            "cls": lambda: norm(x[:, 0]),
+            "mean": lambda: norm(patches.mean(axis=1)),
+            "gap": lambda: norm(patches).mean(axis=1),
+        }[self.pool]()
+        if self.pre_logits:
+            features = nn.tanh(nn.Dense(self.width, kernel_init=_trunc_normal, **dtypes, name="pre_logits")(features))
         if self.num_classes:
             features = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **dtypes, name="head")(features)
         return _at_least_float32(features)
 
     def _embed(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch tokens dim"]:
-        """Returns the class token followed by the patches row by row, with positions added."""
-        patch = _pair(self.patch_size)
+        """Returns the class token, the registers and the patches row by row, with positions added."""
         x = nn.Conv(
             self.width,
-            patch,
-            strides=patch,
+            _pair(self.patch_size),
+            strides=self._stride,
             padding="VALID",
             kernel_init=nn.initializers.xavier_uniform(),
             dtype=self.dtype,
@@ -210,11 +289,28 @@ class ViT(nn.Module):
             name="embedding",
         )(x)
         x = x.reshape(x.shape[0], -1, self.width)
-        cls = self.param("cls", nn.initializers.normal(1e-6), (1, 1, self.width), self.param_dtype)
-        positions = self.param("pos_embedding", _trunc_normal, (1, x.shape[1] + 1, self.width), self.param_dtype)
-        cls = jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, self.width))
-        x = jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
-        return nn.Dropout(self.dropout, deterministic=not train)(x)
+        prefix = [self._tokens("cls", 1, x)] if self.class_token else []
+        positions = self._positions().astype(x.dtype)
+        if self.prefix_positions:
+            prefix[0] += positions[:, :1]
+        x += positions[:, self.prefix_positions :]
+        if self.registers:
+            prefix.append(self._tokens("registers", self.registers, x))
+        return nn.Dropout(self.dropout, deterministic=not train)(jnp.concatenate([*prefix, x], axis=1))
+
+    def _positions(self) -> Float[Array, "1 positions dim"]:
+        """Returns what is added to the patches, behind what is added to the class token if that has a position."""
+        if self.positions == "sincos2d":
+            return jnp.asarray(_sincos2d(*self.grid, self.width), self.param_dtype)
+        shape = (1, self.prefix_positions + math.prod(self.grid), self.width)
+        return self.param("pos_embedding", _trunc_normal, shape, self.param_dtype)
+
+    def _tokens(
+        self, name: str, count: int, like: Float[Array, "batch patches dim"]
+    ) -> Float[Array, "batch {count} dim"]:
+        """Returns learned tokens, the same for every image."""
+        tokens = self.param(name, _tiny_normal, (1, count, self.width), self.param_dtype)
+        return jnp.broadcast_to(tokens.astype(like.dtype), (like.shape[0], count, self.width))
 
     def _encode(self, x: Float[Array, "batch tokens dim"], train: bool) -> Float[Array, "batch tokens dim"]:
         """Applies the blocks, unrolled or as a loop."""
@@ -226,14 +322,16 @@ class ViT(nn.Module):
             "qkv_bias": self.qkv_bias,
             "dropout": self.dropout if train else 0.0,
             "post_norm": self.post_norm,
+            "layer_scale": self.layer_scale,
             "activation": self.activation,
             "norm_eps": self.norm_eps,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
+        rates = jnp.linspace(0, self.drop_path, self.depth) if train and self.drop_path else None
         if not self.scan:
             for i in range(self.depth):
-                x = block_class(**options, name=f"encoderblock_{i}")(x)
+                x = block_class(**options, name=f"encoderblock_{i}")(x, None if rates is None else rates[i])
             return x
         looped = nn.scan(
             block_class,
@@ -242,7 +340,7 @@ class ViT(nn.Module):
             length=self.depth,
             methods=["step"],
         )
-        return looped(**options, name="encoder").step(x, None)[0]
+        return looped(**options, name="encoder").step(x, rates)[0]
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,6 +363,13 @@ def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in params.items() if not k.startswith("encoderblock_")}, "encoder": stacked}
 
 
+def _sincos2d(height: int, width: int, dim: int) -> np.ndarray:
+    """Returns [sin xω, cos xω, sin yω, cos yω] of each patch's column x and row y, ω from 1 to 1e-4 in equal ratios."""
+    omega = 10_000.0 ** -np.linspace(0, 1, dim // 4)
+    y, x = (axis.reshape(-1, 1) * omega for axis in np.mgrid[:height, :width])
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]
+
+
 def _layer_norm(name: str, eps: float, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
     """Returns a LayerNorm whose variance is mean((x - mean)²): exact also where single channels are huge."""
     return nn.LayerNorm(eps, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
@@ -285,9 +390,11 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _check(vit: ViT) -> None:
     """Raises ConfigError for attributes that cannot work together."""
-    for name in ("patch_size", "image_size"):
+    for name in ("patch_size", "patch_stride", "image_size"):
         value = getattr(vit, name)
-        sides = (value,) * 2 if name == "patch_size" and isinstance(value, int) else value
+        if name == "patch_stride" and value is None:
+            continue
+        sides = (value,) * 2 if name != "image_size" and isinstance(value, int) else value
         if (
             not isinstance(sides, tuple | list)
             or len(sides) != 2
@@ -300,10 +407,21 @@ def _check(vit: ViT) -> None:
             raise ConfigError(f"{name} must be a whole number, at least 1, got {value!r}.")
     if not isinstance(vit.num_classes, int) or vit.num_classes < 0:
         raise ConfigError(f"num_classes must be 0 (features) or more, got {vit.num_classes!r}.")
-    if not 0 <= vit.dropout < 1:
-        raise ConfigError(f"dropout must be in [0, 1), got {vit.dropout}.")
+    if not isinstance(vit.registers, int) or vit.registers < 0:
+        raise ConfigError(f"registers must be a number of tokens, 0 or more, got {vit.registers!r}.")
+    for name in ("dropout", "drop_path"):
+        if not 0 <= getattr(vit, name) < 1:
+            raise ConfigError(f"{name} must be in [0, 1), got {getattr(vit, name)}.")
     if vit.pool not in POOLS:
         raise ConfigError(f'Unknown pool "{vit.pool}".{did_you_mean(vit.pool, POOLS)}')
+    if vit.positions not in POSITIONS:
+        raise ConfigError(f'Unknown positions "{vit.positions}".{did_you_mean(vit.positions, POSITIONS)}')
+    if vit.positions == "sincos2d" and (vit.width % 4 or vit.width < 8):
+        raise ConfigError(f'positions "sincos2d" need a width that is a multiple of 4, at least 8; got {vit.width}.')
+    if vit.pool == "cls" and not vit.class_token:
+        raise ConfigError(
+            'pool "cls" reads the class token, and class_token=False leaves it out: choose "mean" or "gap".'
+        )
     if vit.activation not in ACTIVATIONS:
         raise ConfigError(f'Unknown activation "{vit.activation}".{did_you_mean(vit.activation, ACTIVATIONS)}')
     if not vit.norm_eps > 0:
@@ -311,7 +429,9 @@ def _check(vit: ViT) -> None:
     if vit.width % vit.num_heads:
         raise ConfigError(f"width {vit.width} is not divisible by num_heads {vit.num_heads}.")
     for side, size, patch in zip(("height", "width"), vit.image_size, _pair(vit.patch_size), strict=True):
-        if size % patch:
+        if vit.patch_stride is not None and size < patch:
+            raise ConfigError(f"Image {side} {size} is smaller than the patch {side} {patch}.")
+        if vit.patch_stride is None and size % patch:
             raise ConfigError(
                 f"Image {side} {size} is not divisible by the patch {side} {patch}; "
                 f"the nearest that are: {size // patch * patch or patch} and {-(-size // patch) * patch}."

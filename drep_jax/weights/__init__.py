@@ -1,151 +1,18 @@
-"""Weights of a plain backbone as files: safetensors and Orbax, written whole or not at all, read against a known tree.
+"""Weights of a plain backbone as files: our own (`native`), and foreign ones (`foreign`) of many `formats`."""
 
-Foreign files are read too, one module a format: `torch_npz`.
+from drep_jax.weights.foreign import Foreign, load_foreign, stored_tree, write_back, write_new
+from drep_jax.weights.native import digest, is_native, load, names_of, save_orbax, save_safetensors
 
-Names are the paths of the variable tree, collection first, as in "params/encoderblock_0/mlp/fc1/kernel". Both forms carry
-what was fused into them, so that fused weights are never fused again by mistake.
-"""
-
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-import safetensors
-import safetensors.flax
-
-from drep_jax.denoise_tree import check_finite
-from drep_jax.errors import CheckpointError
-from drep_jax.weights.torch_npz import read_torch_npz
-
-Tree = Any
-MARK = "drep_jax"
-ORBAX_MARK = "drep_jax.json"
-
-
-def names_of(tree: Tree) -> dict[str, Any]:
-    """Returns {path: leaf} with "/" between the parts of a path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
-
-
-def digest(tree: Tree) -> str:
-    """Returns a hash of all names and numbers of a tree."""
-    total = hashlib.sha256()
-    for name, leaf in sorted(names_of(tree).items()):
-        total.update(name.encode())
-        total.update(np.ascontiguousarray(leaf).tobytes())
-    return total.hexdigest()
-
-
-def save_safetensors(path: str, variables: Tree, fusion: Mapping[str, Any] | None = None) -> None:
-    """Writes the variables of a backbone; `fusion` says what was fused into them.
-
-    Raises:
-      NonFiniteError: for NaN or Inf.
-    """
-    check_finite(variables, f"Not writing {path}")
-    # In C order, because safetensors writes the memory of an array as it lies.
-    tensors: Any = {name: np.asarray(leaf, order="C") for name, leaf in names_of(variables).items()}
-    temporary = f"{path}.tmp"
-    safetensors.flax.save_file(tensors, temporary, metadata={MARK: json.dumps({"fused": fusion})})
-    os.replace(temporary, path)
-
-
-def save_orbax(directory: str, variables: Tree, fusion: Mapping[str, Any] | None = None) -> None:
-    """Writes the variables of a backbone as an Orbax checkpoint, replacing an earlier one only when it is complete."""
-    check_finite(variables, f"Not writing {directory}")
-    directory = os.path.abspath(directory)
-    temporary = f"{directory}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(temporary, jax.tree_util.tree_map(np.asarray, dict(variables)))
-    with open(os.path.join(temporary, ORBAX_MARK), "w", encoding="utf-8") as file:
-        json.dump({"fused": fusion}, file)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
-
-
-def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:
-    """Reads a backbone's variables from a safetensors file, an Orbax directory or an `.npz` in PyTorch's names.
-
-    Args:
-      path: file or directory.
-      like: variables of the same structure, arrays or `jax.ShapeDtypeStruct`.
-      allow_fused: whether weights that carry a fusion already are accepted.
-
-    Returns:
-      The variables, in the structure and types of `like`.
-
-    Raises:
-      CheckpointError: if it is absent, damaged or already fused, or if names or shapes differ; both lists are shown.
-      NonFiniteError: for NaN or Inf.
-    """
-    if os.path.isdir(path):
-        tensors, fused = _read_orbax(path, like)
-    elif os.path.isfile(path) and path.endswith(".npz"):
-        tensors, fused = read_torch_npz(path), None
-    elif os.path.isfile(path):
-        tensors, fused = _read_safetensors(path)
-    else:
-        raise CheckpointError(
-            f"There are no weights at {path}; expected a .safetensors or .npz file or an Orbax directory."
-        )
-    if fused and not allow_fused:
-        raise CheckpointError(
-            f"The weights in {path} are already fused ({fused}); denoising them again would compound. Use the weights they "
-            "were fused from."
-        )
-    wanted = names_of(like)
-    shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
-    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    shaped = [
-        f"{n}: {tuple(tensors[n].shape)} in the file, {shapes[n]} in the model"
-        for n in sorted(shapes.keys() & tensors.keys())
-        if tuple(tensors[n].shape) != shapes[n]
-    ]
-    if missing or unexpected or shaped:
-        raise CheckpointError(
-            f"The weights in {path} do not fit this model.\n  missing:    {_some(missing)}\n"
-            f"  unexpected: {_some(unexpected)}\n  mis-shaped: {_some(shaped)}"
-        )
-    leaves = [np.asarray(tensors[name]).astype(leaf.dtype) for name, leaf in wanted.items()]
-    variables = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves)
-    check_finite(variables, path)
-    return variables
-
-
-def _read_safetensors(path: str) -> tuple[dict[str, Any], Any]:
-    try:
-        with safetensors.safe_open(path, framework="flax") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no complete safetensors file: {error}.") from error
-    return tensors, json.loads(metadata.get(MARK, "{}")).get("fused")
-
-
-def _read_orbax(path: str, like: Tree) -> tuple[dict[str, Any], Any]:
-    del like  # names and shapes are compared by the caller, which can list both sides
-    mark = os.path.join(path, ORBAX_MARK)
-    if not os.path.isfile(mark):
-        raise CheckpointError(f"{path} holds no {ORBAX_MARK}: it is no weights directory written by this project.")
-    try:
-        with open(mark, encoding="utf-8") as file:
-            fused = json.load(file).get("fused")
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.restore(os.path.abspath(path))
-    except Exception as error:
-        raise CheckpointError(
-            f"The Orbax checkpoint {path} is damaged: {(str(error).splitlines() or [''])[0][:200]}"
-        ) from error
-    return names_of(found), fused
-
-
-def _some(names: list[str]) -> str:
-    return ("; ".join(names[:6]) or "none") + (f"; … ({len(names)} in all)" if len(names) > 6 else "")
+__all__ = [
+    "Foreign",
+    "digest",
+    "is_native",
+    "load",
+    "load_foreign",
+    "names_of",
+    "save_orbax",
+    "save_safetensors",
+    "stored_tree",
+    "write_back",
+    "write_new",
+]

@@ -12,6 +12,7 @@ import flax.linen as nn
 import numpy as np
 
 from drep_jax.errors import CheckpointError
+from drep_jax.weights.positions import Positions
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -32,8 +33,14 @@ CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 
 
 
 def reshaped(ours: Sequence[int], theirs: Sequence[int]) -> Layout:
-    """Returns the layout between two shapes of the same numbers in the same order."""
-    return Layout(lambda a: a.reshape(tuple(ours)), lambda a: a.reshape(tuple(theirs)))
+    """Returns the layout between two shapes of the same numbers in the same order; other shapes are refused."""
+
+    def read(array: np.ndarray) -> np.ndarray:
+        if array.shape != tuple(theirs):
+            raise ValueError(f"{array.shape} is not {tuple(theirs)}")
+        return array.reshape(tuple(ours))
+
+    return Layout(read, lambda a: a.reshape(tuple(theirs)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +71,13 @@ class Format:
       family: class of the backbones.
       marks: regular expressions; a file is of this format if each matches one of its names.
       rules: for a backbone of the family.
-      ignored: regular expressions over foreign names that hold nothing trained, such as buffers of indices.
+      ignored: regular expressions over foreign names that hold nothing trained, such as buffers of indices, or nothing of the
+        backbone, such as the projection head of self-supervised training.
       suffix: of a new file.
+      canonical: foreign name ↦ the name that marks and rules use, where files of one kind name the same tensor in several
+        ways; no two names of a file may become one.
+      refused: (regular expression over canonical names, reason) of what makes a file one of another network.
+      positions: of a backbone's position embeddings, so that those of another grid of patches can be read.
     """
 
     name: str
@@ -74,10 +86,14 @@ class Format:
     rules: Callable[[nn.Module], Sequence[Rule]]
     ignored: tuple[str, ...] = ()
     suffix: str = ".pth"
+    canonical: Callable[[str], str] = str
+    refused: tuple[tuple[str, str], ...] = ()
+    positions: Callable[[nn.Module], Positions] | None = None
 
     def recognises(self, names: Collection[str]) -> bool:
         """Returns whether names as these are of this format."""
-        return all(any(re.fullmatch(mark, name) for name in names) for mark in self.marks)
+        known = [self.canonical(name) for name in names]
+        return all(any(re.fullmatch(mark, name) for name in known) for mark in self.marks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,25 +117,29 @@ class Piece:
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
-def find_pieces(fmt: Format, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
+def find_pieces(
+    fmt: Format, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], names: Iterable[str] = ()
+) -> list[Piece]:
     """Returns the place of every leaf.
 
     Args:
       fmt: the format.
       module: the backbone.
       shapes: {path with collection: shape} of its variables.
+      names: of the file's tensors, which may be others than the canonical ones; none for a new file.
 
     Raises:
       CheckpointError: naming the leaves that the format has no place for.
     """
     rules = [(re.compile(rule.ours), rule) for rule in fmt.rules(module)]
+    actual = {fmt.canonical(name): name for name in names}
     found, homeless = [], []
     for path, shape in shapes.items():
         piece = _place(path, len(shape), rules)
         if piece is None:
             homeless.append(path)
         else:
-            found.append(piece)
+            found.append(dataclasses.replace(piece, theirs=actual.get(piece.theirs, piece.theirs)))
     if homeless:
         raise CheckpointError(
             f'Format "{fmt.name}" cannot express these parameters of this {type(module).__name__}: {some(homeless)}. '
@@ -178,7 +198,7 @@ def account(
         else:
             arrays[piece.ours] = array
     wanted = {piece.theirs for piece in pieces}
-    unexpected = (name for name in tensors if name not in wanted and not _any(ignored, name))
+    unexpected = (name for name in tensors if name not in wanted and not matches(ignored, name))
     return Account(arrays, missing, tuple(sorted(unexpected)), shaped)
 
 
@@ -210,8 +230,8 @@ def put_back(pieces: Sequence[Piece], arrays: Arrays, tensors: Arrays | None = N
         other = places.setdefault(piece.part or (0, 1), piece)
         if other is not piece and not np.array_equal(arrays[other.ours], arrays[piece.ours]):
             raise CheckpointError(
-                f"{other.ours} and {piece.ours} are one tensor in this format ({piece.theirs}), but they differ now: it cannot be "
-                "written without changing one of them. Leave these layers out of the sites."
+                f"{other.ours} and {piece.ours} are one tensor in this format ({piece.theirs}), but they differ now, so it "
+                "cannot be written. Leave these layers out of the sites."
             )
     return {name: _assemble(name, places, arrays, tensors) for name, places in by_name.items()}
 
@@ -222,17 +242,19 @@ def _assemble(name: str, places: Mapping[tuple[int, int], Piece], arrays: Arrays
     count = next(iter(parts))[1]
     if tensors is not None:
         first = next(iter(parts.values()))
-        whole = np.split(tensors[name].astype(first.dtype), count)
+        held = tensors[name].astype(first.dtype)
+        whole = [held] if count == 1 else np.split(held, count)  # a number by itself has no axis to split
     elif len(parts) == count:
         whole = [np.empty(0)] * count
     else:
         raise CheckpointError(f"Only {len(parts)} of the {count} parts of {name} are there.")
     for (i, _), array in parts.items():
         whole[i] = array
-    return np.ascontiguousarray(whole[0] if count == 1 else np.concatenate(whole))
+    return np.asarray(whole[0] if count == 1 else np.concatenate(whole), order="C")
 
 
-def _any(patterns: Iterable[str], name: str) -> bool:
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """Returns whether one of the regular expressions matches all of a name."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 

@@ -41,9 +41,21 @@ TABLE = {
     "vit": (TINY_VIT, SIZE, 300 + 12 + 13 * 12 + 2 * (2 * 24 + 4 * 156 + 260 + 252) + 24 + 13_000),
     "vit_ti16": ({}, (224, 224), 5_717_416),
     "vit_s16": ({}, (224, 224), 22_050_664),
+    "vit_s8": ({}, (224, 224), 22_055_272),
+    # timm counts 22,049,896 with mean pooling, learned positions (196 of 384) and no pre_logits (385 times 384).
+    "vit_s16_gap": ({}, (224, 224), 22_049_896 - 196 * 384 + 385 * 384),
     "vit_s32": ({}, (224, 224), 22_878_952),
+    "vit_b8": ({}, (224, 224), 86_576_872),
     "vit_b16": ({}, (224, 224), 86_567_656),
     "vit_b32": ({}, (224, 224), 88_224_232),
+    "vit_l16": ({}, (224, 224), 304_326_632),
+    # timm's networks with registers have no position of the class token; the original ones do.
+    "dinov2_s14": ({}, (518, 518), 22_441_192),
+    "dinov2_s14_reg": ({"position_class_token": False}, (518, 518), 22_442_344),
+    "dinov2_b14": ({}, (518, 518), 87_348_712),
+    "dinov2_b14_reg": ({"position_class_token": False}, (518, 518), 87_351_016),
+    "dinov2_l14": ({}, (518, 518), 305_392_616),
+    "dinov2_l14_reg": ({"position_class_token": False}, (518, 518), 305_395_688),
     "resnet": (
         TINY_RESNET,
         SIZE,
@@ -102,7 +114,7 @@ def apply(module, variables, x):
 def test_every_entry_has_a_row_and_is_listed():
     assert set(TABLE) == set(MODELS), "add a row to TABLE for each entry of MODELS"
     assert list_models() == sorted(TABLE)
-    assert list_models("vit_s*") == ["vit_s16", "vit_s32"]
+    assert list_models("vit_s*") == ["vit_s16", "vit_s16_gap", "vit_s32", "vit_s8"]
     assert list_models("nothing*") == []
 
 
@@ -172,7 +184,15 @@ def np_dense(x, p):
     return x @ p["kernel"] + p.get("bias", 0)
 
 
-def np_block(x, p, heads):
+def np_gelu(y):
+    return y * 0.5 * (1 + erf(y / np.sqrt(2)))
+
+
+def np_gelu_tanh(y):
+    return y * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+
+
+def np_block(x, p, heads, gelu):
     """One image's tokens (N, D), head by head."""
     y = np_layer_norm(x, p["norm1"])
     q, k, v = (np_dense(y, p["attn"][name]) for name in ("query", "key", "value"))
@@ -181,33 +201,72 @@ def np_block(x, p, heads):
         part = slice(h * x.shape[1] // heads, (h + 1) * x.shape[1] // heads)
         weights = np.exp(q[:, part] @ k[:, part].T / np.sqrt(x.shape[1] / heads))
         mixed.append(weights / weights.sum(1, keepdims=True) @ v[:, part])
-    x = x + np_dense(np.concatenate(mixed, 1), p["attn"]["out"])
-    y = np_dense(np_layer_norm(x, p["norm2"]), p["mlp"]["fc1"])
-    return x + np_dense(y * 0.5 * (1 + erf(y / np.sqrt(2))), p["mlp"]["fc2"])
+    scales = [p[name]["gamma"] if name in p else 1 for name in ("ls1", "ls2")]
+    x = x + scales[0] * np_dense(np.concatenate(mixed, 1), p["attn"]["out"])
+    y = gelu(np_dense(np_layer_norm(x, p["norm2"]), p["mlp"]["fc1"]))
+    return x + scales[1] * np_dense(y, p["mlp"]["fc2"])
 
 
-def np_vit(image, p, patch, heads, pool):
-    rows, columns = patch
+def np_sincos(row, column, width):
+    """Of one patch, angle by angle."""
+    omega = [10_000 ** (-i / (width // 4 - 1)) for i in range(width // 4)]
+    return [f(place * w) for place in (column, row) for f in (np.sin, np.cos) for w in omega]
+
+
+def np_vit(image, p, vit):
+    rows, columns = vit.patch_size
+    down, right = vit.patch_stride or vit.patch_size
     kernel = p["embedding"]["kernel"].reshape(-1, p["embedding"]["kernel"].shape[-1])
-    tokens = [p["cls"][0, 0]]
-    for i in range(0, image.shape[0], rows):
-        for j in range(0, image.shape[1], columns):
-            tokens.append(image[i : i + rows, j : j + columns].ravel() @ kernel + p["embedding"]["bias"])
-    x = np.array(tokens) + p["pos_embedding"][0]
-    for i in range(sum(name.startswith("encoderblock_") for name in p)):
-        x = np_block(x, p[f"encoderblock_{i}"], heads)
-    pooled = x[0] if pool == "cls" else x[1:].mean(0)
-    return np_dense(np_layer_norm(pooled, p["norm"]), p["head"])
+    patches, fixed = [], []
+    for i in range(0, image.shape[0] - rows + 1, down):
+        for j in range(0, image.shape[1] - columns + 1, right):
+            patches.append(image[i : i + rows, j : j + columns].ravel() @ kernel + p["embedding"]["bias"])
+            fixed.append(np_sincos(i / down, j / right, vit.width))
+    positions = p["pos_embedding"][0] if vit.positions == "learned" else np.array(fixed)
+    tokens = [*np.array(patches) + positions[len(positions) - len(patches) :]]
+    tokens = [*p["registers"][0], *tokens] if vit.registers else tokens
+    if vit.class_token:
+        tokens = [p["cls"][0, 0] + (positions[0] if vit.position_class_token else 0), *tokens]
+    x = np.array(tokens)
+    for i in range(vit.depth):
+        x = np_block(x, p[f"encoderblock_{i}"], vit.num_heads, np_gelu if vit.activation == "gelu" else np_gelu_tanh)
+    seen = x[-len(patches) :]
+    pooled = {
+        "cls": np_layer_norm(x[0], p["norm"]),
+        "mean": np_layer_norm(seen.mean(0), p["norm"]),
+        "gap": np_layer_norm(seen, p["norm"]).mean(0),
+    }[vit.pool]
+    return np_dense(np.tanh(np_dense(pooled, p["pre_logits"])) if vit.pre_logits else pooled, p["head"])
 
 
-@pytest.mark.parametrize(("pool", "qkv_bias"), [("cls", True), ("mean", False)])
-def test_vit_equals_numpy(pool, qkv_bias):
-    module, x = tiny(pool=pool, qkv_bias=qkv_bias), images()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pool": "mean", "qkv_bias": False},
+        {"pool": "gap", "class_token": False, "positions": "sincos2d", "pre_logits": True, "activation": "gelu_tanh"},
+        {"registers": 3, "layer_scale": True},
+        {"pool": "mean", "registers": 2, "position_class_token": False, "patch_stride": (3, 1)},
+        {"pool": "gap", "class_token": False, "registers": 1},
+    ],
+    ids=["timm", "mean", "big_vision", "dinov2", "overlapping", "no class token"],
+)
+def test_vit_equals_numpy(options):
+    module, x = tiny(**options), images()
     variables = random_variables(module, x)
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
-    assert ("bias" in params["encoderblock_0"]["attn"]["key"]) == qkv_bias
-    expected = [np_vit(image, params, TINY_VIT["patch_size"], TINY_VIT["num_heads"], pool) for image in x]
+    assert ("bias" in params["encoderblock_0"]["attn"]["key"]) == options.get("qkv_bias", True)
+    expected = [np_vit(image, params, module) for image in x]
     np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_number_of_patches_and_positions():
+    transreid = create_model("vit_s16", num_classes=0, image_size=(256, 128), patch_stride=12)
+    assert (transreid.grid, transreid.prefix_positions) == ((21, 10), 1)
+    assert create_model("vit_s16", num_classes=0, image_size=(256, 128)).grid == (16, 8)
+    assert create_model("vit_s16_gap", num_classes=0, image_size=(224, 224)).prefix_positions == 0
+    shapes = jax.eval_shape(transreid.init, jax.random.key(0), jnp.zeros((1, 256, 128, 3)))["params"]
+    assert shapes["pos_embedding"].shape == (1, 1 + 21 * 10, 384)
 
 
 def np_conv(x, kernel, stride):
@@ -252,10 +311,12 @@ def np_resnet(x, p, s, stem, stages, strides):
     [
         ("basic", "cifar", (2, 1), [(1, 1), (2, 1)]),
         ("bottleneck", "imagenet", (1, 2), [(1, 1, 1), (1, 2, 1)]),
+        ("basic", "cifar", (1, 1), [(1, 1), (1, 1)]),
     ],
+    ids=["cifar", "imagenet", "last_stride=1"],
 )
 def test_resnet_equals_numpy(block, stem, stages, strides):
-    module = tiny("resnet", block=block, stem=stem, stage_sizes=stages)
+    module = tiny("resnet", block=block, stem=stem, stage_sizes=stages, last_stride=max(strides[1]))
     x = images(size=(18, 15))  # symmetric and "SAME" padding differ for the stem in height, for the pool in width
     variables = random_variables(module, x)
     p, s = (jax.tree.map(lambda a: np.asarray(a, np.float64), variables[c]) for c in ("params", "batch_stats"))
@@ -418,6 +479,33 @@ def test_dropout_acts_only_in_training(scan):
     np.testing.assert_array_equal(one, one_again)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_drop_path_leaves_out_whole_branches_of_single_images(scan):
+    module, x = tiny(drop_path=0.75, scan=scan), images(1)
+    params = random_variables(tiny(), x)["params"]
+    given = stack_blocks(params) if scan else params
+    many = jnp.broadcast_to(x, (64, *x.shape[1:]))
+    train = jax.jit(lambda key: module.apply({"params": given}, many, train=True, rngs={"dropout": key}))
+    outputs = np.asarray(train(quick_key(0)))
+
+    def with_second_block(attention, mlp):
+        """The network whose second block's branches are multiplied: 0 leaves one out, 4 is one that was kept."""
+        block = params["encoderblock_1"]
+        block = {
+            **block,
+            "attn": {**block["attn"], "out": jax.tree.map(lambda a: attention * a, block["attn"]["out"])},
+            "mlp": {**block["mlp"], "fc2": jax.tree.map(lambda a: mlp * a, block["mlp"]["fc2"])},
+        }
+        return apply(tiny(), {"params": {**params, "encoderblock_1": block}}, x)[0]
+
+    expected = np.array([with_second_block(a, m) for a in (0, 4) for m in (0, 4)])
+    distances = np.abs(outputs[:, None] - expected[None]).max(-1)
+    assert distances.min(1).max() < 1e-4 < 1e-2 < np.sort(distances, 1)[:, 1].min()
+    counts = np.bincount(distances.argmin(1), minlength=4)  # 9, 3, 3 and 1 in 16 on average
+    assert counts.min() > 0 and counts[0] == counts.max() and 4 <= counts[2:].sum() <= 32
+    np.testing.assert_array_equal(apply(module, {"params": given}, x), apply(tiny(scan=scan), {"params": given}, x))
+
+
 # --- dtypes ----------------------------------------------------------------------------------------------------------
 
 
@@ -474,6 +562,14 @@ def test_float64_is_not_narrowed(name, dtype):
         ("vit_s16", (224, 224), {"width": 38.4}, "width must be a whole number, at least 1, got 38.4"),
         ("vit_s16", (224, 224), {"pool": "means"}, 'Unknown pool "means". Did you mean "mean"?'),
         ("vit_s16", (224, 224), {"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
+        ("vit_s16", (224, 224), {"drop_path": -0.1}, "drop_path must be in [0, 1), got -0.1"),
+        ("vit_s16", (224, 224), {"registers": -1}, "registers must be a number of tokens, 0 or more, got -1"),
+        ("vit_s16", (224, 224), {"class_token": False}, 'choose "mean" or "gap"'),
+        ("vit_s16", (224, 224), {"positions": "learnt"}, 'Unknown positions "learnt". Did you mean "learned"?'),
+        ("vit_s16", (224, 224), {"positions": "sincos2d", "width": 30}, "a multiple of 4, at least 8; got 30"),
+        ("vit_s16", (224, 224), {"patch_stride": 0}, "patch_stride must be (height, width)"),
+        ("vit_s16", (8, 224), {"patch_stride": 12}, "height 8 is smaller than the patch height 16"),
+        ("resnet50", (224, 224), {"last_stride": 3}, "last_stride must be 1 or 2, got 3"),
         ("vit_s16", (224, 224), {"dtype": "float33"}, 'dtype must be a floating dtype such as "float32"'),
         ("vit_s16", (224, 224), {"param_dtype": "int32"}, "param_dtype must be a floating dtype"),
         ("resnet18", (224, 224), {"block": "bottle"}, 'Unknown block "bottle". Did you mean "bottleneck"?'),

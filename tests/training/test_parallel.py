@@ -13,6 +13,7 @@ from drep_jax import experiment
 from drep_jax.builder import build
 from drep_jax.data.loader import normalize, training_batches
 from drep_jax.denoise_tree import init_denoise
+from drep_jax.learners import denoising_objective
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.logging import MetricWriter
@@ -35,7 +36,7 @@ def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
 
     tx = partitioned(make_optimizer("adam", learning_rate=0.1, steps=10), ("denoise",))
     frozen = {"backbone": variables["params"]}
-    step = make_step(lambda *a: experiment.denoising_objective(setting, options, *a), tx)
+    step = make_step(lambda *a: denoising_objective(setting, options, *a), tx)
     many = parallel.replicate(create_state({"denoise": denoise}, {}, tx, frozen, key))
     losses = []
     for batch in batches:
@@ -48,9 +49,7 @@ def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
     def reference(denoise, state, batch, number):
         def objective(denoise):
             params = {"backbone": variables["params"], "denoise": denoise}
-            return experiment.denoising_objective(setting, options, params, {}, batch, jax.random.fold_in(key, number))[
-                0
-            ]
+            return denoising_objective(setting, options, params, {}, batch, jax.random.fold_in(key, number))[0]
 
         loss, grads = jax.value_and_grad(objective)(denoise)
         updates, state = plain.update(grads, state, denoise)

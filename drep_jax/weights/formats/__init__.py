@@ -5,10 +5,33 @@ from collections.abc import Collection
 import flax.linen as nn
 
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
+from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
+from drep_jax.weights.formats.dinov2 import DINOV2
+from drep_jax.weights.formats.swin import SWIN
+from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
+from drep_jax.weights.formats.timm_vit import TIMM_VIT
+from drep_jax.weights.formats.torch_encoder_vit import TORCH_ENCODER_VIT
+from drep_jax.weights.formats.torchvision_resnet import TIMM_RESNET, TORCHVISION_RESNET
+from drep_jax.weights.formats.transreid_ssl import TRANSREID_SSL
+from drep_jax.weights.formats.vision_transformer import BIG_VISION, VISION_TRANSFORMER
+from drep_jax.weights.formats.vmamba import VMAMBA
 from drep_jax.weights.translation import Format, some
 
 # Where the names of two formats are alike, the more special one stands first.
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (
+    DINOV2,
+    TRANSREID_SSL,
+    TIMM_VIT,
+    TORCH_ENCODER_VIT,
+    VISION_TRANSFORMER,
+    BIG_VISION,
+    CIFAR_RESNET,
+    TORCHVISION_RESNET,
+    TIMM_RESNET,
+    VMAMBA,
+    SWIN,
+    TIMM_SWINV2,
+)
 
 
 def find_format(module: nn.Module, names: Collection[str], path: str, name: str = "") -> Format:
@@ -29,7 +52,7 @@ def find_format(module: nn.Module, names: Collection[str], path: str, name: str 
     for fmt in FORMATS:
         if isinstance(module, fmt.family) and fmt.recognises(names):
             return fmt
-    own = sorted({fmt.name for fmt in FORMATS if isinstance(module, fmt.family)})
+    own = formats_of(module)
     others = [fmt for fmt in FORMATS if fmt.recognises(names)]
     if others:
         seen = f"It holds a {others[0].family.__name__} in the format {others[0].name}: choose a model of that family."
@@ -38,6 +61,11 @@ def find_format(module: nn.Module, names: Collection[str], path: str, name: str 
     raise CheckpointError(
         f"{path} is in none of the formats known for a {type(module).__name__} ({', '.join(own) or 'none'}). {seen}"
     )
+
+
+def formats_of(module: nn.Module) -> list[str]:
+    """Returns the names of the formats for a family of backbones."""
+    return sorted({fmt.name for fmt in FORMATS if isinstance(module, fmt.family)})
 
 
 def named_format(module: nn.Module, name: str) -> Format:

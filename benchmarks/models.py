@@ -1,0 +1,173 @@
+"""Every backbone against its PyTorch reference, forward and forward with gradients, float32, one thread each, in one process.
+
+    pip install torch torchvision timm                              # see requirements-parity.txt
+    PYTHONPATH=. python benchmarks/models.py                        # or: … benchmarks/models.py vit_s16 resnet50
+
+Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch by `set_num_threads(1)`.
+Rounds are interleaved, times are medians, a ratio is the median over the rounds of ours / PyTorch's in the same round. Both
+networks are in inference mode with their own random weights, so that there is the same to compute; gradients are of the mean
+square of the logits by all parameters. A reference that is not installed is skipped with the reason; VMamba's is a checkout of
+its repository, whose path VMAMBA_REFERENCE gives.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import single_thread  # noqa: F401, I001 (first of all)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tabulate import tabulate
+
+from drep_jax import cost
+from drep_jax.models import MODELS, create_model
+
+
+class Case(NamedTuple):
+    """A backbone of ours and what makes its reference."""
+
+    pixels: int
+    reference: Callable[[], Any]
+
+
+class Missing(Exception):
+    """Why a reference cannot be made."""
+
+
+def from_timm(name):
+    return _package("timm").create_model(name)
+
+
+def from_torchvision(name):
+    return getattr(_package("torchvision").models, name)()
+
+
+def from_vmamba(**options):
+    path = os.environ.get("VMAMBA_REFERENCE")
+    if not path:
+        raise Missing("VMAMBA_REFERENCE is not set")
+    source = os.path.join(path, "vmamba.py")
+    if not os.path.isfile(source):
+        raise Missing(f"there is no {source}")
+    spec = importlib.util.spec_from_file_location("vmamba_reference", source)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.VSSM(**options)
+
+
+def _package(name):
+    if importlib.util.find_spec(name) is None:
+        raise Missing(f"{name} is not installed")
+    return importlib.import_module(name)
+
+
+CASES = {
+    "vit_s16": Case(224, functools.partial(from_timm, "vit_small_patch16_224")),
+    "vit_b16": Case(224, functools.partial(from_timm, "vit_base_patch16_224")),
+    "resnet50": Case(224, functools.partial(from_torchvision, "resnet50")),
+    "resnet101": Case(224, functools.partial(from_torchvision, "resnet101")),
+    "swinv2_t_w8": Case(256, functools.partial(from_timm, "swinv2_tiny_window8_256")),
+    "vmamba_t": Case(
+        224,
+        functools.partial(
+            from_vmamba,
+            depths=[2, 2, 8, 2],
+            dims=96,
+            drop_path_rate=0.2,
+            ssm_d_state=1,
+            ssm_ratio=1.0,
+            ssm_dt_rank="auto",
+            ssm_conv=3,
+            ssm_conv_bias=False,
+            forward_type="v05_noz",
+            mlp_ratio=4.0,
+            downsample_version="v3",
+            patchembed_version="v2",
+            norm_layer="ln2d",
+        ),
+    ),
+}
+
+
+def our_sides(name, pixels, images):
+    """Returns (forward, forward with gradients) of our backbone, and how many parameters it has."""
+    model = create_model(name, num_classes=1000, image_size=(pixels, pixels))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, pixels, pixels, 3)))
+    images = jnp.asarray(images)
+
+    def loss(params):
+        return jnp.mean(jnp.square(model.apply({**variables, "params": params}, images)))
+
+    forward, gradients = jax.jit(model.apply), jax.jit(jax.value_and_grad(loss))
+    count = sum(leaf.size for leaf in jax.tree_util.tree_leaves(variables["params"]))
+    return (lambda: forward(variables, images)), (lambda: gradients(variables["params"])), count
+
+
+def their_sides(reference, images):
+    """Returns the same of a PyTorch module."""
+    import torch
+
+    torch.set_num_threads(1)
+    model = reference().eval()
+    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+    def forward():
+        with torch.inference_mode():
+            return model(images).numpy()
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        loss = model(images).square().mean()
+        loss.backward()
+        return loss.item()
+
+    return forward, gradients, sum(p.numel() for p in model.parameters())
+
+
+def measure(name, case, batch, rounds):
+    """Returns the table's rows of one backbone."""
+    if name not in MODELS:
+        raise Missing("not among MODELS")
+    images = np.random.default_rng(0).normal(size=(batch, case.pixels, case.pixels, 3)).astype(np.float32)
+    theirs = their_sides(case.reference, images)
+    ours = our_sides(name, case.pixels, images)
+    if ours[2] != theirs[2]:
+        print(f"{name}: {ours[2]:,} parameters, and the reference has {theirs[2]:,}", file=sys.stderr)
+    rows = []
+    for what, our, their in zip(("forward", "with gradients"), ours, theirs, strict=False):
+        times = cost.interleaved({"ours": our, "PyTorch": their}, rounds=rounds)
+        seconds = [np.median(times[side]) for side in ("ours", "PyTorch")]
+        rows.append([name, what, *seconds, cost.ratios(times, "PyTorch")["ours"]])
+    return rows
+
+
+def main(arguments):
+    rows = []
+    for name in arguments.models or CASES:
+        try:
+            rows += measure(name, CASES[name], arguments.batch, arguments.rounds)
+        except Missing as reason:
+            print(f"{name}: skipped, {reason}", file=sys.stderr)
+    print(
+        f"batch {arguments.batch}, float32, one thread each, {arguments.rounds} interleaved rounds, {os.uname().machine}"
+    )
+    print(tabulate(rows, ["", "", "ours s", "PyTorch s", "ours / PyTorch"], floatfmt=("", "", ".3f", ".3f", ".2f")))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parsed = parser.parse_args()
+    if unknown := set(parsed.models) - set(CASES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    main(parsed)

@@ -1,0 +1,57 @@
+"""Lists the denoising sites and their time steps for the registered backbones, as in docs/models.md; nothing is computed.
+
+    PYTHONPATH=. python benchmarks/sites.py                     # one line a backbone
+    PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+from tabulate import tabulate
+
+from drep_jax.models import create_model, list_models
+from drep_jax.sites import coverage, find_layers, find_sites
+
+
+def image_size(name):
+    """Returns the size that a backbone is published for."""
+    if name.endswith("cifar"):
+        return 32, 32
+    if name.startswith("dinov2"):
+        return 518, 518
+    return (256, 256) if name.startswith("swin") else (224, 224)
+
+
+def look(name, pattern=None):
+    """Returns sites, parameters and coverage of one backbone."""
+    model = create_model(name, num_classes=0 if name.startswith("dinov2") else 1000, image_size=image_size(name))
+    images = jax.ShapeDtypeStruct((1, *image_size(name), 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    sites = find_sites(model, images, pattern=pattern)
+    return sites, params, coverage(sites, params), len(find_layers(model, images))
+
+
+def main(arguments):
+    """Prints the tables."""
+    if arguments:
+        sites, _, covered, _ = look(arguments[0], *arguments[1:2])
+        rows = [[s.times[0], ", ".join(layer.name for layer in s.layers), s.kind, s.width, s.groups] for s in sites]
+        print(tabulate(rows, ["t", "layers that share the denoiser", "kind", "d", "groups"], tablefmt="github"))
+        print(f"{len(sites)} sites, {100 * covered.kernel_share:.0f} % of the weights.")
+        return
+    rows = []
+    for name in (name for name in list_models() if name not in ("vit", "resnet", "swinv2", "vmamba")):
+        sites, params, covered, layers = look(name)
+        every = look(name, ".*")[0]
+        millions = sum(leaf.size for leaf in jax.tree_util.tree_leaves(params)) / 1e6
+        widths = ", ".join(map(str, sorted({site.width for site in sites})))
+        rows.append(
+            [name, f"{millions:.2f}", layers, len(sites), widths, f"{100 * covered.kernel_share:.0f} %", len(every)]
+        )
+    headers = ["model", "M parameters", "layers", "default sites = largest t", "widths d", "of the weights", "all sites"]
+    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

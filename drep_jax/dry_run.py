@@ -1,0 +1,75 @@
+"""Two label-free steps of a full-size job on random images: what it will need."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from drep_jax import cost
+from drep_jax.builder import build
+from drep_jax.data.loader import training_batches
+from drep_jax.denoise_tree import init_denoise
+from drep_jax.errors import ConfigError
+from drep_jax.learners import denoising_objective
+from drep_jax.training import parallel
+from drep_jax.training.stages import key_of, prepare
+from drep_jax.training.state import make_step
+
+Tree = Any
+Config = Mapping[str, Any]
+
+
+def dry_run(config: Config) -> str:
+    """Takes two label-free steps of the full-size job on random images and returns what it needs, as text."""
+    if config["dry_run_batch"] < 1:
+        raise ConfigError(f"dry_run_batch={config['dry_run_batch']} must be at least 1.")
+    classes = config["model"].get("num_classes") or 1000
+    size = parallel.device_count() * config["dry_run_batch"]
+    data = {**config["data"], "source": f"random:{max(64, size)}:{classes}"}
+    config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}}
+    setting = build(config)
+    variables = jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape))
+    total = {n: sum(x.size for x in jax.tree_util.tree_leaves(t)) for n, t in dict(variables).items()}
+    denoise = init_denoise(setting.sites)
+    added = sum(x.size for x in jax.tree_util.tree_leaves(denoise))
+    lines = [
+        f"Model {config['model']['name']}, {total['params']:,} parameters; {added:,} more in {len(setting.sites)} denoisers "
+        f"while learning, none after fusion.",
+        f"Sites cover {setting.covered.layers} of {setting.covered.candidates} linear layers, "
+        f"{100 * setting.covered.kernel_share:.0f} % of the weights.",
+        "",
+    ]
+    lines += [
+        f"  t={','.join(map(str, site.times)):>5s}  {site.kind:9s} d={site.width:<5d} {', '.join(x.name for x in site.layers)}"
+        for site in setting.sites
+    ]
+    text = "\n".join(lines)
+    print(text, flush=True)
+
+    options = config["denoise"]
+    params = {"backbone": dict(variables)["params"], "denoise": denoise}
+    others = {name: tree for name, tree in dict(variables).items() if name != "params"}
+    state, frozen, tx = prepare(config, "algorithm1", params, others, ("denoise",))
+
+    def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
+        return denoising_objective(setting, options, params, others, batch, key)
+
+    step = make_step(loss_fn, tx)
+    state, kept = parallel.replicate(state), parallel.replicate(frozen)
+    seconds = []
+    for number, batch in zip(range(2), training_batches(setting.train, size, seed=0), strict=False):
+        began = time.perf_counter()
+        state, metrics = step(state, kept, parallel.shard(batch))
+        loss = float(parallel.unreplicate(metrics)["loss"])
+        seconds.append(time.perf_counter() - began)
+        print(
+            f"  step {number + 1}: loss {loss:.3f}, {seconds[-1]:.2f} s{' (compiling included)' if not number else ''}"
+        )
+    more = (
+        f"\nBatch {size} on {parallel.device_count()} device(s): {seconds[1]:.2f} s a step, {size / seconds[1]:.1f} images/s; "
+        f"peak memory {cost.peak_memory() / 2**30:.2f} GiB."
+    )
+    print(more)
+    return text + more

@@ -1,0 +1,178 @@
+"""A network with its weights as one ONNX file, by the optional converter `jax2onnx` (requirements-onnx.txt).
+
+The converter is given the network's bare equations: it replaces functions of Flax and jax.numpy while it traces, and those
+replacements know neither positional arguments of `nn.max_pool`, nor its explicit padding, nor `nn.scan` at an unknown batch
+size. What it makes of an equation is checked in onnxruntime, as a whole, before anything is written.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.extend import core
+
+from drep_jax.dataflow import bind, inline
+from drep_jax.errors import CheckpointError, ExportError
+from drep_jax.exporting.checked_file import Comparison, Network, coarsest, images_of, traced, write_checked
+
+INPUT, OUTPUT = "images", "outputs"
+
+
+def export_onnx(
+    module: nn.Module, variables: Any, image_size: tuple[int, int], path: str, *, channels: int = 3
+) -> Comparison:
+    """Writes `images ↦ module.apply(variables, images)` for any batch size and compares the file with the live module.
+
+    The input is called "images", float32 (batch, height, width, channels); the output "outputs", or "outputs_0", … in the
+    order of the tree's leaves where there are several.
+
+    Args:
+      module: an unbound Linen module that is called with the images alone.
+      variables: its variables, {"params": …, …}; all of them go into the file.
+      image_size: (height, width) in pixels.
+      path: of the file.
+      channels: of the images.
+
+    Returns:
+      The comparison of the file, run by onnxruntime, with the live module.
+
+    Raises:
+      ExportError: if the converter is not installed, or does not know an operation; if the module needs a known batch size;
+        if the file would be too large or computes something else. A file that was there before stays.
+    """
+    jax2onnx = _optional("jax2onnx")
+    _optional("onnxruntime")
+
+    def live(images: Any) -> Any:
+        return module.apply(variables, images)
+
+    shape = (*image_size, channels)
+    closed = traced(module, variables, image_size, channels)
+    if (dtype := coarsest(closed)) != "float32":
+        raise ExportError(
+            f"ONNX files are written for networks that compute in float32, and this one computes in {dtype}, for which "
+            "onnxruntime lacks operations. Cast the weights to float32 and make the module with dtype=None."
+        )
+    plain = _rewritten(inline(closed))
+    count = len(plain.out_avals)
+    names = [OUTPUT] if count == 1 else [f"{OUTPUT}_{i}" for i in range(count)]
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every constant
+    try:
+        model = jax2onnx.to_onnx(
+            lambda images: tuple(core.jaxpr_as_fun(plain)(images)),
+            [images_of((*plain.in_avals[0].shape,))],
+            model_name=type(module).__name__,
+            input_names=[INPUT],
+            output_names=names,
+        )
+        data = model.SerializeToString()
+    except Exception as error:
+        raise ExportError(
+            f"jax2onnx cannot convert {type(module).__name__}: {(str(error).splitlines() or [''])[0][:300]} "
+            "Export it as StableHLO, which has every operation of JAX."
+        ) from error
+    return write_checked(path, data, load_onnx, live, closed, shape)
+
+
+def load_onnx(path: str) -> Network:
+    """Reads an ONNX file into onnxruntime on the CPU: a function of float32 images, any batch size, with NumPy outputs.
+
+    Raises:
+      CheckpointError: if the file is absent or onnxruntime cannot read it.
+      ExportError: if onnxruntime is not installed.
+    """
+    runtime = _optional("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns of every constant that it folds away
+    try:
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise CheckpointError(f"onnxruntime cannot read {path}: {error}") from error
+    name = session.get_inputs()[0].name
+
+    def run(images: Any) -> Any:
+        outputs = session.run(None, {name: np.asarray(images, np.float32)})
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return run
+
+
+def _optional(package: str) -> Any:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ExportError(
+            f"ONNX needs the package {package} ({error}): pip install --no-deps -r requirements-onnx.txt, best in an "
+            "environment of its own (docs/export.md)."
+        ) from error
+
+
+def _rewritten(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Returns the equations with those operations replaced that the converter gets wrong at an unknown batch size."""
+
+    def run(*args: Any) -> list[Any]:
+        jaxpr = closed.jaxpr
+        env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            rewrite = _REWRITES.get(eqn.primitive.name)
+            outs = [rewrite(*values, **eqn.params)] if rewrite else bind(eqn, values)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    return jax.make_jaxpr(run)(*closed.in_avals)
+
+
+def _window_maximum(
+    x: Any,
+    *,
+    window_dimensions: tuple[int, ...],
+    window_strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    base_dilation: tuple[int, ...],
+    window_dilation: tuple[int, ...],
+) -> Any:
+    """Returns max over the window of x, padded with −∞: the maximum of as many strided slices as the window has places."""
+    sides = [(low, high, d - 1) for (low, high), d in zip(padding, base_dilation, strict=True)]
+    x = _pad(x, np.asarray(-np.inf, x.dtype), padding_config=sides)
+    moves = list(zip(window_dimensions, window_strides, window_dilation, strict=True))
+    found = None
+    for place in np.ndindex(*window_dimensions):
+        start = [p * d for p, (_, _, d) in zip(place, moves, strict=True)]
+        # The last pixel that this place of the window meets; axes with a window of 1 and stride 1 are taken whole, since
+        # their size may be unknown.
+        stop = [
+            n if (w, s) == (1, 1) else i + (n - ((w - 1) * d + 1)) // s * s + 1
+            for i, n, (w, s, d) in zip(start, x.shape, moves, strict=True)
+        ]
+        piece = jax.lax.slice(x, start, stop, window_strides)
+        found = piece if found is None else jax.lax.max(found, piece)
+    return found
+
+
+def _pad(x: Any, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> Any:
+    """Returns x with constants joined to its sides, or cut at them; constants between its numbers are left to `lax.pad`."""
+    if any(inner for *_, inner in padding_config):
+        return jax.lax.pad_p.bind(x, value, padding_config=tuple(padding_config))
+    for axis, (low, high, _) in enumerate(padding_config):
+        if low < 0 or high < 0:
+            x = jax.lax.slice_in_dim(x, max(-int(low), 0), x.shape[axis] - max(-int(high), 0), axis=axis)
+        parts = [
+            jax.lax.broadcast_in_dim(value, (*x.shape[:axis], int(side), *x.shape[axis + 1 :]), ())
+            for side in (low, high)
+            if side > 0
+        ]
+        if parts:
+            before = 1 if low > 0 else 0
+            x = jax.lax.concatenate([*parts[:before], x, *parts[before:]], axis)
+    return x
+
+
+_REWRITES: dict[str, Callable[..., Any]] = {"reduce_window_max": _window_maximum, "pad": _pad}

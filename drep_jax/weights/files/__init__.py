@@ -1,0 +1,258 @@
+"""Checkpoint files of other projects: read as {foreign name: array}, and written again with some numbers changed.
+
+Nothing of a file is ever executed, and PyTorch is not needed. One module a container: `torch_file` (.pth, zip and legacy),
+`safetensors_file`, `npz_file`. What names mean is not decided here.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from drep_jax.errors import CheckpointError, did_you_mean
+from drep_jax.weights.files import npz_file, safetensors_file, torch_file, zip_records
+from drep_jax.weights.files.contents import (
+    Contents,
+    Path,
+    cast,
+    changed_blocks,
+    full_name,
+    is_float,
+    same_numbers,
+)
+from drep_jax.weights.files.naming import find_state
+
+Rewrite = Callable[[Contents, str, Iterable[tuple[str, bytes | bytearray]], str], None]
+
+REWRITE: dict[str, Rewrite] = {
+    "safetensors": safetensors_file.rewrite,
+    "pth (zip)": torch_file.rewrite_zip,
+    "pth (legacy)": torch_file.rewrite_legacy,
+    "npz": npz_file.rewrite,
+}
+CREATE: dict[str, Callable[[str, Mapping[str, np.ndarray], str], None]] = {
+    ".safetensors": safetensors_file.create,
+    ".npz": npz_file.create,
+} | dict.fromkeys((".pth", ".pt", ".bin", ".th"), torch_file.create)
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """A checkpoint of another project.
+
+    Attributes:
+      path: where it lies.
+      kind: "safetensors", "pth (zip)", "pth (legacy)" or "npz".
+      tensors: {name without wrappers and prefixes: array in the stored dtype}; read-only, and parts of the mapped file
+        where possible, so the file must stay as it is while they are used.
+      stored: {name in `tensors`: full name in the file}, entries of wrappers first, with "/" between.
+      found: what was recognised, as sentences.
+      fused: what an earlier export marked the file with, or None.
+    """
+
+    path: str
+    kind: str
+    tensors: dict[str, np.ndarray]
+    stored: dict[str, str]
+    found: tuple[str, ...]
+    fused: Any
+
+
+def read(path: str, *, state: str | None = None) -> ForeignFile:
+    """Reads a checkpoint; which kind it is, its first bytes say.
+
+    Args:
+      path: a .pth of PyTorch (zip or legacy), .safetensors or .npz file.
+      state: which entry of a wrapper ("model", "state_dict_ema", "teacher", …) or which prefix of the names to take; None:
+        averaged weights (EMA, teacher) if there are any, else the usual names.
+
+    Returns:
+      Its tensors by name, and what was recognised.
+
+    Raises:
+      CheckpointError: if it is absent, of another kind, damaged, or asks for anything but data; or if `state` is not there.
+    """
+    contents = _contents(path)
+    names, found = find_state(path, contents.views, state)
+    tensors = {name: contents.array(where) for name, where in names.items()}
+    return ForeignFile(
+        path=path,
+        kind=contents.kind,
+        tensors=tensors,
+        stored={name: full_name(where) for name, where in names.items()},
+        found=(*found, *contents.notes, *_others(contents, names.values()), _dtypes(tensors)),
+        fused=_fused(contents),
+    )
+
+
+def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarray], mark: Mapping[str, Any]) -> None:
+    """Writes the file again with other numbers in some tensors; all else stays as it was, byte for byte where it can.
+
+    The mark goes where the kind's own readers do not look: a record NAME/drep_jax.json (.pth, zip), behind the last storage
+    (.pth, legacy), the metadata (.safetensors), the archive's comment (.npz). An earlier mark is replaced.
+
+    Args:
+      source: the file as `read` gave it.
+      path: the new file, of the same kind. It appears when it is complete and has been read back.
+      changed: {name in `source.tensors`: array}, of the stored shape; any float dtype is cast to the stored one.
+      mark: what `read` will give back as `fused`, as JSON.
+
+    Raises:
+      CheckpointError: for an unknown name, another shape, numbers that do not fit the dtype, tensors that share numbers of
+        which only some are changed, or a path that cannot be written.
+    """
+    for name in changed:
+        if name not in source.tensors:
+            raise CheckpointError(f'{source.path} has no tensor "{name}".{did_you_mean(name, source.tensors)}')
+    temporary = f"{path}.tmp"
+    for target in (path, temporary):
+        if os.path.realpath(target) == os.path.realpath(source.path) or (
+            os.path.exists(target) and os.path.samefile(target, source.path)
+        ):
+            raise CheckpointError(f"Not writing {path} over the file that it is made from; choose another name.")
+    if _kind_of_suffix(path) not in (None, source.kind.partition(" ")[0]):
+        raise CheckpointError(f"{path} would be a {source.kind} file like {source.path}: give it that one's suffix.")
+    contents = _contents(source.path)
+    paths = {full_name(where): where for where in contents.views}
+    lost = [full for full in source.stored.values() if full not in paths]
+    if lost or contents.kind != source.kind:
+        raise CheckpointError(f"{source.path} has changed since it was read: read it again.")
+    by_path = {paths[source.stored[name]]: np.asarray(value) for name, value in changed.items()}
+    kept = {paths[source.stored[name]]: array for name, array in source.tensors.items() if name not in changed}
+    text = json.dumps({"fused": mark})
+    rewrite = REWRITE[contents.kind]
+
+    def verify(written: Contents) -> None:
+        if written.views.keys() != contents.views.keys() or written.mark != text:
+            raise CheckpointError(f"{temporary} did not come back as it was written.")
+        for where, view in contents.views.items():
+            if where in by_path:
+                wanted = cast(by_path[where], view, full_name(where), source.path)
+            else:
+                wanted = kept[where] if where in kept else contents.array(where)
+            if not same_numbers(written.array(where), wanted):
+                raise CheckpointError(f'"{full_name(where)}" in {temporary} did not come back as it was written.')
+
+    _publish(path, lambda: rewrite(contents, temporary, changed_blocks(contents, by_path), text), verify)
+
+
+def create(path: str, tensors: Mapping[str, np.ndarray], mark: Mapping[str, Any]) -> None:
+    """Writes a new file; its suffix says the kind: .safetensors, .npz, or .pth, .pt, .bin, .th (PyTorch's zip).
+
+    Args:
+      path: the new file. It appears when it is complete and has been read back.
+      tensors: {name: array}; each gets memory of its own.
+      mark: what `read` will give back as `fused`, as JSON.
+
+    Raises:
+      CheckpointError: for a suffix or dtype that is not known, or a path that cannot be written.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in CREATE:
+        raise CheckpointError(f"{path}: the suffix of a new file must be one of {', '.join(CREATE)}.")
+    if not tensors:
+        raise CheckpointError(f"Not writing {path}: there are no tensors.")
+    arrays = {name: np.asarray(array) for name, array in tensors.items()}
+    text = json.dumps({"fused": mark})
+
+    def verify(written: Contents) -> None:
+        found = {full_name(where): written.array(where) for where in written.views}
+        if found.keys() != arrays.keys() or not all(same_numbers(found[name], array) for name, array in arrays.items()):
+            raise CheckpointError(f"{path}.tmp did not come back as it was written.")
+
+    _publish(path, lambda: CREATE[suffix](f"{path}.tmp", arrays, text), verify)
+
+
+def _publish(path: str, write: Callable[[], None], verify: Callable[[Contents], None]) -> None:
+    """Calls `write`, which writes path.tmp, reads that back, and gives it its name; what fails leaves nothing behind."""
+    temporary = f"{path}.tmp"
+    try:
+        write()
+        verify(_contents(temporary))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _contents(path: str) -> Contents:
+    """Maps a file and reads its directory, whichever kind it is."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the weights {path}: {error.strerror}.") from error
+    start = bytes(buffer[:512])
+    if start.startswith(b"PK\x03\x04"):
+        records, _ = zip_records.records(path, buffer)
+        if any(map(torch_file.root_of, records)):
+            return torch_file.read_zip(path, buffer)
+        if any(name.endswith(".npy") for name in records):
+            return npz_file.read(path, buffer)
+        raise _unknown(path, "a zip archive without data.pkl or .npy members")
+    if torch_file.is_legacy(start):
+        return torch_file.read_legacy(path, buffer)
+    if safetensors_file.is_safetensors(start):
+        return safetensors_file.read(path, buffer)
+    raise _unknown(path, _guess(start))
+
+
+def _guess(start: bytes) -> str:
+    if not start:
+        return "empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in place of the file: run `git lfs pull`"
+    if start.lstrip()[:1] == b"<":
+        return "a web page: the download went wrong"
+    if start[257:262] == b"ustar":
+        return "a tar archive, as PyTorch before 0.1.10 wrote: load it there and save it again"
+    if start.startswith(b"\x93NUMPY"):
+        return "a single .npy array, without names"
+    if start.startswith(b"\x89HDF"):
+        return "an HDF5 file"
+    if start[:1] == b"\x80":
+        return "a plain pickle, which is not PyTorch's format"
+    return f"something that begins with {start[:8]!r}"
+
+
+def _unknown(path: str, guess: str) -> CheckpointError:
+    return CheckpointError(f"{path} is {guess}. Known kinds: {', '.join(REWRITE)}.")
+
+
+def _kind_of_suffix(path: str) -> str | None:
+    suffix = os.path.splitext(path)[1].lower()
+    return {".safetensors": "safetensors", ".npz": "npz"}.get(suffix, "pth" if suffix in CREATE else None)
+
+
+def _others(contents: Contents, chosen: Iterable[Path]) -> list[str]:
+    count = sum(contents.others.get(entry, 0) for entry in {where[:-1] for where in chosen})
+    return [f"{count} entries that are no tensors ignored"] if count else []
+
+
+def _dtypes(tensors: Mapping[str, np.ndarray]) -> str:
+    counts: dict[str, int] = {}
+    for array in tensors.values():
+        if is_float(array.dtype):
+            counts[array.dtype.name] = counts.get(array.dtype.name, 0) + array.size
+    if len(counts) < 2:
+        return f"{next(iter(counts), 'no floating-point')} weights"
+    return "weights of " + ", ".join(f"{name} ({count} numbers)" for name, count in sorted(counts.items()))
+
+
+def _fused(contents: Contents) -> Any:
+    if contents.mark is None:
+        return None
+    try:
+        found = json.loads(contents.mark)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{contents.path} has a mark of this project that is no JSON: it is damaged.")
+    return found.get("fused")

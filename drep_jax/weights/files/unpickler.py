@@ -1,0 +1,496 @@
+"""Reads the pickles inside PyTorch files without running anything that they ask for.
+
+A pickle is a program for a small stack machine. This is such a machine, and it knows data only: it imports no module,
+calls no function of a pickle's choice and sets no attribute of any object. A name such as "torch.FloatStorage" stays a
+name; PyTorch's own few rebuilding functions are done here as data; configuration objects that training scripts save beside
+their weights become `Inert`. Every other name is refused. Opcodes are those of protocols 2 to 5 that torch.save writes.
+"""
+
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from drep_jax.errors import CheckpointError
+
+LONGEST_NAME = 256
+LONGEST_INTEGER = 64  # bytes
+MOST_OPCODES = 20_000_000
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name that a pickle wanted to import; nothing was."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Inert:
+    """Stands for an object of a class that is not looked into; it takes any state and keeps none."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """Bytes kept elsewhere in the file: `size` elements of `dtype`, of which a view sees `seen` from `start` on."""
+
+    key: str
+    dtype: np.dtype
+    size: int
+    start: int = 0
+    seen: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A strided view of a storage; `offset` and `strides` count elements. Not yet checked against the storage."""
+
+    storage: Storage
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_KEYS = (str, bytes, int, float, type(None), Global, Inert)
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "float32": np.float32,
+        "float64": np.float64,
+        "float16": np.float16,
+        "bfloat16": ml_dtypes.bfloat16,
+        "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+        "float8_e5m2": ml_dtypes.float8_e5m2,
+        "int64": np.int64,
+        "int32": np.int32,
+        "int16": np.int16,
+        "int8": np.int8,
+        "uint64": np.uint64,
+        "uint32": np.uint32,
+        "uint16": np.uint16,
+        "uint8": np.uint8,
+        "bool": np.bool_,
+        "complex64": np.complex64,
+        "complex128": np.complex128,
+    }.items()
+}
+STORAGES: dict[str, str] = {
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "uint8",
+}
+
+# Names that are accepted and stay without effect. Configuration classes are accepted from any module, since projects copy
+# them into their own; nothing is imported, so what a module of that name would do is of no concern.
+_CONFIGURATIONS = {
+    "Namespace",
+    "CfgNode",
+    "Config",
+    "ConfigDict",
+    "EasyDict",
+    "AttrDict",
+    "DictConfig",
+    "ListConfig",
+}
+_PACKAGES = {"yacs", "omegaconf", "mmcv", "mmengine", "easydict", "fvcore", "ml_collections", "pathlib"}
+_NUMPY = {"dtype", "ndarray", "scalar", "_reconstruct", "_frombuffer"} | set(DTYPES) | {"bool_", "str_", "bytes_"}
+_PLAIN = {
+    "collections": {"OrderedDict", "defaultdict", "Counter", "deque"},
+    "builtins": {"set", "frozenset", "slice", "range", "complex", "bytearray", "dict", "list", "tuple", "int", "float"}
+    | {"str", "bool", "bytes"}
+    | {"long", "unicode", "xrange"},
+    "datetime": {"datetime", "date", "time", "timedelta", "timezone"},
+    "typing": {"Any", "Union", "Optional", "Dict", "List", "Tuple"},
+    "uuid": {"UUID"},
+    "_codecs": {"encode"},  # how protocol 2 keeps bytes
+    "torch": {"Size", "device", "Tensor", "dtype", "strided", "Generator"} | set(DTYPES) | set(STORAGES),
+    "torch.cuda": set(STORAGES) | {"FloatTensor", "HalfTensor"},
+    "torch.storage": {"UntypedStorage", "_UntypedStorage", "TypedStorage", "_TypedStorage"},
+    "torch.nn.parameter": {"Parameter", "Buffer"},
+    "torch.serialization": {"_get_layout"},
+    "torch._utils": {
+        "_rebuild_tensor",
+        "_rebuild_tensor_v2",
+        "_rebuild_tensor_v3",
+        "_rebuild_parameter",
+        "_rebuild_parameter_with_state",
+    },
+    "torch._tensor": {"_rebuild_from_type_v2"},
+}
+_PLAIN["__builtin__"] = _PLAIN["builtins"]  # as Python 2 called it
+
+
+def is_known(module: str, name: str) -> bool:
+    """Returns whether a name may appear in a file; it is never imported either way."""
+    if not name.isidentifier():  # "os.system" in the module "torch.serialization", say
+        return False
+    package = module.partition(".")[0]
+    return (
+        name in _PLAIN.get(module, ())
+        or (package == "numpy" and name in _NUMPY)
+        or (package == "torch" and module.startswith("torch.optim."))
+        or package in _PACKAGES
+        or name in _CONFIGURATIONS
+    )
+
+
+@dataclass(frozen=True)
+class Unpickled:
+    """What a pickle held; `end` is the position after it."""
+
+    value: Any  # of None, bool, int, float, str, bytes, tuple, list, dict, Global, Inert, Storage and Tensor
+    end: int
+    tensors: list[Tensor]  # all that were made on the way, those inside `Inert` objects too
+    storages: list[Storage]
+
+
+def unpickle(data: memoryview, start: int, where: str) -> Unpickled:
+    """Reads the pickle that begins at `start`.
+
+    Args:
+      data: bytes that hold it, and perhaps more after it.
+      start: where it begins.
+      where: what errors call the file.
+
+    Raises:
+      CheckpointError: if it is damaged, or wants anything that is not data.
+    """
+    machine = _Machine(data, start, where)
+    return Unpickled(machine.run(), machine.position, machine.tensors, machine.storages)
+
+
+class _Machine:
+    def __init__(self, data: memoryview, start: int, where: str) -> None:
+        self.data, self.position, self.where = data, start, where
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.tensors: list[Tensor] = []
+        self.storages: list[Storage] = []
+
+    def run(self) -> Any:
+        for _ in range(MOST_OPCODES):
+            at = self.position
+            opcode = self.read(1)
+            if opcode == b".":
+                return self.pop()
+            act = _OPCODES.get(opcode)
+            if act is None:
+                raise CheckpointError(
+                    f"{self.where}: opcode {opcode!r} at byte {at} is none that torch.save writes; nothing was run."
+                )
+            act(self)
+        raise CheckpointError(f"{self.where}: its pickle is longer than {MOST_OPCODES} operations.")
+
+    def damaged(self, what: str) -> NoReturn:
+        raise CheckpointError(f"{self.where} is damaged: {what} at byte {self.position} of its pickle.")
+
+    def read(self, count: int) -> bytes:
+        end = self.position + count
+        if count < 0 or end > len(self.data):
+            self.damaged(f"it ends where {count} more bytes were expected,")
+        piece = bytes(self.data[self.position : end])
+        self.position = end
+        return piece
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.read(struct.calcsize(form)))[0]
+
+    def text(self, form: str, encoding: str = "utf-8") -> str:
+        try:
+            return self.read(self.number(form)).decode(encoding)
+        except UnicodeDecodeError:
+            self.damaged("text that is no UTF-8")
+
+    def line(self) -> str:
+        piece = bytes(self.data[self.position : self.position + LONGEST_NAME + 1])
+        length = piece.find(b"\n")
+        if length < 0 or not piece[:length].isascii():
+            self.damaged("a name without an end")
+        self.position += length + 1
+        return piece[:length].decode("ascii")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        if not self.stack:
+            self.damaged("a value is missing")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        if not self.stack:
+            self.damaged("a value is missing")
+        return self.stack[-1]
+
+    def mark(self) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def to_mark(self) -> list[Any]:
+        if not self.marks:
+            self.damaged("a mark is missing")
+        values, self.stack = self.stack, self.marks.pop()
+        return values
+
+    def pop_or_unmark(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.to_mark()
+
+    def integer(self, form: str) -> None:
+        count = self.number(form)
+        if not 0 <= count <= LONGEST_INTEGER:
+            self.damaged(f"an integer of {count} bytes")
+        self.push(int.from_bytes(self.read(count), "little", signed=True))
+
+    def make_tuple(self, count: int) -> None:
+        values = [self.pop() for _ in range(count)]
+        self.push(tuple(values[::-1]))
+
+    def bytes_of(self, form: str) -> None:
+        self.push(self.read(self.number(form)))
+
+    def string(self, form: str) -> None:
+        self.push(self.text(form, "latin-1"))  # as Python 2 wrote it
+
+    def skip_protocol(self) -> None:
+        if not 2 <= self.number("<B") <= 5:
+            self.damaged("a protocol that is not 2 to 5")
+
+    def store(self, index: int) -> None:
+        self.memo[index] = self.top()
+
+    def fetch(self, index: int) -> None:
+        if index not in self.memo:
+            self.damaged(f"value {index}, which was not stored, is asked for")
+        self.push(self.memo[index])
+
+    def append(self, values: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, list):
+            target.extend(values)
+        elif not isinstance(target, Inert):
+            self.damaged("values are appended to what is no list")
+
+    def set_items(self, values: list[Any]) -> None:
+        target = self.top()
+        if len(values) % 2:
+            self.damaged("a key without a value")
+        if isinstance(target, dict):
+            for key, value in zip(values[::2], values[1::2], strict=True):
+                target[self.key(key)] = value
+        elif not isinstance(target, Inert):
+            self.damaged("items are set in what is no dictionary")
+
+    def key(self, key: Any) -> Any:
+        """Tuples of tuples are refused as keys: hashing a few hundred bytes of them can take for ever."""
+        if not isinstance(key, _KEYS) and not (isinstance(key, tuple) and all(isinstance(part, _KEYS) for part in key)):
+            self.damaged(f"a {type(key).__name__} as a key")
+        return key
+
+    def add_items(self) -> None:
+        self.to_mark()
+        if not isinstance(self.top(), Inert):
+            self.damaged("items are added to what is no set")
+
+    def frozen_set(self) -> None:
+        self.to_mark()
+        self.push(Inert("builtins.frozenset"))
+
+    def name(self, module: Any, name: Any) -> None:
+        if not (isinstance(module, str) and isinstance(name, str)):
+            self.damaged("a name that is no text")
+        if not is_known(module, name):
+            self.refuse(f"{module}.{name}")
+        self.push(Global(f"{module}.{name}"))
+
+    def refuse(self, name: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.where} wants {_short(name)}: refused; nothing was run. Only tensors and plain data are read here. If you "
+            'trust the file, save its weights alone with PyTorch: torch.save(model.state_dict(), "weights.pth").'
+        )
+
+    def stack_name(self) -> None:
+        name, module = self.pop(), self.pop()
+        self.name(module, name)
+
+    def call(self, function: Any, args: Any) -> None:
+        if not isinstance(function, Global) or not isinstance(args, tuple):
+            self.damaged("a call of what is no name")
+        if function.name in _CALLS:
+            self.push(_CALLS[function.name](self, args))
+        else:
+            self.push(Inert(function.name))
+
+    def reduce(self) -> None:
+        args, function = self.pop(), self.pop()
+        self.call(function, args)
+
+    def new(self) -> None:
+        args, made_of = self.pop(), self.pop()
+        if isinstance(made_of, Global) and made_of.name.startswith("torch._"):
+            self.refuse(f"{made_of.name} as a class")
+        self.call(made_of, args)
+
+    def new_with_keywords(self) -> None:
+        self.pop()
+        self.new()
+
+    def build(self) -> None:
+        """State is dropped: that of a state dict is PyTorch's own bookkeeping, and other objects are not looked into."""
+        self.pop()
+        if not isinstance(self.top(), Inert | dict | Tensor):
+            self.damaged("state is set on what is no object")
+
+    def persistent(self) -> None:
+        """PyTorch's reference to a storage: ("storage", type, key, location, elements[, view])."""
+        found = self.pop()
+        if not (isinstance(found, tuple) and len(found) in (5, 6) and found[0] == "storage"):
+            self.damaged("a persistent reference that is no storage")
+        kind, key, _, size = found[1:5]
+        dtype = STORAGES.get(kind.name.rpartition(".")[2].removeprefix("_")) if isinstance(kind, Global) else None
+        if dtype is None or not _is_key(key) or type(size) is not int or size < 0:
+            self.damaged("a storage whose type, key or size cannot be")
+        view = found[5] if len(found) == 6 else None
+        start, seen = 0, None
+        if view is not None:
+            if not (isinstance(view, tuple) and len(view) == 3 and all(type(n) is int and n >= 0 for n in view[1:])):
+                self.damaged("a view of a storage that cannot be")
+            start, seen = view[1:]
+        self.storages.append(Storage(key, DTYPES[dtype], size, start, seen))
+        self.push(self.storages[-1])
+
+    def ordered(self, args: tuple[Any, ...]) -> dict[Any, Any]:
+        pairs = args[0] if args else []
+        if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            self.damaged("an OrderedDict of what are no pairs")
+        return {self.key(key): value for key, value in pairs}
+
+    def tensor(self, args: tuple[Any, ...], dtype: Any = None) -> Tensor:
+        if len(args) < 4 or not isinstance(args[0], Storage):
+            self.damaged("a tensor without a storage")
+        storage, offset, shape, strides = args[:4]
+        numbers = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else ("",)
+        if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) != len(strides):
+            self.damaged("a tensor whose offset, shape or strides cannot be")
+        tensor = Tensor(storage, dtype or storage.dtype, offset, shape, strides)
+        self.tensors.append(tensor)
+        return tensor
+
+    def tensor_v2(self, args: tuple[Any, ...]) -> Tensor:
+        if len(args) > 6 and args[6]:
+            self.refuse("a tensor that is negated or conjugated on reading")
+        return self.tensor(args)
+
+    def tensor_v3(self, args: tuple[Any, ...]) -> Tensor:
+        kind = args[6] if len(args) > 6 else None
+        dtype = DTYPES.get(kind.name.removeprefix("torch.")) if isinstance(kind, Global) else None
+        if dtype is None:
+            self.refuse(f"a tensor of type {kind.name if isinstance(kind, Global) else type(kind).__name__}")
+        return self.tensor(args, dtype)
+
+    def parameter(self, args: tuple[Any, ...]) -> Tensor:
+        if not args or not isinstance(args[0], Tensor):
+            self.damaged("a parameter without a tensor")
+        return args[0]
+
+    def of_type(self, args: tuple[Any, ...]) -> Tensor:
+        if len(args) < 3 or not isinstance(args[0], Global) or not isinstance(args[2], tuple):
+            self.damaged("a tensor without its parts")
+        rebuild = _CALLS.get(args[0].name)
+        if rebuild not in (_Machine.tensor, _Machine.tensor_v2, _Machine.tensor_v3, _Machine.parameter):
+            self.refuse(f"{args[0].name} to make a tensor")
+        return rebuild(self, args[2])
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"[\w.-]{1,80}", key, re.ASCII) is not None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 and text.isprintable() else repr(text[:120])
+
+
+_CALLS: dict[str, Callable[[_Machine, tuple[Any, ...]], Any]] = {
+    "collections.OrderedDict": _Machine.ordered,
+    "collections.defaultdict": lambda machine, args: {},
+    "torch._utils._rebuild_tensor": _Machine.tensor,
+    "torch._utils._rebuild_tensor_v2": _Machine.tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _Machine.tensor_v3,
+    "torch._utils._rebuild_parameter": _Machine.parameter,
+    "torch._utils._rebuild_parameter_with_state": _Machine.parameter,
+    "torch._tensor._rebuild_from_type_v2": _Machine.of_type,
+}
+
+_OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
+    b"\x80": _Machine.skip_protocol,
+    b"\x95": lambda m: m.read(8),  # the length of a frame
+    b"(": _Machine.mark,
+    b"0": _Machine.pop_or_unmark,
+    b"1": _Machine.to_mark,
+    b"2": lambda m: m.push(m.top()),
+    b"N": lambda m: m.push(None),
+    b"\x88": lambda m: m.push(True),
+    b"\x89": lambda m: m.push(False),
+    b"J": lambda m: m.push(m.number("<i")),
+    b"K": lambda m: m.push(m.number("<B")),
+    b"M": lambda m: m.push(m.number("<H")),
+    b"\x8a": lambda m: m.integer("<B"),
+    b"\x8b": lambda m: m.integer("<i"),
+    b"G": lambda m: m.push(m.number(">d")),
+    b"X": lambda m: m.push(m.text("<I")),
+    b"\x8c": lambda m: m.push(m.text("<B")),
+    b"\x8d": lambda m: m.push(m.text("<Q")),
+    b"T": lambda m: m.string("<i"),
+    b"U": lambda m: m.string("<B"),
+    b"B": lambda m: m.bytes_of("<I"),
+    b"C": lambda m: m.bytes_of("<B"),
+    b"\x8e": lambda m: m.bytes_of("<Q"),
+    b"\x96": lambda m: m.bytes_of("<Q"),
+    b"]": lambda m: m.push([]),
+    b"l": lambda m: m.push(m.to_mark()),
+    b"a": lambda m: m.append([m.pop()]),
+    b"e": lambda m: m.append(m.to_mark()),
+    b")": lambda m: m.push(()),
+    b"t": lambda m: m.push(tuple(m.to_mark())),
+    b"\x85": lambda m: m.make_tuple(1),
+    b"\x86": lambda m: m.make_tuple(2),
+    b"\x87": lambda m: m.make_tuple(3),
+    b"}": lambda m: m.push({}),
+    b"s": lambda m: m.set_items([m.pop(), m.pop()][::-1]),
+    b"u": lambda m: m.set_items(m.to_mark()),
+    b"\x8f": lambda m: m.push(Inert("builtins.set")),
+    b"\x90": _Machine.add_items,
+    b"\x91": _Machine.frozen_set,
+    b"c": lambda m: m.name(m.line(), m.line()),
+    b"\x93": _Machine.stack_name,
+    b"q": lambda m: m.store(m.number("<B")),
+    b"r": lambda m: m.store(m.number("<I")),
+    b"\x94": lambda m: m.store(len(m.memo)),
+    b"h": lambda m: m.fetch(m.number("<B")),
+    b"j": lambda m: m.fetch(m.number("<I")),
+    b"R": _Machine.reduce,
+    b"\x81": _Machine.new,
+    b"\x92": _Machine.new_with_keywords,
+    b"b": _Machine.build,
+    b"Q": _Machine.persistent,
+}

@@ -1,0 +1,266 @@
+"""Foreign checkpoints: read into a backbone with every tensor accounted for, and written back as the same kind of file."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from drep_jax.denoise_tree import check_finite
+from drep_jax.errors import CheckpointError
+from drep_jax.weights import files
+from drep_jax.weights.formats import find_format, named_format
+from drep_jax.weights.native import names_of
+from drep_jax.weights.positions import resize, source_grid
+from drep_jax.weights.translation import Account, Format, Piece, account, find_pieces, matches, put_back, some
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A foreign checkpoint that was read.
+
+    Attributes:
+      variables: of the backbone.
+      source: the file.
+      format: its format.
+      pieces: where each leaf lies in it.
+      notes: what a user should know about how it was read, as sentences.
+      state: which of several states in the file was asked for.
+    """
+
+    variables: Tree
+    source: files.ForeignFile
+    format: Format
+    pieces: tuple[Piece, ...]
+    notes: tuple[str, ...]
+    state: str | None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the file stores a floating parameter in fewer bits than the backbone."""
+        held, ours = self.source.tensors, names_of(self.variables)
+        return any(held[p.theirs].itemsize < ours[p.ours].itemsize for p in self.pieces if p.theirs in held)
+
+
+def load_foreign(
+    path: str,
+    module: nn.Module,
+    like: Tree,
+    *,
+    format_name: str = "",
+    state: str | None = None,
+    allow: Sequence[str] = (),
+    allow_fused: bool = False,
+    grid: tuple[int, int] | None = None,
+    fresh: Callable[[], Tree] | None = None,
+) -> Foreign:
+    """Reads a foreign checkpoint into the variables of a backbone.
+
+    Args:
+      path: of the file.
+      module: the backbone.
+      like: its variables, arrays or `jax.ShapeDtypeStruct`.
+      format_name: None of the names in the file need be recognised if this says what they are.
+      state: which of several states in the file to take ("model", "model_ema", …).
+      allow: regular expressions over our paths and foreign names; what they match may be missing (then it stays as
+        initialised), left over, or of another shape (both).
+      allow_fused: whether a file that carries a fusion already is accepted.
+      grid: (height, width) of the patches that the file's position embeddings are for; None: that of the format or, if
+        their number fits, of the backbone.
+      fresh: makes initial variables, for what is allowed to be missing.
+
+    Raises:
+      CheckpointError: if the file is damaged, of no known format, already fused, or does not fit; all names are listed.
+      NonFiniteError: for NaN or Inf.
+    """
+    source = files.read(path, state=state)
+    if source.fused and not allow_fused:
+        raise CheckpointError(already_fused(path, source.fused))
+    fmt = find_format(module, source.tensors.keys(), path, format_name)
+    wanted = names_of(like)
+    shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
+    _check_refused(fmt, source.tensors, path)
+    pieces = find_pieces(fmt, module, shapes, source.tensors)
+    found = account(pieces, shapes, source.tensors, fmt.ignored)
+    found, resized = _with_positions(found, fmt, module, pieces, shapes, source.tensors, grid)
+    absent = _check_account(found, fmt, path, allow)
+    notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.found, *resized]
+    arrays: dict[str, Any] = dict(found.arrays)
+    if absent:
+        if fresh is None:
+            raise CheckpointError(f"{path} lacks {some(absent)}, and there is nothing to fill them with.")
+        initial = names_of(fresh())
+        arrays.update({name: initial[name] for name in absent})
+        notes.append(f"not in the file, and left as initialised: {some(absent)}")
+    if found.unexpected:
+        notes.append(f"in the file, but not in the model: {some(found.unexpected)}")
+    leaves = [np.asarray(arrays[name], order="C").astype(leaf.dtype) for name, leaf in wanted.items()]
+    variables = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves)
+    check_finite(variables, path)
+    return Foreign(variables, source, fmt, tuple(pieces), tuple(notes), state)
+
+
+def already_fused(path: str, fusion: Any) -> str:
+    """Returns the message for weights that carry a fusion."""
+    return (
+        f"The weights in {path} are already fused ({fusion}); denoising them again would compound. Use the weights they were "
+        "fused from."
+    )
+
+
+def _check_refused(fmt: Format, names: Iterable[str], path: str) -> None:
+    """Refuses a file with names that only another network has."""
+    for pattern, reason in fmt.refused:
+        seen = [name for name in names if matches((pattern,), fmt.canonical(name))]
+        if seen:
+            raise CheckpointError(f"{path} (format {fmt.name}) holds {some(seen)}: {reason}")
+
+
+def _with_positions(
+    found: Account,
+    fmt: Format,
+    module: nn.Module,
+    pieces: Sequence[Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, np.ndarray],
+    grid: tuple[int, int] | None,
+) -> tuple[Account, list[str]]:
+    """Resizes position embeddings of another grid; where that is not known, says in the account how to tell it.
+
+    Returns:
+      The account, and notes for the user.
+
+    Raises:
+      CheckpointError: if `grid` was given and does not fit the file, or there is nothing that it could be of.
+    """
+    positions = fmt.positions(module) if fmt.positions else None
+    piece = next((p for p in pieces if positions and p.ours == positions.leaf and p.theirs in tensors), None)
+    if positions is None or piece is None:
+        if grid is not None:
+            raise CheckpointError(
+                f"There are no position embeddings of format {fmt.name} to resize: leave out --config.backbone.init_grid."
+            )
+        return found, []
+    tensor = tensors[piece.theirs]
+    if tensor.shape[::2] != shapes[piece.ours][::2] or tensor.shape[1] <= positions.prefix:
+        return found, []  # of another width: the account says so
+    old = source_grid(positions, tensor.shape, grid)
+    if old == positions.grid:
+        return found, []
+    ours = "×".join(map(str, positions.grid))
+    shaped = dict(found.shaped)
+    if old is None:
+        shaped[piece.ours] += (
+            f", whose patches are {ours}: to resize the positions, give the grid of the file, such as "
+            '--config.backbone.init_grid="(14, 14)" (height, width)'
+        )
+        return dataclasses.replace(found, shaped=shaped), []
+    shaped.pop(piece.ours, None)
+    arrays = {**found.arrays, piece.ours: resize(positions, tensor, old)}
+    theirs = "×".join(map(str, old))
+    note = f"{piece.theirs} resized from {theirs} to {ours} patches ({positions.interpolation.name})"
+    return dataclasses.replace(found, arrays=arrays, shaped=shaped), [note]
+
+
+def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:
+    """Returns the leaves to be left as initialised, or refuses what does not fit and is not allowed to."""
+    missing = {ours: name for ours, name in found.missing.items() if not (matches(allow, ours) or matches(allow, name))}
+    unexpected = [name for name in found.unexpected if not matches(allow, name)]
+    shaped = {ours: text for ours, text in found.shaped.items() if not (matches(allow, ours) or _named(allow, text))}
+    if missing or unexpected or shaped:
+        raise CheckpointError(
+            f"The weights in {path} (format {fmt.name}) do not fit this model.\n"
+            f"  missing: {_listed([f'{name} (for {ours})' for ours, name in missing.items()])}\n"
+            f"  unexpected: {_listed(unexpected)}\n"
+            f"  mis-shaped: {_listed([f'{text} ({ours})' for ours, text in shaped.items()])}\n"
+            "Choose the model that the file is of, or allow what may differ with "
+            "--config.backbone.init_allow=\"('regular expression',)\"."
+        )
+    return [*found.missing, *found.shaped]
+
+
+def _listed(lines: Sequence[str], most: int = 20) -> str:
+    """Returns the first lines below one another, and how many there are in all if there are more."""
+    more = [f"… ({len(lines)} in all)"] if len(lines) > most else []
+    return "".join(f"\n    {line}" for line in [*lines[:most], *more]) or "none"
+
+
+def _named(allow: Sequence[str], text: str) -> bool:
+    """Returns whether the foreign name that a message about a shape begins with is allowed to differ."""
+    return matches(allow, text.split(" ", 1)[0])
+
+
+def write_back(foreign: Foreign, path: str, before: Tree, after: Tree, fusion: Mapping[str, Any]) -> tuple[str, ...]:
+    """Writes the foreign file again with the tensors replaced that differ between two variable trees; all else as it was.
+
+    Args:
+      foreign: as read.
+      path: of the new file; nothing is there under that name until it is complete.
+      before: the variables that the file holds.
+      after: those to write, float64 or as they are.
+      fusion: recorded in the file where it can hold that.
+
+    Returns:
+      Foreign names of the tensors that were replaced.
+
+    Raises:
+      CheckpointError: if two leaves tied to one tensor differ, or the file written does not read back as it should.
+    """
+    old, new = names_of(before), names_of(after)
+    changed = {n: np.asarray(new[n]) for n in new if not np.array_equal(np.asarray(old[n]), np.asarray(new[n]))}
+    _check_places(foreign, changed)
+    tensors = put_back(foreign.pieces, changed, foreign.source.tensors)
+    rounded = {name: tensor.astype(foreign.source.tensors[name].dtype) for name, tensor in tensors.items()}
+    files.write_changed(foreign.source, path, rounded, fusion)
+    again = files.read(path, state=foreign.state).tensors
+    for name, tensor in {**foreign.source.tensors, **rounded}.items():
+        if again[name].dtype != tensor.dtype or again[name].tobytes() != tensor.tobytes():
+            raise CheckpointError(f"{path} does not read back as it was written ({name}).")
+    return tuple(sorted(rounded))
+
+
+def _check_places(foreign: Foreign, changed: Mapping[str, np.ndarray]) -> None:
+    """Refuses changes of leaves that the file had no tensor, or one of another shape, for."""
+    held = foreign.source.tensors
+    for piece in foreign.pieces:
+        if piece.ours in changed and (
+            piece.theirs not in held or piece.read(held[piece.theirs]).shape != changed[piece.ours].shape
+        ):
+            raise CheckpointError(
+                f"{piece.ours} was fused, but {foreign.source.path} has no such tensor ({piece.theirs}) to put it in. Leave "
+                "the layer out of the sites with --config.sites.pattern."
+            )
+
+
+def stored_tree(foreign: Foreign, variables: Tree) -> Tree:
+    """Returns variables rounded to the types that the file stores them in."""
+    dtypes = {
+        p.ours: foreign.source.tensors[p.theirs].dtype for p in foreign.pieces if p.theirs in foreign.source.tensors
+    }
+    leaves = [np.asarray(leaf).astype(dtypes.get(name, leaf.dtype)) for name, leaf in names_of(variables).items()]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(variables), leaves)
+
+
+def write_new(module: nn.Module, variables: Tree, format_name: str, path: str, fusion: Mapping[str, Any]) -> str:
+    """Writes a backbone's variables as a new file of a foreign format.
+
+    Args:
+      module: the backbone.
+      variables: its variables.
+      format_name: of the format.
+      path: without suffix.
+      fusion: recorded in the file where it can hold that.
+
+    Returns:
+      The path written, with the format's usual suffix.
+    """
+    fmt = named_format(module, format_name)
+    arrays = {name: np.asarray(leaf) for name, leaf in names_of(variables).items()}
+    pieces = find_pieces(fmt, module, {name: a.shape for name, a in arrays.items()})
+    files.create(path + fmt.suffix, put_back(pieces, arrays), fusion)
+    return path + fmt.suffix

@@ -1,0 +1,120 @@
+"""Every family of backbones through the whole method: sites, Algorithm 1, closed form, measured noise, fusion, certificate.
+
+The table has one narrow network for each class in the registry, so that a new family is tested by one line here; the same
+at full size for every entry is `pytest -m full tests/models/test_pipeline.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drep_jax import algorithm1_losses, certify, closed_form, find_sites, fuse_exact, measure
+from drep_jax.models import MODELS, create_model
+from drep_jax.schedule import Schedule
+from drep_jax.training.moments import collect_moments
+
+SCHEDULE = Schedule(beta_end=0.02)
+
+# model: (narrow options, image size, sites by default)
+NARROW = {
+    "vit": ({"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}, (8, 12), 4),
+    "resnet": ({"stage_sizes": (1, 1), "block": "bottleneck", "width": 4, "stem": "cifar"}, (8, 8), 9),
+    "swinv2": (
+        {"patch_size": 2, "width": 8, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4},
+        (16, 16),
+        6,
+    ),
+    "vmamba": ({"depths": (1, 1), "width": 8, "ssm_ratio": 1.0}, (32, 32), 4),
+}
+
+
+def lively(model, size, seed=0):
+    """Variables with nothing at zero or one, and statistics that fit the images, so that every layer matters."""
+    images = jnp.asarray(np.random.default_rng(seed).normal(size=(8, *size, 3)), jnp.float32)
+    variables = dict(jax.jit(model.init)(jax.random.key(seed, impl="rbg"), images))
+    rng = np.random.default_rng(seed + 1)
+
+    def stir(path, leaf):
+        spread = 0.02 if path[0].key == "params" and leaf.ndim > 1 else 0.1
+        return leaf + spread * rng.normal(size=leaf.shape).astype(leaf.dtype) * (path[0].key == "params")
+
+    variables = jax.tree_util.tree_map_with_path(stir, variables)
+    if "batch_stats" in variables:
+        warm = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"])[1])
+        for _ in range(20):
+            variables = {**variables, **warm(variables)}
+    return jax.tree_util.tree_map(np.asarray, variables)
+
+
+def smooth_images(count, size, seed=0):
+    """Images with structure, so that features have a covariance to learn."""
+    coarse = np.random.default_rng(seed).normal(size=(count, 4, 4, 3))
+    return np.asarray(jax.image.resize(coarse, (count, *size, 3), "cubic"), np.float32)
+
+
+def check(model, size, count, expected_sites=None, *, pattern=".*"):
+    """Runs the method with every layer a site and states what must hold."""
+    variables, images = lively(model, size), smooth_images(count, size)
+    if expected_sites is not None:
+        assert len(find_sites(model, images)) == expected_sites
+    sites = find_sites(model, images, pattern=pattern)
+
+    moments = collect_moments(model, variables, sites, [(images, np.ones(count, np.float32))])
+    denoise = closed_form.closed_form(moments, sites, SCHEDULE)
+    optimum = closed_form.expected_losses(moments, sites, SCHEDULE)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def losses(scale, tree):
+        scaled = jax.tree_util.tree_map(lambda leaf: scale * leaf, tree)
+        return algorithm1_losses(
+            model, variables, scaled, sites, SCHEDULE, jax.random.key(3), jnp.arange(count), jnp.asarray(images)
+        )
+
+    nothing, learned = losses(0.0, denoise), losses(1.0, denoise)
+    assert set(nothing) == set(optimum)
+    for name, least in optimum.items():
+        assert abs(nothing[name] - 1) < 0.2, name  # the mean of ε²
+        assert learned[name] < nothing[name] and abs(learned[name] - least) < 0.15 * (nothing[name] + least), name
+    gradient = jax.jit(jax.grad(lambda tree: sum(losses(1.0, tree).values())))(denoise)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(gradient))
+
+    few = jnp.asarray(images[:2])
+    certificate = certify(model, variables, denoise, sites, SCHEDULE, few)
+    assert certificate.passed, str(certificate)
+    unfused = certify(model, variables, denoise, sites, SCHEDULE, few, fused=variables["params"])
+    assert not unfused.passed
+
+    noisy = images + 0.5 * np.random.default_rng(5).normal(size=images.shape).astype(np.float32)
+    found = measure(model, variables, sites, np.stack([images, images, noisy]), [0.5, 0.5])
+    direct = {"rule": "affine", "steps": 1}
+    fused = fuse_exact({"backbone": variables["params"], "denoise": found.denoise}, sites, SCHEDULE, **direct)
+    run = jax.jit(lambda params, x: model.apply({**variables, "params": params}, x))
+    clean, before, after = run(variables["params"], images), run(variables["params"], noisy), run(fused, noisy)
+    assert np.linalg.norm(after - clean) < 0.9 * np.linalg.norm(before - clean)
+    assert certify(model, variables, found.denoise, sites, SCHEDULE, few, fused=fused, **direct).passed
+
+
+def test_every_family_has_a_narrow_network():
+    family = {name: getattr(entry, "func", entry) for name, entry in MODELS.items()}
+    assert set(family.values()) == {family[name] for name in NARROW}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_the_whole_method_runs_on_every_family(name):
+    options, size, expected = NARROW[name]
+    check(create_model(name, num_classes=5, image_size=size, **options), size, 24, expected)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NARROW])
+def test_the_whole_method_runs_at_full_size(name):
+    size = (256, 256) if name.startswith("swin") else (32, 32) if name.endswith("cifar") else (224, 224)
+    model = create_model(name, num_classes=1000, image_size=size)
+    sites = find_sites(model, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+    # Denoisers of all sites of the widest networks would not fit in memory in float64; every third site stands for them.
+    pattern = "|".join(f"(?:{layer.name})" for site in sites[::3] for layer in site.layers)
+    check(model, size, 2, pattern=pattern)
