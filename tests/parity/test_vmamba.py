@@ -8,17 +8,19 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drep_jax.models import create_model
+from drep_jax.weights.foreign import load_foreign, write_back
 from drep_jax.weights.formats.vmamba import VMAMBA
 from drep_jax.weights.translation import account, find_pieces, put_back
 from tests.named_weights import named_weights
 
-pytest.importorskip("torch", reason="needs PyTorch: pip install -r requirements-parity.txt")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -r requirements-parity.txt")
 if "VMAMBA_REFERENCE" not in os.environ:
     pytest.skip("needs a checkout of github.com/MzeroMiko/VMamba in VMAMBA_REFERENCE", allow_module_level=True)
 
 from tests.parity import vmamba_reference as reference
 
 pytestmark = pytest.mark.parity
+CONFIG = {"depths": (1, 2), "width": 16, "ssm_ratio": 2.0, "num_classes": 5}
 FACTORIES = {"vmamba_t": "vmamba_tiny_s1l8", "vmamba_s": "vmamba_small_s2l15", "vmamba_b": "vmamba_base_s2l15"}
 
 
@@ -72,3 +74,38 @@ def test_import_then_export_is_the_same_to_the_bit(pair, name):
     assert back.keys() == tensors.keys()
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(back[key], tensor, strict=True, err_msg=key)
+
+
+class CfgNode(dict):
+    """Stands for the configuration that the authors' training script pickles into its checkpoints."""
+
+
+def test_a_training_checkpoint_is_read_and_written_back_for_the_authors_code(tmp_path):
+    net = reference.make_reference(reference.load_reference(os.environ["VMAMBA_REFERENCE"]), **CONFIG)
+    net.load_state_dict({n: torch.from_numpy(a) for n, a in named_weights(reference.shapes_of(net)).items()})
+    config = CfgNode(MODEL=CfgNode(TYPE="vssm"))
+    config.frozen = True
+    torch.save({"model": net.state_dict(), "epoch": 264, "config": config}, tmp_path / "ckpt_epoch_264.pth")
+
+    module = create_model("vmamba", image_size=(40, 40), **CONFIG)
+    images = np.random.default_rng(0).normal(size=(2, 40, 40, 3)).astype(np.float32)
+    like = jax.eval_shape(module.init, jax.random.key(0), images)
+    foreign = load_foreign(str(tmp_path / "ckpt_epoch_264.pth"), module, like)
+    changed = flatten_dict(foreign.variables, sep="/")
+    for name in ("layer1_0/ss2d/x_proj/kernel", "layer2_1/ss2d/dt_proj_2/bias", "layer2_0/mlp/fc1/kernel"):
+        changed[f"params/{name}"] = np.float32(1.25) * changed[f"params/{name}"]
+    after = unflatten_dict(changed, sep="/")
+    written = write_back(foreign, str(tmp_path / "fused.pth"), foreign.variables, after, {})
+    assert written == (
+        "layers.0.blocks.0.op.x_proj_weight",
+        "layers.1.blocks.0.mlp.fc1.weight",
+        "layers.1.blocks.1.op.dt_projs_bias",
+    )
+
+    file = torch.load(tmp_path / "fused.pth", weights_only=False)
+    assert (file["epoch"], file["config"], file["config"].frozen) == (264, config, True)
+    tensors = {name: tensor.numpy() for name, tensor in file["model"].items()}
+    _, expected = reference.run_reference(net, tensors, images)
+    got = np.asarray(jax.jit(module.apply)(after, images))
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(got - np.asarray(jax.jit(module.apply)(foreign.variables, images))).max() > 1e-3
