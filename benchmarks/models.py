@@ -3,18 +3,21 @@
     pip install torch torchvision timm                              # see requirements-parity.txt
     PYTHONPATH=. python benchmarks/models.py                        # or: … benchmarks/models.py vit_s16 resnet50
 
-Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch by `set_num_threads(1)`.
-Rounds are interleaved, times are medians, a ratio is the median over the rounds of ours / PyTorch's in the same round. Both
-networks are in inference mode with their own random weights, so that there is the same to compute; gradients are of the mean
-square of the logits by all parameters. A reference that is not installed is skipped with the reason; VMamba's is a checkout of
-its repository, whose path VMAMBA_REFERENCE gives.
+Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch by `set_num_threads(1)`. For
+both the allocator keeps freed memory (`drep_jax.host_memory`); --return_memory leaves that out. Rounds are interleaved, seconds
+are medians of processor time, a ratio is the median over the rounds of ours / PyTorch's in the same round. Both networks are
+in inference mode with their own random weights, so that there is the same to compute; gradients are of the mean square of the
+logits by all parameters. A reference that is not installed is skipped with the reason; VMamba's is a checkout of its
+repository, whose path VMAMBA_REFERENCE gives (tests/parity/vmamba_reference.py); it runs the authors' plain PyTorch path.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ import numpy as np
 from tabulate import tabulate
 
 from drep_jax import cost
+from drep_jax.host_memory import keep_freed_memory
 from drep_jax.models import MODELS, create_model
 
 
@@ -50,17 +54,15 @@ def from_torchvision(name):
 
 
 def from_vmamba(**options):
-    path = os.environ.get("VMAMBA_REFERENCE")
-    if not path:
+    checkout = os.environ.get("VMAMBA_REFERENCE")
+    if not checkout:
         raise Missing("VMAMBA_REFERENCE is not set")
-    source = os.path.join(path, "vmamba.py")
-    if not os.path.isfile(source):
-        raise Missing(f"there is no {source}")
-    spec = importlib.util.spec_from_file_location("vmamba_reference", source)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.VSSM(**options)
+    import torch
+
+    from tests.parity.vmamba_reference import load_reference, make_reference
+
+    torch.cuda.device = lambda device: contextlib.nullcontext()  # it enters the GPU that its tensors are on
+    return make_reference(load_reference(checkout), num_classes=1000, **options)
 
 
 def _package(name):
@@ -75,25 +77,7 @@ CASES = {
     "resnet50": Case(224, functools.partial(from_torchvision, "resnet50")),
     "resnet101": Case(224, functools.partial(from_torchvision, "resnet101")),
     "swinv2_t_w8": Case(256, functools.partial(from_timm, "swinv2_tiny_window8_256")),
-    "vmamba_t": Case(
-        224,
-        functools.partial(
-            from_vmamba,
-            depths=[2, 2, 8, 2],
-            dims=96,
-            drop_path_rate=0.2,
-            ssm_d_state=1,
-            ssm_ratio=1.0,
-            ssm_dt_rank="auto",
-            ssm_conv=3,
-            ssm_conv_bias=False,
-            forward_type="v05_noz",
-            mlp_ratio=4.0,
-            downsample_version="v3",
-            patchembed_version="v2",
-            norm_layer="ln2d",
-        ),
-    ),
+    "vmamba_t": Case(224, functools.partial(from_vmamba, depths=(2, 2, 8, 2), width=96, ssm_ratio=1.0)),
 }
 
 
@@ -143,22 +127,22 @@ def measure(name, case, batch, rounds):
         print(f"{name}: {ours[2]:,} parameters, and the reference has {theirs[2]:,}", file=sys.stderr)
     rows = []
     for what, our, their in zip(("forward", "with gradients"), ours, theirs, strict=False):
-        times = cost.interleaved({"ours": our, "PyTorch": their}, rounds=rounds)
+        times = cost.interleaved({"ours": our, "PyTorch": their}, rounds=rounds, clock=time.process_time)
         seconds = [np.median(times[side]) for side in ("ours", "PyTorch")]
         rows.append([name, what, *seconds, cost.ratios(times, "PyTorch")["ours"]])
     return rows
 
 
 def main(arguments):
+    kept = not arguments.return_memory and keep_freed_memory()
     rows = []
     for name in arguments.models or CASES:
         try:
             rows += measure(name, CASES[name], arguments.batch, arguments.rounds)
         except Missing as reason:
             print(f"{name}: skipped, {reason}", file=sys.stderr)
-    print(
-        f"batch {arguments.batch}, float32, one thread each, {arguments.rounds} interleaved rounds, {os.uname().machine}"
-    )
+    memory = "kept" if kept else "returned to the system"
+    print(f"batch {arguments.batch}, float32, one thread, {arguments.rounds} interleaved rounds, freed memory {memory}")
     print(tabulate(rows, ["", "", "ours s", "PyTorch s", "ours / PyTorch"], floatfmt=("", "", ".3f", ".3f", ".2f")))
 
 
@@ -167,6 +151,7 @@ if __name__ == "__main__":
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--return_memory", action="store_true", help="leave the allocator as the system has it")
     parsed = parser.parse_args()
     if unknown := set(parsed.models) - set(CASES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")

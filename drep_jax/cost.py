@@ -26,13 +26,20 @@ def memory(function: Callable[..., Any], *args: Any) -> dict[str, int]:
     }
 
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Times functions in turn, A B C, B C A, …, so that drift of a shared machine meets all of them alike.
 
     Args:
       functions: name ↦ function without arguments; what it returns is waited for.
       rounds: how often each is timed.
       warmup: untimed calls of each first, which compile.
+      clock: gives seconds; `time.process_time` counts this process's processor time, which others on the machine hardly change.
 
     Returns:
       Seconds, one entry a round.
@@ -45,9 +52,9 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int, warm
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            began = time.perf_counter()
+            began = clock()
             jax.block_until_ready(functions[name]())
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
     return times
 
 

@@ -43,6 +43,8 @@ def export_onnx(
       ExportError: if the converter is not installed, or does not know an operation; if the module needs a known batch size;
         if the file would be too large or computes something else. A file that was there before stays.
     """
+    for name in ("onnx_ir", "jax2onnx"):  # they warn of every constant, and of packages that their examples lack
+        logging.getLogger(name).setLevel(logging.ERROR)
     jax2onnx = _optional("jax2onnx")
     _optional("onnxruntime")
 
@@ -59,7 +61,6 @@ def export_onnx(
     plain = _rewritten(inline(closed))
     count = len(plain.out_avals)
     names = [OUTPUT] if count == 1 else [f"{OUTPUT}_{i}" for i in range(count)]
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every constant
     try:
         model = jax2onnx.to_onnx(
             lambda images: tuple(core.jaxpr_as_fun(plain)(images)),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError, did_you_mean
+from drep_jax.models.pointwise import pointwise_conv
 
 BLOCKS = ("basic", "bottleneck")
 STEMS = ("imagenet", "cifar")
@@ -169,6 +170,7 @@ def _conv(channels: int, *, kernel: int, stride: int = 1, name: str, dtype: Any,
         padding=((pad, pad), (pad, pad)),
         use_bias=False,
         kernel_init=_he_fan_out,
+        conv_general_dilated=pointwise_conv if kernel == 1 else None,
         dtype=dtype,
         param_dtype=param_dtype,
         name=name,

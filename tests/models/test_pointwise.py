@@ -1,0 +1,66 @@
+"""The product computes what the convolution computes, in both directions, and leaves to it what is no product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from drep_jax.models.activations import gelu
+from drep_jax.models.pointwise import pointwise_conv
+from drep_jax.models.resnet import ResNet
+from drep_jax.sites import find_layers
+from tests.trees import normal
+
+NAMES = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "padding", "options", "product"),
+    [
+        (1, (1, 1), ((0, 0), (0, 0)), {}, True),
+        (1, (2, 3), "VALID", {}, True),
+        (1, (2, 2), ((0, 0), (0, 0)), {}, True),
+        (1, (2, 1), ((1, 0), (0, 0)), {}, False),
+        (3, (1, 1), ((1, 1), (1, 1)), {}, False),
+        (1, (1, 1), ((0, 0), (0, 0)), {"feature_group_count": 2}, False),
+        (1, (1, 1), ((0, 0), (0, 0)), {"lhs_dilation": (2, 1)}, False),
+    ],
+)
+def test_value_and_gradients_are_those_of_the_convolution(size, strides, padding, options, product):
+    groups = options.get("feature_group_count", 1)
+    x, kernel = normal(0, (2, 5, 7, 4)), normal(1, (size, size, 4 // groups, 6))
+    options = {"dimension_numbers": NAMES, **options}
+
+    def both(conv):
+        def loss(x, kernel):
+            y = conv(x, kernel, strides, padding, **options)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
+
+    jax.tree_util.tree_map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        both(pointwise_conv),
+        both(lax.conv_general_dilated),
+    )
+    text = str(jax.make_jaxpr(lambda x, k: pointwise_conv(x, k, strides, padding, **options))(x, kernel))
+    assert ("conv_general_dilated" not in text) == product
+
+
+def test_a_resnet_computes_its_pointwise_layers_so_and_they_stay_sites():
+    net = ResNet((1, 1), "bottleneck", 3, width=4)
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+    layers = find_layers(net, images)
+    assert not any(layer.refusal for layer in layers)
+    wide = sum(layer.kind == "conv" and not layer.window.single for layer in layers)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    assert str(jax.make_jaxpr(net.apply)(variables, images)).count("= conv_general_dilated[") == wide == 3
+
+
+def test_gelu():
+    x = jnp.linspace(-6.0, 6.0, 101)
+    np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
+    half = x.astype(jnp.bfloat16)
+    assert gelu(half).dtype == jnp.bfloat16
+    np.testing.assert_allclose(gelu(half).astype(jnp.float32), gelu(half.astype(jnp.float32)), rtol=8e-3)
