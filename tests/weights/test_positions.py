@@ -98,6 +98,7 @@ def test_another_grid_needs_the_files_grid_and_says_how(square):
         "(1, 17, 12) in the file, (1, 7, 12) in the model",
         "2×3",
         "--config.backbone.init_grid",
+        "--config.model.position_class_token",
     ):
         assert text in str(error.value)
     for wrong in ((4, 5), (16,)):
