@@ -31,7 +31,7 @@ def get_default() -> ConfigDict:
             "shift": 0,  # pixels
         }
     )
-    config.model = ConfigDict({"name": "vit", "num_classes": 0}, type_safe=False)  # 0: as many as the images have
+    config.model = ConfigDict({"name": "vit", "num_classes": 0}, type_safe=False)  # 0: of the images; -1: features
 
     stage = {
         "steps": 0,

@@ -16,6 +16,9 @@ from drep_jax.sites import Coverage, Site, assign_times, coverage, find_layers, 
 
 Tree = Any
 
+FEATURES = -1
+"""The `model.num_classes` of a backbone without a head."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -30,6 +33,7 @@ class Setting:
       train: images to learn from.
       held_out: images to choose on, of the split "validation".
       test: labelled images to evaluate on, or None.
+      features: whether the backbone has no head: it gives features, not logits.
       mean, std: normalisation of the images, on the scale 0 to 1.
     """
 
@@ -41,6 +45,7 @@ class Setting:
     train: Source
     held_out: Source
     test: Source | None
+    features: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -68,13 +73,15 @@ def build(config: Mapping[str, Any]) -> Setting:
         )
     train = open_source(data["source"], "train", **options)
     held_out = open_source(data["source"], "validation", **options)
-    test = open_source(data["source"], "test", **options) if train.num_classes else None
-    classes = config["model"].get("num_classes") or train.num_classes
-    if not classes:
+    features = config["model"].get("num_classes") == FEATURES
+    classes = 0 if features else int(config["model"].get("num_classes") or train.num_classes or 0)
+    test = open_source(data["source"], "test", **options) if train.num_classes and not features else None
+    if not classes and not features:
         raise ConfigError(
-            "The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=…."
+            "The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=…, or "
+            f"{FEATURES} if it has no head and gives features."
         )
-    if train.num_classes and train.num_classes > classes:
+    if train.num_classes and not features and train.num_classes > classes:
         raise ConfigError(f"model.num_classes={classes}, but {train.name} has {train.num_classes} classes.")
     overrides = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
     backbone = create_model(config["model"]["name"], num_classes=classes, image_size=size, **overrides)
@@ -93,6 +100,7 @@ def build(config: Mapping[str, Any]) -> Setting:
         train=train,
         held_out=held_out,
         test=test,
+        features=features,
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
     )

@@ -93,6 +93,10 @@ def check(config: Config, setting: Setting) -> None:
         optimizer_of(config, stage)
         if steps or section == "denoise":  # whose batches serve for the moments, too
             parallel.check_batch(batch, f"{section}.batch_size")
+        if steps and section == stage and setting.features:
+            raise ConfigError(
+                f"Stage {stage} trains with labels, but the backbone has no head. Set --config.{stage}.steps=0."
+            )
         if steps and section == stage and setting.train.num_classes is None:
             raise ConfigError(
                 f"Stage {stage} trains with labels, but {setting.train.name} has none. Set --config.{stage}.steps=0."

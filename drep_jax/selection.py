@@ -3,7 +3,8 @@
 Every candidate is a `denoise` subtree for rule "affine"; a point of the grid is a candidate and a strength τ. With labels a
 point is scored by accuracy; without, by *agreement*: the share of images, corrupted, on which the fused network says what the
 unfused backbone says of the clean image. Where backbone and label agree, so do the two criteria; hence they differ by at most
-the backbone's clean error.
+the backbone's clean error. A backbone without a head says which of the held-out images it sees: the one whose clean feature
+is nearest (cosine).
 """
 
 import dataclasses
@@ -174,13 +175,16 @@ def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candida
     count = min(options["images"] or len(source), len(source))
     index = np.sort(epoch_order(len(source), config["seed"], 0)[:count])
     images, labels = read_images(source, index), read_labels(source, index)
-    if labels is not None and options["labels"] is False:
+    if setting.features or options["labels"] is False:
         labels = None
     batch = min(config["evaluate"]["batch_size"], count)
+    known = None
+    if setting.features:
+        known = _unit(_every_output(outputs, normalize(images, setting.mean, setting.std), batch, first=True)[0])
     said: dict[str, np.ndarray] = {}
     for condition in conditions:
         corrupted = corrupt(images, index, condition, config["seed"] + SELECTION_SEED)
-        said[condition] = _answers(outputs, normalize(corrupted, setting.mean, setting.std), batch)
+        said[condition] = _answers(outputs, normalize(corrupted, setting.mean, setting.std), batch, known)
     clean = said[CLEAN][0]
     if (clean < 0).any():
         raise NonFiniteError(f"The unchanged backbone gives NaN or Inf on images of {source.name}.")
@@ -227,15 +231,34 @@ def _scores(point: Point, criterion: str) -> dict[str, float]:
     return point.agreement if criterion == "agreement" or point.accuracy is None else point.accuracy
 
 
-def _answers(outputs: Any, images: Any, batch: int) -> np.ndarray:
-    """Returns each point's class of every image, (points, images); −1 where outputs are not finite."""
+def _answers(outputs: Any, images: Any, batch: int, known: np.ndarray | None) -> np.ndarray:
+    """Returns each point's answer to every image, (points, images); −1 where outputs are not finite.
+
+    The answer is the class, or with `known` features (images, width) the number of the nearest one.
+    """
+
+    def answer(found: np.ndarray) -> np.ndarray:
+        scores = found if known is None else _unit(found) @ known.T
+        return np.where(np.isfinite(found).all(axis=-1), scores.argmax(axis=-1), -1)
+
+    return _every_output(outputs, images, batch, answer)
+
+
+def _every_output(outputs: Any, images: Any, batch: int, change: Any = None, *, first: bool = False) -> np.ndarray:
+    """Returns the outputs, changed batch by batch, for all images, (points, images, …); of the first point only if asked."""
     images = np.asarray(images)
     padded = np.concatenate([images, np.zeros((-len(images) % batch, *images.shape[1:]), images.dtype)])
     found = []
     for start in range(0, len(padded), batch):
-        logits = np.asarray(outputs(padded[start : start + batch]))
-        found.append(np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), -1))
+        values = np.asarray(outputs(padded[start : start + batch]))
+        values = values[:1] if first else values
+        found.append(values if change is None else change(values))
     return np.concatenate(found, axis=1)[:, : len(images)]
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nan_to_num(features / np.linalg.norm(features, axis=-1, keepdims=True))
 
 
 def _share(answers: np.ndarray, truth: np.ndarray) -> float:

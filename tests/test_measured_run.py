@@ -4,8 +4,10 @@ import json
 import os
 
 import numpy as np
+import pytest
 
 from drep_jax import experiment, weights
+from drep_jax.errors import ConfigError
 from tests.command import call, largest_difference
 
 
@@ -72,3 +74,27 @@ def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_pat
     assert points[0]["scores"]["clean"] == 100
     best = points[content["front"]["chosen"]]["scores"]
     assert sum(best.values()) >= sum(points[0]["scores"].values())
+
+
+def test_a_backbone_without_a_head_is_chosen_by_the_nearest_image(finished, tmp_path):
+    headless = {name: leaf for name, leaf in finished.variables["params"].items() if name != "head"}
+    weights.save_safetensors(str(tmp_path / "headless.safetensors"), {"params": headless})
+    config = json.loads(json.dumps(finished.config))
+    config["backbone"].update(init_from=str(tmp_path / "headless.safetensors"), steps=0)
+    config["control"]["steps"] = 0
+    config["model"]["num_classes"] = -1
+    config.update(learner="measured", compare=[], noise="gaussian:60..120")
+    config["evaluate"]["conditions"] = ["clean", "gaussian:100"]
+    config["sites"]["pattern"] = ".*"
+    config["measured"].update(images=200, clean_share=[0.5])
+    config["select"].update(max_clean_loss=10.0, images=100)
+    content = experiment.run(config, str(tmp_path / "run"))
+    chosen = content["learning"]["measured"]["chosen"]
+    assert chosen["criterion"] == "agreement" and content["metrics"] == {} and content["certificate"]["passed"]
+    points = content["front"]["points"]
+    assert points[0]["scores"]["clean"] == 100.0 and points[0]["scores"]["gaussian:100"] < 90
+    best = max(point["scores"]["gaussian:100"] for point in points)
+    assert best > points[0]["scores"]["gaussian:100"] + 2
+    config["control"]["steps"] = 5
+    with pytest.raises(ConfigError, match=r"no head.*control\.steps=0"):
+        experiment.run(config, str(tmp_path / "other"))
