@@ -1,7 +1,7 @@
 """Lists the denoising sites and their time steps for the registered backbones, as in docs/models.md; nothing is computed.
 
-    PYTHONPATH=. python benchmarks/sites.py                     # one line a backbone
-    PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
+PYTHONPATH=. python benchmarks/sites.py                     # one line a backbone
+PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
 """
 
 import sys
@@ -49,7 +49,15 @@ def main(arguments):
         rows.append(
             [name, f"{millions:.2f}", layers, len(sites), widths, f"{100 * covered.kernel_share:.0f} %", len(every)]
         )
-    headers = ["model", "M parameters", "layers", "default sites = largest t", "widths d", "of the weights", "all sites"]
+    headers = [
+        "model",
+        "M parameters",
+        "layers",
+        "default sites = largest t",
+        "widths d",
+        "of the weights",
+        "all sites",
+    ]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 

@@ -72,7 +72,13 @@ def _backward(along: int, reverse: bool, saved: Any, dy: Maps) -> tuple[Any, ...
     d_delta = jnp.sum(via_decay * a[None, None, None] + grads * b[..., None] * x[..., None, :], axis=-2)
     d_a = jnp.sum(via_decay * delta[..., None, :], axis=(0, 1, 2))
     d_x = delta * jnp.sum(grads * b[..., None], axis=-2)
-    return d_x, d_delta, d_a, _over_channels(grads * (delta * x)[..., None, :]), _over_channels(states * dy[..., None, :])
+    return (
+        d_x,
+        d_delta,
+        d_a,
+        _over_channels(grads * (delta * x)[..., None, :]),
+        _over_channels(states * dy[..., None, :]),
+    )
 
 
 _scan.defvjp(_forward, _backward)
