@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
+from drep_jax.models.activations import gelu
 
 BIAS_HIDDEN = 512
 """Hidden dimension of the network of the position bias."""
@@ -177,7 +178,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         """Maps each pixel by itself."""
         dense = functools.partial(nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
+        hidden = gelu(dense(self.hidden, name="fc1")(x))
         return dense(x.shape[-1], name="fc2")(hidden)
 
 
