@@ -178,8 +178,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         """Maps each pixel by itself."""
         dense = functools.partial(nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = gelu(dense(self.hidden, name="fc1")(x))
-        return dense(x.shape[-1], name="fc2")(hidden)
+        return dense(x.shape[-1], name="fc2")(gelu(dense(self.hidden, name="fc1")(x)))
 
 
 class SwinBlock(nn.Module):

@@ -14,7 +14,7 @@ from drep_jax.errors import CheckpointError
 from drep_jax.weights import files
 from drep_jax.weights.formats import find_format, named_format
 from drep_jax.weights.native import names_of
-from drep_jax.weights.positions import resize, source_grid
+from drep_jax.weights.positions import CLASS_TOKEN, resize, source_grid
 from drep_jax.weights.translation import Account, Format, Piece, account, find_pieces, matches, put_back, some
 
 Tree = Any
@@ -157,7 +157,7 @@ def _with_positions(
     if old is None:
         shaped[piece.ours] += (
             f", whose patches are {ours}: to resize the positions, give the grid of the file, such as "
-            '--config.backbone.init_grid="(14, 14)" (height, width)'
+            f'--config.backbone.init_grid="(14, 14)" (height, width). {CLASS_TOKEN}'
         )
         return dataclasses.replace(found, shaped=shaped), []
     shaped.pop(piece.ours, None)

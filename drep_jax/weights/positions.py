@@ -13,6 +13,7 @@ import numpy as np
 from drep_jax.errors import CheckpointError
 
 Grid = tuple[int, int]
+CLASS_TOKEN = "Whether the class token has a position, too, is --config.model.position_class_token."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def source_grid(positions: Positions, shape: tuple[int, ...], given: Grid | None
             raise CheckpointError(
                 f"--config.backbone.init_grid={given} is {math.prod(given)} patches, but of the file's {shape[1]} positions "
                 f"this model takes {count} for patches ({positions.prefix} before them). Give (height, width) of the grid "
-                "of patches that the file was trained with."
+                f"of patches that the file was trained with. {CLASS_TOKEN}"
             )
         return given
     fixed = positions.source_grid

@@ -27,7 +27,7 @@ NARROW = {
         (16, 16),
         6,
     ),
-    "vmamba": ({"depths": (1, 1), "width": 8, "ssm_ratio": 1.0}, (32, 32), 4),
+    "vmamba": ({"depths": (1,), "width": 8, "ssm_ratio": 1.0}, (16, 16), 2),
 }
 
 
@@ -84,8 +84,6 @@ def check(model, size, count, expected_sites=None, *, pattern=".*"):
     few = jnp.asarray(images[:2])
     certificate = certify(model, variables, denoise, sites, SCHEDULE, few)
     assert certificate.passed, str(certificate)
-    unfused = certify(model, variables, denoise, sites, SCHEDULE, few, fused=variables["params"])
-    assert not unfused.passed
 
     noisy = images + 0.5 * np.random.default_rng(5).normal(size=images.shape).astype(np.float32)
     found = measure(model, variables, sites, np.stack([images, images, noisy]), [0.5, 0.5])

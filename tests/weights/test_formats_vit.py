@@ -236,6 +236,18 @@ def test_the_teacher_of_transreid_ssl_is_read_without_its_head(tmp_path):
     assert plain.format.name == "timm" and same_bits(found.variables, plain.variables)
 
 
+def test_a_trained_transreid_is_read_without_its_classifier(tmp_path):
+    module = tiny(0)
+    plain = foreign_weights(TIMM_VIT, module)
+    head = ("base.fc.weight", "classifier.weight", "bottleneck.weight", "bottleneck.bias", "bottleneck.running_mean")
+    tensors = {f"base.{name}": array for name, array in plain.items()} | dict.fromkeys(head, np.ones(3, np.float32))
+    found = load(save(tmp_path / "net.safetensors", tensors), module)
+    assert found.format.name == "transreid"
+    assert same_bits(found.variables, load(save(tmp_path / "plain.safetensors", plain), module).variables)
+    tensors["base.sie_embed"] = np.ones((6, 1, 12), np.float32)
+    refused(save(tmp_path / "sie.safetensors", tensors), module, "sie_embed", "cameras and viewpoints")
+
+
 def test_the_convolutional_stem_of_transreid_ssl_is_named(tmp_path):
     tensors = foreign_weights(TIMM_VIT, tiny(0)) | {"patch_embed.conv.0.weight": np.ones((4, 3, 7, 7), np.float32)}
     path = save(tmp_path / "net.safetensors", tensors)

@@ -1,7 +1,11 @@
-"""ViTs that TransReID-SSL (github.com/damo-cv/TransReID-SSL) pre-trained on LUPerson with DINO, 256x128 pixels: timm's names.
+"""Person re-identification: ViTs pre-trained by TransReID-SSL, and ViT baselines of TransReID trained from them; timm's names.
 
-The files hold the whole training state: the teacher's network is taken, its projection head is left.
+The pre-trained files (DINO on LUPerson, 256x128 pixels) hold the whole training state: the teacher's network is taken, its
+projection head is left. Of trained networks the classifier and the batch norm before it are left: the feature is that before
+the batch norm (TEST.NECK_FEAT "before").
 """
+
+import dataclasses
 
 from drep_jax.models.vit import ViT
 from drep_jax.weights import positions
@@ -16,4 +20,18 @@ TRANSREID_SSL = Format(
     ignored=(r"head\.(mlp|last_layer)\..*",),
     refused=(ICS_STEM,),
     positions=lambda vit: vit_positions(vit, positions.TRANSREID, source_grid=(16, 8)),
+)
+TRANSREID = dataclasses.replace(
+    TRANSREID_SSL,
+    name="transreid",
+    marks=(r"blocks\.0\.attn\.qkv\.weight", "pos_embed", r"bottleneck\.running_mean"),
+    ignored=(r"(bottleneck|classifier|fc)\..*",),
+    refused=(
+        ICS_STEM,
+        (
+            "sie_embed",
+            "these are embeddings of cameras and viewpoints, which a ViT that sees the image only cannot add.",
+        ),
+    ),
+    positions=lambda vit: vit_positions(vit, positions.TRANSREID),
 )
