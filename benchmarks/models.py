@@ -130,6 +130,7 @@ def measure(name, case, batch, rounds):
         times = cost.interleaved({"ours": our, "PyTorch": their}, rounds=rounds, clock=time.process_time)
         seconds = [np.median(times[side]) for side in ("ours", "PyTorch")]
         rows.append([name, what, *seconds, cost.ratios(times, "PyTorch")["ours"]])
+        print(f"{name}, {what}: {seconds[0]:.2f} s against {seconds[1]:.2f} s", file=sys.stderr, flush=True)
     return rows
 
 

@@ -124,7 +124,7 @@ def _rewritten(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
             rewrite = _REWRITES.get(eqn.primitive.name)
-            outs = [rewrite(*values, **eqn.params)] if rewrite else bind(eqn, values)
+            outs = rewrite(eqn, values) if rewrite else bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
@@ -176,4 +176,18 @@ def _pad(x: Any, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) 
     return x
 
 
-_REWRITES: dict[str, Callable[..., Any]] = {"reduce_window_max": _window_maximum, "pad": _pad}
+def _forward_scan(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of a scan; one that runs backwards runs forwards over what is turned around."""
+    if not eqn.params["reverse"]:
+        return bind(eqn, values)
+    fixed, carried = eqn.params["num_consts"] + eqn.params["num_carry"], eqn.params["num_carry"]
+    turned = [x if i < fixed else jax.lax.rev(x, (0,)) for i, x in enumerate(values)]
+    outs = eqn.primitive.bind(*turned, **eqn.primitive.get_bind_params({**eqn.params, "reverse": False}))
+    return [y if i < carried else jax.lax.rev(y, (0,)) for i, y in enumerate(outs)]
+
+
+_REWRITES: dict[str, Callable[[Any, Sequence[Any]], list[Any]]] = {
+    "reduce_window_max": lambda eqn, values: [_window_maximum(*values, **eqn.params)],
+    "pad": lambda eqn, values: [_pad(*values, **eqn.params)],
+    "scan": _forward_scan,
+}

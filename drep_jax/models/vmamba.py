@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
+from drep_jax.models.activations import gelu
 from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.selective_scan import selective_scan
 
@@ -116,7 +117,7 @@ class Mlp(nn.Module):
         dense: Any = functools.partial(
             nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype
         )
-        hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
+        hidden = gelu(dense(self.hidden, name="fc1")(x))
         return dense(x.shape[-1], name="fc2")(hidden)
 
 
@@ -198,7 +199,7 @@ class VMamba(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm: Any = functools.partial(_layer_norm, **dtypes)
         x = norm("stem_norm1")(_halve(self.width // 2, "stem_conv1", **dtypes)(x))
-        x = norm("stem_norm2")(_halve(self.width, "stem_conv2", **dtypes)(nn.gelu(x, approximate=False)))
+        x = norm("stem_norm2")(_halve(self.width, "stem_conv2", **dtypes)(gelu(x)))
         block: Any = nn.remat(VSSBlock) if self.remat else VSSBlock
         rates = iter(np.linspace(0.0, self.drop_path if train else 0.0, sum(self.depths)).tolist())
         for stage, depth in enumerate(self.depths):

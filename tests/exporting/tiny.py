@@ -13,6 +13,8 @@ FAMILIES = {
     "vit": ("vit", TINY_VIT),
     "vit, scan and remat, mean pool": ("vit", {**TINY_VIT, "scan": True, "remat": True, "pool": "mean"}),
     "vit, bfloat16": ("vit", {**TINY_VIT, "depth": 1, "dtype": "bfloat16"}),
+    "swinv2": ("swinv2", {"width": 4, "depths": (2, 1), "num_heads": (2, 4), "window_size": (2, 3), "patch_size": 2}),
+    "vmamba": ("vmamba", {"depths": (1, 1), "width": 8, "ssm_ratio": 1.0}),
     "resnet, bottleneck": ("resnet", {**TINY_RESNET, "block": "bottleneck"}),
     "resnet, basic, cifar": ("resnet", {**TINY_RESNET, "block": "basic", "stem": "cifar", "shortcut": "pad"}),
 }
