@@ -38,6 +38,9 @@ from drep_jax.training.stages import STAGES, key_of, optimizer_of, run_training,
 Tree = Any
 Config = Mapping[str, Any]
 
+FOREIGN_ONLY = ("init_format", "init_state", "init_grid", "init_allow")
+"""Settings of how a foreign file of weights is read."""
+
 
 def run(config: Config, directory: str) -> dict[str, Any]:
     """Runs the whole job in `directory`, or finishes one that was begun there, and returns the report."""
@@ -136,6 +139,11 @@ def make_backbone(config: Config, setting: Setting, directory: str, writer: Metr
     if not path:
         return train_labelled(config, setting, "backbone", fresh(), directory, writer)
     if weights.is_native(path):
+        if useless := [name for name in FOREIGN_ONLY if config["backbone"][name]]:
+            raise ConfigError(
+                f"{path} is a file of this project, where {', '.join(f'backbone.{name}' for name in useless)} would change "
+                "nothing: they are for foreign files."
+            )
         return weights.load(path, setting.abstract)
     found = weights.load_foreign(path, setting.backbone, setting.abstract, fresh=fresh, **init_options(config))
     print("\n".join(f"  {note}" for note in ("Weights read:", *found.notes)))

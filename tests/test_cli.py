@@ -91,6 +91,8 @@ def test_nan_in_given_weights_is_refused(finished, tmp_path):
     given = f"--config.backbone.init_from={tmp_path / 'nan.safetensors'}"
     call("train.py", TINY, place, given).refused("nan.safetensors", "params/head/bias contains NaN")
     call("train.py", TINY, place, "--config.backbone.init_from=/nowhere.safetensors").refused("/nowhere.safetensors")
+    useless = "--config.backbone.init_format=timm"
+    call("train.py", TINY, place, given, useless).refused("backbone.init_format", "are for foreign files")
 
 
 def test_a_loss_that_diverges_names_stage_step_and_site(finished, tmp_path):
