@@ -1,14 +1,19 @@
-"""Convolution by a single pixel as the matrix product that it is, for `nn.Conv(conv_general_dilated=…)`.
+"""Convolution by a single pixel whose gradients are the matrix products that they are, for `nn.Conv(conv_general_dilated=…)`.
 
-XLA's CPU compiler is as fast with either, but computes the kernel's gradient of a convolution from transposed copies of its
-input: for (8, 56, 56, 64) and 256 outputs on one core 46 ms, against 10 ms for the gradient of a product.
+XLA's CPU compiler computes the kernel's gradient of a convolution from transposed copies of its input: for (8, 56, 56, 64) and
+256 outputs on one core 46 ms, against 10 ms as a product. ResNet-50 has 36 such convolutions; forward and backward take
+4.5 s with the one and 2.5 s with the other (batch 8). The forward pass is the plain operator.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax import lax
 from jaxtyping import Array, Float
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def pointwise_conv(
@@ -18,25 +23,46 @@ def pointwise_conv(
     padding: Any,
     **options: Any,
 ) -> Float[Array, "batch height width outputs"]:
-    """Is `lax.conv_general_dilated`, with a faster gradient where the window is one pixel.
+    """Is `lax.conv_general_dilated`, with faster gradients where the window is one pixel (reverse mode only, no `jvp`).
 
     Args:
       x: the maps.
       kernel: of the convolution.
-      strides, padding, **options: as for `lax.conv_general_dilated`; windows of more pixels, groups, dilation, and padding are
-        left to it.
+      strides, padding, **options: as for `lax.conv_general_dilated`; windows of more pixels, groups, dilated inputs and
+        padding are left to it.
     """
     groups, dilation = options.get("feature_group_count", 1), options.get("lhs_dilation") or (1, 1)
     padded = not isinstance(padding, str) and any(side != 0 for sides in padding for side in sides)
     if x.ndim != 4 or kernel.shape[:2] != (1, 1) or groups != 1 or padded or any(d != 1 for d in dilation):
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    _, height, width, channels = x.shape
-    if any(s != 1 for s in strides):
-        x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, *strides, 1))
-        height, width = x.shape[1:3]
-    y = lax.dot(x.reshape(-1, channels), kernel[0, 0], precision=options.get("precision"))
-    return y.reshape(-1, height, width, kernel.shape[-1])
+    return _convolve(x, kernel, tuple(strides), options.get("precision"))
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: Array, kernel: Array, strides: tuple[int, ...], precision: Any) -> Array:
+    return lax.conv_general_dilated(x, kernel, strides, "VALID", dimension_numbers=LAYOUT, precision=precision)
+
+
+def _forward(x: Array, kernel: Array, strides: tuple[int, ...], precision: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve(x, kernel, strides, precision), (x, kernel)
+
+
+def _backward(
+    strides: tuple[int, ...], precision: Any, kept: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    seen = x if strides == (1, 1) else lax.slice(x, (0, 0, 0, 0), x.shape, (1, *strides, 1))
+    of_kernel = lax.dot(seen.reshape(-1, x.shape[-1]).T, rows, precision=precision)
+    of_x = lax.dot(rows, kernel[0, 0].T, precision=precision).reshape(seen.shape)
+    # Pixels that no window met have no gradient.
+    sides = [(0, n - ((m - 1) * s + 1), s - 1) for n, m, s in zip(x.shape[1:3], seen.shape[1:3], strides, strict=True)]
+    if strides != (1, 1):
+        of_x = lax.pad(of_x, of_x.dtype.type(0), [(0, 0, 0), *sides, (0, 0, 0)])
+    return of_x.astype(x.dtype), of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_convolve.defvjp(_forward, _backward)
 
 # `drep_jax.sites` takes it for what it is: a layer that computes with it is as linear as any convolution.
 pointwise_conv.is_convolution = True  # type: ignore[attr-defined]
