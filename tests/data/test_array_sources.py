@@ -127,7 +127,7 @@ def test_published_weights_reproduce_their_published_accuracy():
     for module, published in ((resnet20_cifar10, 91.73), (vit_cifar10, 73.72)):
         config = module.get_config()
         known = build(config)
-        variables = weights.load(config.backbone.init_from, known.abstract)
+        variables = weights.load_foreign(config.backbone.init_from, known.backbone, known.abstract).variables
         index = np.arange(10_000)
         images, labels = read_images(known.test, index), read_labels(known.test, index)
         apply = jax.jit(known.backbone.apply)
