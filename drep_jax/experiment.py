@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from drep_jax import closed_form, cost, evaluation, report, weights, workdir
+from drep_jax import closed_form, cost, evaluation, neighbours, report, weights, workdir
 from drep_jax.builder import Setting, build, init_options
 from drep_jax.closed_form import MOMENTS, Moments, load_moments, save_moments
+from drep_jax.data import unreadable
 from drep_jax.data.corruptions import parse_spec
 from drep_jax.data.loader import evaluation_batches, normalize
 from drep_jax.denoise_tree import get_in, site_steps
@@ -48,6 +49,7 @@ def run(config: Config, directory: str) -> dict[str, Any]:
     check(config, setting)
     directory = os.path.abspath(directory)
     workdir.claim(directory, config)
+    unreadable.keep_records(directory, setting.parts)
     writer = MetricWriter(directory)
     try:
         variables = make_backbone(config, setting, directory, writer)
@@ -109,7 +111,7 @@ def check(config: Config, setting: Setting) -> None:
                 f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {section}.batch_size is "
                 f"{batch}."
             )
-    if setting.test is not None:
+    if setting.test is not None or setting.others:
         parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")
         if evaluate["resamples"] < 100:
             raise ConfigError(f"evaluate.resamples={evaluate['resamples']}: at least 100 are needed for an interval.")
@@ -249,21 +251,19 @@ def finish(
         if found is not exported:
             numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
         arms[name] = {**variables, "params": numbers}
+    evaluate, seed = config["evaluate"], config["seed"]
+    images = {"batch_size": evaluate["batch_size"], "mean": setting.mean, "std": setting.std, "seed": seed}
+    told = {"controls": controls, "resamples": evaluate["resamples"], "seed": seed}
     metrics = {}
     if setting.test is not None:
-        evaluate = config["evaluate"]
         scores = evaluation.score_arms(
-            setting.backbone,
-            arms,
-            setting.test,
-            evaluate["conditions"],
-            classification.scores,
-            batch_size=evaluate["batch_size"],
-            mean=setting.mean,
-            std=setting.std,
-            seed=config["seed"],
+            setting.backbone, arms, setting.test, evaluate["conditions"], classification.scores, **images
         )
-        metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
+        metrics = evaluation.summarize(scores, **told)
+    sources = {}
+    for part in setting.others:
+        scores = neighbours.score_arms(setting.headless, arms, part, evaluate["conditions"], **images)
+        sources[part.name] = {"gallery": len(part.gallery), "metrics": evaluation.summarize(scores, **told)}
     content = {
         "schema": report.SCHEMA,
         "config": config,
@@ -273,6 +273,8 @@ def finish(
         "learning": {name: found.section for name, found in learned.items()},
         "exported": config["learner"],
         "metrics": metrics,
+        "sources": sources or None,
+        "unreadable": unreadable.summary(setting.parts),
         "certificate": certificate.to_json(),
         "cost": measure_cost(config, setting, variables, fused, exported),
         "spectra": spectra(config, setting, variables, directory, params, **how),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from drep_jax.data import Source
+from drep_jax.data.augment import augmentation_of
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
 from drep_jax.training.checkpoint import Checkpointer
@@ -83,10 +84,10 @@ def run_training(
     options = config[section_of(stage)]
     state, frozen, tx = prepare(config, stage, params, others, trainable)
     seed = config["seed"] * len(STAGES) + STAGES.index(stage)
-    augment = {name: config["data"][name] for name in ("flip", "shift")}
+    augmentation = augmentation_of(config["data"], labelled=section_of(stage) == stage)
 
     def batches(start: int) -> Iterator[dict[str, Any]]:
-        return training_batches(source, options["batch_size"], seed=seed, start_step=start, **augment)
+        return training_batches(source, options["batch_size"], seed=seed, start_step=start, augmentation=augmentation)
 
     checkpointer = Checkpointer(os.path.join(directory, "checkpoints", stage))
     try:
