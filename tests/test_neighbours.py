@@ -45,7 +45,8 @@ def small_config():
     config = get_config()
     config.model.update({"depth": 1})
     config.backbone.steps = config.control.steps = 0
-    config.denoise.update({"train_steps": 5, "batch_size": 16, "steps": 1, "moment_images": 64})
+    config.learner = "closed_form"  # compiles less
+    config.denoise.update({"batch_size": 16, "steps": 1, "moment_images": 64})
     config.evaluate.update({"conditions": ("clean",), "latency_batch": 2, "certificate_images": 2})
     config.latency_rounds = 1
     return config
@@ -93,7 +94,9 @@ def merged(backbone, tmp_path_factory):
     config.backbone.init_from = backbone[2]
     config = config.to_dict()
     directory = str(root / "run")
-    return config, directory, experiment.run(config, directory)
+    with pytest.MonkeyPatch.context() as patch:  # FLOPs and latency take most of the time, and are tested elsewhere
+        patch.setattr(experiment, "measure_cost", lambda *arguments: None)
+        return config, directory, experiment.run(config, directory)
 
 
 def test_a_merged_run_learns_from_all_and_evaluates_each(merged):
