@@ -78,7 +78,8 @@ SIDES = {"ours": ours, "torch": plain}
 def serve(name, folder):
     """Reads for ever and tells of every batch."""
     for images in SIDES[name](folder):
-        assert tuple(images.shape) in ((BATCH, SIZE, SIZE, 3), (BATCH, 3, SIZE, SIZE))
+        if sorted(images.shape) != [3, BATCH, SIZE, SIZE]:
+            raise SystemExit(f"{name} gives {tuple(images.shape)}.")
         print(".", flush=True)
 
 
@@ -130,14 +131,7 @@ def main():
         write_images(folder, arguments.images)
         processes = {
             name: subprocess.Popen(
-                [
-                    sys.executable,
-                    *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0])],
-                    sys.argv[0],
-                    "--serve",
-                    name,
-                    folder,
-                ],
+                [sys.executable, os.path.abspath(__file__), "--serve", name, folder],
                 stdout=subprocess.PIPE,
                 start_new_session=True,
                 env={**os.environ, "JAX_PLATFORMS": "cpu"},
