@@ -22,6 +22,7 @@ def _to_tree(state: TrainState, frozen: Tree) -> Tree:
         "opt_state": state.opt_state,
         "step": state.step,
         "rng": state.key,
+        **({"ema": state.ema} if state.ema else {}),
     }
 
 
@@ -110,6 +111,7 @@ class Checkpointer:
             others=tree["others"],
             opt_state=tree["opt_state"],
             key=tree["rng"],
+            ema=tree.get("ema", {}),
         )
         return restored, frozen, dict(found["meta"])
 

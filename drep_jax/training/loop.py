@@ -51,7 +51,7 @@ def run_stage(
     name: str,
     state: TrainState,
     frozen: Tree,
-    step_fn: Callable[..., tuple[TrainState, dict[str, Any]]],
+    step_of: Callable[[int], Callable[..., tuple[TrainState, dict[str, Any]]]],
     batches: Callable[[int], Iterator[dict[str, Any]]],
     *,
     steps: int,
@@ -72,7 +72,7 @@ def run_stage(
       name: of the stage, in logs and messages.
       state: fresh state, not replicated.
       frozen: the parameters that are not trained.
-      step_fn: from `make_step`.
+      step_of: number of a step, the first is 1 ↦ the step, from `make_step`.
       batches: first step number ↦ endless iterator of batches from that step on.
       steps: how many in all.
       checkpointer, writer: of this stage and run.
@@ -119,7 +119,8 @@ def run_stage(
 
     def log(number: int) -> None:
         check()
-        scalars = {key: statistics.fmean(values[key] for values in unlogged) for key in unlogged[0]}
+        names = dict.fromkeys(key for values in unlogged for key in values)  # steps in turn report different things
+        scalars = {key: statistics.fmean(values[key] for values in unlogged if key in values) for key in names}
         unlogged.clear()
         extra = probe(parallel.unreplicate(many.params)) if probe else {}
         writer.write(name, number, {**scalars, **extra, "seconds": spent + time.perf_counter() - began})
@@ -136,7 +137,7 @@ def run_stage(
     with bar, catching_interrupt() as interrupt:
         iterator = batches(start)
         for number in range(start + 1, steps + 1):
-            many, metrics = step_fn(many, kept, parallel.shard(next(iterator)))
+            many, metrics = step_of(number)(many, kept, parallel.shard(next(iterator)))
             waiting.append((number, metrics))
             bar.update()
             if number % log_every == 0 or number in (1, steps):
