@@ -148,7 +148,12 @@ def leave(status: int) -> int:
         return status
     if primary():
         time.sleep(2 * _session.interval)  # the others read the reason from this process
-    _end(status)
+    return _end(status)
+
+
+def alone() -> bool:
+    """Whether this process is the whole run."""
+    return _session is None
 
 
 def primary() -> bool:
@@ -196,7 +201,8 @@ class _Session:
         self._joining = False
         state = jax_distributed.global_state
         self.client: Any = state.client
-        self.address, self.which, self.count = state.coordinator_address, state.process_id, state.num_processes
+        self.address = str(state.coordinator_address)
+        self.which, self.count = state.process_id, state.num_processes
         self.names = {
             which: f"process {which} of {self.count}" + (f" on {host}" if host else "")
             for which, host in enumerate(self._introduce())
@@ -268,8 +274,8 @@ class _Session:
 
     def _say(self, message: str) -> NoReturn:
         print(
-            f"\nError: {message} Start all {self.hosts.num_processes or self.count} processes again with the same commands to go "
-            "on from the last checkpoint.",
+            f"\nError: {message} To go on from the last checkpoint, start all {self.count} processes again with the same "
+            "commands.",
             file=sys.stderr,
         )
         _end(EXIT_PEER)
@@ -286,9 +292,9 @@ class _Session:
                 hosts = self.hosts
                 address = hosts.coordinator_address or "the cluster's address"
                 print(
-                    f"\nError: The processes did not all find each other at {address} within {hosts.join_timeout} s. Check that "
-                    f"each of the {hosts.num_processes or 'expected'} processes runs, once, under a --process_id of its own, that "
-                    "all are given the same address, and that process 0 can be reached there.",
+                    f"\nError: The processes did not all find each other at {address} within {hosts.join_timeout} s "
+                    f"(--join_timeout). Check that each of the {hosts.num_processes or 'expected'} runs once, under a "
+                    "--process_id of its own, that all are given the same address, and that process 0 can be reached there.",
                     file=sys.stderr,
                 )
                 _end(EXIT_PEER)

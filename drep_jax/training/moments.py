@@ -61,7 +61,9 @@ def collect_moments(
     # Other generators, mapped over keys, draw for the batch and not for each key.
     key, seen = jax.random.key(seed, impl="threefry2x32"), 0
     which, hosts = parallel.host()
-    shifts = None if near is None else centre(variables, near, np.ones(len(near), np.float32), _first_keys(key, near))
+    shifts: Any = (
+        None if near is None else centre(variables, near, np.ones(len(near), np.float32), _first_keys(key, near))
+    )
     everywhere = parallel.replicate(variables)
     state: Any = None
     shifted: Any = None

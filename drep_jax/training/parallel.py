@@ -51,6 +51,8 @@ def check_batch(size: int, what: str) -> None:
 
 def replicate(tree: Tree) -> Tree:
     """Returns `tree` on every local device, laid out as what `on_devices` returns, so that a second step compiles nothing."""
+    if not jax.tree_util.tree_leaves(tree):  # which pmap refuses among several hosts
+        return tree
     return _copies()(np.arange(local_device_count()), tree)
 
 
@@ -127,10 +129,12 @@ def exact_total(high: Tree, low: Tree) -> tuple[Tree, Tree]:
     found = jnp.stack(jax.lax.fori_loop(0, devices, add, start))
     everything = jax.lax.all_gather(found, AXIS, axis=1, tiled=True)[:, :size]
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-    return tuple(  # type: ignore[return-value]
-        form.unflatten([part.reshape(shape) for part, shape in zip(jnp.split(row, ends), shapes, strict=True)])
-        for row in everything
-    )
+
+    def tree(row: Any) -> Tree:
+        parts = [part.reshape(shape) for part, shape in zip(jnp.split(row, ends), shapes, strict=True)]
+        return jax.tree_util.tree_unflatten(form, parts)
+
+    return tree(everything[0]), tree(everything[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
