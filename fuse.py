@@ -16,6 +16,7 @@ import sys
 from absl import flags
 
 from drep_jax.cli import absl_main
+from drep_jax.training import distributed
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that learned the denoisers.", required=True)
 RULE = flags.DEFINE_string(
@@ -42,10 +43,17 @@ INIT_FROM = flags.DEFINE_string("init_from", None, "The backbone's file for --ex
 FOLD_BATCHNORM = flags.DEFINE_bool(
     "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
 )
+HOSTS = distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
     """Fuses again; returns the exit status."""
+    with distributed.joined(HOSTS()):
+        return fuse_again()
+
+
+def fuse_again() -> int:
+    """Does what the flags say; returns the exit status."""
     from drep_jax import refusion, sweep
     from drep_jax.output import Output
 
@@ -80,4 +88,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(absl_main(main, resume=shlex.join(["python", *sys.argv])))
+    sys.exit(distributed.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]))))

@@ -12,8 +12,10 @@ import shlex
 import sys
 
 from drep_jax.cli import absl_main, define_config
+from drep_jax.training import distributed
 
 CONFIG = define_config(default="configs/digits.py")
+HOSTS = distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
@@ -21,16 +23,18 @@ def main(argv: list[str]) -> int:
     from drep_jax import dry_run, experiment, report
 
     config = CONFIG.value.to_dict()
-    if config["dry_run"]:
-        dry_run.dry_run(config)
-        return 0
     directory = CONFIG.workdir or os.path.join("runs", config["name"])
-    content = experiment.run(config, directory)
-    print(report.console_table(content))
-    pages = " and ".join(os.path.join(directory, name) for name in ("report.html", "report.md"))
-    print(f"\nReport: {pages}   weights: {os.path.join(directory, 'fused')}")
-    return 0 if content["certificate"]["passed"] else 3
+    with distributed.joined(HOSTS()):
+        if config["dry_run"]:
+            dry_run.dry_run(config)
+            return 0
+        content = experiment.run(config, directory)
+        if distributed.primary():
+            print(report.console_table(content))
+            pages = " and ".join(os.path.join(directory, name) for name in ("report.html", "report.md"))
+            print(f"\nReport: {pages}   weights: {os.path.join(directory, 'fused')}")
+        return 0 if content["certificate"]["passed"] else 3
 
 
 if __name__ == "__main__":
-    sys.exit(absl_main(main, resume=shlex.join(["python", *sys.argv])))
+    sys.exit(distributed.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]))))

@@ -19,7 +19,8 @@ from drep_jax.learners import DIRECT
 from drep_jax.output import Output, certificate_images, fuse_and_certify, needs_exact, open_original, write
 from drep_jax.recipes import WIENER, Recipe, as_affine, check_rule
 from drep_jax.selection import scaled
-from drep_jax.training.checkpoint import Checkpointer
+from drep_jax.training import distributed
+from drep_jax.training.shared import open_checkpoints
 from drep_jax.training.stages import prepare, training_steps
 
 Tree = Any
@@ -32,7 +33,7 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     Raises:
       CheckpointError: if the run is absent, not finished, or damaged.
     """
-    config = workdir.read_config(directory)
+    config = distributed.from_primary(lambda: workdir.read_config(directory))
     setting = build(config)
     variables = setting.abstract
     zeros = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(variables))
@@ -41,11 +42,11 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     state, frozen, _ = prepare(config, stage, params, zeros)
     wanted = training_steps(config, stage)
     folder = os.path.join(directory, "checkpoints", stage)
-    if not os.path.isdir(folder):
+    if not distributed.from_primary(lambda: os.path.isdir(folder)):
         raise CheckpointError(
             f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first."
         )
-    checkpointer = Checkpointer(folder)
+    checkpointer = open_checkpoints(folder)
     try:
         state, frozen, _ = checkpointer.restore(state, frozen)
     finally:
@@ -180,7 +181,17 @@ def solve_again(
     return setting, denoise, {"rule": rule, "steps": steps}
 
 
-def fuse_and_export(
+def fuse_and_export(*args: Any) -> tuple[Certificate, list[str]]:
+    """Fuses in float64, certifies and writes weights and certificate; of several processes the first one does it.
+
+    Args:
+      *args: configuration, setting, variables, denoisers and output; how they are fused (rule, steps); what is written down
+        about it.
+    """
+    return distributed.from_primary(lambda: _fuse_and_export(*args))
+
+
+def _fuse_and_export(
     config: Config,
     setting: Setting,
     variables: Tree,
@@ -189,7 +200,6 @@ def fuse_and_export(
     how: Mapping[str, Any],
     recorded: Mapping[str, Any],
 ) -> tuple[Certificate, list[str]]:
-    """Fuses in float64, certifies and writes weights and certificate; `how` is fused, `recorded` is written down."""
     original = open_original(config, setting, variables, output)
     fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
     exact = None

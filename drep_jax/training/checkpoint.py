@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError
+from drep_jax.one_process import orbax_options
 from drep_jax.training.state import TrainState
 
 Tree = Any
@@ -43,8 +44,10 @@ class Checkpointer:
     def __init__(self, directory: str) -> None:
         self.directory = os.path.abspath(directory)
         try:
+            os.makedirs(self.directory, exist_ok=True)  # Orbax makes it only where no other process has a say
             self._manager = ocp.CheckpointManager(
-                self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+                self.directory,
+                options=ocp.CheckpointManagerOptions(max_to_keep=2, create=jax.process_count() == 1, **orbax_options()),
             )
         except OSError as error:
             raise CheckpointError(f"Cannot keep checkpoints in {self.directory}: {error.strerror or error}.") from error
