@@ -4,6 +4,7 @@ Order of a run in a work directory, each step resumed or passed over if it is do
 backbone → control arm (backbone trained on) → denoisers → fusion, certificate, export → evaluation → report.
 """
 
+import contextlib
 import itertools
 import os
 import time
@@ -25,14 +26,16 @@ from drep_jax.denoiser import LOSSES, explicit_apply
 from drep_jax.errors import ConfigError, DataError, lookup
 from drep_jax.fusion import composed_maps, fuse_exact
 from drep_jax.learners import LEARNERS, Learned, Task, check_measuring, learn
+from drep_jax.machine import environment
 from drep_jax.output import Output, fuse_and_certify, write
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.recipes import check_grid
 from drep_jax.sites import Path
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
-from drep_jax.training.logging import MetricWriter
+from drep_jax.training.logging import MetricWriter, check_wandb
 from drep_jax.training.moments import collect_moments
+from drep_jax.training.profile import parse_profile
 from drep_jax.training.stages import STAGES, key_of, optimizer_of, run_training, section_of, training_steps
 
 Tree = Any
@@ -47,17 +50,14 @@ def run(config: Config, directory: str) -> dict[str, Any]:
     setting = build(config)
     check(config, setting)
     directory = os.path.abspath(directory)
-    workdir.claim(directory, config)
-    writer = MetricWriter(directory)
-    try:
-        variables = make_backbone(config, setting, directory, writer)
-        arms = {"baseline": variables}
-        if config["control"]["steps"]:
-            arms["continued"] = train_labelled(config, setting, "control", variables, directory, writer)
-        learned = learn_all(config, setting, variables, directory, writer)
-    finally:
-        writer.close()
-    return finish(config, setting, directory, arms, learned)
+    with workdir.claimed(directory, config):
+        with contextlib.closing(MetricWriter(directory, config)) as writer:
+            variables = make_backbone(config, setting, directory, writer)
+            arms = {"baseline": variables}
+            if config["control"]["steps"]:
+                arms["continued"] = train_labelled(config, setting, "control", variables, directory, writer)
+            learned = learn_all(config, setting, variables, directory, writer)
+        return finish(config, setting, directory, arms, learned)
 
 
 def check(config: Config, setting: Setting) -> None:
@@ -76,6 +76,8 @@ def check(config: Config, setting: Setting) -> None:
     check_measuring(config)
     check_grid(config["sweep"], setting.schedule)
     lookup(LOSSES, denoise["loss"], "loss")
+    parse_profile(config["profile"], "")
+    check_wandb(config["wandb"])
     for name in ("tokens", "moment_tokens"):
         if not 0.0 < denoise[name] <= 1.0:
             raise ConfigError(f"denoise.{name}={denoise[name]} is a share of the feature vectors and lies in (0, 1].")
@@ -267,7 +269,7 @@ def finish(
     content = {
         "schema": report.SCHEMA,
         "config": config,
-        "environment": workdir.environment(),
+        "environment": environment(),
         "sites": describe_sites(setting, variables["params"], fused),
         "coverage": vars(setting.covered),
         "learning": {name: found.section for name, found in learned.items()},

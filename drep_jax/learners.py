@@ -12,7 +12,6 @@ For the last two, the strength of fusion (and the share of noise, or of clean im
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,8 +32,8 @@ from drep_jax.errors import ConfigError, DataError, lookup
 from drep_jax.measured import measuring
 from drep_jax.selection import Candidate, Choice, choose, scaled
 from drep_jax.sites import Path
-from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.logging import FILE, MetricWriter, read_metrics
+from drep_jax.training.checkpoint import Checkpointer, folder_of
+from drep_jax.training.logging import MetricWriter, lines_of
 from drep_jax.training.stages import prepare, run_training
 
 Tree = Any
@@ -116,7 +115,7 @@ def _by_algorithm1(task: Task) -> Learned:
         task.writer,
         probe=gap,
     )
-    lines = [line for line in read_metrics(os.path.join(task.directory, FILE)) if line["stage"] == "algorithm1"]
+    lines = lines_of(task.directory, "algorithm1")
     section = {
         "steps": int(state.step),
         "seconds": seconds,
@@ -294,7 +293,7 @@ def _keep(name: str, task: Task, learned: Learned) -> None:
     others = {key: tree for key, tree in task.variables.items() if key != "params"}
     params = {"backbone": task.variables["params"], "denoise": learned.denoise}
     state, frozen, _ = prepare(task.config, name, params, others, ("denoise",))
-    checkpointer = Checkpointer(os.path.join(task.directory, "checkpoints", name))
+    checkpointer = Checkpointer(folder_of(task.directory, name))
     try:
         checkpointer.save(state, frozen, {"stage": name})
     finally:

@@ -19,7 +19,7 @@ from drep_jax.learners import DIRECT
 from drep_jax.output import Output, certificate_images, fuse_and_certify, needs_exact, open_original, write
 from drep_jax.recipes import WIENER, Recipe, as_affine, check_rule
 from drep_jax.selection import scaled
-from drep_jax.training.checkpoint import Checkpointer
+from drep_jax.training.checkpoint import Checkpointer, folder_of
 from drep_jax.training.stages import prepare, training_steps
 
 Tree = Any
@@ -40,12 +40,12 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     stage = config["learner"]
     state, frozen, _ = prepare(config, stage, params, zeros, ("denoise",))
     wanted = training_steps(config, stage)
-    folder = os.path.join(directory, "checkpoints", stage)
+    folder = folder_of(directory, stage)
     if not os.path.isdir(folder):
         raise CheckpointError(
             f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first."
         )
-    checkpointer = Checkpointer(folder)
+    checkpointer = Checkpointer(folder, read_only=True)
     try:
         state, frozen, _ = checkpointer.restore(state, frozen)
     finally:

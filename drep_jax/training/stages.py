@@ -1,6 +1,5 @@
 """A training stage from its configuration: state, optimiser, batches, checkpoints."""
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,9 +8,10 @@ import jax
 from drep_jax.data import Source
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
-from drep_jax.training.checkpoint import Checkpointer
+from drep_jax.training.checkpoint import Checkpointer, folder_of
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
+from drep_jax.training.profile import parse_profile
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned, split
 
 Tree = Any
@@ -88,7 +88,7 @@ def run_training(
     def batches(start: int) -> Iterator[dict[str, Any]]:
         return training_batches(source, options["batch_size"], seed=seed, start_step=start, **augment)
 
-    checkpointer = Checkpointer(os.path.join(directory, "checkpoints", stage))
+    checkpointer = Checkpointer(folder_of(directory, stage))
     try:
         return run_stage(
             stage,
@@ -103,6 +103,7 @@ def run_training(
             checkpoint_every=config["checkpoint_every"],
             progress=config["progress"],
             probe=probe,
+            profile=parse_profile(config["profile"], directory),
         )
     finally:
         checkpointer.close()
