@@ -108,7 +108,7 @@ def trained_backbone(setting, steps):
 
     @jax.jit
     def step(variables, state, images, labels):
-        grads = jax.grad(lambda v: classification.loss(setting.backbone.apply(v, images), labels))(variables)
+        grads = jax.grad(lambda v: classification.loss(setting.backbone.apply(v, images), {"label": labels}))(variables)
         updates, state = tx.update(grads, state, variables)
         return optax.apply_updates(variables, updates), state
 

@@ -16,8 +16,9 @@ def get_default() -> ConfigDict:
     config.latency_rounds = 30
     config.profile = ""  # FIRST:COUNT traces these steps of every stage for TensorBoard, in WORKDIR/profile
 
-    config.learner = "algorithm1"  # algorithm1, closed_form, wiener or measured; its weights are exported
-    config.compare = ()  # further learners, evaluated beside it
+    # Without labels: algorithm1, closed_form, wiener, measured. With: label_augmented, alternating, continued.
+    config.learner = "algorithm1"  # its weights are exported
+    config.compare = ()  # further learners, evaluated beside it; also final_only, which cannot be fused
     config.noise = "gaussian:0..40"  # for learner measured: a corruption, several with commas, or pairs:DIR
 
     config.data = ConfigDict(
@@ -34,7 +35,13 @@ def get_default() -> ConfigDict:
     )
     config.model = ConfigDict({"name": "vit", "num_classes": 0}, type_safe=False)  # 0: of the images; -1: features
 
+    computing = {
+        "accumulate": 1,  # parts that a device's share of a batch is cut into, for the memory of one
+        "compute": "float32",  # or bfloat16; parameters and optimiser stay float32
+        "remat": False,  # recompute blocks in the backward pass: less memory, more time
+    }
     stage = {
+        **computing,
         "steps": 0,
         "batch_size": 64,
         "optimizer": "adamw",
@@ -63,6 +70,7 @@ def get_default() -> ConfigDict:
     )
     config.denoise = ConfigDict(
         {
+            **computing,
             "rule": "ddpm",  # ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
             "steps": 1,  # reverse steps a site
             "time_scale": 1.0,  # t = time_scale · steps · (N − i + 1): above 1, more noise is assumed than in the paper
@@ -77,6 +85,15 @@ def get_default() -> ConfigDict:
             "warmup": 0,
             "weight_decay": 0.0,
             "clip": 0.0,
+            "ema": 0.0,  # decay of a moving average of the denoisers, which is then what was learned; 0 for none
+            "label_lambda": 0.01,  # λ of Eq. 12, the weight of Algorithm 1's loss where labels take part
+        }
+    )
+    config.alternate = ConfigDict(  # learner alternating: settings of `denoise` and, for the backbone, of `control`
+        {
+            "steps": 0,  # in all
+            "period": 100,  # steps of each before the other's turn; the paper's is 10 epochs
+            "order": ("denoise", "backbone"),
         }
     )
     config.measured = ConfigDict(

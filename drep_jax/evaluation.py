@@ -1,6 +1,7 @@
 """Scores several networks of one shape on the same test images under the same corruptions, so that they can be paired."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ def score_arms(
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
+    networks: Mapping[str, Callable[[Tree, Any], Any]] = MappingProxyType({}),
 ) -> dict[str, dict[str, Scores]]:
     """Runs every arm on every condition.
 
@@ -41,13 +43,15 @@ def score_arms(
       batch_size: a multiple of the number of local devices.
       mean, std: of the normalisation, on the scale 0 to 1.
       seed: of the corruptions; every arm sees the same images.
+      networks: name ↦ (variables, images) ↦ outputs, of arms that are not the backbone itself.
 
     Returns:
       {condition: {arm: {metric: (n,)}}}.
     """
     parallel.check_batch(batch_size, "evaluate.batch_size")
     everywhere = {name: parallel.replicate(variables) for name, variables in arms.items()}
-    apply = parallel.on_devices(backbone.apply)
+    plain = parallel.on_devices(backbone.apply)
+    apply = {name: parallel.on_devices(networks[name]) if name in networks else plain for name in arms}
     prepare = parallel.on_devices(lambda images: normalize(images, mean, std))
     result: dict[str, dict[str, Scores]] = {}
     for condition in conditions:
@@ -57,7 +61,7 @@ def score_arms(
             images = prepare(parallel.shard(corrupt(batch["image"], batch["index"], condition, seed)))
             labels.append(batch["label"][batch["mask"]])
             for name, variables in everywhere.items():
-                outputs[name].append(parallel.unshard(apply(variables, images))[batch["mask"]])
+                outputs[name].append(parallel.unshard(apply[name](variables, images))[batch["mask"]])
         truth = np.concatenate(labels)
         result[condition] = {name: scores(np.concatenate(rows), truth) for name, rows in outputs.items()}
     return result

@@ -5,7 +5,7 @@ backbone → control arm (backbone trained on) → denoisers → fusion, certifi
 """
 
 import contextlib
-import itertools
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from drep_jax import closed_form, cost, evaluation, report, weights, workdir
 from drep_jax.builder import Setting, build, init_options
-from drep_jax.closed_form import MOMENTS, Moments, load_moments, save_moments
+from drep_jax.closed_form import MOMENTS, Moments, load_moments
 from drep_jax.data.corruptions import parse_spec
-from drep_jax.data.loader import evaluation_batches, normalize
 from drep_jax.denoise_tree import get_in, site_steps
 from drep_jax.denoiser import LOSSES, explicit_apply
 from drep_jax.errors import ConfigError, DataError, lookup
 from drep_jax.fusion import composed_maps, fuse_exact
-from drep_jax.learners import LEARNERS, Learned, Task, check_measuring, learn
+from drep_jax.learners import LEARNERS, Learned, Task, check_labelled, check_measuring, learn, train_labelled
+from drep_jax.learners.base import moments_of, owner_of
 from drep_jax.machine import environment
+from drep_jax.objectives import check_computing
 from drep_jax.output import Output, fuse_and_certify, write
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.recipes import check_grid
@@ -34,9 +34,8 @@ from drep_jax.sites import Path
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.logging import MetricWriter, check_wandb
-from drep_jax.training.moments import collect_moments
 from drep_jax.training.profile import parse_profile
-from drep_jax.training.stages import STAGES, key_of, optimizer_of, run_training, section_of, training_steps
+from drep_jax.training.stages import STAGES, batch_size_of, key_of, optimizer_of, section_of, training_steps
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -87,17 +86,21 @@ def check(config: Config, setting: Setting) -> None:
             "There is no backbone: give trained weights with --config.backbone.init_from=FILE, or train one from labelled "
             "images with --config.backbone.steps=N."
         )
+    check_labelled(config, setting)
+    asked = (config["learner"], *config["compare"])
     for stage in STAGES:
         if stage == "backbone" and config["backbone"]["init_from"]:
             continue
         section = section_of(stage)
-        used = section == stage or stage in (config["learner"], *config["compare"])
-        steps, batch = training_steps(config, stage) if used else 0, config[section]["batch_size"]
+        steps = training_steps(config, stage) if section == stage or stage in asked else 0
+        batch = batch_size_of(config, stage)
         if steps < 0:
             raise ConfigError(f"{section}: the number of steps must be 0 or more, got {steps}.")
         optimizer_of(config, stage)
-        if steps or section == "denoise":  # whose batches serve for the moments, too
+        if steps or stage == "algorithm1":  # whose batches serve for the moments, too
             parallel.check_batch(batch, f"{section}.batch_size")
+        if steps:
+            check_computing(config[section], section, setting, batch)
         if steps and section == stage and setting.features:
             raise ConfigError(
                 f"Stage {stage} trains with labels, but the backbone has no head. Set --config.{stage}.steps=0."
@@ -111,6 +114,8 @@ def check(config: Config, setting: Setting) -> None:
                 f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {section}.batch_size is "
                 f"{batch}."
             )
+    if not 0.0 <= denoise["ema"] < 1.0:
+        raise ConfigError(f"denoise.ema={denoise['ema']} is the decay of a moving average and lies in [0, 1).")
     if setting.test is not None:
         parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")
         if evaluate["resamples"] < 100:
@@ -152,31 +157,6 @@ def make_backbone(config: Config, setting: Setting, directory: str, writer: Metr
     return found.variables
 
 
-def train_labelled(
-    config: Config, setting: Setting, stage: str, variables: Tree, directory: str, writer: MetricWriter
-) -> Tree:
-    """Trains the whole backbone with labels; stage "control" is the arm without denoising of equal budget."""
-    options = config[stage]
-    others = {name: tree for name, tree in variables.items() if name != "params"}
-    backbone = setting.backbone
-    if getattr(backbone, "axis_name", "") is None:  # batch statistics of the whole batch, on however many devices
-        backbone = backbone.clone(axis_name=parallel.AXIS)
-
-    def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
-        images = normalize(batch["image"], setting.mean, setting.std)
-        rngs = {"dropout": jax.random.fold_in(key, parallel.device_index())}
-        logits, updated = backbone.apply(
-            {**others, "params": params["backbone"]}, images, train=True, rngs=rngs, mutable=list(others)
-        )
-        hits = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
-        loss = classification.loss(logits, batch["label"], options["label_smoothing"])
-        return loss, ({"accuracy": hits}, dict(updated))
-
-    params = {"backbone": variables["params"]}
-    state = run_training(config, setting.train, stage, params, others, ("backbone",), loss_fn, directory, writer)[0]
-    return {**state.others, "params": state.params["backbone"]}
-
-
 def learn_all(
     config: Config, setting: Setting, variables: Tree, directory: str, writer: MetricWriter
 ) -> dict[str, Learned]:
@@ -190,19 +170,7 @@ def learn_all(
 
 def take_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
     """Returns the moments of the sites' features over the training images, from the run's own file if it has them."""
-    path = os.path.join(directory, MOMENTS)
-    if os.path.exists(path):
-        return saved_moments(config, setting, variables, directory)
-    batch = config["denoise"]["batch_size"]
-    limit = config["denoise"]["moment_images"] or len(setting.train)
-    count = min(-(-limit // batch), -(-len(setting.train) // batch))
-    first = itertools.islice(evaluation_batches(setting.train, batch), count)
-    bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
-    batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
-    tokens = config["denoise"]["moment_tokens"]
-    moments = collect_moments(setting.backbone, variables, setting.sites, batches, tokens=tokens, seed=config["seed"])
-    save_moments(path, moments, _owner(setting, variables), tokens)
-    return moments
+    return moments_of(config, setting, variables, os.path.join(directory, MOMENTS))
 
 
 def saved_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
@@ -212,13 +180,7 @@ def saved_moments(config: Config, setting: Setting, variables: Tree, directory: 
       CheckpointError: if there are none, or they are of another backbone, image size, share of the tokens or choice of sites.
     """
     path, tokens = os.path.join(directory, MOMENTS), config["denoise"]["moment_tokens"]
-    return load_moments(path, setting.sites, _owner(setting, variables), tokens)
-
-
-def _owner(setting: Setting, variables: Tree) -> str:
-    """Names whose features the moments describe: a convolutional backbone alone does not tell the image size."""
-    height, width = setting.images.shape[1:3]
-    return f"{weights.digest(variables)} {height}x{width}"
+    return load_moments(path, setting.sites, owner_of(setting, variables), tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,9 +192,8 @@ def finish(
     config: Config, setting: Setting, directory: str, arms: dict[str, Tree], learned: Mapping[str, Learned]
 ) -> dict[str, Any]:
     """Fuses, certifies, exports, evaluates all arms and writes the report."""
-    variables = arms["baseline"]
     exported = learned[config["learner"]]
-    denoise = exported.denoise
+    denoise, variables = exported.denoise, exported.variables or arms["baseline"]
     how: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
     fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
     write(Output(os.path.join(directory, "fused")), setting, variables, fused, {**how, "strength": 1.0})
@@ -240,17 +201,23 @@ def finish(
     random_maps = placebo_denoisers(params, setting.sites, setting.schedule, key_of(config, "placebo"), **how)
     placebo = fuse_exact({**params, "denoise": random_maps}, setting.sites, setting.schedule, rule="affine", steps=1)
     arms = {
-        "baseline": variables,
+        "baseline": arms["baseline"],
         "placebo": {**variables, "params": placebo},
         **{name: tree for name, tree in arms.items() if name != "baseline"},
     }
     controls = [name for name in arms if name != "baseline"]
+    explicit = {}
     for name, found in learned.items():
-        other = {"backbone": variables["params"], "denoise": found.denoise}
-        numbers = fused
-        if found is not exported:
+        own = found.variables or arms["baseline"]
+        if found.sites is not None:
+            explicit[name] = explicit_network(setting, found)
+            arms[name] = own
+        elif found is exported:
+            arms[name] = {**own, "params": fused}
+        elif name not in arms:  # the control arm as a learner is that very arm
+            other = {"backbone": own["params"], "denoise": found.denoise}
             numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
-        arms[name] = {**variables, "params": numbers}
+            arms[name] = {**own, "params": numbers}
     metrics = {}
     if setting.test is not None:
         evaluate = config["evaluate"]
@@ -264,6 +231,7 @@ def finish(
             mean=setting.mean,
             std=setting.std,
             seed=config["seed"],
+            networks=explicit,
         )
         metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
     content = {
@@ -276,8 +244,10 @@ def finish(
         "exported": config["learner"],
         "metrics": metrics,
         "certificate": certificate.to_json(),
-        "cost": measure_cost(config, setting, variables, fused, exported),
-        "spectra": spectra(config, setting, variables, directory, params, **how),
+        "cost": measure_cost(config, setting, variables, fused, exported, explicit),
+        "spectra": spectra(
+            config, setting, variables, directory, params, trained=exported.variables is not None, **how
+        ),
         "front": exported.choice.front() if exported.choice else None,
     }
     report.write_report(content, directory)
@@ -285,10 +255,22 @@ def finish(
 
 
 def spectra(
-    config: Config, setting: Setting, variables: Tree, directory: str, params: Tree, *, rule: str, steps: int
+    config: Config,
+    setting: Setting,
+    variables: Tree,
+    directory: str,
+    params: Tree,
+    *,
+    trained: bool,
+    rule: str,
+    steps: int,
 ) -> dict[str, Any]:
-    """Returns the report's `spectra`: how much of each principal axis of a site's features its denoiser keeps."""
-    moments = take_moments(config, setting, variables, directory)
+    """Returns the report's `spectra`: how much of each principal axis of a site's features its denoiser keeps.
+
+    Moments of a backbone that was `trained` beside its denoisers are taken anew, and kept apart from the run's.
+    """
+    path = os.path.join(directory, "trained_moments.npz" if trained else MOMENTS)
+    moments = moments_of(config, setting, variables, path)
     maps = composed_maps(params, setting.sites, setting.schedule, rule=rule, steps=steps)
     return {
         site.name: closed_form.spectrum(
@@ -322,8 +304,34 @@ def describe_sites(setting: Setting, before: Tree, after: Tree) -> list[dict[str
     return rows
 
 
-def measure_cost(config: Config, setting: Setting, variables: Tree, fused: Tree, learned: Learned) -> dict[str, Any]:
-    """Measures FLOPs and interleaved latency of baseline, fused and explicit network on one batch."""
+def explicit_network(setting: Setting, learned: Learned) -> Any:
+    """Returns (variables, images) ↦ outputs of a network whose denoisers are not fused."""
+    sites = setting.sites if learned.sites is None else learned.sites
+
+    def network(variables: Tree, images: Any) -> Any:
+        return explicit_apply(
+            setting.backbone,
+            variables,
+            learned.denoise,
+            sites,
+            setting.schedule,
+            images,
+            rule=learned.rule,
+            steps=learned.steps,
+        )
+
+    return network
+
+
+def measure_cost(
+    config: Config,
+    setting: Setting,
+    variables: Tree,
+    fused: Tree,
+    learned: Learned,
+    others: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measures FLOPs and interleaved latency of baseline, fused and explicit network, and of others, on one batch."""
     batch = config["evaluate"]["latency_batch"]
     images = jax.random.normal(jax.random.key(0), (batch, *setting.images.shape[1:]))
     backbone = setting.backbone
@@ -335,11 +343,13 @@ def measure_cost(config: Config, setting: Setting, variables: Tree, fused: Tree,
     )
     after = jax.device_put({**variables, "params": fused})
     before, denoise = jax.device_put(dict(variables)), jax.device_put(learned.denoise)
+    compiled = {name: jax.jit(network) for name, network in others.items()}
     times = cost.interleaved(
         {
             "baseline": lambda: plain(before, images),
             "fused": lambda: plain(after, images),
             "explicit": lambda: explicit(before, denoise, images),
+            **{name: functools.partial(network, before, images) for name, network in compiled.items()},
         },
         rounds=config["latency_rounds"],
     )
@@ -347,6 +357,7 @@ def measure_cost(config: Config, setting: Setting, variables: Tree, fused: Tree,
         "baseline": cost.flops(plain, before, images),
         "fused": cost.flops(plain, after, images),
         "explicit": cost.flops(explicit, before, denoise, images),
+        **{name: cost.flops(network, before, images) for name, network in compiled.items()},
     }
     count = {
         name: sum(leaf.size for leaf in jax.tree_util.tree_leaves(tree))
@@ -354,7 +365,7 @@ def measure_cost(config: Config, setting: Setting, variables: Tree, fused: Tree,
     }
     return {
         "flops": flops,
-        "flop_ratio": {name: flops[name] / flops["baseline"] for name in ("fused", "explicit")},
+        "flop_ratio": {name: flops[name] / flops["baseline"] for name in flops if name != "baseline"},
         "latency_ms": {name: 1e3 * float(np.median(values)) for name, values in times.items()},
         "latency_ratio": {name: r for name, r in cost.ratios(times, "baseline").items() if name != "baseline"},
         "parameters": count,

@@ -38,7 +38,7 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     zeros = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(variables))
     params = {"backbone": zeros.pop("params"), "denoise": init_denoise(setting.sites)}
     stage = config["learner"]
-    state, frozen, _ = prepare(config, stage, params, zeros, ("denoise",))
+    state, frozen, _ = prepare(config, stage, params, zeros)
     wanted = training_steps(config, stage)
     folder = folder_of(directory, stage)
     if not os.path.isdir(folder):
@@ -55,7 +55,8 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
             f"The denoisers in {directory} are at step {int(state.step)} of {wanted}; finish the run first: "
             f"train.py with --workdir={directory}."
         )
-    return config, setting, {**state.others, "params": frozen["backbone"]}, state.params["denoise"]
+    learned = {**frozen, **state.averaged}
+    return config, setting, {**state.others, "params": learned["backbone"]}, learned["denoise"]
 
 
 def refuse(

@@ -24,7 +24,7 @@ def run_stage(
     name: str,
     state: TrainState,
     frozen: Tree,
-    step_fn: Callable[..., tuple[TrainState, dict[str, Any]]],
+    step_of: Callable[[int], Callable[..., tuple[TrainState, dict[str, Any]]]],
     batches: Callable[[int], Iterator[dict[str, Any]]],
     *,
     steps: int,
@@ -47,7 +47,7 @@ def run_stage(
       name: of the stage, in logs and messages.
       state: fresh state, not replicated.
       frozen: the parameters that are not trained.
-      step_fn: from `make_step`.
+      step_of: number of a step, the first is 1 ↦ the step, from `make_step`.
       batches: first step number ↦ endless iterator of batches from that step on.
       steps: how many in all.
       checkpointer, writer: of this stage and run.
@@ -98,7 +98,8 @@ def run_stage(
     def log(number: int) -> None:
         check()
         speed = pace.images_per_second()
-        scalars = {key: statistics.fmean(values[key] for values in unlogged) for key in unlogged[0]}
+        names = dict.fromkeys(key for values in unlogged for key in values)  # steps in turn report different things
+        scalars = {key: statistics.fmean(values[key] for values in unlogged if key in values) for key in names}
         unlogged.clear()
         extra = probe(parallel.unreplicate(many.params)) if probe else {}
         clock = {"seconds": spent + time.perf_counter() - began, "images_per_second": speed}
@@ -127,7 +128,7 @@ def run_stage(
                     traced.before(number)
                 batch = next(iterator)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    many, metrics = step_fn(many, kept, parallel.shard(batch))
+                    many, metrics = step_of(number)(many, kept, parallel.shard(batch))
                 waiting.append((number, metrics))
                 pace.count(batch)
                 if traced:

@@ -37,11 +37,12 @@ def batches(start):
 
 def run(directory, feed=batches, loss=loss_fn, **options):
     state, tx = start()
+    step = make_step(loss, tx)
     checkpointer, writer = Checkpointer(str(directory / "stage")), MetricWriter(str(directory))
     settings = {"steps": STEPS, "log_every": 3, "checkpoint_every": 2, "progress": False, **options}
     try:
         return run_stage(
-            "denoise", state, {}, make_step(loss, tx), feed, checkpointer=checkpointer, writer=writer, **settings
+            "denoise", state, {}, lambda number: step, feed, checkpointer=checkpointer, writer=writer, **settings
         )
     finally:
         checkpointer.close()

@@ -13,7 +13,7 @@ from drep_jax import experiment
 from drep_jax.builder import build
 from drep_jax.data.loader import normalize, training_batches
 from drep_jax.denoise_tree import init_denoise
-from drep_jax.learners import denoising_objective
+from drep_jax.objectives import denoising_objective
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.logging import MetricWriter
@@ -94,7 +94,7 @@ def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
             logits, updated = setting.backbone.apply(
                 {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
             )
-            return classification.loss(logits, batch["label"]), updated
+            return classification.loss(logits, batch), updated
 
         grads, updated = jax.grad(objective, has_aux=True)(variables["params"])
         updates, state = plain.update(grads, state, variables["params"])

@@ -57,10 +57,11 @@ class Stage:
     def run(self, feed=batches):
         state, frozen, tx = make(steps=self.steps)
         checkpointer, writer = Checkpointer(os.path.join(self.path, "c")), MetricWriter(self.path)
+        step = make_step(self.loss, tx)
         settings = {"log_every": 4, "checkpoint_every": 5, **self.options}
         try:
             return run_stage(
-                "denoise", state, frozen, make_step(self.loss, tx), feed,
+                "denoise", state, frozen, lambda number: step, feed,
                 steps=self.steps, checkpointer=checkpointer, writer=writer, progress=False, **settings,
             )[0]  # fmt: skip
         finally:
