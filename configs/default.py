@@ -14,6 +14,7 @@ def get_default() -> ConfigDict:
     config.dry_run = False  # two steps of the full-size job on random images
     config.dry_run_batch = 8  # images a device in a dry run
     config.latency_rounds = 30
+    config.profile = ""  # FIRST:COUNT traces these steps of every stage for TensorBoard, in WORKDIR/profile
 
     # Without labels: algorithm1, closed_form, wiener, measured. With: label_augmented, alternating, continued.
     config.learner = "algorithm1"  # its weights are exported
@@ -131,6 +132,16 @@ def get_default() -> ConfigDict:
             "resamples": 10_000,
             "certificate_images": 16,
             "latency_batch": 64,
+        }
+    )
+    config.wandb = ConfigDict(  # Weights & Biases: pip install -r requirements-wandb.txt
+        {
+            "project": "",  # "" for none
+            "entity": "",  # user or team; "" for your default
+            "name": "",  # "" takes the work directory's
+            "group": "",  # of runs
+            "tags": (),  # for finding it again
+            "mode": "online",  # online, or offline (WORKDIR/wandb, for `wandb sync`)
         }
     )
     return config
