@@ -7,8 +7,8 @@ The *arithmetic floor* is what the multiplications alone cost at the speed of th
 gradient of W_D at every site (2·2·n·d² operations for n feature vectors; no gradient goes to the input). Fine-tuning: 3 F.
 Through fused weights: F, the gradient by the activations (F) and by the weights that are trained or fused, and the fusion
 itself, 2·d²·m operations for a d×m kernel and each of k steps, and as many again for the gradient by W_D or W. Eq. 12: that and
-the label-free step. Memory is the compiled program's: arguments (state and batch) and temporaries. The first form also takes the
-label-free variants to a small ViT on the real digits and prints the gap to the known optimum that as many steps leave.
+the label-free step. Memory is the compiled program's: arguments (state and batch) and temporaries. The first form also takes
+the label-free variants to a small ViT on the real digits and prints the gap to the known optimum that as many steps leave.
 """
 
 import argparse
