@@ -14,6 +14,7 @@ def get_default() -> ConfigDict:
     config.dry_run = False  # two steps of the full-size job on random images
     config.dry_run_batch = 8  # images a device in a dry run
     config.latency_rounds = 30
+    config.profile = ""  # FIRST:COUNT traces these steps of every stage for TensorBoard, in WORKDIR/profile
 
     # Without labels: algorithm1, closed_form, wiener, measured. With: label_augmented, alternating, continued.
     config.learner = "algorithm1"  # its weights are exported
@@ -72,6 +73,7 @@ def get_default() -> ConfigDict:
             **computing,
             "rule": "ddpm",  # ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
             "steps": 1,  # reverse steps a site
+            "rank": 0,  # of each denoiser's matrix, beside a multiple of the identity; 0: full matrices
             "time_scale": 1.0,  # t = time_scale · steps · (N − i + 1): above 1, more noise is assumed than in the paper
             "moment_images": 0,  # images whose moments give the optimum; 0 for all
             "moment_tokens": 1.0,  # share of each image's feature vectors they are taken of; 0.25: 1.4 forwards, not 2.2
@@ -130,6 +132,16 @@ def get_default() -> ConfigDict:
             "resamples": 10_000,
             "certificate_images": 16,
             "latency_batch": 64,
+        }
+    )
+    config.wandb = ConfigDict(  # Weights & Biases: pip install -r requirements-wandb.txt
+        {
+            "project": "",  # "" for none
+            "entity": "",  # user or team; "" for your default
+            "name": "",  # "" takes the work directory's
+            "group": "",  # of runs
+            "tags": (),  # for finding it again
+            "mode": "online",  # online, or offline (WORKDIR/wandb, for `wandb sync`)
         }
     )
     return config

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
-from drep_jax.training.loop import Interrupted
+from drep_jax.training.signals import Interrupted, Terminated, raise_on_sigterm
 
 EXIT_ERROR = 1
+EXIT_PREEMPTED = 75
+"""After SIGTERM: run the same command again. It is sysexits.h's "try again", and not what a shell says of a killed process."""
 EXIT_INTERRUPTED = 130
 
 
@@ -62,7 +65,7 @@ def define_config(default: str) -> Flags:
 
 
 def absl_main(main: Callable[[list[str]], int], *, resume: str) -> int:
-    """Runs `main` under absl; bad input becomes a message on standard error and exit status 1, Ctrl-C 130.
+    """Runs `main` under absl; bad input becomes a message on standard error and exit status 1, Ctrl-C 130, SIGTERM 75.
 
     Args:
       main: gets what is left of the command line.
@@ -75,7 +78,8 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str) -> int:
         jax.config.update("jax_compilation_cache_dir", cache)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
 
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at length
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every save at length, and with tracebacks what we report
+    raise_on_sigterm()
 
     def guarded(argv: list[str]) -> int:
         try:
@@ -83,14 +87,22 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str) -> int:
                 raise flags.Error(f"Unexpected argument {argv[1]!r}; every option starts with --.")
             return main(argv)
         except Interrupted as error:
-            return _say(f"\n{error}\nTo go on: {resume}", EXIT_INTERRUPTED)
+            status = EXIT_INTERRUPTED if error.number == signal.SIGINT else EXIT_PREEMPTED
+            return _say(f"\n{error}\nTo go on: {resume}", status)
         except KeyboardInterrupt:
             return _say(f"\nStopped by Ctrl-C. To go on from the last checkpoint: {resume}", EXIT_INTERRUPTED)
+        except Terminated:
+            return _say(f"\nStopped by SIGTERM. To go on from the last checkpoint: {resume}", EXIT_PREEMPTED)
         except (DrepError, flags.Error) as error:
             return _say(f"Error: {error}", EXIT_ERROR)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-                return _say(f"Error: {error.strerror}: {error.filename or 'while writing'}.", EXIT_ERROR)
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EDQUOT):
+                where = error.filename or "while writing"
+                return _say(
+                    f"Error: {error.strerror}: {where}. What was complete is untouched; free some space or make the place "
+                    "writable, then give the same command again.",
+                    EXIT_ERROR,
+                )
             raise
 
     def parse(argv: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ Order of a run in a work directory, each step resumed or passed over if it is do
 backbone → control arm (backbone trained on) → denoisers → fusion, certificate, export → evaluation → report.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -26,6 +27,7 @@ from drep_jax.errors import ConfigError, DataError, lookup
 from drep_jax.fusion import composed_maps, fuse_exact
 from drep_jax.learners import LEARNERS, Learned, Task, check_labelled, check_measuring, learn, train_labelled
 from drep_jax.learners.base import moments_of, owner_of
+from drep_jax.machine import environment
 from drep_jax.objectives import check_computing
 from drep_jax.output import Output, fuse_and_certify, write
 from drep_jax.placebo import placebo_denoisers
@@ -33,7 +35,8 @@ from drep_jax.recipes import check_grid
 from drep_jax.sites import Path
 from drep_jax.tasks import classification
 from drep_jax.training import distributed, parallel
-from drep_jax.training.logging import MetricWriter
+from drep_jax.training.logging import MetricWriter, check_wandb
+from drep_jax.training.profile import parse_profile
 from drep_jax.training.shared import on_primary
 from drep_jax.training.stages import STAGES, batch_size_of, key_of, optimizer_of, section_of, training_steps
 
@@ -54,20 +57,17 @@ def run(config: Config, directory: str) -> dict[str, Any]:
     check(config, setting)
     agree(config, setting)
     directory = os.path.abspath(directory)
-    if distributed.primary():
-        workdir.claim(directory, config)
-    else:
+    primary = distributed.primary()
+    if not primary:
         config = {**config, "progress": False}
-    writer = on_primary(lambda: MetricWriter(directory))
-    try:
-        variables = make_backbone(config, setting, directory, writer)
-        arms = {"baseline": variables}
-        if config["control"]["steps"]:
-            arms["continued"] = train_labelled(config, setting, "control", variables, directory, writer)
-        learned = learn_all(config, setting, variables, directory, writer)
-    finally:
-        writer.close()
-    return finish(config, setting, directory, arms, learned)
+    with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
+        with contextlib.closing(on_primary(lambda: MetricWriter(directory, config))) as writer:
+            variables = make_backbone(config, setting, directory, writer)
+            arms = {"baseline": variables}
+            if config["control"]["steps"]:
+                arms["continued"] = train_labelled(config, setting, "control", variables, directory, writer)
+            learned = learn_all(config, setting, variables, directory, writer)
+        return finish(config, setting, directory, arms, learned)
 
 
 def check(config: Config, setting: Setting) -> None:
@@ -86,6 +86,8 @@ def check(config: Config, setting: Setting) -> None:
     check_measuring(config)
     check_grid(config["sweep"], setting.schedule)
     lookup(LOSSES, denoise["loss"], "loss")
+    parse_profile(config["profile"], "")
+    check_wandb(config["wandb"])
     for name in ("tokens", "moment_tokens"):
         if not 0.0 < denoise[name] <= 1.0:
             raise ConfigError(f"denoise.{name}={denoise[name]} is a share of the feature vectors and lies in (0, 1].")
@@ -284,7 +286,7 @@ def finish(
     content = {
         "schema": report.SCHEMA,
         "config": config,
-        "environment": workdir.environment(),
+        "environment": environment(),
         "sites": describe_sites(setting, variables["params"], fused),
         "coverage": vars(setting.covered),
         "learning": {name: found.section for name, found in learned.items()},

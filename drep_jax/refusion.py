@@ -20,6 +20,7 @@ from drep_jax.output import Output, certificate_images, fuse_and_certify, needs_
 from drep_jax.recipes import WIENER, Recipe, as_affine, check_rule
 from drep_jax.selection import scaled
 from drep_jax.training import distributed
+from drep_jax.training.checkpoint import folder_of
 from drep_jax.training.shared import open_checkpoints
 from drep_jax.training.stages import prepare, training_steps
 
@@ -41,12 +42,12 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     stage = config["learner"]
     state, frozen, _ = prepare(config, stage, params, zeros)
     wanted = training_steps(config, stage)
-    folder = os.path.join(directory, "checkpoints", stage)
+    folder = folder_of(directory, stage)
     if not distributed.from_primary(lambda: os.path.isdir(folder)):
         raise CheckpointError(
             f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first."
         )
-    checkpointer = open_checkpoints(folder)
+    checkpointer = open_checkpoints(folder, read_only=True)
     try:
         state, frozen, _ = checkpointer.restore(state, frozen)
     finally:

@@ -17,7 +17,8 @@ from drep_jax.denoise_tree import init_denoise
 from drep_jax.selection import Choice
 from drep_jax.sites import Path, Site
 from drep_jax.training import distributed, parallel
-from drep_jax.training.logging import FILE, MetricWriter, read_metrics
+from drep_jax.training.checkpoint import folder_of
+from drep_jax.training.logging import MetricWriter, lines_of
 from drep_jax.training.moments import NEAR, collect_moments
 from drep_jax.training.shared import open_checkpoints
 from drep_jax.training.stages import prepare
@@ -67,7 +68,7 @@ def keep(name: str, task: Task, learned: Learned) -> None:
     others = {key: tree for key, tree in variables.items() if key != "params"}
     params = {"backbone": variables["params"], "denoise": learned.denoise}
     state, frozen, _ = prepare(task.config, name, params, others)
-    checkpointer = open_checkpoints(os.path.join(task.directory, "checkpoints", name))
+    checkpointer = open_checkpoints(folder_of(task.directory, name))
     try:
         checkpointer.save(state, frozen, {"stage": name})
     finally:
@@ -76,8 +77,8 @@ def keep(name: str, task: Task, learned: Learned) -> None:
 
 def logged(task: Task, stage: str) -> list[list[float]]:
     """Returns [step, loss] of every line that a stage has logged, on the process that writes the report."""
-    lines = read_metrics(os.path.join(task.directory, FILE)) if distributed.primary() else ()
-    return [[line["step"], line["loss"]] for line in lines if line["stage"] == stage]
+    lines = lines_of(task.directory, stage) if distributed.primary() else ()
+    return [[line["step"], line["loss"]] for line in lines]
 
 
 def moment_images(config: Config, setting: Setting) -> int:

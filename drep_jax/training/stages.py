@@ -1,6 +1,5 @@
 """A training stage from its configuration: state, optimiser, batches, checkpoints."""
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,8 +9,10 @@ from drep_jax.data import Source
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
 from drep_jax.training import parallel
+from drep_jax.training.checkpoint import folder_of
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
+from drep_jax.training.profile import parse_profile
 from drep_jax.training.shared import open_checkpoints
 from drep_jax.training.state import create_state, held, make_optimizer, make_step, partitioned, split
 
@@ -155,7 +156,7 @@ def run_training(
         for active, tx in optimizers.items()
     }
     only = next(iter(steps.values()))
-    checkpointer = open_checkpoints(os.path.join(directory, "checkpoints", stage))
+    checkpointer = open_checkpoints(folder_of(directory, stage))
     try:
         return run_stage(
             stage,
@@ -170,6 +171,7 @@ def run_training(
             checkpoint_every=config["checkpoint_every"],
             progress=config["progress"],
             probe=probe,
+            profile=parse_profile(config["profile"], directory),
         )
     finally:
         checkpointer.close()

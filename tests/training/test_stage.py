@@ -14,8 +14,9 @@ import pytest
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.logging import MetricWriter, read_metrics
-from drep_jax.training.loop import Interrupted, run_stage
+from drep_jax.training.logging import CLOCK, MetricWriter, read_metrics
+from drep_jax.training.loop import run_stage
+from drep_jax.training.signals import Interrupted
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned, split
 
 PARAMS = {
@@ -69,7 +70,7 @@ class Stage:
 
     def lines(self):
         found = list(read_metrics(os.path.join(self.path, "metrics.jsonl")))
-        return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+        return [{k: v for k, v in line.items() if k not in CLOCK} for line in found]
 
 
 def same(a, b):
