@@ -12,6 +12,8 @@ Exit status: 0 if the certificate holds, 3 if it fails, 1 for bad input.
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 
@@ -46,7 +48,7 @@ FOLD_BATCHNORM = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> int:
     """Fuses again; returns the exit status."""
-    from drep_jax import refusion, sweep
+    from drep_jax import lock
     from drep_jax.output import Output
 
     output = Output(
@@ -63,20 +65,27 @@ def main(argv: list[str]) -> int:
         "time_scale": TIME_SCALE.value,
         "beta_end": BETA_END.value,
     }
+    with lock.reading(WORKDIR.value):
+        certificate, paths = fused(output, options)
+    print(certificate)
+    print(f"Weights: {', '.join(paths)}")
+    return 0 if certificate.passed else 3
+
+
+def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Fuses by the command line; returns the certificate and the paths of what was written."""
+    from drep_jax import refusion, sweep
+
     if SWEEP.value:
         if NOISE.value != "zero":
             raise flags.Error("--sweep compares without noise, so --noise does not go with it.")
         found = sweep.sweep(WORKDIR.value, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
-        certificate, paths = found.certificate, found.paths
-    else:
-        if SWEEP_IMAGES.value is not None:
-            raise flags.Error("--sweep_images goes with --sweep only.")
-        strength = 1.0 if STRENGTH.value is None else STRENGTH.value
-        again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
-        certificate, paths = refusion.refuse(WORKDIR.value, output, strength=strength, **again, **options)
-    print(certificate)
-    print(f"Weights: {', '.join(paths)}")
-    return 0 if certificate.passed else 3
+        return found.certificate, found.paths
+    if SWEEP_IMAGES.value is not None:
+        raise flags.Error("--sweep_images goes with --sweep only.")
+    strength = 1.0 if STRENGTH.value is None else STRENGTH.value
+    again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
+    return refusion.refuse(WORKDIR.value, output, strength=strength, **again, **options)
 
 
 if __name__ == "__main__":
