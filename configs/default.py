@@ -17,7 +17,7 @@ def get_default() -> ConfigDict:
     config.profile = ""  # FIRST:COUNT traces these steps of every stage for TensorBoard, in WORKDIR/profile
 
     # Without labels: algorithm1, closed_form, wiener, measured. With: label_augmented, alternating, continued.
-    config.learner = "algorithm1"  # its weights are exported
+    config.learner = "algorithm1"  # Its weights are exported.
     config.compare = ()  # further learners, evaluated beside it; also final_only, which cannot be fused
     config.noise = "gaussian:0..40"  # for learner measured: a corruption, several with commas, or pairs:DIR
 
@@ -121,7 +121,7 @@ def get_default() -> ConfigDict:
     config.wiener = ConfigDict({"ratios": (0.001, 0.003, 0.01, 0.03, 0.1)})  # noise over mean feature power
     config.select = ConfigDict(  # how wiener and measured choose on held-out images
         {
-            "strengths": (0.0, 0.25, 0.5, 0.75, 1.0),
+            "strengths": (0.0, 0.25, 0.5, 0.75, 1.0),  # of fusion, to choose from
             "conditions": (),  # () for those of the evaluation
             "images": 1000,  # 0 for all held-out images
             "labels": True,  # False: by agreement with the backbone's clean answers even where there are labels
@@ -130,10 +130,11 @@ def get_default() -> ConfigDict:
     )
     config.sweep = ConfigDict(  # grid of `fuse.py --sweep`; how it chooses is in `select`
         {
+            # reverse steps, and Wiener filters of this noise over mean feature power
             "rules": ("ddpm", "ddim:0", "wiener:0.001", "wiener:0.003", "wiener:0.01", "wiener:0.03", "wiener:0.1"),
             "steps": (1, 2, 5, 10),  # single jumps (ddim:r, wiener:r) have 1 only
             "scales": (1.0, 3.0, 10.0, 30.0, 100.0),  # of the time steps; what does not fit in the schedule is left out
-            "strengths": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
+            "strengths": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5),  # of fusion
         }
     )
     config.evaluate = ConfigDict(  # what the arms are compared on

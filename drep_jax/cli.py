@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
-from drep_jax.training.signals import Interrupted, Terminated, raise_on_sigterm
+from drep_jax.training.signals import Interrupted, Terminated, raising_on_sigterm
 from drep_jax.usage import ASKED, usage
 
 EXIT_ERROR = 1
@@ -97,13 +97,13 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
 
     logging.set_verbosity(logging.FATAL)  # Orbax reports every save at length, and with tracebacks what we report
-    raise_on_sigterm()
 
     def guarded(argv: list[str]) -> int:
         try:
             if argv[1:]:
                 raise flags.Error(f"Unexpected argument {argv[1]!r}; every option starts with --.")
-            return main(argv)
+            with raising_on_sigterm():
+                return main(argv)
         except Interrupted as error:
             status = EXIT_INTERRUPTED if error.number == signal.SIGINT else EXIT_PREEMPTED
             return _say(f"\n{error}\nTo go on: {resume}", status)
