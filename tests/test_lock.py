@@ -38,9 +38,9 @@ def test_a_second_writer_is_told_who_is_there(tmp_path):
 def test_readers_keep_writers_out_and_each_other_in(tmp_path):
     with lock.writing(str(tmp_path)):
         pass
-    with lock.reading(str(tmp_path)), lock.reading(str(tmp_path)):
-        with pytest.raises(CheckpointError, match="in use by a process that reads it"), lock.writing(str(tmp_path)):
-            pass
+    refused = pytest.raises(CheckpointError, match="in use by a process that reads it")
+    with lock.reading(str(tmp_path)), lock.reading(str(tmp_path)), refused, lock.writing(str(tmp_path)):
+        pass
     assert os.listdir(tmp_path) == [lock.LOCK]
 
 
@@ -72,14 +72,17 @@ def test_file_systems_without_locks_are_named_and_used(tmp_path, monkeypatch, ca
 
 def test_a_lock_that_cannot_be_opened_or_taken_is_refused(tmp_path, monkeypatch):
     (tmp_path / "run" / lock.LOCK).mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="Cannot open .*lock: Is a directory"), lock.writing(str(tmp_path / "run")):
+    with (
+        pytest.raises(CheckpointError, match=r"Cannot open .*lock: Is a directory"),
+        lock.writing(str(tmp_path / "run")),
+    ):
         pass
 
     def broken(file, operation):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", broken)
-    with pytest.raises(CheckpointError, match="Cannot lock .*Input/output error"), lock.writing(str(tmp_path)):
+    with pytest.raises(CheckpointError, match=r"Cannot lock .*Input/output error"), lock.writing(str(tmp_path)):
         pass
 
 
