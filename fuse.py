@@ -13,11 +13,14 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from absl import flags
 
+from drep_jax import lock
 from drep_jax.cli import absl_main
+from drep_jax.training import distributed
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that learned the denoisers.", required=True)
 RULE = flags.DEFINE_string(
@@ -44,11 +47,17 @@ INIT_FROM = flags.DEFINE_string("init_from", None, "The backbone's file for --ex
 FOLD_BATCHNORM = flags.DEFINE_bool(
     "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
 )
+HOSTS = distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
     """Fuses again; returns the exit status."""
-    from drep_jax import lock
+    with distributed.joined(HOSTS()), lock.reading(WORKDIR.value) if distributed.primary() else nullcontext():
+        return fuse_again()
+
+
+def fuse_again() -> int:
+    """Does what the flags say; returns the exit status."""
     from drep_jax.output import Output
 
     output = Output(
@@ -65,8 +74,7 @@ def main(argv: list[str]) -> int:
         "time_scale": TIME_SCALE.value,
         "beta_end": BETA_END.value,
     }
-    with lock.reading(WORKDIR.value):
-        certificate, paths = fused(output, options)
+    certificate, paths = fused(output, options)
     print(certificate)
     print(f"Weights: {', '.join(paths)}")
     return 0 if certificate.passed else 3
@@ -89,4 +97,4 @@ def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(absl_main(main, resume=shlex.join(["python", *sys.argv])))
+    sys.exit(distributed.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]))))

@@ -17,6 +17,7 @@ import sys
 from absl import flags
 
 from drep_jax.cli import absl_main, define_config
+from drep_jax.training import distributed
 
 CONFIG = define_config(default="configs/digits.py")
 EVAL_ONLY = flags.DEFINE_bool(
@@ -25,6 +26,7 @@ EVAL_ONLY = flags.DEFINE_bool(
 WEIGHTS = flags.DEFINE_list(
     "weights", [], "With --eval_only: files of weights of the same backbone, plain or fused, each FILE or NAME=FILE."
 )
+HOSTS = distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
@@ -37,20 +39,24 @@ def main(argv: list[str]) -> int:
         raise flags.Error(
             "--weights goes with --eval_only; the backbone of a run is given by --config.backbone.init_from."
         )
-    if EVAL_ONLY.value:
-        config = eval_only.configuration(config, CONFIG.overrides, directory, explicit=CONFIG.explicit)
-        content, folder = eval_only.evaluate(config, directory, WEIGHTS.value)
-        print(f"{report.evaluation_text(content)}\n\nEvaluation: {os.path.join(folder, 'evaluation.md')}")
-        return 0
-    if config["dry_run"]:
-        dry_run.dry_run(config)
-        return 0
-    content = experiment.run(config, directory)
-    print(report.console_table(content))
-    pages = " and ".join(os.path.join(directory, name) for name in ("report.html", "report.md"))
-    print(f"\nReport: {pages}   weights: {os.path.join(directory, 'fused')}")
-    return 0 if content["certificate"]["passed"] else 3
+    with distributed.joined(HOSTS()):
+        if EVAL_ONLY.value:
+            how = {"overrides": CONFIG.overrides, "explicit": CONFIG.explicit}
+            content, folder = eval_only.evaluate(
+                eval_only.configuration(config, directory, **how), directory, WEIGHTS.value
+            )
+            print(f"{report.evaluation_text(content)}\n\nEvaluation: {os.path.join(folder, 'evaluation.md')}")
+            return 0
+        if config["dry_run"]:
+            dry_run.dry_run(config)
+            return 0
+        content = experiment.run(config, directory)
+        if distributed.primary():
+            print(report.console_table(content))
+            pages = " and ".join(os.path.join(directory, name) for name in ("report.html", "report.md"))
+            print(f"\nReport: {pages}   weights: {os.path.join(directory, 'fused')}")
+        return 0 if content["certificate"]["passed"] else 3
 
 
 if __name__ == "__main__":
-    sys.exit(absl_main(main, resume=shlex.join(["python", *sys.argv]), config=CONFIG))
+    sys.exit(distributed.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]), config=CONFIG)))

@@ -85,6 +85,7 @@ def get_default() -> ConfigDict:
             **computing,
             "rule": "ddpm",  # ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
             "steps": 1,  # reverse steps a site
+            "rank": 0,  # of each denoiser's matrix, beside a multiple of the identity; 0: full matrices
             "time_scale": 1.0,  # t = time_scale · steps · (N − i + 1): above 1, more noise is assumed than in the paper
             "moment_images": 0,  # images whose moments give the optimum; 0 for all
             "moment_tokens": 1.0,  # share of each image's feature vectors they are taken of; 0.25: 1.4 forwards, not 2.2

@@ -25,6 +25,7 @@ from drep_jax.denoise_tree import get_in, set_in
 from drep_jax.denoiser import sow, systematic, visit_sites
 from drep_jax.errors import CheckpointError, DataError, NonFiniteError
 from drep_jax.linear_view import features, sampled_features
+from drep_jax.low_rank import dense, nearest
 from drep_jax.schedule import Schedule
 from drep_jax.sites import Layer, Path, Site
 
@@ -292,9 +293,11 @@ def minimiser(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.
     """Returns the site's best denoiser {"kernel", "bias"} in Flax layout, float64; no bias where the site may have none.
 
     The noise itself regularises: C has no eigenvalue below 1 − ᾱ, so fewer vectors than channels, and dead or constant
-    channels, need no further ridge.
+    channels, need no further ridge. A site with a `rank` gets the factors of the best of that rank.
     """
     bars = alpha_bars(site, schedule)
+    if site.rank:
+        return _low_rank_minimiser(site, moments, bars)
     lead = moments.covariance.ndim - np.ndim(bars)
     noise = np.sqrt(1.0 - bars).reshape(np.shape(bars) + (1,) * lead)
     floor = (1.0 - bars).reshape(np.shape(bars) + (1,) * (lead - 2))
@@ -304,6 +307,21 @@ def minimiser(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.
         return {"kernel": weight}
     signal = np.sqrt(bars).reshape(np.shape(bars) + (1,) * (lead - 1))
     return {"kernel": weight, "bias": -signal * np.einsum("...de,...e->...d", weight, moments.mean)}
+
+
+def _low_rank_minimiser(site: Site, moments: Moments, bars: Any) -> dict[str, np.ndarray]:
+    noisy = _noisy_covariance(moments, bars, site.bias)
+    lead = noisy.shape[:-2]
+    along = np.broadcast_to(np.reshape(bars, np.shape(bars) + (1,) * (len(lead) - np.ndim(bars))), lead).reshape(-1)
+    found = [
+        nearest(matrix, np.sqrt(1.0 - bar), 1.0 - bar, site.rank or 0)
+        for matrix, bar in zip(noisy.reshape(-1, *noisy.shape[-2:]), along, strict=True)
+    ]
+    leaves = {name: np.stack([f[name] for f in found]).reshape(lead + found[0][name].shape) for name in found[0]}
+    if site.bias:
+        signal = np.sqrt(along).reshape(*lead, 1)
+        leaves["bias"] = -signal * np.einsum("...de,...d->...e", dense(leaves), moments.mean)
+    return leaves
 
 
 def closed_form(
@@ -367,7 +385,7 @@ def expected_loss(site: Site, moments: Moments, schedule: Schedule, denoiser: Tr
     E‖ε − W X − b‖² / d = [d − 2√(1−ᾱ)·tr W + tr(W C Wᵀ) + ‖√ᾱ·W m + b‖²] / d, C with the covariance Σ.
     """
     bars = alpha_bars(site, schedule)
-    kernel = np.asarray(denoiser["kernel"], np.float64)  # W_Dᵀ
+    kernel = dense({name: np.asarray(leaf, np.float64) for name, leaf in denoiser.items()})  # W_Dᵀ
     width = site.width
     spread = _noisy_covariance(moments, bars, bias=True)
     lead = kernel.ndim - 2 - np.ndim(bars)

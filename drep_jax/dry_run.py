@@ -59,7 +59,9 @@ def dry_run(config: Config) -> str:
     step = make_step(loss_fn, optimizers[("denoise",)], accumulate=options["accumulate"])
     state, kept = parallel.replicate(state), parallel.replicate(frozen)
     seconds = []
-    for number, batch in zip(range(2), training_batches(setting.train, size, seed=0), strict=False):
+    for number, batch in zip(
+        range(2), training_batches(setting.train, size, seed=0, shard=parallel.host()), strict=False
+    ):
         began = time.perf_counter()
         state, metrics = step(state, kept, parallel.shard(batch))
         loss = float(parallel.unreplicate(metrics)["loss"])

@@ -1,5 +1,6 @@
 """Evaluation without training: the arms of a run, finished or not, and files of weights, on the test conditions."""
 
+import contextlib
 import datetime
 import os
 import re
@@ -15,6 +16,7 @@ from drep_jax.learners import DIRECT, EXPLICIT
 from drep_jax.machine import environment
 from drep_jax.saved import last_saved
 from drep_jax.tasks import classification
+from drep_jax.training import distributed
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -24,21 +26,21 @@ FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir")
 """Settings in which an evaluation may differ from the run: on which images, and how."""
 
 
-def configuration(given: Config, overrides: Mapping[str, Any], directory: str, *, explicit: bool) -> dict[str, Any]:
+def configuration(given: Config, directory: str, *, overrides: Mapping[str, Any], explicit: bool) -> dict[str, Any]:
     """Returns the configuration to evaluate with: the run's own, with what the command line changes.
 
     Args:
       given: of the command line, complete.
-      overrides: {"a.b": value} of the single settings given there.
       directory: of the run; if there is none in it, `given` is all there is.
+      overrides: {"a.b": value} of the single settings given there.
       explicit: whether a configuration file was named, which is then compared with the run's.
 
     Raises:
       CheckpointError: if a setting differs that the evaluation cannot change.
     """
-    if not os.path.exists(os.path.join(directory, workdir.CONFIG)):
+    theirs = _config_there(directory)
+    if theirs is None:
         return dict(given)
-    theirs = workdir.read_config(directory)
     ours = dict(given) if explicit else _changed(theirs, overrides)
     if other := workdir.differences(theirs, ours, FREE):
         raise CheckpointError(
@@ -46,6 +48,16 @@ def configuration(given: Config, overrides: Mapping[str, Any], directory: str, *
             f"of the evaluation only (evaluate.…, data.source, data.data_dir):\n{workdir.listed(other)}"
         )
     return ours
+
+
+def _config_there(directory: str) -> dict[str, Any] | None:
+    """Returns the configuration of the run in a directory, or None if there is no run."""
+
+    def read() -> dict[str, Any] | None:
+        there = os.path.exists(os.path.join(directory, workdir.CONFIG))
+        return workdir.read_config(directory) if there else None
+
+    return distributed.from_primary(read)
 
 
 def _changed(config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
             "There are no labelled test images, or the backbone has no head, so there is nothing to evaluate."
         )
     check_evaluation(config)
-    with lock.reading(directory):
+    with lock.reading(directory) if distributed.primary() else contextlib.nullcontext():
         arms, told = _of_run(config, setting, directory)
     given = [_named(file) for file in files]
     if not arms and config["backbone"]["init_from"]:
@@ -112,9 +124,13 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         "arms": told,
         "metrics": evaluation.summarize(scores, controls=controls, resamples=resamples, seed=config["seed"]),
     }
+    return content, distributed.from_primary(lambda: _write(content, directory))
+
+
+def _write(content: Mapping[str, Any], directory: str) -> str:
     folder = _new_folder(os.path.join(directory, FOLDER))
     report.write_evaluation(content, folder)
-    return content, folder
+    return folder
 
 
 def _of_run(config: Config, setting: Setting, directory: str) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
@@ -125,7 +141,7 @@ def _of_run(config: Config, setting: Setting, directory: str) -> tuple[dict[str,
     def add(name: str, variables: Tree, **facts: Any) -> None:
         arms[name], told[name] = variables, {**facts, "digest": weights.digest(variables)}
 
-    if not os.path.exists(os.path.join(directory, workdir.CONFIG)):
+    if _config_there(directory) is None:
         return arms, told
     if path := config["backbone"]["init_from"]:
         add("baseline", read_weights(config, setting, path), weights=os.path.abspath(path))

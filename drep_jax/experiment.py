@@ -6,6 +6,7 @@ backbone → control arm (backbone trained on) → denoisers → fusion, certifi
 
 import contextlib
 import functools
+import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import numpy as np
 from drep_jax import closed_form, cost, evaluation, report, weights, workdir
 from drep_jax.builder import Setting, build, init_options
 from drep_jax.closed_form import MOMENTS, Moments, load_moments
+from drep_jax.data import Source
 from drep_jax.data.corruptions import parse_spec
 from drep_jax.denoise_tree import get_in, site_steps
 from drep_jax.denoiser import LOSSES, explicit_apply
@@ -32,9 +34,10 @@ from drep_jax.placebo import placebo_denoisers
 from drep_jax.recipes import check_grid
 from drep_jax.sites import Path
 from drep_jax.tasks import classification
-from drep_jax.training import parallel
+from drep_jax.training import distributed, parallel
 from drep_jax.training.logging import MetricWriter, check_wandb
 from drep_jax.training.profile import parse_profile
+from drep_jax.training.shared import on_primary
 from drep_jax.training.stages import STAGES, batch_size_of, key_of, optimizer_of, section_of, training_steps
 
 Tree = Any
@@ -45,12 +48,20 @@ FOREIGN_ONLY = ("init_format", "init_state", "init_grid", "init_allow")
 
 
 def run(config: Config, directory: str) -> dict[str, Any]:
-    """Runs the whole job in `directory`, or finishes one that was begun there, and returns the report."""
+    """Runs the whole job in `directory`, or finishes one that was begun there, and returns the report.
+
+    Of several processes each calls this; the first one writes the directory and returns the report, the others return its
+    `{"certificate": {"passed": …}}` alone.
+    """
     setting = build(config)
     check(config, setting)
+    agree(config, setting)
     directory = os.path.abspath(directory)
-    with workdir.claimed(directory, config):
-        with contextlib.closing(MetricWriter(directory, config)) as writer:
+    primary = distributed.primary()
+    if not primary:
+        config = {**config, "progress": False}
+    with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
+        with contextlib.closing(on_primary(lambda: MetricWriter(directory, config))) as writer:
             variables = make_backbone(config, setting, directory, writer)
             arms = {"baseline": variables}
             if config["control"]["steps"]:
@@ -136,6 +147,31 @@ def check_evaluation(config: Config) -> None:
         parse_spec(condition)
 
 
+def agree(config: Config, setting: Setting) -> None:
+    """Refuses processes of one run that have other settings, images, devices or versions than the first.
+
+    Raises:
+      ConfigError: naming the process and what differs.
+    """
+    settings = {name: value for name, value in workdir.flatten(config).items() if name != "progress"}
+    distributed.check_same("configuration", settings)
+    sources = {"train": setting.train, "validation": setting.held_out, "test": setting.test}
+    images = {split: _described(source) for split, source in sources.items() if source is not None}
+    distributed.check_same("data", images)
+    there = environment()
+    machine = {name: there[name] for name in ("drep_jax", "jax", "flax", "device")}
+    distributed.check_same("environment", {**machine, "local devices": parallel.local_device_count()})
+
+
+def _described(source: Source) -> str:
+    """Returns what tells two sources apart: their names, sizes, and the first and the last image."""
+    digest = hashlib.sha256()
+    for place in dict.fromkeys((0, len(source) - 1)) if len(source) else ():
+        item = source[place]
+        digest.update(np.ascontiguousarray(item["image"]).tobytes() + str(item.get("label")).encode())
+    return f"{source.name}, {len(source)} images, {source.num_classes} classes, {digest.hexdigest()[:12]}"
+
+
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name}={value} must be at least 1.")
@@ -172,11 +208,14 @@ def read_weights(config: Config, setting: Setting, path: str, *, allow_fused: bo
                 f"{path} is a file of this project, where {', '.join(f'backbone.{name}' for name in useless)} would change "
                 "nothing: they are for foreign files."
             )
-        return weights.load(path, setting.abstract, allow_fused=allow_fused)
+        variables = weights.load(path, setting.abstract, allow_fused=allow_fused)
+        distributed.check_same("backbone", {path: weights.digest(variables)})
+        return variables
     found = weights.load_foreign(
         path, setting.backbone, setting.abstract, fresh=lambda: _fresh(config, setting), **init_options(config)
     )
     print("\n".join(f"  {note}" for note in ("Weights read:", *found.notes)))
+    distributed.check_same("backbone", {path: weights.digest(found.variables)})
     return found.variables
 
 
@@ -203,7 +242,8 @@ def saved_moments(config: Config, setting: Setting, variables: Tree, directory: 
       CheckpointError: if there are none, or they are of another backbone, image size, share of the tokens or choice of sites.
     """
     path, tokens = os.path.join(directory, MOMENTS), config["denoise"]["moment_tokens"]
-    return load_moments(path, setting.sites, owner_of(setting, variables), tokens)
+    owner = owner_of(setting, variables)
+    return distributed.from_primary(lambda: load_moments(path, setting.sites, owner, tokens))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,9 +258,13 @@ def finish(
     exported = learned[config["learner"]]
     denoise, variables = exported.denoise, exported.variables or arms["baseline"]
     how: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
-    fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
-    write(Output(os.path.join(directory, "fused")), setting, variables, fused, {**how, "strength": 1.0})
     params = {"backbone": variables["params"], "denoise": denoise}
+    certificate = None
+    if distributed.primary():
+        fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
+        write(Output(os.path.join(directory, "fused")), setting, variables, fused, {**how, "strength": 1.0})
+    else:
+        fused = fuse_exact(params, setting.sites, setting.schedule, **how)
     random_maps = placebo_denoisers(params, setting.sites, setting.schedule, key_of(config, "placebo"), **how)
     placebo = fuse_exact({**params, "denoise": random_maps}, setting.sites, setting.schedule, rule="affine", steps=1)
     arms = {
@@ -242,6 +286,7 @@ def finish(
             numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
             arms[name] = {**own, "params": numbers}
     metrics = {}
+    distributed.barrier("evaluation")
     if setting.test is not None:
         evaluate = config["evaluate"]
         scores = evaluation.score_arms(
@@ -257,6 +302,10 @@ def finish(
             networks=explicit,
         )
         metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
+    kept = spectra(config, setting, variables, directory, params, trained=exported.variables is not None, **how)
+    passed = distributed.from_primary(lambda: certificate is not None and certificate.passed)
+    if certificate is None:
+        return {"certificate": {"passed": passed}}
     content = {
         "schema": report.SCHEMA,
         "config": config,
@@ -268,9 +317,7 @@ def finish(
         "metrics": metrics,
         "certificate": certificate.to_json(),
         "cost": measure_cost(config, setting, variables, fused, exported, explicit),
-        "spectra": spectra(
-            config, setting, variables, directory, params, trained=exported.variables is not None, **how
-        ),
+        "spectra": kept,
         "front": exported.choice.front() if exported.choice else None,
     }
     report.write_report(content, directory)

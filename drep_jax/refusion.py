@@ -20,6 +20,7 @@ from drep_jax.output import Output, certificate_images, fuse_and_certify, needs_
 from drep_jax.recipes import WIENER, Recipe, as_affine, check_rule
 from drep_jax.saved import last_saved
 from drep_jax.selection import scaled
+from drep_jax.training import distributed
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -31,7 +32,7 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     Raises:
       CheckpointError: if the run is absent, not finished, or damaged.
     """
-    config = workdir.read_config(directory)
+    config = distributed.from_primary(lambda: workdir.read_config(directory))
     setting = build(config)
     found = last_saved(config, setting, directory, config["learner"])
     if found is None:
@@ -167,7 +168,17 @@ def solve_again(
     return setting, denoise, {"rule": rule, "steps": steps}
 
 
-def fuse_and_export(
+def fuse_and_export(*args: Any) -> tuple[Certificate, list[str]]:
+    """Fuses in float64, certifies and writes weights and certificate; of several processes the first one does it.
+
+    Args:
+      *args: configuration, setting, variables, denoisers and output; how they are fused (rule, steps); what is written down
+        about it.
+    """
+    return distributed.from_primary(lambda: _fuse_and_export(*args))
+
+
+def _fuse_and_export(
     config: Config,
     setting: Setting,
     variables: Tree,
@@ -176,7 +187,6 @@ def fuse_and_export(
     how: Mapping[str, Any],
     recorded: Mapping[str, Any],
 ) -> tuple[Certificate, list[str]]:
-    """Fuses in float64, certifies and writes weights and certificate; `how` is fused, `recorded` is written down."""
     original = open_original(config, setting, variables, output)
     fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
     exact = None

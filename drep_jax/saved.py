@@ -9,7 +9,9 @@ import numpy as np
 
 from drep_jax.builder import Setting
 from drep_jax.denoise_tree import init_denoise
-from drep_jax.training.checkpoint import Checkpointer, folder_of
+from drep_jax.training import distributed
+from drep_jax.training.checkpoint import folder_of
+from drep_jax.training.shared import open_checkpoints
 from drep_jax.training.stages import TRAINED, prepare, training_steps
 
 Tree = Any
@@ -39,14 +41,14 @@ def last_saved(config: Any, setting: Setting, directory: str, stage: str) -> Sav
       CheckpointError: if it is damaged, or of another model or set of sites.
     """
     folder = folder_of(directory, stage)
-    if not os.path.isdir(folder):
+    if not distributed.from_primary(lambda: os.path.isdir(folder)):
         return None
     others = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(setting.abstract))
     params = {"backbone": others.pop("params")}
     if TRAINED.get(stage) != ("backbone",):
         params["denoise"] = init_denoise(setting.sites)
     state, frozen, _ = prepare(config, stage, params, others)
-    checkpointer = Checkpointer(folder, read_only=True)
+    checkpointer = open_checkpoints(folder, read_only=True)
     try:
         if checkpointer.latest() is None:
             return None

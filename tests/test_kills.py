@@ -32,7 +32,12 @@ def heard(event, args):
                     os.kill(os.getpid(), 9)
 sys.addaudithook(heard)
 """
-AFTER = "import os, threading\ntimer = threading.Timer({seconds}, os.kill, (os.getpid(), 9))\ntimer.daemon = True\ntimer.start()"
+AFTER = """
+import os, threading
+timer = threading.Timer({seconds}, os.kill, (os.getpid(), 9))
+timer.daemon = True
+timer.start()
+"""
 IN_STAGE = """
 import os
 from drep_jax.training.logging import MetricWriter
@@ -147,7 +152,9 @@ def test_sigterm_saves_and_a_second_signal_ends_at_once(straight, tmp_path):
     assert "Stopped by SIGTERM in stage algorithm1 after step 14 of 30; the state is saved" in ended.messages
     assert "To go on: python" in ended.messages and "Traceback" not in ended.messages
     assert "14" in os.listdir(os.path.join(directory, "checkpoints", "algorithm1"))
-    measuring = "from drep_jax import learners\nimport os\nlearners.LEARNERS['measured'] = lambda task: os.kill(os.getpid(), 15)"
+    measuring = (
+        "import os\nfrom drep_jax import learners\nlearners.LEARNERS['measured'] = lambda _: os.kill(os.getpid(), 15)"
+    )
     ended = train(directory, before=measuring)
     assert ended.status == 75 and "Stopped by SIGTERM. To go on" in ended.messages, ended
     assert train(directory).status == 0

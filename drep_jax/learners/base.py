@@ -12,13 +12,15 @@ import tqdm
 from drep_jax import closed_form, weights
 from drep_jax.builder import Setting
 from drep_jax.closed_form import Moments, load_moments, save_moments
-from drep_jax.data.loader import evaluation_batches, normalize
+from drep_jax.data.loader import evaluation_batches, normalize, read_images
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.selection import Choice
 from drep_jax.sites import Path, Site
-from drep_jax.training.checkpoint import Checkpointer, folder_of
+from drep_jax.training import distributed, parallel
+from drep_jax.training.checkpoint import folder_of
 from drep_jax.training.logging import MetricWriter, lines_of
-from drep_jax.training.moments import collect_moments
+from drep_jax.training.moments import NEAR, collect_moments
+from drep_jax.training.shared import open_checkpoints
 from drep_jax.training.stages import prepare
 
 Tree = Any
@@ -66,7 +68,7 @@ def keep(name: str, task: Task, learned: Learned) -> None:
     others = {key: tree for key, tree in variables.items() if key != "params"}
     params = {"backbone": variables["params"], "denoise": learned.denoise}
     state, frozen, _ = prepare(task.config, name, params, others)
-    checkpointer = Checkpointer(folder_of(task.directory, name))
+    checkpointer = open_checkpoints(folder_of(task.directory, name))
     try:
         checkpointer.save(state, frozen, {"stage": name})
     finally:
@@ -74,8 +76,9 @@ def keep(name: str, task: Task, learned: Learned) -> None:
 
 
 def logged(task: Task, stage: str) -> list[list[float]]:
-    """Returns [step, loss] of every line that a stage has logged."""
-    return [[line["step"], line["loss"]] for line in lines_of(task.directory, stage)]
+    """Returns [step, loss] of every line that a stage has logged, on the process that writes the report."""
+    lines = lines_of(task.directory, stage) if distributed.primary() else ()
+    return [[line["step"], line["loss"]] for line in lines]
 
 
 def moment_images(config: Config, setting: Setting) -> int:
@@ -108,15 +111,21 @@ def moments_of(
     """
     sites = setting.sites if sites is None else tuple(sites)
     tokens = config["denoise"]["moment_tokens"]
-    if os.path.exists(path):
-        return load_moments(path, sites, owner_of(setting, variables), tokens)
+    owner = owner_of(setting, variables)
+    kept = distributed.from_primary(lambda: load_moments(path, sites, owner, tokens) if os.path.exists(path) else None)
+    if kept is not None:
+        return kept
     batch = config["denoise"]["batch_size"]
     count = -(-moment_images(config, setting) // batch)
-    first = itertools.islice(evaluation_batches(setting.train, batch), count)
+    first = itertools.islice(evaluation_batches(setting.train, batch, shard=parallel.host()), count)
     bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
     batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
-    moments = collect_moments(setting.backbone, variables, sites, batches, tokens=tokens, seed=config["seed"])
-    save_moments(path, moments, owner_of(setting, variables), tokens)
+    near = normalize(read_images(setting.train, np.arange(min(NEAR, len(setting.train)))), setting.mean, setting.std)
+    moments = collect_moments(
+        setting.backbone, variables, sites, batches, near=near, tokens=tokens, seed=config["seed"]
+    )
+    if distributed.primary():
+        save_moments(path, moments, owner, tokens)
     return moments
 
 

@@ -186,6 +186,11 @@ def check_measuring(config: Config) -> None:
       ConfigError: naming the setting.
     """
     options, select = config["measured"], config["select"]
+    if config["denoise"]["rank"]:
+        for name in (name for name in ("wiener", "measured") if name in (config["learner"], *config["compare"])):
+            raise ConfigError(
+                f'Learner "{name}" gives full matrices, so denoise.rank={config["denoise"]["rank"]} is not for it.'
+            )
     if config["noise"].startswith(PAIRS):
         if "measured" in (config["learner"], *config["compare"]):
             _open_pairs(config)

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError
+from drep_jax.one_process import orbax_options
 from drep_jax.training.state import TrainState
 
 Tree = Any
@@ -65,10 +66,16 @@ class Checkpointer:
         self.directory = os.path.abspath(directory)
         self._writing: int | None = None  # step of the write in the background
         self._failed: tuple[int, BaseException] | None = None  # step and error of one that nobody has been told of
-        keeping = {} if read_only else {"max_to_keep": 2, "create": True, "cleanup_tmp_directories": True}
+        alone = jax.process_count() == 1  # Orbax makes the folder only where no other process has a say
+        keeping: dict[str, Any] = {"max_to_keep": 2, "create": alone, "cleanup_tmp_directories": True}
         try:
+            if not read_only:
+                os.makedirs(self.directory, exist_ok=True)
             self._manager = ocp.CheckpointManager(
-                self.directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **keeping)
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    read_only=read_only, **({} if read_only else keeping), **orbax_options()
+                ),
             )
         except OSError as error:
             raise CheckpointError(f"Cannot keep checkpoints in {self.directory}: {error.strerror or error}.") from error

@@ -8,10 +8,12 @@ import jax
 from drep_jax.data import Source
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
-from drep_jax.training.checkpoint import Checkpointer, folder_of
+from drep_jax.training import parallel
+from drep_jax.training.checkpoint import folder_of
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
 from drep_jax.training.profile import parse_profile
+from drep_jax.training.shared import open_checkpoints
 from drep_jax.training.state import create_state, held, make_optimizer, make_step, partitioned, split
 
 Tree = Any
@@ -140,7 +142,8 @@ def run_training(
     augment = {name: config["data"][name] for name in ("flip", "shift")}
 
     def batches(start: int) -> Iterator[dict[str, Any]]:
-        return training_batches(source, batch_size_of(config, stage), seed=seed, start_step=start, **augment)
+        size = batch_size_of(config, stage)
+        return training_batches(source, size, seed=seed, start_step=start, shard=parallel.host(), **augment)
 
     steps = {
         active: make_step(
@@ -153,7 +156,7 @@ def run_training(
         for active, tx in optimizers.items()
     }
     only = next(iter(steps.values()))
-    checkpointer = Checkpointer(folder_of(directory, stage))
+    checkpointer = open_checkpoints(folder_of(directory, stage))
     try:
         return run_stage(
             stage,

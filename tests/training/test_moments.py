@@ -185,7 +185,7 @@ def test_one_device_takes_the_moments_of_eight(monkeypatch):
     for share in (1.0, 0.4):
         sites, variables, many = pass_over(net, x, MASK, tokens=share, seed=5)
         with monkeypatch.context() as patch:
-            patch.setattr(parallel, "device_count", lambda: 1)
+            patch.setattr(parallel, "local_device_count", lambda: 1)
             _, _, one = pass_over(net, x, MASK, tokens=share, seed=5, variables=variables)
         for site in sites:
             assert one[site.path].count == many[site.path].count
@@ -206,7 +206,7 @@ from drep_jax.training.moments import collect_moments
 from tests.training.test_moments import over_hosts
 net, sites, variables, x = over_hosts()
 mine = [(x[i : i + 4], np.ones(4, np.float32)) for i in (4 * which, 8 + 4 * which)]
-save_moments(out, collect_moments(net, variables, sites, mine, tokens=0.4, seed=5), str(jax.device_count()))
+save_moments(out, collect_moments(net, variables, sites, mine, near=x[:8], tokens=0.4, seed=5), str(jax.device_count()))
 """
 
 

@@ -29,7 +29,7 @@ def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
     config = get_config().to_dict()
     setting = build(config)
     variables = setting.backbone.init(jax.random.key(0), jnp.zeros(setting.images.shape))
-    options = {"loss": "l2", "tokens": tokens}
+    options = {"loss": "l2", "tokens": tokens, "compute": "float32", "remat": False}
     key = jax.random.key(5)
     denoise = init_denoise(setting.sites)
     batches = [b for b, _ in zip(training_batches(setting.train, 32, seed=0), range(STEPS), strict=False)]
