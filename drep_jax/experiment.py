@@ -130,13 +130,23 @@ def check(config: Config, setting: Setting) -> None:
     if not 0.0 <= denoise["ema"] < 1.0:
         raise ConfigError(f"denoise.ema={denoise['ema']} is the decay of a moving average and lies in [0, 1).")
     if setting.test is not None or setting.others:
-        parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")
-        if evaluate["resamples"] < 100:
-            raise ConfigError(f"evaluate.resamples={evaluate['resamples']}: at least 100 are needed for an interval.")
-        if not evaluate["conditions"]:
-            raise ConfigError('evaluate.conditions is empty; give at least "clean".')
-        for condition in evaluate["conditions"]:
-            parse_spec(condition)
+        check_evaluation(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Refuses settings that nothing can be evaluated with.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    evaluate = config["evaluate"]
+    parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")
+    if evaluate["resamples"] < 100:
+        raise ConfigError(f"evaluate.resamples={evaluate['resamples']}: at least 100 are needed for an interval.")
+    if not evaluate["conditions"]:
+        raise ConfigError('evaluate.conditions is empty; give at least "clean".')
+    for condition in evaluate["conditions"]:
+        parse_spec(condition)
 
 
 def agree(config: Config, setting: Setting) -> None:
@@ -150,7 +160,7 @@ def agree(config: Config, setting: Setting) -> None:
     sources = {"train": setting.train, "validation": setting.held_out, "test": setting.test}
     images = {split: _described(source) for split, source in sources.items() if source is not None}
     distributed.check_same("data", images)
-    there = workdir.environment()
+    there = environment()
     machine = {name: there[name] for name in ("drep_jax", "jax", "flax", "device")}
     distributed.check_same("environment", {**machine, "local devices": parallel.local_device_count()})
 
@@ -176,23 +186,36 @@ def _at_least_one(name: str, value: int) -> None:
 
 def make_backbone(config: Config, setting: Setting, directory: str, writer: MetricWriter) -> Tree:
     """Loads the backbone's weights, or trains them from scratch."""
-
-    def fresh() -> Tree:
-        return dict(jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape)))
-
     path = config["backbone"]["init_from"]
-    if not path:
-        return train_labelled(config, setting, "backbone", fresh(), directory, writer)
+    if path:
+        return read_weights(config, setting, path)
+    return train_labelled(config, setting, "backbone", _fresh(config, setting), directory, writer)
+
+
+def _fresh(config: Config, setting: Setting) -> Tree:
+    return dict(jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape)))
+
+
+def read_weights(config: Config, setting: Setting, path: str, *, allow_fused: bool = False) -> Tree:
+    """Reads a backbone's variables from a file of this project or a foreign one.
+
+    Args:
+      config, setting: of the run.
+      path: of the file, or of an Orbax directory.
+      allow_fused: whether a file of ours may hold fused weights.
+    """
     if weights.is_native(path):
         if useless := [name for name in FOREIGN_ONLY if config["backbone"][name]]:
             raise ConfigError(
                 f"{path} is a file of this project, where {', '.join(f'backbone.{name}' for name in useless)} would change "
                 "nothing: they are for foreign files."
             )
-        variables = weights.load(path, setting.abstract)
+        variables = weights.load(path, setting.abstract, allow_fused=allow_fused)
         distributed.check_same("backbone", {path: weights.digest(variables)})
         return variables
-    found = weights.load_foreign(path, setting.backbone, setting.abstract, fresh=fresh, **init_options(config))
+    found = weights.load_foreign(
+        path, setting.backbone, setting.abstract, fresh=lambda: _fresh(config, setting), **init_options(config)
+    )
     print("\n".join(f"  {note}" for note in ("Weights read:", *found.notes)))
     distributed.check_same("backbone", {path: weights.digest(found.variables)})
     return found.variables

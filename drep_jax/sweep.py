@@ -221,7 +221,7 @@ def to_json(found: Swept, directory: str, solving: float, max_clean_loss: float)
         "front": choice.front(),
         "metrics": found.metrics,
         "certificate": found.certificate.to_json(),
-        "environment": workdir.environment(),
+        "environment": environment(),
     }
     return report.plain(content, "sweep")
 
