@@ -42,11 +42,11 @@ from drep_jax.training.moments import collect_moments, image_keys, nothing_yet, 
 
 def one_batch(model, variables, sites, images, tokens):
     """Returns a function that adds one batch to the moments, as every batch does."""
-    centre, add = programs(model, tuple(sites), tokens)
+    centre, add, _ = programs(model, tuple(sites), tokens)
     everywhere = parallel.replicate(variables)
     mask, keys = jnp.ones(len(images)), image_keys(jax.random.key(0), np.arange(len(images)))
     batch = tuple(parallel.shard(part) for part in (images, mask, keys))
-    shifts = centre(everywhere, *batch)
+    shifts = parallel.replicate(centre(variables, images[:8], mask[:8], keys[:8]))
     state = [nothing_yet(sites)]
 
     def run():
@@ -109,7 +109,7 @@ def trained_backbone(setting, steps):
 
     @jax.jit
     def step(variables, state, images, labels):
-        grads = jax.grad(lambda v: classification.loss(setting.backbone.apply(v, images), labels))(variables)
+        grads = jax.grad(lambda v: classification.loss(setting.backbone.apply(v, images), {"label": labels}))(variables)
         updates, state = tx.update(grads, state, variables)
         return optax.apply_updates(variables, updates), state
 

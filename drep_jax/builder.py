@@ -15,7 +15,7 @@ from drep_jax.data.source import image_size_of
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
 from drep_jax.schedule import RULES, Schedule, reverse_steps
-from drep_jax.sites import Coverage, Site, assign_times, coverage, find_layers, select_sites
+from drep_jax.sites import Coverage, Site, assign_times, coverage, find_layers, select_sites, with_rank
 
 Tree = Any
 
@@ -112,6 +112,9 @@ def build(config: Mapping[str, Any]) -> Setting:
         find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"]
     )
     sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"])
+    if denoise["rank"] < 0:
+        raise ConfigError(f"denoise.rank={denoise['rank']} must be 0, for full matrices, or more.")
+    sites = with_rank(sites, denoise["rank"])
     return Setting(
         backbone=backbone,
         abstract=abstract,

@@ -25,6 +25,7 @@ from drep_jax.denoise_tree import get_in, set_in
 from drep_jax.denoiser import sow, systematic, visit_sites
 from drep_jax.errors import CheckpointError, DataError, NonFiniteError
 from drep_jax.linear_view import features, sampled_features
+from drep_jax.low_rank import dense, nearest
 from drep_jax.schedule import Schedule
 from drep_jax.sites import Layer, Path, Site
 
@@ -78,6 +79,22 @@ def no_sums(site: Site) -> dict[str, np.ndarray]:
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
+def sum_bytes(site: Site) -> int:
+    """Returns the bytes that a site takes during a pass: its sums, what rounding dropped, one batch's sums, and the total."""
+    return 4 * sum(leaf.nbytes for leaf in no_sums(site).values())
+
+
+def passes(sites: Sequence[Site], limit: float) -> list[tuple[Site, ...]]:
+    """Cuts sites, in their order, into groups of at most `limit` bytes of sums each, or of one site if that is more."""
+    groups: list[list[Site]] = []
+    free = 0.0
+    for site in sites:
+        if not groups or (free := free - sum_bytes(site)) < 0:
+            groups, free = [*groups, []], limit - sum_bytes(site)
+        groups[-1].append(site)
+    return [tuple(group) for group in groups]
+
+
 def batch_sums(
     backbone: nn.Module,
     variables: Tree,
@@ -87,6 +104,7 @@ def batch_sums(
     *args: Any,
     tokens: float = 1.0,
     keys: Any = None,
+    first_slot: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each site, the sums over one batch of (F − shift), (F − shift)(F − shift)ᵀ and 1.
 
@@ -98,6 +116,7 @@ def batch_sums(
       *args: for the backbone, the batch first.
       tokens: share of each image's feature vectors to use, a systematic sample of its own at every site.
       keys: (batch,) threefry keys of the images, needed if `tokens` is below 1: others, mapped over, draw for the batch.
+      first_slot: number of sites and stacked copies before these, where all sites are taken in several passes.
 
     Returns:
       {site name: {"count", "first", "second0", "second1", …}}; the last are the blocks of rows of the symmetric matrix, from
@@ -105,7 +124,7 @@ def batch_sums(
     """
     batch = mask.shape[0]
     extras: dict[Path, Tree] = {}
-    slot = 0
+    slot = first_slot
     for site in sites:
         slots = jnp.arange(slot, slot + (site.stack or 1), dtype=jnp.int32)
         slot += slots.size
@@ -292,9 +311,11 @@ def minimiser(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.
     """Returns the site's best denoiser {"kernel", "bias"} in Flax layout, float64; no bias where the site may have none.
 
     The noise itself regularises: C has no eigenvalue below 1 − ᾱ, so fewer vectors than channels, and dead or constant
-    channels, need no further ridge.
+    channels, need no further ridge. A site with a `rank` gets the factors of the best of that rank.
     """
     bars = alpha_bars(site, schedule)
+    if site.rank:
+        return _low_rank_minimiser(site, moments, bars)
     lead = moments.covariance.ndim - np.ndim(bars)
     noise = np.sqrt(1.0 - bars).reshape(np.shape(bars) + (1,) * lead)
     floor = (1.0 - bars).reshape(np.shape(bars) + (1,) * (lead - 2))
@@ -304,6 +325,21 @@ def minimiser(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.
         return {"kernel": weight}
     signal = np.sqrt(bars).reshape(np.shape(bars) + (1,) * (lead - 1))
     return {"kernel": weight, "bias": -signal * np.einsum("...de,...e->...d", weight, moments.mean)}
+
+
+def _low_rank_minimiser(site: Site, moments: Moments, bars: Any) -> dict[str, np.ndarray]:
+    noisy = _noisy_covariance(moments, bars, site.bias)
+    lead = noisy.shape[:-2]
+    along = np.broadcast_to(np.reshape(bars, np.shape(bars) + (1,) * (len(lead) - np.ndim(bars))), lead).reshape(-1)
+    found = [
+        nearest(matrix, np.sqrt(1.0 - bar), 1.0 - bar, site.rank or 0)
+        for matrix, bar in zip(noisy.reshape(-1, *noisy.shape[-2:]), along, strict=True)
+    ]
+    leaves = {name: np.stack([f[name] for f in found]).reshape(lead + found[0][name].shape) for name in found[0]}
+    if site.bias:
+        signal = np.sqrt(along).reshape(*lead, 1)
+        leaves["bias"] = -signal * np.einsum("...de,...d->...e", dense(leaves), moments.mean)
+    return leaves
 
 
 def closed_form(
@@ -367,7 +403,7 @@ def expected_loss(site: Site, moments: Moments, schedule: Schedule, denoiser: Tr
     E‖ε − W X − b‖² / d = [d − 2√(1−ᾱ)·tr W + tr(W C Wᵀ) + ‖√ᾱ·W m + b‖²] / d, C with the covariance Σ.
     """
     bars = alpha_bars(site, schedule)
-    kernel = np.asarray(denoiser["kernel"], np.float64)  # W_Dᵀ
+    kernel = dense({name: np.asarray(leaf, np.float64) for name, leaf in denoiser.items()})  # W_Dᵀ
     width = site.width
     spread = _noisy_covariance(moments, bars, bias=True)
     lead = kernel.ndim - 2 - np.ndim(bars)

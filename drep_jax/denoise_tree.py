@@ -2,9 +2,11 @@
 
 For a site at path a/b the subtree holds `denoise["a"]["b"] = {"kernel": W_Dᵀ, "bias": b_D, "z": …}` in Flax layout, so that
 `D(x) = x @ kernel + bias`. Shapes are ([stack], [groups], d, d), ([stack], [groups], d) and, only if noise was sampled,
-([stack], steps, [groups], d). `bias` and `z` are absent where a site may have no constant.
+([stack], steps, [groups], d). `bias` and `z` are absent where a site may have no constant; a site with a `rank` has the factors
+of `drep_jax.low_rank` in place of `kernel`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drep_jax.errors import FusionError, NonFiniteError
+from drep_jax.low_rank import FACTORS, dtype_of
 from drep_jax.schedule import Schedule, reverse_steps
 from drep_jax.sites import Path, Site
 
@@ -39,12 +42,24 @@ def set_in(tree: Tree, path: Path, value: Tree) -> dict[str, Any]:
 def init_denoise(sites: Sequence[Site], dtype: Any = jnp.float32) -> dict[str, Any]:
     """Returns zero denoisers, which predict no noise: Algorithm 1's loss starts at 1, its value without a denoiser."""
     tree: dict[str, Any] = {}
-    for site in sites:
-        leaves = {"kernel": jnp.zeros(site.denoiser_shape, dtype)}
-        if site.bias:
-            leaves["bias"] = jnp.zeros(site.denoiser_shape[:-1], dtype)
+    for number, site in enumerate(sites):
+        shapes = leaf_shapes(site)
+        names = FACTORS if site.rank else ("kernel",)
+        leaves = {name: jnp.zeros(shapes[name], dtype) for name in (*names, *(("bias",) if site.bias else ()))}
+        if site.rank:  # with both factors zero neither would ever get a gradient; which start is taken does not matter
+            key = jax.random.fold_in(jax.random.key(0), number)
+            leaves["down"] = jax.random.normal(key, shapes["down"], dtype) / math.sqrt(site.width)
         tree = set_in(tree, site.path, leaves)
     return tree
+
+
+def leaf_shapes(site: Site) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all leaves that a site's denoiser may have."""
+    lead = site.denoiser_shape[:-2]
+    shapes = {"kernel": site.denoiser_shape, "bias": (*lead, site.width), "z": noise_shape(site)}
+    if site.rank:
+        shapes |= {"scale": lead, "down": (*lead, site.width, site.rank), "up": (*lead, site.rank, site.width)}
+    return shapes
 
 
 def noise_shape(site: Site) -> tuple[int, ...]:
@@ -65,9 +80,9 @@ def sample_noise(denoise: Tree, sites: Sequence[Site], key: jax.Array) -> dict[s
                 f"{site.name}: sampled noise is a constant, and this site may not have one. Use zero noise."
             )
         leaves = get_in(denoise, site.path)
-        if not isinstance(leaves, Mapping) or "kernel" not in leaves:
+        if not _has_matrix(leaves):
             raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.")
-        z = jax.random.normal(jax.random.fold_in(key, number), noise_shape(site), leaves["kernel"].dtype)
+        z = jax.random.normal(jax.random.fold_in(key, number), noise_shape(site), dtype_of(leaves))
         denoise = set_in(denoise, site.path, {**leaves, "z": z})
     return denoise
 
@@ -89,17 +104,17 @@ def check_params(params: Tree, sites: Sequence[Site]) -> None:
         raise FusionError(
             "The backbone's parameters carry partitioning boxes; take them out with flax.linen.unbox first."
         )
-    known = {(*site.path, leaf) for site in sites for leaf in ("kernel", "bias", "z")}
+    known = {(*site.path, leaf) for site in sites for leaf in leaf_shapes(site)}
     for path, _ in jax.tree_util.tree_leaves_with_path(denoise):
         if (names := tuple(str(getattr(k, "key", k)) for k in path)) not in known:
             raise FusionError(f"denoise/{'/'.join(names)}: no selected site has such a leaf.")
     for site in sites:
         leaves = get_in(denoise, site.path)
-        if not isinstance(leaves, Mapping) or "kernel" not in leaves:
+        if not _has_matrix(leaves):
             raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.")
-        expected = {"kernel": site.denoiser_shape, "bias": site.denoiser_shape[:-1], "z": noise_shape(site)}
+        expected = leaf_shapes(site)
         for name, leaf in leaves.items():
-            if name != "kernel" and not site.bias:
+            if name in ("bias", "z") and not site.bias:
                 raise FusionError(
                     f"{site.name}: the denoiser has a constant ({name}), but the site has nowhere to put it: a layer "
                     "without bias, or zeros padded after a pointwise denoiser. Learn it through the origin."
@@ -114,6 +129,14 @@ def check_params(params: Tree, sites: Sequence[Site]) -> None:
             found = tuple(node["kernel"].shape) if isinstance(node, Mapping) and "kernel" in node else None
             if found != shape:
                 raise FusionError(f"{layer.name}: the backbone's kernel has shape {found}, expected {shape}.")
+
+
+def _has_matrix(leaves: Any) -> bool:
+    """Returns whether a denoiser has a full matrix or all factors of one, not both."""
+    if not isinstance(leaves, Mapping):
+        return False
+    factors = [name in leaves for name in FACTORS]
+    return not any(factors) if "kernel" in leaves else all(factors)
 
 
 def check_finite(tree: Tree, what: str) -> None:

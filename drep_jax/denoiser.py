@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from drep_jax.denoise_tree import check_params, get_in, init_denoise, set_in, site_steps
 from drep_jax.errors import ConfigError, SiteError, did_you_mean
 from drep_jax.linear_view import affine, features, input_from_features, kernel_matrix
+from drep_jax.low_rank import dtype_of, predict
 from drep_jax.schedule import Schedule
 from drep_jax.sites import COLLECTION, Layer, Path, Site
 
@@ -91,11 +92,11 @@ def sow(module: nn.Module, layer: Layer, name: str, value: Any) -> None:
 
 def denoise_features(denoiser: Tree, triples: Float[Array, "k 3"], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Applies k reverse steps x̂ = s·x − g·D(x) + σ·z to feature vectors (…, [groups], d), largest t first (Eq. 5)."""
-    dtype = jnp.promote_types(x.dtype, denoiser["kernel"].dtype)
+    dtype = jnp.promote_types(x.dtype, dtype_of(denoiser))
     x, triples = x.astype(dtype), triples.astype(dtype)
     for j in range(triples.shape[0]):
         scale, gain, sigma = triples[j]
-        predicted = affine(x, denoiser["kernel"], denoiser.get("bias"))
+        predicted = predict(denoiser, x)
         x = scale * x - gain * predicted
         if "z" in denoiser:
             z = sigma * denoiser["z"][j]
@@ -251,7 +252,7 @@ def _site_loss(clean: Any, site: Site, extra: Tree, key: Any, keys: Any, loss: A
     if tokens < 1.0:
         pick = jax.vmap(lambda k: systematic(jax.random.fold_in(k, 1), clean.shape[1], tokens))(keys)
         clean = jnp.take_along_axis(clean, pick.reshape(*pick.shape, *(1,) * len(shape)), axis=1)
-    dtype = jnp.promote_types(clean.dtype, extra["denoiser"]["kernel"].dtype)
+    dtype = jnp.promote_types(clean.dtype, dtype_of(extra["denoiser"]))
     noise = _draw(keys, clean.shape[1:], dtype)
     noisy = extra["signal"].astype(dtype) * clean.astype(dtype) + extra["noise"].astype(dtype) * noise
     return _regression(loss, extra["denoiser"], noisy.reshape(-1, *shape), noise.reshape(-1, *shape))
@@ -286,11 +287,11 @@ def _draw(keys: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _regression(loss: Any, denoiser: Tree, noisy: Any, noise: Any) -> Any:
     """Returns loss(ε − D(X_t)); its gradient is taken on the spot, so X_t and ε need not be kept for a backward pass."""
-    return loss(noise - affine(noisy, denoiser["kernel"], denoiser.get("bias")))
+    return loss(noise - predict(denoiser, noisy))
 
 
 def _regression_forward(loss: Any, denoiser: Tree, noisy: Any, noise: Any) -> Any:
-    return jax.value_and_grad(lambda d: loss(noise - affine(noisy, d["kernel"], d.get("bias"))))(denoiser)
+    return jax.value_and_grad(lambda d: loss(noise - predict(d, noisy)))(denoiser)
 
 
 def _regression_backward(loss: Any, gradient: Tree, weight: Any) -> Any:

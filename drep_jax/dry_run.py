@@ -12,7 +12,7 @@ from drep_jax.builder import build
 from drep_jax.data.loader import training_batches
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.errors import ConfigError
-from drep_jax.learners import denoising_objective
+from drep_jax.objectives import denoising_objective
 from drep_jax.training import parallel
 from drep_jax.training.stages import key_of, prepare
 from drep_jax.training.state import make_step
@@ -51,15 +51,17 @@ def dry_run(config: Config) -> str:
     options = config["denoise"]
     params = {"backbone": dict(variables)["params"], "denoise": denoise}
     others = {name: tree for name, tree in dict(variables).items() if name != "params"}
-    state, frozen, tx = prepare(config, "algorithm1", params, others, ("denoise",))
+    state, frozen, optimizers = prepare(config, "algorithm1", params, others)
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         return denoising_objective(setting, options, params, others, batch, key)
 
-    step = make_step(loss_fn, tx)
+    step = make_step(loss_fn, optimizers[("denoise",)], accumulate=options["accumulate"])
     state, kept = parallel.replicate(state), parallel.replicate(frozen)
     seconds = []
-    for number, batch in zip(range(2), training_batches(setting.train, size, seed=0), strict=False):
+    for number, batch in zip(
+        range(2), training_batches(setting.train, size, seed=0, shard=parallel.host()), strict=False
+    ):
         began = time.perf_counter()
         state, metrics = step(state, kept, parallel.shard(batch))
         loss = float(parallel.unreplicate(metrics)["loss"])

@@ -1,6 +1,7 @@
 """Scores several networks of one shape on the same test images under the same corruptions, so that they can be paired."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ def score_arms(
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
+    networks: Mapping[str, Callable[[Tree, Any], Any]] = MappingProxyType({}),
 ) -> dict[str, dict[str, Scores]]:
     """Runs every arm on every condition.
 
@@ -38,29 +40,50 @@ def score_arms(
       source: labelled test images.
       conditions: corruption specs, see `drep_jax.data.corruptions`.
       scores: from the task, (outputs, labels) ↦ {metric: (n,)}.
-      batch_size: a multiple of the number of local devices.
+      batch_size: over all hosts, a multiple of the number of their devices.
       mean, std: of the normalisation, on the scale 0 to 1.
       seed: of the corruptions; every arm sees the same images.
+      networks: name ↦ (variables, images) ↦ outputs, of arms that are not the backbone itself.
 
     Returns:
-      {condition: {arm: {metric: (n,)}}}.
+      {condition: {arm: {metric: (n,)}}}, of all images on every host. The last batch is padded, and what is padding is
+      left out, so the scores are exact for any number of images.
     """
     parallel.check_batch(batch_size, "evaluate.batch_size")
     everywhere = {name: parallel.replicate(variables) for name, variables in arms.items()}
-    apply = parallel.on_devices(backbone.apply)
+    plain = parallel.on_devices(backbone.apply)
+    apply = {name: parallel.on_devices(networks[name]) if name in networks else plain for name in arms}
     prepare = parallel.on_devices(lambda images: normalize(images, mean, std))
     result: dict[str, dict[str, Scores]] = {}
     for condition in conditions:
         outputs: dict[str, list[np.ndarray]] = {name: [] for name in arms}
         labels: list[np.ndarray] = []
-        for batch in evaluation_batches(source, batch_size):
+        real: list[np.ndarray] = []
+        for batch in evaluation_batches(source, batch_size, shard=parallel.host()):
             images = prepare(parallel.shard(corrupt(batch["image"], batch["index"], condition, seed)))
-            labels.append(batch["label"][batch["mask"]])
+            labels.append(batch["label"])
+            real.append(batch["mask"])
             for name, variables in everywhere.items():
-                outputs[name].append(parallel.unshard(apply(variables, images))[batch["mask"]])
-        truth = np.concatenate(labels)
-        result[condition] = {name: scores(np.concatenate(rows), truth) for name, rows in outputs.items()}
+                outputs[name].append(parallel.unshard(apply[name](variables, images)))
+        own = {name: scores(np.concatenate(rows), np.concatenate(labels)) for name, rows in outputs.items()}
+        mask = in_order(np.concatenate(real), len(real))
+        result[condition] = {
+            name: {metric: in_order(values, len(real))[mask] for metric, values in found.items()}
+            for name, found in own.items()
+        }
     return result
+
+
+def in_order(rows: np.ndarray, batches: int) -> np.ndarray:
+    """Returns the rows of all hosts in the order of the source, on every host.
+
+    Args:
+      rows: this host's, (batches · its part of a batch, …): every host has an equal slice of each batch.
+      batches: how many.
+    """
+    everyone = parallel.gather(rows)
+    cut = everyone.reshape(len(everyone), batches, -1, *rows.shape[1:])
+    return np.swapaxes(cut, 0, 1).reshape(-1, *rows.shape[1:])
 
 
 def summarize(

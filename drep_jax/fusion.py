@@ -17,6 +17,7 @@ import numpy as np
 from drep_jax.denoise_tree import check_finite, check_params, get_in, site_steps
 from drep_jax.errors import FusionError
 from drep_jax.linear_view import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.low_rank import dtype_of, times_kernel
 from drep_jax.schedule import Schedule
 from drep_jax.sites import Layer, Path, Site
 
@@ -89,7 +90,7 @@ def fuse_layer(
             f"{layer.name}: expected {'a' if layer.bias else 'no'} bias leaf in the backbone's parameters."
         )
     wide = jnp.promote_types(weights["kernel"].dtype, jnp.float32)
-    wide = jnp.promote_types(wide, denoiser["kernel"].dtype)
+    wide = jnp.promote_types(wide, dtype_of(denoiser))
 
     def one(weights: Any, denoiser: Any, triples: Any) -> Any:
         cast = jax.tree_util.tree_map(lambda leaf: leaf.astype(wide), (weights, denoiser))
@@ -117,7 +118,6 @@ def _walk(site: Site, kernel: Any, denoiser: Any, triples: Any) -> tuple[Any, An
         vector = vector.reshape(site.groups, site.width)
         return jnp.einsum("gdc,gd->gc", kernel, vector, precision=jax.lax.Precision.HIGHEST)
 
-    denoise = denoiser["kernel"].reshape(site.groups, site.width, site.width)
     constant = jnp.zeros((kernel.shape[0], kernel.shape[2]), kernel.dtype)
     for j in reversed(range(triples.shape[0])):
         scale, gain, sigma = triples[j]
@@ -125,7 +125,7 @@ def _walk(site: Site, kernel: Any, denoiser: Any, triples: Any) -> tuple[Any, An
             constant = constant - gain * columns(denoiser["bias"])
         if "z" in denoiser:
             constant = constant + sigma * columns(denoiser["z"][j])
-        kernel = scale * kernel - gain * jnp.matmul(denoise, kernel, precision=jax.lax.Precision.HIGHEST)
+        kernel = scale * kernel - gain * times_kernel(denoiser, site.groups, kernel)
     return kernel, constant
 
 
@@ -141,14 +141,14 @@ def composed_maps(
     for site in sites:
 
         def one(denoiser: Any, triples: Any, site: Site = site) -> Any:
-            form = denoiser["kernel"].shape
-            eye = jnp.eye(site.width, dtype=denoiser["kernel"].dtype)[None]
+            form = site.denoiser_shape[0 if site.stack is None else 1 :]
+            eye = jnp.eye(site.width, dtype=dtype_of(denoiser))[None]
             matrix, constant = _walk(site, jnp.repeat(eye, site.groups, axis=0), denoiser, triples)
             out = {"matrix": (matrix - eye).reshape(form)}
             return {**out, "constant": constant.reshape(form[:-1])} if site.bias else out
 
         denoiser = dict(get_in(params["denoise"], site.path))
-        triples = jnp.asarray(table[site.path], denoiser["kernel"].dtype)
+        triples = jnp.asarray(table[site.path], dtype_of(denoiser))
         maps[site.path] = (one if site.stack is None else jax.vmap(one))(denoiser, triples)
     return maps
 

@@ -11,16 +11,16 @@ import numpy as np
 from drep_jax import closed_form, workdir
 from drep_jax.builder import Setting, build, respaced
 from drep_jax.certificate import Certificate
-from drep_jax.denoise_tree import check_finite, init_denoise, sample_noise, site_steps
+from drep_jax.denoise_tree import check_finite, sample_noise, site_steps
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from drep_jax.experiment import saved_moments
 from drep_jax.fusion import fuse_exact
 from drep_jax.learners import DIRECT
 from drep_jax.output import Output, certificate_images, fuse_and_certify, needs_exact, open_original, write
 from drep_jax.recipes import WIENER, Recipe, as_affine, check_rule
+from drep_jax.saved import last_saved
 from drep_jax.selection import scaled
-from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.stages import prepare, training_steps
+from drep_jax.training import distributed
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -32,30 +32,19 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     Raises:
       CheckpointError: if the run is absent, not finished, or damaged.
     """
-    config = workdir.read_config(directory)
+    config = distributed.from_primary(lambda: workdir.read_config(directory))
     setting = build(config)
-    variables = setting.abstract
-    zeros = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(variables))
-    params = {"backbone": zeros.pop("params"), "denoise": init_denoise(setting.sites)}
-    stage = config["learner"]
-    state, frozen, _ = prepare(config, stage, params, zeros, ("denoise",))
-    wanted = training_steps(config, stage)
-    folder = os.path.join(directory, "checkpoints", stage)
-    if not os.path.isdir(folder):
+    found = last_saved(config, setting, directory, config["learner"])
+    if found is None:
         raise CheckpointError(
             f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first."
         )
-    checkpointer = Checkpointer(folder)
-    try:
-        state, frozen, _ = checkpointer.restore(state, frozen)
-    finally:
-        checkpointer.close()
-    if int(state.step) < wanted:
+    if found.step < found.steps:
         raise CheckpointError(
-            f"The denoisers in {directory} are at step {int(state.step)} of {wanted}; finish the run first: "
+            f"The denoisers in {directory} are at step {found.step} of {found.steps}; finish the run first: "
             f"train.py with --workdir={directory}."
         )
-    return config, setting, {**state.others, "params": frozen["backbone"]}, state.params["denoise"]
+    return config, setting, found.variables, found.denoise
 
 
 def refuse(
@@ -179,7 +168,17 @@ def solve_again(
     return setting, denoise, {"rule": rule, "steps": steps}
 
 
-def fuse_and_export(
+def fuse_and_export(*args: Any) -> tuple[Certificate, list[str]]:
+    """Fuses in float64, certifies and writes weights and certificate; of several processes the first one does it.
+
+    Args:
+      *args: configuration, setting, variables, denoisers and output; how they are fused (rule, steps); what is written down
+        about it.
+    """
+    return distributed.from_primary(lambda: _fuse_and_export(*args))
+
+
+def _fuse_and_export(
     config: Config,
     setting: Setting,
     variables: Tree,
@@ -188,7 +187,6 @@ def fuse_and_export(
     how: Mapping[str, Any],
     recorded: Mapping[str, Any],
 ) -> tuple[Certificate, list[str]]:
-    """Fuses in float64, certifies and writes weights and certificate; `how` is fused, `recorded` is written down."""
     original = open_original(config, setting, variables, output)
     fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
     exact = None

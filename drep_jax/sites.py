@@ -114,6 +114,7 @@ class Site:
       stack: number of stacked copies under `nn.scan`, or None.
       times: the time step it was learned at, one for each copy (one number if not stacked).
       steps: reverse steps each copy takes: t, t − 1, …, t − steps + 1.
+      rank: of the matrix but for a multiple of the identity, see `drep_jax.low_rank`; None for a full matrix.
     """
 
     path: Path
@@ -125,6 +126,7 @@ class Site:
     stack: int | None
     times: tuple[int, ...] = ()
     steps: int = 1
+    rank: int | None = None
 
     @property
     def name(self) -> str:
@@ -136,6 +138,11 @@ class Site:
         """Shape of the denoiser's kernel: ([stack], [groups], width, width)."""
         lead = () if self.stack is None else (self.stack,)
         return lead + (() if self.groups == 1 else (self.groups,)) + (self.width, self.width)
+
+
+def with_rank(sites: Sequence[Site], rank: int) -> tuple[Site, ...]:
+    """Returns the sites with low-rank denoisers where that takes fewer numbers; rank 0 keeps full matrices."""
+    return tuple(dataclasses.replace(site, rank=rank if 0 < 2 * rank < site.width else None) for site in sites)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from drep_jax.denoise_tree import check_finite, init_denoise
 from drep_jax.errors import ConfigError
 from drep_jax.experiment import saved_moments
 from drep_jax.fusion import fuse_exact
+from drep_jax.machine import environment
 from drep_jax.output import Output
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.recipes import Grid, make_grid, solve
@@ -29,6 +30,7 @@ from drep_jax.report.formatting import fixed
 from drep_jax.report.lines import NO_METRICS
 from drep_jax.selection import Candidate, Choice, Point, choose, scaled
 from drep_jax.tasks import classification
+from drep_jax.training import distributed
 from drep_jax.training.stages import key_of
 
 Tree = Any
@@ -122,9 +124,9 @@ def sweep(
     lines = [report.verdict(condition, entry, ARM) for condition, entry in metrics.items()]
     print("\n".join(["On the test images, looked at once:", *lines]) if lines else NO_METRICS)
     found = Swept(choice, grid, certificate, metrics, paths)
-    workdir.write_json(
-        os.path.join(output.directory, FILE), to_json(found, directory, solving, select["max_clean_loss"])
-    )
+    if distributed.primary():
+        content = to_json(found, directory, solving, select["max_clean_loss"])
+        workdir.write_json(os.path.join(output.directory, FILE), content)
     return found
 
 
@@ -220,7 +222,7 @@ def to_json(found: Swept, directory: str, solving: float, max_clean_loss: float)
         "front": choice.front(),
         "metrics": found.metrics,
         "certificate": found.certificate.to_json(),
-        "environment": workdir.environment(),
+        "environment": environment(),
     }
     return report.plain(content, "sweep")
 

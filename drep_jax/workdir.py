@@ -1,23 +1,21 @@
-"""The work directory of a run: made writable-checked, with its configuration and a record of what made it."""
+"""The work directory of a run: checked to be writable, locked, with its configuration and a record of every start."""
 
-import datetime
+import contextlib
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax
-import jax
-
+from drep_jax import lock
 from drep_jax.errors import CheckpointError
+from drep_jax.machine import environment
+from drep_jax.settings import completed
+from drep_jax.training.checkpoint import FOLDER as CHECKPOINTS
 
 CONFIG = "config.json"
-FREE = ("log_every", "checkpoint_every", "progress", "latency_rounds")
-"""Settings that may differ when a run is resumed: they change nothing that is learned."""
+STARTS = "run.json"
+FREE = ("log_every", "checkpoint_every", "progress", "latency_rounds", "profile", "wandb.")
+"""Settings that may differ when a run is resumed, and sections of them: they change nothing that is learned."""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -31,15 +29,24 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim(workdir: str, config: Mapping[str, Any]) -> None:
-    """Makes `workdir` the place of this run, or checks that it already is.
+@contextlib.contextmanager
+def claimed(workdir: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """Makes `workdir` the place of this run, or checks that it already is, and keeps others out while the block runs.
 
     Raises:
-      CheckpointError: if it cannot be written, or holds a run with another configuration; names the settings.
+      CheckpointError: if it cannot be written, is in use, or holds a run with another configuration; names the settings.
     """
+    _make_writable(workdir)
+    with lock.writing(workdir):
+        _settle_config(workdir, config)
+        _record_start(workdir)
+        yield
+
+
+def _make_writable(workdir: str) -> None:
     try:
         os.makedirs(workdir, exist_ok=True)
-        probe = os.path.join(workdir, ".write-test")
+        probe = os.path.join(workdir, f".write-test{os.getpid()}")
         with open(probe, "w", encoding="utf-8") as file:
             file.write("x" * 4096)
         os.remove(probe)
@@ -47,30 +54,65 @@ def claim(workdir: str, config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"Cannot write to the work directory {workdir}: {error.strerror}. Choose another --workdir."
         ) from error
+
+
+def _settle_config(workdir: str, config: Mapping[str, Any]) -> None:
+    """Writes the configuration, or compares it with the one there, where a setting that is absent has its default."""
     path = os.path.join(workdir, CONFIG)
     if not os.path.exists(path):
         write_json(path, config)
         return
-    old, new = flatten(read_config(workdir)), flatten(json.loads(json.dumps(config)))
-    changed = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in FREE]
+    changed = differences(read_config(workdir), config)
     if changed and not _begun(workdir):
         write_json(path, config)  # such as a path that was mistyped the first time
     elif changed:
-        lines = "\n".join(f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in changed)
         raise CheckpointError(
-            f"{workdir} holds a run with another configuration. Choose another --workdir, or delete it:\n{lines}"
+            f"{workdir} holds a run with another configuration. Choose another --workdir, or delete it:\n{listed(changed)}"
         )
+
+
+def differences(
+    there: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...] = FREE
+) -> dict[str, tuple[Any, Any]]:
+    """Returns {name: (there, now)} of the settings that differ, where one that is absent has its default.
+
+    Args:
+      there, now: configurations.
+      free: names of settings that may differ, and of sections as `section.`.
+    """
+    old, new = (flatten(json.loads(json.dumps(completed(config)))) for config in (there, now))
+    return {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not any(name == f or (f[-1] == "." and name.startswith(f)) for f in free)
+    }
+
+
+def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Returns differences for a message."""
+    return "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
+
+
+def _record_start(workdir: str) -> None:
+    """Adds this start to the list of what made the run, of which the first one began it and the others went on."""
+    path = os.path.join(workdir, STARTS)
+    try:
+        with open(path, encoding="utf-8") as file:
+            starts = json.load(file)["starts"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet; or damaged by hand, which is no reason not to train
+        starts = []
+    write_json(path, {"starts": [*starts, environment()]})
 
 
 def _begun(workdir: str) -> bool:
     """Returns whether a work directory holds anything that its configuration has made."""
-    stages = os.path.join(workdir, "checkpoints")
+    stages = os.path.join(workdir, CHECKPOINTS)
     saved = os.path.isdir(stages) and any(os.listdir(os.path.join(stages, stage)) for stage in os.listdir(stages))
     return saved or any(os.path.exists(os.path.join(workdir, name)) for name in ("moments.npz", "report.json", "fused"))
 
 
 def read_config(workdir: str) -> dict[str, Any]:
-    """Returns the configuration of a run.
+    """Returns the configuration of a run, with the defaults of settings that there were none of when it was begun.
 
     Raises:
       CheckpointError: if there is none.
@@ -78,7 +120,7 @@ def read_config(workdir: str) -> dict[str, Any]:
     path = os.path.join(workdir, CONFIG)
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            return completed(json.load(file))
     except FileNotFoundError as error:
         if any(os.path.exists(os.path.join(workdir, name)) for name in ("drep_jax.json", "fused.safetensors")):
             raise CheckpointError(
@@ -86,7 +128,7 @@ def read_config(workdir: str) -> dict[str, Any]:
                 "the run that learned the denoisers."
             ) from error
         raise CheckpointError(f"{workdir} is no finished run: there is no {CONFIG} in it.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
@@ -96,27 +138,3 @@ def write_json(path: str, value: Any) -> None:
         json.dump(value, file, indent=2)
         file.write("\n")
     os.replace(f"{path}.tmp", path)
-
-
-def environment() -> dict[str, Any]:
-    """Returns versions, devices, command and source revision, for the report."""
-    from drep_jax import __version__
-
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        command = ["git", "-C", here, "rev-parse", "HEAD"]
-        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        revision = ""
-    device = jax.local_devices()[0]
-    return {
-        "drep_jax": __version__,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.platform} {device.device_kind}",
-        "device_count": jax.device_count(),
-        "command": shlex.join(["python", *sys.argv]),
-        "git_revision": revision or None,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }

@@ -19,7 +19,7 @@ def test_loss(smoothing):
         target = np.full(12, smoothing / 12)
         target[label] += 1 - smoothing
         total -= target @ log_p
-    found = classification.loss(jnp.asarray(LOGITS), jnp.asarray(LABELS), smoothing)
+    found = classification.loss(jnp.asarray(LOGITS), {"label": jnp.asarray(LABELS)}, smoothing)
     np.testing.assert_allclose(found, total / 50, rtol=1e-5)
 
 

@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 
-from drep_jax import workdir
+from drep_jax import machine
 from drep_jax.errors import CheckpointError
-from drep_jax.workdir import CONFIG, FREE, claim, environment, flatten, read_config, write_json
+from drep_jax.machine import environment
+from drep_jax.workdir import CONFIG, FREE, claimed, flatten, read_config, write_json
 
 RUN = {
     "seed": 0,
@@ -20,6 +21,11 @@ RUN = {
 }
 
 
+def claim(directory, config):
+    with claimed(directory, config):
+        pass
+
+
 def begun(directory):
     (directory / "checkpoints" / "denoise" / "5").mkdir(parents=True)
 
@@ -27,8 +33,9 @@ def begun(directory):
 def test_a_claimed_directory_can_be_claimed_again(tmp_path):
     place = tmp_path / "deep" / "run"
     claim(str(place), RUN)
-    assert os.listdir(place) == [CONFIG]
-    assert read_config(str(place)) == json.loads(json.dumps(RUN))
+    assert sorted(os.listdir(place)) == [CONFIG, "lock", "run.json"]
+    with open(place / CONFIG, encoding="utf-8") as file:
+        assert json.load(file) == json.loads(json.dumps(RUN))
     begun(place)
     claim(str(place), RUN)
 
@@ -115,4 +122,4 @@ def test_environment_says_what_made_a_run_and_needs_no_git(monkeypatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", absent)
-    assert workdir.environment()["git_revision"] is None
+    assert machine.environment()["git_revision"] is None

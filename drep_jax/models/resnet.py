@@ -98,6 +98,7 @@ class ResNet(nn.Module):
       shortcut: "projection" (1x1 convolution) or "pad" (no parameters) where a block changes the shape.
       last_stride: of the last stage; 1 keeps its maps twice as large, as person re-identification does.
       axis_name: mapped axis over which BatchNorm shares its batch statistics; None keeps them per device.
+      remat: recompute each block in the backward pass: less memory, more time.
       dtype: of the computation; None follows inputs and parameters.
       param_dtype: of the parameters.
     """
@@ -110,6 +111,7 @@ class ResNet(nn.Module):
     shortcut: str = "projection"
     last_stride: int = 2
     axis_name: str | None = None
+    remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -148,7 +150,8 @@ class ResNet(nn.Module):
         x = nn.relu(norm(name="bn1")(x))
         if imagenet:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        block = BasicBlock if self.block == "basic" else BottleneckBlock
+        block: Any = BasicBlock if self.block == "basic" else BottleneckBlock
+        block = nn.remat(block) if self.remat else block
         strides = [1, *[2] * (len(self.stage_sizes) - 2), self.last_stride][: len(self.stage_sizes)]
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):

@@ -1,6 +1,10 @@
-"""Checkpoints with Orbax: parameters, optimiser, step, random key and data position of one stage of a run."""
+"""Checkpoints with Orbax, written in the background: everything that a stage of a run needs to go on with the same bits."""
 
+import dataclasses
+import json
 import os
+import sys
+import zlib
 from typing import Any
 
 import jax
@@ -10,19 +14,31 @@ import orbax.checkpoint as ocp
 
 from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError
+from drep_jax.one_process import orbax_options
 from drep_jax.training.state import TrainState
 
 Tree = Any
 
+FOLDER = "checkpoints"
+OLD_STAGES = {"algorithm1": "denoise"}
+"""What a stage's folder was called by the first release."""
+_STORED_AS = {"key": "rng"}
+"""Fields of the state that have another name in a checkpoint."""
+
+
+def folder_of(workdir: str, stage: str) -> str:
+    """Returns where a stage keeps its checkpoints: `checkpoints/<stage>`, or the old name's folder if only that is there."""
+    folder = os.path.join(workdir, FOLDER, stage)
+    old = os.path.join(workdir, FOLDER, OLD_STAGES.get(stage, stage))
+    return old if os.path.isdir(old) and not os.path.isdir(folder) else folder
+
 
 def _to_tree(state: TrainState, frozen: Tree) -> Tree:
-    return {
-        "params": {**frozen, **state.params},
-        "others": state.others,
-        "opt_state": state.opt_state,
-        "step": state.step,
-        "rng": state.key,
-    }
+    """Returns what is stored: every field of the state, of which those that are empty take no place."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    tree = {"params": {**frozen, **fields.pop("params")}, "others": fields.pop("others")}
+    kept = {_STORED_AS.get(name, name): value for name, value in fields.items() if jax.tree_util.tree_leaves(value)}
+    return {**tree, **kept}
 
 
 def abstract(tree: Tree) -> Tree:
@@ -36,50 +52,97 @@ def abstract(tree: Tree) -> Tree:
 class Checkpointer:
     """Saves and restores one stage below `directory`, keeping the last two checkpoints.
 
-    Saving refuses parameters that are not finite, so the last checkpoint is always a good one.
+    Saving refuses parameters that are not finite, and an earlier checkpoint is deleted only when a later one is complete, so
+    the last checkpoint is always a good one.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, read_only: bool = False) -> None:
+        """Opens a stage's folder.
+
+        Args:
+          directory: of the stage.
+          read_only: makes, cleans up and deletes nothing; otherwise what a killed run left half written is deleted.
+        """
         self.directory = os.path.abspath(directory)
+        self._writing: int | None = None  # step of the write in the background
+        self._failed: tuple[int, BaseException] | None = None  # step and error of one that nobody has been told of
+        alone = jax.process_count() == 1  # Orbax makes the folder only where no other process has a say
+        keeping: dict[str, Any] = {"max_to_keep": 2, "create": alone, "cleanup_tmp_directories": True}
         try:
+            if not read_only:
+                os.makedirs(self.directory, exist_ok=True)
             self._manager = ocp.CheckpointManager(
-                self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    read_only=read_only, **({} if read_only else keeping), **orbax_options()
+                ),
             )
         except OSError as error:
             raise CheckpointError(f"Cannot keep checkpoints in {self.directory}: {error.strerror or error}.") from error
 
-    def save(self, state: TrainState, frozen: Tree, meta: dict[str, Any]) -> None:
-        """Writes a checkpoint of the given state (one device's copy); waits until it is on disk.
+    def save(self, state: TrainState, frozen: Tree, meta: dict[str, Any], *, wait: bool = True) -> None:
+        """Writes a checkpoint of the given state (one device's copy), which nothing may change afterwards.
+
+        Args:
+          state, frozen: what is saved; arrays of their own, not views of buffers that a next step is given.
+          meta: what else a resumed stage needs to know, as JSON.
+          wait: whether to wait until it is on disk. If not, an error is raised by the next `save` or `wait`.
 
         Raises:
           NonFiniteError: if a trained parameter is NaN or Inf.
-          CheckpointError: if it cannot be written.
+          CheckpointError: if this checkpoint, or the one before, cannot be written.
         """
+        self.wait()  # one at a time: Orbax would pass over a save while another is under way
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        kept = f"the last good checkpoint (step {self.latest() or 0}) in {self.directory} is kept"
-        check_finite(state.params, f"Not saving step {step} ({kept})")
-        tree = jax.tree_util.tree_map(np.asarray, _to_tree(state, frozen))
-        shapes = _shapes(tree["params"])
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({**meta, "step": step, "shapes": shapes})
-        )
-        try:
-            self._manager.save(step, args=args)
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
+        if step not in self._manager.all_steps():
+            kept = f"the last good checkpoint (step {self.latest() or 0}) in {self.directory} is kept"
+            check_finite(state.params, f"Not saving step {step} ({kept})")
+            tree = jax.tree_util.tree_map(np.asarray, _to_tree(state, frozen))
+            meta = json.loads(json.dumps({**meta, "step": step}))  # a copy: the caller goes on with its lists
+            told = ocp.args.JsonSave({**meta, "checksum": _checksum(meta)})
+            args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=told)
+            try:
+                self._writing = step
+                self._manager.save(step, args=args)
+            except (OSError, ValueError) as error:
+                self._note_failure(error)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the write in the background.
+
+        Raises:
+          CheckpointError: if it failed; names its step.
+        """
+        self._settle()
+        if self._failed is not None:
+            (step, error), self._failed = self._failed, None
             raise CheckpointError(
-                f"Could not write the checkpoint of step {step} to {self.directory}: {error}. "
-                "Earlier checkpoints are untouched; free some space or choose another --workdir, then run again."
+                f"Could not write the checkpoint of step {step} to {self.directory}: {_reason(error)}. Earlier checkpoints "
+                f"are untouched (the last is that of step {self._manager.latest_step() or 0}); free some space or make the "
+                "place writable, then give the same command again."
             ) from error
 
+    def _settle(self) -> None:
+        """Waits for the write in the background and keeps its error for later."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # noqa: BLE001 (whatever a thread of Orbax met; `wait` raises it)
+            self._note_failure(error)
+        self._writing = None
+
+    def _note_failure(self, error: Exception) -> None:
+        self._failed = (self._writing or 0, error)
+        self._manager.reload()  # it had already forgotten the checkpoint that this one was to replace
+
     def latest(self) -> int | None:
-        """Returns the last saved step, or None."""
+        """Returns the last step that is saved completely, or None; waits for a write under way."""
+        self._settle()
         return self._manager.latest_step()
 
     def restore(self, state: TrainState, frozen: Tree) -> tuple[TrainState, Tree, dict[str, Any]]:
-        """Restores the last checkpoint into the structure of `state` and `frozen`.
+        """Restores the last checkpoint into the structure of `state` and `frozen`, whatever devices it was saved on.
 
         Returns:
           The state, the frozen parameters and the metadata saved with them.
@@ -95,52 +158,75 @@ class Checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract(wanted)), meta=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(step, args=args)
+            meta = dict(found["meta"])
+            if meta.pop("checksum", None) not in (None, _checksum(meta)):  # the first release had none
+                raise ValueError("the checksum of its metadata is wrong")
         except Exception as error:  # Orbax raises many kinds for damaged files; all mean the same to the user
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is damaged or was written by something else "
-                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}). Delete "
-                f"{os.path.join(self.directory, str(step))} to go on from an earlier checkpoint, if there is one."
+                f"({type(error).__name__}: {_reason(error)}). Delete {os.path.join(self.directory, str(step))} to go on from "
+                "an earlier checkpoint, if there is one."
             ) from error
         tree = found["state"]
         params = {name: tree["params"][name] for name in state.params}
         frozen = {name: tree["params"][name] for name in frozen}
-        restored = TrainState(
-            step=tree["step"],
-            params=params,
-            others=tree["others"],
-            opt_state=tree["opt_state"],
-            key=tree["rng"],
-        )
-        return restored, frozen, dict(found["meta"])
+        held = {f.name: _STORED_AS.get(f.name, f.name) for f in dataclasses.fields(state)}
+        fields = {name: tree[stored] for name, stored in held.items() if stored in tree}  # those not stored are empty
+        return state.replace(**{**fields, "params": params}), frozen, meta
 
     def _check_structure(self, step: int, wanted: Tree) -> None:
         """Compares names and shapes of the parameters before reading them, so that the error can list both sides."""
         folder = os.path.join(self.directory, str(step))
         try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            found = {(name, tuple(shape)) for name, shape in meta["shapes"].items()}
-            with open(os.path.join(folder, "state", "_METADATA"), "rb"):
-                pass
+            kept = self._metadata(step)
         except Exception as error:  # as above
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is incomplete or no checkpoint of ours "
                 f"({type(error).__name__}). Delete {folder} to go on from an earlier checkpoint, if there is one."
             ) from error
-        expected = {(name, tuple(shape)) for name, shape in _shapes(wanted["params"]).items()}
+        found, expected = _leaves(kept["params"]), _leaves(wanted["params"])
         if found != expected:
             raise CheckpointError(
                 f"The checkpoint in {self.directory} belongs to another model or set of sites."
                 f"\n  only in the checkpoint: {_some(found - expected)}\n  only in this run:       {_some(expected - found)}"
             )
+        if kept.keys() != wanted.keys():
+            raise CheckpointError(
+                f"The checkpoint in {self.directory} was made with other settings of training: it holds "
+                f"{', '.join(sorted(kept))}, and this run needs {', '.join(sorted(wanted))}."
+            )
+
+    def _metadata(self, step: int) -> Tree:
+        """Returns the shapes and types of a checkpoint's state, as a tree."""
+        with ocp.StandardCheckpointer() as reader:
+            return reader.metadata(os.path.join(self.directory, str(step), "state")).item_metadata.tree
 
     def close(self) -> None:
-        """Ends Orbax's background work."""
+        """Ends Orbax's background work; an error that nobody asked for is printed, since another may be under way."""
+        self._settle()
+        if self._failed is not None:
+            step, error = self._failed
+            print(f"The checkpoint of step {step} could not be written: {_reason(error)}.", file=sys.stderr)
         self._manager.close()
 
 
-def _shapes(params: Tree) -> dict[str, list[int]]:
+def _reason(error: BaseException) -> str:
+    """Returns the first line of an error's text, without TensorStore's account of the files around it."""
+    text = (str(error).splitlines() or [""])[0]
+    for number in ("28", "27", "122", "30", "13"):  # ENOSPC, EFBIG, EDQUOT, EROFS, EACCES
+        if f"os_error_code='{number}'" in text:
+            return os.strerror(int(number))
+    return text[:200]
+
+
+def _checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _leaves(params: Tree) -> set[tuple[str, tuple[int, ...]]]:
+    """Returns names and shapes."""
     return {
-        "/".join(str(getattr(key, "key", key)) for key in path): [*leaf.shape]
+        ("/".join(str(getattr(key, "key", key)) for key in path), tuple(leaf.shape))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 

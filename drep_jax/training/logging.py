@@ -1,49 +1,208 @@
-"""Metrics as JSON lines and TensorBoard events in the work directory."""
+"""Metrics as JSON lines and TensorBoard events in the work directory, and as a run of Weights & Biases if asked for."""
 
 import json
 import os
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
+from drep_jax.errors import CheckpointError, ConfigError, lookup
+from drep_jax.training.checkpoint import OLD_STAGES
 
 FILE = "metrics.jsonl"
+CLOCK = ("seconds", "images_per_second")
+"""What is different each time that the same run is made."""
 
 
 class MetricWriter:
-    """Writes scalars of a stage; a resumed stage first drops what it logged beyond the step it resumes from."""
+    """Writes scalars of a stage; a resumed stage first drops what it logged beyond the step it resumes from.
 
-    def __init__(self, workdir: str) -> None:
+    Every line is written when it is given, in the caller's thread, so that a full disk is noticed there and then.
+    """
+
+    def __init__(self, workdir: str, config: Mapping[str, Any] | None = None) -> None:
+        """Opens the files.
+
+        Args:
+          workdir: of the run.
+          config: the run's configuration, whose section `wandb` is followed; None for no Weights & Biases.
+
+        Raises:
+          CheckpointError: if they cannot be written.
+          ConfigError: if Weights & Biases is asked for and does not start.
+        """
         self._path = os.path.join(workdir, FILE)
-        self._board = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"))
+        self._folder = os.path.join(workdir, "tensorboard")
+        self._elsewhere = _WeightsAndBiases(workdir, config) if config and config["wandb"]["project"] else None
+        try:
+            os.makedirs(self._folder, exist_ok=True)
+            self._board = EventsWriter(os.path.join(self._folder, "events"), f".{os.getpid()}")
+        except OSError as error:
+            raise _not_written(self._folder, error) from error
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line {"stage", "step", …values}."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{stage}/{name}", value, step)
+        """Appends one line {"stage", "step", …values}.
+
+        Raises:
+          CheckpointError: if it cannot be written.
+        """
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+            for name, value in values.items():
+                event = Event(step=step, wall_time=time.time(), summary=scalar(f"{stage}/{name}", value))
+                self._board.write_event(event)
+            self._board.flush()
+        except OSError as error:
+            raise _not_written(self._path, error) from error
+        if self._elsewhere:
+            self._elsewhere.write(stage, step, values)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets the lines of `stage` after `step`."""
-        kept = [line for line in read_metrics(self._path) if line["stage"] != stage or line["step"] <= step]
+        """Forgets the lines of `stage` after `step`.
+
+        Raises:
+          CheckpointError: if the file cannot be written.
+        """
+        known = _names(stage)
+        lines = [{**line, "stage": stage} if line["stage"] in known else line for line in read_metrics(self._path)]
+        if self._elsewhere:
+            self._elsewhere.rewind(stage, [line["step"] for line in lines if line["stage"] == stage])
+        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
         temporary = self._path + ".tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(temporary, self._path)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+            os.replace(temporary, self._path)
+        except OSError as error:
+            raise _not_written(self._path, error) from error
 
     def close(self) -> None:
-        """Flushes the event file."""
-        self._board.close()
+        """Closes the event file and ends the run of Weights & Biases."""
+        if self._elsewhere:
+            self._elsewhere.close()
+        try:
+            self._board.close()
+        except OSError as error:
+            raise _not_written(self._folder, error) from error
+
+
+def _not_written(path: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot write {path}: {error.strerror or error}. Checkpoints are untouched; free some space or make the place "
+        "writable, then give the same command again."
+    )
 
 
 def read_metrics(path: str) -> Iterable[dict[str, Any]]:
     """Returns the lines of a metrics file; an incomplete last line, left by a crash, is passed over."""
     if not os.path.exists(path):
         return []
-    lines = []
     with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
-    return lines
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def lines_of(workdir: str, stage: str) -> list[dict[str, Any]]:
+    """Returns what a stage has logged, in whichever release."""
+    return [line for line in read_metrics(os.path.join(workdir, FILE)) if line["stage"] in _names(stage)]
+
+
+def _names(stage: str) -> tuple[str, ...]:
+    return stage, OLD_STAGES.get(stage, stage)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights & Biases, which nothing needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODES = {"online": "online", "offline": "offline"}
+
+
+def check_wandb(options: Mapping[str, Any]) -> None:
+    """Refuses settings of `wandb` that cannot be followed.
+
+    Raises:
+      ConfigError: naming the setting, or the package that is missing.
+    """
+    lookup(MODES, options["mode"], "wandb.mode")
+    useless = [name for name in ("entity", "name", "group", "tags") if options[name]]
+    if not options["project"] and useless:
+        raise ConfigError(
+            f"{', '.join(f'wandb.{name}' for name in useless)} would change nothing without --config.wandb.project=NAME."
+        )
+    if options["project"]:
+        _package()
+
+
+def _package() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            "wandb.project needs the package wandb, which is optional: pip install -r requirements-wandb.txt"
+        ) from error
+    return wandb
+
+
+class _WeightsAndBiases:
+    """One run there for one work directory, however often it is resumed."""
+
+    def __init__(self, workdir: str, config: Mapping[str, Any]) -> None:
+        options = config["wandb"]
+        wandb = _package()
+        try:
+            self._run = wandb.init(
+                project=options["project"],
+                entity=options["entity"] or None,
+                name=options["name"] or os.path.basename(os.path.abspath(workdir)),
+                group=options["group"] or None,
+                tags=list(options["tags"]) or None,
+                mode=options["mode"],
+                dir=workdir,
+                id=_identity(workdir),
+                resume="allow",
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"Weights & Biases did not start ({error}). Log in with `wandb login`, or give --config.wandb.mode=offline."
+            ) from error
+        self._sent: dict[str, int] = {}
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Sends a line, with a step of each stage's own; what was sent before a crash is not sent again."""
+        if step <= self._sent.get(stage, 0):
+            return
+        if stage not in self._sent:
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self._sent[stage] = step
+        self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
+
+    def rewind(self, stage: str, logged: list[int]) -> None:
+        """Notes which steps of a stage were sent by an earlier start of the run."""
+        if logged:
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._sent[stage] = max(logged)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+def _identity(workdir: str) -> str:
+    """Returns the name of the run at Weights & Biases, which is drawn once and kept."""
+    path = os.path.join(workdir, "wandb_id.txt")
+    try:
+        if not os.path.exists(path):
+            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+                file.write(uuid.uuid4().hex[:16] + "\n")
+            os.replace(f"{path}.tmp", path)
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError as error:
+        raise _not_written(path, error) from error

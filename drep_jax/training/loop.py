@@ -1,57 +1,30 @@
-"""The training loop of one stage: progress, logs, checkpoints, resuming, NaN and Ctrl-C."""
+"""The training loop of one stage: progress, logs, checkpoints, resuming, NaN, signals and profiling."""
 
-import contextlib
 import math
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import tqdm
 
-from drep_jax.errors import DrepError, NonFiniteError
+from drep_jax.errors import NonFiniteError
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
+from drep_jax.training.profile import Profile
+from drep_jax.training.signals import NAMES, Interrupted, hearing_signals
 from drep_jax.training.state import TrainState
 
 Tree = Any
-
-
-class Interrupted(DrepError):
-    """The user pressed Ctrl-C; the state was saved first."""
-
-
-class InterruptFlag:
-    """Turns the first Ctrl-C into a request to stop after the current step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.raised = False
-
-    def __call__(self, number: int, frame: Any) -> None:
-        """Handles the signal."""
-        if self.raised:
-            raise KeyboardInterrupt
-        self.raised = True
-
-
-@contextlib.contextmanager
-def catching_interrupt() -> Iterator[InterruptFlag]:
-    """Installs an `InterruptFlag` for SIGINT for as long as the block runs."""
-    flag = InterruptFlag()
-    previous = signal.signal(signal.SIGINT, flag)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def run_stage(
     name: str,
     state: TrainState,
     frozen: Tree,
-    step_fn: Callable[..., tuple[TrainState, dict[str, Any]]],
+    step_of: Callable[[int], Callable[..., tuple[TrainState, dict[str, Any]]]],
     batches: Callable[[int], Iterator[dict[str, Any]]],
     *,
     steps: int,
@@ -61,37 +34,41 @@ def run_stage(
     checkpoint_every: int,
     progress: bool = True,
     probe: Callable[[Tree], dict[str, float]] | None = None,
+    profile: Profile | None = None,
 ) -> tuple[TrainState, float]:
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
     Order: restore state and data position, drop log lines beyond it, then step; at every multiple of `log_every` the
     losses of all steps since are checked and their mean is logged; at every multiple of `checkpoint_every`, at the end
-    and at Ctrl-C the state is saved, after that check, so a saved state is always a good one.
+    and at a signal the state is saved, after that check, so a saved state is always a good one. Training goes on while a
+    checkpoint is written: from copies, since the step overwrites its own buffers.
 
     Args:
       name: of the stage, in logs and messages.
       state: fresh state, not replicated.
       frozen: the parameters that are not trained.
-      step_fn: from `make_step`.
+      step_of: number of a step, the first is 1 ↦ the step, from `make_step`.
       batches: first step number ↦ endless iterator of batches from that step on.
       steps: how many in all.
       checkpointer, writer: of this stage and run.
       log_every, checkpoint_every: in steps.
       progress: whether to show a bar.
       probe: trained parameters ↦ further numbers for the log and the bar, such as the gap to a known optimum.
+      profile: which steps are traced, if any.
 
     Returns:
       The final state (one copy) and the seconds spent in all, earlier parts of a resumed stage included.
 
     Raises:
       NonFiniteError: naming the step and what was not finite; the last checkpoint stays as it was.
-      Interrupted: after saving.
+      CheckpointError: if a checkpoint cannot be written, at the next one at the latest; names its step.
+      Interrupted: at a signal, after saving.
     """
     spent = 0.0
     unlogged: list[dict[str, float]] = []  # what each step returned since the last line of the log
     if checkpointer.latest() is not None:
         state, _, meta = checkpointer.restore(state, frozen)
-        spent, unlogged = float(meta["seconds"]), list(meta["unlogged"])
+        spent, unlogged = float(meta["seconds"]), list(meta.get("unlogged", ()))
     start = int(state.step)
     if start >= steps:
         return state, spent
@@ -99,6 +76,7 @@ def run_stage(
     many, kept = parallel.replicate(state), parallel.replicate(frozen)
     began = time.perf_counter()
     waiting: list[tuple[int, dict[str, Any]]] = []
+    pace = _Pace()
     bar = tqdm.tqdm(total=steps, initial=start, desc=name, disable=not progress, unit="step", mininterval=0.5)
 
     def check() -> None:
@@ -119,32 +97,76 @@ def run_stage(
 
     def log(number: int) -> None:
         check()
-        scalars = {key: statistics.fmean(values[key] for values in unlogged) for key in unlogged[0]}
+        speed = pace.images_per_second()
+        names = dict.fromkeys(key for values in unlogged for key in values)  # steps in turn report different things
+        scalars = {key: statistics.fmean(values[key] for values in unlogged if key in values) for key in names}
         unlogged.clear()
         extra = probe(parallel.unreplicate(many.params)) if probe else {}
-        writer.write(name, number, {**scalars, **extra, "seconds": spent + time.perf_counter() - began})
-        shown = {"loss": scalars["loss"], **extra}
-        bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
+        clock = {"seconds": spent + time.perf_counter() - began, "images_per_second": speed}
+        known = {key: value for key, value in clock.items() if value is not None}
+        writer.write(name, number, {**scalars, **extra, **known})
+        text = {key: f"{value:.4f}" for key, value in {"loss": scalars["loss"], **extra}.items()}
+        if speed is not None:
+            text["images/s"] = f"{speed:.0f}"
+        bar.set_postfix(text, refresh=False)
+        pace.restart()
 
-    def save() -> None:
+    def save(*, wait: bool) -> None:
         check()
+        checkpointer.wait()  # before another copy of the state is made
         one = parallel.unreplicate(many)
         seconds = spent + time.perf_counter() - began
         meta = {"stage": name, "seconds": seconds, "data_position": int(one.step), "unlogged": unlogged}
-        checkpointer.save(one, frozen, meta)
+        checkpointer.save(one, frozen, meta, wait=wait)
 
-    with bar, catching_interrupt() as interrupt:
+    traced = profile.of_stage(name, start, steps) if profile else None
+    with bar, hearing_signals() as stop:
         iterator = batches(start)
-        for number in range(start + 1, steps + 1):
-            many, metrics = step_fn(many, kept, parallel.shard(next(iterator)))
-            waiting.append((number, metrics))
-            bar.update()
-            if number % log_every == 0 or number in (1, steps):
-                log(number)
-            if number % checkpoint_every == 0 or number == steps or interrupt.raised:
-                save()
-            if interrupt.raised:
-                raise Interrupted(
-                    f"Stopped by Ctrl-C in stage {name} after step {number} of {steps}; the state is saved."
-                )
+        try:
+            for number in range(start + 1, steps + 1):
+                if traced:
+                    traced.before(number)
+                batch = next(iterator)
+                with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                    many, metrics = step_of(number)(many, kept, parallel.shard(batch))
+                waiting.append((number, metrics))
+                pace.count(batch)
+                if traced:
+                    traced.after(number, metrics)
+                bar.update()
+                if number % log_every == 0 or number in (1, steps):
+                    log(number)
+                if number % checkpoint_every == 0 or number == steps or stop.raised:
+                    save(wait=number == steps or stop.raised)
+                if stop.number is not None:
+                    raise Interrupted(
+                        f"Stopped by {NAMES[stop.number]} in stage {name} after step {number} of {steps}; the state is saved.",
+                        stop.number,
+                    )
+        finally:
+            if traced:
+                traced.close()
     return parallel.unreplicate(many), spent + time.perf_counter() - began
+
+
+class _Pace:
+    """Images per second since the last line of the log; the step that compiles does not count."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._images = 0
+
+    def count(self, batch: dict[str, Any]) -> None:
+        """Notes a step."""
+        if self._began is not None:
+            self._images += len(jax.tree_util.tree_leaves(batch)[0])
+
+    def images_per_second(self) -> float | None:
+        """Returns the number, or None if there is none yet."""
+        if self._began is None or not self._images:
+            return None
+        return self._images / (time.perf_counter() - self._began)
+
+    def restart(self) -> None:
+        """Begins anew."""
+        self._began, self._images = time.perf_counter(), 0

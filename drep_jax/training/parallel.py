@@ -1,10 +1,16 @@
-"""Data parallelism over the local devices: the only module that names `jax.pmap`."""
+"""Data parallelism over the devices of all hosts: the only module that names `jax.pmap`.
 
+Every host calls the same functions in the same order, each with its own rows of every batch. The axis of the devices runs
+over all hosts: first those of host 0, then those of host 1, so that the rows of a batch lie as they do on one host.
+"""
+
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -13,21 +19,41 @@ from drep_jax.errors import ConfigError
 Tree = Any
 AXIS = "devices"
 
+LAG = 4
+"""Steps after which hosts hear of each other's flags; so many steps may be under way without being waited for."""
+
+PIECE = 2**22
+"""Numbers that a host sends at a time."""
+
 
 def device_count() -> int:
-    """Returns the number of local devices that a batch is divided among."""
+    """Returns the number of devices of all hosts that a batch is divided among."""
+    return jax.device_count()
+
+
+def local_device_count() -> int:
+    """Returns the number of this host's devices."""
     return jax.local_device_count()
+
+
+def host() -> tuple[int, int]:
+    """Returns (which, of how many) host this is: the part of every batch that it reads."""
+    return jax.process_index(), jax.process_count()
 
 
 def check_batch(size: int, what: str) -> None:
     """Raises `ConfigError` unless a batch divides evenly; `pmap` would silently leave devices idle."""
     if size < 1 or size % device_count():
-        raise ConfigError(f"{what}={size} must be a positive multiple of the {device_count()} local devices.")
+        hosts = jax.process_count()
+        where = f"{hosts} processes of {local_device_count()} devices" if hosts > 1 else "the local devices"
+        raise ConfigError(f"{what}={size} must be a positive multiple of {device_count()}, the number of {where}.")
 
 
 def replicate(tree: Tree) -> Tree:
     """Returns `tree` on every local device, laid out as what `on_devices` returns, so that a second step compiles nothing."""
-    return _copies()(np.arange(device_count()), tree)
+    if not jax.tree_util.tree_leaves(tree):  # which pmap refuses among several hosts
+        return tree
+    return _copies()(np.arange(local_device_count()), tree)
 
 
 @functools.cache
@@ -40,20 +66,9 @@ def unreplicate(tree: Tree) -> Tree:
     return jax.tree_util.tree_map(lambda leaf: np.array(leaf.addressable_shards[0].data)[0], tree)
 
 
-def host_sum(leaf: Any) -> np.ndarray:
-    """Adds up an array's copies on all devices of all hosts, in float64, and returns the sum on every host."""
-    local = np.sum([np.asarray(piece.data, np.float64)[0] for piece in leaf.addressable_shards], axis=0)
-    if jax.process_count() == 1:
-        return local
-    # Hosts exchange float32 only; what the first number leaves out of a float64, a second one holds.
-    high = local.astype(np.float32)
-    both = np.stack([high, (local - high).astype(np.float32)])
-    return np.sum(np.asarray(multihost_utils.process_allgather(both), np.float64), axis=(0, 1))
-
-
 def shard(batch: Tree) -> Tree:
-    """Splits the first axis of every array among the local devices: (B, …) to (devices, B / devices, …)."""
-    return jax.tree_util.tree_map(lambda leaf: leaf.reshape(device_count(), -1, *leaf.shape[1:]), batch)
+    """Splits this host's rows of every array among its devices: (B, …) to (devices, B / devices, …)."""
+    return jax.tree_util.tree_map(lambda leaf: leaf.reshape(local_device_count(), -1, *leaf.shape[1:]), batch)
 
 
 def unshard(tree: Tree) -> Tree:
@@ -61,16 +76,121 @@ def unshard(tree: Tree) -> Tree:
     return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)
 
 
+def on_devices(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compiles `function` to run on every device, each on its own slice of the arguments' first axis."""
+    return jax.pmap(function, axis_name=AXIS, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a function given to `on_devices`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def device_index() -> Any:
-    """Returns the number of this device, to be called inside a function given to `on_devices`."""
+    """Returns the number of this device among those of all hosts."""
     return jax.lax.axis_index(AXIS)
 
 
 def mean(tree: Tree) -> Tree:
-    """Averages over the devices; to be called inside a function given to `on_devices`."""
+    """Averages over the devices of all hosts."""
     return jax.lax.pmean(tree, AXIS)
 
 
-def on_devices(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiles `function` to run on every local device, each on its own slice of the arguments' first axis."""
-    return jax.pmap(function, axis_name=AXIS, **options)
+def total(tree: Tree) -> Tree:
+    """Adds up over the devices of all hosts."""
+    return jax.lax.psum(tree, AXIS)
+
+
+def exact_total(high: Tree, low: Tree) -> tuple[Tree, Tree]:
+    """Adds up high + low over the devices of all hosts, to the 48 bits that two float32 numbers hold.
+
+    One all-reduce of everything: each device gets all devices' numbers of its own part, adds them in the order of the
+    devices with the rounding errors kept, and tells all others the result. So every host ends with the same bits.
+
+    Args:
+      high: float32 arrays.
+      low: what rounding has left out of them, likewise.
+    """
+    leaves, form = jax.tree_util.tree_flatten(high)
+    shapes = [leaf.shape for leaf in leaves]
+    flat = jnp.stack([jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree_util.tree_leaves(t)]) for t in (high, low)])
+    devices, size = jax.lax.axis_size(AXIS), flat.shape[1]
+    parts = jnp.pad(flat, ((0, 0), (0, -size % devices))).reshape(2, devices, -1)
+    mine = jax.lax.all_to_all(parts, AXIS, split_axis=1, concat_axis=1, tiled=True)
+
+    def add(number: Any, so_far: Any) -> Any:
+        total, lost = so_far
+        new = mine[0, number]
+        after = total + new
+        back = after - total
+        return after, lost + ((total - (after - back)) + (new - back)) + mine[1, number]
+
+    start = (jnp.zeros_like(mine[0, 0]), jnp.zeros_like(mine[0, 0]))
+    found = jnp.stack(jax.lax.fori_loop(0, devices, add, start))
+    everything = jax.lax.all_gather(found, AXIS, axis=1, tiled=True)[:, :size]
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+
+    def tree(row: Any) -> Tree:
+        parts = [part.reshape(shape) for part, shape in zip(jnp.split(row, ends), shapes, strict=True)]
+        return jax.tree_util.tree_unflatten(form, parts)
+
+    return tree(everything[0]), tree(everything[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between hosts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+    """Returns every host's array, equal in shape and type, stacked: (hosts, …), the same bits on every host."""
+    array = np.ascontiguousarray(array)
+    if jax.process_count() == 1:
+        return array[None]
+    raw = np.asarray(multihost_utils.process_allgather(array.reshape(-1).view(np.uint8)))
+    return raw.reshape(jax.process_count(), -1).view(array.dtype).reshape(jax.process_count(), *array.shape)
+
+
+def broadcast(content: bytes | None) -> bytes:
+    """Returns host 0's bytes on every host."""
+    if jax.process_count() == 1:
+        return content or b""
+    first = jax.process_index() == 0
+    size = len(content) if first and content is not None else 0
+    size = int(np.frombuffer(multihost_utils.broadcast_one_to_all(_words(size.to_bytes(8, "little"), 2)), np.int64)[0])
+    pieces = []
+    for start in range(0, size, 4 * PIECE):
+        # Lengths are powers of two, so that few programs are compiled.
+        length = min(PIECE, 2 ** max(8, (-(-(size - start) // 4) - 1).bit_length()))
+        sent = _words(content[start : start + 4 * length] if first and content is not None else b"", length)
+        pieces.append(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+    return b"".join(pieces)[:size]
+
+
+def _words(content: bytes, length: int) -> np.ndarray:
+    return np.frombuffer(content.ljust(4 * length, b"\0"), np.uint32)
+
+
+class AnyHost:
+    """Tells all hosts in the same call whether any of them has raised a flag, without making the devices wait."""
+
+    def __init__(self) -> None:
+        self._under_way: collections.deque[Any] = collections.deque()
+
+    def __call__(self, raised: bool) -> bool:
+        """Returns the flag on one host; among several, whether any of them raised it `LAG` calls ago.
+
+        Args:
+          raised: this host's flag; once raised, it must stay so.
+        """
+        if jax.process_count() == 1:
+            return raised
+        self._under_way.append(_largest()(np.full(local_device_count(), raised, np.float32)))
+        if len(self._under_way) <= LAG:
+            return False
+        return bool(unreplicate(self._under_way.popleft()))
+
+
+@functools.cache
+def _largest() -> Callable[..., Any]:
+    return jax.pmap(lambda flag: jax.lax.pmax(flag, AXIS), axis_name=AXIS)

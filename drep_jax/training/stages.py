@@ -1,6 +1,5 @@
 """A training stage from its configuration: state, optimiser, batches, checkpoints."""
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,18 +9,31 @@ from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
-from drep_jax.training.checkpoint import Checkpointer
+from drep_jax.training import parallel
+from drep_jax.training.checkpoint import folder_of
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
-from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned, split
+from drep_jax.training.profile import parse_profile
+from drep_jax.training.shared import open_checkpoints
+from drep_jax.training.state import create_state, held, make_optimizer, make_step, partitioned, split
 
 Tree = Any
 Config = Mapping[str, Any]
 
-STAGES = ("backbone", "control", "algorithm1")
+STAGES = ("backbone", "control", "algorithm1", "label_augmented", "alternating")
 """Training stages; each keeps its checkpoints in `checkpoints/<stage>` and draws from a key of its own."""
 
-PURPOSES = ("init", *STAGES, "placebo", "noise", "closed_form", "wiener", "measured")
+TRAINED = {"backbone": ("backbone",), "control": ("backbone",), "alternating": ("denoise", "backbone")}
+"""Names of the subtrees that a stage trains; the denoisers alone in those that are not listed."""
+
+PURPOSES = (
+    *("init", "backbone", "control", "algorithm1", "placebo", "noise", "closed_form", "wiener", "measured"),
+    *("label_augmented", "alternating", "continued"),
+)
+"""What random keys are drawn for; the place in the list decides the key, so new ones come last."""
+
+STREAMS = {"backbone": 0, "control": 1, "algorithm1": 2, "label_augmented": 1, "alternating": 1}
+"""Which order of the images a stage sees; all that train with labels beside the control arm see its images."""
 
 
 def section_of(stage: str) -> str:
@@ -33,7 +45,14 @@ def training_steps(config: Config, stage: str) -> int:
     """Returns the optimiser steps of a stage; 0 for learners that solve instead of training."""
     if stage in ("backbone", "control"):
         return config[stage]["steps"]
-    return config["denoise"]["train_steps"] if stage == "algorithm1" else 0
+    if stage == "alternating":
+        return config["alternate"]["steps"]
+    return config["denoise"]["train_steps"] if stage in ("algorithm1", "label_augmented") else 0
+
+
+def batch_size_of(config: Config, stage: str) -> int:
+    """Returns the images a step of a stage; whole backbones are trained on batches of the control arm's size."""
+    return config["control" if stage == "alternating" else section_of(stage)]["batch_size"]
 
 
 def key_of(config: Config, purpose: str) -> jax.Array:
@@ -41,13 +60,27 @@ def key_of(config: Config, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config["seed"]), PURPOSES.index(purpose))
 
 
+def turn(config: Config, number: int) -> str:
+    """Returns which subtree step `number` (the first is 1) of alternating fine-tuning trains (appendix A)."""
+    order = config["alternate"]["order"]
+    return order[(number - 1) // config["alternate"]["period"] % len(order)]
+
+
 def optimizer_of(config: Config, stage: str) -> Any:
-    """Returns a stage's optimiser.
+    """Returns a stage's optimiser; of the alternating stage {subtree: optimiser}, each with its own number of steps.
 
     Raises:
       ConfigError: naming the stage.
     """
-    options, steps = config[section_of(stage)], training_steps(config, stage)
+    steps = training_steps(config, stage)
+    if stage != "alternating":
+        return _optimizer(config[section_of(stage)], section_of(stage), steps)
+    turns = [turn(config, number) for number in range(1, steps + 1)]
+    sections = {"denoise": "denoise", "backbone": "control"}
+    return {name: _optimizer(config[section], section, turns.count(name)) for name, section in sections.items()}
+
+
+def _optimizer(options: Config, section: str, steps: int) -> Any:
     try:
         return make_optimizer(
             options["optimizer"],
@@ -58,14 +91,35 @@ def optimizer_of(config: Config, stage: str) -> Any:
             clip=options["clip"],
         )
     except ConfigError as error:
-        raise ConfigError(f"{section_of(stage)}: {error}") from error
+        raise ConfigError(f"{section}: {error}") from error
 
 
-def prepare(config: Config, stage: str, params: Tree, others: Tree, trainable: tuple[str, ...]) -> Any:
-    """Returns the state before a stage's first step, its frozen parameters and its optimiser."""
-    tx = partitioned(optimizer_of(config, stage), trainable)
+def prepare(config: Config, stage: str, params: Tree, others: Tree) -> Any:
+    """Returns the state before a stage's first step, its frozen parameters and its steps by the subtrees they train.
+
+    Args:
+      config: of the run.
+      stage: its name, or that of a learner that solves.
+      params: {"backbone": tree}, or with "denoise" beside it.
+      others: other variable collections of the backbone.
+
+    Returns:
+      (state, frozen, {active subtrees: optimiser}).
+    """
+    trainable = TRAINED.get(stage, ("denoise",))
     chosen, frozen = split(params, trainable)
-    return create_state(chosen, others, tx, frozen, key_of(config, stage)), frozen, tx
+    optimizer = optimizer_of(config, stage)
+    averaged = ("denoise",) if "denoise" in trainable and config["denoise"]["ema"] else ()
+    key = key_of(config, stage)
+    if stage != "alternating":
+        tx = partitioned(optimizer, trainable)
+        return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, {trainable: tx}
+    by_turn: dict[tuple[str, ...], Any] = {
+        (name,): partitioned({n: tx if n == name else held(tx) for n, tx in optimizer.items()}, trainable)
+        for name in optimizer
+    }
+    tx = by_turn[trainable[:1]]
+    return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, by_turn
 
 
 def run_training(
@@ -74,28 +128,42 @@ def run_training(
     stage: str,
     params: Tree,
     others: Tree,
-    trainable: tuple[str, ...],
     loss_fn: Any,
     directory: str,
     writer: MetricWriter,
     probe: Any = None,
 ) -> Any:
-    """Runs or resumes a stage; returns its final state and the seconds it took."""
+    """Runs or resumes a stage; returns its final state and the seconds it took.
+
+    `loss_fn` is as `make_step` takes it; of the alternating stage {subtree: loss_fn}.
+    """
     options = config[section_of(stage)]
-    state, frozen, tx = prepare(config, stage, params, others, trainable)
-    seed = config["seed"] * len(STAGES) + STAGES.index(stage)
-    augmentation = augmentation_of(config["data"], labelled=section_of(stage) == stage)
+    state, frozen, optimizers = prepare(config, stage, params, others)
+    seed = config["seed"] * 3 + STREAMS[stage]
+    augmentation = augmentation_of(config["data"], labelled=stage != "algorithm1")
 
     def batches(start: int) -> Iterator[dict[str, Any]]:
-        return training_batches(source, options["batch_size"], seed=seed, start_step=start, augmentation=augmentation)
+        size, host = batch_size_of(config, stage), parallel.host()
+        return training_batches(source, size, seed=seed, start_step=start, augmentation=augmentation, shard=host)
 
-    checkpointer = Checkpointer(os.path.join(directory, "checkpoints", stage))
+    steps = {
+        active: make_step(
+            loss_fn[active[0]] if isinstance(loss_fn, Mapping) else loss_fn,
+            tx,
+            active=active,
+            accumulate=options["accumulate"],
+            ema=config["denoise"]["ema"],
+        )
+        for active, tx in optimizers.items()
+    }
+    only = next(iter(steps.values()))
+    checkpointer = open_checkpoints(folder_of(directory, stage))
     try:
         return run_stage(
             stage,
             state,
             frozen,
-            make_step(loss_fn, tx),
+            (lambda number: steps[(turn(config, number),)]) if stage == "alternating" else (lambda number: only),
             batches,
             steps=training_steps(config, stage),
             checkpointer=checkpointer,
@@ -104,6 +172,7 @@ def run_training(
             checkpoint_every=config["checkpoint_every"],
             progress=config["progress"],
             probe=probe,
+            profile=parse_profile(config["profile"], directory),
         )
     finally:
         checkpointer.close()

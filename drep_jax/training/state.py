@@ -1,7 +1,8 @@
 """Training state, and masks by which only one subtree of the parameters is trained.
 
 Parameters are {"backbone": …, "denoise": …}. Gradients are taken with respect to the trainable subtree alone, so frozen
-parameters cost no backward pass; the optimiser is partitioned over the same labels and holds nothing for them.
+parameters cost no backward pass; the optimiser is partitioned over the same labels and holds nothing for them. Where two
+subtrees are trained in turn, each has its own optimiser, which is `held` while the other one moves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ class TrainState(flax.struct.PyTreeNode):
       others: other variable collections of the backbone, such as batch statistics.
       opt_state: the optimiser's, over the trainable parameters.
       key: random key of the stage as raw data; step n uses `fold_in(key, n)`.
+      ema: exponential moving averages of some of `params`, or {} where none is kept.
     """
 
     step: Any
@@ -35,6 +37,12 @@ class TrainState(flax.struct.PyTreeNode):
     others: Tree
     opt_state: Tree
     key: jax.Array
+    ema: Tree = flax.struct.field(default_factory=dict)
+
+    @property
+    def averaged(self) -> Tree:
+        """The trained parameters, with the moving average of those of which one is kept."""
+        return {**self.params, **self.ema}
 
 
 def _adam(rate: Any, weight_decay: float) -> optax.GradientTransformation:
@@ -85,16 +93,35 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
 
 
-def partitioned(tx: optax.GradientTransformation, trainable: Sequence[str]) -> optax.GradientTransformation:
-    """Returns `tx` for the subtrees named in `trainable` and no update, and no state, for all others."""
+def partitioned(
+    tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation], trainable: Sequence[str]
+) -> optax.GradientTransformation:
+    """Returns an optimiser over {name: tree} that updates the subtrees named in `trainable`, and keeps no state for others.
+
+    Args:
+      tx: of all of them together, or one for each of their names.
+      trainable: names of subtrees.
+    """
+    several = isinstance(tx, Mapping)
 
     def labels(params: Tree) -> Tree:
-        return {
-            name: jax.tree_util.tree_map(lambda _, n=name: "train" if n in trainable else "freeze", tree)
-            for name, tree in params.items()
-        }
+        def label(name: str) -> str:
+            return "freeze" if name not in trainable else name if several else "train"
 
-    return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
+        return {name: jax.tree_util.tree_map(lambda _, n=name: label(n), tree) for name, tree in params.items()}
+
+    parts = {name: tx[name] for name in trainable} if isinstance(tx, Mapping) else {"train": tx}
+    return optax.partition({**parts, "freeze": optax.set_to_zero()}, labels)
+
+
+def held(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns a transformation with the state of `tx` that changes neither it nor the parameters."""
+
+    def update(grads: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+        del params
+        return jax.tree_util.tree_map(jnp.zeros_like, grads), state
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def split(params: Tree, trainable: Sequence[str]) -> tuple[Tree, Tree]:
@@ -106,24 +133,51 @@ def split(params: Tree, trainable: Sequence[str]) -> tuple[Tree, Tree]:
 
 
 def create_state(
-    params: Tree, others: Tree, tx: optax.GradientTransformation, frozen: Tree, key: jax.Array
+    params: Tree,
+    others: Tree,
+    tx: optax.GradientTransformation,
+    frozen: Tree,
+    key: jax.Array,
+    *,
+    averaged: Sequence[str] = (),
 ) -> TrainState:
-    """Returns the state before the first step; `tx` is a `partitioned` optimiser over both parts."""
+    """Returns the state before the first step.
+
+    Args:
+      params: the trainable subtrees.
+      others: other variable collections.
+      tx: a `partitioned` optimiser over trainable and frozen parameters.
+      frozen: the subtrees that are not trained.
+      key: of the stage.
+      averaged: names of trainable subtrees of which a moving average is kept.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         others=others,
         opt_state=tx.init({**params, **frozen}),
         key=jax.random.key_data(key),
+        ema={name: params[name] for name in averaged},
     )
 
 
-def make_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+def make_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    active: Sequence[str] | None = None,
+    accumulate: int = 1,
+    ema: float = 0.0,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Returns the training step, compiled for all local devices.
 
     Args:
       loss_fn: (params, others, batch, key) ↦ (loss, (metrics, others)), with all of {"backbone", "denoise"} in params.
       tx: a `partitioned` optimiser.
+      active: names of the trainable subtrees that this step differentiates; the gradients of the others are zero. None: all.
+      accumulate: parts that a device's share of the batch is cut into, one after the other: the memory of one part, the
+        gradient of all (batch statistics are those of a part).
+      ema: decay of the moving averages that the state keeps; in the first steps at most (1 + n) / (10 + n).
 
     Returns:
       (state, frozen, batch) ↦ (state, metrics), everything with a leading axis of devices; loss, gradients, metrics and
@@ -132,16 +186,45 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callable[...
 
     def step(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        moving = {name: tree for name, tree in state.params.items() if active is None or name in active}
 
-        def objective(trained: Tree) -> Any:
-            return loss_fn({**frozen, **trained}, state.others, batch, key)
+        def gradients(others: Tree, part: Tree) -> Any:
+            def objective(trained: Tree) -> Any:
+                return loss_fn({**frozen, **state.params, **trained}, others, part, key)
 
-        (loss, (metrics, others)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        grads, others, metrics = parallel.mean((grads, others, {"loss": loss, **metrics}))
-        nothing = jax.tree_util.tree_map(jnp.zeros_like, frozen)  # never read: those leaves are masked
+            (loss, (metrics, others)), grads = jax.value_and_grad(objective, has_aux=True)(moving)
+            return others, (grads, {"loss": loss, **metrics})
+
+        others, (grads, metrics) = _accumulated(gradients, state.others, batch, accumulate)
+        grads, others, metrics = parallel.mean((grads, others, metrics))
+        fixed = {**frozen, **{name: tree for name, tree in state.params.items() if name not in moving}}
+        nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: those leaves are masked or held
         updates, opt_state = tx.update({**grads, **nothing}, state.opt_state, {**state.params, **frozen})
-        updates = {name: updates[name] for name in state.params}
-        params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, others=others, opt_state=opt_state), metrics
+        params = {**state.params, **optax.apply_updates(moving, {name: updates[name] for name in moving})}
+        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+        moved = {name: params[name] for name in state.ema}
+        average = optax.incremental_update(moved, state.ema, 1.0 - decay)
+        return state.replace(
+            step=state.step + 1, params=params, others=others, opt_state=opt_state, ema=average
+        ), metrics
 
     return parallel.on_devices(step, donate_argnums=0)
+
+
+def _accumulated(gradients: Callable[..., Any], others: Tree, batch: Tree, parts: int) -> Any:
+    """Runs `gradients(others, part) ↦ (others, values)` over the parts of a batch and returns the mean of the values."""
+    if parts == 1:
+        return gradients(others, batch)
+    cut = jax.tree_util.tree_map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
+
+    def one(carry: Any, part: Tree) -> Any:
+        others, total = carry
+        others, values = gradients(others, part)
+        return (others, jax.tree_util.tree_map(jnp.add, total, values)), None
+
+    first = jax.tree_util.tree_map(lambda leaf: leaf[0], cut)
+    zeros = jax.tree_util.tree_map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradients, others, first)[1]
+    )
+    (others, total), _ = jax.lax.scan(one, (others, zeros), cut)
+    return others, jax.tree_util.tree_map(lambda leaf: leaf / parts, total)

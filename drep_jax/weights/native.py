@@ -19,6 +19,7 @@ import safetensors.flax
 
 from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError
+from drep_jax.one_process import orbax_options
 from drep_jax.weights.translation import some
 
 Tree = Any
@@ -62,7 +63,7 @@ def save_orbax(directory: str, variables: Tree, fusion: Mapping[str, Any] | None
     directory = os.path.abspath(directory)
     temporary = f"{directory}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(**orbax_options()) as checkpointer:
         checkpointer.save(temporary, jax.tree_util.tree_map(np.asarray, dict(variables)))
     with open(os.path.join(temporary, ORBAX_MARK), "w", encoding="utf-8") as file:
         json.dump({"fused": fusion}, file)

@@ -11,7 +11,8 @@ import pytest
 from drep_jax.errors import NonFiniteError
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter, read_metrics
-from drep_jax.training.loop import Interrupted, InterruptFlag, run_stage
+from drep_jax.training.loop import run_stage
+from drep_jax.training.signals import Interrupted
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
 from tests.command import same_bits
 
@@ -36,11 +37,12 @@ def batches(start):
 
 def run(directory, feed=batches, loss=loss_fn, **options):
     state, tx = start()
+    step = make_step(loss, tx)
     checkpointer, writer = Checkpointer(str(directory / "stage")), MetricWriter(str(directory))
     settings = {"steps": STEPS, "log_every": 3, "checkpoint_every": 2, "progress": False, **options}
     try:
         return run_stage(
-            "denoise", state, {}, make_step(loss, tx), feed, checkpointer=checkpointer, writer=writer, **settings
+            "denoise", state, {}, lambda number: step, feed, checkpointer=checkpointer, writer=writer, **settings
         )
     finally:
         checkpointer.close()
@@ -117,14 +119,6 @@ def test_ctrl_c_at_the_last_step_is_not_swallowed(tmp_path):
     with pytest.raises(Interrupted, match=f"after step {STEPS} of {STEPS}; the state is saved"):
         run(tmp_path, at(STEPS, press))
     assert int(run(tmp_path)[0].step) == STEPS
-
-
-def test_the_second_ctrl_c_stops_at_once():
-    flag = InterruptFlag()
-    flag(signal.SIGINT, None)
-    assert flag.raised
-    with pytest.raises(KeyboardInterrupt):
-        flag(signal.SIGINT, None)
 
 
 def test_ctrl_c_between_lines_of_the_log_leaves_the_same_log(tmp_path):

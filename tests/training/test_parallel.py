@@ -14,7 +14,7 @@ from drep_jax.builder import build
 from drep_jax.data.augment import Augmentation
 from drep_jax.data.loader import normalize, training_batches
 from drep_jax.denoise_tree import init_denoise
-from drep_jax.learners import denoising_objective
+from drep_jax.objectives import denoising_objective
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 from drep_jax.training.logging import MetricWriter
@@ -30,7 +30,7 @@ def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
     config = get_config().to_dict()
     setting = build(config)
     variables = setting.backbone.init(jax.random.key(0), jnp.zeros(setting.images.shape))
-    options = {"loss": "l2", "tokens": tokens}
+    options = {"loss": "l2", "tokens": tokens, "compute": "float32", "remat": False}
     key = jax.random.key(5)
     denoise = init_denoise(setting.sites)
     batches = [b for b, _ in zip(training_batches(setting.train, 32, seed=0), range(STEPS), strict=False)]
@@ -95,7 +95,7 @@ def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
             logits, updated = setting.backbone.apply(
                 {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
             )
-            return classification.loss(logits, batch["label"]), updated
+            return classification.loss(logits, batch), updated
 
         grads, updated = jax.grad(objective, has_aux=True)(variables["params"])
         updates, state = plain.update(grads, state, variables["params"])

@@ -14,8 +14,9 @@ import pytest
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from drep_jax.training import parallel
 from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.logging import MetricWriter, read_metrics
-from drep_jax.training.loop import Interrupted, run_stage
+from drep_jax.training.logging import CLOCK, MetricWriter, read_metrics
+from drep_jax.training.loop import run_stage
+from drep_jax.training.signals import Interrupted
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned, split
 
 PARAMS = {
@@ -56,10 +57,11 @@ class Stage:
     def run(self, feed=batches):
         state, frozen, tx = make(steps=self.steps)
         checkpointer, writer = Checkpointer(os.path.join(self.path, "c")), MetricWriter(self.path)
+        step = make_step(self.loss, tx)
         settings = {"log_every": 4, "checkpoint_every": 5, **self.options}
         try:
             return run_stage(
-                "denoise", state, frozen, make_step(self.loss, tx), feed,
+                "denoise", state, frozen, lambda number: step, feed,
                 steps=self.steps, checkpointer=checkpointer, writer=writer, progress=False, **settings,
             )[0]  # fmt: skip
         finally:
@@ -68,7 +70,7 @@ class Stage:
 
     def lines(self):
         found = list(read_metrics(os.path.join(self.path, "metrics.jsonl")))
-        return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+        return [{k: v for k, v in line.items() if k not in CLOCK} for line in found]
 
 
 def same(a, b):

@@ -1,4 +1,4 @@
-"""How denoisers are learned without labels: every way has the same arguments and returns a `Learned`.
+"""How denoisers are learned without labels.
 
 | learner | what it assumes | what it costs |
 |---|---|---|
@@ -11,31 +11,25 @@ For the last two, the strength of fusion (and the share of noise, or of clean im
 `drep_jax.selection`.
 """
 
-import dataclasses
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from drep_jax import closed_form
 from drep_jax.builder import Setting
-from drep_jax.closed_form import Moments
 from drep_jax.data.corruptions import corrupt, parse_spec
 from drep_jax.data.loader import epoch_order, normalize, read_images
 from drep_jax.data.pairs import PairedSource, open_pairs
 from drep_jax.denoise_tree import init_denoise
-from drep_jax.denoiser import algorithm1_losses
-from drep_jax.errors import ConfigError, DataError, lookup
+from drep_jax.errors import ConfigError, DataError
+from drep_jax.learners.base import Learned, Task, against_optimum, keep, logged, moment_images
 from drep_jax.measured import measuring
-from drep_jax.selection import Candidate, Choice, choose, scaled
-from drep_jax.sites import Path
-from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.logging import FILE, MetricWriter, read_metrics
-from drep_jax.training.stages import prepare, run_training
+from drep_jax.objectives import denoising_objective
+from drep_jax.selection import Candidate, choose, scaled
+from drep_jax.training.stages import run_training
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -45,52 +39,13 @@ CORRUPTION_SEED = 1
 """Added to the run's seed for the noise that is learned from, which must not be the noise of the test images."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Learned:
-    """Denoisers and how to fuse them.
-
-    Attributes:
-      denoise: the `denoise` subtree.
-      rule, steps: of the reverse process; "affine" and 1 for maps given directly.
-      section: the report's on learning.
-      choice: what was chosen on held-out images, or None.
-    """
-
-    denoise: Tree
-    rule: str
-    steps: int
-    section: dict[str, Any]
-    choice: Choice | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What every learner gets."""
-
-    config: Config
-    setting: Setting
-    variables: Tree
-    moments: Mapping[Path, Moments]
-    moment_seconds: float
-    directory: str
-    writer: MetricWriter
-
-
-def learn(name: str, task: Task) -> Learned:
-    """Learns by the learner of that name and keeps the result in `checkpoints/<name>`, from where a later call takes it.
-
-    Raises:
-      ConfigError: for an unknown learner.
-    """
-    return lookup(LEARNERS, name, "learner")(task)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's assumption
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _by_algorithm1(task: Task) -> Learned:
+def by_algorithm1(task: Task) -> Learned:
+    """Trains the denoisers by Algorithm 1 (Eq. 11)."""
     config, setting, variables = task.config, task.setting, task.variables
     options = config["denoise"]
     others = {name: tree for name, tree in variables.items() if name != "params"}
@@ -110,48 +65,24 @@ def _by_algorithm1(task: Task) -> Learned:
         "algorithm1",
         params,
         others,
-        ("denoise",),
         loss_fn,
         task.directory,
         task.writer,
         probe=gap,
     )
-    lines = [line for line in read_metrics(os.path.join(task.directory, FILE)) if line["stage"] == "algorithm1"]
+    denoise = state.averaged["denoise"]
     section = {
         "steps": int(state.step),
         "seconds": seconds,
-        "loss": [[line["step"], line["loss"]] for line in lines],
+        "loss": logged(task, "algorithm1"),
         "images": len(setting.train),
-        **_against_optimum(task, state.params["denoise"]),
+        **against_optimum(task, denoise),
     }
-    return Learned(state.params["denoise"], options["rule"], options["steps"], section)
+    return Learned(denoise, options["rule"], options["steps"], section)
 
 
-def denoising_objective(
-    setting: Setting, options: Config, params: Tree, others: Tree, batch: Tree, key: jax.Array
-) -> tuple[Any, tuple[dict[str, Any], Tree]]:
-    """Returns the sum of Algorithm 1's losses over the sites, with each one as a metric."""
-    losses = algorithm1_losses(
-        setting.backbone,
-        {**others, "params": params["backbone"]},
-        params["denoise"],
-        setting.sites,
-        setting.schedule,
-        key,
-        batch["index"],
-        normalize(batch["image"], setting.mean, setting.std),
-        loss=options["loss"],
-        tokens=options["tokens"],
-    )
-    scalars = {
-        name if value.ndim == 0 else f"{name}[{copy}]": value if value.ndim == 0 else value[copy]
-        for name, value in losses.items()
-        for copy in range(value.size)
-    }
-    return sum(jnp.sum(value) for value in losses.values()), (scalars, others)
-
-
-def _by_closed_form(task: Task) -> Learned:
+def by_closed_form(task: Task) -> Learned:
+    """Solves for Algorithm 1's minimum."""
     began = time.perf_counter()
     solved = closed_form.closed_form(task.moments, task.setting.sites, task.setting.schedule)
     seconds = task.moment_seconds + time.perf_counter() - began
@@ -159,27 +90,12 @@ def _by_closed_form(task: Task) -> Learned:
         "steps": 0,
         "seconds": seconds,
         "loss": [],
-        "images": _moment_images(task),
-        **_against_optimum(task, solved),
+        "images": moment_images(task.config, task.setting),
+        **against_optimum(task, solved),
     }
     learned = Learned(solved, task.config["denoise"]["rule"], task.config["denoise"]["steps"], section)
-    _keep("closed_form", task, learned)
+    keep("closed_form", task, learned)
     return learned
-
-
-def _moment_images(task: Task) -> int:
-    return min(task.config["denoise"]["moment_images"] or len(task.setting.train), len(task.setting.train))
-
-
-def _against_optimum(task: Task, denoise: Tree) -> dict[str, Any]:
-    sites, schedule = task.setting.sites, task.setting.schedule
-    start = closed_form.expected_losses(task.moments, sites, schedule, init_denoise(sites))
-    final = closed_form.expected_losses(task.moments, sites, schedule, denoise)
-    return {
-        "per_site": {name: [start[name], final[name]] for name in start},
-        "optimum": closed_form.expected_losses(task.moments, sites, schedule),
-        "moment_seconds": task.moment_seconds,
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +103,8 @@ def _against_optimum(task: Task, denoise: Tree) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _by_wiener(task: Task) -> Learned:
+def by_wiener(task: Task) -> Learned:
+    """Solves for the Wiener filter of each noise power, and chooses one on held-out images."""
     options = task.config["wiener"]
     began = time.perf_counter()
     candidates = [
@@ -195,10 +112,11 @@ def _by_wiener(task: Task) -> Learned:
         for ratio in options["ratios"]
     ]
     solving = task.moment_seconds + time.perf_counter() - began
-    return _chosen("wiener", task, candidates, solving, _moment_images(task), {})
+    return _chosen("wiener", task, candidates, solving, moment_images(task.config, task.setting), {})
 
 
-def _by_measuring(task: Task) -> Learned:
+def by_measuring(task: Task) -> Learned:
+    """Solves for the noise that a corruption makes at each site, and chooses the strength on held-out images."""
     options = task.config["measured"]
     clean, corrupted = measuring_images(task.config, task.setting)
     streams: Any = np.stack([normalize(x, task.setting.mean, task.setting.std) for x in (clean, clean, *corrupted)])
@@ -231,7 +149,7 @@ def _chosen(
         "selection_seconds": choice.seconds,
     }
     learned = Learned(denoise, "affine", 1, section, choice)
-    _keep(name, task, learned)
+    keep(name, task, learned)
     return learned
 
 
@@ -268,6 +186,11 @@ def check_measuring(config: Config) -> None:
       ConfigError: naming the setting.
     """
     options, select = config["measured"], config["select"]
+    if config["denoise"]["rank"]:
+        for name in (name for name in ("wiener", "measured") if name in (config["learner"], *config["compare"])):
+            raise ConfigError(
+                f'Learner "{name}" gives full matrices, so denoise.rank={config["denoise"]["rank"]} is not for it.'
+            )
     if config["noise"].startswith(PAIRS):
         if "measured" in (config["learner"], *config["compare"]):
             _open_pairs(config)
@@ -288,25 +211,3 @@ def check_measuring(config: Config) -> None:
         raise ConfigError(f"select.strengths={select['strengths']} are strengths of fusion, each at least 0.")
     for condition in select["conditions"]:
         parse_spec(condition)
-
-
-def _keep(name: str, task: Task, learned: Learned) -> None:
-    others = {key: tree for key, tree in task.variables.items() if key != "params"}
-    params = {"backbone": task.variables["params"], "denoise": learned.denoise}
-    state, frozen, _ = prepare(task.config, name, params, others, ("denoise",))
-    checkpointer = Checkpointer(os.path.join(task.directory, "checkpoints", name))
-    try:
-        checkpointer.save(state, frozen, {"stage": name})
-    finally:
-        checkpointer.close()
-
-
-LEARNERS: dict[str, Callable[[Task], Learned]] = {
-    "algorithm1": _by_algorithm1,
-    "closed_form": _by_closed_form,
-    "wiener": _by_wiener,
-    "measured": _by_measuring,
-}
-
-DIRECT = ("wiener", "measured")
-"""Learners whose denoisers are maps given directly, fused by rule "affine"."""

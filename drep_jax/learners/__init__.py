@@ -1,0 +1,53 @@
+"""Learners: every way to denoisers has the same arguments and returns a `Learned`. One line here adds another."""
+
+from collections.abc import Callable
+
+from drep_jax.errors import lookup
+from drep_jax.learners.base import Learned, Task
+from drep_jax.learners.label_free import by_algorithm1, by_closed_form, by_measuring, by_wiener, check_measuring
+from drep_jax.learners.labelled import (
+    EXPLICIT,
+    LABELLED,
+    by_continuing,
+    by_final_feature,
+    by_labels,
+    by_turns,
+    check_labelled,
+    train_labelled,
+)
+
+__all__ = [
+    "DIRECT",
+    "EXPLICIT",
+    "LABELLED",
+    "LEARNERS",
+    "Learned",
+    "Task",
+    "check_labelled",
+    "check_measuring",
+    "learn",
+    "train_labelled",
+]
+
+LEARNERS: dict[str, Callable[[Task], Learned]] = {
+    "algorithm1": by_algorithm1,
+    "closed_form": by_closed_form,
+    "wiener": by_wiener,
+    "measured": by_measuring,
+    "label_augmented": by_labels,
+    "alternating": by_turns,
+    "continued": by_continuing,
+    "final_only": by_final_feature,
+}
+
+DIRECT = ("wiener", "measured", "continued")
+"""Learners whose denoisers are maps given directly, fused by rule "affine"."""
+
+
+def learn(name: str, task: Task) -> Learned:
+    """Learns by the learner of that name and keeps the result in `checkpoints/<name>`, from where a later call takes it.
+
+    Raises:
+      ConfigError: for an unknown learner.
+    """
+    return lookup(LEARNERS, name, "learner")(task)

@@ -1,0 +1,207 @@
+"""How labels take part: Eq. 12, alternating fine-tuning (appendix A), plain fine-tuning as control, and DenoiseRep⁻ (Fig. 1b).
+
+| learner | what it trains | what with |
+|---|---|---|
+| `label_augmented` | the denoisers | (1 − λ)·label loss of the fused network + λ·Algorithm 1's (Eq. 12) |
+| `alternating` | denoisers and backbone in turn | Eq. 12, then the label loss of the fused network (appendix A) |
+| `continued` | the backbone alone: the control arm, exported | its label loss |
+| `final_only` | one explicit denoiser of the final feature, DenoiseRep⁻ | Algorithm 1's minimum; it cannot be fused |
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from drep_jax import closed_form
+from drep_jax.builder import Setting
+from drep_jax.denoise_tree import init_denoise
+from drep_jax.errors import ConfigError
+from drep_jax.learners.base import Learned, Task, against_optimum, keep, logged, moment_images, moments_of
+from drep_jax.objectives import augmented_objective, label_objective
+from drep_jax.sites import assign_times, find_layers, select_sites
+from drep_jax.training.logging import MetricWriter
+from drep_jax.training.stages import batch_size_of, run_training, training_steps
+
+Tree = Any
+Config = Mapping[str, Any]
+
+LABELLED = ("label_augmented", "alternating", "continued")
+"""Learners that train with labels, each beside a control arm of the same budget."""
+
+EXPLICIT = ("final_only",)
+"""Learners whose result stays beside the network and cannot be exported."""
+
+
+def train_labelled(
+    config: Config, setting: Setting, stage: str, variables: Tree, directory: str, writer: MetricWriter
+) -> Tree:
+    """Trains the whole backbone with labels; stage "control" is the arm without denoising of equal budget."""
+    options = config[stage]
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
+        return label_objective(setting, options, params["backbone"], others, batch, key, train=True)
+
+    params = {"backbone": variables["params"]}
+    state = run_training(config, setting.train, stage, params, others, loss_fn, directory, writer)[0]
+    return {**state.others, "params": state.params["backbone"]}
+
+
+def by_labels(task: Task) -> Learned:
+    """Trains the denoisers of the frozen backbone with Eq. 12."""
+    config, setting = task.config, task.setting
+    others, params = _start(task)
+
+    def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
+        return _through_fusion(config, setting, params, others, batch, key)
+
+    state, seconds = run_training(
+        config, setting.train, "label_augmented", params, others, loss_fn, task.directory, task.writer
+    )
+    denoise = state.averaged["denoise"]
+    section = {
+        "steps": int(state.step),
+        "seconds": seconds,
+        "loss": logged(task, "label_augmented"),
+        "images": len(setting.train),
+        "label_lambda": config["denoise"]["label_lambda"],
+        **against_optimum(task, denoise),
+    }
+    return Learned(denoise, config["denoise"]["rule"], config["denoise"]["steps"], section)
+
+
+def by_turns(task: Task) -> Learned:
+    """Trains denoisers and backbone in turn, the backbone through the fused weights."""
+    config, setting = task.config, task.setting
+    others, params = _start(task)
+    fusing = {name: config["denoise"][name] for name in ("rule", "steps", "loss", "tokens")}
+    options = {**config["control"], **fusing}
+
+    def denoisers(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
+        return _through_fusion(config, setting, params, others, batch, key)
+
+    def backbone(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
+        return augmented_objective(setting, options, params, others, batch, key, weight=0.0, train=True)
+
+    turns = {"denoise": denoisers, "backbone": backbone}
+    state, seconds = run_training(
+        config, setting.train, "alternating", params, others, turns, task.directory, task.writer
+    )
+    section = {
+        "steps": int(state.step),
+        "seconds": seconds,
+        "loss": logged(task, "alternating"),
+        "images": len(setting.train),
+        "label_lambda": config["denoise"]["label_lambda"],
+        "per_site": {},
+        "optimum": None,
+    }
+    learned = state.averaged
+    variables = {**state.others, "params": learned["backbone"]}
+    how = config["denoise"]["rule"], config["denoise"]["steps"]
+    return Learned(learned["denoise"], *how, section, variables=variables)
+
+
+def by_continuing(task: Task) -> Learned:
+    """Takes the control arm itself, with denoisers that do nothing."""
+    config, setting = task.config, task.setting
+    began = time.perf_counter()
+    variables = train_labelled(config, setting, "control", task.variables, task.directory, task.writer)
+    section = {
+        "steps": training_steps(config, "control"),
+        "seconds": time.perf_counter() - began,
+        "loss": logged(task, "control"),
+        "images": len(setting.train),
+        "per_site": {},
+        "optimum": None,
+    }
+    learned = Learned(init_denoise(setting.sites), "affine", 1, section, variables=variables)
+    keep("continued", task, learned)
+    return learned
+
+
+def by_final_feature(task: Task) -> Learned:
+    """Solves Algorithm 1 for one denoiser on the final feature, the input of the head, which is applied explicitly."""
+    config, setting = task.config, task.setting
+    began = time.perf_counter()
+    head = find_layers(setting.backbone, setting.images)[-1:]
+    options = config["denoise"]
+    sites = assign_times(
+        select_sites(head, ".*"),
+        timesteps=setting.schedule.timesteps,
+        steps=options["steps"],
+        time_scale=options["time_scale"],
+    )
+    moments = moments_of(config, setting, task.variables, os.path.join(task.directory, "final_moments.npz"), sites)
+    denoise = closed_form.closed_form(moments, sites, setting.schedule)
+    nothing = closed_form.expected_losses(moments, sites, setting.schedule, init_denoise(sites))
+    best = closed_form.expected_losses(moments, sites, setting.schedule)
+    section = {
+        "steps": 0,
+        "seconds": time.perf_counter() - began,
+        "loss": [],
+        "images": moment_images(config, setting),
+        "per_site": {name: [nothing[name], best[name]] for name in nothing},
+        "optimum": best,
+    }
+    return Learned(denoise, options["rule"], options["steps"], section, sites=sites)
+
+
+def check_labelled(config: Config, setting: Setting) -> None:
+    """Refuses learners that the images, the backbone or the budget do not allow, before any work.
+
+    Raises:
+      ConfigError: naming the learner and the setting.
+    """
+    asked = (config["learner"], *config["compare"])
+    alternate = config["alternate"]
+    order = tuple(alternate["order"])
+    if sorted(order) != ["backbone", "denoise"] or alternate["period"] < 1:
+        raise ConfigError(
+            f"alternate.order={order} has to name denoise and backbone once each, and alternate.period="
+            f"{alternate['period']} has to be at least 1 step."
+        )
+    if config["learner"] in EXPLICIT:
+        raise ConfigError(
+            f'Learner "{config["learner"]}" is evaluated on the explicit path and leaves nothing to fuse or export; put it in '
+            "--config.compare, beside another learner."
+        )
+    if "final_only" in asked and setting.features:
+        raise ConfigError('Learner "final_only" denoises the input of the head, and this backbone has none.')
+    if not 0.0 <= config["denoise"]["label_lambda"] <= 1.0:
+        raise ConfigError(
+            f"denoise.label_lambda={config['denoise']['label_lambda']} is λ of Eq. 12 and lies in [0, 1]."
+        )
+    for name in (name for name in LABELLED if name in asked):
+        if setting.features or setting.train.num_classes is None:
+            what = "the backbone has no head" if setting.features else f"{setting.train.name} has none"
+            raise ConfigError(f'Learner "{name}" trains with labels, but {what}. Choose a label-free learner.')
+        stage = "control" if name == "continued" else name
+        steps, control = training_steps(config, stage), config["control"]["steps"]
+        if not steps:
+            setting_of = {"alternating": "alternate.steps", "continued": "control.steps"}.get(
+                name, "denoise.train_steps"
+            )
+            raise ConfigError(f'Learner "{name}" would take no step; set --config.{setting_of}=N.')
+        budget = (steps, batch_size_of(config, stage))
+        if control and budget != (control, config["control"]["batch_size"]):
+            raise ConfigError(
+                f'Learner "{name}" takes {budget[0]} steps of {budget[1]} images and the control arm {control} of '
+                f"{config['control']['batch_size']}: with another budget it is no control. Make them equal, or leave the arm "
+                "out with --config.control.steps=0."
+            )
+
+
+def _start(task: Task) -> tuple[Tree, Tree]:
+    others = {name: tree for name, tree in task.variables.items() if name != "params"}
+    return others, {"backbone": task.variables["params"], "denoise": init_denoise(task.setting.sites)}
+
+
+def _through_fusion(config: Config, setting: Setting, params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
+    options = {**config["denoise"], "label_smoothing": config["control"]["label_smoothing"]}
+    weight = config["denoise"]["label_lambda"]
+    loss, (metrics, _) = augmented_objective(setting, options, params, others, batch, key, weight=weight, train=False)
+    return loss, (metrics, others)
