@@ -41,6 +41,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+GAP = 2
+"""How many times larger than wanted a box that is decoded at less than its size must still be: less would show."""
 
 
 def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
@@ -69,7 +71,7 @@ def decode_box(
 ) -> np.ndarray:
     """Decodes a box of one image file and gives it the wanted size: what random resized crops need.
 
-    Where the box is twice as large as wanted or more, a JPEG is decoded at a half, a quarter or an eighth of its size.
+    A JPEG is decoded at a half, a quarter or an eighth of its size where the box is then still twice as large as wanted.
 
     Args:
       encoded, where: as for `decode`.
@@ -87,7 +89,8 @@ def decode_box(
             return resized_box(_rgb(_upright(image), where), choose, size)
         width, height = image.size
         top, left, rows, columns = choose(height, width)
-        image.draft(None, (math.ceil(width * size[1] / columns), math.ceil(height * size[0] / rows)))
+        enough = math.ceil(GAP * width * size[1] / columns), math.ceil(GAP * height * size[0] / rows)
+        image.draft(None, enough)
         across, down = image.width / width, image.height / height
         box = (left * across, top * down, (left + columns) * across, (top + rows) * down)
         return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))

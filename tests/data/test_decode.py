@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drep_jax.data.decode import as_rgb, decode, fit
-from drep_jax.errors import ConfigError, DataError
+from drep_jax.data.decode import as_rgb, decode, decode_box, fit
+from drep_jax.errors import ConfigError, DataError, UnreadableError
+from tests.pictures import textured
 
 RAMP = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
@@ -179,3 +180,50 @@ def test_exact_refuses_other_sizes_and_says_all():
         fit(COLOUR, (16, 12), "exact", "cat.png")
     with pytest.raises(ConfigError, match='Did you mean "squash"'):
         fit(COLOUR, (16, 12), "squish")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes and shares
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "turned"])
+@pytest.mark.parametrize("box", [(20, 30, 160, 200), (0, 0, 300, 400), (100, 40, 30, 24)])
+def test_a_decoded_box_is_the_box_of_the_decoded_image(kind, box):
+    picture = Image.fromarray(textured(1, (300, 400))[0]).resize((400, 300))
+    stream, options = io.BytesIO(), {}
+    if kind == "turned":
+        picture = picture.rotate(90, expand=True)
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    picture.save(stream, "PNG" if kind == "PNG" else "JPEG", **options)
+    asked = []
+    found = decode_box(stream.getvalue(), "it", lambda *size: asked.append(size) or box, (32, 40))
+    whole = decode(stream.getvalue(), "it")
+    assert asked == [(300, 400)] == [whole.shape[:2]], "the box is asked for once, of the upright image"
+    top, left, rows, columns = box
+    expected = fit(whole[top : top + rows, left : left + columns], (32, 40), "squash")
+    assert found.shape == (32, 40, 3) and found.dtype == np.uint8
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.mean() < (2.5 if kind == "JPEG" else 1e-9) and found.std() > 20, (
+        "JPEGs are decoded smaller where the box allows it"
+    )
+
+
+def test_boxes_of_damaged_images_are_named():
+    stream = io.BytesIO()
+    Image.fromarray(textured(1, (64, 64))[0]).save(stream, "JPEG")
+    with pytest.raises(UnreadableError, match="Cannot read the image it") as caught:
+        decode_box(stream.getvalue()[:900], "it", lambda *size: (0, 0, *size), (8, 8))
+    assert caught.value.where == "it"
+
+
+def test_a_share_of_the_short_side():
+    image = textured(1, (300, 400))[0]
+    found = fit(image, (224, 224), "crop:0.875")
+    whole = np.asarray(Image.fromarray(image).resize((341, 256), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(found, whole[16:240, 58:282])
+    np.testing.assert_array_equal(fit(image, (224, 224), "crop:1"), fit(image, (224, 224), "crop"))
+    for bad in ("crop:", "crop:0", "crop:1.5", "crop:a", "squash:0.5", "crap:0.5"):
+        with pytest.raises(ConfigError, match="Unknown way of resizing"):
+            fit(image, (8, 8), bad)
