@@ -33,7 +33,7 @@ def console_table(report: Mapping[str, Any]) -> str:
     else:
         parts.append(NO_METRICS)
     for name, source in (report.get("sources") or {}).items():
-        table = _drawn(results_table({**report, "metrics": source["metrics"]}, MOST_METRICS))
+        table = drawn_table(results_table({**report, "metrics": source["metrics"]}, MOST_METRICS))
         parts.append(f"{neighbour_note(name, source)}\n{table}")
     if report.get("recovery"):
         parts.append("Share of the labelled fine-tuning's recovery\n" + drawn_table(recovery_table(report["recovery"])))
