@@ -3,10 +3,11 @@
     PYTHONPATH=. python benchmarks/data.py                # needs PyTorch and torchvision (requirements-parity.txt)
     PYTHONPATH=. python benchmarks/data.py --sides ours   # without them
 
-The work: read a JPEG of 500 × 375 pixels, decode it, crop and resize to 224 × 224 at random (bicubic), mirror at random, uint8
-batches of 64. Every side is a process (with its workers a process group) that reads without end; while one is timed the others
-are stopped, so that none reads ahead for free. "ours" has its eight threads, "ours_2" two, as many as "torch" has workers: on
-a machine that is busy otherwise, more threads get more of it. Interleaved rounds, medians, and the median of the ratios within a round.
+The work: read a JPEG of 500 × 375 pixels, decode it, crop and resize to 224 × 224 at random (bicubic), mirror at random,
+uint8 batches of 64. Every side is a process (with its workers a process group) that reads without end; while one is timed the
+others are stopped, so that none reads ahead for free. "ours" has its eight threads, "ours_2" two, as many as "torch" has
+workers: on a machine that is busy otherwise, more threads get more of it. Interleaved rounds, medians, and the median of the
+ratios within a round.
 """
 
 import argparse

@@ -23,6 +23,18 @@ def test_loss(smoothing):
     np.testing.assert_allclose(found, total / 50, rtol=1e-5)
 
 
+def test_loss_of_mixed_images_is_that_of_both_labels_in_their_shares():
+    share = np.random.default_rng(2).uniform(size=50).astype(np.float32)
+    mixed = {"label": jnp.asarray(LABELS), "label2": jnp.asarray(LABELS[::-1].copy()), "share": jnp.asarray(share)}
+    each = [
+        share[i] * float(classification.loss(jnp.asarray(LOGITS[i : i + 1]), {"label": mixed["label"][i : i + 1]}, 0.1))
+        + (1 - share[i])
+        * float(classification.loss(jnp.asarray(LOGITS[i : i + 1]), {"label": mixed["label2"][i : i + 1]}, 0.1))
+        for i in range(50)
+    ]
+    np.testing.assert_allclose(classification.loss(jnp.asarray(LOGITS), mixed, 0.1), np.mean(each), rtol=1e-5)
+
+
 def test_scores():
     scores = classification.scores(LOGITS, LABELS)
     for k in (1, 5):

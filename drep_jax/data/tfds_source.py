@@ -54,6 +54,13 @@ class TfdsSource:
         # TFDS calls unnamed classes "0", "1", ...
         self.class_names: tuple[str, ...] | None = tuple(label.names) if labelled else None
         self.note = part.note
+        if builder.name in HELD_OUT and (part.start, part.stop) != (0, 10):
+            size = sizes[part.stored]
+            held = min(HELD_OUT[builder.name], size - size * 9 // 10)
+            self.note = (
+                f"{self.name} does not come in three splits: the last {held:,} of its {size:,} train images serve as "
+                "validation."
+            )
         self._part = part.stored
         self.image_size = image_size
         self._resize = resize

@@ -199,6 +199,8 @@ def test_mocked_imagenet_takes_the_right_slices(tmp_path, stored):
             source = open_source("tfds:imagenet2012", split, image_size=(16, 16), data_dir=str(tmp_path))
             assert (source[3]["image"] == 7).all() and source[3]["image"].shape == (16, 16, 3)
             assert source[3]["label"] == 999 and source.num_classes == 1000
+            if split != "test":
+                assert "the last 10,000 of its 1,281,167 train images serve as validation" in source.note
     assert asked == ["train[0:1271167]", "train[1271167:1281167]", "validation"]
     assert "validation split serves" in source.note
 
