@@ -41,7 +41,7 @@ TYPOS = {
     "warm-up without end": (["--config.denoise.warmup=30"], ["denoise", "warmup=30", "30 steps"]),
     "too few resamples": (["--config.evaluate.resamples=9"], ["resamples=9", "100"]),
     "never log": (["--config.log_every=0"], ["log_every=0", "at least 1"]),
-    "tfds": (["--config.data.source=tfds:cifar10"], ["cifar10", "not prepared", "download_and_prepare", "folder:DIR"]),
+    "tfds": (["--config.data.source=tfds:cifar10"], ["cifar10", "not prepared", "drep_jax.data.prepare", "folder:DIR"]),
     "tfds typo": (["--config.data.source=tfds:cifar01"], ["cifar01", "Did you mean"]),
     "unknown learner beside": (["--config.compare=('mesured',)"], ["mesured", 'Did you mean "measured"']),
     "unknown noise": (["--config.noise=gausian:0..40"], ["gausian", "gaussian"]),
