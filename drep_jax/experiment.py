@@ -143,12 +143,14 @@ def agree(config: Config, setting: Setting) -> None:
     Raises:
       ConfigError: naming the process and what differs.
     """
+    if distributed.alone():
+        return
     settings = {name: value for name, value in workdir.flatten(config).items() if name != "progress"}
     distributed.check_same("configuration", settings)
     sources = {"train": setting.train, "validation": setting.held_out, "test": setting.test}
     images = {split: _described(source) for split, source in sources.items() if source is not None}
     distributed.check_same("data", images)
-    there = workdir.environment()
+    there = environment()
     machine = {name: there[name] for name in ("drep_jax", "jax", "flax", "device")}
     distributed.check_same("environment", {**machine, "local devices": parallel.local_device_count()})
 
