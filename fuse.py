@@ -12,9 +12,13 @@ Exit status: 0 if the certificate holds, 3 if it fails, 1 for bad input.
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
 
 from absl import flags
 
+from drep_jax import lock
 from drep_jax.cli import absl_main
 from drep_jax.training import distributed
 
@@ -48,13 +52,12 @@ HOSTS = distributed.define_flags()
 
 def main(argv: list[str]) -> int:
     """Fuses again; returns the exit status."""
-    with distributed.joined(HOSTS()):
+    with distributed.joined(HOSTS()), lock.reading(WORKDIR.value) if distributed.primary() else nullcontext():
         return fuse_again()
 
 
 def fuse_again() -> int:
     """Does what the flags say; returns the exit status."""
-    from drep_jax import refusion, sweep
     from drep_jax.output import Output
 
     output = Output(
@@ -71,20 +74,26 @@ def fuse_again() -> int:
         "time_scale": TIME_SCALE.value,
         "beta_end": BETA_END.value,
     }
+    certificate, paths = fused(output, options)
+    print(certificate)
+    print(f"Weights: {', '.join(paths)}")
+    return 0 if certificate.passed else 3
+
+
+def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Fuses by the command line; returns the certificate and the paths of what was written."""
+    from drep_jax import refusion, sweep
+
     if SWEEP.value:
         if NOISE.value != "zero":
             raise flags.Error("--sweep compares without noise, so --noise does not go with it.")
         found = sweep.sweep(WORKDIR.value, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
-        certificate, paths = found.certificate, found.paths
-    else:
-        if SWEEP_IMAGES.value is not None:
-            raise flags.Error("--sweep_images goes with --sweep only.")
-        strength = 1.0 if STRENGTH.value is None else STRENGTH.value
-        again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
-        certificate, paths = refusion.refuse(WORKDIR.value, output, strength=strength, **again, **options)
-    print(certificate)
-    print(f"Weights: {', '.join(paths)}")
-    return 0 if certificate.passed else 3
+        return found.certificate, found.paths
+    if SWEEP_IMAGES.value is not None:
+        raise flags.Error("--sweep_images goes with --sweep only.")
+    strength = 1.0 if STRENGTH.value is None else STRENGTH.value
+    again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
+    return refusion.refuse(WORKDIR.value, output, strength=strength, **again, **options)
 
 
 if __name__ == "__main__":

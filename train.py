@@ -3,28 +3,50 @@
     python train.py                                          # the embedded data set: UCI handwritten digits
     python train.py --config=configs/vit_s_imagenet.py      # ViT-S/16 on ImageNet
     python train.py --config=… --config.data.source=folder:DIR --workdir=runs/mine
+    python train.py --eval_only --workdir=runs/mine          # the arms of that run on the test conditions, without training
+    python train.py --eval_only --weights=plain.safetensors,fused.safetensors
 
 A run that was interrupted goes on where it stopped when the same command is given again.
+Exit status: 0; 1 for bad input or a full disk; 3 if the certificate fails; 75 after SIGTERM and 130 after Ctrl-C, both saved.
 """
 
 import os
 import shlex
 import sys
 
+from absl import flags
+
 from drep_jax.cli import absl_main, define_config
 from drep_jax.training import distributed
 
 CONFIG = define_config(default="configs/digits.py")
+EVAL_ONLY = flags.DEFINE_bool(
+    "eval_only", False, "Evaluate what the work directory holds, finished or not, and --weights; train nothing."
+)
+WEIGHTS = flags.DEFINE_list(
+    "weights", [], "With --eval_only: files of weights of the same backbone, plain or fused, each FILE or NAME=FILE."
+)
 HOSTS = distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
     """Runs the job of the configuration; returns the exit status."""
-    from drep_jax import dry_run, experiment, report
+    from drep_jax import dry_run, eval_only, experiment, report
 
     config = CONFIG.value.to_dict()
     directory = CONFIG.workdir or os.path.join("runs", config["name"])
+    if WEIGHTS.value and not EVAL_ONLY.value:
+        raise flags.Error(
+            "--weights goes with --eval_only; the backbone of a run is given by --config.backbone.init_from."
+        )
     with distributed.joined(HOSTS()):
+        if EVAL_ONLY.value:
+            how = {"overrides": CONFIG.overrides, "explicit": CONFIG.explicit}
+            content, folder = eval_only.evaluate(
+                eval_only.configuration(config, directory, **how), directory, WEIGHTS.value
+            )
+            print(f"{report.evaluation_text(content)}\n\nEvaluation: {os.path.join(folder, 'evaluation.md')}")
+            return 0
         if config["dry_run"]:
             dry_run.dry_run(config)
             return 0
@@ -37,4 +59,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(distributed.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]))))
+    sys.exit(distributed.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]), config=CONFIG)))

@@ -13,7 +13,8 @@ from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
-from drep_jax.training.signals import Interrupted, Terminated, raise_on_sigterm
+from drep_jax.training.signals import Interrupted, Terminated, raising_on_sigterm
+from drep_jax.usage import ASKED, usage
 
 EXIT_ERROR = 1
 EXIT_PREEMPTED = 75
@@ -22,7 +23,12 @@ EXIT_INTERRUPTED = 130
 
 
 class Flags:
-    """The configuration and the work directory of the command line."""
+    """The configuration and the work directory of the command line.
+
+    Attributes:
+      default: configuration file where none is named.
+      explicit: whether one is named.
+    """
 
     def __init__(self, default: str) -> None:
         self.default = default
@@ -35,7 +41,8 @@ class Flags:
             None,
             "Where everything is written and resumed from; by default runs/<name of the configuration>.",
         )
-        if not any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:]):
+        self.explicit = any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:])
+        if not self.explicit:
             sys.argv.insert(1, f"--config={default}")
 
     @property
@@ -45,13 +52,23 @@ class Flags:
         Raises:
           ConfigError: if there is no such file.
         """
-        flag: Any = flags.FLAGS["config"]
-        path = flag.config_filename
+        path = self.source
         if not os.path.isfile(path.partition(":")[0]):
             folder = os.path.dirname(path) or "."
             near = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
             raise ConfigError(f"There is no configuration {path}.{did_you_mean(path, near)}")
         return self._config.value
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The single settings that were given, {"a.b": value}."""
+        return config_flags.get_override_values(flags.FLAGS["config"])
+
+    @property
+    def source(self) -> str:
+        """The configuration file."""
+        flag: Any = flags.FLAGS["config"]
+        return flag.config_filename
 
     @property
     def workdir(self) -> str | None:
@@ -64,12 +81,13 @@ def define_config(default: str) -> Flags:
     return Flags(os.path.join(os.path.dirname(sys.argv[0]), default))
 
 
-def absl_main(main: Callable[[list[str]], int], *, resume: str) -> int:
+def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | None = None) -> int:
     """Runs `main` under absl; bad input becomes a message on standard error and exit status 1, Ctrl-C 130, SIGTERM 75.
 
     Args:
       main: gets what is left of the command line.
       resume: the command that goes on with an interrupted run.
+      config: of a script that has one, for --help.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
         import jax
@@ -79,13 +97,13 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str) -> int:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
 
     logging.set_verbosity(logging.FATAL)  # Orbax reports every save at length, and with tracebacks what we report
-    raise_on_sigterm()
 
     def guarded(argv: list[str]) -> int:
         try:
             if argv[1:]:
                 raise flags.Error(f"Unexpected argument {argv[1]!r}; every option starts with --.")
-            return main(argv)
+            with raising_on_sigterm():
+                return main(argv)
         except Interrupted as error:
             status = EXIT_INTERRUPTED if error.number == signal.SIGINT else EXIT_PREEMPTED
             return _say(f"\n{error}\nTo go on: {resume}", status)
@@ -111,6 +129,17 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str) -> int:
         except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
             sys.exit(_say(f"Error: {_explain(error)}", EXIT_ERROR))
 
+    if asked := [argument for argument in sys.argv[1:] if argument in ASKED]:
+        doc = main.__globals__["__doc__"]
+        if config is None:
+            print(usage(doc, None))
+            return 0
+        parse([argument for argument in sys.argv if argument not in asked])
+        try:
+            print(usage(doc, config.value.to_dict(), config.source))
+        except DrepError as error:
+            return _say(f"Error: {error}", EXIT_ERROR)
+        return 0
     try:
         app.run(guarded, flags_parser=parse)
     except SystemExit as end:

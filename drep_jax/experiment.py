@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax import closed_form, cost, evaluation, report, weights, workdir
+from drep_jax import closed_form, cost, evaluation, neighbours, report, weights, workdir
 from drep_jax.builder import Setting, build, init_options
 from drep_jax.closed_form import MOMENTS, Moments, load_moments
-from drep_jax.data import Source
+from drep_jax.data import Source, unreadable
 from drep_jax.data.corruptions import parse_spec
 from drep_jax.denoise_tree import get_in, site_steps
 from drep_jax.denoiser import LOSSES, explicit_apply
@@ -62,6 +62,8 @@ def run(config: Config, directory: str) -> dict[str, Any]:
         config = {**config, "progress": False}
     with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
         with contextlib.closing(on_primary(lambda: MetricWriter(directory, config))) as writer:
+            if primary:
+                unreadable.keep_records(directory, setting.parts)
             variables = make_backbone(config, setting, directory, writer)
             arms = {"baseline": variables}
             if config["control"]["steps"]:
@@ -125,16 +127,28 @@ def check(config: Config, setting: Setting) -> None:
                 f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {section}.batch_size is "
                 f"{batch}."
             )
+    if not denoise["moment_gib"] >= 0:
+        raise ConfigError(f"denoise.moment_gib={denoise['moment_gib']} is a memory in GiB, or 0 for no limit.")
     if not 0.0 <= denoise["ema"] < 1.0:
         raise ConfigError(f"denoise.ema={denoise['ema']} is the decay of a moving average and lies in [0, 1).")
-    if setting.test is not None:
-        parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")
-        if evaluate["resamples"] < 100:
-            raise ConfigError(f"evaluate.resamples={evaluate['resamples']}: at least 100 are needed for an interval.")
-        if not evaluate["conditions"]:
-            raise ConfigError('evaluate.conditions is empty; give at least "clean".')
-        for condition in evaluate["conditions"]:
-            parse_spec(condition)
+    if setting.test is not None or setting.others:
+        check_evaluation(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Refuses settings that nothing can be evaluated with.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    evaluate = config["evaluate"]
+    parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")
+    if evaluate["resamples"] < 100:
+        raise ConfigError(f"evaluate.resamples={evaluate['resamples']}: at least 100 are needed for an interval.")
+    if not evaluate["conditions"]:
+        raise ConfigError('evaluate.conditions is empty; give at least "clean".')
+    for condition in evaluate["conditions"]:
+        parse_spec(condition)
 
 
 def agree(config: Config, setting: Setting) -> None:
@@ -176,23 +190,36 @@ def _at_least_one(name: str, value: int) -> None:
 
 def make_backbone(config: Config, setting: Setting, directory: str, writer: MetricWriter) -> Tree:
     """Loads the backbone's weights, or trains them from scratch."""
-
-    def fresh() -> Tree:
-        return dict(jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape)))
-
     path = config["backbone"]["init_from"]
-    if not path:
-        return train_labelled(config, setting, "backbone", fresh(), directory, writer)
+    if path:
+        return read_weights(config, setting, path)
+    return train_labelled(config, setting, "backbone", _fresh(config, setting), directory, writer)
+
+
+def _fresh(config: Config, setting: Setting) -> Tree:
+    return dict(jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape)))
+
+
+def read_weights(config: Config, setting: Setting, path: str, *, allow_fused: bool = False) -> Tree:
+    """Reads a backbone's variables from a file of this project or a foreign one.
+
+    Args:
+      config, setting: of the run.
+      path: of the file, or of an Orbax directory.
+      allow_fused: whether a file of ours may hold fused weights.
+    """
     if weights.is_native(path):
         if useless := [name for name in FOREIGN_ONLY if config["backbone"][name]]:
             raise ConfigError(
                 f"{path} is a file of this project, where {', '.join(f'backbone.{name}' for name in useless)} would change "
                 "nothing: they are for foreign files."
             )
-        variables = weights.load(path, setting.abstract)
+        variables = weights.load(path, setting.abstract, allow_fused=allow_fused)
         distributed.check_same("backbone", {path: weights.digest(variables)})
         return variables
-    found = weights.load_foreign(path, setting.backbone, setting.abstract, fresh=fresh, **init_options(config))
+    found = weights.load_foreign(
+        path, setting.backbone, setting.abstract, fresh=lambda: _fresh(config, setting), **init_options(config)
+    )
     print("\n".join(f"  {note}" for note in ("Weights read:", *found.notes)))
     distributed.check_same("backbone", {path: weights.digest(found.variables)})
     return found.variables
@@ -264,23 +291,27 @@ def finish(
             other = {"backbone": own["params"], "denoise": found.denoise}
             numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
             arms[name] = {**own, "params": numbers}
+    evaluate, seed = config["evaluate"], config["seed"]
+    images = {"batch_size": evaluate["batch_size"], "mean": setting.mean, "std": setting.std, "seed": seed}
+    told = {"controls": controls, "resamples": evaluate["resamples"], "seed": seed}
     metrics = {}
     distributed.barrier("evaluation")
     if setting.test is not None:
-        evaluate = config["evaluate"]
         scores = evaluation.score_arms(
             setting.backbone,
             arms,
             setting.test,
             evaluate["conditions"],
             classification.scores,
-            batch_size=evaluate["batch_size"],
-            mean=setting.mean,
-            std=setting.std,
-            seed=config["seed"],
             networks=explicit,
+            **images,
         )
-        metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
+        metrics = evaluation.summarize(scores, **told)
+    sources = {}
+    fusible = {name: tree for name, tree in arms.items() if name not in explicit}  # the others need the head
+    for part in setting.others:
+        scores = neighbours.score_arms(setting.headless, fusible, part, evaluate["conditions"], **images)
+        sources[part.name] = {"gallery": len(part.gallery), "metrics": evaluation.summarize(scores, **told)}
     kept = spectra(config, setting, variables, directory, params, trained=exported.variables is not None, **how)
     passed = distributed.from_primary(lambda: certificate is not None and certificate.passed)
     if certificate is None:
@@ -294,6 +325,8 @@ def finish(
         "learning": {name: found.section for name, found in learned.items()},
         "exported": config["learner"],
         "metrics": metrics,
+        "sources": sources or None,
+        "unreadable": unreadable.summary(setting.parts),
         "certificate": certificate.to_json(),
         "cost": measure_cost(config, setting, variables, fused, exported, explicit),
         "spectra": kept,

@@ -11,18 +11,16 @@ import numpy as np
 from drep_jax import closed_form, workdir
 from drep_jax.builder import Setting, build, respaced
 from drep_jax.certificate import Certificate
-from drep_jax.denoise_tree import check_finite, init_denoise, sample_noise, site_steps
+from drep_jax.denoise_tree import check_finite, sample_noise, site_steps
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from drep_jax.experiment import saved_moments
 from drep_jax.fusion import fuse_exact
 from drep_jax.learners import DIRECT
 from drep_jax.output import Output, certificate_images, fuse_and_certify, needs_exact, open_original, write
 from drep_jax.recipes import WIENER, Recipe, as_affine, check_rule
+from drep_jax.saved import last_saved
 from drep_jax.selection import scaled
 from drep_jax.training import distributed
-from drep_jax.training.checkpoint import folder_of
-from drep_jax.training.shared import open_checkpoints
-from drep_jax.training.stages import prepare, training_steps
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -36,29 +34,17 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     """
     config = distributed.from_primary(lambda: workdir.read_config(directory))
     setting = build(config)
-    variables = setting.abstract
-    zeros = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(variables))
-    params = {"backbone": zeros.pop("params"), "denoise": init_denoise(setting.sites)}
-    stage = config["learner"]
-    state, frozen, _ = prepare(config, stage, params, zeros)
-    wanted = training_steps(config, stage)
-    folder = folder_of(directory, stage)
-    if not distributed.from_primary(lambda: os.path.isdir(folder)):
+    found = last_saved(config, setting, directory, config["learner"])
+    if found is None:
         raise CheckpointError(
             f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first."
         )
-    checkpointer = open_checkpoints(folder, read_only=True)
-    try:
-        state, frozen, _ = checkpointer.restore(state, frozen)
-    finally:
-        checkpointer.close()
-    if int(state.step) < wanted:
+    if found.step < found.steps:
         raise CheckpointError(
-            f"The denoisers in {directory} are at step {int(state.step)} of {wanted}; finish the run first: "
+            f"The denoisers in {directory} are at step {found.step} of {found.steps}; finish the run first: "
             f"train.py with --workdir={directory}."
         )
-    learned = {**frozen, **state.averaged}
-    return config, setting, {**state.others, "params": learned["backbone"]}, learned["denoise"]
+    return config, setting, found.variables, found.denoise
 
 
 def refuse(

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 import io
+import itertools
 import os
 import tokenize
 from collections.abc import Iterator, Mapping
@@ -42,29 +43,43 @@ def completed(config: Mapping[str, Any], base: Mapping[str, Any] | None = None) 
 
 
 def meanings() -> dict[str, str]:
-    """Returns {"a.b": comment} of all settings that have one in the source, read from the source itself."""
+    """Returns {"a.b": comment} of all settings and sections in the order of the source; "" where there is no comment."""
     if _module() is None:
         return {}
     with open(SOURCE, encoding="utf-8") as file:
         text = file.read()
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT
-    }
+    comments = _Comments(text)
     dicts: dict[str, ast.Dict] = {}
     found: dict[str, str] = {}
-    for node in ast.walk(ast.parse(text)):
+    for node in sorted(ast.walk(ast.parse(text)), key=lambda node: getattr(node, "lineno", 0)):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target, value = node.targets[0], _dict_in(node.value)
             if isinstance(target, ast.Name) and isinstance(value, ast.Dict):
                 dicts[target.id] = value  # settings that several sections share
             elif isinstance(target, ast.Attribute):
-                if (comment := comments.get(node.lineno) or comments.get(node.end_lineno or 0)) is not None:
-                    found[target.attr] = comment
+                found[target.attr] = comments.on(node)
                 if value is not None:
                     found |= dict(_entries(value, f"{target.attr}.", dicts, comments))
     return found
+
+
+class _Comments:
+    """The comments of a source file."""
+
+    def __init__(self, text: str) -> None:
+        tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
+        alone = [not token.line[: token.start[1]].strip() for token in tokens]
+        self._above, self._beside = (
+            {t.start[0]: t.string.lstrip("# ") for t, own in zip(tokens, alone, strict=True) if own is kind}
+            for kind in (True, False)
+        )
+
+    def on(self, node: ast.stmt | ast.expr) -> str:
+        """Returns what the lines just above a node and the comment on its first or last line say."""
+        above = itertools.takewhile(lambda line: line in self._above, range(node.lineno - 1, 0, -1))
+        parts = [self._above[line] for line in above][::-1]
+        beside = self._beside.get(node.lineno) or self._beside.get(node.end_lineno or 0)
+        return " ".join([*parts, beside] if beside else parts)
 
 
 def _dict_in(node: ast.expr) -> ast.expr | None:
@@ -75,7 +90,7 @@ def _dict_in(node: ast.expr) -> ast.expr | None:
 
 
 def _entries(
-    node: ast.expr, prefix: str, dicts: Mapping[str, ast.Dict], comments: Mapping[int, str]
+    node: ast.expr, prefix: str, dicts: Mapping[str, ast.Dict], comments: "_Comments"
 ) -> Iterator[tuple[str, str]]:
     if isinstance(node, ast.Name):
         node = dicts.get(node.id, ast.Dict([], []))
@@ -86,7 +101,6 @@ def _entries(
             yield from _entries(value, prefix, dicts, comments)
         elif isinstance(key, ast.Constant):
             name = f"{prefix}{key.value!s}"
-            if (comment := comments.get(value.end_lineno or 0)) is not None:
-                yield name, comment
+            yield name, comments.on(value)
             if (inner := _dict_in(value)) is not None:
                 yield from _entries(inner, f"{name}.", dicts, comments)

@@ -100,9 +100,10 @@ def test_a_loss_that_diverges_names_stage_step_and_site(finished, tmp_path):
     fast = ["--config.denoise.learning_rate=1e38", "--config.control.steps=0"]
     ended = call("train.py", TINY, f"--workdir={tmp_path / 'run'}", given, *fast)
     ended.refused("Stage algorithm1", "encoderblock_0/mlp/fc1", "step 2", "lower learning rate")
-    # The message asks for another --workdir, but nothing was learned in this one yet, so that it may also be kept.
-    slow = ["--config.denoise.train_steps=2", "--config.control.steps=0", "--config.evaluate.conditions=('clean',)"]
-    assert call("train.py", TINY, f"--workdir={tmp_path / 'run'}", given, *slow).status in (0, 1)
+    # Another --workdir is asked for, since this one holds what the first rate has begun.
+    slow = ["--config.denoise.learning_rate=0.1", "--config.control.steps=0"]
+    again = call("train.py", TINY, f"--workdir={tmp_path / 'run'}", given, *slow)
+    again.refused("another configuration", "denoise.learning_rate: 1e+38 there, 0.1 now", "Choose another --workdir")
 
 
 def test_a_run_is_not_mixed_with_another(finished):
@@ -230,3 +231,64 @@ def test_a_fusion_that_does_nothing_fails_its_certificate(fuse, monkeypatch):
     monkeypatch.setattr(output, "fuse_exact", nothing)
     ended, _ = fuse()
     assert ended.status == 3 and "Certificate: FAILED" in ended.output
+
+
+# ---- train.py --eval_only ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(finished, tmp_path):
+    """Runs train.py --eval_only on a copy of the finished run; returns how it ended and what it wrote."""
+    copied = shutil.copytree(finished.directory, tmp_path / "run")
+
+    def run(*arguments, workdir=copied):
+        ended = call("train.py", "--eval_only", f"--workdir={workdir}", *arguments)
+        made = sorted((workdir / "evaluations").glob("*/evaluation.json"))
+        return ended, json.loads(made[-1].read_text()) if made else None
+
+    run.directory = copied
+    return run
+
+
+def test_arms_of_a_run_are_evaluated_beside_its_report(finished, evaluated):
+    kept = {path: path.read_bytes() for path in evaluated.directory.glob("*.*")}
+    shutil.rmtree(evaluated.directory / "checkpoints" / "algorithm1" / "30")  # as if it had stopped at step 20
+    ended, found = evaluated("--config.evaluate.conditions=('clean',)")
+    assert ended.status == 0, ended
+    theirs, ours = finished.report["metrics"]["clean"], found["metrics"]["clean"]
+    assert ours["baseline"] == pytest.approx(theirs["baseline"])
+    assert ours["control"]["continued"] == pytest.approx(theirs["control"]["continued"])
+    assert list(found["metrics"]) == ["clean"] and set(ours["denoised"]) == {"algorithm1"}
+    assert [(arm["step"], arm["steps"]) for arm in found["arms"].values()] == [(40, 40), (5, 5), (20, 30)]
+    assert "step 20 of 30, unfinished" in ended.output and "acc@1 against baseline" in ended.output
+    assert {path: path.read_bytes() for path in evaluated.directory.glob("*.*")} == kept
+    page = next((evaluated.directory / "evaluations").glob("*/evaluation.md")).read_text()
+    assert "| algorithm1 " in page and "Evaluation without training" in page
+
+
+def test_files_of_weights_are_evaluated_without_a_run(finished, evaluated, tmp_path):
+    place = tmp_path / "elsewhere"
+    fused = os.path.join(finished.directory, "fused")
+    files = f"--weights={finished.backbone},{fused}/fused.safetensors,again={fused}/orbax"
+    ended, found = evaluated(TINY, files, workdir=place)
+    assert ended.status == 0, ended
+    for condition, theirs in finished.report["metrics"].items():
+        ours = found["metrics"][condition]
+        assert ours["baseline"] == pytest.approx(theirs["baseline"])
+        assert ours["denoised"]["fused"] == ours["denoised"]["again"] == pytest.approx(theirs["denoised"]["algorithm1"])
+    assert os.listdir(place) == ["evaluations"]
+    given = f"--config.backbone.init_from={finished.backbone}"
+    twice, found = evaluated(TINY, given, "--config.evaluate.conditions=('clean',)", workdir=place)
+    assert twice.status == 0 and list(found["arms"]) == ["baseline"] and len(os.listdir(place / "evaluations")) == 2
+
+
+def test_what_cannot_be_evaluated_is_refused(finished, evaluated, tmp_path):
+    evaluated(TINY, workdir=tmp_path / "none")[0].refused("nothing to evaluate", "--weights=FILE", "init_from")
+    evaluated("--config.seed=3")[0].refused("another configuration", "seed: 0 there, 3 now", "evaluate.…")
+    evaluated(TINY, "--config.denoise.steps=2")[0].refused("denoise.steps: 3 there, 2 now")
+    evaluated("--config.evaluate.conditions=('blurr:2',)")[0].refused("blurr", "blur")
+    evaluated(f"--weights=continued={finished.backbone}")[0].refused("an arm continued already", "--weights=NAME=")
+    assert not (evaluated.directory / "evaluations").exists()
+    call("train.py", TINY, "--weights=x").refused("--weights goes with --eval_only")
+    (tmp_path / "run" / "evaluations").write_text("in the way")
+    evaluated("--config.evaluate.conditions=('clean',)")[0].refused("Cannot write the evaluation")

@@ -14,6 +14,7 @@ from drep_jax.report.as_html import html
 from drep_jax.report.as_markdown import markdown
 from drep_jax.report.comparisons import verdict
 from drep_jax.report.console import console_table
+from drep_jax.report.evaluation import evaluation_markdown, evaluation_text
 from drep_jax.report.plots import PLOTS
 from drep_jax.report.schema import KEYS, SCHEMA, plain, validate
 
@@ -22,11 +23,13 @@ __all__ = [
     "PLOTS",
     "SCHEMA",
     "console_table",
+    "evaluation_text",
     "html",
     "markdown",
     "plain",
     "validate",
     "verdict",
+    "write_evaluation",
     "write_report",
 ]
 
@@ -55,6 +58,22 @@ def write_report(report: Mapping[str, Any], workdir: str) -> None:
     _write(os.path.join(workdir, "report.html"), html(report, plots).encode())
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     _write(os.path.join(workdir, "report.json"), (text + "\n").encode())
+
+
+def write_evaluation(content: Mapping[str, Any], folder: str) -> None:
+    """Writes evaluation.md and evaluation.json, whole or not at all.
+
+    Args:
+      content: `config`, `environment`, `arms` and `metrics`; see docs/running.md.
+      folder: to write to.
+
+    Raises:
+      CheckpointError: where the folder cannot be written to.
+    """
+    content = plain(content)
+    _write(os.path.join(folder, "evaluation.md"), evaluation_markdown(content).encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    _write(os.path.join(folder, "evaluation.json"), (text + "\n").encode())
 
 
 def _write(path: str, content: bytes) -> None:

@@ -14,11 +14,12 @@ def markdown(report: Mapping[str, Any], plots: Collection[str] = ()) -> str:
     """Returns report.md for a complete report, with links to plots/NAME.png for the names in `plots`."""
     parts = ["# DenoiseRep report"]
     for title, blocks in sections(report).items():
-        parts += [f"## {title}", *_drawn(blocks, plots)]
+        parts += [f"## {title}", *drawn(blocks, plots)]
     return "\n\n".join(parts) + "\n"
 
 
-def _drawn(blocks: Collection[Block], plots: Collection[str]) -> list[str]:
+def drawn(blocks: Collection[Block], plots: Collection[str] = ()) -> list[str]:
+    """Returns every block as Markdown; pictures are shown if they are among `plots`."""
     return [_draw(block, plots) for block in blocks if not isinstance(block, Picture) or block.name in plots]
 
 
@@ -62,5 +63,5 @@ def _(block: Picture, plots: Collection[str]) -> str:
 
 @_draw.register
 def _(block: Details, plots: Collection[str]) -> str:
-    inside = "\n\n".join(_drawn(block.blocks, plots))
+    inside = "\n\n".join(drawn(block.blocks, plots))
     return f"<details><summary>{block.summary}</summary>\n\n{inside}\n\n</details>"

@@ -38,13 +38,12 @@ class MetricWriter:
         """
         self._path = os.path.join(workdir, FILE)
         self._folder = os.path.join(workdir, "tensorboard")
+        self._elsewhere = _WeightsAndBiases(workdir, config) if config and config["wandb"]["project"] else None
         try:
             os.makedirs(self._folder, exist_ok=True)
             self._board = EventsWriter(os.path.join(self._folder, "events"), f".{os.getpid()}")
-            self._board.flush()
         except OSError as error:
             raise _not_written(self._folder, error) from error
-        self._elsewhere = _WeightsAndBiases(workdir, config) if config and config["wandb"]["project"] else None
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Appends one line {"stage", "step", …values}.

@@ -57,14 +57,22 @@ def hearing_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def raise_on_sigterm() -> None:
-    """Makes SIGTERM a `Terminated`, so that what is open is closed and the exit status says what happened."""
+@contextlib.contextmanager
+def raising_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM a `Terminated` while the block runs, so that what is open is closed and the exit status is ours."""
 
     def handle(number: int, frame: Any) -> None:
         _leave_to_the_system()
         raise Terminated
 
-    signal.signal(signal.SIGTERM, handle)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _leave_to_the_system() -> None:
