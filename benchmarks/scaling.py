@@ -60,7 +60,9 @@ def inputs(model, shape):
             fan_in = kernel.size // kernel.shape[-1] if not isinstance(context.module, nn.DenseGeneral) else None
             read.append(args[0].size)
             if fan_in is None:
-                operations.append(2 * kernel.size * (args[0].size // math.prod(kernel.shape[:-1])) if kernel.size else 0)
+                operations.append(
+                    2 * kernel.size * (args[0].size // math.prod(kernel.shape[:-1])) if kernel.size else 0
+                )
             else:
                 operations.append(2 * out.size * fan_in)
         return out
@@ -100,11 +102,11 @@ def main(arguments):
     found = {title: measure(*how) for title, how in MODELS.items()}
     mb = 1e-6 * FLOAT
 
-    rows = [
-        [t, m["sites"], m["widest"], m["backbone"] / 1e6, m["denoise"] / 1e6, mb * m["backbone"], mb * m["denoise"]]
-        + [2 * mb * m["sums"]]
-        for t, m in found.items()
-    ]
+    rows = []
+    for title, m in found.items():
+        millions = [m[part] / 1e6 for part in ("backbone", "denoise")]
+        sent = [mb * m["backbone"], mb * m["denoise"], 2 * mb * m["sums"]]
+        rows.append([title, m["sites"], m["widest"], *millions, *sent])
     heads = ["", "sites", "widest", "backbone, M", "denoisers, M"]
     heads += ["labels: MB a step", "Algorithm 1: MB a step", "closed form: MB a run"]
     print("What an all-reduce adds up; each device sends 2 (n − 1) / n times as much\n")
@@ -121,7 +123,9 @@ def main(arguments):
         rows.append([title, *state.values(), mb * m["read"]])
     heads = ["", "labels, GB", "Algorithm 1, GB", "closed form, GB", "per image and float32, MB"]
     print("\nOn every device, whatever their number: parameters, gradients, Adam's state, or sums; and what the linear")
-    print("layers read, which training with labels keeps for the backward pass (forward only: the widest layer's alone)\n")
+    print(
+        "layers read, which training with labels keeps for the backward pass (forward only: the widest layer's alone)\n"
+    )
     print(tabulate(rows, heads, floatfmt=".2f", tablefmt="github"))
 
     rows = []
@@ -134,10 +138,13 @@ def main(arguments):
                     continue
                 size = FLOAT * m[part]
                 times = [seconds + ring(size, n, 1e9 * arguments.bandwidth) for n in DEVICES]
-                speed = [f"{n * batch / t:,.0f} ({100 * times[0] / t:.0f} %)" for n, t in zip(DEVICES, times)]
+                speed = [
+                    f"{n * batch / t:,.0f} ({100 * times[0] / t:.0f} %)" for n, t in zip(DEVICES, times, strict=True)
+                ]
                 rows.append([title, what, f"{kind}, {batch} images", seconds, *speed])
     heads = ["", "mode", "step on one", "seconds", *(f"images/s on {n}" for n in DEVICES)]
-    print(f"\nImages per second (and share of n times one device), all-reduce at {arguments.bandwidth:g} GB/s, nothing overlapped.")
+    print("\nImages per second (and share of n times one device), nothing overlapped, all-reduce at")
+    print(f"{arguments.bandwidth:g} GB/s a device.", end=" ")
     print(f"Computed: the time of three forward passes at {SUSTAINED / 1e12:g} TFLOP/s.\n")
     print(tabulate(rows, heads, floatfmt=".3f", tablefmt="github"))
 
@@ -146,7 +153,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-S/16, all linears", help="whose step --seconds was measured on")
     parser.add_argument("--mode", default="Algorithm 1", help="labels, or Algorithm 1")
-    parser.add_argument("--seconds", type=float, default=3.67, help="a step on one device (default: benchmarks/step.py's)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.67, help="a step on one device (default: benchmarks/step.py's)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="images a device in that step")
     parser.add_argument("--bandwidth", type=float, default=25.0, help="GB/s a device")
     main(parser.parse_args())

@@ -14,13 +14,15 @@ import safetensors.numpy
 
 from drep_jax import evaluation
 from drep_jax.errors import ConfigError
-from drep_jax.measured import _Spread
+from drep_jax.measured import _Spread, measure
+from drep_jax.sites import find_sites
 from drep_jax.training import distributed, parallel
 from drep_jax.training.distributed import Hosts
 from drep_jax.training.logging import read_metrics
 from drep_jax.training.moments import nothing_yet, programs
 from tests.command import call
 from tests.hosts import SMALL, begin, end
+from tests.test_measured import Mlp, streams
 from tests.training.test_moments import over_hosts
 
 # ---- the same on any number of devices and processes -------------------------------------------------------------------
@@ -78,7 +80,7 @@ def same_learning(one, other):
         trees = [learned(directory, stage) for directory in (one, other)]
         for ours, theirs in zip(*(jax.tree_util.tree_leaves(tree) for tree in trees), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-5, err_msg=stage)
-    assert max(np.abs(leaf).max() for leaf in jax.tree_util.tree_leaves(learned(one, "measured")["denoise"])) > 1e-3
+    assert max(np.abs(leaf).max() for leaf in jax.tree_util.tree_leaves(learned(one, "closed_form")["denoise"])) > 1
     fused = [safetensors.numpy.load_file(f"{directory}/fused/fused.safetensors") for directory in (one, other)]
     for name, ours in fused[0].items():
         np.testing.assert_allclose(ours, fused[1][name], rtol=1e-3, atol=2e-5, err_msg=name)
@@ -149,6 +151,23 @@ def test_sums_of_devices_are_exact_to_48_bits():
             np.testing.assert_array_equal(h[0], h[device])
         np.testing.assert_allclose((h + rest)[0], leaf.sum(0), rtol=1e-12, atol=1e-12 * np.abs(leaf).max())
         assert np.abs(h[0] - leaf.sum(0)).max() > 1e-9  # one float32 alone would not do
+
+
+def test_noise_is_measured_alike_on_one_device_and_on_eight(monkeypatch):
+    """Five chunks of 26 images, of whose vectors a sample is taken; two devices have nothing of their own."""
+    model, images = Mlp(residual=True), streams(shape=(130, 6), count=3)
+    variables = model.init(jax.random.key(0), images[0])
+    sites = find_sites(model, images[0], pattern="[ab]")
+    weights = np.array([0.3, 0.3, 0.4])
+    many = measure(model, variables, sites, images, weights, vectors=20)
+    with monkeypatch.context() as patch:
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(parallel, name, lambda: 1)
+        one = measure(model, variables, sites, images, weights, vectors=20)
+    for ours, theirs in zip(*(jax.tree_util.tree_leaves(found.denoise) for found in (one, many)), strict=True):
+        assert np.abs(ours).max() > 1e-3
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(one.outputs, many.outputs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("images", [1, 7, 64, 130, 1500, 1499])
