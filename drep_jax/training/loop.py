@@ -16,7 +16,7 @@ from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.profile import Profile
 from drep_jax.training.signals import NAMES, Interrupted, hearing_signals
-from drep_jax.training.state import TrainState
+from drep_jax.training.state import TrainState, collected, placed
 
 Tree = Any
 
@@ -36,6 +36,7 @@ def run_stage(
     progress: bool = True,
     probe: Callable[[Tree], dict[str, float]] | None = None,
     profile: Profile | None = None,
+    divided: bool = False,
 ) -> tuple[TrainState, float]:
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
@@ -56,6 +57,7 @@ def run_stage(
       progress: whether to show a bar.
       probe: trained parameters ↦ further numbers for the log and the bar, such as the gap to a known optimum.
       profile: which steps are traced, if any.
+      divided: whether the optimiser's state is divided among the devices, as `make_step` was told.
 
     Returns:
       The final state (one copy) and the seconds spent in all, earlier parts of a resumed stage included.
@@ -74,7 +76,7 @@ def run_stage(
     if start >= steps:
         return state, spent
     writer.rewind(name, start)
-    many, kept = parallel.replicate(state), parallel.replicate(frozen)
+    many, kept = placed(state, divided=divided), parallel.replicate(frozen)
     began = time.perf_counter()
     waiting: list[tuple[int, dict[str, Any]]] = []
     pace = _Pace()
@@ -115,7 +117,7 @@ def run_stage(
     def save(*, wait: bool) -> None:
         check()
         checkpointer.wait()  # before another copy of the state is made
-        one = parallel.unreplicate(many)
+        one = collected(many, state, divided=divided)
         seconds = spent + time.perf_counter() - began
         meta = {"stage": name, "seconds": seconds, "data_position": int(one.step), "unlogged": unlogged}
         checkpointer.save(one, frozen, meta, wait=wait)
@@ -151,7 +153,7 @@ def run_stage(
         finally:
             if traced:
                 traced.close()
-    return parallel.unreplicate(many), spent + time.perf_counter() - began
+    return collected(many, state, divided=divided), spent + time.perf_counter() - began
 
 
 class _Pace:
