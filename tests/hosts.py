@@ -16,6 +16,7 @@ SMALL = [
     "--config.backbone.warmup=2",
     "--config.control.steps=0",
     "--config.denoise.train_steps=4",
+    "--config.denoise.divide_optimizer=True",
     "--config.denoise.moment_images=300",
     "--config.measured.images=130",  # chunks of 26 images, five for eight devices
     "--config.measured.vectors=3",  # so that a sample is taken
