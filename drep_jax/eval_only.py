@@ -10,7 +10,7 @@ from typing import Any
 from drep_jax import evaluation, lock, report, weights, workdir
 from drep_jax.builder import Setting, build
 from drep_jax.errors import CheckpointError, ConfigError, DataError
-from drep_jax.experiment import check_evaluation, read_weights
+from drep_jax.experiment import agree, check_evaluation, read_weights
 from drep_jax.fusion import fuse_exact
 from drep_jax.learners import DIRECT, EXPLICIT
 from drep_jax.machine import environment
@@ -89,6 +89,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
             "There are no labelled test images, or the backbone has no head, so there is nothing to evaluate."
         )
     check_evaluation(config)
+    agree(config, setting)
     with lock.reading(directory) if distributed.primary() else contextlib.nullcontext():
         arms, told = _of_run(config, setting, directory)
     given = [_named(file) for file in files]
