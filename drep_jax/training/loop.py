@@ -159,7 +159,7 @@ class _Pace:
     def count(self, batch: dict[str, Any]) -> None:
         """Notes a step."""
         if self._began is not None:
-            self._images += len(jax.tree_util.tree_leaves(batch)[0])
+            self._images += len(jax.tree_util.tree_leaves(batch)[0]) * jax.process_count()  # each has its part
 
     def images_per_second(self) -> float | None:
         """Returns the number, or None if there is none yet."""

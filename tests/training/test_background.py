@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import threading
 
 import jax
@@ -16,7 +15,7 @@ from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
-from tests.command import same_bits
+from tests.command import files_of_at_most, same_bits
 
 STEPS = 8
 SIZE = 40_000  # random numbers, which no compression makes small
@@ -74,17 +73,6 @@ def run(directory, step, feed=batches, full_from=None):
     finally:
         checkpointer.close()
         writer.close()
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """As on a full disk, the system refuses to write more than `size` bytes to a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
