@@ -12,8 +12,9 @@ import pytest
 
 from drep_jax.errors import CheckpointError, NonFiniteError
 from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.logging import MetricWriter
+from drep_jax.training.logging import MetricWriter, read_metrics
 from drep_jax.training.loop import run_stage
+from drep_jax.training.profile import Profile
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
 from tests.command import files_of_at_most, same_bits
 
@@ -52,10 +53,10 @@ def step():
     return make_step(loss, start()[1])
 
 
-def run(directory, step, feed=batches, full_from=None):
+def run(directory, step, feed=batches, full_from=None, **more):
     """Trains; from step `full_from` on, when what was saved is on disk, the disk is full."""
     checkpointer, writer = Checkpointer(str(directory / "stage")), MetricWriter(str(directory))
-    options = {"steps": STEPS, "log_every": 3, "checkpoint_every": 2, "progress": False}
+    options = {"steps": STEPS, "log_every": 3, "checkpoint_every": 2, "progress": False, **more}
     limit = contextlib.ExitStack()
 
     def fill(first):
@@ -164,3 +165,30 @@ def test_fields_that_a_checkpoint_lacks_are_empty_or_it_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"other settings of training.*ema"):
         checkpointer.restore(state.replace(ema=state.params), {})
     checkpointer.close()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"Cannot keep checkpoints in .*checkpoints/s: Not a directory"):
+        Checkpointer(str(tmp_path / "checkpoints" / "s"))
+
+
+# ---- what a person sees meanwhile --------------------------------------------------------------------------------------
+
+
+def test_the_bar_and_the_log_say_how_fast_it_goes(tmp_path, step, capsys):
+    run(tmp_path, step, progress=True, probe=lambda params: {"gap": 0.25})
+    shown = capsys.readouterr().err
+    assert f"{STEPS}/{STEPS}" in shown and "gap=0.2500" in shown and "loss=" in shown and "images/s=" in shown
+    first, *others = read_metrics(str(tmp_path / "metrics.jsonl"))
+    assert "images_per_second" not in first and all(line["gap"] == 0.25 for line in others)
+    assert all(line["images_per_second"] > 0 for line in others)
+    # 16 images from the line of step 1 to that of step 3, in less time than between these lines
+    seconds = others[0]["seconds"] - first["seconds"]
+    assert others[0]["images_per_second"] >= 0.99 * 16 / seconds
+
+
+def test_a_stage_traces_the_steps_asked_for(tmp_path, step):
+    run(tmp_path, step, profile=Profile(3, 2, str(tmp_path)))
+    found = [path for path in (tmp_path / "profile" / "s").rglob("*.xplane.pb")]
+    assert len(found) == 1 and b"train" in found[0].read_bytes()
