@@ -29,6 +29,7 @@ from tabulate import tabulate
 from configs import digits
 from drep_jax import closed_form, cost
 from drep_jax.builder import build
+from drep_jax.data.augment import Augmentation
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.models import create_model
@@ -113,7 +114,9 @@ def trained_backbone(setting, steps):
         return optax.apply_updates(variables, updates), state
 
     state = tx.init(variables)
-    for _, batch in zip(range(steps), training_batches(setting.train, 64, seed=0, shift=1), strict=False):
+    for _, batch in zip(
+        range(steps), training_batches(setting.train, 64, seed=0, augmentation=Augmentation(shift=1)), strict=False
+    ):
         images = normalize(batch["image"], setting.mean, setting.std)
         variables, state = step(variables, state, images, batch["label"])
     hits = [

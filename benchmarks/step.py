@@ -1,16 +1,21 @@
-"""Label-free training step relative to the plain forward pass: ViT-S/16, 224 px, every transformer linear a site, one thread.
+"""Training steps by mode, in time and memory: ViT-S/16, 224 px, every transformer linear a site, one thread.
 
-    PYTHONPATH=. python benchmarks/step.py
+    PYTHONPATH=. python benchmarks/step.py                          # the label-free step against the plain forward pass
+    PYTHONPATH=. python benchmarks/step.py --modes --batch=64       # every mode against plain fine-tuning
 
-The floor is what the arithmetic alone costs: the forward pass, D(X) and the gradient of W_D at every site (2·2·n·d²
-operations for n feature vectors; no gradient goes to the input), at the speed of the forward pass. The second table takes both
-variants to a small ViT on the real digits and gives the gap to the known optimum that the same number of steps leaves.
+The *arithmetic floor* is what the multiplications alone cost at the speed of the forward pass F. Label-free: F, D(X) and the
+gradient of W_D at every site (2·2·n·d² operations for n feature vectors; no gradient goes to the input). Fine-tuning: 3 F.
+Through fused weights: F, the gradient by the activations (F) and by the weights that are trained or fused, and the fusion
+itself, 2·d²·m operations for a d×m kernel and each of k steps, and as many again for the gradient by W_D or W. Eq. 12: that and
+the label-free step. Memory is the compiled program's: arguments (state and batch) and temporaries. The first form also takes
+the label-free variants to a small ViT on the real digits and prints the gap to the known optimum that as many steps leave.
 """
 
 import argparse
 import functools
 import os
 import sys
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import single_thread  # noqa: F401, I001 (first of all)
@@ -21,15 +26,21 @@ import numpy as np
 import optax
 from tabulate import tabulate
 
+from configs import vit_s_imagenet
 from drep_jax import closed_form, cost
+from drep_jax.builder import build
 from drep_jax.data import open_source
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import algorithm1_losses
 from drep_jax.models import create_model
+from drep_jax.objectives import augmented_objective, denoising_objective, label_objective
 from drep_jax.schedule import Schedule
 from drep_jax.sites import find_sites
+from drep_jax.training import parallel
 from drep_jax.training.moments import collect_moments
+from drep_jax.training.stages import prepare
+from drep_jax.training.state import make_step as training_step
 
 LINEARS = r".*(attn/(query|key|value|out)|mlp/fc[12])"
 
@@ -91,6 +102,115 @@ def speed(arguments):
     print(tabulate(rows, headers, floatfmt=".2f"))
 
 
+def modes(arguments):
+    """Times one step of every mode, and prints what the compiled programs hold."""
+    rows, programs = [], {}
+    forward_operations = None
+    cases = {
+        "plain fine-tuning": ("control", {}),
+        "label-free (Algorithm 1)": ("algorithm1", {}),
+        f"label-free, {arguments.tokens:.0%} of the tokens": ("algorithm1", {"tokens": arguments.tokens}),
+        "backbone through fuse": ("backbone turn", {}),
+        "denoisers through fuse, λ = 0": ("label_augmented", {"label_lambda": 0.0}),
+        "denoisers by Eq. 12": ("label_augmented", {}),
+        f"denoisers by Eq. 12, {arguments.tokens:.0%} of the tokens": ("label_augmented", {"tokens": arguments.tokens}),
+        f"denoisers by Eq. 12, rank {arguments.rank}": ("label_augmented", {"rank": arguments.rank}),
+        "backbone through fuse, recomputed": ("backbone turn", {"remat": True}),
+    }
+    sides = {}
+    for name, (mode, changes) in cases.items():
+        setting, step, state, frozen, batch, floor, operations = mode_step(arguments, mode, changes)
+        if forward_operations is None:
+            forward_operations = operations
+            model, variables = setting.backbone, {"params": state.params["backbone"]}
+            images = jnp.zeros((arguments.batch, arguments.pixels, arguments.pixels, 3))
+            plain = jax.jit(model.apply)
+            programs["forward"] = plain.lower(variables, images).compile().memory_analysis(), 1.0
+            sides["forward"] = functools.partial(plain, jax.tree_util.tree_map(jnp.array, variables), images)
+        compiled = step.lower(parallel.replicate(state), parallel.replicate(frozen), parallel.shard(batch)).compile()
+        programs[name] = compiled.memory_analysis(), floor / forward_operations
+        held = [parallel.replicate(state), parallel.replicate(frozen), parallel.shard(batch)]
+
+        def advance(step=step, held=held):
+            held[0], metrics = step(*held)
+            return held[0].step, metrics
+
+        sides[name] = advance
+    times = cost.interleaved(sides, rounds=arguments.rounds, clock=time.process_time) if arguments.rounds else {}
+    by_forward, by_tuning = (cost.ratios(times, name) if times else {} for name in ("forward", "plain fine-tuning"))
+    tuning = _bytes(programs["plain fine-tuning"][0])
+    for name, (analysis, floor) in programs.items():
+        taken = by_forward.get(name)
+        row = [name, np.median(times[name]) if times else None, taken, by_tuning.get(name), floor]
+        rows.append([*row, taken and taken / floor, _bytes(analysis) / 2**30, _bytes(analysis) / tuning])
+    print(
+        f"ViT-S/16, {arguments.pixels} px, batch {arguments.batch}, one thread, {arguments.rounds} interleaved rounds"
+    )
+    headers = ["", "s", "forwards", "fine-tunings", "floor", "over it", "GiB", "× fine-tuning's"]
+    print(tabulate(rows, headers, floatfmt=".2f"))
+
+
+def _bytes(analysis):
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def mode_step(arguments, mode, changes):
+    """Returns (setting, step, state, frozen, batch, floor, forward operations) of one mode."""
+    config = vit_s_imagenet.get_config()
+    config.data.update({"source": f"random:{arguments.batch}:1000", "image_size": (arguments.pixels,) * 2})
+    config.sites.pattern = LINEARS
+    config.denoise.update({name: value for name, value in changes.items() if name != "remat"})
+    config.denoise.batch_size = config.control.batch_size = arguments.batch
+    config.control.update(
+        {"steps": 100, "optimizer": "adam", "weight_decay": 0.0, "remat": changes.get("remat", False)}
+    )
+    config.alternate.update({"steps": 100, "period": 50})
+    config = config.to_dict()
+    setting = build(config)
+    variables = dict(jax.jit(setting.backbone.init)(jax.random.key(0), jnp.zeros(setting.images.shape)))
+    params = {"backbone": variables["params"], "denoise": init_denoise(setting.sites)}
+    tuning = {**config["control"], **{name: config["denoise"][name] for name in ("rule", "steps", "loss", "tokens")}}
+    learning = {**config["denoise"], "label_smoothing": 0.0}
+
+    def loss_fn(params, others, batch, key):
+        if mode == "control":
+            return label_objective(setting, tuning, params["backbone"], others, batch, key, train=True)
+        if mode == "algorithm1":
+            return denoising_objective(setting, learning, params, others, batch, key)
+        options, weight = (tuning, 0.0) if mode == "backbone turn" else (learning, learning["label_lambda"])
+        train = mode == "backbone turn"
+        return augmented_objective(setting, options, params, others, batch, key, weight=weight, train=train)
+
+    stage, active = {"backbone turn": ("alternating", ("backbone",)), "control": ("control", ("backbone",))}.get(
+        mode, (mode, ("denoise",))
+    )
+    if mode == "control":
+        del params["denoise"]
+    state, frozen, optimizers = prepare(config, stage, params, {})
+    step = training_step(loss_fn, optimizers[active], active=active)
+    batch = next(training_batches(setting.train, arguments.batch, seed=0))
+    forward = cost.flops(setting.backbone.apply, variables, jnp.zeros((arguments.batch, *setting.images.shape[1:])))
+    vectors = arguments.batch * ((arguments.pixels // 16) ** 2 + 1)
+    return setting, step, state, frozen, batch, floor_of(mode, setting, learning, vectors, forward), forward
+
+
+def floor_of(mode, setting, options, vectors, forward):
+    """Operations that a step cannot do without, see above."""
+    learned = forward
+    for site in setting.sites:
+        size = 2 * site.width * site.rank if site.rank else site.width**2
+        learned += 4.0 * vectors * options["tokens"] * size
+    if mode in ("control", "algorithm1"):
+        return 3 * forward if mode == "control" else learned
+    layers = [(site, layer) for site in setting.sites for layer in site.layers]
+    kernels = sum(2.0 * vectors * layer.kernel_size for _, layer in layers)
+    fusions = sum(2.0 * (2 * site.rank if site.rank else site.width) * layer.kernel_size for site, layer in layers)
+    if mode == "backbone turn":
+        return 3 * forward + 2 * options["steps"] * fusions
+    through = 2 * forward + kernels + 2 * options["steps"] * fusions
+    return through if not options["label_lambda"] else through + learned
+
+
 def gap(arguments):
     """Trains denoisers on the real digits with all tokens and with a sample of them."""
     source = open_source("digits", "train", image_size=(8, 8))
@@ -129,6 +249,12 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=float, default=0.25, help="share of the tokens in the sampled variant")
     parser.add_argument("--steps", type=int, default=1000, help="of the training that the gap is measured on")
+    parser.add_argument("--modes", action="store_true", help="every mode against plain fine-tuning")
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--rank", type=int, default=32, help="of the low-rank variant of --modes")
     parsed = parser.parse_args()
-    speed(parsed)
-    gap(parsed)
+    if parsed.modes:
+        modes(parsed)
+    else:
+        speed(parsed)
+        gap(parsed)

@@ -23,14 +23,24 @@ def get_default() -> ConfigDict:
 
     config.data = ConfigDict(  # the images
         {
-            "source": "digits",  # digits, folder:DIR, tfds:NAME, random:COUNT
+            "source": "digits",  # digits, folder:DIR, list:FILE, npz:FILE.npz, tfds:NAME, …: docs/data.md
+            "merge": (),  # further sources to learn from without labels, with weights: (("folder:DIR", 2.0), …)
+            "weight": 1.0,  # of `source` among them
+            "max_unreadable": 0.0,  # images that may be unreadable: a number, or a share below 1; 0 refuses the first
             "data_dir": "",  # where TFDS keeps its data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
             "image_size": (224, 224),  # (height, width)
-            "resize": "crop",  # crop, squash or exact
+            "resize": "crop",  # crop, crop:SHARE of the short side that is kept, squash or exact
             "mean": (0.5, 0.5, 0.5),  # of the normalisation, on the scale 0 to 1, as the weights in use expect
             "std": (0.5, 0.5, 0.5),  # likewise
-            "flip": False,  # augmentation of training images
+            "flip": False,  # augmentation of training images from here on (docs/data.md); every default is off
             "shift": 0,  # pixels
+            "crop_scale": (),  # (smallest, largest) share of the area of a random resized crop, such as (0.08, 1.0)
+            "crop_ratio": (3 / 4, 4 / 3),  # its width over height
+            "randaugment": 0,  # operations an image
+            "randaugment_magnitude": 9.0,  # 0 to 30
+            "erase": 0.0,  # probability
+            "mixup": 0.0,  # parameter of the Beta distribution; labelled stages only
+            "cutmix": 0.0,
         }
     )
     config.model = ConfigDict(  # the backbone's architecture; further settings of it may be added (docs/models.md)
@@ -142,6 +152,7 @@ def get_default() -> ConfigDict:
         {
             "conditions": ("clean", "gaussian:40", "gaussian:80"),  # of the test images (docs/corruptions.md)
             "batch_size": 200,  # images at once, on all devices together
+            "gallery": 2000,  # training images of each merged source that its test images are compared with
             "resamples": 10_000,  # of the bootstrap
             "certificate_images": 16,  # that fused and explicit network are compared on
             "latency_batch": 64,  # images at once when the latency is measured

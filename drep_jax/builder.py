@@ -8,7 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drep_jax.data import Source, open_source
+from drep_jax.data import Source
+from drep_jax.data.augment import augmentation_of
+from drep_jax.data.chosen import TEST, TRAIN, VALIDATION, Labelled, open_images
+from drep_jax.data.source import image_size_of
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
 from drep_jax.schedule import RULES, Schedule, reverse_steps
@@ -18,6 +21,9 @@ Tree = Any
 
 FEATURES = -1
 """The `model.num_classes` of a backbone without a head."""
+
+GALLERY = 2000
+"""The `evaluate.gallery` of configurations that have none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Setting:
       test: labelled images to evaluate on, or None.
       features: whether the backbone has no head: it gives features, not logits.
       mean, std: normalisation of the images, on the scale 0 to 1.
+      others: labelled sources, merged with the first, that are evaluated by nearest neighbours of their features.
+      headless: the backbone without its head, which gives those.
     """
 
     backbone: nn.Module
@@ -48,12 +56,20 @@ class Setting:
     features: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    others: tuple[Labelled, ...]
+    headless: nn.Module
+
+    @property
+    def parts(self) -> dict[str, Source | None]:
+        """What is read in this run, by the name that messages call it."""
+        galleries = {f"gallery of {other.name}": other.gallery for other in self.others}
+        tests: dict[str, Source | None] = {f"test of {other.name}": other.test for other in self.others}
+        return {TRAIN: self.train, VALIDATION: self.held_out, TEST: self.test, **galleries, **tests}
 
     @property
     def images(self) -> jax.ShapeDtypeStruct:
         """A batch of one image, as the backbone gets it."""
-        height, width, channels = self.train[0]["image"].shape
-        return jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+        return jax.ShapeDtypeStruct((1, *image_size_of(self.train), 3), jnp.float32)
 
 
 def build(config: Mapping[str, Any]) -> Setting:
@@ -64,27 +80,32 @@ def build(config: Mapping[str, Any]) -> Setting:
     """
     data, denoise = config["data"], config["denoise"]
     size = tuple(data["image_size"])
-    options = {"image_size": size, "resize": data["resize"], "data_dir": data["data_dir"] or None}
     schedule = Schedule(**config["schedule"])
     reverse_steps(schedule, schedule.timesteps, 1, denoise["rule"])  # an unknown rule is refused before any work
     if denoise["rule"] == "affine":
         raise ConfigError(
             f'denoise.rule "affine" is for maps given directly; choose among {sorted(RULES.keys() - {"affine"})}.'
         )
-    train = open_source(data["source"], "train", **options)
-    held_out = open_source(data["source"], "validation", **options)
+    augmentation = augmentation_of(data)
+    for stage in ("backbone", "control"):
+        if config[stage]["steps"]:
+            augmentation.check_batch(config[stage]["batch_size"], f"{stage}.batch_size")
     features = config["model"].get("num_classes") == FEATURES
-    classes = 0 if features else int(config["model"].get("num_classes") or train.num_classes or 0)
-    test = open_source(data["source"], "test", **options) if train.num_classes and not features else None
+    gallery = config["evaluate"].get("gallery", GALLERY)
+    found = open_images(data, head=not features, gallery=gallery, seed=config["seed"])
+    classes = 0 if features else int(config["model"].get("num_classes") or found.num_classes or 0)
     if not classes and not features:
         raise ConfigError(
             "The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=…, or "
             f"{FEATURES} if it has no head and gives features."
         )
-    if train.num_classes and not features and train.num_classes > classes:
-        raise ConfigError(f"model.num_classes={classes}, but {train.name} has {train.num_classes} classes.")
+    if found.num_classes and not features and found.num_classes > classes:
+        raise ConfigError(f"model.num_classes={classes}, but {data['source']} has {found.num_classes} classes.")
     overrides = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
-    backbone = create_model(config["model"]["name"], num_classes=classes, image_size=size, **overrides)
+    backbone, headless = (
+        create_model(config["model"]["name"], num_classes=number, image_size=size, **overrides)
+        for number in (classes, 0)
+    )
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
     chosen = select_sites(
@@ -100,12 +121,14 @@ def build(config: Mapping[str, Any]) -> Setting:
         schedule=schedule,
         sites=sites,
         covered=coverage(sites, abstract["params"]),
-        train=train,
-        held_out=held_out,
-        test=test,
+        train=found.train,
+        held_out=found.held_out,
+        test=found.test,
         features=features,
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
+        others=found.others,
+        headless=headless,
     )
 
 

@@ -27,7 +27,7 @@ def dry_run(config: Config) -> str:
         raise ConfigError(f"dry_run_batch={config['dry_run_batch']} must be at least 1.")
     classes = config["model"].get("num_classes") or 1000
     size = parallel.device_count() * config["dry_run_batch"]
-    data = {**config["data"], "source": f"random:{max(64, size)}:{classes}"}
+    data = {**config["data"], "source": f"random:{max(64, size)}:{classes}", "merge": ()}
     config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}}
     setting = build(config)
     variables = jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape))

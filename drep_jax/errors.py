@@ -33,6 +33,18 @@ class DataError(DrepError, ValueError):
     """Images or labels that are absent, unreadable or of the wrong form."""
 
 
+class UnreadableError(DataError):
+    """One image that cannot be read, where others can.
+
+    Attributes:
+      where: which image.
+    """
+
+    def __init__(self, message: str, where: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
 class CheckpointError(DrepError, ValueError):
     """A checkpoint or work directory that is absent, damaged, foreign or not writable."""
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax import closed_form, cost, evaluation, report, weights, workdir
+from drep_jax import closed_form, cost, evaluation, neighbours, report, weights, workdir
 from drep_jax.builder import Setting, build, init_options
 from drep_jax.closed_form import MOMENTS, Moments, load_moments
-from drep_jax.data import Source
+from drep_jax.data import Source, unreadable
 from drep_jax.data.corruptions import parse_spec
 from drep_jax.denoise_tree import get_in, site_steps
 from drep_jax.denoiser import LOSSES, explicit_apply
@@ -62,6 +62,8 @@ def run(config: Config, directory: str) -> dict[str, Any]:
         config = {**config, "progress": False}
     with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
         with contextlib.closing(on_primary(lambda: MetricWriter(directory, config))) as writer:
+            if primary:
+                unreadable.keep_records(directory, setting.parts)
             variables = make_backbone(config, setting, directory, writer)
             arms = {"baseline": variables}
             if config["control"]["steps"]:
@@ -127,7 +129,7 @@ def check(config: Config, setting: Setting) -> None:
             )
     if not 0.0 <= denoise["ema"] < 1.0:
         raise ConfigError(f"denoise.ema={denoise['ema']} is the decay of a moving average and lies in [0, 1).")
-    if setting.test is not None:
+    if setting.test is not None or setting.others:
         check_evaluation(config)
 
 
@@ -285,23 +287,27 @@ def finish(
             other = {"backbone": own["params"], "denoise": found.denoise}
             numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
             arms[name] = {**own, "params": numbers}
+    evaluate, seed = config["evaluate"], config["seed"]
+    images = {"batch_size": evaluate["batch_size"], "mean": setting.mean, "std": setting.std, "seed": seed}
+    told = {"controls": controls, "resamples": evaluate["resamples"], "seed": seed}
     metrics = {}
     distributed.barrier("evaluation")
     if setting.test is not None:
-        evaluate = config["evaluate"]
         scores = evaluation.score_arms(
             setting.backbone,
             arms,
             setting.test,
             evaluate["conditions"],
             classification.scores,
-            batch_size=evaluate["batch_size"],
-            mean=setting.mean,
-            std=setting.std,
-            seed=config["seed"],
             networks=explicit,
+            **images,
         )
-        metrics = evaluation.summarize(scores, controls=controls, resamples=evaluate["resamples"], seed=config["seed"])
+        metrics = evaluation.summarize(scores, **told)
+    sources = {}
+    fusible = {name: tree for name, tree in arms.items() if name not in explicit}  # the others need the head
+    for part in setting.others:
+        scores = neighbours.score_arms(setting.headless, fusible, part, evaluate["conditions"], **images)
+        sources[part.name] = {"gallery": len(part.gallery), "metrics": evaluation.summarize(scores, **told)}
     kept = spectra(config, setting, variables, directory, params, trained=exported.variables is not None, **how)
     passed = distributed.from_primary(lambda: certificate is not None and certificate.passed)
     if certificate is None:
@@ -315,6 +321,8 @@ def finish(
         "learning": {name: found.section for name, found in learned.items()},
         "exported": config["learner"],
         "metrics": metrics,
+        "sources": sources or None,
+        "unreadable": unreadable.summary(setting.parts),
         "certificate": certificate.to_json(),
         "cost": measure_cost(config, setting, variables, fused, exported, explicit),
         "spectra": kept,

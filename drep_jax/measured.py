@@ -17,12 +17,14 @@ sum comes out clean. The fit is over the layer's own outputs,
 
 the smallest denoiser that fuses to W* (or, if the layer has more outputs than inputs, to the nearest that one can).
 
-All sites are solved in one program and one forward pass of all images, clean and corrupted side by side.
+All sites are solved in one program and one forward pass of all images, clean and corrupted side by side. The images are
+divided among the devices of all hosts, in the chunks that one device would take after each other; each device adds up its own,
+and solves every site from the sums of all.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,6 +39,7 @@ from drep_jax.fusion import fuse_layer
 from drep_jax.linear_view import features, kernel_matrix
 from drep_jax.schedule import Schedule, reverse_steps
 from drep_jax.sites import Layer, Path, Site
+from drep_jax.training import parallel
 
 Tree = Any
 
@@ -87,7 +90,7 @@ def measuring(
       backbone, variables: the frozen backbone.
       sites: where.
       images: normalised; the first stream is clean, the others are corrupted versions of the same images, in the same
-        order. A stream that is the clean one again keeps clean accuracy. All are held in memory at once.
+        order. A stream that is the clean one again keeps clean accuracy. All are held in memory at once, each on one device.
       ridge: λ over the mean power of a site's features, above 0.
       vectors: feature vectors a site uses, in multiples of its width; of more than so many, an even sample.
       shortcut: whether layers answer for the noise of the shortcut that they are added to.
@@ -104,8 +107,10 @@ def measuring(
         raise DataError(
             f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
         )
-    solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut)
-    program = jax.jit(lambda v, x, w: solver.run(backbone, v, x, w))
+    spread = _Spread.of(images.shape[1])
+    solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut, spread)
+    program = parallel.on_devices(lambda v, x, w: solver.run(backbone, v, x, w), in_axes=(None, 0, None))
+    batch = spread.cut(np.asarray(images))
 
     def solve(weights: Sequence[float]) -> Measured:
         share = np.asarray(weights, np.float64)
@@ -118,9 +123,8 @@ def measuring(
                 f"The weights of the corrupted streams must be at least 0 and not all 0, got {list(weights)}."
             )
         with jax.enable_x64(True):  # sums and solves are in float64; images and parameters stay in their own types
-            found = program(variables, np.asarray(images), share / share.sum())
-            outputs, kept = jax.tree_util.tree_map(np.asarray, found)
-        return _collect(sites, kept, outputs)
+            outputs, kept = program(variables, batch, share / share.sum())
+        return _collect(sites, parallel.unreplicate(kept), spread.join(np.asarray(outputs)))
 
     return solve
 
@@ -151,6 +155,48 @@ def _collect(sites: Sequence[Site], kept: dict[Path, Any], outputs: np.ndarray) 
     return Measured(tree, errors, outputs)
 
 
+class _Spread(NamedTuple):
+    """How images are divided: chunk by chunk, whole ones to each device, and none counted twice.
+
+    Attributes:
+      images: how many.
+      chunk: images in a chunk, a number that divides them.
+      each: chunks a device has; the last devices repeat chunks that others have, which then count for nothing.
+      devices: how many this host uses.
+    """
+
+    images: int
+    chunk: int
+    each: int
+    devices: int
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return self.images // self.chunk
+
+    @classmethod
+    def of(cls, images: int) -> "_Spread":
+        """Returns the division of so many images among the devices that there are."""
+        chunk = next(c for c in range(min(CHUNK, images), 0, -1) if images % c == 0)
+        each = -(-(images // chunk) // parallel.device_count())
+        alone = parallel.host()[1] == 1
+        return cls(images, chunk, each, -(-(images // chunk) // each) if alone else parallel.local_device_count())
+
+    def cut(self, images: np.ndarray) -> np.ndarray:
+        """Returns this host's images, (devices, streams, each · chunk, …), of all, (streams, images, …)."""
+        size = self.each * self.chunk
+        first = parallel.host()[0] * self.devices * size
+        mine = images[:, (first + np.arange(self.devices * size)) % self.images]
+        return np.moveaxis(mine.reshape(len(images), self.devices, size, *images.shape[2:]), 1, 0)
+
+    def join(self, outputs: np.ndarray) -> np.ndarray:
+        """Returns the outputs of all images, (streams, images, …), of this host's, (devices, streams, each · chunk, …)."""
+        everyone = parallel.gather(outputs)
+        streams = np.moveaxis(everyone, 2, 0)
+        return streams.reshape(len(streams), -1, *outputs.shape[3:])[:, : self.images]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Solver:
     sites: Sequence[Site]
@@ -158,6 +204,7 @@ class _Solver:
     ridge: float
     vectors: int
     shortcut: bool
+    spread: _Spread
 
     def run(self, backbone: nn.Module, variables: Tree, images: Any, weights: Any) -> Any:
         """Returns (outputs, {site path: {"kernel", "bias", "errors"}})."""
@@ -184,7 +231,7 @@ class _Solver:
             return jnp.concatenate([y, rest]), keep
 
         outputs, kept = walk(closed, [*leaves, flat], [False] * len(leaves) + [True], visit)
-        return outputs[0].reshape(self.streams, images.shape[1], *outputs[0].shape[1:]), kept
+        return outputs[0].reshape(*images.shape[:2], *outputs[0].shape[1:]), kept
 
     def _solve(self, site: Site, call: Call, x: Any, y: Any, weights: Any) -> tuple[Tree, Tree]:
         """Returns the site's denoiser and, with its errors, what is to be kept of it."""
@@ -207,9 +254,8 @@ class _Solver:
     def _sums(self, site: Site, layer: Layer, x: Any, matrix: Any, delta: Any, weights: Any) -> Tree:
         """Returns the means and the centred second moments of features w and targets t over the corrupted streams."""
         g, d, columns = matrix.shape
-        count = x.shape[1]
-        chunk = next(c for c in range(min(CHUNK, count), 0, -1) if count % c == 0)
-        parts = count // chunk
+        parts = self.spread.each
+        chunk = x.shape[1] // parts  # images, or what they are cut into, such as windows
 
         def cut(a: Any) -> Any:
             return jnp.moveaxis(a.reshape(a.shape[0], parts, chunk, *a.shape[2:]), 1, 0)
@@ -219,7 +265,7 @@ class _Solver:
             jax.ShapeDtypeStruct(x.shape[2:] and (chunk, *x.shape[2:]), x.dtype),
         )
         positions = int(np.prod(probe.shape)) // (g * d)  # of a chunk
-        stride = max(1, positions * parts * (self.streams - 1) // (self.vectors * d))
+        stride = max(1, positions * self.spread.chunks * (self.streams - 1) // (self.vectors * d))
         thin = matrix.astype(jnp.float32)
         identity = delta is None and columns == d
 
@@ -235,18 +281,20 @@ class _Solver:
                 t = t + _every(stride, number, extra)
             return w, t
 
-        pieces = (jnp.arange(parts), cut(x), *(() if delta is None else (cut(delta),)))
+        numbers = parallel.device_index() * parts + jnp.arange(parts)
+        pieces = (numbers, cut(x), *(() if delta is None else (cut(delta),)))
 
-        def add(total: Any, new: Any) -> Any:
-            return jax.tree_util.tree_map(lambda a, b: a + b.astype(jnp.float64) / parts, total, new)
+        def add(total: Any, new: Any, number: Any) -> Any:
+            share = jnp.where(number < self.spread.chunks, 1.0 / self.spread.chunks, 0.0)
+            return jax.tree_util.tree_map(lambda a, b: a + b.astype(jnp.float64) * share, total, new)
 
         def means(total: Any, piece: Any) -> Any:
             new = tuple(jnp.einsum("s,sgd->gd", weights, a.mean(axis=1)) for a in pairs(piece))
-            return add(total, new), None
+            return add(total, new, piece[0]), None
 
         mw, mt = jnp.zeros((g, d)), jnp.zeros((g, columns))
         if site.bias:
-            (mw, mt), _ = jax.lax.scan(means, (mw, mt), pieces)
+            mw, mt = parallel.total(jax.lax.scan(means, (mw, mt), pieces)[0])
         base_w, base_t = mw.astype(jnp.float32), mt.astype(jnp.float32)
 
         def moments(total: Any, piece: Any) -> Any:
@@ -257,10 +305,10 @@ class _Solver:
             square = jnp.einsum("sngd,snge->gde", scaled, w, precision="highest")
             cross = jnp.einsum("sngd,snge->gde", scaled, t, precision="highest")
             power = jnp.einsum("s,sngc,sngc->g", weights / n, t, t)
-            return add(total, (square, cross, power)), None
+            return add(total, (square, cross, power), piece[0]), None
 
         zero = (jnp.zeros((g, d, d)), jnp.zeros((g, d, columns)), jnp.zeros(g))
-        (square, cross, power), _ = jax.lax.scan(moments, zero, pieces)
+        square, cross, power = parallel.total(jax.lax.scan(moments, zero, pieces)[0])
         return {
             "square": square,
             "cross": cross,

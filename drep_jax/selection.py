@@ -24,6 +24,7 @@ from drep_jax.data.loader import epoch_order, normalize, read_images, read_label
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.fusion import fuse
 from drep_jax.sites import Site
+from drep_jax.training import parallel
 
 Tree = Any
 SELECTION_SEED = 2
@@ -105,7 +106,7 @@ def grid_outputs(
     candidates: Sequence[Candidate],
     points: Sequence[tuple[int, float]],
 ) -> Any:
-    """Returns a compiled function of a batch that gives every point's outputs, (points, batch, …).
+    """Returns a compiled function of a batch that gives every point's outputs, (points, batch, …), on all devices.
 
     Args:
       backbone, variables, sites, schedule: of the unfused network.
@@ -119,8 +120,7 @@ def grid_outputs(
         rows.setdefault(number // per_stack, []).append(row)
     longest = max(len(found) for found in rows.values())
 
-    @jax.jit
-    def program(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any) -> Any:
+    def run(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any) -> Any:
         def one(point: Any) -> Any:
             # No map at all where the strength is 0, since 0 times what has overflowed would not be 0.
             denoise = jax.tree_util.tree_map(lambda leaf: jnp.where(point[1] == 0, 0, leaf[point[0]]), stacked)
@@ -130,6 +130,8 @@ def grid_outputs(
 
         return jax.lax.map(one, (which, strengths))
 
+    program = parallel.on_devices(run)
+
     def stack(number: int) -> Any:
         first = number * per_stack
         trees = [candidates[min(first + i, len(candidates) - 1)].denoise for i in range(per_stack)]
@@ -137,18 +139,20 @@ def grid_outputs(
         chosen += [(first, 0.0)] * (longest - len(chosen))
         which = np.array([candidate - first for candidate, _ in chosen], np.int32)
         strengths = np.array([strength for _, strength in chosen], np.float32)
-        return jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees), which, strengths
+        return parallel.replicate((jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees), which, strengths))
 
-    on_device = jax.device_put(dict(variables))
-    kept = jax.device_put(stack(next(iter(rows)))) if len(rows) == 1 else None
+    everywhere = parallel.replicate(dict(variables))
+    kept = stack(next(iter(rows))) if len(rows) == 1 else None
 
-    def outputs(images: Any) -> Any:
-        parts = [
-            program(on_device, *(stack(number) if kept is None else kept), images)[: len(found)]
-            for number, found in rows.items()
-        ]
+    def outputs(images: Any) -> np.ndarray:
+        batch = parallel.shard(_padded(np.asarray(images), parallel.local_device_count()))
+        parts = []
+        for number, found in rows.items():
+            values = np.asarray(program(everywhere, *(stack(number) if kept is None else kept), batch))
+            by_point = np.swapaxes(values, 0, 1).reshape(longest, -1, *values.shape[3:])
+            parts.append(by_point[: len(found), : len(images)])
         order = np.argsort(np.concatenate(list(rows.values())))
-        return parts[0] if kept is not None else np.concatenate(parts)[order]
+        return np.concatenate(parts)[order]
 
     return outputs
 
@@ -157,7 +161,8 @@ def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candida
     """Scores every candidate at every strength on held-out images and picks the best.
 
     Best is the highest mean over the conditions among the points that lose at most `select.max_clean_loss` points on
-    clean images against the unchanged backbone; ties go to the smaller change.
+    clean images against the unchanged backbone; ties go to the smaller change. Each host looks at its part of the images,
+    and all get the same answers.
 
     Raises:
       DataError: if no images can be held out.
@@ -174,17 +179,23 @@ def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candida
         raise DataError(f"{source.name} has no images to choose on; give a validation split.")
     count = min(options["images"] or len(source), len(source))
     index = np.sort(epoch_order(len(source), config["seed"], 0)[:count])
-    images, labels = read_images(source, index), read_labels(source, index)
-    if setting.features or options["labels"] is False:
-        labels = None
-    batch = min(config["evaluate"]["batch_size"], count)
+    which, hosts = parallel.host()
+    part = -(-count // hosts)
+    mine = index[(which * part + np.arange(part)) % count]
+    images, labels = read_images(source, mine), None
+    if not setting.features and options["labels"]:
+        own = read_labels(source, mine)
+        labels = None if own is None else _of_all_hosts(own, 0, count)
+    batch = min(max(1, config["evaluate"]["batch_size"] // hosts), part)
     known = None
     if setting.features:
-        known = _unit(_every_output(outputs, normalize(images, setting.mean, setting.std), batch, first=True)[0])
+        clean = _every_output(outputs, normalize(images, setting.mean, setting.std), batch, first=True)[0]
+        known = _unit(_of_all_hosts(clean, 0, count))
     said: dict[str, np.ndarray] = {}
     for condition in conditions:
-        corrupted = corrupt(images, index, condition, config["seed"] + SELECTION_SEED)
-        said[condition] = _answers(outputs, normalize(corrupted, setting.mean, setting.std), batch, known)
+        corrupted = corrupt(images, mine, condition, config["seed"] + SELECTION_SEED)
+        own = _answers(outputs, normalize(corrupted, setting.mean, setting.std), batch, known)
+        said[condition] = _of_all_hosts(own, 1, count)
     clean = said[CLEAN][0]
     if (clean < 0).any():
         raise NonFiniteError(f"The unchanged backbone gives NaN or Inf on images of {source.name}.")
@@ -246,14 +257,22 @@ def _answers(outputs: Any, images: Any, batch: int, known: np.ndarray | None) ->
 
 def _every_output(outputs: Any, images: Any, batch: int, change: Any = None, *, first: bool = False) -> np.ndarray:
     """Returns the outputs, changed batch by batch, for all images, (points, images, …); of the first point only if asked."""
-    images = np.asarray(images)
-    padded = np.concatenate([images, np.zeros((-len(images) % batch, *images.shape[1:]), images.dtype)])
+    padded = _padded(np.asarray(images), batch)
     found = []
     for start in range(0, len(padded), batch):
         values = np.asarray(outputs(padded[start : start + batch]))
         values = values[:1] if first else values
         found.append(values if change is None else change(values))
     return np.concatenate(found, axis=1)[:, : len(images)]
+
+
+def _padded(images: np.ndarray, multiple: int) -> np.ndarray:
+    return np.pad(images, [(0, -len(images) % multiple)] + [(0, 0)] * (images.ndim - 1))
+
+
+def _of_all_hosts(values: np.ndarray, axis: int, count: int) -> np.ndarray:
+    """Returns what all hosts have found for their parts of the images, which lie along `axis`, without repetitions."""
+    return np.take(np.concatenate(parallel.gather(values), axis=axis), np.arange(count), axis=axis)
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from drep_jax.denoise_tree import check_finite, init_denoise
 from drep_jax.errors import ConfigError
 from drep_jax.experiment import saved_moments
 from drep_jax.fusion import fuse_exact
+from drep_jax.machine import environment
 from drep_jax.output import Output
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.recipes import Grid, make_grid, solve

@@ -1,15 +1,19 @@
 """From the bytes of an image file to uint8 RGB of one size, with Pillow."""
 
+import contextlib
 import io
+import math
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from drep_jax.errors import DataError, lookup
+from drep_jax.data.augment.moves import Box
+from drep_jax.errors import ConfigError, DataError, UnreadableError, did_you_mean
 
 # What Pillow raises on damaged files, depending on the format.
 UNREADABLE = (
@@ -53,16 +57,54 @@ def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
       uint8 (height, width, 3).
 
     Raises:
-      DataError: for a file that is absent, truncated or not an image.
+      UnreadableError: for a file that is absent, truncated or not an image.
     """
-    try:
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-            image.load()
-            return _rgb(_upright(image), where)
-    except DataError:
-        raise
-    except UNREADABLE as error:
-        raise DataError(f"Cannot read the image {where}: {error}. Repair or remove it.") from error
+    with _reading(where), Image.open(_opened(encoded)) as image:
+        image.load()
+        return _rgb(_upright(image), where)
+
+
+def decode_box(
+    encoded: bytes | str | os.PathLike, where: str, choose: Callable[[int, int], Box], size: tuple[int, int]
+) -> np.ndarray:
+    """Decodes a box of one image file and gives it the wanted size: what random resized crops need.
+
+    Where the box is twice as large as wanted or more, a JPEG is decoded at a half, a quarter or an eighth of its size.
+
+    Args:
+      encoded, where: as for `decode`.
+      choose: (height, width) of the upright image ↦ the box.
+      size: (height, width) in pixels.
+
+    Returns:
+      uint8 (height, width, 3).
+
+    Raises:
+      UnreadableError: as for `decode`.
+    """
+    with _reading(where), Image.open(_opened(encoded)) as image:
+        if image.mode != "RGB" or image.format != "JPEG" or _orientation(image) in UPRIGHT:
+            return resized_box(_rgb(_upright(image), where), choose, size)
+        width, height = image.size
+        top, left, rows, columns = choose(height, width)
+        image.draft(None, (math.ceil(width * size[1] / columns), math.ceil(height * size[0] / rows)))
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + columns) * across, (top + rows) * down)
+        return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+
+
+def resized_box(image: np.ndarray, choose: Callable[[int, int], Box], size: tuple[int, int]) -> np.ndarray:
+    """Returns a box of a decoded image, uint8 (H, W, 3), at the wanted size; see `decode_box`."""
+    top, left, rows, columns = choose(*image.shape[:2])
+    return _resize(image[top : top + rows, left : left + columns], *size)
+
+
+def fitted(raw: dict[str, Any], size: tuple[int, int], how: str) -> dict[str, Any]:
+    """Returns what a source's `raw` hands out, decoded and given its size: `{"image": uint8, "label": if there is one}`."""
+    stored, where = raw["image"], raw["where"]
+    image = as_rgb(stored, where) if isinstance(stored, np.ndarray) else decode(stored, where)
+    item = {name: value for name, value in raw.items() if name != "where"}
+    return {**item, "image": fit(image, size, how, where)}
 
 
 def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
@@ -83,20 +125,68 @@ def fit(image: np.ndarray, size: tuple[int, int], how: str, where: str = "image"
       image: uint8 (H, W, 3).
       size: (height, width) in pixels.
       how: `crop` scales until the image just covers the target (bicubic, antialiased) and cuts out the centre;
+        `crop:S` does so for a target 1/S times as large, so that S of the short side is kept (`crop:0.875`: 256 to 224);
         `squash` scales both sides; `exact` refuses any other size.
       where: what to call the image in messages.
 
     Returns:
       uint8 (height, width, 3).
     """
-    return lookup(FITS, how, "way of resizing")(image, size, where)
+    name, share = parse_fit(how)
+    return FITS[name](image, size, where, share)
+
+
+def parse_fit(how: str) -> tuple[str, float]:
+    """Returns the way of resizing and the share of the short side that is kept.
+
+    Raises:
+      ConfigError: for what is none.
+    """
+    name, _, number = how.partition(":")
+    if name not in FITS:
+        raise ConfigError(f'Unknown way of resizing "{how}".{did_you_mean(name, FITS)}')
+    if name == how:
+        return name, 1.0
+    try:
+        share = float(number)
+    except ValueError:
+        share = 0.0
+    if name != "crop" or not 0 < share <= 1:
+        raise ConfigError(
+            f'Unknown way of resizing "{how}": only "crop" takes a number, the share of the short side that is kept, in '
+            '(0, 1], as in "crop:0.875".'
+        )
+    return name, share
+
+
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, UnreadableError):
+            raise
+        told = (
+            str(error)
+            if isinstance(error, DataError)
+            else f"Cannot read the image {where}: {error}. Repair or remove it."
+        )
+        raise UnreadableError(told, where) from error
+
+
+def _opened(encoded: bytes | str | os.PathLike) -> Any:
+    return io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except UNREADABLE:
+        return 1  # a damaged EXIF block says nothing about the pixels
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except UNREADABLE:
-        orientation = 1  # a damaged EXIF block says nothing about the pixels, which have been read
+    orientation = _orientation(image)
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
@@ -128,21 +218,22 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _crop(image: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
+def _crop(image: np.ndarray, size: tuple[int, int], where: str, share: float) -> np.ndarray:
     del where
     height, width = size
-    scale = max(height / image.shape[0], width / image.shape[1])
+    scale = max(height / image.shape[0], width / image.shape[1]) / share
     resized = _resize(image, max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale)))
     top, left = (resized.shape[0] - height) // 2, (resized.shape[1] - width) // 2
     return resized[top : top + height, left : left + width]
 
 
-def _squash(image: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
-    del where
+def _squash(image: np.ndarray, size: tuple[int, int], where: str, share: float) -> np.ndarray:
+    del where, share
     return _resize(image, *size)
 
 
-def _exact(image: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
+def _exact(image: np.ndarray, size: tuple[int, int], where: str, share: float) -> np.ndarray:
+    del share
     if image.shape[:2] != tuple(size):
         raise DataError(
             f"{where} is {image.shape[0]} x {image.shape[1]} pixels (height x width), but {size[0]} x {size[1]} is "
@@ -151,7 +242,7 @@ def _exact(image: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
     return image
 
 
-FITS: dict[str, Callable[[np.ndarray, tuple[int, int], str], np.ndarray]] = {
+FITS: dict[str, Callable[[np.ndarray, tuple[int, int], str, float], np.ndarray]] = {
     "crop": _crop,
     "squash": _squash,
     "exact": _exact,

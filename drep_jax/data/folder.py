@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from drep_jax.data.decode import decode, fit
+from drep_jax.data.decode import fitted
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.errors import ConfigError, DataError
 
@@ -36,16 +36,19 @@ class FolderSource:
         self.num_classes = None if self.class_names is None else len(self.class_names)
         self.files = files
         self._labels = None if labels is None else np.array(labels, np.int32)
-        self._size = image_size
+        self.image_size = image_size
         self._resize = resize
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        where = str(self.files[index])
-        image = fit(decode(self.files[index], where), self._size, self._resize, where)
-        return {"image": image} if self._labels is None else {"image": image, "label": self._labels[index]}
+        return fitted(self.raw(index), self.image_size, self._resize)
+
+    def raw(self, index: int) -> dict[str, Any]:
+        """Returns the file of an image instead of its pixels, with "where", what to call it, and "label"."""
+        raw: dict[str, Any] = {"image": self.files[index], "where": str(self.files[index])}
+        return raw if self._labels is None else {**raw, "label": self._labels[index]}
 
 
 @dataclasses.dataclass(frozen=True)

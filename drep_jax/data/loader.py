@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Num
 
-from drep_jax.data import Source
+from drep_jax.data.augment import OFF, Augmentation
+from drep_jax.data.reading import read, read_cropped, read_or_mask
+from drep_jax.data.source import Source
 from drep_jax.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
 
 READING_THREADS = 8
-# Orders are keyed (seed, epoch) and augmentations (seed, this), so the two never share random numbers.
-AUGMENTATION = 2**64 - 1
 
 
 def training_batches(
@@ -27,8 +27,7 @@ def training_batches(
     seed: int,
     start_step: int = 0,
     num_threads: int | None = None,
-    flip: bool = False,
-    shift: int = 0,
+    augmentation: Augmentation = OFF,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Yields batches for ever: each epoch in a new order, and flowing into the next, so that no image is dropped.
@@ -40,35 +39,39 @@ def training_batches(
       start_step: the number of the first batch; the same as skipping that many.
       num_threads: threads that read and decode, each a whole batch, which is also how many batches are read ahead. None
         means 8, or 0 for a source that is in memory.
-      flip: mirror every second image, on average, left to right.
-      shift: move each image by up to so many pixels both ways, filling with zeros.
+      augmentation: what is done to the images, drawn anew for each place in the endless stream.
       shard: (which, of how many) equal slices of every batch to read, for one host among several.
 
     Returns:
       An iterator over `{"image": uint8 (B, H, W, 3), "label": int32 (B,), "index": int32 (B,)}`; "index" is the image's
-      place in the source, and "label" is left out when the source is unlabelled.
+      place in the source, and "label" is left out when the source is unlabelled. Mixup and cutmix add "label2", int32
+      (B,), and "share", float32 (B,): the weight of "label", 1 − share being that of "label2".
 
     Raises:
+      ConfigError: for batches that cannot be cut or mixed so, and for mixing images without labels.
       DataError: when the source has fewer images than a batch; and, while reading, for an image that cannot be read.
     """
     rows = _rows(batch_size, shard)
     if len(source) < batch_size:
         raise DataError(f"{source.name} has {len(source)} images in this split, fewer than one batch of {batch_size}.")
-    if not 0 <= seed < 2**64 or start_step < 0 or shift < 0:
-        raise ConfigError(f"seed, start_step and shift must be at least 0; got {seed}, {start_step} and {shift}.")
+    if not 0 <= seed < 2**64 or start_step < 0:
+        raise ConfigError(f"seed and start_step must be at least 0; got {seed} and {start_step}.")
+    augmentation.check_batch(rows.stop - rows.start, "batch_size" if shard[1] == 1 else "each host's part of a batch")
+    if augmentation.mixes and source.num_classes is None:
+        raise ConfigError(f"Mixup and cutmix mix labels, too, but {source.name} has none. Set both to 0.")
     order = functools.lru_cache(maxsize=4)(functools.partial(epoch_order, len(source), seed))
 
     def load(step: int) -> Batch:
         positions = step * batch_size + np.arange(rows.start, rows.stop)
         epochs, places = np.divmod(positions, len(source))
         indices = np.concatenate([order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
-        batch = _read(source, indices)
-        if flip or shift:
-            batch["image"] = augment(
-                batch["image"], seed=seed, first_position=int(positions[0]), flip=flip, shift=shift
-            )
-        return batch
+        where = {"seed": seed, "first_position": int(positions[0])}
+        cropped = augmentation.crop_scale
+        batch = read_cropped(source, indices, augmentation, **where) if cropped else read(source, indices)
+        return augmentation(batch, **where)
 
+    if num_threads is None and augmentation.slow:
+        num_threads = READING_THREADS
     return _read_ahead(range(start_step, sys.maxsize), load, source, num_threads)
 
 
@@ -84,17 +87,17 @@ def evaluation_batches(
       shard: as for `training_batches`.
 
     Returns:
-      An iterator over batches as `training_batches` gives, with "mask", bool (B,): false on padding, whose index is -1
-      and whose label is 0.
+      An iterator over batches as `training_batches` gives, with "mask", bool (B,): false on padding and on images
+      that cannot be read where the source tolerates that; their index is -1 and their label 0.
     """
     rows = _rows(batch_size, shard)
 
     def load(step: int) -> Batch:
         indices = step * batch_size + np.arange(rows.start, rows.stop)
         mask = indices < len(source)
-        real = _read(source, indices[mask] if mask.any() else np.array([0]))
+        real = read_or_mask(source, indices[mask] if mask.any() else np.array([0]))
         batch = {name: _pad(values[: mask.sum()], len(mask)) for name, values in real.items()}
-        return {**batch, "index": np.where(mask, indices, -1).astype(np.int32), "mask": mask}
+        return {**batch, "index": np.where(batch["mask"], indices, -1).astype(np.int32)}
 
     return _read_ahead(range(-(-len(source) // batch_size)), load, source, num_threads)
 
@@ -107,34 +110,6 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """
     words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     return np.argsort(words, kind="stable").astype(np.int32)
-
-
-def augment(images: np.ndarray, *, seed: int, first_position: int, flip: bool, shift: int) -> np.ndarray:
-    """Mirrors and moves images at random, each as its position in the endless sequence of training images decides.
-
-    Args:
-      images: uint8 (B, H, W, C), at consecutive positions.
-      seed: of the augmentation.
-      first_position: the position of the first image.
-      flip: mirror with probability 1/2.
-      shift: the largest move in pixels, up or down and left or right; what comes in is 0.
-
-    Returns:
-      uint8 (B, H, W, C).
-    """
-    count, height, width, _ = images.shape
-    # One step of the counter gives the four words of one position, whatever the batch it falls into.
-    counter = np.array([first_position, 0, 0, 0], np.uint64)
-    generator = np.random.Philox(key=np.array([seed, AUGMENTATION], np.uint64), counter=counter)
-    words = generator.random_raw(4 * count).reshape(count, 4)
-    if flip:
-        mirrored = words[:, 0] % 2 == 1
-        images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    if shift:
-        top, left = ((words[:, column] % (2 * shift + 1)).astype(int) for column in (1, 2))
-        padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
-        images = np.stack([padded[i, top[i] : top[i] + height, left[i] : left[i] + width] for i in range(count)])
-    return images
 
 
 def normalize(
@@ -159,12 +134,12 @@ def normalize(
 
 def read_images(source: Source, indices: np.ndarray) -> np.ndarray:
     """Returns the images of those numbers, uint8 (n, H, W, C), all in memory."""
-    return _read(source, indices)["image"]
+    return read(source, indices)["image"]
 
 
 def read_labels(source: Source, indices: np.ndarray) -> np.ndarray | None:
     """Returns their labels, or None where the source has none."""
-    return _read(source, indices).get("label")
+    return read(source, indices).get("label")
 
 
 def _rows(batch_size: int, shard: tuple[int, int]) -> slice:
@@ -175,17 +150,6 @@ def _rows(batch_size: int, shard: tuple[int, int]) -> slice:
         )
     share = batch_size // count
     return slice(which * share, (which + 1) * share)
-
-
-def _read(source: Source, indices: np.ndarray) -> Batch:
-    items = [source[int(index)] for index in indices]
-    shapes = {item["image"].shape for item in items}
-    if len(shapes) > 1:
-        raise DataError(f"{source.name} gives images of several sizes: {sorted(shapes)}.")
-    batch = {"image": np.stack([item["image"] for item in items]), "index": indices.astype(np.int32)}
-    if "label" in items[0]:
-        batch["label"] = np.array([item["label"] for item in items], np.int32)
-    return batch
 
 
 def _pad(values: np.ndarray, size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Images in NumPy files: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, held in memory.
+"""Images in NumPy files, held in memory: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, or one `FILE.npz`.
 
-A file has `labels` (N,) and either `images`, uint8 (N, H, W, 3) or (N, H, W), or pictures `webp_00`, `webp_01`, …, each a
+A file may have `labels` (N,), numbers from 0 or names, and has either `images`, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3),
+or pictures `webp_00`, `webp_01`, …, each a
 `grid` of (rows, columns) images in row-major order.
 """
 
@@ -13,6 +14,8 @@ import numpy as np
 from drep_jax.data.decode import as_rgb, decode, fit
 from drep_jax.data.splits import SPLITS, Part, plan
 from drep_jax.errors import ConfigError, DataError
+
+MOST_CLASSES = 1_000_000
 
 
 class ArraySource:
@@ -66,11 +69,16 @@ def cut(
 def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> ArraySource:
     """Opens `npz:NAME`: NAME_train.npz, NAME_validation.npz, NAME_test.npz in `data_dir` or in $DREP_DATA; or NAME is a path.
 
+    `npz:FILE.npz` is one file, whose path may be relative to `data_dir`. Of ten images in a row the first eight are train,
+    then one is validation and one test, so that a file sorted by class has all classes in each.
+
     Raises:
       DataError: when there is no such file, or it does not hold images and labels that fit.
     """
     if not argument:
         raise ConfigError('The data source "npz" needs a name, as in "npz:cifar10" for cifar10_train.npz.')
+    if argument.endswith(".npz"):
+        return _open_file(argument, split, image_size, resize, data_dir)
     folder = data_dir or os.environ.get("DREP_DATA", "")
     base = os.path.join(os.path.expanduser(folder), argument)
     stored = {name: f"{base}_{name}.npz" for name in SPLITS if os.path.isfile(f"{base}_{name}.npz")}
@@ -83,6 +91,25 @@ def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str
     images, labels, names = read_npz(stored[part.stored], part)
     whole = Part(part.stored, note=part.note)
     return cut(f"npz:{argument}", whole, images, labels, names, image_size, resize)
+
+
+def _open_file(
+    argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None
+) -> ArraySource:
+    path = os.path.join(os.path.expanduser(data_dir or ""), os.path.expanduser(argument))
+    if not os.path.isfile(path):
+        raise DataError(f"There is no file {path} (looked for {os.path.abspath(path)}).")
+    images, labels, names = read_npz(path, Part("train"))
+    part = plan(("train",), split, path)
+    tenth = np.arange(len(images)) % 10
+    chosen = (tenth >= part.start) & (tenth < part.stop)
+    if not chosen.any():
+        raise DataError(
+            f"{path} holds {len(images)} images, none of which falls into the {split} part. Give at least 10."
+        )
+    whole = Part(part.stored, note=part.note)
+    kept = None if labels is None else labels[chosen]
+    return cut(f"npz:{argument}", whole, images[chosen], kept, names, image_size, resize)
 
 
 def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
@@ -117,11 +144,29 @@ def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tupl
         raise DataError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 (N, H, W, 3) or (N, H, W).")
     if labels is None:
         return images, None, None
-    if len(labels) != total:
-        raise DataError(f"{path}: {len(labels)} labels for {total} images.")
-    if classes is None:
-        classes = tuple(map(str, range(int(labels.max()) + 1)))
+    labels, classes = _numbered(path, labels, total, classes)
     return images, labels[first : first + len(images)], classes
+
+
+def _numbered(
+    path: str, labels: np.ndarray, count: int, classes: tuple[str, ...] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns labels as numbers, and one name a class."""
+    if labels.shape != (count,):
+        raise DataError(
+            f"{path}: {len(np.atleast_1d(labels))} labels for {count} images; their shape is {labels.shape}, not ({count},)."
+        )
+    if labels.dtype.kind == "U":
+        names = classes or tuple(sorted(set(labels.tolist())))
+        unknown = sorted(set(labels.tolist()) - set(names))
+        if unknown:
+            raise DataError(f'{path}: the label "{unknown[0]}" is not among its label_names.')
+        return np.array([names.index(name) for name in labels.tolist()], np.int32), names
+    most = MOST_CLASSES if classes is None else len(classes)
+    if labels.dtype.kind not in "iu" or (count and not 0 <= labels.min() <= labels.max() < most):
+        found = f"{labels.dtype} from {labels.min()} to {labels.max()}" if count else f"{labels.dtype}"
+        raise DataError(f"{path}: labels are {found}; expected whole numbers from 0, below {most:,}, or names.")
+    return labels, classes or tuple(map(str, range(int(labels.max()) + 1)))
 
 
 def _tiles(encoded: bytes, rows: int, columns: int, where: str) -> np.ndarray:

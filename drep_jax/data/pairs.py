@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from drep_jax.data.decode import FITS, decode, fit
+from drep_jax.data.decode import decode, fit, parse_fit
 from drep_jax.data.folder import SUFFIXES, scan
-from drep_jax.errors import ConfigError, DataError, lookup
+from drep_jax.errors import ConfigError, DataError
 
 SIDES = ("clean", "corrupted")
 SHOWN = 3
@@ -58,7 +58,7 @@ def open_pairs(directory: str, image_size: tuple[int, int], resize: str = "crop"
       ConfigError: for an image size or a way of resizing that does not exist.
       DataError: when a folder is absent or empty, an image has no partner, or the first pair cannot be read.
     """
-    lookup(FITS, resize, "way of resizing")
+    parse_fit(resize)
     if len(image_size) != 2 or min(image_size) < 1:
         raise ConfigError(f"The image size is (height, width), both at least 1; got {tuple(image_size)}.")
     if not directory:

@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from drep_jax.data.decode import as_rgb, decode, fit
+from drep_jax.data.decode import fitted
 from drep_jax.data.splits import SPLITS, Part, plan
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 
 FORMAT = "array_record"
 # How many of the last train images stand in for a missing validation split, where a tenth would be more than needed.
 HELD_OUT = {"imagenet2012": 10_000}
-BY_HAND = {
-    "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, put by hand (image-net.org)",
-}
+# Files that TFDS does not download, to be put into downloads/manual.
+BY_HAND = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 
 
 class TfdsSource:
@@ -41,10 +40,12 @@ class TfdsSource:
             )
         sizes = {name: info.num_examples for name, info in builder.info.splits.items() if name in SPLITS}
         part = plan(sizes, split, self.name)
-        # The image stays encoded, so that one decoder treats grey, CMYK and transparent images alike for every source.
+        # The image stays encoded, so that one decoder treats grey, CMYK and transparent images alike for every source; and
+        # so do masks, which are not looked at.
+        pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         self._data = builder.as_data_source(
             instruction(builder.name, part, sizes[part.stored]),
-            decoders={"image": tfds.decode.SkipDecoding()},
+            decoders={name: tfds.decode.SkipDecoding() for name in pictures},
             file_format=FORMAT,
         )
         label: Any = features.get("label")
@@ -54,19 +55,20 @@ class TfdsSource:
         self.class_names: tuple[str, ...] | None = tuple(label.names) if labelled else None
         self.note = part.note
         self._part = part.stored
-        self._size = image_size
+        self.image_size = image_size
         self._resize = resize
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return fitted(self.raw(index), self.image_size, self._resize)
+
+    def raw(self, index: int) -> dict[str, Any]:
+        """Returns an image as it is stored, with "where", what to call it, and "label"."""
         example = self._data[index]
-        where = f"{self.name}, {self._part} image {index}"
-        stored = example["image"]
-        image = as_rgb(stored, where) if isinstance(stored, np.ndarray) else decode(stored, where)
-        image = fit(image, self._size, self._resize, where)
-        return {"image": image} if self.num_classes is None else {"image": image, "label": np.int32(example["label"])}
+        raw: dict[str, Any] = {"image": example["image"], "where": f"{self.name}, {self._part} image {index}"}
+        return raw if self.num_classes is None else {**raw, "label": np.int32(example["label"])}
 
 
 def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> TfdsSource:
@@ -81,7 +83,7 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
     name, _, config = argument.partition("/")
     if not re.fullmatch(r"\w+", name):
         raise ConfigError(f'Expected "tfds:NAME" or "tfds:NAME/CONFIG"; got "tfds:{argument}".')
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = data_root(data_dir)
     prepared = prepared_folder(root, name, config)
     if prepared is None:
         # Constructing the catalogue's builder would ask the network, so only the list of names is consulted.
@@ -99,6 +101,11 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
             f"Move it away first. {how_to_provide(argument, root)}"
         )
     return TfdsSource(builder, split, image_size, resize)
+
+
+def data_root(data_dir: str | None) -> Path:
+    """Returns where TFDS keeps its data sets."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def instruction(name: str, part: Part, size: int) -> str:
@@ -130,14 +137,13 @@ def prepared_folder(root: Path, name: str, config: str) -> Path | None:
 
 def how_to_provide(argument: str, root: Path) -> str:
     """Returns the three ways to get at the images of a TFDS data set that is not prepared."""
-    name = argument.partition("/")[0]
-    tars = f" It needs {BY_HAND[name]} in {root}/downloads/manual before that." if name in BY_HAND else ""
+    tars = BY_HAND.get(argument.partition("/")[0], ())
+    by_hand = f" It needs {' and '.join(tars)}, put by hand into {root}/downloads/manual before that." if tars else ""
     return (
         "One of:\n"
         f"  1. prepare it once (this alone needs TensorFlow):\n"
-        f'     pip install -r requirements-prepare.txt && python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{argument}', data_dir='{root}').download_and_prepare(file_format='{FORMAT}')\"\n"
-        f"     and pass the same directory as --config.data.data_dir or TFDS_DATA_DIR.{tars}\n"
+        f"     pip install -r requirements-prepare.txt && python -m drep_jax.data.prepare {argument} --data_dir={root}\n"
+        f"     and pass the same directory as --config.data.data_dir or TFDS_DATA_DIR.{by_hand}\n"
         "  2. --config.data.source=folder:DIR with your own copy as DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg\n"
         "  3. --config.data.source=folder:DIR with unlabelled images, DIR/*.jpg: enough to learn denoisers, "
         "not to measure accuracy"

@@ -7,7 +7,14 @@ from tabulate import SEPARATING_LINE, tabulate
 
 from drep_jax.report.blocks import Table, as_text
 from drep_jax.report.comparisons import verdict
-from drep_jax.report.lines import NO_METRICS, certificate_lines, cost_lines, coverage_line
+from drep_jax.report.lines import (
+    NO_METRICS,
+    certificate_lines,
+    cost_lines,
+    coverage_line,
+    neighbour_note,
+    unreadable_lines,
+)
 from drep_jax.report.schema import plain, validate
 from drep_jax.report.tables import EXPORTED_NOTE, recovery_table, results_table
 
@@ -25,9 +32,13 @@ def console_table(report: Mapping[str, Any]) -> str:
         parts.append("\n".join(verdict(name, entry, report["exported"]) for name, entry in report["metrics"].items()))
     else:
         parts.append(NO_METRICS)
+    for name, source in (report.get("sources") or {}).items():
+        table = _drawn(results_table({**report, "metrics": source["metrics"]}, MOST_METRICS))
+        parts.append(f"{neighbour_note(name, source)}\n{table}")
     if report.get("recovery"):
         parts.append("Share of the labelled fine-tuning's recovery\n" + drawn_table(recovery_table(report["recovery"])))
     lines = [*certificate_lines(report["certificate"]), *cost_lines(report["cost"]), coverage_line(report)]
+    lines += unreadable_lines(report)
     return "\n\n".join([*parts, "\n".join(lines)])
 
 

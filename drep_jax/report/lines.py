@@ -12,6 +12,27 @@ NO_METRICS = (
 )
 
 
+def unreadable_lines(report: Mapping[str, Any]) -> list[str]:
+    """Returns which images could not be read and were passed over, one line a part; none where all could."""
+    lines = []
+    for part, found in (report.get("unreadable") or {}).items():
+        if found["count"]:
+            more = f", and {found['count'] - len(found['first'])} more" if found["count"] > len(found["first"]) else ""
+            lines.append(
+                f"Unreadable images passed over ({part}): {found['count']} of {found['images']} (at most {found['limit']} are "
+                f"allowed): {', '.join(found['first'])}{more}."
+            )
+    return lines
+
+
+def neighbour_note(name: str, source: Mapping[str, Any]) -> str:
+    """Returns how the accuracy on a further source was found, in one line."""
+    return (
+        f"{name}: accuracy of the nearest neighbour among {source['gallery']} of its training images, by the backbone's "
+        "features; its labels were not learned from."
+    )
+
+
 def coverage_line(report: Mapping[str, Any]) -> str:
     """Returns how much of the backbone the sites are, in one line."""
     coverage = report["coverage"]

@@ -14,6 +14,9 @@ NETWORKS = ("baseline", "fused", "explicit")
 """The networks whose cost is measured."""
 
 _FIGURE = {"passed": None, "error": None, "bound": None, "change": None}
+_METRICS: dict[str, Any] = {"n": None} | {
+    key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")
+}
 # "*" stands for every entry of a list or an object; a trailing "?" for a value that may be null, "??" may be absent too.
 KEYS: dict[str, Any] = {
     "schema": None,
@@ -29,9 +32,7 @@ KEYS: dict[str, Any] = {
         "*?": {"steps": None, "seconds": None, "loss": {}, "per_site": {}, "optimum?": {}, "images": None},
     },
     "exported": None,
-    "metrics": {
-        "*": {"n": None} | {key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")}
-    },
+    "metrics": {"*": _METRICS},
     "certificate?": {
         "passed": None,
         "rule": None,
@@ -54,6 +55,8 @@ KEYS: dict[str, Any] = {
         "points": {"*": {"label": None, "strength": None, "scores": {}}},
     },
     "recovery??": {"*": {}},
+    "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},
+    "unreadable??": {"*": dict.fromkeys(("count", "limit", "images")) | {"first": {"*": None}}},
 }
 """The keys of a report; further keys are kept and not shown."""
 
@@ -70,6 +73,8 @@ def validate(report: Mapping[str, Any]) -> None:
     if not problems:
         problems = [*_site_problems(report["sites"]), *_metric_problems(report["metrics"])]
         problems += [*_learner_problems(report), *_picture_problems(report)]
+        for name, source in (report.get("sources") or {}).items():
+            problems += [f"sources.{name}.{problem}" for problem in _metric_problems(source["metrics"])]
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise DataError(f"Not a complete report: {'; '.join(problems[:12])}{more}. See docs/report.md for its keys.")

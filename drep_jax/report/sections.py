@@ -7,7 +7,16 @@ from typing import Any
 from drep_jax.report.blocks import Block, Cell, Code, Details, Heading, Picture, Table, Text, Verdict, Word
 from drep_jax.report.comparisons import ALPHA, compare, direction, verdict
 from drep_jax.report.formatting import fixed, p_value, percent, power, si, signed, time_steps
-from drep_jax.report.lines import NO_METRICS, certificate_lines, cost_lines, coverage_line, outcome, worst_site
+from drep_jax.report.lines import (
+    NO_METRICS,
+    certificate_lines,
+    cost_lines,
+    coverage_line,
+    neighbour_note,
+    outcome,
+    unreadable_lines,
+    worst_site,
+)
 from drep_jax.report.schema import NETWORKS
 from drep_jax.report.tables import EXPORTED_NOTE, recovery_table, results_table
 
@@ -24,6 +33,7 @@ def _in_short(report: Mapping[str, Any]) -> list[Block]:
         Verdict(certificate_lines(certificate)[0], passed),
         Text(cost_lines(report["cost"])[0]),
         Text(coverage_line(report)),
+        *map(Text, unreadable_lines(report)),
     ]
 
 
@@ -45,8 +55,21 @@ def _results(report: Mapping[str, Any]) -> list[Block]:
             ),
         ]
     blocks += _front(report)
+    return [*blocks, *_differences(report["metrics"])]
+
+
+def _other_sources(report: Mapping[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    for name, source in (report.get("sources") or {}).items():
+        blocks += [Text(neighbour_note(name, source)), results_table({**report, "metrics": source["metrics"]})]
+        blocks += _differences(source["metrics"])
+    return blocks
+
+
+def _differences(metrics: Mapping[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
     intervals = 0
-    for condition, entry in report["metrics"].items():
+    for condition, entry in metrics.items():
         found = [row for arm in (*entry["denoised"], *entry["control"]) for row in compare(entry, arm)]
         intervals += len(found)
         rows: list[list[Cell]] = [
@@ -216,6 +239,7 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Block]]] = {
     "In short": _in_short,
     "Results": _results,
+    "Other sources": _other_sources,
     "Certificate": _certificate,
     "Cost": _cost,
     "Sites": _sites,
@@ -226,5 +250,6 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Block]]] = {
 
 
 def sections(report: Mapping[str, Any]) -> dict[str, list[Block]]:
-    """Returns the blocks of every section of a complete report."""
-    return {title: section(report) for title, section in SECTIONS.items()}
+    """Returns the blocks of every section of a complete report that has something to say."""
+    found = {title: section(report) for title, section in SECTIONS.items()}
+    return {title: blocks for title, blocks in found.items() if blocks}

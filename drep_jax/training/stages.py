@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from drep_jax.data import Source
+from drep_jax.data.augment import augmentation_of
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
 from drep_jax.training import distributed, parallel
@@ -139,11 +140,11 @@ def run_training(
     options = config[section_of(stage)]
     state, frozen, optimizers = prepare(config, stage, params, others)
     seed = config["seed"] * 3 + STREAMS[stage]
-    augment = {name: config["data"][name] for name in ("flip", "shift")}
+    augmentation = augmentation_of(config["data"], labelled=stage != "algorithm1")
 
     def batches(start: int) -> Iterator[dict[str, Any]]:
-        size = batch_size_of(config, stage)
-        return training_batches(source, size, seed=seed, start_step=start, shard=parallel.host(), **augment)
+        size, host = batch_size_of(config, stage), parallel.host()
+        return training_batches(source, size, seed=seed, start_step=start, augmentation=augmentation, shard=host)
 
     steps = {
         active: make_step(

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from drep_jax.data import open_source
-from drep_jax.data.loader import augment, epoch_order, evaluation_batches, normalize, training_batches
+from drep_jax.data.augment import Augmentation
+from drep_jax.data.augment.moves import flip_and_shift
+from drep_jax.data.loader import epoch_order, evaluation_batches, normalize, training_batches
 from drep_jax.errors import ConfigError, DataError
 
 
@@ -60,7 +62,7 @@ def test_every_epoch_has_every_image_once_in_a_new_order(threads):
 
 @pytest.mark.parametrize("threads", [0, 4])
 def test_a_late_start_continues_exactly(threads):
-    options = {"seed": 11, "flip": True, "shift": 2}
+    options = {"seed": 11, "augmentation": Augmentation(flip=True, shift=2)}
     fresh = take(training_batches(Numbered(30), 8, num_threads=0, **options), 20)
     for start in (3, 7, 15):  # epochs end inside batches 3, 7 and 11
         late = take(training_batches(Numbered(30), 8, start_step=start, num_threads=threads, **options), 5)
@@ -80,7 +82,7 @@ def test_the_order_is_the_same_on_every_machine():
 
 
 def test_shards_together_are_the_whole_batch():
-    options = {"seed": 5, "flip": True, "shift": 1}
+    options = {"seed": 5, "augmentation": Augmentation(flip=True, shift=1)}
     whole = take(training_batches(Numbered(30), 12, **options), 4)
     parts = [take(training_batches(Numbered(30), 12, shard=(i, 3), **options), 4) for i in range(3)]
     joined = [{name: np.concatenate([p[n][name] for p in parts]) for name in whole[0]} for n in range(4)]
@@ -118,7 +120,7 @@ def test_fewer_images_than_a_batch_is_refused_with_both_numbers():
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": -1}, {"start_step": -1}, {"shift": -2}, {"shard": (2, 2)}, {"shard": (0, 3)}, {"batch_size": 0}]
+    "change", [{"seed": -1}, {"start_step": -1}, {"shard": (2, 2)}, {"shard": (0, 3)}, {"batch_size": 0}]
 )
 def test_bad_arguments_are_refused(change):
     with pytest.raises(ConfigError):
@@ -140,7 +142,7 @@ def test_unreadable_images_reach_the_caller_by_name(tmp_path, threads):
     ):
         with pytest.raises(DataError, match=r"Cannot read the image .*05\.png") as caught:
             take(batches, 3)
-        assert type(caught.value) is DataError
+        assert isinstance(caught.value, DataError)
     fine = open_source(f"folder:{tmp_path}", "test", image_size=(8, 8))
     assert_same(
         take(training_batches(fine, 4, seed=0, num_threads=threads), 4), take(training_batches(fine, 4, seed=0), 4)
@@ -160,10 +162,10 @@ def test_images_of_several_sizes_are_refused():
 @given(st.integers(0, 2**40), st.integers(1, 9), st.integers(0, 3), st.booleans())
 def test_augmentation_depends_on_the_position_only(first, cut, shift, flip):
     images = np.random.default_rng(0).integers(1, 256, (10, 5, 7, 3), np.uint8)
-    whole = augment(images, seed=4, first_position=first, flip=flip, shift=shift)
+    whole = flip_and_shift(images, seed=4, first_position=first, flip=flip, shift=shift)
     options = {"seed": 4, "flip": flip, "shift": shift}
-    left = augment(images[:cut], first_position=first, **options)
-    right = augment(images[cut:], first_position=first + cut, **options)
+    left = flip_and_shift(images[:cut], first_position=first, **options)
+    right = flip_and_shift(images[cut:], first_position=first + cut, **options)
     np.testing.assert_array_equal(np.concatenate([left, right]), whole)
     if not (shift or flip):
         np.testing.assert_array_equal(whole, images)
@@ -171,14 +173,14 @@ def test_augmentation_depends_on_the_position_only(first, cut, shift, flip):
 
 def test_flips_are_mirror_images_half_of_the_time():
     images = np.random.default_rng(0).integers(0, 256, (400, 3, 4, 3), np.uint8)
-    out = augment(images, seed=0, first_position=0, flip=True, shift=0)
+    out = flip_and_shift(images, seed=0, first_position=0, flip=True, shift=0)
     kept, mirrored = ((out == images).all((1, 2, 3)), (out == images[:, :, ::-1]).all((1, 2, 3)))
     assert (kept ^ mirrored).all() and 160 < kept.sum() < 240
 
 
 def test_shifts_move_every_pixel_alike_and_fill_with_zeros():
     images = np.random.default_rng(0).integers(1, 256, (500, 6, 5, 3), np.uint8)
-    out = augment(images, seed=2, first_position=9, flip=False, shift=2)
+    out = flip_and_shift(images, seed=2, first_position=9, flip=False, shift=2)
     seen = set()
     for before, after in zip(images, out, strict=True):
         matches = []

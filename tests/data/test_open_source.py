@@ -37,7 +37,7 @@ def test_bad_arguments_say_what_was_meant(change, message):
 
 
 def test_the_registry_offers_the_documented_sources():
-    assert set(SOURCES) == {"digits", "folder", "idx", "npz", "random", "tfds"}
+    assert set(SOURCES) == {"digits", "folder", "idx", "list", "npz", "random", "tfds"}
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_an_unprepared_set_says_how_to_provide_it(tmp_path, no_network, spec):
     assert time.monotonic() - start < 2
     message = str(caught.value)
     name = spec.removeprefix("tfds:")
-    assert f"tfds.builder('{name}', data_dir='{tmp_path}').download_and_prepare(file_format='array_record')" in message
+    assert f"python -m drep_jax.data.prepare {name} --data_dir={tmp_path}\n" in message
     assert "pip install -r requirements-prepare.txt" in message
     assert message.count("--config.data.source=folder:DIR") == 2 and "unlabelled" in message
     tars = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", f"{tmp_path}/downloads/manual")

@@ -115,4 +115,4 @@ def test_the_whole_method_runs_at_full_size(name):
     sites = find_sites(model, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
     # Denoisers of all sites of the widest networks would not fit in memory in float64; every third site stands for them.
     pattern = "|".join(f"(?:{layer.name})" for site in sites[::3] for layer in site.layers)
-    check(model, size, 2, pattern=pattern)
+    check(model, size, 8, pattern=pattern)  # an image for each simulated device

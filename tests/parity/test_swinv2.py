@@ -101,6 +101,6 @@ def test_fused_weights_run_in_timm(name):
     back = put_back(pieces, {path: np.asarray(leaf) for path, leaf in flatten_dict(fused, sep="/").items()})
 
     before, after = run(net, tensors, images())[1], run(net, back, images())[1]
-    np.testing.assert_allclose(before, GOLDEN[name], atol=1e-5)
+    np.testing.assert_allclose(before, GOLDEN[name], atol=TOLERANCE)
     assert error(jax.jit(module.apply)(fused, images()), after) < TOLERANCE
     assert np.abs(after - before).max() > 0.01 * np.abs(before).max()

@@ -11,6 +11,7 @@ import pytest
 
 from drep_jax import experiment
 from drep_jax.builder import build
+from drep_jax.data.augment import Augmentation
 from drep_jax.data.loader import normalize, training_batches
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.objectives import denoising_objective
@@ -101,7 +102,8 @@ def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
         return {**updated, "params": optax.apply_updates(variables["params"], updates)}, state
 
     expected, state = dict(fresh), plain.init(fresh["params"])
-    for batch, _ in zip(training_batches(setting.train, 32, seed=0, shift=1), range(STEPS), strict=False):
+    batches = training_batches(setting.train, 32, seed=0, augmentation=Augmentation(shift=1))
+    for batch, _ in zip(batches, range(STEPS), strict=False):
         expected, state = reference(expected, state, batch)
     for part in ("params", "batch_stats"):
         assert largest_difference(expected[part], fresh[part]) > 1e-2

@@ -1,0 +1,165 @@
+"""Images per second of our loader and of a plain PyTorch one at the same work on the same cores, and what a step needs.
+
+    PYTHONPATH=. python benchmarks/data.py                # needs PyTorch and torchvision (requirements-parity.txt)
+    PYTHONPATH=. python benchmarks/data.py --sides ours   # without them
+
+The work: read a JPEG of 500 × 375 pixels, decode it, crop and resize to 224 × 224 at random (bicubic), mirror at random, uint8
+batches of 64. Every side is a process (with its workers a process group) that reads without end; while one is timed the others
+are stopped, so that none reads ahead for free. Interleaved rounds, medians, and the median of the ratios within a round.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+BATCH = 64
+SIZE = 224
+WORKERS = 2
+
+
+def write_images(folder, count):
+    """Writes photographs' likes: shapes on smooth ground with some grain, about 60 KB each."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        ground = ndimage.zoom(rng.normal(size=(8, 10, 3)), (375 / 8, 50, 1), order=3)[:375, :500]
+        detail = ndimage.zoom(rng.normal(size=(94, 125, 3)), (375 / 94, 4, 1), order=1)[:375, :500]
+        pixels = 127 + 50 * ground + 25 * detail + 6 * rng.normal(size=(375, 500, 3))
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(f"{folder}/{i:04}.jpg", quality=90)
+
+
+def ours(folder):
+    from drep_jax.data import open_source
+    from drep_jax.data.augment import Augmentation
+    from drep_jax.data.loader import training_batches
+
+    source = open_source(f"folder:{folder}", "train", image_size=(SIZE, SIZE))
+    augmentation = Augmentation(flip=True, crop_scale=(0.08, 1.0))
+    for batch in training_batches(source, BATCH, seed=0, augmentation=augmentation):
+        yield batch["image"]
+
+
+def plain(folder):
+    import torch
+    from torchvision import transforms
+
+    change = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+    names = sorted(os.listdir(folder))
+
+    class Folder(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10**6
+
+        def __getitem__(self, i):
+            with Image.open(f"{folder}/{names[i % len(names)]}") as image:
+                return change(image.convert("RGB"))
+
+    yield from torch.utils.data.DataLoader(Folder(), BATCH, shuffle=True, num_workers=WORKERS)
+
+
+SIDES = {"ours": ours, "torch": plain}
+
+
+def serve(name, folder):
+    """Reads for ever and tells of every batch."""
+    for images in SIDES[name](folder):
+        if sorted(images.shape) != [3, BATCH, SIZE, SIZE]:
+            raise SystemExit(f"{name} gives {tuple(images.shape)}.")
+        print(".", flush=True)
+
+
+def timed(process, batches):
+    """Returns images per second of a side that runs alone for so many batches."""
+    os.killpg(process.pid, signal.SIGCONT)
+    process.stdout.readline()
+    began = time.perf_counter()
+    for _ in range(batches):
+        if not process.stdout.readline():
+            raise SystemExit("A side ended; its message is above.")
+    seconds = time.perf_counter() - began
+    os.killpg(process.pid, signal.SIGSTOP)
+    return BATCH * batches / seconds
+
+
+def forward_rate():
+    """Returns images per second of the forward pass of ViT-S/16: no training step can take more."""
+    import jax
+    import jax.numpy as jnp
+
+    from drep_jax.models import create_model
+
+    network = create_model("vit_s16", num_classes=1000, image_size=(SIZE, SIZE))
+    images = jnp.zeros((8, SIZE, SIZE, 3))
+    variables = jax.jit(network.init)(jax.random.key(0), images)
+    forward = jax.jit(network.apply)
+    forward(variables, images).block_until_ready()
+    rates = []
+    for _ in range(5):
+        began = time.perf_counter()
+        forward(variables, images).block_until_ready()
+        rates.append(len(images) / (time.perf_counter() - began))
+    return statistics.median(rates)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batches", type=int, default=8, help="a round")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(*arguments.serve)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(folder, arguments.images)
+        processes = {
+            name: subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), "--serve", name, folder],
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            )
+            for name in arguments.sides
+        }
+        rates = {name: [] for name in processes}
+        try:
+            for process in processes.values():
+                timed(process, 2)  # start-up
+            for number in range(arguments.rounds):
+                names = list(processes)
+                for name in names[number % len(names) :] + names[: number % len(names)]:
+                    rates[name].append(timed(processes[name], arguments.batches))
+        finally:
+            for process in processes.values():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                process.stdout.close()
+    print(f"{len(os.sched_getaffinity(0))} cores; {arguments.rounds} rounds of {arguments.batches} batches of {BATCH}")
+    for name, values in rates.items():
+        ratio = "".join(
+            f"  {statistics.median(a / b for a, b in zip(values, rates['torch'], strict=True)):5.2f}× torch"
+            for _ in range("torch" in rates and name != "torch")
+        )
+        print(f"{name:8s} {statistics.median(values):7.1f} images/s{ratio}")
+    print(f"forward  {forward_rate():7.1f} images/s of ViT-S/16 on the same cores: no step takes more")
+
+
+if __name__ == "__main__":
+    main()

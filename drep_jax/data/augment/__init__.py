@@ -1,0 +1,130 @@
+"""What is done to training images: chosen in `config.data`, drawn for each image from its place in the stream alone.
+
+Order: crop (before the image gets its size), flip, shift, RandAugment, erasing, then mixup or cutmix.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from drep_jax.data.augment.erasing import erase
+from drep_jax.data.augment.mixing import mix
+from drep_jax.data.augment.moves import flip_and_shift
+from drep_jax.data.augment.randaugment import STRONGEST, randaugment
+from drep_jax.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images; every default is off.
+
+    Attributes:
+      flip: mirror every second image, on average, left to right.
+      shift: move by up to so many pixels both ways, filling with zeros.
+      crop_scale: smallest and largest share of the area of a random resized crop; () for the fitted image as it is.
+      crop_ratio: smallest and largest width over height of that crop.
+      randaugment: random operations an image.
+      randaugment_magnitude: how strong they are, from 0 to 30.
+      erase: probability that a box of the image becomes noise.
+      mixup, cutmix: parameter a of the Beta(a, a) distributed share; 0 for neither. For labelled stages only.
+
+    Raises:
+      ConfigError: naming the setting that cannot be.
+    """
+
+    flip: bool = False
+    shift: int = 0
+    crop_scale: tuple[float, ...] = ()
+    crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    randaugment: int = 0
+    randaugment_magnitude: float = 9.0
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, whole in (("shift", True), ("randaugment", True), ("mixup", False), ("cutmix", False)):
+            value = getattr(self, name)
+            if not _number(value) or value < 0 or (whole and value != int(value)):
+                raise ConfigError(f"data.{name}={value!r}: expected {'a whole' if whole else 'a'} number, at least 0.")
+        if not _number(self.erase) or not 0 <= self.erase <= 1:
+            raise ConfigError(f"data.erase={self.erase!r} is a probability and lies in [0, 1].")
+        if not _number(self.randaugment_magnitude) or not 0 <= self.randaugment_magnitude <= STRONGEST:
+            raise ConfigError(
+                f"data.randaugment_magnitude={self.randaugment_magnitude!r}: expected a number from 0 to {STRONGEST}."
+            )
+        for name, bounds, most in (("crop_scale", self.crop_scale, 1.0), ("crop_ratio", self.crop_ratio, math.inf)):
+            if name == "crop_scale" and not bounds:
+                continue
+            if len(bounds) != 2 or not all(map(_number, bounds)) or not 0 < bounds[0] <= bounds[1] <= most:
+                raise ConfigError(
+                    f"data.{name}={bounds!r}: expected (smallest, largest), both above 0"
+                    f"{'' if most == math.inf else ' and at most 1, or () for no crop'}."
+                )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, so that batches have two labels each."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
+    def slow(self) -> bool:
+        """Whether it needs so much arithmetic that threads pay even where the images are in memory."""
+        return bool(self.crop_scale or self.randaugment)
+
+    def check_batch(self, size: int, what: str) -> None:
+        """Raises `ConfigError` unless a batch, or a host's part of it, holds whole pairs of images that are mixed."""
+        if self.mixes and size % 2:
+            raise ConfigError(f"{what}={size} must be even: mixup and cutmix mix each image with its neighbour.")
+
+    def __call__(self, batch: Batch, *, seed: int, first_position: int) -> Batch:
+        """Returns a batch of images, already cropped, changed as its place in the stream says.
+
+        Args:
+          batch: with "image", uint8 (B, H, W, C), and "label" if it is mixed.
+          seed: of the stage.
+          first_position: place of the first image in the endless stream.
+
+        Returns:
+          The batch; with "label2" and "share" if it is mixed, see `drep_jax.data.augment.mixing.mix`.
+        """
+        images = batch["image"]
+        where = {"seed": seed, "first_position": first_position}
+        if self.flip or self.shift:
+            images = flip_and_shift(images, **where, flip=self.flip, shift=self.shift)
+        if self.randaugment:
+            images = randaugment(images, **where, count=self.randaugment, magnitude=self.randaugment_magnitude)
+        if self.erase:
+            images = erase(images, **where, probability=self.erase)
+        if self.mixes:
+            return {**batch, **mix(images, batch["label"], **where, mixup=self.mixup, cutmix=self.cutmix)}
+        return {**batch, "image": images}
+
+
+OFF = Augmentation()
+
+
+def augmentation_of(data: Mapping[str, Any], *, labelled: bool = True) -> Augmentation:
+    """Returns what the settings `config.data` ask for.
+
+    Args:
+      data: the settings; those that an older configuration lacks are off.
+      labelled: whether the stage learns from labels. One that does not never mixes images: denoisers are to learn what
+        real images look like inside the network, and a mixture's second label means nothing to them.
+
+    Raises:
+      ConfigError: naming the setting that cannot be.
+    """
+    names = [field.name for field in dataclasses.fields(Augmentation) if field.name in data]
+    given: dict[str, Any] = {name: tuple(data[name]) if name.startswith("crop_") else data[name] for name in names}
+    found = Augmentation(**given)
+    return found if labelled else dataclasses.replace(found, mixup=0.0, cutmix=0.0)

@@ -1,0 +1,118 @@
+"""The images that `config.data` asks for: one source or several merged, what is held out, and what is tested on."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from drep_jax.data import Source, open_source
+from drep_jax.data.loader import epoch_order
+from drep_jax.data.merged import MergedSource, epoch_counts
+from drep_jax.data.source import Subset
+from drep_jax.data.unreadable import tolerating
+from drep_jax.errors import ConfigError
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A labelled source that no head speaks for: its test images are classified by their nearest neighbour.
+
+    Attributes:
+      name: of the source.
+      gallery: training images, whose classes are known.
+      test: images to classify.
+    """
+
+    name: str
+    gallery: Source
+    test: Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """What is learned from and tested on.
+
+    Attributes:
+      train: images to learn from, unlabelled where several sources are merged.
+      held_out: images to choose on, likewise.
+      num_classes: of `data.source`, which the backbone's head speaks for; None when it is unlabelled.
+      test: images of `data.source` to evaluate the head on, or None.
+      others: labelled sources to evaluate by nearest neighbours.
+    """
+
+    train: Source
+    held_out: Source
+    num_classes: int | None
+    test: Source | None
+    others: tuple[Labelled, ...]
+
+
+def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int) -> Images:
+    """Opens the images of a run.
+
+    Args:
+      data: `config.data`; entries that an older configuration lacks have their defaults.
+      head: whether the backbone has one.
+      gallery: how many training images of each further source its test images are compared with.
+      seed: of the choice of those.
+
+    Raises:
+      ConfigError: for sources or weights that cannot be merged.
+      DataError: for images that are not there.
+    """
+    options = {"image_size": tuple(data["image_size"]), "resize": data["resize"], "data_dir": data["data_dir"] or None}
+    allowed = data.get("max_unreadable", 0)
+    specs, weights = sources_of(data)
+    if specs[1:]:
+        epoch_counts([1] * len(specs), weights)  # weights are refused before images are looked for
+        if gallery < 1:
+            raise ConfigError(f"evaluate.gallery={gallery} must be at least 1.")
+    trains = [open_source(spec, TRAIN, **options) for spec in specs]
+    held = [open_source(spec, VALIDATION, **options) for spec in specs]
+    others = []
+    for spec, train in list(zip(specs, trains, strict=True))[1 if head else 0 :]:
+        if specs[1:] and train.num_classes:
+            chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
+            test = tolerating(open_source(spec, TEST, **options), allowed)
+            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), test))
+    labelled = bool(trains[0].num_classes)
+    return Images(
+        train=tolerating(_one(trains, weights), allowed),
+        held_out=tolerating(_one(held, weights), allowed),
+        num_classes=trains[0].num_classes,
+        test=tolerating(open_source(specs[0], TEST, **options), allowed) if labelled and head else None,
+        others=tuple(others),
+    )
+
+
+def sources_of(data: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+    """Returns the sources of `config.data`, its own first, and their weights.
+
+    Raises:
+      ConfigError: where `data.merge` is no list of sources with weights, or has one twice.
+    """
+    merge = data.get("merge", ())
+    for entry in merge:
+        if (
+            not isinstance(entry, Sequence)
+            or isinstance(entry, str)
+            or len(entry) != 2
+            or not isinstance(entry[0], str)
+        ):
+            raise ConfigError(
+                f"data.merge={merge!r}: expected pairs of a source and its weight, such as (('folder:DIR', 1.0),)."
+            )
+    specs = [data["source"], *(entry[0] for entry in merge)]
+    twice = next((spec for spec in specs if specs.count(spec) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f'data.merge: "{twice}" is there twice. Name every source once and give it the sum of the weights.'
+        )
+    return specs, [data.get("weight", 1.0), *(entry[1] for entry in merge)]
+
+
+def _one(sources: list[Source], weights: list[float]) -> Source:
+    return MergedSource(sources, weights) if sources[1:] else sources[0]

@@ -1,0 +1,130 @@
+"""Images that cannot be read: counted, named and passed over up to a limit, then refused with the list."""
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from drep_jax.data.source import Source, image_size_of, raw_item
+from drep_jax.errors import ConfigError, DataError, UnreadableError
+
+RECORD = "unreadable.jsonl"
+SHOWN = 10
+
+
+class Tolerant:
+    """A source of which some images may be unreadable.
+
+    The loader puts the next readable image, in the order of the source, in the place of an unreadable one that is learned
+    from, so that what a run sees depends on the files alone; where images are evaluated, it masks the place out.
+
+    Args:
+      source: the images.
+      limit: how many may be unreadable; at the next one reading is refused.
+    """
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self.name, self.note = source.name, source.note
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.in_memory = getattr(source, "in_memory", False)
+        self.image_size = image_size_of(source)
+        self.limit = limit
+        self.reasons: dict[str, str] = {}
+        self._source = source
+        self._places: set[int] = set()
+        self._lock = threading.Lock()
+        self._record: tuple[str, str] | None = None
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[index]
+
+    def raw(self, index: int) -> dict[str, Any]:
+        """Returns an image as it is stored."""
+        return raw_item(self._source, index)
+
+    def known(self, index: int) -> bool:
+        """Returns whether this image has been found to be unreadable."""
+        return index in self._places
+
+    def skip(self, index: int, error: UnreadableError) -> None:
+        """Notes that an image is unreadable.
+
+        Raises:
+          DataError: if there are more of them than the limit; it lists them.
+        """
+        with self._lock:
+            new = error.where not in self.reasons
+            self.reasons.setdefault(error.where, str(error))
+            if len(self.reasons) > self.limit:
+                raise DataError(self._refusal()) from error  # whenever one is met from now on, in whatever thread
+            self._places.add(index)
+            if new and self._record:
+                path, part = self._record
+                with open(path, "a", encoding="utf-8") as file:
+                    # Begun on a new line, since a kill may have cut off the last one.
+                    file.write("\n" + json.dumps({"part": part, "where": error.where, "why": str(error)}) + "\n")
+
+    def keep_record(self, path: str, part: str) -> None:
+        """Appends what is found from now on to a file of lines of JSON, and takes over what it says of this part."""
+        self._record = (path, part)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                for line in file:
+                    entry = _parsed(line)
+                    if entry.get("part") == part:
+                        self.reasons.setdefault(entry["where"], entry["why"])
+
+    def _refusal(self) -> str:
+        shown = "\n".join(f"  {reason}" for reason in list(self.reasons.values())[:SHOWN])
+        more = f"\n  and {len(self.reasons) - SHOWN} more" if len(self.reasons) > SHOWN else ""
+        return (
+            f"{len(self.reasons)} of the {len(self)} images of {self.name} cannot be read, more than the {self.limit} that "
+            f"data.max_unreadable allows:\n{shown}{more}"
+        )
+
+
+def tolerating(source: Source, allowed: float) -> Source:
+    """Returns the source, with as many unreadable images allowed as `config.data.max_unreadable` says.
+
+    Args:
+      source: the images.
+      allowed: a whole number of images, or a share of them, below 1; 0 refuses at the first.
+
+    Raises:
+      ConfigError: for anything else.
+    """
+    if not isinstance(allowed, int | float) or not (0 <= allowed < 1 or (allowed >= 1 and allowed == int(allowed))):
+        raise ConfigError(
+            f"data.max_unreadable={allowed!r}: expected a whole number of images, or a share of them below 1."
+        )
+    return Tolerant(source, int(allowed * len(source) if allowed < 1 else allowed)) if allowed else source
+
+
+def keep_records(directory: str, parts: Mapping[str, Source | None]) -> None:
+    """Has every tolerant source append the images that it passes over to the record of a run, which resuming reads."""
+    for part, source in parts.items():
+        if isinstance(source, Tolerant):
+            source.keep_record(os.path.join(directory, RECORD), part)
+
+
+def summary(parts: Mapping[str, Source | None]) -> dict[str, Any] | None:
+    """Returns the report's `unreadable`: by part, how many images were passed over and the first ten; None if none may be."""
+    found = {part: source for part, source in parts.items() if isinstance(source, Tolerant)}
+    return {part: _told(source) for part, source in found.items()} or None
+
+
+def _parsed(line: str) -> dict[str, str]:
+    """Returns a line of the record; nothing for one that a kill has cut off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
+def _told(source: Tolerant) -> dict[str, Any]:
+    names: Sequence[str] = list(source.reasons)
+    return {"count": len(names), "limit": source.limit, "images": len(source), "first": list(names[:SHOWN])}
