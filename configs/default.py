@@ -98,6 +98,7 @@ def get_default() -> ConfigDict:
             "rank": 0,  # of each denoiser's matrix, beside a multiple of the identity; 0: full matrices
             "time_scale": 1.0,  # t = time_scale · steps · (N − i + 1): above 1, more noise is assumed than in the paper
             "moment_images": 0,  # images whose moments give the optimum; 0 for all
+            "moment_gib": 0.0,  # memory for moments on a device; sites beyond it take another pass over the images. 0: one pass
             "moment_tokens": 1.0,  # share of each image's feature vectors they are taken of; 0.25: 1.4 forwards, not 2.2
             "loss": "l2",  # l2, l1 or l1+l2
             "tokens": 1.0,  # share of each image's feature vectors to learn from

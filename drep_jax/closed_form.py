@@ -79,6 +79,22 @@ def no_sums(site: Site) -> dict[str, np.ndarray]:
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
+def sum_bytes(site: Site) -> int:
+    """Returns the bytes that a site takes during a pass: its sums, what rounding dropped, one batch's sums, and the total."""
+    return 4 * sum(leaf.nbytes for leaf in no_sums(site).values())
+
+
+def passes(sites: Sequence[Site], limit: float) -> list[tuple[Site, ...]]:
+    """Cuts sites, in their order, into groups of at most `limit` bytes of sums each, or of one site if that is more."""
+    groups: list[list[Site]] = []
+    free = 0.0
+    for site in sites:
+        if not groups or (free := free - sum_bytes(site)) < 0:
+            groups, free = [*groups, []], limit - sum_bytes(site)
+        groups[-1].append(site)
+    return [tuple(group) for group in groups]
+
+
 def batch_sums(
     backbone: nn.Module,
     variables: Tree,
@@ -88,6 +104,7 @@ def batch_sums(
     *args: Any,
     tokens: float = 1.0,
     keys: Any = None,
+    first_slot: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each site, the sums over one batch of (F − shift), (F − shift)(F − shift)ᵀ and 1.
 
@@ -99,6 +116,7 @@ def batch_sums(
       *args: for the backbone, the batch first.
       tokens: share of each image's feature vectors to use, a systematic sample of its own at every site.
       keys: (batch,) threefry keys of the images, needed if `tokens` is below 1: others, mapped over, draw for the batch.
+      first_slot: number of sites and stacked copies before these, where all sites are taken in several passes.
 
     Returns:
       {site name: {"count", "first", "second0", "second1", …}}; the last are the blocks of rows of the symmetric matrix, from
@@ -106,7 +124,7 @@ def batch_sums(
     """
     batch = mask.shape[0]
     extras: dict[Path, Tree] = {}
-    slot = 0
+    slot = first_slot
     for site in sites:
         slots = jnp.arange(slot, slot + (site.stack or 1), dtype=jnp.int32)
         slot += slots.size

@@ -127,6 +127,8 @@ def check(config: Config, setting: Setting) -> None:
                 f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {section}.batch_size is "
                 f"{batch}."
             )
+    if not denoise["moment_gib"] >= 0:
+        raise ConfigError(f"denoise.moment_gib={denoise['moment_gib']} is a memory in GiB, or 0 for no limit.")
     if not 0.0 <= denoise["ema"] < 1.0:
         raise ConfigError(f"denoise.ema={denoise['ema']} is the decay of a moving average and lies in [0, 1).")
     if setting.test is not None or setting.others:

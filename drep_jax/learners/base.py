@@ -11,7 +11,7 @@ import tqdm
 
 from drep_jax import closed_form, weights
 from drep_jax.builder import Setting
-from drep_jax.closed_form import Moments, load_moments, save_moments
+from drep_jax.closed_form import Moments, load_moments, passes, save_moments
 from drep_jax.data.loader import evaluation_batches, normalize, read_images
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.selection import Choice
@@ -117,13 +117,18 @@ def moments_of(
         return kept
     batch = config["denoise"]["batch_size"]
     count = -(-moment_images(config, setting) // batch)
-    first = itertools.islice(evaluation_batches(setting.train, batch, shard=parallel.host()), count)
-    bar = tqdm.tqdm(first, "moments", count, unit="batch", disable=not config["progress"])
-    batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
     near = normalize(read_images(setting.train, np.arange(min(NEAR, len(setting.train)))), setting.mean, setting.std)
-    moments = collect_moments(
-        setting.backbone, variables, sites, batches, near=near, tokens=tokens, seed=config["seed"]
-    )
+    limit = config["denoise"]["moment_gib"] * 2**30
+    groups = passes(sites, limit) if limit else [sites]
+    moments: dict[Path, Moments] = {}
+    for number, group in enumerate(groups):
+        first = itertools.islice(evaluation_batches(setting.train, batch, shard=parallel.host()), count)
+        name = "moments" if len(groups) == 1 else f"moments, pass {number + 1} of {len(groups)}"
+        bar = tqdm.tqdm(first, name, count, unit="batch", disable=not config["progress"])
+        batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
+        slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
+        sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
+        moments |= collect_moments(setting.backbone, variables, group, batches, near=near, **sampling)
     if distributed.primary():
         save_moments(path, moments, owner, tokens)
     return moments

@@ -32,6 +32,7 @@ def collect_moments(
     near: Any = None,
     tokens: float = 1.0,
     seed: int = 0,
+    first_slot: int = 0,
 ) -> dict[Path, Moments]:
     """Accumulates the moments of every site; memory does not depend on the number of images.
 
@@ -49,6 +50,7 @@ def collect_moments(
       tokens: share of each image's feature vectors to use, in (0, 1]; which ones depends on the seed, the site and the
         image's place in the stream only. Neighbouring tokens are so alike that a quarter tells almost as much as all.
       seed: of that sample.
+      first_slot: number of sites and stacked copies before these, where all sites are taken in several passes.
 
     Raises:
       ConfigError: for a share outside (0, 1].
@@ -57,7 +59,7 @@ def collect_moments(
     """
     if not 0.0 < tokens <= 1.0:
         raise ConfigError(f"tokens is the share of feature vectors to use and lies in (0, 1], got {tokens!r}.")
-    centre, add, everyone = programs(backbone, tuple(sites), tokens)
+    centre, add, everyone = programs(backbone, tuple(sites), tokens, first_slot)
     # Other generators, mapped over keys, draw for the batch and not for each key.
     key, seen = jax.random.key(seed, impl="threefry2x32"), 0
     which, hosts = parallel.host()
@@ -92,7 +94,9 @@ def collect_moments(
     return moments
 
 
-def programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tuple[Callable[..., Any], ...]:
+def programs(
+    backbone: nn.Module, sites: tuple[Site, ...], tokens: float, first_slot: int = 0
+) -> tuple[Callable[..., Any], ...]:
     """Returns the compiled functions of a pass, the same ones for the same arguments.
 
     Returns:
@@ -101,18 +105,21 @@ def programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tup
       everyone: (total, lost) ↦ (high, low), the sums of all devices and hosts in two float32 numbers; likewise.
     """
     try:
-        return _programs(backbone, sites, tokens)
+        return _programs(backbone, sites, tokens, first_slot)
     except TypeError:  # the attributes of a backbone need not be hashable
-        return _programs.__wrapped__(backbone, sites, tokens)
+        return _programs.__wrapped__(backbone, sites, tokens, first_slot)
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(backbone: nn.Module, sites: tuple[Site, ...], tokens: float) -> tuple[Callable[..., Any], ...]:
+def _programs(
+    backbone: nn.Module, sites: tuple[Site, ...], tokens: float, first_slot: int
+) -> tuple[Callable[..., Any], ...]:
     origin = {site.name: jnp.zeros(site.denoiser_shape[:-1], jnp.float32) for site in sites}
 
     def sums_of(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
         keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
-        return batch_sums(backbone, variables, sites, shifts, mask, images, tokens=tokens, keys=keys)
+        sampling = {"tokens": tokens, "keys": keys, "first_slot": first_slot}
+        return batch_sums(backbone, variables, sites, shifts, mask, images, **sampling)
 
     def centre(variables: Tree, *batch: Any) -> Any:
         sums = sums_of(variables, origin, *batch)

@@ -384,3 +384,24 @@ def test_a_backbone_with_unhashable_attributes():
     x = np.array(trees.normal(0, (8, 4, 3)))
     sites, _, found = pass_over(Listed([2]), x)
     check(found["head",], x, sites[0])
+
+
+@pytest.mark.parametrize("tokens", [1.0, 0.5])
+def test_several_passes_over_fewer_sites_give_the_same_moments(finished, tmp_path, tokens):
+    """With room for one site at a time, the sites of later passes sample as they would have in one pass."""
+    from drep_jax.closed_form import passes, sum_bytes
+    from drep_jax.learners.base import moments_of
+
+    setting, found = finished.setting, []
+    limit = 1.5 * max(sum_bytes(site) for site in setting.sites)
+    groups = passes(setting.sites, limit)
+    assert len(groups) > 1 and [site for group in groups for site in group] == list(setting.sites)
+    for gib in (0.0, limit / 2**30):
+        denoise = {**finished.config["denoise"], "moment_gib": gib, "moment_tokens": tokens, "moment_images": 96}
+        path = str(tmp_path / f"{gib}.npz")
+        found.append(moments_of({**finished.config, "denoise": denoise}, setting, finished.variables, path))
+    for site in setting.sites:
+        one, several = (moments[site.path] for moments in found)
+        np.testing.assert_allclose(several.covariance, one.covariance, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(several.mean, one.mean, rtol=1e-6, atol=1e-7)
+        assert several.count == one.count
