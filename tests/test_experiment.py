@@ -163,7 +163,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a training step was made")
 
-    monkeypatch.setattr(experiment, "collect_moments", never)
+    monkeypatch.setattr("drep_jax.learners.base.collect_moments", never)
     monkeypatch.setattr("drep_jax.training.stages.training_batches", never)
     again = experiment.run({**finished.config, "latency_rounds": 2}, finished.directory)
     assert again["metrics"] == finished.report["metrics"]
