@@ -136,9 +136,10 @@ def run_stage(
                 bar.update()
                 if number % log_every == 0 or number in (1, steps):
                     log(number)
-                if number % checkpoint_every == 0 or number == steps or stop.raised:
-                    save(wait=number == steps or stop.raised)
-                if stop.number is not None:
+                asked = stop.raised  # once: a signal that comes while saving is for the next step
+                if number % checkpoint_every == 0 or number == steps or asked:
+                    save(wait=number == steps or asked)
+                if stop.number is not None and (asked or number == steps):
                     raise Interrupted(
                         f"Stopped by {NAMES[stop.number]} in stage {name} after step {number} of {steps}; the state is saved.",
                         stop.number,

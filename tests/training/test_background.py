@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import threading
 
 import jax
@@ -15,6 +16,7 @@ from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter, read_metrics
 from drep_jax.training.loop import run_stage
 from drep_jax.training.profile import Profile
+from drep_jax.training.signals import Interrupted
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
 from tests.command import files_of_at_most, same_bits
 
@@ -165,6 +167,23 @@ def test_fields_that_a_checkpoint_lacks_are_empty_or_it_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"other settings of training.*ema"):
         checkpointer.restore(state.replace(ema=state.params), {})
     checkpointer.close()
+
+
+@pytest.mark.parametrize("number, last", [(4, 5), (STEPS, STEPS)])
+def test_a_signal_that_comes_while_saving_is_not_lost(number, last, tmp_path, step, monkeypatch):
+    save = Checkpointer.save
+
+    def late(self, state, frozen, meta, **options):
+        save(self, state, frozen, meta, **options)
+        if int(state.step) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpointer, "save", late)
+    with pytest.raises(
+        Interrupted, match=f"Stopped by SIGTERM in stage s after step {last} of {STEPS}; the state is saved"
+    ):
+        run(tmp_path, step)
+    assert str(last) in os.listdir(tmp_path / "stage")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
