@@ -53,6 +53,7 @@ def get_default() -> ConfigDict:
 
     computing = {
         "accumulate": 1,  # parts that a device's share of a batch is cut into, for the memory of one
+        "divide_optimizer": False,  # among the devices, each keeping its share of the optimiser's state (ZeRO, stage 1)
         "compute": "float32",  # or bfloat16; parameters and optimiser stay float32
         "remat": False,  # recompute blocks in the backward pass: less memory, more time
     }

@@ -150,6 +150,8 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
 def _explain(error: BaseException) -> str:
     """Returns what is wrong with the command line; ml_collections wraps its text in several layers of quotes."""
     text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
+    if own := re.search(r"drep_jax\.errors\.\w+: (.*)$", text):  # raised by the configuration file itself
+        return own.group(1).strip()
     if isinstance(error, (KeyError, AttributeError)):
         name = re.search(r"['\"](\w+)['\"]", text)
         near = re.search(r'Did you mean "(\w+)"', text)

@@ -69,6 +69,11 @@ def test_bad_settings_are_refused_before_anything_is_written(case, tmp_path, mon
     assert not os.path.exists(tmp_path / "run")
 
 
+def test_what_a_configuration_refuses_is_told_without_a_traceback():
+    ended = call("train.py", "--config=configs/cifar10_training.py:alternatin")
+    ended.refused('Unknown way of training "alternatin"', 'Did you mean "alternating"')
+
+
 def test_a_configuration_that_is_not_there_is_named_with_a_near_one():
     call("train.py", "--config=configs/digit.py").refused("configs/digit.py", "configs/digits.py")
 

@@ -32,6 +32,7 @@ def configured(finished, **changes):
     config.compare = ("label_augmented", "continued", "final_only")
     config.control.update({"steps": STEPS, "batch_size": 32, "learning_rate": 1e-3})
     config.denoise.update({"train_steps": STEPS, "batch_size": 32, "learning_rate": 0.05, "ema": 0.5})
+    config.denoise.divide_optimizer = True
     config.alternate.update({"steps": STEPS, "period": 3})
     config.update_from_flattened_dict(changes)
     return config.to_dict()

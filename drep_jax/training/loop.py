@@ -15,7 +15,7 @@ from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.profile import Profile
 from drep_jax.training.signals import NAMES, Interrupted, hearing_signals
-from drep_jax.training.state import TrainState
+from drep_jax.training.state import TrainState, collected, placed
 
 Tree = Any
 
@@ -35,6 +35,7 @@ def run_stage(
     progress: bool = True,
     probe: Callable[[Tree], dict[str, float]] | None = None,
     profile: Profile | None = None,
+    divided: bool = False,
 ) -> tuple[TrainState, float]:
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
@@ -55,6 +56,7 @@ def run_stage(
       progress: whether to show a bar.
       probe: trained parameters ↦ further numbers for the log and the bar, such as the gap to a known optimum.
       profile: which steps are traced, if any.
+      divided: whether the optimiser's state is divided among the devices, as `make_step` was told.
 
     Returns:
       The final state (one copy) and the seconds spent in all, earlier parts of a resumed stage included.
@@ -73,7 +75,7 @@ def run_stage(
     if start >= steps:
         return state, spent
     writer.rewind(name, start)
-    many, kept = parallel.replicate(state), parallel.replicate(frozen)
+    many, kept = placed(state, divided=divided), parallel.replicate(frozen)
     began = time.perf_counter()
     waiting: list[tuple[int, dict[str, Any]]] = []
     pace = _Pace()
@@ -114,7 +116,7 @@ def run_stage(
     def save(*, wait: bool) -> None:
         check()
         checkpointer.wait()  # before another copy of the state is made
-        one = parallel.unreplicate(many)
+        one = collected(many, state, divided=divided)
         seconds = spent + time.perf_counter() - began
         meta = {"stage": name, "seconds": seconds, "data_position": int(one.step), "unlogged": unlogged}
         checkpointer.save(one, frozen, meta, wait=wait)
@@ -147,7 +149,7 @@ def run_stage(
         finally:
             if traced:
                 traced.close()
-    return parallel.unreplicate(many), spent + time.perf_counter() - began
+    return collected(many, state, divided=divided), spent + time.perf_counter() - began
 
 
 class _Pace:

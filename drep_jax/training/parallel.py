@@ -91,6 +91,21 @@ def device_index() -> Any:
     return jax.lax.axis_index(AXIS)
 
 
+def axis_size() -> int:
+    """Returns the number of devices of all hosts."""
+    return jax.lax.axis_size(AXIS)
+
+
+def scattered_total(flat: Any) -> Any:
+    """Adds up vectors over the devices of all hosts; each device gets the part at its own place."""
+    return jax.lax.psum_scatter(flat, AXIS, tiled=True)
+
+
+def gathered(part: Any) -> Any:
+    """Returns all devices' vectors, one after the other."""
+    return jax.lax.all_gather(part, AXIS, tiled=True)
+
+
 def mean(tree: Tree) -> Tree:
     """Averages over the devices of all hosts."""
     return jax.lax.pmean(tree, AXIS)

@@ -72,15 +72,17 @@ def optimizer_of(config: Config, stage: str) -> Any:
     Raises:
       ConfigError: naming the stage.
     """
-    steps = training_steps(config, stage)
+    steps, divided = training_steps(config, stage), config[section_of(stage)]["divide_optimizer"]
     if stage != "alternating":
-        return _optimizer(config[section_of(stage)], section_of(stage), steps)
+        return _optimizer(config[section_of(stage)], section_of(stage), steps, divided)
     turns = [turn(config, number) for number in range(1, steps + 1)]
     sections = {"denoise": "denoise", "backbone": "control"}
-    return {name: _optimizer(config[section], section, turns.count(name)) for name, section in sections.items()}
+    return {
+        name: _optimizer(config[section], section, turns.count(name), divided) for name, section in sections.items()
+    }
 
 
-def _optimizer(options: Config, section: str, steps: int) -> Any:
+def _optimizer(options: Config, section: str, steps: int, divided: bool) -> Any:
     try:
         return make_optimizer(
             options["optimizer"],
@@ -89,6 +91,7 @@ def _optimizer(options: Config, section: str, steps: int) -> Any:
             warmup=options["warmup"] if steps else 0,
             weight_decay=options["weight_decay"],
             clip=options["clip"],
+            divided=divided,
         )
     except ConfigError as error:
         raise ConfigError(f"{section}: {error}") from error
@@ -146,6 +149,7 @@ def run_training(
         size, host = batch_size_of(config, stage), parallel.host()
         return training_batches(source, size, seed=seed, start_step=start, augmentation=augmentation, shard=host)
 
+    divided = options["divide_optimizer"]
     steps = {
         active: make_step(
             loss_fn[active[0]] if isinstance(loss_fn, Mapping) else loss_fn,
@@ -153,6 +157,7 @@ def run_training(
             active=active,
             accumulate=options["accumulate"],
             ema=config["denoise"]["ema"],
+            divided=divided,
         )
         for active, tx in optimizers.items()
     }
@@ -172,6 +177,7 @@ def run_training(
             checkpoint_every=config["checkpoint_every"],
             progress=config["progress"],
             probe=probe,
+            divided=divided,
             profile=parse_profile(config["profile"], directory) if distributed.primary() else None,
         )
     finally:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from drep_jax.errors import ConfigError, lookup
-from drep_jax.training import parallel
+from drep_jax.training import parallel, zero
 
 Tree = Any
 LossFn = Callable[[Tree, Tree, Mapping[str, Any], jax.Array], tuple[Any, tuple[dict[str, Any], Tree]]]
@@ -69,7 +69,14 @@ OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
 
 
 def make_optimizer(
-    name: str, *, learning_rate: float, steps: int, warmup: int = 0, weight_decay: float = 0.0, clip: float = 0.0
+    name: str,
+    *,
+    learning_rate: float,
+    steps: int,
+    warmup: int = 0,
+    weight_decay: float = 0.0,
+    clip: float = 0.0,
+    divided: bool = False,
 ) -> optax.GradientTransformation:
     """Returns an optimiser with linear warm-up and cosine decay to zero over `steps`.
 
@@ -80,6 +87,7 @@ def make_optimizer(
       warmup: steps of linear warm-up.
       weight_decay: for adamw and sgd.
       clip: largest global gradient norm; 0 for none.
+      divided: whether it is given slices of the gradients, see `drep_jax.training.zero`.
     """
     build = lookup(OPTIMIZERS, name, "optimizer")
     if name == "adam" and weight_decay:
@@ -90,7 +98,8 @@ def make_optimizer(
     if not warmup:
         rate = optax.cosine_decay_schedule(learning_rate, max(steps, 1))
     tx = build(rate, weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+    clipping = zero.clip_by_global_norm if divided else optax.clip_by_global_norm
+    return optax.chain(clipping(clip), tx) if clip else tx
 
 
 def partitioned(
@@ -168,6 +177,7 @@ def make_step(
     active: Sequence[str] | None = None,
     accumulate: int = 1,
     ema: float = 0.0,
+    divided: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Returns the training step, compiled for all local devices.
 
@@ -178,6 +188,7 @@ def make_step(
       accumulate: parts that a device's share of the batch is cut into, one after the other: the memory of one part, the
         gradient of all (batch statistics are those of a part).
       ema: decay of the moving averages that the state keeps; in the first steps at most (1 + n) / (10 + n).
+      divided: whether the optimiser's state is divided among the devices, see `placed`.
 
     Returns:
       (state, frozen, batch) ↦ (state, metrics), everything with a leading axis of devices; loss, gradients, metrics and
@@ -196,19 +207,36 @@ def make_step(
             return others, (grads, {"loss": loss, **metrics})
 
         others, (grads, metrics) = _accumulated(gradients, state.others, batch, accumulate)
-        grads, others, metrics = parallel.mean((grads, others, metrics))
+        others, metrics = parallel.mean((others, metrics))
+        grads, mine = (zero.mean_own(grads), zero.own(moving)) if divided else (parallel.mean(grads), moving)
         fixed = {**frozen, **{name: tree for name, tree in state.params.items() if name not in moving}}
         nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: those leaves are masked or held
-        updates, opt_state = tx.update({**grads, **nothing}, state.opt_state, {**state.params, **frozen})
-        params = {**state.params, **optax.apply_updates(moving, {name: updates[name] for name in moving})}
+        updates, opt_state = tx.update({**grads, **nothing}, state.opt_state, {**state.params, **frozen, **mine})
+        moved = optax.apply_updates(mine, {name: updates[name] for name in moving})
+        params = {**state.params, **(zero.whole(moved, moving) if divided else moved)}
         decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-        moved = {name: params[name] for name in state.ema}
-        average = optax.incremental_update(moved, state.ema, 1.0 - decay)
+        now = {name: params[name] for name in state.ema}
+        average = optax.incremental_update(now, state.ema, 1.0 - decay)
         return state.replace(
             step=state.step + 1, params=params, others=others, opt_state=opt_state, ema=average
         ), metrics
 
     return parallel.on_devices(step, donate_argnums=0)
+
+
+def placed(state: TrainState, *, divided: bool = False) -> TrainState:
+    """Returns a state on every device, or with its optimiser's part divided among them."""
+    if not divided:
+        return parallel.replicate(state)
+    return parallel.replicate(state.replace(opt_state=())).replace(opt_state=zero.divide(state.opt_state))
+
+
+def collected(many: TrainState, like: TrainState, *, divided: bool = False) -> TrainState:
+    """Inverse of `placed`, as NumPy arrays; `like` has the shapes."""
+    if not divided:
+        return parallel.unreplicate(many)
+    one = parallel.unreplicate(many.replace(opt_state=()))
+    return one.replace(opt_state=zero.collect(many.opt_state, like.opt_state))
 
 
 def _accumulated(gradients: Callable[..., Any], others: Tree, batch: Tree, parts: int) -> Any:
