@@ -1,9 +1,11 @@
 """Whole runs that are killed, stopped, moved to other devices or out of disk, and go on: the same bits come out."""
 
+import concurrent.futures
 import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import time
 
@@ -160,6 +162,41 @@ def test_sigterm_saves_and_a_second_signal_ends_at_once(straight, tmp_path):
     assert_same(straight[0], result(directory))
     with open(os.path.join(directory, "run.json"), encoding="utf-8") as file:
         assert len(json.load(file)["starts"]) == 4
+
+
+SIGTERM_TO_ONE = """
+import os
+from drep_jax.training import loop
+count = loop._Pace.count
+seen = []
+def tenth(self, batch):
+    count(self, batch)
+    seen.append(1)
+    if len(seen) == 10:
+        os.kill(os.getpid(), 15)
+loop._Pace.count = tenth
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_sigterm_to_one_process_saves_and_stops_them_all(tmp_path):
+    join = ["--num_processes=2", f"--coordinator_address=127.0.0.1:{free_port()}", f"--workdir={tmp_path / 'run'}"]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        commands = [("", 0), (SIGTERM_TO_ONE, 1)]
+        ends = [
+            pool.submit(start, "train.py", TINY, *join, f"--process_id={i}", before=b, devices=2) for b, i in commands
+        ]
+        first, second = (end.result() for end in ends)
+    assert first.status == second.status == 75, (first, second)
+    assert "Stopped by SIGTERM in stage backbone after step 14 of 40; the state is saved" in first.messages
+    assert "14" in os.listdir(tmp_path / "run" / "checkpoints" / "backbone")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 @pytest.mark.slow

@@ -1,20 +1,22 @@
 """The training loop of one stage: progress, logs, checkpoints, resuming, NaN, signals and profiling."""
 
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from drep_jax.errors import NonFiniteError
-from drep_jax.training import parallel
+from drep_jax.training import distributed, parallel
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.profile import Profile
-from drep_jax.training.signals import NAMES, Interrupted, hearing_signals
+from drep_jax.training.signals import NAMES, Interrupted, StopRequest, hearing_signals
 from drep_jax.training.state import TrainState, collected, placed
 
 Tree = Any
@@ -138,18 +140,26 @@ def run_stage(
                 bar.update()
                 if number % log_every == 0 or number in (1, steps):
                     log(number)
-                asked = stop.raised  # once: a signal that comes while saving is for the next step
+                asked = _asked(stop, number, steps, log_every)  # once: what comes while saving is for the next step
                 if number % checkpoint_every == 0 or number == steps or asked:
                     save(wait=number == steps or asked)
-                if stop.number is not None and (asked or number == steps):
+                if asked or (number == steps and stop.raised):
+                    heard = stop.number or signal.SIGTERM  # or another process heard it
                     raise Interrupted(
-                        f"Stopped by {NAMES[stop.number]} in stage {name} after step {number} of {steps}; the state is saved.",
-                        stop.number,
+                        f"Stopped by {NAMES[heard]} in stage {name} after step {number} of {steps}; the state is saved.",
+                        heard,
                     )
         finally:
             if traced:
                 traced.close()
     return collected(many, state, divided=divided), spent + time.perf_counter() - began
+
+
+def _asked(stop: StopRequest, number: int, steps: int, log_every: int) -> bool:
+    """Whether to stop after this step; several processes have to agree on it, which they do where they write the log."""
+    if distributed.alone():
+        return stop.raised
+    return (number % log_every == 0 or number == steps) and bool(np.any(parallel.gather(np.array([stop.raised]))))
 
 
 class _Pace:
