@@ -151,7 +151,7 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
 def _leave_out_late_reports() -> None:
     """Hushes what Orbax's readers and writers still report, until the process ends, to an event loop that a failure closed."""
     report = sys.unraisablehook
-    if report.__name__ == "_unless_late":  # by an earlier call
+    if getattr(report, "__name__", "") == "_unless_late":  # by an earlier call
         return
 
     def _unless_late(found: Any) -> None:
