@@ -106,6 +106,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
             f"There is nothing to evaluate: {directory} holds no checkpoint of a backbone, and neither --weights=FILE nor "
             "--config.backbone.init_from=FILE is given."
         )
+    folder = distributed.from_primary(lambda: _new_folder(os.path.join(directory, FOLDER)))
     controls = [name for name in ("continued",) if name in arms]
     scores = evaluation.score_arms(
         setting.backbone,
@@ -125,13 +126,9 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         "arms": told,
         "metrics": evaluation.summarize(scores, controls=controls, resamples=resamples, seed=config["seed"]),
     }
-    return content, distributed.from_primary(lambda: _write(content, directory))
-
-
-def _write(content: Mapping[str, Any], directory: str) -> str:
-    folder = _new_folder(os.path.join(directory, FOLDER))
-    report.write_evaluation(content, folder)
-    return folder
+    if distributed.primary():
+        report.write_evaluation(content, folder)
+    return content, folder
 
 
 def _of_run(config: Config, setting: Setting, directory: str) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:

@@ -140,10 +140,10 @@ def run_stage(
                 bar.update()
                 if number % log_every == 0 or number in (1, steps):
                     log(number)
-                stopping = anyone(stop.raised, last=number == steps)
-                if number % checkpoint_every == 0 or number == steps or stopping:
-                    save(wait=number == steps or stopping)
-                if stopping:
+                asked = anyone(stop.raised, last=number == steps)  # once: what comes while saving is for the next step
+                if number % checkpoint_every == 0 or number == steps or asked:
+                    save(wait=number == steps or asked)
+                if asked or (number == steps and stop.raised and distributed.alone()):
                     distributed.barrier("stopping")  # all have saved what they have to
                     by = "a signal to another process" if stop.number is None else NAMES[stop.number]
                     raise Interrupted(
