@@ -7,7 +7,8 @@
     python train.py --eval_only --weights=plain.safetensors,fused.safetensors
 
 A run that was interrupted goes on where it stopped when the same command is given again.
-Exit status: 0; 1 for bad input or a full disk; 3 if the certificate fails; 75 after SIGTERM and 130 after Ctrl-C, both saved.
+Exit status: 0; 1 for bad input or a full disk; 3 if the certificate fails; 75 after SIGTERM and 130 after
+Ctrl-C, both saved; 4 if another process of the run is gone (docs/scaling.md).
 """
 
 import os

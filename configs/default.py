@@ -40,7 +40,7 @@ def get_default() -> ConfigDict:
             "randaugment_magnitude": 9.0,  # 0 to 30
             "erase": 0.0,  # probability
             "mixup": 0.0,  # parameter of the Beta distribution; labelled stages only
-            "cutmix": 0.0,  # likewise; with both on, each image takes one of them
+            "cutmix": 0.0,  # likewise
         }
     )
     config.model = ConfigDict(  # the backbone's architecture; further settings of it may be added (docs/models.md)

@@ -140,11 +140,25 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
         except DrepError as error:
             return _say(f"Error: {error}", EXIT_ERROR)
         return 0
+    _leave_out_late_reports()
     try:
         app.run(guarded, flags_parser=parse)
     except SystemExit as end:
         return int(end.code or 0) if not isinstance(end.code, str) else EXIT_ERROR
     return 0
+
+
+def _leave_out_late_reports() -> None:
+    """Hushes what Orbax's readers and writers still report, until the process ends, to an event loop that a failure closed."""
+    report = sys.unraisablehook
+    if getattr(report, "__name__", "") == "_unless_late":  # by an earlier call
+        return
+
+    def _unless_late(found: Any) -> None:
+        if "Event loop is closed" not in str(found.exc_value):
+            report(found)
+
+    sys.unraisablehook = _unless_late
 
 
 def _explain(error: BaseException) -> str:

@@ -4,6 +4,9 @@
 """
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -52,6 +55,15 @@ class ExportError(DrepError, ValueError):
 
 class NonFiniteError(DrepError, FloatingPointError):
     """NaN or Inf where finite numbers are required."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns the first line of an error's text, without TensorStore's account of the files around it."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if re.search(rf"os_error_code='{number}'|os error {number}\b|\[Errno {number}\]", text):
+            return os.strerror(number)
+    return text[:200]
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from drep_jax import evaluation, lock, report, weights, workdir
 from drep_jax.builder import Setting, build
 from drep_jax.errors import CheckpointError, ConfigError, DataError
-from drep_jax.experiment import check_evaluation, read_weights
+from drep_jax.experiment import agree, check_evaluation, read_weights
 from drep_jax.fusion import fuse_exact
 from drep_jax.learners import DIRECT, EXPLICIT
 from drep_jax.machine import environment
@@ -89,6 +89,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
             "There are no labelled test images, or the backbone has no head, so there is nothing to evaluate."
         )
     check_evaluation(config)
+    agree(config, setting)
     with lock.reading(directory) if distributed.primary() else contextlib.nullcontext():
         arms, told = _of_run(config, setting, directory)
     given = [_named(file) for file in files]
@@ -105,6 +106,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
             f"There is nothing to evaluate: {directory} holds no checkpoint of a backbone, and neither --weights=FILE nor "
             "--config.backbone.init_from=FILE is given."
         )
+    folder = distributed.from_primary(lambda: _new_folder(os.path.join(directory, FOLDER)))
     controls = [name for name in ("continued",) if name in arms]
     scores = evaluation.score_arms(
         setting.backbone,
@@ -124,13 +126,9 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         "arms": told,
         "metrics": evaluation.summarize(scores, controls=controls, resamples=resamples, seed=config["seed"]),
     }
-    return content, distributed.from_primary(lambda: _write(content, directory))
-
-
-def _write(content: Mapping[str, Any], directory: str) -> str:
-    folder = _new_folder(os.path.join(directory, FOLDER))
-    report.write_evaluation(content, folder)
-    return folder
+    if distributed.primary():
+        report.write_evaluation(content, folder)
+    return content, folder
 
 
 def _of_run(config: Config, setting: Setting, directory: str) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:

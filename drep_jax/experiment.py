@@ -157,6 +157,8 @@ def agree(config: Config, setting: Setting) -> None:
     Raises:
       ConfigError: naming the process and what differs.
     """
+    if distributed.alone():
+        return
     settings = {name: value for name, value in workdir.flatten(config).items() if name != "progress"}
     distributed.check_same("configuration", settings)
     sources = {"train": setting.train, "validation": setting.held_out, "test": setting.test}

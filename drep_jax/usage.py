@@ -56,7 +56,8 @@ def _settings(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str
 
 def _own_flags() -> list[Any]:
     """Returns the options that this project defines, those that the scripts share first."""
-    ours = [name for name in flags.FLAGS.flags_by_module_dict() if name in ("drep_jax.cli", "__main__", sys.argv[0])]
+    names = ("drep_jax.cli", "drep_jax.training.distributed", "__main__", sys.argv[0])
+    ours = [name for name in flags.FLAGS.flags_by_module_dict() if name in names]
     found = [flag for name in sorted(ours, key=lambda n: n != "drep_jax.cli") for flag in _flags_of(name)]
     if "config" in flags.FLAGS:  # ml_collections defines it in its own name
         found.insert(0, flags.FLAGS["config"])

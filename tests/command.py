@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import resource
 import runpy
 import subprocess
 import sys
@@ -70,6 +71,17 @@ def start(script, *arguments, devices=8, before=""):
     command = [sys.executable, "-c", code, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a full disk, the system refuses to write more than `size` bytes to a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def same_bits(one, two):

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from drep_jax.denoiser import explicit_apply
 from drep_jax.errors import CheckpointError, ConfigError
 from drep_jax.training import stages
 from drep_jax.training.logging import CLOCK, read_metrics
-from tests.command import TINY, call, largest_difference, same_bits, start
+from tests.command import ROOT, TINY, call, largest_difference, same_bits, start
 from tests.tiny_config import get_config
 
 DIE = """
@@ -161,7 +163,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a training step was made")
 
-    monkeypatch.setattr(experiment, "collect_moments", never)
+    monkeypatch.setattr("drep_jax.learners.base.collect_moments", never)
     monkeypatch.setattr("drep_jax.training.stages.training_batches", never)
     again = experiment.run({**finished.config, "latency_rounds": 2}, finished.directory)
     assert again["metrics"] == finished.report["metrics"]
@@ -183,6 +185,26 @@ def test_one_device_learns_what_eight_learn(finished, tmp_path):
         [line["loss"] for line in losses(d) if line["stage"] == "algorithm1"] for d in (directory, finished.directory)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+DIGEST = """
+import sys
+import jax
+from drep_jax import refusion, weights
+_, _, variables, denoise = refusion.load_run(sys.argv[1])
+print(jax.device_count(), weights.digest({"params": denoise, **{f"b_{k}": v for k, v in variables.items()}}))
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_what_eight_devices_saved_is_read_bit_for_bit_on_others(devices, finished):
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DIGEST, finished.directory]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    _, _, variables, denoise = refusion.load_run(finished.directory)
+    ours = weights.digest({"params": denoise, **{f"b_{name}": tree for name, tree in variables.items()}})
+    assert done.stdout.split() == [str(devices), ours]
 
 
 # ---- other data and models ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 
 from drep_jax import weights
 from drep_jax.errors import CheckpointError, NonFiniteError
-from tests.command import same_bits
+from tests.command import files_of_at_most, same_bits
 
 VARIABLES = {
     "params": {
@@ -148,3 +148,17 @@ def test_what_is_not_there_or_not_ours_is_named(tmp_path):
     (tmp_path / "text").write_text("not weights")
     with pytest.raises(CheckpointError, match="no complete safetensors file"):
         weights.load(str(tmp_path / "text"), VARIABLES)
+
+
+@forms
+def test_weights_that_find_no_space_leave_the_earlier_ones(form, tmp_path):
+    earlier, later = (
+        {"params": {"w": np.random.default_rng(n).normal(size=20_000).astype(np.float32)}} for n in (1, 2)
+    )
+    path = save(form, tmp_path, earlier)
+    refused = pytest.raises(CheckpointError, match=r"Cannot write weights to .*: File too large\.")
+    with files_of_at_most(40_000), refused:
+        save(form, tmp_path, later)
+    like = {"params": {"w": jax.ShapeDtypeStruct((20_000,), np.float32)}}
+    assert same_bits(weights.load(path, like), earlier)
+    assert same_bits(weights.load(save(form, tmp_path, later), like), later)

@@ -10,6 +10,7 @@ import pytest
 from drep_jax import machine
 from drep_jax.errors import CheckpointError
 from drep_jax.machine import environment
+from drep_jax.settings import defaults
 from drep_jax.workdir import CONFIG, FREE, claimed, flatten, read_config, write_json
 
 RUN = {
@@ -111,6 +112,55 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 def test_flatten():
     assert flatten({"a": {"b": {"c": 1}, "d": (2,)}, "e": None}) == {"a.b.c": 1, "a.d": (2,), "e": None}
+
+
+def test_every_start_is_recorded_when_it_begins(tmp_path, monkeypatch):
+    for arguments in (["train.py"], ["train.py", "--config.log_every=1"]):
+        monkeypatch.setattr("sys.argv", arguments)
+        with claimed(str(tmp_path), RUN), open(tmp_path / "run.json", encoding="utf-8") as file:
+            starts = json.load(file)["starts"]
+    assert [start["command"] for start in starts] == ["python train.py", "python train.py --config.log_every=1"]
+    for start in starts:
+        assert start["packages"].keys() >= {"jaxlib", "numpy", "optax", "orbax-checkpoint"} and start["jax"]
+        hardware = start["hardware"]
+        assert hardware["cores"] >= hardware["usable_cores"] >= 1 and hardware["memory_gib"] > 0.1
+        assert hardware["processor"] and hardware["host"] and hardware["accelerators"] == []
+    (tmp_path / "run.json").write_text("damaged by hand")
+    claim(str(tmp_path), RUN)
+    with open(tmp_path / "run.json", encoding="utf-8") as file:
+        assert len(json.load(file)["starts"]) == 1
+
+
+def test_sources_that_differ_from_their_commit_are_marked(monkeypatch):
+    answers = {"rev-parse": "abc", "status": " M train.py"}
+    monkeypatch.setattr(machine, "_git", lambda place, command, *options: answers[command])
+    assert machine.revision() == "abc-dirty"
+    answers["status"] = ""
+    assert machine.revision() == "abc"
+    answers["rev-parse"] = ""
+    assert machine.revision() is None
+
+
+def test_accelerators_are_listed_with_their_memory(monkeypatch):
+    class Device:
+        platform, device_kind = "gpu", "NVIDIA H200"
+
+        def memory_stats(self):
+            return {"bytes_limit": 100 * 2**30}
+
+    monkeypatch.setattr(machine.jax, "local_devices", lambda: [Device()])
+    assert machine.hardware()["accelerators"] == [{"name": "NVIDIA H200", "usable_memory_gib": 100.0}]
+
+
+def test_settings_that_were_not_there_yet_count_as_their_defaults(tmp_path):
+    old = defaults()
+    del old["wandb"], old["denoise"]["time_scale"]
+    write_json(str(tmp_path / CONFIG), old)
+    begun(tmp_path)
+    claim(str(tmp_path), defaults())
+    other = {**defaults(), "denoise": {**defaults()["denoise"], "time_scale": 2.0}}
+    with pytest.raises(CheckpointError, match=r"denoise\.time_scale: 1\.0 there, 2\.0 now"):
+        claim(str(tmp_path), other)
 
 
 def test_environment_says_what_made_a_run_and_needs_no_git(monkeypatch):

@@ -89,7 +89,8 @@ def _write(path: str, content: bytes) -> None:
             _remove(temporary)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot write {path}: {error.strerror}. Give a work directory that can be written to."
+            f"Cannot write {path}: {error.strerror}. Free some space or make the place writable, then give the same command "
+            "again."
         ) from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from drep_jax.denoise_tree import check_finite
-from drep_jax.errors import CheckpointError
+from drep_jax.errors import CheckpointError, reason_of
 from drep_jax.one_process import orbax_options
 from drep_jax.training.state import TrainState
 
@@ -119,7 +119,7 @@ class Checkpointer:
         if self._failed is not None:
             (step, error), self._failed = self._failed, None
             raise CheckpointError(
-                f"Could not write the checkpoint of step {step} to {self.directory}: {_reason(error)}. Earlier checkpoints "
+                f"Could not write the checkpoint of step {step} to {self.directory}: {reason_of(error)}. Earlier checkpoints "
                 f"are untouched (the last is that of step {self._manager.latest_step() or 0}); free some space or make the "
                 "place writable, then give the same command again."
             ) from error
@@ -164,7 +164,7 @@ class Checkpointer:
         except Exception as error:  # Orbax raises many kinds for damaged files; all mean the same to the user
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is damaged or was written by something else "
-                f"({type(error).__name__}: {_reason(error)}). Delete {os.path.join(self.directory, str(step))} to go on from "
+                f"({type(error).__name__}: {reason_of(error)}). Delete {os.path.join(self.directory, str(step))} to go on from "
                 "an earlier checkpoint, if there is one."
             ) from error
         tree = found["state"]
@@ -206,17 +206,8 @@ class Checkpointer:
         self._settle()
         if self._failed is not None:
             step, error = self._failed
-            print(f"The checkpoint of step {step} could not be written: {_reason(error)}.", file=sys.stderr)
+            print(f"The checkpoint of step {step} could not be written: {reason_of(error)}.", file=sys.stderr)
         self._manager.close()
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the first line of an error's text, without TensorStore's account of the files around it."""
-    text = (str(error).splitlines() or [""])[0]
-    for number in ("28", "27", "122", "30", "13"):  # ENOSPC, EFBIG, EDQUOT, EROFS, EACCES
-        if f"os_error_code='{number}'" in text:
-            return os.strerror(int(number))
-    return text[:200]
 
 
 def _checksum(meta: dict[str, Any]) -> int:

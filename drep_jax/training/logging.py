@@ -144,7 +144,7 @@ def _package() -> Any:
         import wandb
     except ImportError as error:
         raise ConfigError(
-            "wandb.project needs the package wandb, which is optional: pip install -r requirements-wandb.txt"
+            f"wandb.project needs the package wandb, which is optional ({error}): pip install -r requirements-wandb.txt"
         ) from error
     return wandb
 

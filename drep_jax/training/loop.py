@@ -1,6 +1,7 @@
 """The training loop of one stage: progress, logs, checkpoints, resuming, NaN, signals and profiling."""
 
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import jax
 import tqdm
 
 from drep_jax.errors import NonFiniteError
-from drep_jax.training import parallel
+from drep_jax.training import distributed, parallel
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.profile import Profile
@@ -121,6 +122,7 @@ def run_stage(
         meta = {"stage": name, "seconds": seconds, "data_position": int(one.step), "unlogged": unlogged}
         checkpointer.save(one, frozen, meta, wait=wait)
 
+    anyone = parallel.AnyHost()
     traced = profile.of_stage(name, start, steps) if profile else None
     with bar, hearing_signals() as stop:
         iterator = batches(start)
@@ -138,12 +140,15 @@ def run_stage(
                 bar.update()
                 if number % log_every == 0 or number in (1, steps):
                     log(number)
-                if number % checkpoint_every == 0 or number == steps or stop.raised:
-                    save(wait=number == steps or stop.raised)
-                if stop.number is not None:
+                asked = anyone(stop.raised, last=number == steps)  # once: what comes while saving is for the next step
+                if number % checkpoint_every == 0 or number == steps or asked:
+                    save(wait=number == steps or asked)
+                if asked or (number == steps and stop.raised and distributed.alone()):
+                    distributed.barrier("stopping")  # all have saved what they have to
+                    by = "a signal to another process" if stop.number is None else NAMES[stop.number]
                     raise Interrupted(
-                        f"Stopped by {NAMES[stop.number]} in stage {name} after step {number} of {steps}; the state is saved.",
-                        stop.number,
+                        f"Stopped by {by} in stage {name} after step {number} of {steps}; the state is saved.",
+                        signal.SIGTERM if stop.number is None else stop.number,
                     )
         finally:
             if traced:
@@ -161,7 +166,7 @@ class _Pace:
     def count(self, batch: dict[str, Any]) -> None:
         """Notes a step."""
         if self._began is not None:
-            self._images += len(jax.tree_util.tree_leaves(batch)[0])
+            self._images += len(jax.tree_util.tree_leaves(batch)[0]) * parallel.host()[1]
 
     def images_per_second(self) -> float | None:
         """Returns the number, or None if there is none yet."""

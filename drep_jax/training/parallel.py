@@ -192,15 +192,18 @@ class AnyHost:
     def __init__(self) -> None:
         self._under_way: collections.deque[Any] = collections.deque()
 
-    def __call__(self, raised: bool) -> bool:
-        """Returns the flag on one host; among several, whether any of them raised it `LAG` calls ago.
+    def __call__(self, raised: bool, *, last: bool = False) -> bool:
+        """Returns the flag on one host; among several, whether any of them had raised it `LAG` calls ago.
 
         Args:
-          raised: this host's flag; once raised, it must stay so.
+          raised: this host's flag; once raised, it stays so.
+          last: whether this is the last call, which then waits for what all hosts say now.
         """
         if jax.process_count() == 1:
             return raised
         self._under_way.append(_largest()(np.full(local_device_count(), raised, np.float32)))
+        if last:
+            return bool(unreplicate(self._under_way.pop()))
         if len(self._under_way) <= LAG:
             return False
         return bool(unreplicate(self._under_way.popleft()))

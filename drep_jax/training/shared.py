@@ -1,5 +1,6 @@
 """The files of a run as every process sees them: process 0 reads and writes, and tells the others what they need to know."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ class SharedCheckpointer:
     """A `Checkpointer` of process 0; restoring gives every process the same state, wherever the files are."""
 
     def __init__(self, directory: str, **options: Any) -> None:
-        self.directory = directory
+        self.directory = os.path.abspath(directory)
         self._own: Any = on_primary(lambda: Checkpointer(directory, **options))
 
     def latest(self) -> int | None:

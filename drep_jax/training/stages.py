@@ -9,7 +9,7 @@ from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
-from drep_jax.training import parallel
+from drep_jax.training import distributed, parallel
 from drep_jax.training.checkpoint import folder_of
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
@@ -178,7 +178,7 @@ def run_training(
             progress=config["progress"],
             probe=probe,
             divided=divided,
-            profile=parse_profile(config["profile"], directory),
+            profile=parse_profile(config["profile"], directory) if distributed.primary() else None,
         )
     finally:
         checkpointer.close()

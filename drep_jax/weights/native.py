@@ -18,7 +18,7 @@ import safetensors
 import safetensors.flax
 
 from drep_jax.denoise_tree import check_finite
-from drep_jax.errors import CheckpointError
+from drep_jax.errors import CheckpointError, reason_of
 from drep_jax.one_process import orbax_options
 from drep_jax.weights.translation import some
 
@@ -48,27 +48,46 @@ def save_safetensors(path: str, variables: Tree, fusion: Mapping[str, Any] | Non
 
     Raises:
       NonFiniteError: for NaN or Inf.
+      CheckpointError: if the file cannot be written.
     """
     check_finite(variables, f"Not writing {path}")
     # In C order, because safetensors writes the memory of an array as it lies.
     tensors: Any = {name: np.asarray(leaf, order="C") for name, leaf in names_of(variables).items()}
     temporary = f"{path}.tmp"
-    safetensors.flax.save_file(tensors, temporary, metadata={MARK: json.dumps({"fused": fusion})})
-    os.replace(temporary, path)
+    try:
+        safetensors.flax.save_file(tensors, temporary, metadata={MARK: json.dumps({"fused": fusion})})
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _not_written(path, error) from error
 
 
 def save_orbax(directory: str, variables: Tree, fusion: Mapping[str, Any] | None = None) -> None:
-    """Writes the variables of a backbone as an Orbax checkpoint, replacing an earlier one only when it is complete."""
+    """Writes the variables of a backbone as an Orbax checkpoint, replacing an earlier one only when it is complete.
+
+    Raises:
+      NonFiniteError: for NaN or Inf.
+      CheckpointError: if it cannot be written.
+    """
     check_finite(variables, f"Not writing {directory}")
     directory = os.path.abspath(directory)
     temporary = f"{directory}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.StandardCheckpointer(**orbax_options()) as checkpointer:
-        checkpointer.save(temporary, jax.tree_util.tree_map(np.asarray, dict(variables)))
-    with open(os.path.join(temporary, ORBAX_MARK), "w", encoding="utf-8") as file:
-        json.dump({"fused": fusion}, file)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    try:
+        with ocp.StandardCheckpointer(**orbax_options()) as checkpointer:
+            checkpointer.save(temporary, jax.tree_util.tree_map(np.asarray, dict(variables)))
+        with open(os.path.join(temporary, ORBAX_MARK), "w", encoding="utf-8") as file:
+            json.dump({"fused": fusion}, file)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        raise _not_written(directory, error) from error
+
+
+def _not_written(path: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot write weights to {path}: {reason_of(error)}. Nothing else is lost; free some space or make the place "
+        "writable, then give the same command again."
+    )
 
 
 def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:

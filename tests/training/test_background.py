@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import resource
+import signal
 import threading
 
 import jax
@@ -13,10 +13,12 @@ import pytest
 
 from drep_jax.errors import CheckpointError, NonFiniteError
 from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.logging import MetricWriter
+from drep_jax.training.logging import MetricWriter, read_metrics
 from drep_jax.training.loop import run_stage
+from drep_jax.training.profile import Profile
+from drep_jax.training.signals import Interrupted
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
-from tests.command import same_bits
+from tests.command import files_of_at_most, same_bits
 
 STEPS = 8
 SIZE = 40_000  # random numbers, which no compression makes small
@@ -53,10 +55,10 @@ def step():
     return make_step(loss, start()[1])
 
 
-def run(directory, step, feed=batches, full_from=None):
+def run(directory, step, feed=batches, full_from=None, **more):
     """Trains; from step `full_from` on, when what was saved is on disk, the disk is full."""
     checkpointer, writer = Checkpointer(str(directory / "stage")), MetricWriter(str(directory))
-    options = {"steps": STEPS, "log_every": 3, "checkpoint_every": 2, "progress": False}
+    options = {"steps": STEPS, "log_every": 3, "checkpoint_every": 2, "progress": False, **more}
     limit = contextlib.ExitStack()
 
     def fill(first):
@@ -74,17 +76,6 @@ def run(directory, step, feed=batches, full_from=None):
     finally:
         checkpointer.close()
         writer.close()
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """As on a full disk, the system refuses to write more than `size` bytes to a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -176,3 +167,47 @@ def test_fields_that_a_checkpoint_lacks_are_empty_or_it_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"other settings of training.*ema"):
         checkpointer.restore(state.replace(ema=state.params), {})
     checkpointer.close()
+
+
+@pytest.mark.parametrize("number, last", [(4, 5), (STEPS, STEPS)])
+def test_a_signal_that_comes_while_saving_is_not_lost(number, last, tmp_path, step, monkeypatch):
+    save = Checkpointer.save
+
+    def late(self, state, frozen, meta, **options):
+        save(self, state, frozen, meta, **options)
+        if int(state.step) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpointer, "save", late)
+    with pytest.raises(
+        Interrupted, match=f"Stopped by SIGTERM in stage s after step {last} of {STEPS}; the state is saved"
+    ):
+        run(tmp_path, step)
+    assert str(last) in os.listdir(tmp_path / "stage")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"Cannot keep checkpoints in .*checkpoints/s: Not a directory"):
+        Checkpointer(str(tmp_path / "checkpoints" / "s"))
+
+
+# ---- what a person sees meanwhile --------------------------------------------------------------------------------------
+
+
+def test_the_bar_and_the_log_say_how_fast_it_goes(tmp_path, step, capsys):
+    run(tmp_path, step, progress=True, probe=lambda params: {"gap": 0.25})
+    shown = capsys.readouterr().err
+    assert f"{STEPS}/{STEPS}" in shown and "gap=0.2500" in shown and "loss=" in shown and "images/s=" in shown
+    first, *others = read_metrics(str(tmp_path / "metrics.jsonl"))
+    assert "images_per_second" not in first and all(line["gap"] == 0.25 for line in others)
+    assert all(line["images_per_second"] > 0 for line in others)
+    # 16 images from the line of step 1 to that of step 3, in less time than between these lines
+    seconds = others[0]["seconds"] - first["seconds"]
+    assert others[0]["images_per_second"] >= 0.99 * 16 / seconds
+
+
+def test_a_stage_traces_the_steps_asked_for(tmp_path, step):
+    run(tmp_path, step, profile=Profile(3, 2, str(tmp_path)))
+    found = [path for path in (tmp_path / "profile" / "s").rglob("*.xplane.pb")]
+    assert len(found) == 1 and b"train" in found[0].read_bytes()

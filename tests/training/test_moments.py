@@ -15,10 +15,12 @@ import pytest
 
 from drep_jax.closed_form import _blocks, load_moments, moments_from_sums, no_sums
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
+from drep_jax.measured import measure
 from drep_jax.sites import find_sites
 from drep_jax.training import parallel
 from drep_jax.training.moments import collect_moments
 from tests import trees
+from tests.test_measured import Mlp, streams
 
 MASK = np.array([1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0], np.float32)  # of two batches of eight: 11 images
 
@@ -203,10 +205,11 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=whic
 import numpy as np
 from drep_jax.closed_form import save_moments
 from drep_jax.training.moments import collect_moments
-from tests.training.test_moments import over_hosts
+from tests.training.test_moments import measured, over_hosts
 net, sites, variables, x = over_hosts()
 mine = [(x[i : i + 4], np.ones(4, np.float32)) for i in (4 * which, 8 + 4 * which)]
 save_moments(out, collect_moments(net, variables, sites, mine, near=x[:8], tokens=0.4, seed=5), str(jax.device_count()))
+np.savez(out + ".maps.npz", *measured())
 """
 
 
@@ -217,8 +220,20 @@ def over_hosts():
     return net, sites, trees.randomize(trees.zeros(jax.eval_shape(net.init, jax.random.key(0), x[:1]))), x
 
 
+def measured():
+    """Denoisers against measured noise, and what the network says: arrays."""
+    model, images = Mlp(residual=True), streams(shape=(130, 6), count=3)
+    variables = model.init(jax.random.key(0), images[0])
+    sites = find_sites(model, images[0], pattern="[ab]")
+    found = measure(model, variables, sites, images, np.array([0.3, 0.3, 0.4]), vectors=20)
+    return [*jax.tree_util.tree_leaves(found.denoise), found.outputs]
+
+
 def test_two_hosts_take_the_moments_of_one(tmp_path):
-    """Two processes of two devices each, with half of every batch: both end with the moments of all images."""
+    """Two processes of two devices each, with half of every batch: both end with the moments of all images.
+
+    And with the same maps against measured noise, for which five chunks of images are divided among four devices.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -247,6 +262,11 @@ def test_two_hosts_take_the_moments_of_one(tmp_path):
         np.testing.assert_array_equal(first[path].covariance, second[path].covariance)
         np.testing.assert_allclose(first[path].mean, wanted[path].mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(first[path].covariance, wanted[path].covariance, rtol=1e-4, atol=1e-6)
+    maps = [[*np.load(f"{file}.maps.npz").values()] for file in files]
+    for one, other, alone in zip(*maps, measured(), strict=True):
+        assert np.abs(one).max() > 1e-3
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 192, 193, 800])

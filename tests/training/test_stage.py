@@ -258,7 +258,9 @@ def test_optimisers():
 def test_batches_must_divide_among_devices():
     parallel.check_batch(16, "x")
     for size in (0, 6, 12):
-        with pytest.raises(ConfigError, match=f"x={size} must be a positive multiple of the 8 local devices"):
+        with pytest.raises(
+            ConfigError, match=f"x={size} must be a positive multiple of 8, the number of the local devices"
+        ):
             parallel.check_batch(size, "x")
     tree = {"a": np.arange(32).reshape(16, 2)}
     same(parallel.unshard(parallel.shard(tree)), tree)
