@@ -159,12 +159,14 @@ def test_more_steps_than_were_learned_are_refused(fuse):
     fuse("--steps=0")[0].refused("at least 1", "0")
 
 
+@pytest.mark.slow
 def test_sampled_noise_is_decided_by_its_seed(finished, fuse):
     one, again, other = (passed(fuse("--noise=sample", f"--seed={seed}")) for seed in (1, 1, 2))
     assert one == again != other
     assert own(finished) not in (one, other)
 
 
+@pytest.mark.slow
 def test_types_that_round_the_change_away_are_refused(finished, fuse):
     ended, written = fuse("--dtype=bfloat16", "--steps=1")
     ended.refused("bfloat16", "rounds away", "--allow_rounding")

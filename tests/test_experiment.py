@@ -130,6 +130,7 @@ def test_fused_weights_in_the_plain_backbone_are_the_explicit_path(form, finishe
 # ---- stopped and resumed -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bits(finished, tmp_path):
     directory = str(tmp_path / "run")
     before = DIE.format(stage="algorithm1", step=21, signal="SIGKILL")
@@ -142,6 +143,7 @@ def test_killed_and_resumed_gives_the_same_bits(finished, tmp_path):
     assert again["metrics"] == finished.report["metrics"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
     directory = str(tmp_path / "run")
     before = DIE.format(stage="control", step=1, signal="SIGINT")

@@ -72,7 +72,7 @@ schedules = st.builds(
 )
 
 
-@hypothesis.settings(max_examples=18, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(
     nets(),
     schedules,

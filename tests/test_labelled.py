@@ -216,7 +216,11 @@ def test_labelled_learners_need_labels(finished, tmp_path):
         experiment.check(config, setting)
 
 
-@pytest.mark.parametrize("options", [{"compute": "bfloat16"}, {"remat": True}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"compute": "bfloat16"}, pytest.param({"remat": True}, marks=pytest.mark.slow), {"accumulate": 2}],
+    ids=str,
+)
 def test_ways_to_compute_give_the_gradient_of_the_plain_step(finished, batch, options):
     """Recomputing and accumulating change nothing but rounding; bfloat16 keeps the direction and float32 parameters."""
     from drep_jax.training import parallel

@@ -11,6 +11,7 @@ from drep_jax.errors import ConfigError
 from tests.command import call, largest_difference
 
 
+@pytest.mark.slow
 def test_maps_given_directly_have_no_time_steps(finished, tmp_path):
     config = json.loads(json.dumps(finished.config))
     config["backbone"].update(init_from=finished.backbone, steps=0)

@@ -221,6 +221,7 @@ def test_writes_everything_and_nothing_else(case, tmp_path):
     assert tables and not re.search(r"\b(None|nan|inf)\b", text)
 
 
+@pytest.mark.slow
 def test_plots_are_reproducible_and_follow_the_numbers():
     def draw(report):
         return {name: zlib.crc32(plot(report)) for name, plot in PLOTS.items()}
@@ -237,6 +238,7 @@ def test_plots_are_reproducible_and_follow_the_numbers():
     assert all(first[name] != third[name] for name in PLOTS)
 
 
+@pytest.mark.slow
 def test_sites_plot_grows_with_the_sites_but_not_for_ever():
     heights = []
     for sites in (8, 48, 160, 170):

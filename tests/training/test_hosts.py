@@ -61,6 +61,7 @@ def learned(directory, stage):
     return jax.tree_util.tree_map(np.asarray, tree["params"])
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(several):
     same_learning(several["8"], several["2x4"])
     same_numbers(several["8"], several["2x4"])

@@ -523,7 +523,7 @@ def test_damaged_files_are_read_or_refused(kind):
         # Where a file says what it is, rather than in the numbers: its texts, or its first and last thousand bytes.
         places = st.integers(0, len(whole) - 1) | st.integers(0, min(600, len(whole) - 1))
 
-        @hypothesis.settings(max_examples=400, deadline=None, database=None, derandomize=True)
+        @hypothesis.settings(max_examples=150, deadline=None, database=None, derandomize=True)
         @hypothesis.given(
             st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=4), st.integers(-40, 40)
         )
