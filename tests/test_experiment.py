@@ -259,6 +259,7 @@ def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_pa
     assert call("fuse.py", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}").status == 0
 
 
+@pytest.mark.slow
 def test_resnet_with_batch_statistics_end_to_end(tmp_path):
     config = copy.deepcopy(get_config().to_dict())
     config["model"] = {

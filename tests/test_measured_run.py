@@ -77,6 +77,7 @@ def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_pat
     assert sum(best.values()) >= sum(points[0]["scores"].values())
 
 
+@pytest.mark.slow
 def test_a_backbone_without_a_head_is_chosen_by_the_nearest_image(finished, tmp_path):
     headless = {name: leaf for name, leaf in finished.variables["params"].items() if name != "head"}
     weights.save_safetensors(str(tmp_path / "headless.safetensors"), {"params": headless})

@@ -103,6 +103,7 @@ def test_a_half_precision_file_must_keep_the_change(finished, foreign_file, tmp_
     assert {tensor.dtype for tensor in kept.values()} == {np.dtype(np.float16)}
 
 
+@pytest.mark.slow
 def test_batch_norms_are_folded_into_a_file_of_the_same_names(finished, tmp_path):
     model = {"name": "resnet", "num_classes": 10, "stage_sizes": [1, 1], "block": "basic", "width": 8, "stem": "cifar"}
     backbone = ResNet(stage_sizes=(1, 1), block="basic", width=8, stem="cifar", num_classes=10)

@@ -127,6 +127,7 @@ def test_what_was_trained_can_be_mixed_with_the_backbone(finished, tmp_path):
         assert same_bits(finished.variables["params"], written(finished, tmp_path)) == (strength == 0.0)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_solved_is_solved_again_without_being_told(finished, tmp_path):
     directory = copied(finished, tmp_path / "run", lambda config: config.update(learner="closed_form"))
     config = experiment.workdir.read_config(directory)

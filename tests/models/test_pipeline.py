@@ -100,7 +100,11 @@ def test_every_family_has_a_narrow_network():
     assert set(family.values()) == {family[name] for name in NARROW}
 
 
-@pytest.mark.parametrize("name", NARROW)
+# The two that take longest run with `pytest -m slow`.
+LONG = ("swinv2", "vmamba")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in NARROW])
 def test_the_whole_method_runs_on_every_family(name):
     options, size, expected = NARROW[name]
     check(create_model(name, num_classes=5, image_size=size, **options), size, 24, expected)

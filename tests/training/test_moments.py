@@ -181,6 +181,7 @@ def test_ten_million_vectors_lose_no_accuracy():
     assert lost.max() > 1e-2
 
 
+@pytest.mark.slow
 def test_one_device_takes_the_moments_of_eight(monkeypatch):
     net = trees.Net((trees.Conv(groups=2),), (trees.Scan(length=2), trees.Dense(4)))
     x = np.asarray(trees.normal(1, (16, 6, 6, 4))) + 3.0
