@@ -65,10 +65,11 @@ def run(config: Config, directory: str) -> dict[str, Any]:
             if primary:
                 unreadable.keep_records(directory, setting.parts)
             variables = make_backbone(config, setting, directory, writer)
-            arms = {"baseline": variables}
+            arms, continued = {"baseline": variables}, None
             if config["control"]["steps"]:
-                arms["continued"] = train_labelled(config, setting, "control", variables, directory, writer)
-            learned = learn_all(config, setting, variables, directory, writer)
+                continued = train_labelled(config, setting, "control", variables, directory, writer)
+                arms["continued"] = continued[0]
+            learned = learn_all(config, setting, variables, directory, writer, continued)
         return finish(config, setting, directory, arms, learned)
 
 
@@ -193,7 +194,7 @@ def make_backbone(config: Config, setting: Setting, directory: str, writer: Metr
     path = config["backbone"]["init_from"]
     if path:
         return read_weights(config, setting, path)
-    return train_labelled(config, setting, "backbone", _fresh(config, setting), directory, writer)
+    return train_labelled(config, setting, "backbone", _fresh(config, setting), directory, writer)[0]
 
 
 def _fresh(config: Config, setting: Setting) -> Tree:
@@ -226,12 +227,17 @@ def read_weights(config: Config, setting: Setting, path: str, *, allow_fused: bo
 
 
 def learn_all(
-    config: Config, setting: Setting, variables: Tree, directory: str, writer: MetricWriter
+    config: Config,
+    setting: Setting,
+    variables: Tree,
+    directory: str,
+    writer: MetricWriter,
+    continued: tuple[Tree, float] | None = None,
 ) -> dict[str, Learned]:
-    """Learns the denoisers without labels on the frozen backbone by every learner asked for, the exported one last."""
+    """Learns by every learner asked for, the exported one last; `continued` is the control arm, and its seconds."""
     began = time.perf_counter()
     moments = take_moments(config, setting, variables, directory)
-    task = Task(config, setting, variables, moments, time.perf_counter() - began, directory, writer)
+    task = Task(config, setting, variables, moments, time.perf_counter() - began, directory, writer, continued)
     names = dict.fromkeys([*(name for name in config["compare"] if name != config["learner"]), config["learner"]])
     return {name: learn(name, task) for name in names}
 
@@ -278,7 +284,7 @@ def finish(
         "placebo": {**variables, "params": placebo},
         **{name: tree for name, tree in arms.items() if name != "baseline"},
     }
-    controls = [name for name in arms if name != "baseline"]
+    controls = [name for name in arms if name not in ("baseline", config["learner"])]
     explicit = {}
     for name, found in learned.items():
         own = found.variables or arms["baseline"]

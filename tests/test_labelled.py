@@ -18,6 +18,7 @@ from drep_jax.fusion import fuse
 from drep_jax.objectives import augmented_objective, denoising_objective
 from drep_jax.training.logging import read_metrics
 from drep_jax.training.stages import prepare, turn
+from drep_jax.weights.native import load
 from tests.command import same_bits
 from tests.tiny_config import get_config
 
@@ -250,3 +251,20 @@ def test_ways_to_compute_give_the_gradient_of_the_plain_step(finished, batch, op
     assert 0 <= float(jnp.linalg.norm(one - other) / jnp.linalg.norm(one)) < tolerance
     if "compute" in options:
         assert float(jnp.linalg.norm(one - other)) > 0
+
+
+def test_the_control_arm_can_be_what_is_exported(finished, tmp_path):
+    """Its weights are the trained backbone's to the bit, and nothing is told of it as a control of itself."""
+    config = configured(finished, learner="continued", compare=())
+    directory = str(tmp_path / "run")
+    found = experiment.run(config, directory)
+    for entry in found["metrics"].values():
+        assert set(entry["denoised"]) == {"continued"} and set(entry["control"]) == {"placebo"}
+    assert found["certificate"]["passed"] and found["learning"]["continued"]["seconds"] > 0
+    from tests.test_experiment import restored
+
+    trained = jax.tree_util.tree_map(np.asarray, restored(directory, "control")["backbone"])
+    kept = load(os.path.join(directory, "fused", "fused.safetensors"), finished.setting.abstract, allow_fused=True)
+    assert same_bits(jax.tree_util.tree_map(np.asarray, kept["params"]), trained)
+    baseline = finished.variables["params"]
+    assert not same_bits(trained, jax.tree_util.tree_map(np.asarray, baseline))

@@ -51,7 +51,7 @@ class Learned:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What every learner gets."""
+    """What every learner gets; `continued` is the control arm, if there is one, and the seconds that it was trained."""
 
     config: Config
     setting: Setting
@@ -60,6 +60,7 @@ class Task:
     moment_seconds: float
     directory: str
     writer: MetricWriter
+    continued: tuple[Tree, float] | None = None
 
 
 def keep(name: str, task: Task, learned: Learned) -> None:

@@ -37,8 +37,8 @@ EXPLICIT = ("final_only",)
 
 def train_labelled(
     config: Config, setting: Setting, stage: str, variables: Tree, directory: str, writer: MetricWriter
-) -> Tree:
-    """Trains the whole backbone with labels; stage "control" is the arm without denoising of equal budget."""
+) -> tuple[Tree, float]:
+    """Trains the whole backbone with labels and returns it and the seconds; stage "control" is the arm of equal budget."""
     options = config[stage]
     others = {name: tree for name, tree in variables.items() if name != "params"}
 
@@ -46,8 +46,8 @@ def train_labelled(
         return label_objective(setting, options, params["backbone"], others, batch, key, train=True)
 
     params = {"backbone": variables["params"]}
-    state = run_training(config, setting.train, stage, params, others, loss_fn, directory, writer)[0]
-    return {**state.others, "params": state.params["backbone"]}
+    state, seconds = run_training(config, setting.train, stage, params, others, loss_fn, directory, writer)
+    return {**state.others, "params": state.params["backbone"]}, seconds
 
 
 def by_labels(task: Task) -> Learned:
@@ -108,11 +108,12 @@ def by_turns(task: Task) -> Learned:
 def by_continuing(task: Task) -> Learned:
     """Takes the control arm itself, with denoisers that do nothing."""
     config, setting = task.config, task.setting
-    began = time.perf_counter()
-    variables = train_labelled(config, setting, "control", task.variables, task.directory, task.writer)
+    if task.continued is None:
+        raise ConfigError('Learner "continued" is the control arm, and there is none; set --config.control.steps=N.')
+    variables, seconds = task.continued
     section = {
         "steps": training_steps(config, "control"),
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         "loss": logged(task, "control"),
         "images": len(setting.train),
         "per_site": {},

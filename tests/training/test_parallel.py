@@ -83,7 +83,7 @@ def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
     setting = build(config)
     fresh = setting.backbone.init(jax.random.key(0), jnp.zeros(setting.images.shape))
     writer = MetricWriter(os.fspath(tmp_path))
-    trained = experiment.train_labelled(config, setting, "backbone", fresh, os.fspath(tmp_path), writer)
+    trained = experiment.train_labelled(config, setting, "backbone", fresh, os.fspath(tmp_path), writer)[0]
     writer.close()
 
     plain = make_optimizer("sgd", learning_rate=0.1, steps=STEPS)
