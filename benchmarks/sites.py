@@ -20,6 +20,8 @@ def image_size(name):
         return 32, 32
     if name.startswith("dinov2"):
         return 518, 518
+    if name.startswith("transreid"):
+        return 256, 128
     return (256, 256) if name.startswith("swin") else (224, 224)
 
 
@@ -41,7 +43,7 @@ def main(arguments):
         print(f"{len(sites)} sites, {100 * covered.kernel_share:.0f} % of the weights.")
         return
     rows = []
-    for name in (name for name in list_models() if name not in ("vit", "resnet", "swinv2", "vmamba")):
+    for name in (name for name in list_models() if name not in ("vit", "resnet", "swinv2", "transreid", "vmamba")):
         sites, params, covered, layers = look(name)
         every = look(name, ".*")[0]
         millions = sum(leaf.size for leaf in jax.tree_util.tree_leaves(params)) / 1e6
