@@ -143,7 +143,12 @@ def test_files_of_other_options_are_refused_by_name(tmp_path):
     refused(full, net(**{**FULL, "side_info": 8}), "base.sie_embed is (6, 1, 12) in the file, (8, 1, 12) in the model")
     refused(full, net(**{**FULL, "depth": 3}), "missing: none", "unexpected: \n    base.norm.bias")
     refused(full, net(**{**FULL, "depth": 1}), "missing: none", "unexpected: \n    base.blocks.1.attn.proj.bias")
-    refused(bare, net(**FULL), "base.sie_embed (for params/sie)", "b2.0.norm1.weight", "bottleneck_4.weight")
+    refused(
+        bare, net(**FULL), "bottleneck_1.running_mean (for batch_stats/neck_1/bottleneck/mean)", "b1.0.attn.proj.bias"
+    )
+    refused(
+        bare, net(patch_stride=4, side_info=6), "missing: \n    base.sie_embed (for params/sie)\n  unexpected: none"
+    )
     refused(bare, net(stem="ics"), "patch_embed.conv.0.weight (for params/stem_conv1/kernel)")
     with pytest.raises(CheckpointError, match="holds a TransReID in the format transreid"):
         load(full, tiny(0), SIZE)
