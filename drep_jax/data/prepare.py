@@ -70,10 +70,11 @@ def _prepare_reid(name: str, config: str, root: Path, manual_dir: str | None) ->
         raise ConfigError(f'"{name}" has no configuration "{config}".{did_you_mean(config, configs)}')
     config = config or (configs[0] if configs else "")
     if prepared_folder(root, name, config) is None:
-        if manual_dir is None or not Path(manual_dir).expanduser().is_dir():
-            given = "none was given" if manual_dir is None else f"there is no directory {manual_dir}"
+        original = Path(manual_dir or "").expanduser().absolute()
+        if manual_dir is None or not original.is_dir() or not any(original.iterdir()):
+            given = "none was given" if manual_dir is None else f"{original} is no directory or empty"
             raise DataError(f'"{name}" is prepared from its unpacked original, --manual_dir=DIR; {given}.')
-        download = tfds.download.DownloadConfig(manual_dir=str(Path(manual_dir).expanduser().absolute()))
+        download = tfds.download.DownloadConfig(manual_dir=str(original))
         made = builder(data_dir=str(root), config=config or None)
         made.download_and_prepare(download_config=download, file_format=FORMAT)
     argument = f"{name}/{config}" if config else name

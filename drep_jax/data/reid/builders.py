@@ -16,7 +16,8 @@ FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 class ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Train, query and gallery images of one data set, in the order in which its folder is read.
 
-    An image that is both query and in the gallery stands in the split query, with both flags.
+    An image that is both query and in the gallery stands in the split query, with both flags; if all are, there is no split
+    gallery.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -44,11 +45,13 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         options = {self.OPTION: self.builder_config.name} if self.OPTION else {}
         listed = checked(READERS[self.name].read(dl_manager.manual_dir, options))
         self.info.metadata.update(described(listed))
-        return {
-            "train": self._generate_examples(listed.train),
-            "query": self._generate_examples([entry for entry in listed.test if entry.query]),
-            "gallery": self._generate_examples([entry for entry in listed.test if not entry.query]),
+        parts = {
+            "train": listed.train,
+            "query": [entry for entry in listed.test if entry.query],
+            "gallery": [entry for entry in listed.test if not entry.query],
         }
+        # TFDS refuses empty splits; the gallery is one where all its images are queries, too, as in VehicleID.
+        return {name: self._generate_examples(entries) for name, entries in parts.items() if entries}
 
     def _generate_examples(self, entries: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, entry in enumerate(entries):

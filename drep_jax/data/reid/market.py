@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from drep_jax.data.folder import scan
-from drep_jax.data.reid.layout import DUKE_NAME, MARKET_FOLDERS, MARKET_NAME, begin, check_layout, recognised
+from drep_jax.data.reid.layout import (
+    DUKE_NAME,
+    MARKET_FOLDERS,
+    MARKET_NAME,
+    begin,
+    check_layout,
+    recognised,
+    wrong_folder,
+)
 from drep_jax.data.reid.listing import JUNK, Entry, Listed, camera_number, counted, few, merged, read_flat
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.retrieval.protocol import Protocol
@@ -61,7 +69,9 @@ def read_market_form(
     """Reads the folders bounding_box_train, query and bounding_box_test, with further gallery images."""
     check_layout(base, MARKET_FOLDERS, title, spec)
     found = recognised(base)
-    instead = f'This is {found[0]}, read by the source "{found[1]}:{base}".' if found and found[1] != spec else ""
+    if found is not None and found[1] not in (spec, "reid_folder"):
+        raise wrong_folder(base, "its images are named otherwise", MARKET_FOLDERS, title, spec)
+    instead = f'Images with other names are read by the source "reid_folder:{base}".'
     read = [read_flat(base / part, grammar, title, cameras, instead=instead) for part in MARKET_FOLDERS]
     (train, _), (query, _), (gallery, _) = read
     junk = sum(count for _, count in read)

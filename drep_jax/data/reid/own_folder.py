@@ -2,7 +2,7 @@
 
 The parts are DIR/train, DIR/query and DIR/gallery (or Market-1501's bounding_box_train, query and bounding_box_test), or
 DIR/train and DIR/test, or none: then identities are divided by a hash of their names. Of these grammars, the first that fits
-all names is taken (case does not matter):
+half of the names is taken, and must then fit all (case does not matter):
 
 - IDENTITY_cCAMERA…, IDENTITY_camCAMERA…: `anna_cam2_17.jpg`, `0001_c1s1_000451_03.jpg`, `0005_c2_f0046985.jpg`
 - IDENTITY_CAMERA_NUMBER: `0001_2_0007.png`
@@ -27,7 +27,7 @@ CSV = "images.csv"
 COLUMNS = ("path", "identity", "camera", "view", "split")
 PARTS = ("train", "query", "gallery", "test")
 GRAMMARS = (
-    r"(?:.*/)?(?P<identity>-?[^/_]+)_c(?:am(?:era)?)?(?P<camera>\d+)(?!\d)[^/]*",
+    r"(?:.*/)?(?P<identity>-?[^/]+?)_c(?:am(?:era)?)?(?P<camera>\d+)(?!\d)[^/]*",
     r"(?:.*/)?(?P<identity>[^/_]+)_(?P<camera>\d+)_\d+\.\w+",
     r"(?P<identity>[^/]+)/(?:.*[^a-z])?c(?:am(?:era)?)?[-_]?(?P<camera>\d+)(?!\d).*",
     r"(?P<identity>[^/]+)/.*",
@@ -120,7 +120,7 @@ def _from_names(root: Path, pattern: str | None) -> list[Found]:
         )
     names = [path.relative_to(folder).as_posix() for _, folder, path in files]
     matched = [[grammar.fullmatch(name) for name in names] for grammar in fits]
-    best = max(matched, key=lambda found: sum(match is not None for match in found))  # the first of the best
+    best = next((found for found in matched if 2 * sum(map(bool, found)) >= len(names)), matched[0])
     odd = [str(path) for (_, _, path), match in zip(files, best, strict=True) if match is None]
     if odd:
         wanted = f"the pattern {pattern}" if pattern is not None else FORMS

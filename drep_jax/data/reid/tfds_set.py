@@ -64,13 +64,11 @@ def _about(builder: Any) -> tuple[Mapping[str, Any], list[str]]:
 def _entries(builder: Any, part: str) -> Iterator[Entry]:
     import tensorflow_datasets as tfds
 
-    columns = {name: builder.info.features[name] for name in COLUMNS}
-    labels = builder.as_data_source(part, decoders=tfds.decode.PartialDecoding(columns), file_format=FORMAT)
-    images = builder.as_data_source(part, decoders={"image": tfds.decode.SkipDecoding()}, file_format=FORMAT)
-    for number in range(len(labels)):
-        found = labels[number]
+    stored = builder.as_data_source(part, decoders={"image": tfds.decode.SkipDecoding()}, file_format=FORMAT)
+    for number in range(len(stored)):
+        found = stored[number]
         yield Entry(
-            functools.partial(_image, images, number),
+            functools.partial(_image, stored, number),
             f"{builder.info.full_name}, {part} image {number}",
             _text(found["identity"]),
             int(found["camera"]),
@@ -80,8 +78,8 @@ def _entries(builder: Any, part: str) -> Iterator[Entry]:
         )
 
 
-def _image(images: Any, number: int) -> bytes:
-    return images[number]["image"]
+def _image(stored: Any, number: int) -> bytes:
+    return stored[number]["image"]
 
 
 def _text(stored: Any) -> str:
