@@ -87,6 +87,24 @@ def unit(features: np.ndarray, what: str) -> np.ndarray:
     return (features / lengths).astype(np.float32)
 
 
+def both_checked(query: Any, gallery: Any, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the features of queries and gallery as float32, or says why they cannot be compared by that metric.
+
+    Raises:
+      ConfigError: for an unknown metric.
+      DataError: for features that cannot be used.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f'Unknown metric "{metric}".{did_you_mean(str(metric), METRICS)}')
+    query, gallery = checked(query, "query set"), checked(gallery, "gallery")
+    if query.shape[1] != gallery.shape[1]:
+        raise DataError(
+            f"Queries have {query.shape[1]} features an image and the gallery {gallery.shape[1]}; both must come from "
+            "one network."
+        )
+    return query, gallery
+
+
 def prepare(
     query: Any,
     gallery: Any,
@@ -109,16 +127,9 @@ def prepare(
       ConfigError: for an unknown metric, or another number of branches.
       DataError: for features or views that cannot be used.
     """
-    if metric not in METRICS:
-        raise ConfigError(f'Unknown metric "{metric}".{did_you_mean(str(metric), METRICS)}')
     if branches not in (1, 2):
         raise ConfigError(f"branches = {branches}: expected 1, or 2 for [same view | different view].")
-    query, gallery = checked(query, "query set"), checked(gallery, "gallery")
-    if query.shape[1] != gallery.shape[1]:
-        raise DataError(
-            f"Queries have {query.shape[1]} features an image and the gallery {gallery.shape[1]}; both must come from "
-            "one network."
-        )
+    query, gallery = both_checked(query, gallery, metric)
     if query.shape[1] % branches:
         raise DataError(f"Features of two branches have an even width; these have {query.shape[1]}.")
     views = None
