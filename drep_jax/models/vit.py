@@ -19,13 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError, did_you_mean
-from drep_jax.models.activations import gelu
+from drep_jax.models.activations import gelu, quick_gelu
 
 POOLS = ("cls", "mean", "gap")
 POSITIONS = ("learned", "sincos2d")
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": gelu,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
     "relu": nn.relu,
 }
 _trunc_normal = nn.initializers.truncated_normal(0.02)
@@ -187,8 +188,8 @@ class ViT(nn.Module):
       scan: one compiled block looped over parameters stacked under `encoder` (see `stack_blocks`) instead of
         `encoderblock_0`, ...; intercepted layers may sow into a collection named "denoise", stacked the same way.
       post_norm: normalise each sum instead of each input.
-      activation: of the MLPs, "gelu" (exact), "gelu_tanh" (its approximation, which Google's ViTs were trained with) or
-        "relu".
+      activation: of the MLPs, "gelu" (exact), "gelu_tanh" (its approximation, which Google's ViTs were trained with),
+        "quick_gelu" (CLIP's) or "relu".
       norm_eps: of every LayerNorm.
       dropout: rate after the embedding, the attention and the MLP when `train`; needs an rng named "dropout".
       drop_path: rate at which the last block's branches are left out when `train` (stochastic depth), rising linearly from

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,8 @@ def load_foreign(
     shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
     _check_refused(fmt, source.tensors, path)
     pieces = find_pieces(fmt, module, shapes, source.tensors)
-    found = account(pieces, shapes, source.tensors, fmt.ignored)
+    held = _check_zero(fmt, source.tensors, path)
+    found = account(pieces, shapes, source.tensors, (*fmt.ignored, *map(re.escape, held)))
     found, resized = _with_positions(found, fmt, module, pieces, shapes, source.tensors, grid)
     absent = _check_account(found, fmt, path, allow)
     notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.found, *resized]
@@ -121,6 +123,17 @@ def _check_refused(fmt: Format, names: Iterable[str], path: str) -> None:
             raise CheckpointError(f"{path} (format {fmt.name}) holds {some(seen)}: {reason}")
 
 
+def _check_zero(fmt: Format, tensors: Mapping[str, np.ndarray], path: str) -> list[str]:
+    """Returns the names of the tensors that the backbone holds at zero, or refuses a file in which they are not."""
+    held = [name for name in tensors if matches(fmt.zero, fmt.canonical(name))]
+    if moved := [name for name in held if np.any(tensors[name])]:
+        raise CheckpointError(
+            f"{path} (format {fmt.name}) holds {some(moved)} that is not zero: this backbone has a BNNeck, whose batch norm "
+            "has no shift. The file is of a network that trained it."
+        )
+    return held
+
+
 def _with_positions(
     found: Account,
     fmt: Format,
@@ -146,7 +159,7 @@ def _with_positions(
                 f"There are no position embeddings of format {fmt.name} to resize: leave out --config.backbone.init_grid."
             )
         return found, []
-    tensor = tensors[piece.theirs]
+    tensor = piece.read(tensors[piece.theirs])
     if tensor.shape[::2] != shapes[piece.ours][::2] or tensor.shape[1] <= positions.prefix:
         return found, []  # of another width: the account says so
     old = source_grid(positions, tensor.shape, grid)
@@ -169,7 +182,8 @@ def _with_positions(
 
 def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:
     """Returns the leaves to be left as initialised, or refuses what does not fit and is not allowed to."""
-    missing = {ours: name for ours, name in found.missing.items() if not (matches(allow, ours) or matches(allow, name))}
+    allowed = (*allow, *fmt.fresh)
+    missing = {n: name for n, name in found.missing.items() if not (matches(allowed, n) or matches(allow, name))}
     unexpected = [name for name in found.unexpected if not matches(allow, name)]
     shaped = {ours: text for ours, text in found.shaped.items() if not (matches(allow, ours) or _named(allow, text))}
     if missing or unexpected or shaped:

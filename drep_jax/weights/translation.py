@@ -78,6 +78,9 @@ class Format:
         ways; no two names of a file may become one.
       refused: (regular expression over canonical names, reason) of what makes a file one of another network.
       positions: of a backbone's position embeddings, so that those of another grid of patches can be read.
+      zero: regular expressions over canonical names of tensors that the backbone holds at zero, such as the shift of a
+        BNNeck; a file in which they are not is refused.
+      fresh: regular expressions over our paths of what files of the format never hold; it is left as initialised.
     """
 
     name: str
@@ -89,6 +92,8 @@ class Format:
     canonical: Callable[[str], str] = str
     refused: tuple[tuple[str, str], ...] = ()
     positions: Callable[[nn.Module], Positions] | None = None
+    zero: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
     def recognises(self, names: Collection[str]) -> bool:
         """Returns whether names as these are of this format."""
