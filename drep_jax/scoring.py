@@ -15,6 +15,9 @@ from drep_jax.evaluation import Scores
 from drep_jax.retrieval.evaluate import Result, evaluate
 from drep_jax.tasks import Retrieval, classification
 
+PLACES = (1, 5, 10)
+"""Of the cumulative match characteristic: rank1, rank5, rank10."""
+
 Tree = Any
 Config = Mapping[str, Any]
 
@@ -102,8 +105,9 @@ def ranked(task: Retrieval, source: Source, index: np.ndarray, rows: np.ndarray)
     """
     table = {name: column[index] for name, column in table_of(source).items()}
     branches = 2 if task.views else 1
-    how = {"metric": task.metric, "branches": branches, "rerank": task.rerank}
-    return evaluate(rows, table, protocol_of(source), **how)
+    return evaluate(
+        rows, table, protocol_of(source), metric=task.metric, branches=branches, rerank=task.rerank, ks=PLACES
+    )
 
 
 def held_out_map(task: Retrieval, source: Source, index: np.ndarray, rows: np.ndarray) -> float:
@@ -116,5 +120,5 @@ def held_out_map(task: Retrieval, source: Source, index: np.ndarray, rows: np.nd
     everything = np.ones(len(index), np.int32)
     table = {name: column[index] for name, column in table_of(source).items()}
     table |= {"query": everything, "gallery": everything}
-    how = {"metric": task.metric, "branches": 2 if task.views else 1}
-    return 100.0 * float(np.mean(evaluate(rows, table, protocol_of(source), **how).scores["mAP"]))
+    found = evaluate(rows, table, protocol_of(source), metric=task.metric, branches=2 if task.views else 1)
+    return 100.0 * float(np.mean(found.scores["mAP"]))

@@ -79,8 +79,8 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
             others.append(Labelled(train.name, None, tolerating(_queries(spec, options), allowed)))
         elif specs[1:] and train.num_classes:
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
-            test = tolerating(open_source(spec, TEST, **options), allowed)
-            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), test))
+            theirs = tolerating(open_source(spec, TEST, **options), allowed)
+            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), theirs))
     labelled = bool(trains[0].num_classes)
     test: Source | None = None
     if retrieval:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError, did_you_mean
 from drep_jax.models.neck import FEATURES, BNNeck
-from drep_jax.models.vit import EncoderBlock
+from drep_jax.models.transformer import EncoderBlock
 
 NORM_EPS = 1e-5
 _trunc_normal = nn.initializers.truncated_normal(0.02)

@@ -9,7 +9,7 @@ import optax
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
 from drep_jax.data.loader import Order, training_batches
-from drep_jax.data.reid.sampler import identity_batches
+from drep_jax.data.reid.sampler import epoch_length, identity_order
 from drep_jax.data.tables import table_of
 from drep_jax.errors import ConfigError
 from drep_jax.training import distributed, parallel
@@ -156,13 +156,11 @@ def order_of(config: Config, source: Source, stage: str, seed: int) -> Order | N
     options = config["retrieval"]
     if config["task"] != "retrieval" or stage not in LABELLED_STAGES or not options["instances"]:
         return None
-    return identity_batches(
-        table_of(source)["label"],
-        options["identities"],
-        options["instances"],
-        seed,
-        lonely=options["lonely"],
-    )
+    labels = table_of(source)["label"]
+    block = options["identities"], options["instances"]
+    how: dict[str, Any] = {"lonely": options["lonely"], "names": source.class_names}
+    length = epoch_length(labels, *block, **how)
+    return Order(length, lambda epoch: identity_order(labels, *block, seed, epoch, **how))
 
 
 def run_training(

@@ -68,6 +68,6 @@ CLIP_REID = Format(
     rules=lambda net: _rules("image_encoder"),
     # A classifier is left only if the backbone has none.
     ignored=(r"(text_encoder|prompt_learner)\..*", r".*\.num_batches_tracked", r"classifier(_proj)?\.weight"),
-    zero=(r"bottleneck(_proj)?\.bias",),
+    zeros=(r"bottleneck(_proj)?\.bias",),
     positions=_positions,
 )
