@@ -251,6 +251,7 @@ def test_features_that_are_not_finite_are_refused(real, value):
             "query set is empty",
         ),
         ({"gallery": np.zeros((0, 96)), "gallery_ids": np.zeros(0, int)}, "gallery set is empty"),
+        ({"query": np.full((45, 96), 1e19)}, "45 of 45 features of the query set are too large to be squared"),
         ({"query": np.zeros(45)}, r"shape \(45,\)"),
         ({"query": np.zeros((45, 95))}, "95 features an image and the gallery 96"),
         ({"query": np.full((45, 96), "a")}, "expected real numbers"),
@@ -296,7 +297,9 @@ def test_distances_that_are_given(real):
         ranking.rank_blocks([rows[:1]], rule)
     with pytest.raises(DataError, match=r"expected \(rows, 3\)"):
         ranking.rank_blocks([rows[:, :2]], rule)
-    with pytest.raises(DataError, match="NaN"):
-        ranking.rank_blocks([rows * np.nan], rule)
+    rows[0, 1] = np.nan
+    for jitted in (False, True):
+        with pytest.raises(DataError, match="A distance is NaN"):
+            ranking.rank_blocks([rows], rule, jitted=jitted)
     with pytest.raises(ConfigError, match="k = 0"):
         ranking.top([[1.0]], [[1.0]], k=0, query_ids=[1], gallery_ids=[1])
