@@ -152,8 +152,8 @@ def _picture_problems(report: Mapping[str, Any]) -> Iterator[str]:
             for condition in front["conditions"]:
                 if condition not in point["scores"]:
                     yield f"front.points.{index}.scores.{condition} is missing"
-    ranked = report.get("ranked")
-    for index, query in enumerate(ranked["queries"] if ranked else ()):
+    ranked = report.get("ranked") or {"queries": ()}
+    for index, query in enumerate(ranked["queries"]):
         for arm in ranked["arms"]:
             for part in ("ap", "found"):
                 if arm not in query[part]:

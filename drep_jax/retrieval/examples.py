@@ -80,7 +80,7 @@ def ranked(
     places = asked[[index for index, _ in chosen]]
     rows = before.queries[places]
     shown = type(split)(rows, split.gallery)
-    found = {}
+    found: dict[str, list[list[dict[str, Any]]]] = {}
     for arm, own in features.items():
         own = np.asarray(own)
         indices, values, right = top(
@@ -101,7 +101,8 @@ def ranked(
             ]
             for one in zip(indices, values, right, strict=True)
         ]
-    needed = {int(row) for row in rows} | {one["image"] for lists in found.values() for each_ in lists for one in each_}
+    needed = {int(row) for row in rows}
+    needed |= {entry["image"] for lists in found.values() for listed in lists for entry in listed}
     return {
         "condition": condition,
         "metric": metric,
