@@ -31,7 +31,7 @@ def features(size):
     ids = rng.integers(0, identities, queries), rng.integers(0, identities, gallery)
     if size == "market":
         ids[1][:2798] = -1
-    centres = 0.7 * rng.standard_normal((identities + 1, WIDTH), dtype=np.float32)
+    centres = 0.5 * rng.standard_normal((identities + 1, WIDTH), dtype=np.float32)
     made = []
     for own in ids:
         images = rng.standard_normal((len(own), WIDTH), dtype=np.float32)

@@ -77,14 +77,14 @@ def unit(features: np.ndarray, what: str) -> np.ndarray:
     Raises:
       DataError: for a feature of length zero, which has no direction.
     """
-    lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    lengths = np.sqrt(np.einsum("nd,nd->n", features, features, dtype=np.float64))[:, None]
     zero = np.flatnonzero(lengths == 0)
     if zero.size:
         raise DataError(
             f'{zero.size} of {len(features)} features of the {what} are zero, the first in row {zero[0]}: "cosine" needs '
             'a direction. Use metric "euclidean", or look for the layer that gives nothing.'
         )
-    return (features / lengths).astype(np.float32)
+    return features / lengths.astype(np.float32)
 
 
 def both_checked(query: Any, gallery: Any, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -224,7 +224,14 @@ def _extended(features: np.ndarray, metric: str, branches: int, what: str, asks:
     width = halves[0].shape[1]
     extended = np.empty((branches, len(features), width + 2), np.float32)
     for half, out in zip(halves, extended, strict=True):
-        squares = np.einsum("nd,nd->n", half, half)
+        with np.errstate(over="ignore"):
+            squares = np.einsum("nd,nd->n", half, half)
+        large = np.flatnonzero(~(squares < np.finfo(np.float32).max / 4))
+        if large.size:
+            raise DataError(
+                f"{large.size} of {len(half)} features of the {what} are too large to be squared in float32, the first in "
+                f'row {large[0]}. Scale them, or use metric "cosine".'
+            )
         out[:, :width] = -2 * half if asks else half
         out[:, width], out[:, width + 1] = (1, squares) if asks else (squares, 1)
     return extended

@@ -289,15 +289,20 @@ def _ranks(distances: np.ndarray, right: np.ndarray, near: np.ndarray) -> np.nda
       near: gallery images up to the distance of each right one, those of its identity included, ascending.
     """
     thresholds = np.sort(distances[right])
-    if np.isnan(thresholds).any():
-        raise DataError("A distance is NaN; such an image has no rank.")
     wrong = near - np.searchsorted(np.sort(distances), thresholds, side="right")
     return wrong + np.arange(len(thresholds))
+
+
+def _no_nan(largest: Any) -> None:
+    """Refuses a block whose maximum is NaN, which it is where any of it is."""
+    if np.isnan(largest):
+        raise DataError("A distance is NaN; such an image has no rank.")
 
 
 def _count(block: Any, own: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
     """Ranks of each query's right images, counted by NumPy: a row stays in the cache while its images are counted."""
     block = np.asarray(block)
+    _no_nan(block.max())
     below = np.empty(block.shape[1], bool)
     for row, (mine, right) in zip(block, own, strict=True):
         thresholds = np.sort(row[mine[right]])
@@ -314,17 +319,18 @@ def _count_on_device(block: Any, own: Sequence[tuple[np.ndarray, np.ndarray]]) -
     places = np.zeros((len(own), 1 << (most - 1).bit_length()), np.int32)  # few sizes, few compilations
     for place, (mine, _) in zip(places, own, strict=True):
         place[: len(mine)] = mine
-    distances, near = jax.device_get(_counted(jnp.asarray(block), places))
+    distances, near, largest = jax.device_get(_counted(jnp.asarray(block), places))
+    _no_nan(largest)
     for row, count, (mine, right) in zip(distances, near, own, strict=True):
         yield _ranks(row[: len(mine)], right, np.sort(count[: len(mine)][right]))
 
 
 @jax.jit
-def _counted(block: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Distances at the given columns (b, m), and how many of the row are no larger than each of them."""
+def _counted(block: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Distances at the given columns (b, m), how many of the row are no larger than each of them, and the largest of all."""
     found = jnp.take_along_axis(block, places, axis=1)
     if places.shape[1] > MANY:
         near = jax.vmap(lambda row, at: jnp.searchsorted(row, at, side="right"))(jnp.sort(block, axis=1), found)
     else:
         near = jnp.sum(block[:, None, :] <= found[:, :, None], axis=-1, dtype=jnp.int32)
-    return found, near
+    return found, near, jnp.max(block)
