@@ -6,11 +6,12 @@
     python train.py --config=configs/reid.py:vehicleid:resnet50:alternating --config.data.source=vehicleid:DIR …
     python train.py --config=configs/reid.py:folder:transreid_ssl_s --config.data.source=reid_folder:DIR …
 
-The first word is the data set, the second the backbone, and the third, which may be left out, the way of training. Weights are
-the published files (docs/weights.md). The field's protocol: images squashed to 256 × 128 (vehicles 256 × 256), mirrored, moved by up
-to 10 pixels, half of them with a rectangle erased; batches of 16 identities with 4 images each; single query, cross-camera.
-The paper's merged training is `--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. What this gives on these
-data sets has not been measured here: they are not public. On a real set of two cameras it is in docs/results.md.
+The first word is the data set, the second the backbone, and the third, which may be left out, the way of training. Weights
+are the published files (docs/weights.md). The field's protocol: images squashed to 256 × 128 (vehicles 256 × 256),
+mirrored, moved by up to 10 pixels, half of them with a rectangle erased; batches of 16 identities with 4 images each;
+single query, cross-camera. The paper's merged training is `--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode
+label_free. What this gives on these data sets has not been measured here: they are not public. On a real set of two cameras
+it is in docs/results.md.
 """
 
 from ml_collections import ConfigDict

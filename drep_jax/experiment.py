@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax import closed_form, cost, evaluation, neighbours, report, scoring, weights, workdir
+from drep_jax import closed_form, cost, evaluation, neighbours, rankings, report, scoring, weights, workdir
 from drep_jax.builder import Setting, build, init_options
 from drep_jax.closed_form import MOMENTS, Moments, load_moments
 from drep_jax.data import unreadable
@@ -31,6 +31,7 @@ from drep_jax.output import Output, fuse_and_certify, write
 from drep_jax.placebo import placebo_denoisers
 from drep_jax.preflight import agree, check
 from drep_jax.sites import Path
+from drep_jax.tasks import Retrieval
 from drep_jax.training import distributed
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.shared import on_primary
@@ -190,6 +191,26 @@ def finish(
         metrics = evaluation.summarize(scores, **told)
     fusible = {name: tree for name, tree in arms.items() if name not in explicit}  # the others need the head
     sources = {part.name: score_other(config, setting, part, fusible, told) for part in setting.others}
+    described = describe_sites(setting, variables["params"], fused)
+    ranked = None
+    if (
+        isinstance(setting.task, Retrieval)
+        and setting.test is not None
+        and (setting.task.shown or setting.task.attributed)
+    ):
+        two = {"baseline": arms["baseline"], config["learner"]: arms[config["learner"]]}
+        most = sorted(described, key=lambda site: -max(site["relative_change"]))[: setting.task.attributed]
+        ranked = rankings.ranked(
+            config,
+            setting,
+            setting.task,
+            setting.test,
+            two,
+            rankings.most_changed(metrics, config["learner"]),
+            params,
+            [site["path"] for site in most],
+            **how,
+        )
     kept = spectra(config, setting, variables, directory, params, trained=exported.variables is not None, **how)
     passed = distributed.from_primary(lambda: certificate is not None and certificate.passed)
     if certificate is None:
@@ -198,7 +219,7 @@ def finish(
         "schema": report.SCHEMA,
         "config": config,
         "environment": environment(),
-        "sites": describe_sites(setting, variables["params"], fused),
+        "sites": described,
         "coverage": vars(setting.covered),
         "learning": {name: found.section for name, found in learned.items()},
         "exported": config["learner"],
@@ -209,6 +230,7 @@ def finish(
         "cost": measure_cost(config, setting, variables, fused, exported, explicit),
         "spectra": kept,
         "front": exported.choice.front() if exported.choice else None,
+        "ranked": ranked,
     }
     report.write_report(content, directory)
     return content

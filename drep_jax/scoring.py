@@ -43,11 +43,11 @@ def score(
       {condition: {arm: {metric: (n,)}}}, n images or, for retrieval, queries that have a match.
     """
     if isinstance(setting.task, Retrieval):
-        found = features(config, setting, source, arms, conditions, networks)
-        return {
-            condition: {arm: ranked(setting.task, source, index, rows).scores for arm, rows in by_arm.items()}
-            for condition, (index, by_arm) in found.items()
-        }
+        task, result = setting.task, {}
+        for condition in conditions:  # one after the other: features of all at once would fill the memory
+            index, rows = features(config, setting, source, arms, condition, networks)
+            result[condition] = {arm: ranked(task, source, index, own).scores for arm, own in rows.items()}
+        return result
     how = options(config, setting)
     return evaluation.score_arms(setting.backbone, arms, source, conditions, _hits, networks=networks, **how)
 
@@ -71,27 +71,24 @@ def features(
     setting: Setting,
     source: Source,
     arms: Mapping[str, Tree],
-    conditions: Sequence[str],
+    condition: str,
     networks: Mapping[str, Callable[[Tree, Any], Any]] = MappingProxyType({}),
-) -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Returns the features of all test images, {condition: (their numbers, {arm: (n, width)})}.
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns the numbers of the images that could be read, (n,), and every arm's features of them, (n, width).
 
-    A condition corrupts queries, gallery or both, as the task says; images of a part that it does not corrupt are clean.
+    The condition corrupts queries, gallery or both, as the task says; images of a part that it does not corrupt are clean.
     """
     noisy = setting.task.noisy if isinstance(setting.task, Retrieval) else "both"
-    names = tuple(dict.fromkeys((*conditions, *(() if noisy == "both" else (CLEAN,)))))
+    names = (condition,) if noisy == "both" or condition == CLEAN else (condition, CLEAN)
     found = evaluation.score_arms(
         setting.backbone, arms, source, names, neighbours.features, networks=networks, **options(config, setting)
     )
-    result = {}
-    for condition in conditions:
-        index = next(iter(found[condition].values()))["index"]
-        rows = {arm: scores["features"] for arm, scores in found[condition].items()}
-        if noisy != "both":
-            kept = table_of(source)["gallery" if noisy == "query" else "query"][index] == 1
-            rows = {arm: np.where(kept[:, None], found[CLEAN][arm]["features"], own) for arm, own in rows.items()}
-        result[condition] = (index, rows)
-    return result
+    index = next(iter(found[condition].values()))["index"]
+    rows = {arm: scores["features"] for arm, scores in found[condition].items()}
+    if len(names) > 1:
+        kept = table_of(source)["gallery" if noisy == "query" else "query"][index] == 1
+        rows = {arm: np.where(kept[:, None], found[CLEAN][arm]["features"], own) for arm, own in rows.items()}
+    return index, rows
 
 
 def ranked(task: Retrieval, source: Source, index: np.ndarray, rows: np.ndarray) -> Result:

@@ -46,6 +46,8 @@ class Retrieval:
       centre_rate: learning rate of the centres, by plain gradient descent.
       weighting: of a backbone's several features and logits: "half" (the first one half, the others together the other half,
         as TransReID), "sum" (as CLIP-ReID) or "mean".
+      shown: queries of each kind whose ranked results a report shows.
+      attributed: sites whose own effect on the ranking is measured.
       views: whether triplets are those of viewpoint-aware metric learning, for backbones with two branches.
     """
 
@@ -63,6 +65,8 @@ class Retrieval:
     centre_rate: float = 0.5
     weighting: str = "half"
     views: bool = False
+    shown: int = 2
+    attributed: int = 0
 
     def start(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
         """Returns the centres of the training identities, for each feature of the backbone, drawn from N(0, 1)."""
@@ -235,7 +239,7 @@ def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
         len(rerank) == 3 and all(isinstance(k, int) and k >= 1 for k in rerank[:2]) and 0 <= rerank[2] <= 1
     ):
         raise ConfigError(f"retrieval.rerank={rerank}: expected (k1, k2, λ), such as (20, 6, 0.3), or () for none.")
-    for name in ("id_weight", "triplet_weight", "centre_weight", "margin", "centre_rate"):
+    for name in ("id_weight", "triplet_weight", "centre_weight", "margin", "centre_rate", "shown", "attributed"):
         if not (math.isfinite(options[name]) and options[name] >= 0):
             raise ConfigError(f"retrieval.{name}={options[name]} must be a number of at least 0.")
     if not options["id_weight"] and not options["triplet_weight"]:
