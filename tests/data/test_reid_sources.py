@@ -139,7 +139,9 @@ def test_published_counts_are_said_to_be_so(tmp_path, monkeypatch):
 
     reid_trees.duke(tmp_path)
     monkeypatch.setitem(market.DUKE_COUNTS, "train", (3, 6))
-    assert opened(f"duke:{tmp_path}", "train").note == "DukeMTMC-reID: train 3 identities, 6 images, as published."
+    assert opened(f"duke:{tmp_path}", "train").note == (
+        "DukeMTMC-reID: train 3 identities, 6 images, as published. 2 identities to learn from."
+    )
 
 
 def test_items_are_the_table_and_images_are_squashed(tmp_path):

@@ -57,14 +57,14 @@ def test_what_cannot_be_prepared_or_read(tmp_path, monkeypatch):
         prepare("market1501", data_dir, str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="This is Market-1501, expected DukeMTMC-reID"):
         prepare("duke", data_dir, str(base))
-    with pytest.raises(ConfigError, match='no configuration "labelled". Did you mean "labeled"'):
+    with pytest.raises(ConfigError, match=r'no configuration "labelled"\. Did you mean "labeled"'):
         prepare("cuhk03/labelled", data_dir, str(base))
     with pytest.raises(ConfigError, match="is none of them"):
         prepare("cifar10", data_dir, str(base))
     with pytest.raises(ConfigError, match='Did you mean "market1501"'):
         prepare("market150", data_dir)
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
-    with pytest.raises(DataError, match="drep_jax.data.prepare market1501 --manual_dir"):
+    with pytest.raises(DataError, match=r"drep_jax\.data\.prepare market1501 --manual_dir"):
         open_source("reid_tfds:market1501", "test", image_size=(8, 4))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty is no directory or empty"):
