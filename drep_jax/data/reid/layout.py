@@ -9,7 +9,7 @@ from drep_jax.errors import DataError
 
 MARKET_NAME = re.compile(r"(?P<identity>-1|\d{4})_c(?P<camera>\d+)s\d+_\d+_\d+\.jpg(\.jpg)?")
 DUKE_NAME = re.compile(r"(?P<identity>\d{4})_c(?P<camera>\d+)_f\d+\.jpg")
-CUHK03_NP_NAME = re.compile(r"(?P<identity>\d{4})_c(?P<camera>\d+)_\d+\.png")
+CUHK03_NP_NAME = re.compile(r"(?P<identity>\d{4})_c(?P<camera>\d+)_\d+\.(?:png|jpg)")
 
 MARKET_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 VERI_FOLDERS = ("image_train", "image_query", "image_test")
