@@ -1,5 +1,6 @@
 """Data sets for re-identification, read from small trees with their true names: labels, cameras, flags, splits, notes."""
 
+import os
 import shutil
 from collections import Counter
 
@@ -139,7 +140,9 @@ def test_published_counts_are_said_to_be_so(tmp_path, monkeypatch):
 
     reid_trees.duke(tmp_path)
     monkeypatch.setitem(market.DUKE_COUNTS, "train", (3, 6))
-    assert opened(f"duke:{tmp_path}", "train").note == "DukeMTMC-reID: train 3 identities, 6 images, as published."
+    assert opened(f"duke:{tmp_path}", "train").note == (
+        "DukeMTMC-reID: train 3 identities, 6 images, as published. 2 identities to learn from."
+    )
 
 
 def test_items_are_the_table_and_images_are_squashed(tmp_path):
@@ -275,3 +278,13 @@ def test_a_packed_set(tmp_path, monkeypatch):
     assert drawn[0].class_names == drawn[1].class_names != drawn[2].class_names
     train = opened("reid_npz:set.npz?test=0.5&seed=3&held_out=0", "train")
     assert not set(train.class_names) & set(drawn[0].class_names) and train.num_classes == 5
+
+
+@pytest.mark.skipif("DREP_DATA" not in os.environ, reason="DREP_DATA, the directory of real data, is not set")
+def test_the_real_packed_set():
+    counts = {split: opened("reid_npz:reid_pku74.npz", split) for split in SPLITS}
+    assert [(len(source), source.num_classes) for source in counts.values()] == [(896, 62), (96, 62), (192, 12)]
+    test = counts["test"].table
+    assert (test["query"] == (test["camera"] == 0)).all() and (test["gallery"] == (test["camera"] == 1)).all()
+    assert counts["train"].views == 8 and counts["train"].cameras == 2
+    assert open_source("reid_npz:reid_pku74.npz", "test", image_size=(128, 48), resize="exact")[191]["image"].std() > 10

@@ -1,6 +1,7 @@
 """Data sets for re-identification as TFDS data sets: prepared without TensorFlow, and the same as their folders."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_a_prepared_set_is_its_folder(tmp_path, name, capsys):
             assert stored.table[column].dtype == np.int32 and stored.table[column].tolist() == values.tolist()
         for index in range(len(folder)):
             assert (stored[index]["image"] == folder[index]["image"]).all()
-            assert stored.raw(index)["image"] == folder.raw(index)["image"].read_bytes()
+            assert stored.raw(index)["image"] == Path(folder.raw(index)["image"]).read_bytes()
 
 
 def test_what_cannot_be_prepared_or_read(tmp_path, monkeypatch):
@@ -57,14 +58,14 @@ def test_what_cannot_be_prepared_or_read(tmp_path, monkeypatch):
         prepare("market1501", data_dir, str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="This is Market-1501, expected DukeMTMC-reID"):
         prepare("duke", data_dir, str(base))
-    with pytest.raises(ConfigError, match='no configuration "labelled". Did you mean "labeled"'):
+    with pytest.raises(ConfigError, match=r'no configuration "labelled"\. Did you mean "labeled"'):
         prepare("cuhk03/labelled", data_dir, str(base))
     with pytest.raises(ConfigError, match="is none of them"):
         prepare("cifar10", data_dir, str(base))
     with pytest.raises(ConfigError, match='Did you mean "market1501"'):
         prepare("market150", data_dir)
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
-    with pytest.raises(DataError, match="drep_jax.data.prepare market1501 --manual_dir"):
+    with pytest.raises(DataError, match=r"drep_jax\.data\.prepare market1501 --manual_dir"):
         open_source("reid_tfds:market1501", "test", image_size=(8, 4))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty is no directory or empty"):

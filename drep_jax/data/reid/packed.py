@@ -54,7 +54,7 @@ def read_reid_npz(file: Path, options: Mapping[str, str]) -> Listed:
         flagged = [entry._replace(query=True) for entry in test if entry.camera == 0]
         flagged += [entry._replace(gallery=True) for entry in test if entry.camera != 0]
     protocol = Protocol(cross_camera=cameras > 1)
-    return Listed("reid_npz", str(file), train, flagged, cameras, protocol, remarks=tuple(remarks))
+    return Listed(file.name, str(file), train, flagged, cameras, protocol, remarks=tuple(remarks))
 
 
 def _found(file: Path) -> Path:

@@ -27,7 +27,9 @@ class ReidSource:
     ) -> None:
         entries, identities = _part(listed, split, share)
         self.name = name
-        self.note: str | None = note_of(listed, split)
+        seen = len({entry.identity for entry in entries})
+        told = {"train": f" {seen} identities to learn from.", "validation": f" {seen} of them held out.", "test": ""}
+        self.note: str | None = note_of(listed, split) + told[split]
         self.num_classes: int | None = len(identities)
         self.class_names: tuple[str, ...] | None = tuple(identities)
         self.protocol, self.cameras, self.views = listed.protocol, listed.cameras, listed.views
