@@ -67,6 +67,7 @@ KEYS: dict[str, Any] = {
             }
         },
         "images": {"*": None},
+        "sites??": {"*": dict.fromkeys(("path", "mAP", "gained", "lost", "queries"))},
     },
     "recovery??": {"*": {}},
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},

@@ -104,11 +104,25 @@ def _ranked(report: Mapping[str, Any]) -> list[Block]:
     if not report.get("ranked"):
         return []
     how = "The queries are those whose average precision changed most, up and down, and some of the others at random"
-    return [
-        Heading("Ranked results"),
-        Text(f"{how}: the first kinds show what can happen, only the last how often."),
-        Picture("ranked", "Queries and the first gallery images of each arm, right and wrong ones marked", True),
-    ]
+    blocks: list[Block] = [Heading("Ranked results")]
+    if report["ranked"]["queries"]:
+        blocks += [
+            Text(f"{how}: the first kinds show what can happen, only the last how often."),
+            Picture("ranked", "Queries and the first gallery images of each arm, right and wrong ones marked", True),
+        ]
+    if sites := report["ranked"].get("sites"):
+        rows: list[list[Cell]] = [
+            [site["path"], signed(site["mAP"], 2), site["gained"], site["lost"], site["queries"]]
+            for site in sorted(sites, key=lambda site: -abs(site["mAP"]))
+        ]
+        blocks += [
+            Text(
+                f"What each site does by itself, all others as in the unchanged backbone, on {report['ranked']['condition']} "
+                "images: the effects of several sites do not add up."
+            ),
+            Table(["site", "mAP, points", "queries that gained", "that lost", "of"], rows, "lrrrr"),
+        ]
+    return blocks
 
 
 def _certificate(report: Mapping[str, Any]) -> list[Block]:
