@@ -4,8 +4,8 @@
     PYTHONPATH=. python benchmarks/reid_eval.py --sizes market --rounds 5 --rerank
 
 "usual" is what re-identification code does: the whole matrix of distances, argsort of all its rows, then for each query the
-cumulated hits of its ranked row. Where its arrays would not fit into free memory, it does so for some hundred queries at a
-time, which costs it nothing in time. Every measurement is a process of its own, the sides in turn; memory is the peak above
+cumulated hits of its ranked row. Where its arrays would not fit into free memory, it does so for 500 queries at a time,
+which is the same work a query. Every measurement is a process of its own, the sides in turn; memory is the peak above
 what the process held before (features, imports). "ours, first" includes compilation.
 """
 
@@ -73,8 +73,7 @@ def peak_bytes(field):
 def run_usual(data):
     query, gallery, q_ids, g_ids, q_cameras, g_cameras = data
     row = len(gallery) * (4 + 4 + 8 + 8 + 4)  # distances and their parts, order, gathered identities, hits
-    rows = min(len(query), max(100, int(SHARE * free_bytes() / row)))
-    rows = rows if rows == len(query) else 500
+    rows = len(query) if row * len(query) < SHARE * free_bytes() else 500
     spent, found = {"distances": 0.0, "loop": 0.0}, []
     for start in range(0, len(query), rows):
         part = slice(start, start + rows)
