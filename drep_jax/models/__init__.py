@@ -1,8 +1,8 @@
 """Registry of backbones: plain Flax Linen modules, images in, logits out.
 
 Every entry makes a module that is called as `module(x, train=False)` on normalised images (batch, height, width,
-channels) and returns logits (batch, num_classes), or features when `num_classes=0`. To add a model, add a line to
-`MODELS`.
+channels) and returns logits (batch, num_classes), or features when `num_classes=0`. Those of re-identification return the
+feature of retrieval, and have a method `outputs` for what their losses read. To add a model, add a line to `MODELS`.
 """
 
 import fnmatch
@@ -15,8 +15,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from drep_jax.errors import ConfigError, did_you_mean, lookup
+from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.resnet import ResNet
+from drep_jax.models.resnet_reid import ResNetReID
 from drep_jax.models.swin import SwinV2
+from drep_jax.models.transreid import TransReID
 from drep_jax.models.vit import ViT
 from drep_jax.models.vmamba import VMamba
 
@@ -34,11 +37,17 @@ _GAP = {"pool": "gap", "class_token": False, "positions": "sincos2d", "pre_logit
 # The published ones: T[s1l8], S[s2l15] and B[s2l15], s being the ratio of scanned channels and l the depth of the third stage.
 _vmamba_s2l15 = functools.partial(VMamba, depths=(2, 2, 15, 2), ssm_ratio=2.0)
 
+# As published at https://github.com/damo-cv/TransReID; side_info is the number of cameras (and viewpoints) of the data.
+_transreid_s = functools.partial(TransReID, patch_size=16, width=384, depth=12, num_heads=6, mlp_dim=1536)
+_transreid_b = functools.partial(TransReID, patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072)
+
 _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
 
 _swinv2_t = functools.partial(SwinV2, width=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
 _swinv2_s = functools.partial(SwinV2, width=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
 _swinv2_b = functools.partial(SwinV2, width=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+
+_resnet50_reid = functools.partial(ResNetReID, stage_sizes=(3, 4, 6, 3), block="bottleneck")
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -66,6 +75,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32_cifar": functools.partial(_cifar, stage_sizes=(5, 5, 5)),
     "resnet44_cifar": functools.partial(_cifar, stage_sizes=(7, 7, 7)),
     "resnet56_cifar": functools.partial(_cifar, stage_sizes=(9, 9, 9)),
+    "transreid": TransReID,
+    "transreid_b16": functools.partial(_transreid_b, jigsaw=True),
+    "transreid_b16_stride12": functools.partial(_transreid_b, jigsaw=True, patch_stride=12),
+    "transreid_b16_baseline": _transreid_b,
+    # As published at https://github.com/damo-cv/TransReID-SSL.
+    "transreid_ssl_s16": _transreid_s,
+    "transreid_ssl_s16_ics": functools.partial(_transreid_s, stem="ics"),
+    "transreid_ssl_b16": _transreid_b,
+    "transreid_ssl_b16_ics": functools.partial(_transreid_b, stem="ics"),
     "vmamba": VMamba,
     "vmamba_t": functools.partial(VMamba, depths=(2, 2, 8, 2), ssm_ratio=1.0, width=96),
     "vmamba_s": functools.partial(_vmamba_s2l15, width=96),
@@ -77,6 +95,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "swinv2_s_w16": functools.partial(_swinv2_s, window_size=16),
     "swinv2_b_w8": functools.partial(_swinv2_b, window_size=8),
     "swinv2_b_w16": functools.partial(_swinv2_b, window_size=16),
+    "clip_reid": CLIPReID,
+    "clip_reid_b16": functools.partial(CLIPReID, patch_size=16, width=768, depth=12, num_heads=12, projection=512),
+    "resnet_reid": ResNetReID,
+    "resnet50_reid": _resnet50_reid,
+    "resnet50_vanet": functools.partial(_resnet50_reid, branches=2),
 }
 
 

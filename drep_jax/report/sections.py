@@ -39,7 +39,7 @@ def _in_short(report: Mapping[str, Any]) -> list[Block]:
 
 def _results(report: Mapping[str, Any]) -> list[Block]:
     if not report["metrics"]:
-        return [Text("No arms were compared."), *_front(report)]
+        return [Text("No arms were compared."), *_front(report), *_ranked(report)]
     blocks: list[Block] = [
         results_table(report),
         Text(EXPORTED_NOTE),
@@ -54,7 +54,7 @@ def _results(report: Mapping[str, Any]) -> list[Block]:
                 "fine-tuned network is no control: it has seen labels."
             ),
         ]
-    blocks += _front(report)
+    blocks += [*_front(report), *_ranked(report)]
     return [*blocks, *_differences(report["metrics"])]
 
 
@@ -97,6 +97,17 @@ def _front(report: Mapping[str, Any]) -> list[Block]:
     return [
         Heading("Clean against corrupted images, by strength"),
         Picture("front", "Score on clean images against the mean score on the others, one point a strength"),
+    ]
+
+
+def _ranked(report: Mapping[str, Any]) -> list[Block]:
+    if not report.get("ranked"):
+        return []
+    how = "The queries are those whose average precision changed most, up and down, and some of the others at random"
+    return [
+        Heading("Ranked results"),
+        Text(f"{how}: the first kinds show what can happen, only the last how often."),
+        Picture("ranked", "Queries and the first gallery images of each arm, right and wrong ones marked", True),
     ]
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -86,9 +87,10 @@ def load_foreign(
     shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
     _check_refused(fmt, source.tensors, path)
     pieces = find_pieces(fmt, module, shapes, source.tensors)
-    found = account(pieces, shapes, source.tensors, fmt.ignored)
+    passed_over = map(re.escape, fmt.passed_over(module, source.tensors))
+    found = account(pieces, shapes, source.tensors, tuple(passed_over))
     found, resized = _with_positions(found, fmt, module, pieces, shapes, source.tensors, grid)
-    absent = _check_account(found, fmt, path, allow)
+    absent = _check_account(found, fmt, path, (*allow, *fmt.fresh))
     notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.found, *resized]
     arrays: dict[str, Any] = dict(found.arrays)
     if absent:
@@ -113,12 +115,18 @@ def already_fused(path: str, fusion: Any) -> str:
     )
 
 
-def _check_refused(fmt: Format, names: Iterable[str], path: str) -> None:
-    """Refuses a file with names that only another network has."""
+def _check_refused(fmt: Format, tensors: Mapping[str, np.ndarray], path: str) -> None:
+    """Refuses a file with names that only another network has, or with numbers where this one can have only zeros."""
     for pattern, reason in fmt.refused:
-        seen = [name for name in names if matches((pattern,), fmt.canonical(name))]
+        seen = [name for name in tensors if matches((pattern,), fmt.canonical(name))]
         if seen:
             raise CheckpointError(f"{path} (format {fmt.name}) holds {some(seen)}: {reason}")
+    shifts = [name for name in tensors if matches(fmt.zeros, fmt.canonical(name)) and np.any(tensors[name])]
+    if shifts:
+        raise CheckpointError(
+            f"{path} (format {fmt.name}) holds numbers other than 0 in {some(shifts)}, which this model has no place for: its "
+            "shift is held at 0, as in the public training code."
+        )
 
 
 def _with_positions(
@@ -146,7 +154,7 @@ def _with_positions(
                 f"There are no position embeddings of format {fmt.name} to resize: leave out --config.backbone.init_grid."
             )
         return found, []
-    tensor = tensors[piece.theirs]
+    tensor = piece.read(tensors[piece.theirs])
     if tensor.shape[::2] != shapes[piece.ours][::2] or tensor.shape[1] <= positions.prefix:
         return found, []  # of another width: the account says so
     old = source_grid(positions, tensor.shape, grid)
@@ -169,7 +177,8 @@ def _with_positions(
 
 def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:
     """Returns the leaves to be left as initialised, or refuses what does not fit and is not allowed to."""
-    missing = {ours: name for ours, name in found.missing.items() if not (matches(allow, ours) or matches(allow, name))}
+    allowed = (*allow, *fmt.fresh)
+    missing = {n: name for n, name in found.missing.items() if not (matches(allowed, n) or matches(allow, name))}
     unexpected = [name for name in found.unexpected if not matches(allow, name)]
     shaped = {ours: text for ours, text in found.shaped.items() if not (matches(allow, ours) or _named(allow, text))}
     if missing or unexpected or shaped:

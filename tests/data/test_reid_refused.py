@@ -248,7 +248,7 @@ def test_ones_own_folder(tmp_path):
         ("path,identity,split\na.png,1,trian", ["line 2", 'Did you mean "train"']),
         ("path,identity,view\na.png,1,left", ["line 2", "a view is a whole number", '"left"']),
         ("path,identity\nb.png,1", ["1 of the 1 images", "b.png (line 2)"]),
-        ("path,identity\na.png,1\na.png,1", ["line 3", "already in line 2"]),
+        ("path,identity\na.png,1\na.png,1", ["line 3", "is already in line 2"]),
         ("path,identity,split\na.png,1,test\nc.png,1,query", ["both a test part and queries"]),
     ],
 )

@@ -1,5 +1,6 @@
 """Data sets for re-identification, read from small trees with their true names: labels, cameras, flags, splits, notes."""
 
+import os
 import shutil
 from collections import Counter
 
@@ -277,3 +278,13 @@ def test_a_packed_set(tmp_path, monkeypatch):
     assert drawn[0].class_names == drawn[1].class_names != drawn[2].class_names
     train = opened("reid_npz:set.npz?test=0.5&seed=3&held_out=0", "train")
     assert not set(train.class_names) & set(drawn[0].class_names) and train.num_classes == 5
+
+
+@pytest.mark.skipif("DREP_DATA" not in os.environ, reason="DREP_DATA, the directory of real data, is not set")
+def test_the_real_packed_set():
+    counts = {split: opened("reid_npz:reid_pku74.npz", split) for split in SPLITS}
+    assert [(len(source), source.num_classes) for source in counts.values()] == [(896, 62), (96, 62), (192, 12)]
+    test = counts["test"].table
+    assert (test["query"] == (test["camera"] == 0)).all() and (test["gallery"] == (test["camera"] == 1)).all()
+    assert counts["train"].views == 8 and counts["train"].cameras == 2
+    assert open_source("reid_npz:reid_pku74.npz", "test", image_size=(128, 48), resize="exact")[191]["image"].std() > 10

@@ -1,6 +1,7 @@
 """Data sets for re-identification as TFDS data sets: prepared without TensorFlow, and the same as their folders."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_a_prepared_set_is_its_folder(tmp_path, name, capsys):
             assert stored.table[column].dtype == np.int32 and stored.table[column].tolist() == values.tolist()
         for index in range(len(folder)):
             assert (stored[index]["image"] == folder[index]["image"]).all()
-            assert stored.raw(index)["image"] == folder.raw(index)["image"].read_bytes()
+            assert stored.raw(index)["image"] == Path(folder.raw(index)["image"]).read_bytes()
 
 
 def test_what_cannot_be_prepared_or_read(tmp_path, monkeypatch):

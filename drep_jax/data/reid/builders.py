@@ -74,7 +74,7 @@ def described(listed: Listed) -> dict[str, Any]:
 def _example(entry: Entry) -> dict[str, Any]:
     stored = entry.image() if callable(entry.image) else entry.image
     return {
-        "image": io.BytesIO(stored) if isinstance(stored, bytes) else str(stored),
+        "image": io.BytesIO(stored) if isinstance(stored, bytes) else stored,
         "identity": entry.identity,
         "camera": entry.camera,
         "view": entry.view,

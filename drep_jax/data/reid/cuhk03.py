@@ -118,9 +118,10 @@ def _entries(names: list[str], images: Path, file: Path) -> list[Entry]:
     odd = [name for match, name in found if match is None]
     if odd:
         raise DataError(f"{file} names {odd[0]!r}; expected PAIR_PERSON_VIEW_IMAGE.png, as in 1_001_1_01.png.")
-    check_listed_files([(number, images / name) for number, name in enumerate(names, 1)], file)
+    paths = [str(images / name) for name in names]
+    check_listed_files(list(enumerate(paths, 1)), file)
     return [
-        Entry(images / name, str(images / name), f"{match['pair']}_{match['person']}", int(match["view"]) - 1)
-        for match, name in found
+        Entry(path, path, f"{match['pair']}_{match['person']}", int(match["view"]) - 1)
+        for (match, _), path in zip(found, paths, strict=True)
         if match is not None
     ]

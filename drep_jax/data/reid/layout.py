@@ -4,12 +4,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from drep_jax.data.folder import scan
+from drep_jax.data.reid.listing import image_names
 from drep_jax.errors import DataError
 
 MARKET_NAME = re.compile(r"(?P<identity>-1|\d{4})_c(?P<camera>\d+)s\d+_\d+_\d+\.jpg(\.jpg)?")
 DUKE_NAME = re.compile(r"(?P<identity>\d{4})_c(?P<camera>\d+)_f\d+\.jpg")
-CUHK03_NP_NAME = re.compile(r"(?P<identity>\d{4})_c(?P<camera>\d+)_\d+\.png")
+CUHK03_NP_NAME = re.compile(r"(?P<identity>\d{4})_c(?P<camera>\d+)_\d+\.(?:png|jpg)")
 
 MARKET_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 VERI_FOLDERS = ("image_train", "image_query", "image_test")
@@ -50,7 +50,7 @@ def recognised(root: Path) -> tuple[str, str] | None:
 
 
 def _of_market_form(folders: Sequence[Path]) -> tuple[str, str]:
-    images = [image.name for folder in folders for image in scan(folder).images[:1]]
+    images = [name for folder in folders for name in image_names(folder)[:1]]
     for grammar, title, spec in (
         (MARKET_NAME, "Market-1501", "market1501"),
         (DUKE_NAME, "DukeMTMC-reID", "duke"),

@@ -1,6 +1,7 @@
 """What a reader knows of a data set for re-identification before an image is decoded, and the checks that all sets pass."""
 
 import dataclasses
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from drep_jax.data.folder import scan
+from drep_jax.data.folder import SUFFIXES
 from drep_jax.errors import DataError
 from drep_jax.retrieval.protocol import Protocol
 
@@ -26,7 +27,7 @@ class Entry(NamedTuple):
     """One image.
 
     Attributes:
-      image: its file, its bytes, or what returns its bytes.
+      image: the path of its file, its bytes, or what returns its bytes.
       where: what to call it in messages.
       identity: the name of who or what it shows, as the data set writes it.
       camera: from 0.
@@ -35,7 +36,7 @@ class Entry(NamedTuple):
       attributes: what else is known of it, by name.
     """
 
-    image: Path | bytes | Callable[[], bytes]
+    image: str | bytes | Callable[[], bytes]
     where: str
     identity: str
     camera: int
@@ -193,16 +194,18 @@ def read_flat(
     Raises:
       DataError: for names that do not fit and cameras that do not exist.
     """
-    found = [(path, grammar.fullmatch(path.name)) for path in scan(folder).images]
-    odd = [path.name for path, match in found if match is None]
+    found = [(name, grammar.fullmatch(name)) for name in image_names(folder)]
+    odd = [name for name, match in found if match is None]
     if odd:
         raise DataError(
             f"{counted(len(odd), 'image', 'images')} of {len(found):,} in {folder} are not named as in {title}: "
             f"{few(odd)}. {instead}".rstrip()
         )
-    kept = [(path, match) for path, match in found if match is not None and match["identity"] != JUNK]
+    kept = [
+        (os.path.join(folder, name), match) for name, match in found if match is not None and match["identity"] != JUNK
+    ]
     entries = [
-        Entry(path, str(path), match["identity"], camera_number(match["camera"], cameras, title, str(path)))
+        Entry(path, path, match["identity"], camera_number(match["camera"], cameras, title, path))
         for path, match in kept
     ]
     return entries, len(found) - len(kept)
@@ -227,24 +230,33 @@ def read_lines(file: Path, words: int, what: str) -> list[tuple[int, list[str]]]
     return lines
 
 
-def check_listed_files(paths: Sequence[tuple[int, Path]], file: Path) -> None:
+def image_names(folder: Path | str) -> list[str]:
+    """Returns the names of the image files directly in a folder, sorted.
+
+    Names instead of `Path`s, as paths are strings in this package: of 126,000 images, making `Path`s takes ten seconds.
+    """
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+
+
+def check_listed_files(paths: Sequence[tuple[int, str]], file: Path) -> None:
     """Raises DataError unless every image that a list names, with its line, is there, and named once.
 
-    Folders are listed once each, which is faster than asking for each of 126,000 images.
+    Folders are listed once each, which is faster than asking for every image.
     """
-    lines: dict[Path, int] = {}
+    lines: dict[str, int] = {}
+    there: dict[str, set[str]] = {}
+    absent = []
     for line, path in paths:
         if path in lines:
-            raise DataError(f"{file}, line {line}: {path.name} is already in line {lines[path]}.")
+            raise DataError(f"{file}, line {line}: {path} is already in line {lines[path]}.")
         lines[path] = line
-    there = {folder: _names(folder) for folder in {path.parent for _, path in paths}}
-    absent = [f"{path} (line {line})" for line, path in paths if path.name not in there[path.parent]]
+        folder, name = os.path.split(path)
+        if folder not in there:
+            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in there[folder]:
+            absent.append(f"{path} (line {line})")
     if absent:
         raise DataError(f"{len(absent):,} of the {len(paths):,} images that {file} names are not there: {few(absent)}.")
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in scan(folder).images} if folder.is_dir() else set()
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -5,11 +5,11 @@ nobody searches for. DukeMTMC-reID: `0005_c2_f0046985.jpg`; its distractors have
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from drep_jax.data.folder import scan
 from drep_jax.data.reid.layout import (
     DUKE_NAME,
     MARKET_FOLDERS,
@@ -19,7 +19,7 @@ from drep_jax.data.reid.layout import (
     recognised,
     wrong_folder,
 )
-from drep_jax.data.reid.listing import JUNK, Entry, Listed, camera_number, counted, few, merged, read_flat
+from drep_jax.data.reid.listing import JUNK, Entry, Listed, camera_number, counted, few, image_names, merged, read_flat
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.retrieval.protocol import Protocol
 
@@ -92,13 +92,13 @@ def _distractors(base: Path, name: str) -> list[Entry]:
     if not name or not folder.is_dir():
         raise ConfigError(f'The option "distractors" names a folder of Market-1501; there is no folder {folder}.')
     entries, odd = [], []
-    for path in scan(folder).images:
-        match = re.match(r"(?P<identity>-1|\d+)_c(?P<camera>\d+)", path.name)
+    for name in image_names(folder):
+        match = re.match(r"(?P<identity>-1|\d+)_c(?P<camera>\d+)", name)
         if match is None:
-            odd.append(path.name)
+            odd.append(name)
         elif match["identity"] != JUNK:
-            camera = camera_number(match["camera"], 6, "Market-1501", str(path))
-            entries.append(Entry(path, str(path), DISTRACTOR, camera))
+            path = os.path.join(folder, name)
+            entries.append(Entry(path, path, DISTRACTOR, camera_number(match["camera"], 6, "Market-1501", path)))
     if odd or not entries:
         raise DataError(f"{folder}: expected distractors named as 0000_c1s1_000001_00.jpg; got {few(odd) or 'none'}.")
     return entries

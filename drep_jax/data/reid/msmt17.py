@@ -4,6 +4,7 @@ V1 keeps its images in train/ and test/, V2 (faces blurred) in mask_train_v2/ an
 together are the training set, as the field has it. Train and test number their persons separately: 0000 is one person in each.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,9 +83,9 @@ def _read_list(file: Path, folder: Path) -> list[Entry]:
                 f"{file}, line {line}: expected a path like 0000/0000_000_01_0303morning_0008_0.jpg and a number; "
                 f'got "{name} {identity}".'
             )
-        path = folder / name
+        path = os.path.join(folder, name)
         camera = camera_number(match["camera"], CAMERAS, "MSMT17", f"{file}, line {line}")
-        entries.append(Entry(path, str(path), f"{int(identity):04d}", camera))
+        entries.append(Entry(path, path, f"{int(identity):04d}", camera))
         paths.append((line, path))
     check_listed_files(paths, file)
     return entries

@@ -11,12 +11,13 @@ half of the names is taken, and must then fit all (case does not matter):
 """
 
 import csv
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from drep_jax.data.folder import scan
+from drep_jax.data.folder import SUFFIXES
 from drep_jax.data.reid.division import drawn_by_hash, query_and_gallery, seed_of, share_of
 from drep_jax.data.reid.layout import MARKET_FOLDERS
 from drep_jax.data.reid.listing import JUNK, Entry, Listed, check_listed_files, counted, few, in_order, merged
@@ -39,7 +40,7 @@ GROUPS = ("identity", "camera", "view")
 class Found(NamedTuple):
     """An image before cameras are numbered: its file, and what its name or line tells."""
 
-    path: Path
+    path: str
     identity: str
     camera: str | None
     view: int
@@ -72,7 +73,7 @@ def read_reid_folder(root: Path, options: Mapping[str, str]) -> Listed:
         raise DataError(f"{lacking[0]}: no camera, but other images have one. Give it for all images or for none.")
     numbers = {name: number for number, name in enumerate(names)}
     entries = [
-        (image.part, Entry(image.path, str(image.path), image.identity, numbers.get(image.camera or "", 0), image.view))
+        (image.part, Entry(image.path, image.path, image.identity, numbers.get(image.camera or "", 0), image.view))
         for image in kept
     ]
     remarks = [f"Cameras {few([f'{number} = {name}' for name, number in numbers.items()])}."] if names else []
@@ -118,10 +119,10 @@ def _from_names(root: Path, pattern: str | None) -> list[Found]:
         raise DataError(
             f"No images in {root}: expected {FORMS}, in train, query and gallery, in train and test, or in none."
         )
-    names = [path.relative_to(folder).as_posix() for _, folder, path in files]
+    names = [path[len(str(folder)) + 1 :].replace(os.sep, "/") for _, folder, path in files]
     matched = [[grammar.fullmatch(name) for name in names] for grammar in fits]
     best = next((found for found in matched if 2 * sum(map(bool, found)) >= len(names)), matched[0])
-    odd = [str(path) for (_, _, path), match in zip(files, best, strict=True) if match is None]
+    odd = [path for (_, _, path), match in zip(files, best, strict=True) if match is None]
     if odd:
         wanted = f"the pattern {pattern}" if pattern is not None else FORMS
         raise DataError(
@@ -129,7 +130,7 @@ def _from_names(root: Path, pattern: str | None) -> list[Found]:
             "Rename or remove them, give the option pattern, or write images.csv."
         )
     return [
-        Found(path, groups["identity"], groups.get("camera"), _view(groups.get("view"), str(path)), part)
+        Found(path, groups["identity"], groups.get("camera"), _view(groups.get("view"), path), part)
         for (part, _, path), match in zip(files, best, strict=True)
         if match is not None
         for groups in [match.groupdict()]
@@ -165,11 +166,15 @@ def _part_folders(root: Path) -> list[tuple[str | None, Path]]:
     return [(None, root)]
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    listing = scan(folder)
-    yield from listing.images
-    for inside in listing.folders:
-        yield from _below(inside)
+def _below(folder: Path | str) -> Iterator[str]:
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            continue
+        if name.lower().endswith(SUFFIXES):
+            yield path
+        elif os.path.isdir(path):
+            yield from _below(path)
 
 
 def _from_csv(file: Path) -> Iterator[Found]:
@@ -198,7 +203,7 @@ def _from_csv(file: Path) -> Iterator[Found]:
         part = row.get("split")
         if part is not None and part not in PARTS:
             raise DataError(f'{file}, line {line}: unknown split "{part}".{did_you_mean(part, PARTS)}')
-        path = file.parent / row["path"]
+        path = os.path.join(file.parent, row["path"])
         view = _view(row.get("view") or None, f"{file}, line {line}")
         found.append(Found(path, row["identity"], row.get("camera"), view, part))
         paths.append((line, path))

@@ -3,6 +3,7 @@
 A test list is not divided: its protocol draws a gallery of one image a vehicle, ten times, the other images being the queries.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def _read_list(file: Path, folder: Path) -> list[Entry]:
     for line, (name, identity) in read_lines(file, 2, '"image vehicle", as in "0000001 5"'):
         if not identity.isdecimal():
             raise DataError(f'{file}, line {line}: a vehicle is a number; got "{identity}".')
-        path = folder / (name if name.endswith(".jpg") else f"{name}.jpg")
-        entries.append(Entry(path, str(path), identity, 0))
+        path = os.path.join(folder, name if name.endswith(".jpg") else f"{name}.jpg")
+        entries.append(Entry(path, path, identity, 0))
         paths.append((line, path))
     check_listed_files(paths, file)
     return entries

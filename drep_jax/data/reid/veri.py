@@ -6,6 +6,7 @@ from 1; 0 is an error of the data set); keypoint_train.txt and keypoint_test.txt
 view, 0 to 7.
 """
 
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ def read_veri(root: Path, options: Mapping[str, str]) -> Listed:
         entries, _ = read_flat(base / folder, NAME, "VeRi-776", CAMERAS)
         kept = _listed(entries, base / folder, base / file)
         unlisted += len(entries) - len(kept)
-        named = [(Path(entry.where).name, entry) for entry in kept]
+        named = [(os.path.basename(entry.where), entry) for entry in kept]
         known = [entry._replace(view=views.get(name, -1)) for name, entry in named]
         parts.append(
             [
@@ -56,7 +57,7 @@ def read_veri(root: Path, options: Mapping[str, str]) -> Listed:
         "VeRi-776",
         str(base),
         train,
-        merged(query, gallery, key=lambda entry: Path(entry.where).name),
+        merged(query, gallery, key=lambda entry: os.path.basename(entry.where)),
         CAMERAS,
         published=COUNTS,
         remarks=tuple(remarks),
@@ -66,9 +67,9 @@ def read_veri(root: Path, options: Mapping[str, str]) -> Listed:
 def _listed(entries: list[Entry], folder: Path, file: Path) -> list[Entry]:
     if not file.is_file():
         return entries
-    lines = [(line, folder / Path(words[0]).name) for line, words in read_lines(file, 1, "one file name")]
+    lines = [(line, str(folder / os.path.basename(words[0]))) for line, words in read_lines(file, 1, "one file name")]
     check_listed_files(lines, file)
-    names = {str(path) for _, path in lines}
+    names = {path for _, path in lines}
     return [entry for entry in entries if entry.where in names]
 
 

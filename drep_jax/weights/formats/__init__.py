@@ -6,12 +6,15 @@ import flax.linen as nn
 
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
 from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
+from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
 from drep_jax.weights.formats.dinov2 import DINOV2
+from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
 from drep_jax.weights.formats.swin import SWIN
 from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
 from drep_jax.weights.formats.timm_vit import TIMM_VIT
 from drep_jax.weights.formats.torch_encoder_vit import TORCH_ENCODER_VIT
 from drep_jax.weights.formats.torchvision_resnet import TIMM_RESNET, TORCHVISION_RESNET
+from drep_jax.weights.formats.transreid import TRANSREID_NET, TRANSREID_SSL_TRUNK, TRANSREID_TIMM_TRUNK
 from drep_jax.weights.formats.transreid_ssl import TRANSREID, TRANSREID_SSL
 from drep_jax.weights.formats.vision_transformer import BIG_VISION, VISION_TRANSFORMER
 from drep_jax.weights.formats.vmamba import VMAMBA
@@ -23,6 +26,9 @@ FORMATS: tuple[Format, ...] = (
     TRANSREID_SSL,
     TRANSREID,
     TIMM_VIT,
+    TRANSREID_NET,
+    TRANSREID_SSL_TRUNK,
+    TRANSREID_TIMM_TRUNK,
     TORCH_ENCODER_VIT,
     VISION_TRANSFORMER,
     BIG_VISION,
@@ -32,6 +38,11 @@ FORMATS: tuple[Format, ...] = (
     VMAMBA,
     SWIN,
     TIMM_SWINV2,
+    CLIP,
+    CLIP_REID,
+    STRONG_BASELINE,
+    FAST_REID,
+    TORCHVISION_REID,
 )
 
 
