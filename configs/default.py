@@ -40,6 +40,7 @@ def get_default() -> ConfigDict:
             "randaugment": 0,  # operations an image
             "randaugment_magnitude": 9.0,  # 0 to 30
             "erase": 0.0,  # probability
+            "erase_fill": (),  # the colour of erased boxes, as (0.485, 0.456, 0.406); () for random bytes
             "mixup": 0.0,  # parameter of the Beta distribution; labelled stages only
             "cutmix": 0.0,  # likewise
         }
