@@ -76,7 +76,9 @@ def main(arguments):
         flops = np.median([report["cost"]["flop_ratio"][name] for report in reports])
         print(f"{name}: latency {latency:.3f}×, FLOPs {flops:.4f}× of the baseline's")
     worst = max(report["certificate"]["results"]["float64"]["error"] for report in reports)
-    print(f"certificates: all passed: {all(r['certificate']['passed'] for r in reports)}, worst error float64 {worst:.1e}")
+    print(
+        f"certificates: all passed: {all(r['certificate']['passed'] for r in reports)}, worst error float64 {worst:.1e}"
+    )
 
 
 if __name__ == "__main__":

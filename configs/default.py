@@ -85,6 +85,7 @@ def get_default() -> ConfigDict:
             "metric": "cosine",  # or euclidean
             "rerank": (),  # k-reciprocal re-ranking: (k1, k2, λ), such as (20, 6, 0.3)
             "noisy": "both",  # which images the conditions of the evaluation corrupt: query, gallery or both
+            "interval": "query",  # what the intervals resample: query, or identity with all its queries
             "shown": 2,  # queries of each kind (gained most, lost most, at random) whose results the report shows; 0 for none
             "attributed": 0,  # sites, those that changed most, whose own effect on the ranking is measured; 0 for none
             "side": "",  # what the backbone is told beside the image: camera, view or camera+view

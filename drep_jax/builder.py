@@ -168,28 +168,26 @@ def build(config: Mapping[str, Any]) -> Setting:
 
 
 def side_of(names: Sequence[str], found: Images) -> tuple[tuple[str, int], ...]:
-    """Returns the columns that the backbone is told, with how many values each has in the training images.
+    """Returns the columns that the backbone is told, with how many values each has in the data set.
 
     Raises:
-      ConfigError: for images that have no such column, or a value in the test images that no training image has.
+      ConfigError: for images that have no such column.
     """
-    known = [table_of(source) | {"": source.name} for source in (found.train, found.held_out) if len(source)]
-    asked = [] if found.test is None else [table_of(found.test) | {"": found.test.name}]
     result = []
     for name in names:
-        for table in (*known, *asked):
-            if name not in table or np.min(table[name]) < 0:
+        counts = []
+        for source in (found.train, found.held_out, found.test):
+            if source is None or not len(source):
+                continue
+            column = table_of(source).get(name)
+            if column is None or np.min(column) < 0:
                 raise ConfigError(
-                    f'retrieval.side names "{name}", which {table[""]} does not tell of every image. Leave it out, or give it.'
+                    f'retrieval.side names "{name}", which {source.name} does not tell of every image. '
+                    "Leave it out, or give it."
                 )
-        count = 1 + max(int(np.max(table[name])) for table in known)
-        for table in asked:
-            if (most := int(np.max(table[name]))) >= count:
-                raise ConfigError(
-                    f"{table['']} has test images of {name} {most + 1}, but training images of {count} only, so the "
-                    'backbone has learned nothing to be told. Set --config.retrieval.side="".'
-                )
-        result.append((name, count))
+            counts.append(int(np.max(column)) + 1)
+            counts.append(int(getattr(source, f"{name}s", 0)))  # of the whole data set, if that is known
+        result.append((name, max(counts)))
     return tuple(result)
 
 

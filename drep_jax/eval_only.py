@@ -108,13 +108,15 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         )
     folder = distributed.from_primary(lambda: _new_folder(os.path.join(directory, FOLDER)))
     controls = [name for name in ("continued",) if name in arms]
-    scores = scoring.score(config, setting, setting.test, arms, config["evaluate"]["conditions"])
+    scored = scoring.score(config, setting, setting.test, arms, config["evaluate"]["conditions"])
     resamples = config["evaluate"]["resamples"]
     content = {
         "config": config,
         "environment": environment(),
         "arms": told,
-        "metrics": evaluation.summarize(scores, controls=controls, resamples=resamples, seed=config["seed"]),
+        "metrics": evaluation.summarize(
+            scored.scores, controls=controls, resamples=resamples, seed=config["seed"], clusters=scored.clusters
+        ),
     }
     if distributed.primary():
         report.write_evaluation(content, folder)

@@ -89,7 +89,12 @@ def in_order(rows: np.ndarray, batches: int) -> np.ndarray:
 
 
 def summarize(
-    results: Mapping[str, Mapping[str, Scores]], *, controls: Sequence[str], resamples: int, seed: int
+    results: Mapping[str, Mapping[str, Scores]],
+    *,
+    controls: Sequence[str],
+    resamples: int,
+    seed: int,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Turns scores into the report's `metrics`: means in per cent, paired differences, 95 % intervals, McNemar.
 
@@ -97,6 +102,7 @@ def summarize(
       results: {condition: {arm: {metric: (n,)}}}; arms other than `baseline` and the controls are denoised networks.
       controls: arms that show what comes about without denoising.
       resamples, seed: of the bootstrap.
+      clusters: (n,) numbers of what is resampled as a whole, such as the persons of the queries; None for each item by itself.
 
     Returns:
       By condition, what docs/report.md describes. Every denoised arm is compared with the baseline and with every
@@ -123,13 +129,14 @@ def summarize(
         for ours, theirs in pairs_of(entry):
             name = f"{ours} - {theirs}"
             found = {
-                m: paired_interval(v, arms[theirs][m], resamples=resamples, seed=seed) for m, v in arms[ours].items()
+                m: paired_interval(v, arms[theirs][m], resamples=resamples, seed=seed, clusters=clusters)
+                for m, v in arms[ours].items()
             }
             entry["difference"][name] = {m: 100.0 * i.difference for m, i in found.items()}
             entry["interval"][name] = {m: [100.0 * i.low, 100.0 * i.high] for m, i in found.items()}
             for metric in TESTED & arms[ours].keys():
                 values = arms[ours][metric], arms[theirs][metric]
-                if np.isin(values, (0, 1)).all():  # not means over several galleries
+                if clusters is None and np.isin(values, (0, 1)).all():  # not means over several galleries
                     entry["mcnemar"][name] = mcnemar(*values)
         table[condition] = entry
     return table

@@ -187,8 +187,8 @@ def finish(
     distributed.barrier("evaluation")
     metrics = {}
     if setting.test is not None:
-        scores = scoring.score(config, setting, setting.test, arms, conditions, explicit)
-        metrics = evaluation.summarize(scores, **told)
+        scored = scoring.score(config, setting, setting.test, arms, conditions, explicit)
+        metrics = evaluation.summarize(scored.scores, **told, clusters=scored.clusters)
     fusible = {name: tree for name, tree in arms.items() if name not in explicit}  # the others need the head
     sources = {part.name: score_other(config, setting, part, fusible, told) for part in setting.others}
     described = describe_sites(setting, variables["params"], fused)
@@ -242,11 +242,12 @@ def score_other(
     """Returns the report's metrics of a further source: by its own queries, or by nearest neighbours in its gallery."""
     conditions = config["evaluate"]["conditions"]
     if part.gallery is None:
-        scores, size = scoring.score(config, setting, part.test, arms, conditions), None
+        scored, size = scoring.score(config, setting, part.test, arms, conditions), None
     else:
         how = scoring.options(config, setting)
-        scores, size = neighbours.score_arms(setting.headless, arms, part, conditions, **how), len(part.gallery)
-    return {"gallery": size, "metrics": evaluation.summarize(scores, **told)}
+        scored = scoring.Scored(neighbours.score_arms(setting.headless, arms, part, conditions, **how), None)
+        size = len(part.gallery)
+    return {"gallery": size, "metrics": evaluation.summarize(scored.scores, **told, clusters=scored.clusters)}
 
 
 def spectra(

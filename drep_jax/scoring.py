@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,18 @@ Tree = Any
 Config = Mapping[str, Any]
 
 
+class Scored(NamedTuple):
+    """Scores of all arms.
+
+    Attributes:
+      scores: {condition: {arm: {metric: (n,)}}}, n images or, for retrieval, queries that have a match.
+      clusters: (n,) whose they are, where intervals are to be over persons instead of queries; or None.
+    """
+
+    scores: dict[str, dict[str, Scores]]
+    clusters: np.ndarray | None
+
+
 def score(
     config: Config,
     setting: Setting,
@@ -29,7 +41,7 @@ def score(
     arms: Mapping[str, Tree],
     conditions: Sequence[str],
     networks: Mapping[str, Callable[[Tree, Any], Any]] = MappingProxyType({}),
-) -> dict[str, dict[str, Scores]]:
+) -> Scored:
     """Runs every arm under every condition.
 
     Args:
@@ -38,18 +50,18 @@ def score(
       arms: name ↦ variables.
       conditions: corruption specs.
       networks: name ↦ (variables, images) ↦ outputs, of arms that are not the backbone itself.
-
-    Returns:
-      {condition: {arm: {metric: (n,)}}}, n images or, for retrieval, queries that have a match.
     """
     if isinstance(setting.task, Retrieval):
-        task, result = setting.task, {}
+        task, scores, clusters = setting.task, {}, None
         for condition in conditions:  # one after the other: features of all at once would fill the memory
             index, rows = features(config, setting, source, arms, condition, networks)
-            result[condition] = {arm: ranked(task, source, index, own).scores for arm, own in rows.items()}
-        return result
+            found = {arm: ranked(task, source, index, own) for arm, own in rows.items()}
+            scores[condition] = {arm: result.scores for arm, result in found.items()}
+            clusters = next(iter(found.values())).identity
+        return Scored(scores, clusters if task.interval == "identity" else None)
     how = options(config, setting)
-    return evaluation.score_arms(setting.backbone, arms, source, conditions, _hits, networks=networks, **how)
+    scores = evaluation.score_arms(setting.backbone, arms, source, conditions, _hits, networks=networks, **how)
+    return Scored(scores, None)
 
 
 def options(config: Config, setting: Setting) -> dict[str, Any]:

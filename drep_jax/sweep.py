@@ -158,7 +158,8 @@ def tested(config: Config, setting: Setting, variables: Tree, denoise: Tree, cho
     }
     evaluate = config["evaluate"]
     found = scoring.score(config, setting, setting.test, arms, choice.conditions)
-    return evaluation.summarize(found, controls=["placebo"], resamples=evaluate["resamples"], seed=config["seed"])
+    told = {"resamples": evaluate["resamples"], "seed": config["seed"], "clusters": found.clusters}
+    return evaluation.summarize(found.scores, controls=["placebo"], **told)
 
 
 def table(choice: Choice, max_clean_loss: float) -> str:

@@ -1,7 +1,9 @@
 """Runs of task "retrieval" on a small folder: every way of training, its arms, its picture, and what is refused beforehand."""
 
+import dataclasses
 import json
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -111,7 +113,7 @@ def test_ranked_results_are_shown_and_sites_stand_for_themselves(run):
     shown = report["ranked"]
     assert shown["arms"] == ["baseline", "measured"] and shown["queries"] and len(shown["sites"]) == 1
     assert os.path.getsize(os.path.join(directory, "plots", "ranked.png")) > 2000
-    page = open(os.path.join(directory, "report.html")).read()
+    page = pathlib.Path(directory, "report.html").read_text()
     assert "Ranked results" in page and shown["sites"][0]["path"] in page
     found = last_saved(config, setting, directory, "measured")
     params = {"backbone": found.variables["params"], "denoise": found.denoise}
@@ -149,11 +151,7 @@ def test_centres_are_trained_beside_the_backbone_and_stay_out_of_it(run):
 def test_the_explicit_final_feature_is_denoised_behind_the_backbone(run):
     config, directory, report, setting = run
     found = last_saved(config, setting, directory, "backbone")
-    wrapped = with_final(build(config), found.variables) if False else None
-    assert wrapped is None
     images = setting.inputs(read(setting.test, np.arange(4)))
-    import dataclasses
-
     beyond = dataclasses.replace(setting, backbone=WithFinal(setting.backbone))
     same = beyond.backbone.apply(with_final(beyond, found.variables), images)
     np.testing.assert_allclose(same, setting.backbone.apply(found.variables, images), rtol=1e-5, atol=1e-6)
@@ -168,7 +166,7 @@ def test_a_finished_run_is_evaluated_again_by_its_weights(run):
     content, folder = eval_only.evaluate(
         eval_only.configuration(config, directory, overrides={}, explicit=False), directory
     )
-    again = json.load(open(os.path.join(folder, "evaluation.json")))["metrics"]
+    again = json.loads(pathlib.Path(folder, "evaluation.json").read_text())["metrics"]
     for condition, entry in report["metrics"].items():
         for arm in ("measured", "label_augmented", "alternating"):
             assert content["metrics"][condition]["denoised"][arm] == pytest.approx(entry["denoised"][arm])

@@ -46,6 +46,7 @@ class Retrieval:
       centre_rate: learning rate of the centres, by plain gradient descent.
       weighting: of a backbone's several features and logits: "half" (the first one half, the others together the other half,
         as TransReID), "sum" (as CLIP-ReID) or "mean".
+      interval: what intervals resample, "query" or "identity" (with all its queries, which are not independent).
       shown: queries of each kind whose ranked results a report shows.
       attributed: sites whose own effect on the ranking is measured.
       views: whether triplets are those of viewpoint-aware metric learning, for backbones with two branches.
@@ -65,6 +66,7 @@ class Retrieval:
     centre_rate: float = 0.5
     weighting: str = "half"
     views: bool = False
+    interval: str = "query"
     shown: int = 2
     attributed: int = 0
 
@@ -231,6 +233,7 @@ def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
         ("side", SIDES),
         ("weighting", WEIGHTINGS),
         ("lonely", ("refuse", "drop")),
+        ("interval", ("query", "identity")),
     ):
         if options[name] not in known:
             raise ConfigError(f'Unknown retrieval.{name} "{options[name]}".{did_you_mean(options[name], known)}')

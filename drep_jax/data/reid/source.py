@@ -86,7 +86,7 @@ def _part(listed: Listed, split: str, share: Fraction) -> tuple[Sequence[Entry],
     validation = held_out(identities, share)
     wanted = split == "validation"
     entries = [entry for entry in listed.train if (entry.identity in validation) == wanted]
-    if not entries:
+    if not entries and not (wanted and share == 0):  # nothing is held out because nothing was asked for
         told = f"held_out={float(share):g} of {len(identities)} training identities leaves none for {split}"
         raise DataError(f"{listed.title} in {listed.where}: {told}. Choose another share, from 0 to below 1.")
     return entries, identities
