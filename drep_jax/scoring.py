@@ -11,6 +11,7 @@ from drep_jax.builder import Setting
 from drep_jax.data import Source
 from drep_jax.data.corruptions import CLEAN
 from drep_jax.data.tables import protocol_of, table_of
+from drep_jax.errors import NonFiniteError
 from drep_jax.evaluation import Scores
 from drep_jax.retrieval.evaluate import Result, evaluate
 from drep_jax.tasks import Retrieval, classification
@@ -55,6 +56,12 @@ def score(
         task, scores, clusters = setting.task, {}, None
         for condition in conditions:  # one after the other: features of all at once would fill the memory
             index, rows = features(config, setting, source, arms, condition, networks)
+            for arm, own in rows.items():
+                if not np.isfinite(own).all():
+                    raise NonFiniteError(
+                        f"Arm {arm} gives features with NaN or Inf on {condition} images, which cannot be ranked. Leave it out "
+                        "of --config.compare, or train it with a smaller learning rate; what the run has learned is kept."
+                    )
             found = {arm: ranked(task, source, index, own) for arm, own in rows.items()}
             scores[condition] = {arm: result.scores for arm, result in found.items()}
             clusters = next(iter(found.values())).identity
