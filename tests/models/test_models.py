@@ -127,8 +127,10 @@ def apply(module, variables, x):
 
 
 def test_every_entry_has_a_row_and_is_listed():
-    assert set(TABLE) == set(MODELS), "add a row to TABLE for each entry of MODELS"
-    assert list_models() == sorted(TABLE)
+    # Those of re-identification, which return no logits, have tests of their own.
+    classify = {name for name, entry in MODELS.items() if not hasattr(getattr(entry, "func", entry), "outputs")}
+    assert set(TABLE) == classify, "add a row to TABLE for each entry of MODELS"
+    assert list_models() == sorted(MODELS)
     assert list_models("vit_s*") == ["vit_s16", "vit_s16_gap", "vit_s32", "vit_s8"]
     assert list_models("nothing*") == []
 

@@ -1,6 +1,6 @@
 """CLIP's own image encoder (github.com/openai/CLIP, state dicts), and networks trained by CLIP-ReID from it.
 
-Both hold the text encoder as well, and CLIP-ReID's its learned prompts: they are left. CLIP has neither necks nor classifiers nor
+Both hold the text encoder as well, and CLIP-ReID's its learned prompts: they are left. CLIP has neither necks, classifiers nor
 embeddings of cameras; these are then as initialised. CLIP's positions are for the square of 224 pixels.
 """
 
