@@ -37,9 +37,16 @@ class BNNeck(nn.Module):
           classify: whether the classifier runs; retrieval has no use for it.
         """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Pooled features differ little between images: E[x²] - E[x]² would lose the digits in which they do.
-        options = {"epsilon": 1e-5, "momentum": 0.9, "use_bias": False, "use_fast_variance": False}
-        after = nn.BatchNorm(not train, axis_name=self.axis_name, **options, **dtypes, name="bottleneck")(feature)
+        after = nn.BatchNorm(
+            not train,
+            epsilon=1e-5,
+            momentum=0.9,
+            use_bias=False,
+            axis_name=self.axis_name,
+            use_fast_variance=False,  # E[x²] - E[x]² loses the digits in which the features of images differ
+            **dtypes,
+            name="bottleneck",
+        )(feature)
         if not self.num_classes or not (classify or self.is_initializing()):
             return after, None
         init = nn.initializers.normal(0.001)
