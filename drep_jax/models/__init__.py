@@ -1,8 +1,9 @@
 """Registry of backbones: plain Flax Linen modules, images in, logits out.
 
 Every entry makes a module that is called as `module(x, train=False)` on normalised images (batch, height, width,
-channels) and returns logits (batch, num_classes), or features when `num_classes=0`. Those of re-identification return the
-feature of retrieval, and have a method `outputs` for what their losses read. To add a model, add a line to `MODELS`.
+channels) and returns logits (batch, num_classes), or features when `num_classes=0`; those for retrieval return features
+always, and from their method `outputs` what the losses of training read. To add a model, add a line to
+`MODELS`.
 """
 
 import fnmatch
@@ -19,6 +20,7 @@ from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.resnet import ResNet
 from drep_jax.models.resnet_reid import ResNetReID
 from drep_jax.models.swin import SwinV2
+from drep_jax.models.transreid import TransReID
 from drep_jax.models.vit import ViT
 from drep_jax.models.vmamba import VMamba
 
@@ -35,6 +37,10 @@ _GAP = {"pool": "gap", "class_token": False, "positions": "sincos2d", "pre_logit
 
 # The published ones: T[s1l8], S[s2l15] and B[s2l15], s being the ratio of scanned channels and l the depth of the third stage.
 _vmamba_s2l15 = functools.partial(VMamba, depths=(2, 2, 15, 2), ssm_ratio=2.0)
+
+# As published at https://github.com/damo-cv/TransReID; side_info is the number of cameras (and viewpoints) of the data.
+_transreid_s = functools.partial(TransReID, patch_size=16, width=384, depth=12, num_heads=6, mlp_dim=1536)
+_transreid_b = functools.partial(TransReID, patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072)
 
 _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
 
@@ -70,6 +76,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32_cifar": functools.partial(_cifar, stage_sizes=(5, 5, 5)),
     "resnet44_cifar": functools.partial(_cifar, stage_sizes=(7, 7, 7)),
     "resnet56_cifar": functools.partial(_cifar, stage_sizes=(9, 9, 9)),
+    "transreid": TransReID,
+    "transreid_b16": functools.partial(_transreid_b, jigsaw=True),
+    "transreid_b16_stride12": functools.partial(_transreid_b, jigsaw=True, patch_stride=12),
+    "transreid_b16_baseline": _transreid_b,
+    # As published at https://github.com/damo-cv/TransReID-SSL.
+    "transreid_ssl_s16": _transreid_s,
+    "transreid_ssl_s16_ics": functools.partial(_transreid_s, stem="ics"),
+    "transreid_ssl_b16": _transreid_b,
+    "transreid_ssl_b16_ics": functools.partial(_transreid_b, stem="ics"),
     "vmamba": VMamba,
     "vmamba_t": functools.partial(VMamba, depths=(2, 2, 8, 2), ssm_ratio=1.0, width=96),
     "vmamba_s": functools.partial(_vmamba_s2l15, width=96),

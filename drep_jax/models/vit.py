@@ -7,9 +7,8 @@ Initial values: truncated normal of standard deviation 0.02 for dense kernels an
 token and registers, Xavier uniform for the patch embedding, zero biases, 1e-5 for layer scales.
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,146 +18,22 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError, did_you_mean
-from drep_jax.models.activations import gelu, quick_gelu
+from drep_jax.models.transformer import (
+    ACTIVATIONS,
+    TRUNC_NORMAL,
+    EncoderBlock,
+    at_least_float32,
+    check_sizes,
+    encode,
+    grid_of,
+    layer_norm,
+    pair,
+    patch_embedding,
+)
 
 POOLS = ("cls", "mean", "gap")
 POSITIONS = ("learned", "sincos2d")
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
-    "gelu": gelu,
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "quick_gelu": quick_gelu,
-    "relu": nn.relu,
-}
-_trunc_normal = nn.initializers.truncated_normal(0.02)
 _tiny_normal = nn.initializers.normal(1e-6)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q kᵀ / √d) v, with four separate dense layers.
-
-    `query`, `key` and `value` are given the very same array, so that a trace can see that they read one tensor.
-    """
-
-    num_heads: int
-    qkv_bias: bool = True
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Mixes the tokens of each image."""
-        width = x.shape[-1]
-        dense = functools.partial(
-            nn.Dense, width, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype
-        )
-        rows = _rows(x)
-        query, key, value = (
-            dense(use_bias=self.qkv_bias, name=name)(rows).reshape(x.shape) for name in ("query", "key", "value")
-        )
-        return dense(name="out")(_rows(_attend(query, key, value, self.num_heads))).reshape(x.shape)
-
-
-def _attend(
-    query: Float[Array, "batch tokens width"],
-    key: Float[Array, "batch tokens width"],
-    value: Float[Array, "batch tokens width"],
-    num_heads: int,
-) -> Float[Array, "batch tokens width"]:
-    """Returns softmax(q kᵀ / √d) v, head by head; the softmax is in float32 at least.
-
-    Heads-first batched products: for (8, 197, 6, 64) on two CPU cores 6 ms, against 9 ms for
-    `jax.nn.dot_product_attention` and 10 ms for einsum; forward and backward 17, 26 and 21 ms.
-    """
-    batch, tokens, width = query.shape
-    q, k, v = (jnp.swapaxes(a.reshape(batch, tokens, num_heads, width // num_heads), 1, 2) for a in (query, key, value))
-    scores = (q * (width // num_heads) ** -0.5) @ jnp.swapaxes(k, 2, 3)
-    weights = jax.nn.softmax(_at_least_float32(scores), axis=-1).astype(v.dtype)
-    return jnp.swapaxes(weights @ v, 1, 2).reshape(batch, tokens, width)
-
-
-class Mlp(nn.Module):
-    """fc2(activation(fc1(x)))."""
-
-    hidden: int
-    activation: str = "gelu"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Maps each token by itself."""
-        dense = functools.partial(nn.Dense, kernel_init=_trunc_normal, dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(_rows(x)))
-        return dense(x.shape[-1], name="fc2")(hidden).reshape(x.shape)
-
-
-def _rows(x: Float[Array, "batch tokens width"]) -> Float[Array, "rows width"]:
-    """Returns the tokens of all images one below the other.
-
-    A kernel's gradient is then one plain product; over two axes XLA's CPU compiler copies the tokens transposed first, which
-    takes a twentieth of the backward pass.
-    """
-    return x.reshape(-1, x.shape[-1])
-
-
-class LayerScale(nn.Module):
-    """x * gamma, one number a channel (Touvron et al. 2021)."""
-
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Scales each channel."""
-        gamma = self.param("gamma", nn.initializers.constant(1e-5), x.shape[-1:], self.param_dtype)
-        return x * gamma.astype(x.dtype)[None, None]
-
-
-class EncoderBlock(nn.Module):
-    """One transformer block; `dropout` and the drop path act whenever they are given, so only in training."""
-
-    num_heads: int
-    mlp_dim: int
-    qkv_bias: bool = True
-    dropout: float = 0.0
-    post_norm: bool = False
-    layer_scale: bool = False
-    activation: str = "gelu"
-    norm_eps: float = 1e-6
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch tokens width"], drop_path: Float[Array, ""] | None = None
-    ) -> Float[Array, "batch tokens width"]:
-        """Adds attention, then the MLP; with probability `drop_path` a branch is left out, for each image by itself."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm1, norm2 = (_layer_norm(name, self.norm_eps, **dtypes) for name in ("norm1", "norm2"))
-        attention = Attention(self.num_heads, self.qkv_bias, **dtypes, name="attn")
-        mlp = Mlp(self.mlp_dim, self.activation, **dtypes, name="mlp")
-
-        def branch(y: Array, scale: str) -> Array:
-            y = nn.Dropout(self.dropout, deterministic=False)(y)
-            y = LayerScale(self.param_dtype, name=scale)(y) if self.layer_scale else y
-            return y if drop_path is None else _drop_path(y, drop_path, self.make_rng("dropout"))
-
-        if self.post_norm:
-            x = norm1(x + branch(attention(x), "ls1"))
-            return norm2(x + branch(mlp(x), "ls2"))
-        x = x + branch(attention(norm1(x)), "ls1")
-        return x + branch(mlp(norm2(x)), "ls2")
-
-    def step(
-        self, x: Float[Array, "batch tokens width"], drop_path: Float[Array, ""] | None
-    ) -> tuple[Float[Array, "batch tokens width"], None]:
-        """Is `__call__` in the form that `nn.scan` loops over."""
-        return self(x, drop_path), None
-
-
-def _drop_path(y: Float[Array, "batch tokens width"], rate: Float[Array, ""], key: Array) -> Array:
-    """Returns `y` with all of an image's numbers at zero with probability `rate`, the others scaled to the same mean."""
-    kept = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
-    return jnp.where(kept, y / (1 - rate).astype(y.dtype), 0)
 
 
 class ViT(nn.Module):
@@ -236,9 +111,7 @@ class ViT(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Number of patches along (height, width)."""
-        sides = zip(self.image_size, _pair(self.patch_size), self._stride, strict=True)
-        rows, columns = ((size - patch) // stride + 1 for size, patch, stride in sides)
-        return rows, columns
+        return grid_of(self.image_size, pair(self.patch_size), self._stride)
 
     @property
     def prefix_positions(self) -> int:
@@ -247,7 +120,7 @@ class ViT(nn.Module):
 
     @property
     def _stride(self) -> tuple[int, int]:
-        return _pair(self.patch_size if self.patch_stride is None else self.patch_stride)
+        return pair(self.patch_size if self.patch_stride is None else self.patch_stride)
 
     @nn.compact
     def __call__(
@@ -274,7 +147,7 @@ class ViT(nn.Module):
             )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = self._encode(self._embed(x, train), train)
-        norm = _layer_norm("norm", self.norm_eps, **dtypes)
+        norm = layer_norm("norm", self.norm_eps, **dtypes)
         patches = x[:, x.shape[1] - math.prod(self.grid) :]
         # The norm works token by token, so taking the class token first gives the same result for less work.
         features = {
@@ -283,23 +156,14 @@ class ViT(nn.Module):
             "gap": lambda: norm(patches).mean(axis=1),
         }[self.pool]()
         if self.pre_logits:
-            features = nn.tanh(nn.Dense(self.width, kernel_init=_trunc_normal, **dtypes, name="pre_logits")(features))
+            features = nn.tanh(nn.Dense(self.width, kernel_init=TRUNC_NORMAL, **dtypes, name="pre_logits")(features))
         if self.num_classes:
-            features = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **dtypes, name="head")(features)
-        return _at_least_float32(features)
+            features = nn.Dense(self.num_classes, kernel_init=TRUNC_NORMAL, **dtypes, name="head")(features)
+        return at_least_float32(features)
 
     def _embed(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch tokens dim"]:
         """Returns the class token, the registers and the patches row by row, with positions added."""
-        x = nn.Conv(
-            self.width,
-            _pair(self.patch_size),
-            strides=self._stride,
-            padding="VALID",
-            kernel_init=nn.initializers.xavier_uniform(),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="embedding",
-        )(x)
+        x = patch_embedding(self.width, pair(self.patch_size), self._stride, self.dtype, self.param_dtype)(x)
         x = x.reshape(x.shape[0], -1, self.width)
         prefix = [self._tokens("cls", 1, x)] if self.class_token else []
         positions = self._positions().astype(x.dtype)
@@ -315,7 +179,7 @@ class ViT(nn.Module):
         if self.positions == "sincos2d":
             return jnp.asarray(_sincos2d(*self.grid, self.width), self.param_dtype)
         shape = (1, self.prefix_positions + math.prod(self.grid), self.width)
-        return self.param("pos_embedding", _trunc_normal, shape, self.param_dtype)
+        return self.param("pos_embedding", TRUNC_NORMAL, shape, self.param_dtype)
 
     def _tokens(
         self, name: str, count: int, like: Float[Array, "batch patches dim"]
@@ -326,8 +190,6 @@ class ViT(nn.Module):
 
     def _encode(self, x: Float[Array, "batch tokens dim"], train: bool) -> Float[Array, "batch tokens dim"]:
         """Applies the blocks, unrolled or as a loop."""
-        # Inside a scan the loop already keeps XLA from merging the two forward passes.
-        block_class: Any = nn.remat(EncoderBlock, prevent_cse=not self.scan) if self.remat else EncoderBlock
         options = {
             "num_heads": self.num_heads,
             "mlp_dim": self.mlp_dim,
@@ -342,9 +204,9 @@ class ViT(nn.Module):
         }
         rates = jnp.linspace(0, self.drop_path, self.depth) if train and self.drop_path else None
         if not self.scan:
-            for i in range(self.depth):
-                x = block_class(**options, name=f"encoderblock_{i}")(x, None if rates is None else rates[i])
-            return x
+            return encode(x, [f"encoderblock_{i}" for i in range(self.depth)], rates, options, self.remat)
+        # Inside a scan the loop already keeps XLA from merging the two forward passes.
+        block_class: Any = nn.remat(EncoderBlock, prevent_cse=False) if self.remat else EncoderBlock
         looped = nn.scan(
             block_class,
             variable_axes={"params": 0, "denoise": 0},
@@ -382,48 +244,13 @@ def _sincos2d(height: int, width: int, dim: int) -> np.ndarray:
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]
 
 
-def _layer_norm(name: str, eps: float, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
-    """Returns a LayerNorm whose variance is mean((x - mean)²): exact also where single channels are huge."""
-    return nn.LayerNorm(eps, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
-
-
-def _at_least_float32(x: Array) -> Array:
-    """Widens bfloat16 and float16 to float32 and leaves float64 alone."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Returns (height, width) of a size given as one number or two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return height, width
-
-
 def _check(vit: ViT) -> None:
     """Raises ConfigError for attributes that cannot work together."""
-    for name in ("patch_size", "patch_stride", "image_size"):
-        value = getattr(vit, name)
-        if name == "patch_stride" and value is None:
-            continue
-        sides = (value,) * 2 if name != "image_size" and isinstance(value, int) else value
-        if (
-            not isinstance(sides, tuple | list)
-            or len(sides) != 2
-            or not all(isinstance(s, int) and s > 0 for s in sides)
-        ):
-            raise ConfigError(f"{name} must be (height, width) in pixels, both at least 1, got {value!r}.")
-    for name in ("width", "depth", "num_heads", "mlp_dim"):
-        value = getattr(vit, name)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be a whole number, at least 1, got {value!r}.")
-    if not isinstance(vit.num_classes, int) or vit.num_classes < 0:
-        raise ConfigError(f"num_classes must be 0 (features) or more, got {vit.num_classes!r}.")
+    check_sizes(vit)
     if not isinstance(vit.registers, int) or vit.registers < 0:
         raise ConfigError(f"registers must be a number of tokens, 0 or more, got {vit.registers!r}.")
-    for name in ("dropout", "drop_path"):
-        if not 0 <= getattr(vit, name) < 1:
-            raise ConfigError(f"{name} must be in [0, 1), got {getattr(vit, name)}.")
+    if not 0 <= vit.dropout < 1:
+        raise ConfigError(f"dropout must be in [0, 1), got {vit.dropout}.")
     if vit.pool not in POOLS:
         raise ConfigError(f'Unknown pool "{vit.pool}".{did_you_mean(vit.pool, POOLS)}')
     if vit.positions not in POSITIONS:
@@ -438,13 +265,3 @@ def _check(vit: ViT) -> None:
         raise ConfigError(f'Unknown activation "{vit.activation}".{did_you_mean(vit.activation, ACTIVATIONS)}')
     if not vit.norm_eps > 0:
         raise ConfigError(f"norm_eps must be above 0, got {vit.norm_eps}.")
-    if vit.width % vit.num_heads:
-        raise ConfigError(f"width {vit.width} is not divisible by num_heads {vit.num_heads}.")
-    for side, size, patch in zip(("height", "width"), vit.image_size, _pair(vit.patch_size), strict=True):
-        if vit.patch_stride is not None and size < patch:
-            raise ConfigError(f"Image {side} {size} is smaller than the patch {side} {patch}.")
-        if vit.patch_stride is None and size % patch:
-            raise ConfigError(
-                f"Image {side} {size} is not divisible by the patch {side} {patch}; "
-                f"the nearest that are: {size // patch * patch or patch} and {-(-size // patch) * patch}."
-            )

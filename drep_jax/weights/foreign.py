@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -87,10 +87,10 @@ def load_foreign(
     shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
     _check_refused(fmt, source.tensors, path)
     pieces = find_pieces(fmt, module, shapes, source.tensors)
-    held = _check_zero(fmt, source.tensors, path)
-    found = account(pieces, shapes, source.tensors, (*fmt.ignored, *map(re.escape, held)))
+    passed_over = map(re.escape, fmt.passed_over(module, source.tensors))
+    found = account(pieces, shapes, source.tensors, tuple(passed_over))
     found, resized = _with_positions(found, fmt, module, pieces, shapes, source.tensors, grid)
-    absent = _check_account(found, fmt, path, allow)
+    absent = _check_account(found, fmt, path, (*allow, *fmt.fresh))
     notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.found, *resized]
     arrays: dict[str, Any] = dict(found.arrays)
     if absent:
@@ -115,23 +115,18 @@ def already_fused(path: str, fusion: Any) -> str:
     )
 
 
-def _check_refused(fmt: Format, names: Iterable[str], path: str) -> None:
-    """Refuses a file with names that only another network has."""
+def _check_refused(fmt: Format, tensors: Mapping[str, np.ndarray], path: str) -> None:
+    """Refuses a file with names that only another network has, or with numbers where this one can have only zeros."""
     for pattern, reason in fmt.refused:
-        seen = [name for name in names if matches((pattern,), fmt.canonical(name))]
+        seen = [name for name in tensors if matches((pattern,), fmt.canonical(name))]
         if seen:
             raise CheckpointError(f"{path} (format {fmt.name}) holds {some(seen)}: {reason}")
-
-
-def _check_zero(fmt: Format, tensors: Mapping[str, np.ndarray], path: str) -> list[str]:
-    """Returns the names of the tensors that the backbone holds at zero, or refuses a file in which they are not."""
-    held = [name for name in tensors if matches(fmt.zero, fmt.canonical(name))]
-    if moved := [name for name in held if np.any(tensors[name])]:
+    shifts = [name for name in tensors if matches(fmt.zeros, fmt.canonical(name)) and np.any(tensors[name])]
+    if shifts:
         raise CheckpointError(
-            f"{path} (format {fmt.name}) holds {some(moved)} that is not zero: this backbone has a BNNeck, whose batch norm "
-            "has no shift. The file is of a network that trained it."
+            f"{path} (format {fmt.name}) holds numbers other than 0 in {some(shifts)}, which this model has no place for: its "
+            "shift is held at 0, as in the public training code."
         )
-    return held
 
 
 def _with_positions(
@@ -182,8 +177,7 @@ def _with_positions(
 
 def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:
     """Returns the leaves to be left as initialised, or refuses what does not fit and is not allowed to."""
-    allowed = (*allow, *fmt.fresh)
-    missing = {n: name for n, name in found.missing.items() if not (matches(allowed, n) or matches(allow, name))}
+    missing = {ours: name for ours, name in found.missing.items() if not (matches(allow, ours) or matches(allow, name))}
     unexpected = [name for name in found.unexpected if not matches(allow, name)]
     shaped = {ours: text for ours, text in found.shaped.items() if not (matches(allow, ours) or _named(allow, text))}
     if missing or unexpected or shaped:

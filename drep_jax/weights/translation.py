@@ -7,6 +7,7 @@ the same place. Layouts are transposes and reshapes, parts are slices: nothing i
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -77,10 +78,13 @@ class Format:
       canonical: foreign name ↦ the name that marks and rules use, where files of one kind name the same tensor in several
         ways; no two names of a file may become one.
       refused: (regular expression over canonical names, reason) of what makes a file one of another network.
+      unused: regular expressions over canonical names that a backbone of the family makes no use of, as `ignored`, but not
+        the same for each.
+      zeros: regular expressions over canonical names that are left out if they hold nothing but zeros, as shifts that were
+        never trained; else the file is refused.
+      fresh: regular expressions over our paths of what files of the format have not, and a new task begins with; it stays as
+        initialised, and this is said.
       positions: of a backbone's position embeddings, so that those of another grid of patches can be read.
-      zero: regular expressions over canonical names of tensors that the backbone holds at zero, such as the shift of a
-        BNNeck; a file in which they are not is refused.
-      fresh: regular expressions over our paths of what files of the format never hold; it is left as initialised.
     """
 
     name: str
@@ -92,13 +96,19 @@ class Format:
     canonical: Callable[[str], str] = str
     refused: tuple[tuple[str, str], ...] = ()
     positions: Callable[[nn.Module], Positions] | None = None
-    zero: tuple[str, ...] = ()
+    unused: Callable[[Any], tuple[str, ...]] = lambda _: ()
+    zeros: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
     def recognises(self, names: Collection[str]) -> bool:
         """Returns whether names as these are of this format."""
         known = [self.canonical(name) for name in names]
         return all(any(re.fullmatch(mark, name) for name in known) for mark in self.marks)
+
+    def passed_over(self, module: nn.Module, names: Iterable[str]) -> set[str]:
+        """Returns those of a file's names that a backbone has no need of."""
+        patterns = (*self.unused(module), *self.zeros)
+        return {n for n in names if matches(self.ignored, n) or matches(patterns, self.canonical(n))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ def oracle(image, p, module, number):
 
     size, stride = module.patch_size, module.patch_stride
     kernel = p["embedding"]["kernel"].reshape(-1, module.width)
-    tokens = [p["cls"][0, 0] + module.side_info_weight * p["side_embedding"][number]]
+    tokens = [p["cls"][0, 0] + module.sie_coefficient * p["sie"][number]]
     for i in range(0, image.shape[0] - size + 1, stride):
         for j in range(0, image.shape[1] - size + 1, stride):
             tokens.append(image[i : i + size, j : j + size].ravel() @ kernel)
@@ -83,7 +83,7 @@ def oracle(image, p, module, number):
 
 
 def test_features_necks_and_logits_equal_numpy_and_the_statistics_follow_the_batch():
-    module, numbers = tiny(side_info=3, side_info_weight=1.5), [2, 0, 1, 2]
+    module, numbers = tiny(side_info=3, sie_coefficient=1.5), [2, 0, 1, 2]
     variables, x = variables_of(module), pictures(numbers=numbers)
     wide = jax.tree.map(lambda a: np.asarray(a, np.float64), variables)
     expected = [oracle(image[..., :3], wide["params"], module, n) for image, n in zip(x, numbers, strict=True)]
@@ -123,8 +123,8 @@ def test_side_information_moves_the_feature_and_an_unknown_number_is_never_taken
     assert np.abs(got[0] - got[1]).max() > 1e-3 and np.abs(got[1] - got[2]).max() > 1e-3
     assert np.isnan(got[3:]).all(), "the evaluation refuses these"
     params = dict(variables["params"])
-    table = params.pop("side_embedding")
-    nothing = {**variables, "params": {**params, "side_embedding": np.zeros_like(table)}}
+    table = params.pop("sie")
+    nothing = {**variables, "params": {**params, "sie": np.zeros_like(table)}}
     without = jax.jit(plain.apply)({**variables, "params": params}, images[:1])
     same = apply(nothing, np.concatenate([images, plane], axis=3))[:3]
     np.testing.assert_allclose(same, np.repeat(without, 3, axis=0), rtol=1e-5, atol=1e-6)
@@ -190,7 +190,7 @@ def test_bfloat16_computes_narrow_and_gives_float32():
         ({"num_heads": 5}, "width 12 is not divisible by num_heads 5"),
         ({"projection": 0}, "projection must be a whole number, at least 1, got 0"),
         ({"side_info": -1}, "side_info must be a whole number, 0 (for none) or more, got -1"),
-        ({"side_info_weight": float("nan")}, "side_info_weight must be a finite number"),
+        ({"sie_coefficient": float("nan")}, "sie_coefficient must be a finite number"),
         ({"feature": "befor"}, 'Unknown feature "befor". Did you mean "before"?'),
         ({"patch_stride": 0}, "patch_stride must be a number of pixels, at least 1, got 0"),
         ({"patch_stride": None}, "height 10 is not divisible by the patch 4; the nearest that are: 8 and 12"),

@@ -95,7 +95,7 @@ def test_what_a_clip_reid_file_may_and_may_not_be(tmp_path):
     refused(path, clip(4), "classifier.weight is (3, 8) in the file, (4, 8) in the model", "init_allow")
     found = load(path, clip(4), allow=(r"classifier.*",))
     np.testing.assert_array_equal(found.variables["params"]["neck"]["classifier"]["kernel"], 7)
-    refused(path, clip(side_info=2), "cv_embed (for params/side_embedding)")
+    refused(path, clip(side_info=2), "cv_embed (for params/sie)")
     shifted = {**tensors, **CLIP_REID_REST, "bottleneck.bias": np.full(8, 0.1, np.float32)}
     refused(save(tmp_path / "b.safetensors", shifted), clip(), "bottleneck.bias", "has no shift")
     _, with_cameras = theirs(CLIP_REID, clip(side_info=2))
@@ -126,7 +126,7 @@ def test_openai_clip_gives_the_encoder_and_its_square_of_positions(tmp_path):
     np.testing.assert_array_equal(params["pos_embedding"][0, 0], square[0].astype(np.float32))
     fresh = [note for note in found.notes if "left as initialised" in note]
     assert len(fresh) == 1 and "neck" in fresh[0]
-    assert {float(params[name].ravel()[0]) for name in ("side_embedding",)} == {7.0}
+    assert {float(params[name].ravel()[0]) for name in ("sie",)} == {7.0}
     notes = "\n".join(found.notes)
     assert "resized from 14×14 to 4×2 patches (bilinear)" in notes
 

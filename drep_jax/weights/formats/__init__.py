@@ -14,6 +14,7 @@ from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
 from drep_jax.weights.formats.timm_vit import TIMM_VIT
 from drep_jax.weights.formats.torch_encoder_vit import TORCH_ENCODER_VIT
 from drep_jax.weights.formats.torchvision_resnet import TIMM_RESNET, TORCHVISION_RESNET
+from drep_jax.weights.formats.transreid import TRANSREID_NET, TRANSREID_SSL_TRUNK, TRANSREID_TIMM_TRUNK
 from drep_jax.weights.formats.transreid_ssl import TRANSREID, TRANSREID_SSL
 from drep_jax.weights.formats.vision_transformer import BIG_VISION, VISION_TRANSFORMER
 from drep_jax.weights.formats.vmamba import VMAMBA
@@ -25,6 +26,9 @@ FORMATS: tuple[Format, ...] = (
     TRANSREID_SSL,
     TRANSREID,
     TIMM_VIT,
+    TRANSREID_NET,
+    TRANSREID_SSL_TRUNK,
+    TRANSREID_TIMM_TRUNK,
     TORCH_ENCODER_VIT,
     VISION_TRANSFORMER,
     BIG_VISION,

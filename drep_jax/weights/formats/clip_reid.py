@@ -36,7 +36,7 @@ def _rules(encoder: str) -> tuple[Rule, ...]:
         Rule(r"encoderblock_(\d+)/norm([12])", rf"{block}.ln_\2"),
         Rule("norm", f"{encoder}.ln_post"),
         Rule("projection/kernel", f"{encoder}.proj", layout=SAME),
-        Rule("side_embedding", "cv_embed"),
+        Rule("sie", "cv_embed"),
         Rule(r"neck(_proj)?/(bottleneck|classifier)", r"\2\1"),
     )
 
@@ -58,7 +58,7 @@ CLIP = Format(
         r"(transformer|token_embedding|ln_final)\..*",
         "positional_embedding|text_projection|logit_scale|input_resolution|context_length|vocab_size",
     ),
-    fresh=(r"(params|batch_stats)/neck(_proj)?/.*", "params/side_embedding"),
+    fresh=(r"(params|batch_stats)/neck(_proj)?/.*", "params/sie"),
     positions=_square_positions,
 )
 CLIP_REID = Format(
@@ -68,6 +68,6 @@ CLIP_REID = Format(
     rules=lambda net: _rules("image_encoder"),
     # A classifier is left only if the backbone has none.
     ignored=(r"(text_encoder|prompt_learner)\..*", r".*\.num_batches_tracked", r"classifier(_proj)?\.weight"),
-    zero=(r"bottleneck(_proj)?\.bias",),
+    zeros=(r"bottleneck(_proj)?\.bias",),
     positions=_positions,
 )

@@ -85,7 +85,7 @@ STRONG_BASELINE = Format(
     rules=_with_stem("strong_baseline", _rules("base.", "bottleneck", "classifier.weight")),
     # A classifier is left only if the backbone has none.
     ignored=(r".*\.num_batches_tracked", r"classifier\.weight"),
-    zero=(r"bottleneck\.bias",),
+    zeros=(r"bottleneck\.bias",),
     canonical=_behind("base."),
     refused=_VARIANTS,
 )
@@ -95,7 +95,7 @@ FAST_REID = dataclasses.replace(
     marks=(r"backbone\.conv1\.weight", r"heads\.bottleneck\.0\.running_mean"),
     rules=_with_stem("fast_reid", _rules("backbone.", "heads.bottleneck.0", "heads.weight")),
     ignored=(r".*\.num_batches_tracked", r"pixel_(mean|std)", r"heads\.((classifier|cls_layer)\.)?weight"),
-    zero=(r"heads\.bottleneck\.0\.bias",),
+    zeros=(r"heads\.bottleneck\.0\.bias",),
     canonical=_fast_reid_name,
     refused=(
         *_VARIANTS,

@@ -12,7 +12,7 @@ QKV = ("query", "key", "value")
 ICS_STEM = (
     r"patch_embed\.conv\..*",
     "this is the convolutional stem of TransReID-SSL's networks with ICS (IBN-based convolution stem), which this ViT has "
-    "not. Take a checkpoint without ICS, such as its plain ViT-S/16.",
+    "not. Choose a model transreid_ssl_…_ics, or a checkpoint without ICS, such as its plain ViT-S/16.",
 )
 
 

@@ -30,7 +30,8 @@ TRANSREID = dataclasses.replace(
         ICS_STEM,
         (
             "sie_embed",
-            "these are embeddings of cameras and viewpoints, which a ViT that sees the image only cannot add.",
+            "these are embeddings of cameras and viewpoints, which a ViT that sees the image only cannot add: choose a "
+            "model transreid_… with side_info.",
         ),
     ),
     positions=lambda vit: vit_positions(vit, positions.TRANSREID),
