@@ -97,7 +97,7 @@ def test_what_a_clip_reid_file_may_and_may_not_be(tmp_path):
     np.testing.assert_array_equal(found.variables["params"]["neck"]["classifier"]["kernel"], 7)
     refused(path, clip(side_info=2), "cv_embed (for params/sie)")
     shifted = {**tensors, **CLIP_REID_REST, "bottleneck.bias": np.full(8, 0.1, np.float32)}
-    refused(save(tmp_path / "b.safetensors", shifted), clip(), "bottleneck.bias", "has no shift")
+    refused(save(tmp_path / "b.safetensors", shifted), clip(), "bottleneck.bias", "shift is held at 0")
     _, with_cameras = theirs(CLIP_REID, clip(side_info=2))
     refused(save(tmp_path / "c.safetensors", {**with_cameras, **CLIP_REID_REST}), clip(), "unexpected: \n    cv_embed")
 
@@ -149,7 +149,7 @@ def test_baselines_are_read_by_networks_of_their_stem_only(fmt, prefix, bias, tm
     both = load(path, resnet(stem=fmt.name, branches=2)).variables["params"]
     assert same_bits(both["same_layer2_0"], both["different_layer2_0"])
     shifted = {**tensors, bias: np.full(8, 0.1, np.float32)}
-    refused(save(tmp_path / "b.safetensors", shifted), module, "bias", "has no shift")
+    refused(save(tmp_path / "b.safetensors", shifted), module, "bias", "shift is held at 0")
 
 
 def test_older_names_of_fast_reid_are_known_and_its_variants_named(tmp_path):
