@@ -146,6 +146,14 @@ def test_classifiers_are_there_but_no_layers_of_retrieval():
     assert len(outputs["features"]) == 3 and outputs["logits"] == ()
 
 
+def test_remat_recomputes_the_blocks_and_changes_nothing():
+    plain, remat, x = tiny(), tiny(remat=True), pictures()
+    variables = variables_of(plain)
+    assert str(jax.make_jaxpr(remat.apply)(variables, x)).count("remat") >= 2
+    got, wanted = (jax.jit(module.apply)(variables, x) for module in (remat, plain))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("stride", "side", "tokens"), [(None, 0, 129), (12, 6, 211)])
 def test_published_network_has_the_published_number_of_parameters(stride, side, tokens):
     """86,192,640 in CLIP's ViT-B/16 for 224 pixels (197 positions), of which positions depend on the size."""
