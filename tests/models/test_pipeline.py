@@ -29,6 +29,11 @@ NARROW = {
     ),
     "clip_reid": ({"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "projection": 12}, (8, 12), 4),
     "resnet_reid": ({"stage_sizes": (1, 1), "block": "bottleneck", "width": 4, "branches": 2}, (32, 32), 9),
+    "transreid": (
+        {"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "jigsaw": True},
+        (8, 16),
+        6,
+    ),
     "vmamba": ({"depths": (1,), "width": 8, "ssm_ratio": 1.0}, (16, 16), 2),
 }
 
@@ -45,7 +50,8 @@ def lively(model, size, seed=0, spread=0.02):
 
     variables = jax.tree_util.tree_map_with_path(stir, variables)
     if "batch_stats" in variables:
-        warm = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"])[1])
+        keys = {"dropout": jax.random.key(seed)}
+        warm = jax.jit(lambda v: model.apply(v, images, True, rngs=keys, mutable=["batch_stats"])[1])
         for _ in range(20):
             variables = {**variables, **warm(variables)}
     return jax.tree_util.tree_map(np.asarray, variables)
@@ -120,6 +126,7 @@ def test_the_whole_method_runs_on_every_family(name):
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in NARROW])
 def test_the_whole_method_runs_at_full_size(name):
     size = (256, 256) if name.startswith("swin") else (32, 32) if name.endswith("cifar") else (224, 224)
+    size = (256, 128) if name.startswith("transreid") else size
     model = create_model(name, num_classes=1000, image_size=size)
     sites = find_sites(model, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
     # Denoisers of all sites of the widest networks would not fit in memory in float64; every third site stands for them.

@@ -112,7 +112,7 @@ def test_outputs_running_means_and_parameter_counts(name, tmp_path):
         ours, stats = train(jax.tree_util.tree_map(np.float64, found.variables), np.float64(x))
         pairs = zip(ours["features"] + ours["logits"], features + logits, strict=True)
         errors["training, float64"] = max(error(np.asarray(got), expected) for got, expected in pairs)
-        stats = names_of({"batch_stats": stats["batch_stats"]})
+        stats = {n: np.asarray(leaf) for n, leaf in names_of({"batch_stats": stats["batch_stats"]}).items()}
     theirs = {name.removeprefix("base."): tensor.numpy() for name, tensor in net.state_dict().items()}
     means = {p.ours: p.theirs.removeprefix("base.") for p in found.pieces if p.ours.endswith("/mean")}
     errors["running means"] = max(np.abs(stats[ours] - theirs[name]).max() for ours, name in means.items())
