@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drep_jax import evaluation, lock, report, weights, workdir
+from drep_jax import evaluation, lock, report, scoring, weights, workdir
 from drep_jax.builder import Setting, build
 from drep_jax.errors import CheckpointError, ConfigError, DataError
-from drep_jax.experiment import agree, check_evaluation, read_weights
+from drep_jax.experiment import read_weights
 from drep_jax.fusion import fuse_exact
 from drep_jax.learners import DIRECT, EXPLICIT
 from drep_jax.machine import environment
+from drep_jax.preflight import agree, check_evaluation
 from drep_jax.saved import last_saved
-from drep_jax.tasks import classification
 from drep_jax.training import distributed
 
 Tree = Any
@@ -108,23 +108,15 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         )
     folder = distributed.from_primary(lambda: _new_folder(os.path.join(directory, FOLDER)))
     controls = [name for name in ("continued",) if name in arms]
-    scores = evaluation.score_arms(
-        setting.backbone,
-        arms,
-        setting.test,
-        config["evaluate"]["conditions"],
-        classification.scores,
-        batch_size=config["evaluate"]["batch_size"],
-        mean=setting.mean,
-        std=setting.std,
-        seed=config["seed"],
-    )
+    scored = scoring.score(config, setting, setting.test, arms, config["evaluate"]["conditions"])
     resamples = config["evaluate"]["resamples"]
     content = {
         "config": config,
         "environment": environment(),
         "arms": told,
-        "metrics": evaluation.summarize(scores, controls=controls, resamples=resamples, seed=config["seed"]),
+        "metrics": evaluation.summarize(
+            scored.scores, controls=controls, resamples=resamples, seed=config["seed"], clusters=scored.clusters
+        ),
     }
     if distributed.primary():
         report.write_evaluation(content, folder)
