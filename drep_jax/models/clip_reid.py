@@ -16,10 +16,9 @@ from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError, did_you_mean
 from drep_jax.models.neck import FEATURES, BNNeck
-from drep_jax.models.transformer import EncoderBlock
+from drep_jax.models.transformer import TRUNC_NORMAL, EncoderBlock, at_least_float32, grid_of, layer_norm
 
 NORM_EPS = 1e-5
-_trunc_normal = nn.initializers.truncated_normal(0.02)
 
 Images = Float[Array, "batch height width channels"]
 Vectors = Float[Array, "batch width"]
@@ -39,8 +38,9 @@ class CLIPReID(nn.Module):
       patch_stride: distance of the patches; smaller than the patch where they overlap (12 in the published ones); None for
         the patch's own size. There are (size - patch) // stride + 1 of them along a side.
       side_info: number of learned embeddings of cameras or views, one of which is added to the class token; then images
-        have a fourth channel, a plane that holds the number of the image's embedding. 0 for none.
-      side_info_weight: factor of these embeddings.
+        have a fourth channel, a constant plane that holds the index of the image's embedding. An index that has none
+        makes the feature NaN. 0 for no embeddings.
+      sie_coefficient: what these embeddings are multiplied by.
       feature: of retrieval, that "before" or "after" the batch norm of BNNeck.
       axis_name: mapped axis over which the necks share their batch statistics; None keeps them per device.
       remat: recompute each block in the backward pass: less memory, more time.
@@ -57,7 +57,7 @@ class CLIPReID(nn.Module):
     image_size: tuple[int, int]
     patch_stride: int | None = None
     side_info: int = 0
-    side_info_weight: float = 1.0
+    sie_coefficient: float = 1.0
     feature: str = "before"
     axis_name: str | None = None
     remat: bool = False
@@ -77,8 +77,7 @@ class CLIPReID(nn.Module):
     def grid(self) -> tuple[int, int]:
         """Number of patches along (height, width)."""
         stride = self.patch_size if self.patch_stride is None else self.patch_stride
-        rows, columns = ((size - self.patch_size) // stride + 1 for size in self.image_size)
-        return rows, columns
+        return grid_of(self.image_size, (self.patch_size, self.patch_size), (stride, stride))
 
     def __call__(self, x: Images, train: bool = False) -> Float[Array, "batch outputs"]:
         """Returns the feature of retrieval [f | P f] (batch, width + projection), float32 at least.
@@ -108,7 +107,7 @@ class CLIPReID(nn.Module):
     ) -> tuple[tuple[Vectors, ...], tuple[Vectors, ...], tuple[Vectors, ...]]:
         """Returns the three features, two of them after their necks, and the logits (none without classifiers)."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = _layer_norm("norm_pre", **dtypes)(self._embed(x))
+        x = layer_norm("norm_pre", NORM_EPS, **dtypes)(self._embed(x))
         block_class: Any = nn.remat(EncoderBlock) if self.remat else EncoderBlock
         earlier = x
         for i in range(self.depth):
@@ -123,10 +122,10 @@ class CLIPReID(nn.Module):
             )
             x = block(x)
         # The norm works token by token: the class token alone gives the same for less work.
-        feature = _layer_norm("norm", **dtypes)(x[:, 0])
+        feature = layer_norm("norm", NORM_EPS, **dtypes)(x[:, 0])
         init = nn.initializers.normal(self.width**-0.5)
         projected = nn.Dense(self.projection, use_bias=False, kernel_init=init, **dtypes, name="projection")(feature)
-        features = tuple(map(_at_least_float32, (earlier[:, 0], feature, projected)))
+        features = tuple(map(at_least_float32, (earlier[:, 0], feature, projected)))
         necks = (
             BNNeck(self.num_classes, self.axis_name, None, self.param_dtype, name=n) for n in ("neck", "neck_proj")
         )
@@ -168,21 +167,11 @@ class CLIPReID(nn.Module):
 
     def _side(self, numbers: Float[Array, " batch"]) -> Float[Array, "batch width"]:
         """Returns the weighted embedding of each image's camera or view; NaN where there is none of that number."""
-        table = self.param("side_embedding", _trunc_normal, (self.side_info, self.width), self.param_dtype)
+        table = self.param("sie", TRUNC_NORMAL, (self.side_info, self.width), self.param_dtype)
         index = jnp.round(numbers).astype(jnp.int32)
         known = (index >= 0) & (index < self.side_info)
         rows = table[jnp.clip(index, 0, self.side_info - 1)]
-        return self.side_info_weight * jnp.where(known[:, None], rows, jnp.nan)
-
-
-def _layer_norm(name: str, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
-    """Returns a LayerNorm whose variance is mean((x - mean)²): exact also where single channels are huge."""
-    return nn.LayerNorm(NORM_EPS, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
-
-
-def _at_least_float32(x: Array) -> Array:
-    """Widens bfloat16 and float16 to float32 and leaves float64 alone."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return self.sie_coefficient * jnp.where(known[:, None], rows, jnp.nan)
 
 
 def _check(net: CLIPReID) -> None:
@@ -199,8 +188,8 @@ def _check(net: CLIPReID) -> None:
         raise ConfigError(f"patch_stride must be a number of pixels, at least 1, got {net.patch_stride!r}.")
     if net.width % net.num_heads:
         raise ConfigError(f"width {net.width} is not divisible by num_heads {net.num_heads}.")
-    if not math.isfinite(net.side_info_weight):
-        raise ConfigError(f"side_info_weight must be a finite number, got {net.side_info_weight!r}.")
+    if not math.isfinite(net.sie_coefficient):
+        raise ConfigError(f"sie_coefficient must be a finite number, got {net.sie_coefficient!r}.")
     if net.feature not in FEATURES:
         raise ConfigError(f'Unknown feature "{net.feature}".{did_you_mean(str(net.feature), FEATURES)}')
     sides = net.image_size

@@ -236,7 +236,8 @@ class TransReID(nn.Module):
         table = self.param("sie", TRUNC_NORMAL, (self.side_info, 1, self.width), self.param_dtype)
         index = jnp.round(plane.astype(jnp.float32)).astype(jnp.int32)
         known = (index >= 0) & (index < self.side_info)
-        return jnp.where(known[:, None, None], table[jnp.clip(index, 0, self.side_info - 1)], jnp.nan)
+        rows = jnp.take(jnp.asarray(table), jnp.clip(index, 0, self.side_info - 1), axis=0)
+        return jnp.where(known[:, None, None], rows, jnp.nan)
 
     def _groups(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "groups tokens dim"]:
         """Returns for each image the four groups of patches, each behind the class token."""

@@ -98,13 +98,21 @@ def load_foreign(
             raise CheckpointError(f"{path} lacks {some(absent)}, and there is nothing to fill them with.")
         initial = names_of(fresh())
         arrays.update({name: initial[name] for name in absent})
-        notes.append(f"not in the file, and left as initialised: {some(absent)}")
+        notes.extend(_left_as_initialised(absent, fmt))
     if found.unexpected:
         notes.append(f"in the file, but not in the model: {some(found.unexpected)}")
     leaves = [np.asarray(arrays[name], order="C").astype(leaf.dtype) for name, leaf in wanted.items()]
     variables = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves)
     check_finite(variables, path)
     return Foreign(variables, source, fmt, tuple(pieces), tuple(notes), state)
+
+
+def _left_as_initialised(absent: Sequence[str], fmt: Format) -> list[str]:
+    """Returns notes on the leaves that the file lacks: what such files never have by the names of its modules."""
+    fresh = {name.split("/")[1]: None for name in absent if matches(fmt.fresh, name)}
+    others = [name for name in absent if not matches(fmt.fresh, name)]
+    notes = [f"not in files of this format, and left as initialised: {', '.join(fresh)}"] if fresh else []
+    return [*notes, f"not in the file, and left as initialised: {some(others)}"] if others else notes
 
 
 def already_fused(path: str, fusion: Any) -> str:
@@ -177,8 +185,7 @@ def _with_positions(
 
 def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:
     """Returns the leaves to be left as initialised, or refuses what does not fit and is not allowed to."""
-    allowed = (*allow, *fmt.fresh)
-    missing = {n: name for n, name in found.missing.items() if not (matches(allowed, n) or matches(allow, name))}
+    missing = {ours: name for ours, name in found.missing.items() if not (matches(allow, ours) or matches(allow, name))}
     unexpected = [name for name in found.unexpected if not matches(allow, name)]
     shaped = {ours: text for ours, text in found.shaped.items() if not (matches(allow, ours) or _named(allow, text))}
     if missing or unexpected or shaped:

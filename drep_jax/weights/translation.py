@@ -78,8 +78,8 @@ class Format:
       canonical: foreign name ↦ the name that marks and rules use, where files of one kind name the same tensor in several
         ways; no two names of a file may become one.
       refused: (regular expression over canonical names, reason) of what makes a file one of another network.
-      unused: regular expressions over canonical names that a backbone of the family makes no use of, as `ignored`, but not
-        the same for each.
+      unused: (backbone, the file's canonical names) ↦ regular expressions over these of what the backbone makes no use of;
+        as `ignored`, but not the same for each.
       zeros: regular expressions over canonical names that are left out if they hold nothing but zeros, as shifts that were
         never trained; else the file is refused.
       fresh: regular expressions over our paths of what files of the format have not, and a new task begins with; it stays as
@@ -96,7 +96,7 @@ class Format:
     canonical: Callable[[str], str] = str
     refused: tuple[tuple[str, str], ...] = ()
     positions: Callable[[nn.Module], Positions] | None = None
-    unused: Callable[[Any], tuple[str, ...]] = lambda _: ()
+    unused: Callable[[Any, Collection[str]], tuple[str, ...]] = lambda *_: ()
     zeros: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
@@ -105,9 +105,9 @@ class Format:
         known = [self.canonical(name) for name in names]
         return all(any(re.fullmatch(mark, name) for name in known) for mark in self.marks)
 
-    def passed_over(self, module: nn.Module, names: Iterable[str]) -> set[str]:
+    def passed_over(self, module: nn.Module, names: Collection[str]) -> set[str]:
         """Returns those of a file's names that a backbone has no need of."""
-        patterns = (*self.unused(module), *self.zeros)
+        patterns = (*self.unused(module, {self.canonical(name) for name in names}), *self.zeros)
         return {n for n in names if matches(self.ignored, n) or matches(patterns, self.canonical(n))}
 
 

@@ -19,6 +19,7 @@ TINY_VIT = {"patch_size": (2, 4), "width": 12, "depth": 2, "num_heads": 3, "mlp_
 TINY_RESNET = {"stage_sizes": (1, 1), "block": "basic", "width": 4, "stem": "cifar"}
 TINY_SWIN = {"width": 4, "depths": (2, 1), "num_heads": (2, 4), "window_size": (2, 3), "patch_size": 2}
 TINY_VMAMBA = {"depths": (1, 1), "width": 4, "ssm_ratio": 1.5}
+TINY_TRANSREID = {"patch_size": 4, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16}
 SIZE = (8, 12)
 
 
@@ -80,6 +81,15 @@ TABLE = {
     **{f"swinv2_t_w{window}": ({}, (256, 256), 28_347_154) for window in (8, 16)},
     **{f"swinv2_s_w{window}": ({}, (256, 256), 49_728_418) for window in (8, 16)},
     **{f"swinv2_b_w{window}": ({}, (256, 256), 87_918_816) for window in (8, 16)},
+    # What the authors' networks hold and never read (ImageNet's classifier, the block and the norm that the jigsaw branch
+    # copies) and the shifts that are held at 0 do not count; tests/parity/test_transreid_reference.py compares.
+    "transreid": (TINY_TRANSREID, SIZE, (48 * 8 + 8) + 8 + 7 * 8 + 2 * (4 * 72 + 144 + 136 + 32) + 16 + 8 + 8_000),
+    "transreid_b16": ({}, (256, 128), 96_679_680),
+    "transreid_b16_stride12": ({}, (256, 128), 96_742_656),
+    **{name: ({}, (256, 128), 86_515_200) for name in ("transreid_b16_baseline", "transreid_ssl_b16")},
+    "transreid_ssl_s16": ({}, (256, 128), 22_023_936),
+    "transreid_ssl_s16_ics": ({}, (256, 128), 23_385_408),
+    "transreid_ssl_b16_ics": ({}, (384, 128), 89_154_624 + 64 * 768),
     "vmamba": (
         TINY_VMAMBA,
         SIZE,
@@ -90,6 +100,8 @@ TABLE = {
     "vmamba_b": ({}, (224, 224), 88_557_800),
     **{f"resnet{6 * n + 2}_cifar": ({}, (32, 32), cifar_parameters(n)) for n in (3, 5, 7, 9)},
 }
+# They return no logits, and what they return is counted in test_clip_reid.py and test_reid_resnet.py.
+ELSEWHERE = {"clip_reid", "clip_reid_b16", "resnet_reid", "resnet50_reid", "resnet50_vanet"}
 
 
 def tiny(name="vit", num_classes=5, **overrides):
@@ -127,8 +139,8 @@ def apply(module, variables, x):
 
 
 def test_every_entry_has_a_row_and_is_listed():
-    assert set(TABLE) == set(MODELS), "add a row to TABLE for each entry of MODELS"
-    assert list_models() == sorted(TABLE)
+    assert set(TABLE) | ELSEWHERE == set(MODELS), "add a row to TABLE for each entry of MODELS"
+    assert list_models() == sorted(MODELS)
     assert list_models("vit_s*") == ["vit_s16", "vit_s16_gap", "vit_s32", "vit_s8"]
     assert list_models("nothing*") == []
 
@@ -145,11 +157,15 @@ def test_parameter_count_and_output_with_and_without_classes(name):
 
     logits, params = shapes(1000)
     assert sum(leaf.size for leaf in params.values()) == expected
-    assert (logits.shape, logits.dtype) == ((2, 1000), jnp.float32)
+    retrieval = "neck/classifier/kernel" in params
+    assert (logits.shape[1] % 8 == 0 if retrieval else logits.shape == (2, 1000)) and logits.dtype == jnp.float32
 
     if expected > 30e6:  # tracing the large ones again would show nothing more
         return
     features, headless = shapes(0)
+    if retrieval:
+        assert set(params) - set(headless) == {"neck/classifier/kernel"} and features.shape == logits.shape
+        return
     last = "fc" if name.startswith("resnet") else "head"
     assert set(params) - set(headless) == {f"{last}/kernel", f"{last}/bias"}
     assert (features.shape, features.dtype) == ((2, params[f"{last}/kernel"].shape[0]), jnp.float32)

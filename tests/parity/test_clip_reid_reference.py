@@ -30,7 +30,7 @@ def modules():
 
 
 def ours(size, stride, side, factor=1.0):
-    options = {"patch_stride": None if stride == 16 else stride, "side_info": side, "side_info_weight": factor}
+    options = {"patch_stride": None if stride == 16 else stride, "side_info": side, "sie_coefficient": factor}
     return create_model("clip_reid_b16", num_classes=CLASSES, image_size=size, **options)
 
 

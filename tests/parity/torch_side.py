@@ -8,7 +8,6 @@ from drep_jax.fusion import fuse_exact
 from drep_jax.schedule import Schedule
 from drep_jax.sites import assign_times, find_layers, select_sites
 from tests.named_weights import named_weights
-from tests.weights.vit_cases import abstract
 
 SCHEDULE = Schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02)
 
@@ -58,9 +57,9 @@ def check_outputs(name, module, variables, net, batch, size, bound=1e-4):
     return worst
 
 
-def fused(module, variables, size, pattern):
+def fused(module, variables, size, pattern, channels=3):
     """The variables with random denoisers fused into the layers of a pattern."""
-    layers = find_layers(module, jax.ShapeDtypeStruct((1, *size, 3), np.float32))
+    layers = find_layers(module, jax.ShapeDtypeStruct((1, *size, channels), np.float32))
     sites = assign_times(select_sites(layers, pattern), timesteps=1000, steps=1, time_scale=10.0)
     rng, tree = np.random.default_rng(3), {}
     for site in sites:
@@ -72,5 +71,5 @@ def fused(module, variables, size, pattern):
             at = at.setdefault(part, {})
         at[site.path[-1]] = {key: array.astype(np.float32) for key, array in leaf.items()}
     params = fuse_exact({"backbone": variables["params"], "denoise": tree}, sites, SCHEDULE)
-    assert jax.tree_util.tree_structure(params) == jax.tree_util.tree_structure(abstract(module, size)["params"])
+    assert jax.tree_util.tree_structure(params) == jax.tree_util.tree_structure(variables["params"])
     return {**variables, "params": params}

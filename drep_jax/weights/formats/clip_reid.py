@@ -1,6 +1,6 @@
 """CLIP's own image encoder (github.com/openai/CLIP, state dicts), and networks trained by CLIP-ReID from it.
 
-Both hold the text encoder as well, and CLIP-ReID's its learned prompts: they are left. CLIP has neither necks nor classifiers nor
+Both hold the text encoder as well, and CLIP-ReID's its learned prompts: they are left. CLIP has neither necks, classifiers nor
 embeddings of cameras; these are then as initialised. CLIP's positions are for the square of 224 pixels.
 """
 
@@ -36,7 +36,7 @@ def _rules(encoder: str) -> tuple[Rule, ...]:
         Rule(r"encoderblock_(\d+)/norm([12])", rf"{block}.ln_\2"),
         Rule("norm", f"{encoder}.ln_post"),
         Rule("projection/kernel", f"{encoder}.proj", layout=SAME),
-        Rule("side_embedding", "cv_embed"),
+        Rule("sie", "cv_embed"),
         Rule(r"neck(_proj)?/(bottleneck|classifier)", r"\2\1"),
     )
 
@@ -58,7 +58,7 @@ CLIP = Format(
         r"(transformer|token_embedding|ln_final)\..*",
         "positional_embedding|text_projection|logit_scale|input_resolution|context_length|vocab_size",
     ),
-    fresh=(r"(params|batch_stats)/neck(_proj)?/.*", "params/side_embedding"),
+    fresh=(r"(params|batch_stats)/neck(_proj)?/.*", "params/sie"),
     positions=_square_positions,
 )
 CLIP_REID = Format(

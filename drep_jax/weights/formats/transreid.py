@@ -7,6 +7,7 @@ copies were made from. A file without the jigsaw branch is seen without "base.",
 """
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from drep_jax.models.transreid import TransReID
@@ -63,8 +64,11 @@ def _trunk_rules(net: Any) -> tuple[Rule, ...]:
     return (*_rules(""), *copies, Rule("(?:global|local)_norm", "norm"))
 
 
-def _net_unused(net: Any) -> tuple[str, ...]:
-    originals = (rf"base\.blocks\.{net.depth - 1}\..*", r"base\.norm\..*") if net.jigsaw else ()
+def _net_unused(net: Any, names: Collection[str]) -> tuple[str, ...]:
+    last = f"base.blocks.{net.depth - 1}."
+    # A file of fewer blocks has originals too, but not where this network has them: then the norm is one name too many.
+    copied = net.jigsaw and any(name.startswith(last) for name in names)
+    originals = (rf"{re.escape(last)}.*", r"base\.norm\..*") if copied else ()
     classifiers = () if net.num_classes else (r"classifier(_\d)?\.weight",)
     return (r"base\.fc\..*", *originals, *classifiers)
 
