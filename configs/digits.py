@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.model.update({"patch_size": 2, "width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 128})
 
     config.backbone.update(
-        {"steps": 1000, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "weight_decay": 0.05}
+        {"steps": 1500, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "weight_decay": 0.05}
     )
     config.control.update({"steps": 500, "batch_size": 64, "learning_rate": 2e-4})
     # The minimiser has entries up to 1/√(1−ᾱ_t), 100 at t = 1, and Adam moves an entry by at most its rate a step: at the

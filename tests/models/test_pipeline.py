@@ -109,7 +109,7 @@ def test_every_family_has_a_narrow_network():
 
 
 # Those that take longest, or are mostly another one, run with `pytest -m slow`.
-LONG = ("swinv2", "vmamba", "clip_reid", "resnet_reid")
+LONG = ("vit", "clip_reid", "resnet_reid", "swinv2", "vmamba")
 # CLIP normalises its class token before the blocks: with small kernels it would see little of the images.
 SPREAD = {"clip_reid": 0.2}
 
