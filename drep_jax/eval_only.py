@@ -12,7 +12,7 @@ from drep_jax.builder import Setting, build
 from drep_jax.errors import CheckpointError, ConfigError, DataError
 from drep_jax.experiment import read_weights
 from drep_jax.fusion import fuse_exact
-from drep_jax.learners import DIRECT, EXPLICIT
+from drep_jax.learners import EXPLICIT, rule_and_steps
 from drep_jax.machine import environment
 from drep_jax.preflight import agree, check_evaluation
 from drep_jax.saved import last_saved
@@ -146,11 +146,8 @@ def _of_run(config: Config, setting: Setting, directory: str) -> tuple[dict[str,
         if found is None:
             print(f"  {name}: nothing saved, so it is left out.")
             continue
-        direct = name in DIRECT
-        rule = "affine" if direct else config["denoise"]["rule"]
-        steps = 1 if direct else config["denoise"]["steps"]
         params = {"backbone": found.variables["params"], "denoise": found.denoise}
-        fused = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps)
+        fused = fuse_exact(params, setting.sites, setting.schedule, **rule_and_steps(name, config))
         add(name, {**found.variables, "params": fused}, step=found.step, steps=found.steps)
     return arms, told
 
