@@ -4,13 +4,14 @@ PYTHONPATH=. python benchmarks/sites.py                     # one line a backbon
 PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
 """
 
+import functools
 import sys
 
 import jax
 import jax.numpy as jnp
 from tabulate import tabulate
 
-from drep_jax.models import create_model, list_models
+from drep_jax.models import MODELS, create_model, list_models
 from drep_jax.sites import coverage, find_layers, find_sites
 
 
@@ -20,9 +21,9 @@ def image_size(name):
         return 32, 32
     if name.startswith("dinov2"):
         return 518, 518
-    if name.startswith("transreid"):
+    if name.startswith("transreid") or name in ("clip_reid_b16", "resnet50_reid"):
         return 256, 128
-    return (256, 256) if name.startswith("swin") else (224, 224)
+    return (256, 256) if name.startswith("swin") or name == "resnet50_vanet" else (224, 224)
 
 
 def look(name, pattern=None):
@@ -43,7 +44,8 @@ def main(arguments):
         print(f"{len(sites)} sites, {100 * covered.kernel_share:.0f} % of the weights.")
         return
     rows = []
-    for name in (name for name in list_models() if name not in ("vit", "resnet", "swinv2", "transreid", "vmamba")):
+    # The families themselves have sizes to be given.
+    for name in (name for name in list_models() if isinstance(MODELS[name], functools.partial)):
         sites, params, covered, layers = look(name)
         every = look(name, ".*")[0]
         millions = sum(leaf.size for leaf in jax.tree_util.tree_leaves(params)) / 1e6

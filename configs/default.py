@@ -19,6 +19,7 @@ def get_default() -> ConfigDict:
     # Without labels: algorithm1, closed_form, wiener, measured. With: label_augmented, alternating, continued.
     config.learner = "algorithm1"  # Its weights are exported.
     config.compare = ()  # further learners, evaluated beside it; also final_only, which cannot be fused
+    config.task = "classification"  # what labels mean: classification, or retrieval (docs/reid.md)
     config.noise = "gaussian:0..40"  # for learner measured: a corruption, several with commas, or pairs:DIR
 
     config.data = ConfigDict(  # the images
@@ -39,6 +40,7 @@ def get_default() -> ConfigDict:
             "randaugment": 0,  # operations an image
             "randaugment_magnitude": 9.0,  # 0 to 30
             "erase": 0.0,  # probability
+            "erase_fill": (),  # the colour of erased boxes, as (0.485, 0.456, 0.406); () for random bytes
             "mixup": 0.0,  # parameter of the Beta distribution; labelled stages only
             "cutmix": 0.0,  # likewise
         }
@@ -78,6 +80,27 @@ def get_default() -> ConfigDict:
     config.backbone = ConfigDict({**init, **stage})  # what is denoised: read from a file, or trained with labels
     config.control = ConfigDict(stage)  # the backbone trained on, for the budget of the denoisers; steps 0: no such arm
 
+    config.retrieval = ConfigDict(  # task retrieval: how it is trained with labels, and evaluated
+        {
+            "metric": "cosine",  # or euclidean
+            "rerank": (),  # k-reciprocal re-ranking: (k1, k2, λ), such as (20, 6, 0.3)
+            "noisy": "both",  # which images the conditions of the evaluation corrupt: query, gallery or both
+            "interval": "query",  # what the intervals resample: query, or identity with all its queries
+            "shown": 2,  # queries of each kind (gained most, lost most, at random) whose results the report shows; 0 for none
+            "attributed": 0,  # sites, those that changed most, whose own effect on the ranking is measured; 0 for none
+            "side": "",  # what the backbone is told beside the image: camera, view or camera+view
+            "identities": 16,  # P of a labelled stage's batch of P × K images
+            "instances": 4,  # K; 0 for batches of any images
+            "lonely": "refuse",  # or drop: identities of one image, which P × K batches have no use for
+            "id_weight": 1.0,  # of the cross-entropy over identities
+            "triplet_weight": 1.0,  # of the batch-hard triplet loss
+            "margin": 0.0,  # of the triplets; 0 for the soft margin
+            "centre_weight": 0.0,  # of the centre loss, such as 0.0005
+            "centre_rate": 0.5,  # learning rate of the centres
+            "weighting": "half",  # of several features: half (TransReID), sum (CLIP-ReID) or mean
+            "views": False,  # triplets by view, for backbones with branches for the same and for different views
+        }
+    )
     config.schedule = ConfigDict(  # of the noise
         {
             "timesteps": 1000,  # T

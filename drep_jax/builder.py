@@ -1,21 +1,26 @@
 """Builds model, images and sites from a configuration: besides the scripts, the only module that reads one."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
-from drep_jax.data.chosen import TEST, TRAIN, VALIDATION, Labelled, open_images
+from drep_jax.data.chosen import TEST, TRAIN, VALIDATION, Images, Labelled, open_images
+from drep_jax.data.loader import normalize
 from drep_jax.data.source import image_size_of
+from drep_jax.data.tables import table_of
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
 from drep_jax.schedule import RULES, Schedule, reverse_steps
 from drep_jax.sites import Coverage, Site, assign_times, coverage, find_layers, select_sites, with_rank
+from drep_jax.tasks import Retrieval, Task, make_task
 
 Tree = Any
 
@@ -43,6 +48,8 @@ class Setting:
       mean, std: normalisation of the images, on the scale 0 to 1.
       others: labelled sources, merged with the first, that are evaluated by nearest neighbours of their features.
       headless: the backbone without its head, which gives those.
+      task: what outputs and labels mean.
+      side: columns of the images that the backbone is told, with how many values each has; see `inputs`.
     """
 
     backbone: nn.Module
@@ -58,18 +65,38 @@ class Setting:
     std: tuple[float, ...]
     others: tuple[Labelled, ...]
     headless: nn.Module
+    task: Task
+    side: tuple[tuple[str, int], ...]
 
     @property
     def parts(self) -> dict[str, Source | None]:
         """What is read in this run, by the name that messages call it."""
-        galleries = {f"gallery of {other.name}": other.gallery for other in self.others}
+        galleries = {f"gallery of {other.name}": other.gallery for other in self.others if other.gallery is not None}
         tests: dict[str, Source | None] = {f"test of {other.name}": other.test for other in self.others}
         return {TRAIN: self.train, VALIDATION: self.held_out, TEST: self.test, **galleries, **tests}
 
     @property
     def images(self) -> jax.ShapeDtypeStruct:
         """A batch of one image, as the backbone gets it."""
-        return jax.ShapeDtypeStruct((1, *image_size_of(self.train), 3), jnp.float32)
+        return jax.ShapeDtypeStruct((1, *image_size_of(self.train), 4 if self.side else 3), jnp.float32)
+
+    def inputs(self, batch: Mapping[str, Any]) -> jax.Array:
+        """Returns images as the backbone gets them, float32 (batch, height, width, channels).
+
+        They are normalised; where the backbone is told more than the image, a fourth channel holds the number of that, the
+        same at every pixel: view + views · camera.
+
+        Args:
+          batch: "image", from 0 to 255, and the columns of `side`; one that is missing counts as 0.
+        """
+        images = normalize(batch["image"], self.mean, self.std)
+        if not self.side:
+            return images
+        number = jnp.zeros(images.shape[:1], jnp.float32)
+        for name, count in self.side:
+            number = number * count + jnp.asarray(batch.get(name, 0), jnp.float32)
+        plane = jnp.broadcast_to(number[:, None, None, None], (*images.shape[:3], 1))
+        return jnp.concatenate([images, plane], axis=-1)
 
 
 def build(config: Mapping[str, Any]) -> Setting:
@@ -86,13 +113,16 @@ def build(config: Mapping[str, Any]) -> Setting:
         raise ConfigError(
             f'denoise.rule "affine" is for maps given directly; choose among {sorted(RULES.keys() - {"affine"})}.'
         )
+    task = make_task(config)
     augmentation = augmentation_of(data)
     for stage in ("backbone", "control"):
         if config[stage]["steps"]:
             augmentation.check_batch(config[stage]["batch_size"], f"{stage}.batch_size")
     features = config["model"].get("num_classes") == FEATURES
     gallery = config["evaluate"].get("gallery", GALLERY)
-    found = open_images(data, head=not features, gallery=gallery, seed=config["seed"])
+    found = open_images(
+        data, head=not features, gallery=gallery, seed=config["seed"], retrieval=isinstance(task, Retrieval)
+    )
     classes = 0 if features else int(config["model"].get("num_classes") or found.num_classes or 0)
     if not classes and not features:
         raise ConfigError(
@@ -102,11 +132,14 @@ def build(config: Mapping[str, Any]) -> Setting:
     if found.num_classes and not features and found.num_classes > classes:
         raise ConfigError(f"model.num_classes={classes}, but {data['source']} has {found.num_classes} classes.")
     overrides = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
+    side = side_of(task.side, found) if isinstance(task, Retrieval) else ()
+    if side:
+        overrides = {"side_info": math.prod(count for _, count in side), **overrides}
     backbone, headless = (
         create_model(config["model"]["name"], num_classes=number, image_size=size, **overrides)
         for number in (classes, 0)
     )
-    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *size, 4 if side else 3), jnp.float32)
     abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
     chosen = select_sites(
         find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"]
@@ -129,7 +162,33 @@ def build(config: Mapping[str, Any]) -> Setting:
         std=tuple(data["std"]),
         others=found.others,
         headless=headless,
+        task=task,
+        side=side,
     )
+
+
+def side_of(names: Sequence[str], found: Images) -> tuple[tuple[str, int], ...]:
+    """Returns the columns that the backbone is told, with how many values each has in the data set.
+
+    Raises:
+      ConfigError: for images that have no such column.
+    """
+    result = []
+    for name in names:
+        counts = []
+        for source in (found.train, found.held_out, found.test):
+            if source is None or not len(source):
+                continue
+            column = table_of(source).get(name)
+            if column is None or np.min(column) < 0:
+                raise ConfigError(
+                    f'retrieval.side names "{name}", which {source.name} does not tell of every image. '
+                    "Leave it out, or give it."
+                )
+            counts.append(int(np.max(column)) + 1)
+            counts.append(int(getattr(source, f"{name}s", 0)))  # of the whole data set, if that is known
+        result.append((name, max(counts)))
+    return tuple(result)
 
 
 def init_options(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drep_jax import evaluation, lock, report, weights, workdir
+from drep_jax import evaluation, lock, report, scoring, weights, workdir
 from drep_jax.builder import Setting, build
 from drep_jax.errors import CheckpointError, ConfigError, DataError
-from drep_jax.experiment import agree, check_evaluation, read_weights
+from drep_jax.experiment import read_weights
 from drep_jax.fusion import fuse_exact
-from drep_jax.learners import DIRECT, EXPLICIT
+from drep_jax.learners import EXPLICIT, rule_and_steps
 from drep_jax.machine import environment
+from drep_jax.preflight import agree, check_evaluation
 from drep_jax.saved import last_saved
-from drep_jax.tasks import classification
 from drep_jax.training import distributed
 
 Tree = Any
@@ -108,23 +108,15 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         )
     folder = distributed.from_primary(lambda: _new_folder(os.path.join(directory, FOLDER)))
     controls = [name for name in ("continued",) if name in arms]
-    scores = evaluation.score_arms(
-        setting.backbone,
-        arms,
-        setting.test,
-        config["evaluate"]["conditions"],
-        classification.scores,
-        batch_size=config["evaluate"]["batch_size"],
-        mean=setting.mean,
-        std=setting.std,
-        seed=config["seed"],
-    )
+    scored = scoring.score(config, setting, setting.test, arms, config["evaluate"]["conditions"])
     resamples = config["evaluate"]["resamples"]
     content = {
         "config": config,
         "environment": environment(),
         "arms": told,
-        "metrics": evaluation.summarize(scores, controls=controls, resamples=resamples, seed=config["seed"]),
+        "metrics": evaluation.summarize(
+            scored.scores, controls=controls, resamples=resamples, seed=config["seed"], clusters=scored.clusters
+        ),
     }
     if distributed.primary():
         report.write_evaluation(content, folder)
@@ -154,11 +146,8 @@ def _of_run(config: Config, setting: Setting, directory: str) -> tuple[dict[str,
         if found is None:
             print(f"  {name}: nothing saved, so it is left out.")
             continue
-        direct = name in DIRECT
-        rule = "affine" if direct else config["denoise"]["rule"]
-        steps = 1 if direct else config["denoise"]["steps"]
         params = {"backbone": found.variables["params"], "denoise": found.denoise}
-        fused = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps)
+        fused = fuse_exact(params, setting.sites, setting.schedule, **rule_and_steps(name, config))
         add(name, {**found.variables, "params": fused}, step=found.step, steps=found.steps)
     return arms, told
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from drep_jax.data import Source
 from drep_jax.data.corruptions import corrupt
-from drep_jax.data.loader import evaluation_batches, normalize
+from drep_jax.data.loader import evaluation_batches
 from drep_jax.errors import DataError
-from drep_jax.report.comparisons import pairs_of
+from drep_jax.report.comparisons import TESTED, pairs_of
 from drep_jax.statistics import mcnemar, paired_interval
 from drep_jax.training import parallel
 
@@ -24,11 +24,10 @@ def score_arms(
     arms: Mapping[str, Tree],
     source: Source,
     conditions: Sequence[str],
-    scores: Callable[[np.ndarray, np.ndarray], Scores],
+    scores: Callable[[np.ndarray, Scores], Scores],
     *,
     batch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    inputs: Callable[[Mapping[str, Any]], Any],
     seed: int,
     networks: Mapping[str, Callable[[Tree, Any], Any]] = MappingProxyType({}),
 ) -> dict[str, dict[str, Scores]]:
@@ -39,36 +38,39 @@ def score_arms(
       arms: name ↦ variables.
       source: labelled test images.
       conditions: corruption specs, see `drep_jax.data.corruptions`.
-      scores: from the task, (outputs, labels) ↦ {metric: (n,)}.
+      scores: (outputs, columns of the images, such as "label" and "index") ↦ {name: (n, …)}.
       batch_size: over all hosts, a multiple of the number of their devices.
-      mean, std: of the normalisation, on the scale 0 to 1.
+      inputs: batch ↦ images as the backbone gets them.
       seed: of the corruptions; every arm sees the same images.
       networks: name ↦ (variables, images) ↦ outputs, of arms that are not the backbone itself.
 
     Returns:
-      {condition: {arm: {metric: (n,)}}}, of all images on every host. The last batch is padded, and what is padding is
+      {condition: {arm: {name: (n, …)}}}, of all images on every host. The last batch is padded, and what is padding is
       left out, so the scores are exact for any number of images.
     """
     parallel.check_batch(batch_size, "evaluate.batch_size")
     everywhere = {name: parallel.replicate(variables) for name, variables in arms.items()}
     plain = parallel.on_devices(backbone.apply)
     apply = {name: parallel.on_devices(networks[name]) if name in networks else plain for name in arms}
-    prepare = parallel.on_devices(lambda images: normalize(images, mean, std))
+    prepare = parallel.on_devices(inputs)
     result: dict[str, dict[str, Scores]] = {}
     for condition in conditions:
         outputs: dict[str, list[np.ndarray]] = {name: [] for name in arms}
-        labels: list[np.ndarray] = []
-        real: list[np.ndarray] = []
+        columns: dict[str, list[np.ndarray]] = {}
         for batch in evaluation_batches(source, batch_size, shard=parallel.host()):
-            images = prepare(parallel.shard(corrupt(batch["image"], batch["index"], condition, seed)))
-            labels.append(batch["label"])
-            real.append(batch["mask"])
+            told = {name: column for name, column in batch.items() if name != "image"}
+            noisy = corrupt(batch["image"], batch["index"], condition, seed)
+            images = prepare(parallel.shard({**told, "image": noisy}))
+            for name, column in told.items():
+                columns.setdefault(name, []).append(column)
             for name, variables in everywhere.items():
                 outputs[name].append(parallel.unshard(apply[name](variables, images)))
-        own = {name: scores(np.concatenate(rows), np.concatenate(labels)) for name, rows in outputs.items()}
-        mask = in_order(np.concatenate(real), len(real))
+        batches = len(columns["mask"])
+        all_columns = {name: np.concatenate(parts) for name, parts in columns.items()}
+        own = {name: scores(np.concatenate(rows), all_columns) for name, rows in outputs.items()}
+        mask = in_order(all_columns["mask"], batches)
         result[condition] = {
-            name: {metric: in_order(values, len(real))[mask] for metric, values in found.items()}
+            name: {metric: in_order(values, batches)[mask] for metric, values in found.items()}
             for name, found in own.items()
         }
     return result
@@ -87,7 +89,12 @@ def in_order(rows: np.ndarray, batches: int) -> np.ndarray:
 
 
 def summarize(
-    results: Mapping[str, Mapping[str, Scores]], *, controls: Sequence[str], resamples: int, seed: int
+    results: Mapping[str, Mapping[str, Scores]],
+    *,
+    controls: Sequence[str],
+    resamples: int,
+    seed: int,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Turns scores into the report's `metrics`: means in per cent, paired differences, 95 % intervals, McNemar.
 
@@ -95,6 +102,7 @@ def summarize(
       results: {condition: {arm: {metric: (n,)}}}; arms other than `baseline` and the controls are denoised networks.
       controls: arms that show what comes about without denoising.
       resamples, seed: of the bootstrap.
+      clusters: (n,) numbers of what is resampled as a whole, such as the persons of the queries; None for each item by itself.
 
     Returns:
       By condition, what docs/report.md describes. Every denoised arm is compared with the baseline and with every
@@ -121,11 +129,14 @@ def summarize(
         for ours, theirs in pairs_of(entry):
             name = f"{ours} - {theirs}"
             found = {
-                m: paired_interval(v, arms[theirs][m], resamples=resamples, seed=seed) for m, v in arms[ours].items()
+                m: paired_interval(v, arms[theirs][m], resamples=resamples, seed=seed, clusters=clusters)
+                for m, v in arms[ours].items()
             }
             entry["difference"][name] = {m: 100.0 * i.difference for m, i in found.items()}
             entry["interval"][name] = {m: [100.0 * i.low, 100.0 * i.high] for m, i in found.items()}
-            if "acc@1" in arms[ours]:
-                entry["mcnemar"][name] = mcnemar(arms[ours]["acc@1"], arms[theirs]["acc@1"])
+            for metric in TESTED & arms[ours].keys():
+                values = arms[ours][metric], arms[theirs][metric]
+                if clusters is None and np.isin(values, (0, 1)).all():  # not means over several galleries
+                    entry["mcnemar"][name] = mcnemar(*values)
         table[condition] = entry
     return table

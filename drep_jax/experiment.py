@@ -6,7 +6,6 @@ backbone → control arm (backbone trained on) → denoisers → fusion, certifi
 
 import contextlib
 import functools
-import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -16,29 +15,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax import closed_form, cost, evaluation, neighbours, report, weights, workdir
+from drep_jax import closed_form, cost, evaluation, neighbours, rankings, report, scoring, weights, workdir
 from drep_jax.builder import Setting, build, init_options
 from drep_jax.closed_form import MOMENTS, Moments, load_moments
-from drep_jax.data import Source, unreadable
-from drep_jax.data.corruptions import parse_spec
-from drep_jax.denoise_tree import get_in, site_steps
-from drep_jax.denoiser import LOSSES, explicit_apply
-from drep_jax.errors import ConfigError, DataError, lookup
+from drep_jax.data import unreadable
+from drep_jax.data.chosen import Labelled
+from drep_jax.denoise_tree import get_in
+from drep_jax.denoiser import explicit_apply
+from drep_jax.errors import ConfigError
 from drep_jax.fusion import composed_maps, fuse_exact
-from drep_jax.learners import LEARNERS, Learned, Task, check_labelled, check_measuring, learn, train_labelled
+from drep_jax.learners import Learned, Task, learn, train_labelled
 from drep_jax.learners.base import moments_of, owner_of
 from drep_jax.machine import environment
-from drep_jax.objectives import check_computing
 from drep_jax.output import Output, fuse_and_certify, write
 from drep_jax.placebo import placebo_denoisers
-from drep_jax.recipes import check_grid
+from drep_jax.preflight import agree, check
 from drep_jax.sites import Path
-from drep_jax.tasks import classification
-from drep_jax.training import distributed, parallel
-from drep_jax.training.logging import MetricWriter, check_wandb
-from drep_jax.training.profile import parse_profile
+from drep_jax.tasks import Retrieval
+from drep_jax.training import distributed
+from drep_jax.training.logging import MetricWriter
 from drep_jax.training.shared import on_primary
-from drep_jax.training.stages import STAGES, batch_size_of, key_of, optimizer_of, section_of, training_steps
+from drep_jax.training.stages import key_of
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -71,117 +68,6 @@ def run(config: Config, directory: str) -> dict[str, Any]:
                 arms["continued"] = continued[0]
             learned = learn_all(config, setting, variables, directory, writer, continued)
         return finish(config, setting, directory, arms, learned)
-
-
-def check(config: Config, setting: Setting) -> None:
-    """Refuses what a later stage could not use, before hours are spent on the earlier ones and before anything is written.
-
-    Raises:
-      DrepError: its subclasses name the setting.
-    """
-    denoise, evaluate = config["denoise"], config["evaluate"]
-    for name in ("log_every", "checkpoint_every", "latency_rounds"):
-        _at_least_one(name, config[name])
-    for name in ("certificate_images", "latency_batch"):
-        _at_least_one(f"evaluate.{name}", evaluate[name])
-    for learner in (config["learner"], *config["compare"]):
-        lookup(LEARNERS, learner, "learner")
-    check_measuring(config)
-    check_grid(config["sweep"], setting.schedule)
-    lookup(LOSSES, denoise["loss"], "loss")
-    parse_profile(config["profile"], "")
-    check_wandb(config["wandb"])
-    for name in ("tokens", "moment_tokens"):
-        if not 0.0 < denoise[name] <= 1.0:
-            raise ConfigError(f"denoise.{name}={denoise[name]} is a share of the feature vectors and lies in (0, 1].")
-    site_steps(setting.sites, setting.schedule, denoise["rule"], denoise["steps"])
-    if not config["backbone"]["init_from"] and not config["backbone"]["steps"]:
-        raise ConfigError(
-            "There is no backbone: give trained weights with --config.backbone.init_from=FILE, or train one from labelled "
-            "images with --config.backbone.steps=N."
-        )
-    check_labelled(config, setting)
-    asked = (config["learner"], *config["compare"])
-    for stage in STAGES:
-        if stage == "backbone" and config["backbone"]["init_from"]:
-            continue
-        section = section_of(stage)
-        steps = training_steps(config, stage) if section == stage or stage in asked else 0
-        batch = batch_size_of(config, stage)
-        if steps < 0:
-            raise ConfigError(f"{section}: the number of steps must be 0 or more, got {steps}.")
-        optimizer_of(config, stage)
-        if steps or stage == "algorithm1":  # whose batches serve for the moments, too
-            parallel.check_batch(batch, f"{section}.batch_size")
-        if steps:
-            check_computing(config[section], section, setting, batch)
-        if steps and section == stage and setting.features:
-            raise ConfigError(
-                f"Stage {stage} trains with labels, but the backbone has no head. Set --config.{stage}.steps=0."
-            )
-        if steps and section == stage and setting.train.num_classes is None:
-            raise ConfigError(
-                f"Stage {stage} trains with labels, but {setting.train.name} has none. Set --config.{stage}.steps=0."
-            )
-        if steps and len(setting.train) < batch:
-            raise DataError(
-                f"{setting.train.name} has {len(setting.train)} training images, fewer than one batch: {section}.batch_size is "
-                f"{batch}."
-            )
-    if not denoise["moment_gib"] >= 0:
-        raise ConfigError(f"denoise.moment_gib={denoise['moment_gib']} is a memory in GiB, or 0 for no limit.")
-    if not 0.0 <= denoise["ema"] < 1.0:
-        raise ConfigError(f"denoise.ema={denoise['ema']} is the decay of a moving average and lies in [0, 1).")
-    if setting.test is not None or setting.others:
-        check_evaluation(config)
-
-
-def check_evaluation(config: Config) -> None:
-    """Refuses settings that nothing can be evaluated with.
-
-    Raises:
-      ConfigError: naming the setting.
-    """
-    evaluate = config["evaluate"]
-    parallel.check_batch(evaluate["batch_size"], "evaluate.batch_size")
-    if evaluate["resamples"] < 100:
-        raise ConfigError(f"evaluate.resamples={evaluate['resamples']}: at least 100 are needed for an interval.")
-    if not evaluate["conditions"]:
-        raise ConfigError('evaluate.conditions is empty; give at least "clean".')
-    for condition in evaluate["conditions"]:
-        parse_spec(condition)
-
-
-def agree(config: Config, setting: Setting) -> None:
-    """Refuses processes of one run that have other settings, images, devices or versions than the first.
-
-    Raises:
-      ConfigError: naming the process and what differs.
-    """
-    if distributed.alone():
-        return
-    settings = {name: value for name, value in workdir.flatten(config).items() if name != "progress"}
-    distributed.check_same("configuration", settings)
-    sources = {"train": setting.train, "validation": setting.held_out, "test": setting.test}
-    images = {split: _described(source) for split, source in sources.items() if source is not None}
-    distributed.check_same("data", images)
-    there = environment()
-    machine = {name: there[name] for name in ("drep_jax", "jax", "flax", "device")}
-    distributed.check_same("environment", {**machine, "local devices": parallel.local_device_count()})
-
-
-def _described(source: Source) -> str:
-    """Returns what tells two sources apart: their names, sizes, and the first and the last image."""
-    digest = hashlib.sha256()
-    for place in dict.fromkeys((0, len(source) - 1)) if len(source) else ():
-        item = source[place]
-        digest.update(np.ascontiguousarray(item["image"]).tobytes() + str(item.get("label")).encode())
-    return f"{source.name}, {len(source)} images, {source.num_classes} classes, {digest.hexdigest()[:12]}"
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name}={value} must be at least 1.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,36 +174,43 @@ def finish(
     explicit = {}
     for name, found in learned.items():
         own = found.variables or arms["baseline"]
-        if found.sites is not None:
-            explicit[name] = explicit_network(setting, found)
-            arms[name] = own
+        if found.network is not None:
+            explicit[name], arms[name] = found.network, own
         elif found is exported:
             arms[name] = {**own, "params": fused}
         elif name not in arms:  # the control arm as a learner is that very arm
             other = {"backbone": own["params"], "denoise": found.denoise}
             numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
             arms[name] = {**own, "params": numbers}
-    evaluate, seed = config["evaluate"], config["seed"]
-    images = {"batch_size": evaluate["batch_size"], "mean": setting.mean, "std": setting.std, "seed": seed}
-    told = {"controls": controls, "resamples": evaluate["resamples"], "seed": seed}
-    metrics = {}
+    conditions = config["evaluate"]["conditions"]
+    told = {"controls": controls, "resamples": config["evaluate"]["resamples"], "seed": config["seed"]}
     distributed.barrier("evaluation")
+    metrics = {}
     if setting.test is not None:
-        scores = evaluation.score_arms(
-            setting.backbone,
-            arms,
-            setting.test,
-            evaluate["conditions"],
-            classification.scores,
-            networks=explicit,
-            **images,
-        )
-        metrics = evaluation.summarize(scores, **told)
-    sources = {}
+        scored = scoring.score(config, setting, setting.test, arms, conditions, explicit)
+        metrics = evaluation.summarize(scored.scores, **told, clusters=scored.clusters)
     fusible = {name: tree for name, tree in arms.items() if name not in explicit}  # the others need the head
-    for part in setting.others:
-        scores = neighbours.score_arms(setting.headless, fusible, part, evaluate["conditions"], **images)
-        sources[part.name] = {"gallery": len(part.gallery), "metrics": evaluation.summarize(scores, **told)}
+    sources = {part.name: score_other(config, setting, part, fusible, told) for part in setting.others}
+    described = describe_sites(setting, variables["params"], fused)
+    ranked = None
+    if (
+        isinstance(setting.task, Retrieval)
+        and setting.test is not None
+        and (setting.task.shown or setting.task.attributed)
+    ):
+        two = {"baseline": arms["baseline"], config["learner"]: arms[config["learner"]]}
+        most = sorted(described, key=lambda site: -max(site["relative_change"]))[: setting.task.attributed]
+        ranked = rankings.ranked(
+            config,
+            setting,
+            setting.task,
+            setting.test,
+            two,
+            rankings.most_changed(metrics, config["learner"]),
+            params,
+            [site["path"] for site in most],
+            **how,
+        )
     kept = spectra(config, setting, variables, directory, params, trained=exported.variables is not None, **how)
     passed = distributed.from_primary(lambda: certificate is not None and certificate.passed)
     if certificate is None:
@@ -326,7 +219,7 @@ def finish(
         "schema": report.SCHEMA,
         "config": config,
         "environment": environment(),
-        "sites": describe_sites(setting, variables["params"], fused),
+        "sites": described,
         "coverage": vars(setting.covered),
         "learning": {name: found.section for name, found in learned.items()},
         "exported": config["learner"],
@@ -337,9 +230,24 @@ def finish(
         "cost": measure_cost(config, setting, variables, fused, exported, explicit),
         "spectra": kept,
         "front": exported.choice.front() if exported.choice else None,
+        "ranked": ranked,
     }
     report.write_report(content, directory)
     return content
+
+
+def score_other(
+    config: Config, setting: Setting, part: Labelled, arms: Mapping[str, Tree], told: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the report's metrics of a further source: by its own queries, or by nearest neighbours in its gallery."""
+    conditions = config["evaluate"]["conditions"]
+    if part.gallery is None:
+        scored, size = scoring.score(config, setting, part.test, arms, conditions), None
+    else:
+        how = scoring.options(config, setting)
+        scored = scoring.Scored(neighbours.score_arms(setting.headless, arms, part, conditions, **how), None)
+        size = len(part.gallery)
+    return {"gallery": size, "metrics": evaluation.summarize(scored.scores, **told, clusters=scored.clusters)}
 
 
 def spectra(
@@ -390,25 +298,6 @@ def describe_sites(setting: Setting, before: Tree, after: Tree) -> list[dict[str
             }
         )
     return rows
-
-
-def explicit_network(setting: Setting, learned: Learned) -> Any:
-    """Returns (variables, images) ↦ outputs of a network whose denoisers are not fused."""
-    sites = setting.sites if learned.sites is None else learned.sites
-
-    def network(variables: Tree, images: Any) -> Any:
-        return explicit_apply(
-            setting.backbone,
-            variables,
-            learned.denoise,
-            sites,
-            setting.schedule,
-            images,
-            rule=learned.rule,
-            steps=learned.steps,
-        )
-
-    return network
 
 
 def measure_cost(

@@ -12,6 +12,7 @@ import numpy as np
 from drep_jax import evaluation
 from drep_jax.data.chosen import Labelled
 from drep_jax.data.corruptions import CLEAN
+from drep_jax.errors import DataError
 from drep_jax.evaluation import Scores
 
 Tree = Any
@@ -29,13 +30,15 @@ def score_arms(
       arms: name ↦ variables; those of a head are not used.
       images: gallery and test images.
       conditions: corruption specs.
-      **options: batch_size, mean, std and seed of `drep_jax.evaluation.score_arms`.
+      **options: batch_size, inputs and seed of `drep_jax.evaluation.score_arms`.
 
     Returns:
       {condition: {arm: {"acc@1": (n,)}}}, of 0 or 1.
     """
-    known = evaluation.score_arms(backbone, arms, images.gallery, (CLEAN,), _features, **options)[CLEAN]
-    asked = evaluation.score_arms(backbone, arms, images.test, conditions, _features, **options)
+    if images.gallery is None:
+        raise DataError(f"{images.name} has no gallery of training images.")
+    known = evaluation.score_arms(backbone, arms, images.gallery, (CLEAN,), features, **options)[CLEAN]
+    asked = evaluation.score_arms(backbone, arms, images.test, conditions, features, **options)
     return {
         condition: {arm: {"acc@1": hits(known[arm], found)} for arm, found in by_arm.items()}
         for condition, by_arm in asked.items()
@@ -59,8 +62,9 @@ def hits(gallery: Scores, queries: Scores) -> np.ndarray:
     return ((found == queries["labels"]) & np.any(asked != 0, axis=1)).astype(np.float64)
 
 
-def _features(outputs: np.ndarray, labels: np.ndarray) -> Scores:
-    return {"features": outputs.reshape(len(outputs), -1), "labels": labels}
+def features(outputs: np.ndarray, columns: Scores) -> Scores:
+    """Returns outputs as features, with the images' "label" and "index"."""
+    return {"features": outputs.reshape(len(outputs), -1), "labels": columns["label"], "index": columns["index"]}
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

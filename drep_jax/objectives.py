@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -9,11 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from drep_jax.builder import Setting
-from drep_jax.data.loader import normalize
 from drep_jax.denoiser import algorithm1_losses
 from drep_jax.errors import ConfigError
 from drep_jax.fusion import fuse
-from drep_jax.tasks import classification
 from drep_jax.training import parallel
 
 Tree = Any
@@ -34,7 +33,7 @@ def denoising_objective(
         setting.schedule,
         key,
         batch["index"],
-        normalize(batch["image"], setting.mean, setting.std),
+        setting.inputs(batch),
         loss=options["loss"],
         tokens=options["tokens"],
     )
@@ -47,9 +46,17 @@ def denoising_objective(
 
 
 def label_objective(
-    setting: Setting, options: Config, weights: Tree, others: Tree, batch: Tree, key: jax.Array, *, train: bool
+    setting: Setting,
+    options: Config,
+    weights: Tree,
+    others: Tree,
+    batch: Tree,
+    key: jax.Array,
+    *,
+    train: bool,
+    beside: Mapping[str, Tree] = MappingProxyType({}),
 ) -> Outcome:
-    """Returns the cross-entropy of the backbone with the given weights, with its accuracy as a metric.
+    """Returns the task's loss of the backbone with the given weights, with its accuracy as a metric.
 
     Args:
       setting, options: of the run and the stage; `options["label_smoothing"]` is used.
@@ -58,20 +65,21 @@ def label_objective(
       batch: images and labels; of mixed images both labels, see `drep_jax.tasks.classification.loss`.
       key: of dropout.
       train: whether the backbone is in training mode: dropout, and batch statistics that are updated.
+      beside: what else the loss trains, such as the centres of identities.
     """
     backbone = computing(setting, options)
-    images = normalize(batch["image"], setting.mean, setting.std)
+    images, task = setting.inputs(batch), setting.task
     if train:
         if getattr(backbone, "axis_name", "") is None:  # batch statistics of the whole batch, on however many devices
             backbone = backbone.clone(axis_name=parallel.AXIS)
         rngs = {"dropout": jax.random.fold_in(key, parallel.device_index())}
-        logits, others = backbone.apply(
-            {**others, "params": weights}, images, train=True, rngs=rngs, mutable=list(others)
+        outputs, others = task.outputs(
+            backbone, {**others, "params": weights}, images, train=True, rngs=rngs, mutable=list(others)
         )
     else:
-        logits = backbone.apply({**others, "params": weights}, images)
-    hits = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
-    return classification.loss(logits, batch, options["label_smoothing"]), ({"accuracy": hits}, dict(others))
+        outputs = task.outputs(backbone, {**others, "params": weights}, images)
+    loss, metrics = task.loss(outputs, batch, options["label_smoothing"], beside)
+    return loss, (metrics, dict(others))
 
 
 def augmented_objective(
@@ -97,12 +105,19 @@ def augmented_objective(
     if weight == 1.0:
         return denoising_objective(setting, options, params, others, batch, key)
     fused = fuse(params, setting.sites, setting.schedule, rule=options["rule"], steps=options["steps"])
-    label, (metrics, updated) = label_objective(setting, options, fused, others, batch, key, train=train)
+    label, (metrics, updated) = label_objective(
+        setting, options, fused, others, batch, key, train=train, beside=beside_of(params)
+    )
     if not weight:
         return label, (metrics, updated)
     denoising, (losses, _) = denoising_objective(setting, options, params, others, batch, key)
     parts = {"label_loss": label, "denoising_loss": denoising}
     return (1.0 - weight) * label + weight * denoising, ({**metrics, **parts, **losses}, updated)
+
+
+def beside_of(params: Tree) -> dict[str, Tree]:
+    """Returns what is trained beside the backbone and its denoisers."""
+    return {name: tree for name, tree in params.items() if name not in ("backbone", "denoise")}
 
 
 def computing(setting: Setting, options: Config) -> nn.Module:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from drep_jax import weights
 from drep_jax.builder import Setting, init_options
 from drep_jax.certificate import Certificate, certify
-from drep_jax.data.loader import normalize
+from drep_jax.data.reading import read
 from drep_jax.errors import CheckpointError, ConfigError, ExportError, did_you_mean
 from drep_jax.exporting.checked_file import Comparison
 from drep_jax.exporting.fold_batchnorm import find_folds, fold_batchnorm
@@ -86,7 +85,7 @@ def certificate_images(config: Config, setting: Setting) -> jax.Array:
     """Returns the first few test images (training images if there is no test set), normalised."""
     source = setting.test if setting.test is not None else setting.train
     count = min(config["evaluate"]["certificate_images"], len(source))
-    return normalize(jnp.stack([source[i]["image"] for i in range(count)]), setting.mean, setting.std)
+    return setting.inputs(read(source, np.arange(count)))
 
 
 def open_original(config: Config, setting: Setting, variables: Tree, output: Output) -> weights.Foreign | None:

@@ -15,7 +15,7 @@ from drep_jax.denoise_tree import check_finite, sample_noise, site_steps
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from drep_jax.experiment import saved_moments
 from drep_jax.fusion import fuse_exact
-from drep_jax.learners import DIRECT
+from drep_jax.learners import DIRECT, rule_and_steps
 from drep_jax.output import Output, certificate_images, fuse_and_certify, needs_exact, open_original, write
 from drep_jax.recipes import WIENER, Recipe, as_affine, check_rule
 from drep_jax.saved import last_saved
@@ -103,9 +103,7 @@ def refuse(
 def _as_learned(directory: str, config: Config, asked: Mapping[str, Any], noise: str) -> dict[str, Any]:
     """Returns rule and steps for the denoisers that the run learned, or refuses what they were not learned for."""
     direct = config["learner"] in DIRECT
-    own = {**config["denoise"], "beta_end": config["schedule"]["beta_end"]}
-    if direct:
-        own.update(rule="affine", steps=1)
+    own = {**config["denoise"], "beta_end": config["schedule"]["beta_end"], **rule_and_steps(config["learner"], config)}
     resolve = "Add --resolve to take the closed form from the run's moments instead."
     changed = [name for name, value in asked.items() if value != own[name]]
     if direct and (changed or noise == "sample"):

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from drep_jax.builder import Setting
-from drep_jax.denoise_tree import init_denoise
+from drep_jax.learners.base import starting
 from drep_jax.training import distributed
 from drep_jax.training.checkpoint import folder_of
 from drep_jax.training.shared import open_checkpoints
-from drep_jax.training.stages import TRAINED, prepare, training_steps
+from drep_jax.training.stages import prepare, training_steps
 
 Tree = Any
 
@@ -43,10 +43,8 @@ def last_saved(config: Any, setting: Setting, directory: str, stage: str) -> Sav
     folder = folder_of(directory, stage)
     if not distributed.from_primary(lambda: os.path.isdir(folder)):
         return None
-    others = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(setting.abstract))
-    params = {"backbone": others.pop("params")}
-    if TRAINED.get(stage) != ("backbone",):
-        params["denoise"] = init_denoise(setting.sites)
+    empty = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(setting.abstract))
+    params, others = starting(config, setting, stage, empty)
     state, frozen, _ = prepare(config, stage, params, others)
     checkpointer = open_checkpoints(folder, read_only=True)
     try:

@@ -4,7 +4,7 @@ Every candidate is a `denoise` subtree for rule "affine"; a point of the grid is
 point is scored by accuracy; without, by *agreement*: the share of images, corrupted, on which the fused network says what the
 unfused backbone says of the clean image. Where backbone and label agree, so do the two criteria; hence they differ by at most
 the backbone's clean error. A backbone without a head says which of the held-out images it sees: the one whose clean feature
-is nearest (cosine).
+is nearest (cosine); one for retrieval is scored by the mean average precision of the held-out identities, or so.
 """
 
 import dataclasses
@@ -18,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drep_jax import scoring
 from drep_jax.builder import Setting
 from drep_jax.data.corruptions import CLEAN, corrupt
-from drep_jax.data.loader import epoch_order, normalize, read_images, read_labels
+from drep_jax.data.loader import epoch_order
+from drep_jax.data.reading import read
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.fusion import fuse
 from drep_jax.sites import Site
+from drep_jax.tasks import Retrieval
 from drep_jax.training import parallel
 
 Tree = Any
@@ -65,7 +68,7 @@ class Choice:
     Attributes:
       points: the first is the unchanged backbone.
       chosen: its number.
-      criterion: "accuracy" or "agreement".
+      criterion: "accuracy", "mAP" or "agreement".
       conditions: clean first.
       images, seconds: how many held-out images, and how long it took.
     """
@@ -182,20 +185,27 @@ def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candida
     which, hosts = parallel.host()
     part = -(-count // hosts)
     mine = index[(which * part + np.arange(part)) % count]
-    images, labels = read_images(source, mine), None
-    if not setting.features and options["labels"]:
-        own = read_labels(source, mine)
-        labels = None if own is None else _of_all_hosts(own, 0, count)
+    found = read(source, mine)
+    task = setting.task
+    labels = None
+    if options["labels"] and not setting.features and not isinstance(task, Retrieval) and "label" in found:
+        labels = _of_all_hosts(found["label"], 0, count)
     batch = min(max(1, config["evaluate"]["batch_size"] // hosts), part)
     known = None
-    if setting.features:
-        clean = _every_output(outputs, normalize(images, setting.mean, setting.std), batch, first=True)[0]
+    if setting.features or isinstance(task, Retrieval):
+        clean = _every_output(outputs, setting.inputs(found), batch, first=True)[0]
         known = _unit(_of_all_hosts(clean, 0, count))
     said: dict[str, np.ndarray] = {}
+    ranked: dict[str, list[float]] = {}
     for condition in conditions:
-        corrupted = corrupt(images, mine, condition, config["seed"] + SELECTION_SEED)
-        own = _answers(outputs, normalize(corrupted, setting.mean, setting.std), batch, known)
-        said[condition] = _of_all_hosts(own, 1, count)
+        corrupted = corrupt(found["image"], mine, condition, config["seed"] + SELECTION_SEED)
+        inputs = setting.inputs({**found, "image": corrupted})
+        if isinstance(task, Retrieval) and options["labels"]:
+            features = _of_all_hosts(_every_output(outputs, inputs, batch), 1, count)
+            said[condition] = np.stack([_answer(rows, known) for rows in features])
+            ranked[condition] = [scoring.held_out_map(task, source, index, rows) for rows in features]
+        else:
+            said[condition] = _of_all_hosts(_answers(outputs, inputs, batch, known), 1, count)
     clean = said[CLEAN][0]
     if (clean < 0).any():
         raise NonFiniteError(f"The unchanged backbone gives NaN or Inf on images of {source.name}.")
@@ -203,10 +213,11 @@ def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candida
     points = []
     for number, (candidate, tau) in enumerate(grid):
         accuracy = None if labels is None else {c: _share(said[c][number], labels) for c in conditions}
+        accuracy = {c: ranked[c][number] for c in conditions} if ranked else accuracy
         agreement = {c: _share(said[c][number], clean) for c in conditions}
         label = candidates[candidate].label if number else "backbone"
         points.append(Point(label, candidate, tau, tau * sizes[candidate] if tau else 0.0, accuracy, agreement))
-    criterion = "agreement" if labels is None else "accuracy"
+    criterion = "mAP" if ranked else "agreement" if labels is None else "accuracy"
     chosen = best_point(points, criterion, options["max_clean_loss"])
     return Choice(tuple(points), chosen, criterion, conditions, count, time.perf_counter() - began)
 
@@ -247,12 +258,12 @@ def _answers(outputs: Any, images: Any, batch: int, known: np.ndarray | None) ->
 
     The answer is the class, or with `known` features (images, width) the number of the nearest one.
     """
+    return _every_output(outputs, images, batch, lambda found: _answer(found, known))
 
-    def answer(found: np.ndarray) -> np.ndarray:
-        scores = found if known is None else _unit(found) @ known.T
-        return np.where(np.isfinite(found).all(axis=-1), scores.argmax(axis=-1), -1)
 
-    return _every_output(outputs, images, batch, answer)
+def _answer(found: np.ndarray, known: np.ndarray | None) -> np.ndarray:
+    scores = found if known is None else _unit(found) @ known.T
+    return np.where(np.isfinite(found).all(axis=-1), scores.argmax(axis=-1), -1)
 
 
 def _every_output(outputs: Any, images: Any, batch: int, change: Any = None, *, first: bool = False) -> np.ndarray:

@@ -32,25 +32,37 @@ class Interval:
         return self.low > 0.0 or self.high < 0.0
 
 
-def paired_interval(ours: Any, theirs: Any, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Returns the difference of the means of two arms with its bootstrap interval over the items.
+def paired_interval(
+    ours: Any,
+    theirs: Any,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+    clusters: Any = None,
+) -> Interval:
+    """Returns the difference of the means of two arms with its bootstrap interval over the items, or over clusters of them.
 
     The items are resampled with replacement, both arms together, and the interval holds the middle `level` of the
     resampled differences, widened as Student's t and n/(n−1) ask for (the expanded percentile interval: without it ten
     items would cover 90 % instead of 95 %; from some hundred items on it changes nothing).
+
+    Items that go together, as the queries of one person do, say less than as many independent ones: with `clusters` whole
+    clusters are resampled, each with all its items, and n is their number.
 
     Args:
       ours, theirs: (n,) one score an item, in the same order; 100 × correct gives points of accuracy.
       level: confidence level, between 0 and 1.
       resamples: number of bootstrap resamples.
       seed: the same seed gives the same interval.
+      clusters: (n,) which cluster each item belongs to, any values that can be compared; None for each its own.
 
     Returns:
       An `Interval`. It is unbounded where n items could not show a difference even if all agreed in sign, which has
       probability 2^(1−n) by chance (fewer than 6 items at 95 %), and has no width where all differences are equal.
 
     Raises:
-      DataError: for arms of different length, no items, or scores that are not finite numbers.
+      DataError: for arms or clusters of different length, no items, or scores that are not finite numbers.
       ConfigError: for a level outside (0, 1) or fewer than 100 resamples.
     """
     if not 0.0 < level < 1.0:
@@ -59,7 +71,9 @@ def paired_interval(ours: Any, theirs: Any, *, level: float = 0.95, resamples: i
         raise ConfigError(f"resamples = {resamples}: expected at least 100, for example 10000.")
     ours, theirs = _paired(ours, theirs)
     differences = ours - theirs
-    items, mean = len(differences), float(np.mean(differences))
+    mean = float(np.mean(differences))
+    sums, sizes = _clustered(differences, clusters)
+    items = len(sums)
     if 2.0 ** (1 - items) > 1.0 - level:
         return Interval(mean, -math.inf, math.inf)
     if np.all(differences == differences[0]):
@@ -67,9 +81,10 @@ def paired_interval(ours: Any, theirs: Any, *, level: float = 0.95, resamples: i
         return Interval(value, value, value)
     quantile = math.sqrt(items / (items - 1)) * stats.t.ppf((1 + level) / 2, items - 1)
     interval = stats.bootstrap(
-        (differences,),
-        np.mean,
+        (sums,) if clusters is None else (sums, sizes),
+        np.mean if clusters is None else _ratio,
         vectorized=True,
+        paired=clusters is not None,
         n_resamples=resamples,
         batch=max(1, BATCH_NUMBERS // items),
         confidence_level=2 * stats.norm.cdf(quantile) - 1,
@@ -103,6 +118,22 @@ def mcnemar(correct_a: Any, correct_b: Any) -> float:
     only_a = int(np.sum(correct_a > correct_b))
     discordant = only_a + int(np.sum(correct_b > correct_a))
     return float(stats.binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
+
+
+def _clustered(differences: np.ndarray, clusters: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns sum and number of the differences of every cluster."""
+    if clusters is None:
+        return differences, np.ones(len(differences))
+    clusters = np.asarray(clusters)
+    if clusters.shape != differences.shape:
+        raise DataError(f"Clusters have shape {clusters.shape}; expected one an item, {differences.shape}.")
+    _, which, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    return np.bincount(which, differences), sizes.astype(np.float64)
+
+
+def _ratio(sums: np.ndarray, sizes: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Returns the mean over the items of the clusters drawn, which differ in size."""
+    return np.sum(sums, axis=axis) / np.sum(sizes, axis=axis)
 
 
 def _paired(ours: Any, theirs: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from drep_jax import evaluation, report, workdir
+from drep_jax import evaluation, report, scoring, workdir
 from drep_jax.builder import Setting, respaced
 from drep_jax.certificate import Certificate
 from drep_jax.data.corruptions import CLEAN
@@ -29,7 +29,6 @@ from drep_jax.refusion import fuse_and_export, load_run
 from drep_jax.report.formatting import fixed
 from drep_jax.report.lines import NO_METRICS
 from drep_jax.selection import Candidate, Choice, Point, choose, scaled
-from drep_jax.tasks import classification
 from drep_jax.training import distributed
 from drep_jax.training.stages import key_of
 
@@ -158,18 +157,9 @@ def tested(config: Config, setting: Setting, variables: Tree, denoise: Tree, cho
         for name, tree in trees.items()
     }
     evaluate = config["evaluate"]
-    scores = evaluation.score_arms(
-        setting.backbone,
-        arms,
-        setting.test,
-        choice.conditions,
-        classification.scores,
-        batch_size=evaluate["batch_size"],
-        mean=setting.mean,
-        std=setting.std,
-        seed=config["seed"],
-    )
-    return evaluation.summarize(scores, controls=["placebo"], resamples=evaluate["resamples"], seed=config["seed"])
+    found = scoring.score(config, setting, setting.test, arms, choice.conditions)
+    told = {"resamples": evaluate["resamples"], "seed": config["seed"], "clusters": found.clusters}
+    return evaluation.summarize(found.scores, controls=["placebo"], **told)
 
 
 def table(choice: Choice, max_clean_loss: float) -> str:
@@ -177,7 +167,7 @@ def table(choice: Choice, max_clean_loss: float) -> str:
     finite = [number for number in range(len(choice.points)) if math.isfinite(_mean(choice.scores(number)))]
     finite.sort(key=lambda number: -_mean(choice.scores(number)))
     shown = dict.fromkeys([*finite[:SHOWN], *(n for n in finite if n in (0, choice.chosen))])
-    labelled = choice.criterion == "accuracy"
+    labelled = choice.criterion != "agreement"
     rows = []
     for number in shown:
         point, scores = choice.points[number], choice.scores(number)

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from configs import cifar10_training
+from configs import cifar10_training, reid
 from drep_jax.data import prepare
 from drep_jax.data.augment import augmentation_of
 from drep_jax.data.chosen import open_images
@@ -20,6 +20,7 @@ from drep_jax.errors import ConfigError, DataError
 from drep_jax.learners import LEARNERS
 from drep_jax.models import create_model
 from drep_jax.schedule import Schedule, reverse_steps
+from drep_jax.tasks import make_task
 from drep_jax.training.stages import batch_size_of, training_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -52,6 +53,7 @@ CATALOGUE = {
     ),
 }
 OTHERS = {"digits": 10, "resnet20_cifar10": 10, "vit_cifar10": 10, "vit_fashion_mnist": 10}
+SEVERAL = ("cifar10_training", "reid", "reid_pku")
 COUNT = 20
 
 
@@ -70,6 +72,29 @@ def test_every_way_of_training_has_a_control_of_the_same_budget(mode, backbone):
     assert len(budgets) == 1 and min(budgets)[0] > 0
 
 
+@pytest.mark.parametrize("choice", [f"{d}:{b}" for d in ("msmt17", "veri") for b in reid.BACKBONES])
+def test_every_cell_of_the_tables_on_re_identification_can_be_asked_for(choice):
+    if choice == "msmt17:resnet50_views":
+        with pytest.raises(ConfigError, match="what is seen from where"):
+            reid.get_config(choice)
+        return
+    for mode in reid.MODES:
+        config = reid.get_config(f"{choice}:{mode}").to_dict()
+        task = make_task(config)
+        budgets = (
+            {(config["control"]["steps"], config["control"]["batch_size"])} if config["control"]["steps"] else set()
+        )
+        for learner in {config["learner"], *config["compare"]} & {"algorithm1", "label_augmented", "alternating"}:
+            budgets.add((training_steps(config, learner), batch_size_of(config, learner)))
+        assert len(budgets) <= 1 and all(size == task.identities * task.instances for _, size in budgets)
+        assert mode not in reid.LABELLED or config["control"]["steps"]
+        model = {**config["model"], "num_classes": 5}
+        network = create_model(model.pop("name"), image_size=config["data"]["image_size"], **model)
+        assert (getattr(network, "branches", 1) == 2) == task.views and hasattr(network, "outputs")
+    with pytest.raises(ConfigError, match=r"DATASET:BACKBONE\[:MODE\]"):
+        reid.get_config("market1501")
+
+
 def test_the_table_names_every_configuration():
     catalogue = [name for name in FILES if config_of(name)["data"]["source"].startswith("tfds:")]
     assert sorted(CATALOGUE) == catalogue
@@ -79,7 +104,7 @@ def test_the_table_names_every_configuration():
 @pytest.mark.parametrize("name", FILES)
 def test_names_and_settings_are_known(name):
     config = config_of(name)
-    assert config["name"] == name or name == "cifar10_training"  # which is several
+    assert config["name"] == name or name in SEVERAL
     source = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")
     assert f"--config=configs/{name}.py" in source, "its docstring has the command"
     augmentation_of(config["data"])

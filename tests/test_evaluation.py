@@ -35,15 +35,22 @@ def arms(digits):
     return {"baseline": first, "twin": first, "fused": other}
 
 
-def score(digits, arms, batch_size, scores=classification.scores, conditions=CONDITIONS):
+def hits(logits, columns):
+    return classification.scores(logits, columns["label"])
+
+
+def score(digits, arms, batch_size, scores=hits, conditions=CONDITIONS):
+    def inputs(batch):
+        return normalize(batch["image"], MEAN, STD)
+
     return evaluation.score_arms(
-        Linear(), arms, digits, conditions, scores, batch_size=batch_size, mean=MEAN, std=STD, seed=SEED
+        Linear(), arms, digits, conditions, scores, batch_size=batch_size, inputs=inputs, seed=SEED
     )
 
 
 @pytest.mark.parametrize("batch_size", [64, 600, 1024])
 def test_scores_are_those_of_a_plain_loop(batch_size, digits, arms):
-    outputs = score(digits, arms, batch_size, lambda logits, labels: {"logits": logits, "labels": labels})
+    outputs = score(digits, arms, batch_size, lambda logits, columns: {"logits": logits, "labels": columns["label"]})
     images = jnp.stack([digits[i]["image"] for i in range(len(digits))])
     for condition in CONDITIONS:
         noisy = corrupt(images.astype(jnp.float32), jnp.arange(len(digits)), condition, SEED)
@@ -57,7 +64,7 @@ def test_scores_are_those_of_a_plain_loop(batch_size, digits, arms):
 
 
 def test_equal_arms_get_equal_scores_under_noise(digits, arms):
-    outputs = score(digits, arms, 64, lambda logits, labels: {"logits": logits})["gaussian:80"]
+    outputs = score(digits, arms, 64, lambda logits, columns: {"logits": logits})["gaussian:80"]
     assert np.array_equal(outputs["baseline"]["logits"], outputs["twin"]["logits"])
     assert not np.array_equal(outputs["baseline"]["logits"], outputs["fused"]["logits"])
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from drep_jax import experiment, refusion, report, weights
+from drep_jax import experiment, preflight, refusion, report, weights
 from drep_jax.data.loader import normalize
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import explicit_apply
@@ -309,4 +309,4 @@ def test_a_run_keeps_its_share(finished, tmp_path):
     for share in (0.0, 1.5):
         config["denoise"]["moment_tokens"] = share
         with pytest.raises(ConfigError, match=r"denoise\.moment_tokens="):
-            experiment.check(config, setting)
+            preflight.check(config, setting)

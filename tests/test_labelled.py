@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from drep_jax import experiment, refusion, report
+from drep_jax import experiment, preflight, refusion, report
 from drep_jax.builder import build
 from drep_jax.data.loader import normalize, training_batches
 from drep_jax.denoiser import explicit_apply
@@ -207,14 +207,14 @@ def test_a_trained_backbone_is_fused_again_and_resumed(labelled, tmp_path):
 def test_what_makes_no_sense_is_refused(finished, changes, message):
     config = configured(finished, **changes)
     with pytest.raises(ConfigError, match=message):
-        experiment.check(config, build(config))
+        preflight.check(config, build(config))
 
 
 def test_labelled_learners_need_labels(finished, tmp_path):
     config = configured(finished, **{"model.num_classes": -1, "control.steps": 0})
     setting = build({**config, "model": {**config["model"], "num_classes": -1}})
     with pytest.raises(ConfigError, match="this backbone has none"):
-        experiment.check(config, setting)
+        preflight.check(config, setting)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drep_jax import experiment, neighbours, weights
+from drep_jax import experiment, neighbours, preflight, weights
 from drep_jax.builder import build
 from drep_jax.data.unreadable import keep_records, summary
 from drep_jax.errors import ConfigError
@@ -129,4 +129,4 @@ def test_stages_with_labels_are_refused_on_a_mixture():
     config.data.merge = (("random:50:4", 1.0),)
     config = config.to_dict()
     with pytest.raises(ConfigError, match=r"Stage backbone trains with labels, but digits \+ random:50:4 has none"):
-        experiment.check(config, build(config))
+        preflight.check(config, build(config))

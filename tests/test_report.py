@@ -18,6 +18,7 @@ from drep_jax.errors import CheckpointError, DataError
 from drep_jax.report import KEYS, PLOTS, console_table, markdown, plain, validate, verdict, write_report
 from drep_jax.report.plots.front import non_dominated
 from drep_jax.report.plots.spectra import through_the_depth
+from drep_jax.retrieval.examples import small
 
 COMPARISON = dict[str, tuple[float, float, float, float]]
 OURS = "algorithm1"
@@ -156,10 +157,41 @@ def pictures_of(paths):
                 for s in strengths
             ],
         },
+        "ranked": ranked_of(("no denoising", "closed_form")),
         "recovery": {
             "gaussian:20": {"measured": 0.93, "placebo": -0.02},
             "gaussian:40": {"measured": None, "tent": 1.1},
         },
+    }
+
+
+def ranked_of(arms, queries=3, found=10):
+    """Queries with made pictures of a person's shape."""
+    rng = np.random.default_rng(0)
+    return {
+        "condition": "gaussian:20",
+        "metric": "cosine",
+        "arms": list(arms),
+        "queries": [
+            {
+                "image": index,
+                "why": ("largest gain", "largest loss", "drawn at random")[index],
+                "ap": dict(zip(arms, (0.2 + 0.1 * index, 0.45), strict=True)),
+                "found": {
+                    arm: [
+                        {
+                            "image": 3 + (3 * place + index) % 7,
+                            "distance": 0.1 + 0.05 * place,
+                            "right": (place + at) % 3 == 0,
+                        }
+                        for place in range(found - index)
+                    ]
+                    for at, arm in enumerate(arms)
+                },
+            }
+            for index in range(queries)
+        ],
+        "images": {str(row): small(rng.integers(0, 256, (64, 32, 3))) for row in range(10)},
     }
 
 
@@ -209,7 +241,7 @@ def test_writes_everything_and_nothing_else(case, tmp_path):
         "report.md",
     ]  # no temporary file is left
     missing = {"no labels": {"accuracy"}, "closed form": {"loss"}}.get(case, set())
-    missing |= set() if case == "pictures" else {"spectra", "front"}
+    missing |= set() if case == "pictures" else {"spectra", "front", "ranked"}
     assert plots == {f"plots/{name}.png" for name in PLOTS.keys() - missing}
     assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == plots
     for site in report["sites"]:
@@ -234,6 +266,7 @@ def test_plots_are_reproducible_and_follow_the_numbers():
     report["metrics"]["clean"]["interval"][f"{OURS} - baseline"]["acc@1"] = [0.1, 0.9]
     report["spectra"]["encoderblock_0/mlp/fc1"]["gain"] = np.full(64, 0.5)
     report["front"]["chosen"] = 3
+    report["ranked"]["queries"][0]["found"]["closed_form"][0]["right"] ^= True
     third = draw(report)
     assert all(first[name] != third[name] for name in PLOTS)
 
@@ -246,6 +279,25 @@ def test_sites_plot_grows_with_the_sites_but_not_for_ever():
             heights.append(image.height)
     assert heights[0] < heights[1] < heights[2] == heights[3]
     assert heights[1] / 48 > 20  # pixels a bar, enough for its label
+
+
+@pytest.mark.parametrize("mode", ["right", "wrong"])
+def test_right_and_wrong_differ_by_more_than_colour(mode):
+    """Frames of right images are whole, those of wrong ones dashed; pictures are pasted in their own colours."""
+    ranked = ranked_of(("a", "b"), queries=1, found=1)
+    ranked["images"] = {name: small(np.full((64, 32, 3), (30, 60, 200))) for name in ranked["images"]}
+    for arm in ("a", "b"):
+        ranked["queries"][0]["found"][arm][0]["right"] = mode == "right"
+    with Image.open(io.BytesIO(PLOTS["ranked"]({"ranked": ranked}))) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    blue = (abs(pixels - (30, 60, 200)) < 12).all(axis=2)
+    assert blue.sum() > 4 * 70 * 140  # two rows of the query and one image
+    frame = (0, 158, 115) if mode == "right" else (213, 94, 0)
+    drawn = (abs(pixels - frame) < 12).all(axis=2)
+    most = drawn.sum(axis=0).max() / blue.any(axis=1).sum()  # share of the frame's upright side that is drawn
+    assert most > 0.9 if mode == "right" else 0.3 < most < 0.8
+    assert PLOTS["ranked"]({"ranked": {**ranked, "queries": []}}) is None
+    assert PLOTS["ranked"]({}) is None
 
 
 def test_spectra_of_many_sites_are_spread_through_the_depth():
@@ -515,6 +567,7 @@ def test_parts_that_were_not_measured_are_named():
 
 RESULTS = (("certificate", "results", "float64"), ("certificate", "results", "float32"))
 FRONT = pictures_of(())["front"]
+RANKED = ranked_of(("no denoising", "closed_form"), queries=1)
 FREE = ("config", "per_site", "optimum", "control", "baseline", "denoised", "mcnemar")
 
 
@@ -569,6 +622,9 @@ def test_every_missing_key_is_named(place):
         ({"front": {**FRONT, "chosen": 11}}, "front.chosen is 11, expected the index of one of 11 points"),
         ({"front": {**FRONT, "conditions": ["clean", "jpeg:5"]}}, r"front\.points\.0\.scores\.jpeg:5 is missing"),
         ({"front": {**FRONT, "points": [{"label": "a"}]}}, r"front\.points\.0\.strength is missing"),
+        ({"ranked": {**RANKED, "images": {}}}, r"ranked\.images\.0 is missing"),
+        ({"ranked": {**RANKED, "arms": ["a"]}}, r"ranked\.queries\.0\.ap\.a is missing"),
+        ({"ranked": {**RANKED, "queries": [{"image": 1}]}}, r"ranked\.queries\.0\.why is missing"),
         ({"recovery": 0.5}, "recovery is 0.5, expected entries"),
         ({"exported": "fused"}, "exported is 'fused', expected one of learning: algorithm1"),
         (

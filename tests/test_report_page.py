@@ -126,7 +126,7 @@ def test_loads_quietly_alone_and_with_whole_pictures(show, written):
     page = show()
     assert page.heard == [("request", (written("everything") / "report.html").as_uri())]
     sizes = page.evaluate("[...document.images].map(one => [one.naturalWidth, one.naturalHeight, one.alt.length])")
-    assert len(sizes) == 5
+    assert len(sizes) == 6
     assert all(min(size) > 10 and size[0] > 300 for size in sizes)
     drawn = page.evaluate("[...document.images].map(one => one.clientHeight / one.clientWidth)")
     assert drawn == pytest.approx([height / width for width, height, _ in sizes], rel=0.02)  # not squeezed

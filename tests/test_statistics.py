@@ -182,3 +182,31 @@ def test_unusable_settings_are_refused():
         paired_interval([1, 0], [1, 0], level=95)
     with pytest.raises(ConfigError, match="resamples = 0"):
         paired_interval([1, 0], [1, 0], resamples=0)
+
+
+def test_clusters_are_resampled_whole():
+    """Items of one cluster share most of their difference: the interval over items is too narrow, that over clusters not."""
+    rng, repetitions, level, truth = np.random.default_rng(1), 200, 0.9, 0.2
+    covered = {"items": 0, "clusters": 0}
+    for seed in range(repetitions):
+        clusters = np.repeat(np.arange(60), rng.integers(1, 8, 60))
+        differences = truth + rng.normal(size=60)[clusters] + 0.3 * rng.normal(size=len(clusters))
+        order = rng.permutation(len(clusters))
+        for name, groups in (("items", None), ("clusters", clusters[order])):
+            zero = np.zeros(len(order))
+            interval = paired_interval(differences[order], zero, level=level, resamples=300, seed=seed, clusters=groups)
+            covered[name] += interval.low <= truth <= interval.high
+    spread = math.sqrt(level * (1 - level) / repetitions)
+    assert abs(covered["clusters"] / repetitions - level) < 3 * spread
+    assert covered["items"] / repetitions < level - 6 * spread
+
+
+def test_clusters_of_one_item_are_items():
+    ours, theirs, _ = simulate(np.random.default_rng(2), 80)
+    plain = paired_interval(ours, theirs, resamples=500)
+    alone = paired_interval(ours, theirs, resamples=500, clusters=[f"person {index:03d}" for index in range(80)])
+    np.testing.assert_allclose([alone.low, alone.high], [plain.low, plain.high], atol=1e-12)
+    few = paired_interval(ours, theirs, clusters=np.arange(80) % 5)
+    assert math.isinf(few.low) and few.difference == plain.difference
+    with pytest.raises(DataError, match=r"Clusters have shape \(3,\); expected one an item, \(80,\)"):
+        paired_interval(ours, theirs, clusters=[1, 2, 3])

@@ -1,8 +1,10 @@
 """Image sources with random access, and the registry that opens one by its name."""
 
+import functools
 from collections.abc import Callable
 
 from drep_jax.data import decode, digits, folder, idx_source, list_file, npz_source, random_images, splits, tfds_source
+from drep_jax.data.reid import open_reid
 from drep_jax.data.source import Source
 from drep_jax.errors import ConfigError, lookup
 
@@ -11,13 +13,22 @@ __all__ = ["SOURCES", "Source", "open_source"]
 
 # Another source is one opener: (what follows the colon, split, (height, width), resize, data_dir) -> Source.
 SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source]] = {
+    "cuhk03": functools.partial(open_reid, "cuhk03"),
     "digits": digits.open_digits,
+    "duke": functools.partial(open_reid, "duke"),
     "folder": folder.open_folder,
     "idx": idx_source.open_idx,
     "list": list_file.open_list,
+    "market1501": functools.partial(open_reid, "market1501"),
+    "msmt17": functools.partial(open_reid, "msmt17"),
     "npz": npz_source.open_npz,
     "random": random_images.open_random,
+    "reid_folder": functools.partial(open_reid, "reid_folder"),
+    "reid_npz": functools.partial(open_reid, "reid_npz"),
+    "reid_tfds": functools.partial(open_reid, "reid_tfds"),
     "tfds": tfds_source.open_tfds,
+    "vehicleid": functools.partial(open_reid, "vehicleid"),
+    "veri": functools.partial(open_reid, "veri"),
 }
 
 
@@ -27,8 +38,9 @@ def open_source(
     """Opens a data set for reading.
 
     Args:
-      spec: `digits`, `folder:DIR`, `idx:DIR`, `list:FILE`, `npz:NAME`, `npz:FILE.npz`, `tfds:NAME[/config]` or
-        `random:COUNT[:CLASSES]`.
+      spec: `digits`, `folder:DIR`, `idx:DIR`, `list:FILE`, `npz:NAME`, `npz:FILE.npz`, `tfds:NAME[/config]`,
+        `random:COUNT[:CLASSES]`, or a data set for re-identification: `market1501:DIR` (duke, msmt17, cuhk03, vehicleid,
+        veri), `reid_folder:DIR`, `reid_npz:FILE` or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`.
       split: `train`, `validation` or `test`.
       image_size: (height, width) in pixels of every image that the source returns.
       resize: `crop` (short side to the target, then the centre), `crop:0.875` (so that 87.5 % of the short side is kept),

@@ -22,12 +22,12 @@ class Labelled:
 
     Attributes:
       name: of the source.
-      gallery: training images, whose classes are known.
+      gallery: training images, whose classes are known; None of a source whose test images are queries and their gallery.
       test: images to classify.
     """
 
     name: str
-    gallery: Source
+    gallery: Source | None
     test: Source
 
 
@@ -50,7 +50,7 @@ class Images:
     others: tuple[Labelled, ...]
 
 
-def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int) -> Images:
+def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int, retrieval: bool = False) -> Images:
     """Opens the images of a run.
 
     Args:
@@ -58,6 +58,7 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int)
       head: whether the backbone has one.
       gallery: how many training images of each further source its test images are compared with.
       seed: of the choice of those.
+      retrieval: whether test images are queries and their gallery; no head is needed for them.
 
     Raises:
       ConfigError: for sources or weights that cannot be merged.
@@ -73,17 +74,24 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int)
     trains = [open_source(spec, TRAIN, **options) for spec in specs]
     held = [open_source(spec, VALIDATION, **options) for spec in specs]
     others = []
-    for spec, train in list(zip(specs, trains, strict=True))[1 if head else 0 :]:
-        if specs[1:] and train.num_classes:
+    for spec, train in list(zip(specs, trains, strict=True))[1 if head or retrieval else 0 :]:
+        if retrieval:
+            others.append(Labelled(train.name, None, tolerating(_queries(spec, options), allowed)))
+        elif specs[1:] and train.num_classes:
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
-            test = tolerating(open_source(spec, TEST, **options), allowed)
-            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), test))
+            theirs = tolerating(open_source(spec, TEST, **options), allowed)
+            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), theirs))
     labelled = bool(trains[0].num_classes)
+    test: Source | None = None
+    if retrieval:
+        test = tolerating(_queries(specs[0], options), allowed)
+    elif labelled and head:
+        test = tolerating(open_source(specs[0], TEST, **options), allowed)
     return Images(
         train=tolerating(_one(trains, weights), allowed),
         held_out=tolerating(_one(held, weights), allowed),
         num_classes=trains[0].num_classes,
-        test=tolerating(open_source(specs[0], TEST, **options), allowed) if labelled and head else None,
+        test=test,
         others=tuple(others),
     )
 
@@ -112,6 +120,21 @@ def sources_of(data: Mapping[str, Any]) -> tuple[list[str], list[float]]:
             f'data.merge: "{twice}" is there twice. Name every source once and give it the sum of the weights.'
         )
     return specs, [data.get("weight", 1.0), *(entry[1] for entry in merge)]
+
+
+def _queries(spec: str, options: Mapping[str, Any]) -> Source:
+    """Opens a test split of queries and gallery.
+
+    Raises:
+      ConfigError: for a source that has none.
+    """
+    test = open_source(spec, TEST, **options)
+    if not {"label", "query", "gallery"} <= set(getattr(test, "table", ())):
+        raise ConfigError(
+            f'Task "retrieval" needs test images that are queries and a gallery, and {test.name} has none. Take a source for '
+            "re-identification, such as reid_folder:DIR (docs/data.md)."
+        )
+    return test
 
 
 def _one(sources: list[Source], weights: list[float]) -> Source:

@@ -1,5 +1,6 @@
 """Batches of a source, read ahead by grain: batch n depends on (source, seed, n) alone, so that runs can be resumed."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,19 @@ Batch = dict[str, np.ndarray]
 READING_THREADS = 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The order of the images in each epoch.
+
+    Attributes:
+      length: places of an epoch.
+      at: epoch ↦ the image at each place, int32 (length,).
+    """
+
+    length: int
+    at: Callable[[int], np.ndarray]
+
+
 def training_batches(
     source: Source,
     batch_size: int,
@@ -29,6 +43,7 @@ def training_batches(
     num_threads: int | None = None,
     augmentation: Augmentation = OFF,
     shard: tuple[int, int] = (0, 1),
+    order: Order | None = None,
 ) -> Iterator[Batch]:
     """Yields batches for ever: each epoch in a new order, and flowing into the next, so that no image is dropped.
 
@@ -41,6 +56,7 @@ def training_batches(
         means 8, or 0 for a source that is in memory.
       augmentation: what is done to the images, drawn anew for each place in the endless stream.
       shard: (which, of how many) equal slices of every batch to read, for one host among several.
+      order: of the images in each epoch; None for a permutation of all of them.
 
     Returns:
       An iterator over `{"image": uint8 (B, H, W, 3), "label": int32 (B,), "index": int32 (B,)}`; "index" is the image's
@@ -59,12 +75,14 @@ def training_batches(
     augmentation.check_batch(rows.stop - rows.start, "batch_size" if shard[1] == 1 else "each host's part of a batch")
     if augmentation.mixes and source.num_classes is None:
         raise ConfigError(f"Mixup and cutmix mix labels, too, but {source.name} has none. Set both to 0.")
-    order = functools.lru_cache(maxsize=4)(functools.partial(epoch_order, len(source), seed))
+    if order is None:
+        order = Order(len(source), functools.partial(epoch_order, len(source), seed))
+    length, order_at = order.length, functools.lru_cache(maxsize=4)(order.at)
 
     def load(step: int) -> Batch:
         positions = step * batch_size + np.arange(rows.start, rows.stop)
-        epochs, places = np.divmod(positions, len(source))
-        indices = np.concatenate([order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        epochs, places = np.divmod(positions, length)
+        indices = np.concatenate([order_at(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
         where = {"seed": seed, "first_position": int(positions[0])}
         cropped = augmentation.crop_scale
         batch = read_cropped(source, indices, augmentation, **where) if cropped else read(source, indices)

@@ -1,4 +1,7 @@
-"""Prepares a data set of the TFDS catalogue, which alone needs TensorFlow: `python -m drep_jax.data.prepare NAME`."""
+"""Prepares a data set for TFDS: `python -m drep_jax.data.prepare NAME`.
+
+Those of the TFDS catalogue need TensorFlow for it; those for re-identification are made from `--manual_dir` without.
+"""
 
 import argparse
 import importlib.util
@@ -8,23 +11,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from drep_jax.data.reid import READERS
 from drep_jax.data.tfds_source import BY_HAND, FORMAT, data_root, prepared_folder
 from drep_jax.errors import ConfigError, DataError, DrepError, did_you_mean
 
 
-def prepare(argument: str, data_dir: str | None = None) -> str:
-    """Downloads a catalogue data set and writes it as array_record, unless that has been done.
+def prepare(argument: str, data_dir: str | None = None, manual_dir: str | None = None) -> str:
+    """Writes a data set as array_record, unless that has been done; those of the catalogue are downloaded for it.
 
     Args:
-      argument: NAME or NAME/CONFIG in the catalogue.
+      argument: NAME or NAME/CONFIG in the catalogue, or of a data set for re-identification.
       data_dir: where data sets are kept; None means TFDS_DATA_DIR or ~/tensorflow_datasets.
+      manual_dir: the unpacked original of a data set for re-identification; None for those of the catalogue.
 
     Returns:
       What is there now, as text.
 
     Raises:
-      ConfigError: for a name that TFDS does not know.
-      DataError: without TensorFlow, without files that must be put there by hand, or when preparing fails.
+      ConfigError: for a name that is unknown.
+      DataError: without TensorFlow where it is needed, without files that must be put there by hand, or when preparing fails.
     """
     import tensorflow_datasets as tfds
 
@@ -32,10 +37,15 @@ def prepare(argument: str, data_dir: str | None = None) -> str:
     if not re.fullmatch(r"\w+", name):
         raise ConfigError(f'Expected NAME or NAME/CONFIG; got "{argument}".')
     root = data_root(data_dir)
+    if name in READERS and not name.startswith("reid_"):
+        return _prepare_reid(name, config, root, manual_dir)
+    if manual_dir is not None:
+        raise ConfigError(f'--manual_dir is for data sets for re-identification; "{name}" is none of them.')
     if prepared_folder(root, name, config) is None:
         catalogue = tfds.list_builders(with_community_datasets=False)
         if name not in catalogue:
-            raise ConfigError(f'"{name}" is not in the TFDS catalogue.{did_you_mean(name, catalogue)}')
+            known = [*catalogue, *(reader for reader in READERS if not reader.startswith("reid_"))]
+            raise ConfigError(f'"{name}" is not in the TFDS catalogue.{did_you_mean(name, known)}')
         _check_files(name, root)
         if importlib.util.find_spec("tensorflow") is None:
             raise DataError(
@@ -46,13 +56,41 @@ def prepare(argument: str, data_dir: str | None = None) -> str:
             tfds.builder(argument, data_dir=str(root)).download_and_prepare(file_format=FORMAT)
         except Exception as error:  # TFDS, TensorFlow and the network raise their own kinds
             raise DataError(f'Preparing "{argument}" in {root} failed: {type(error).__name__}: {error}') from error
+    return _told(root, name, config, f"tfds:{argument}")
+
+
+def _prepare_reid(name: str, config: str, root: Path, manual_dir: str | None) -> str:
+    import tensorflow_datasets as tfds
+
+    from drep_jax.data.reid.builders import BUILDERS
+
+    builder = BUILDERS[name]
+    configs = [known.name for known in builder.BUILDER_CONFIGS]
+    if config and config not in configs:
+        raise ConfigError(f'"{name}" has no configuration "{config}".{did_you_mean(config, configs)}')
+    config = config or (configs[0] if configs else "")
+    if prepared_folder(root, name, config) is None:
+        original = Path(manual_dir or "").expanduser().absolute()
+        if manual_dir is None or not original.is_dir() or not any(original.iterdir()):
+            given = "none was given" if manual_dir is None else f"{original} is no directory or empty"
+            raise DataError(f'"{name}" is prepared from its unpacked original, --manual_dir=DIR; {given}.')
+        download = tfds.download.DownloadConfig(manual_dir=str(original))
+        made = builder(data_dir=str(root), config=config or None)
+        made.download_and_prepare(download_config=download, file_format=FORMAT)
+    argument = f"{name}/{config}" if config else name
+    return _told(root, name, config, f"reid_tfds:{argument}")
+
+
+def _told(root: Path, name: str, config: str, source: str) -> str:
+    import tensorflow_datasets as tfds
+
     folder = prepared_folder(root, name, config)
     if folder is None:
-        raise DataError(f'TFDS prepared "{argument}", but no version of it is to be found in {root / name}.')
+        raise DataError(f'TFDS prepared "{name}", but no version of it is to be found in {root / name}.')
     info = tfds.builder_from_directory(str(folder)).info
     splits = ", ".join(f"{split} {part.num_examples}" for split, part in info.splits.items())
     return (
-        f"{folder}: {splits} examples.\nTo read it: --config.data.source=tfds:{argument} --config.data.data_dir={root}, "
+        f"{folder}: {splits} examples.\nTo read it: --config.data.source={source} --config.data.data_dir={root}, "
         "without TensorFlow."
     )
 
@@ -69,11 +107,12 @@ def _check_files(name: str, root: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m drep_jax.data.prepare", description=__doc__)
-    parser.add_argument("name", help="NAME or NAME/CONFIG in the TFDS catalogue, such as cifar10")
+    parser.add_argument("name", help="NAME or NAME/CONFIG, such as cifar10 of the TFDS catalogue, or market1501")
     parser.add_argument("--data_dir", default=None, help="by default TFDS_DATA_DIR or ~/tensorflow_datasets")
+    parser.add_argument("--manual_dir", default=None, help="for re-identification: the unpacked original")
     options = parser.parse_args(arguments)
     try:
-        print(prepare(options.name, options.data_dir))
+        print(prepare(options.name, options.data_dir, options.manual_dir))
     except DrepError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -18,6 +20,9 @@ class Source(Protocol):
     One whose images are files or encoded may have `raw(index)`, which returns an image as it is stored (bytes, a path, or a
     decoded array) with "where", what to call it, and "label", and `image_size`: random resized crops are then taken of the
     whole image, not of what was fitted to the size.
+
+    One for re-identification also has `table`, which holds the columns of its items but the images, int32 (n,) by name, without
+    decoding; `protocol`, how it is evaluated; and `cameras` and `views`, how many its data set has.
     """
 
     name: str
@@ -49,6 +54,25 @@ def image_size_of(source: Any) -> tuple[int, int]:
     return height, width
 
 
+OF_THE_SET = ("protocol", "cameras", "views")
+
+
+def pass_on(source: Any, wrapper: Any, indices: Sequence[int] | None = None) -> None:
+    """Gives a wrapper of a source for re-identification what such a source has besides images.
+
+    Args:
+      source: the images; of other sources nothing is passed on.
+      wrapper: what wraps them.
+      indices: which of them, None for all.
+    """
+    if not hasattr(source, "table"):
+        return
+    chosen = slice(None) if indices is None else np.array(indices, np.int64)
+    wrapper.table = {name: values[chosen] for name, values in source.table.items()}
+    for name in OF_THE_SET:
+        setattr(wrapper, name, getattr(source, name))
+
+
 class Subset:
     """Some images of a source.
 
@@ -64,6 +88,7 @@ class Subset:
         self.image_size = image_size_of(source)
         self._source = source
         self._indices = [int(index) for index in indices]
+        pass_on(source, self, self._indices)
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drep_jax.data.source import Source, image_size_of, raw_item
+from drep_jax.data.source import Source, image_size_of, pass_on, raw_item
 from drep_jax.errors import ConfigError, DataError, UnreadableError
 
 RECORD = "unreadable.jsonl"
@@ -35,6 +35,7 @@ class Tolerant:
         self._places: set[int] = set()
         self._lock = threading.Lock()
         self._record: tuple[str, str] | None = None
+        pass_on(source, self)
 
     def __len__(self) -> int:
         return len(self._source)

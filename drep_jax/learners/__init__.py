@@ -1,6 +1,7 @@
 """Learners: every way to denoisers has the same arguments and returns a `Learned`. One line here adds another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from drep_jax.errors import lookup
 from drep_jax.learners.base import Learned, Task
@@ -26,6 +27,7 @@ __all__ = [
     "check_labelled",
     "check_measuring",
     "learn",
+    "rule_and_steps",
     "train_labelled",
 ]
 
@@ -42,6 +44,13 @@ LEARNERS: dict[str, Callable[[Task], Learned]] = {
 
 DIRECT = ("wiener", "measured", "continued")
 """Learners whose denoisers are maps given directly, fused by rule "affine"."""
+
+
+def rule_and_steps(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns by which rule, and in how many steps, a learner's denoisers are fused."""
+    if name in DIRECT:
+        return {"rule": "affine", "steps": 1}
+    return {"rule": config["denoise"]["rule"], "steps": config["denoise"]["steps"]}
 
 
 def learn(name: str, task: Task) -> Learned:

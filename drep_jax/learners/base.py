@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import tqdm
 from drep_jax import closed_form, weights
 from drep_jax.builder import Setting
 from drep_jax.closed_form import Moments, load_moments, passes, save_moments
-from drep_jax.data.loader import evaluation_batches, normalize, read_images
+from drep_jax.data.loader import evaluation_batches
+from drep_jax.data.reading import read
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.selection import Choice
 from drep_jax.sites import Path, Site
@@ -21,7 +22,7 @@ from drep_jax.training.checkpoint import folder_of
 from drep_jax.training.logging import MetricWriter, lines_of
 from drep_jax.training.moments import NEAR, collect_moments
 from drep_jax.training.shared import open_checkpoints
-from drep_jax.training.stages import prepare
+from drep_jax.training.stages import LABELLED_STAGES, TRAINED, key_of, prepare, run_training
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -37,7 +38,7 @@ class Learned:
       section: the report's on learning.
       choice: what was chosen on held-out images, or None.
       variables: the backbone they belong to where it was trained, too; None for the run's own.
-      sites: where the denoisers are, for what cannot be fused and is evaluated on the explicit path; None for the run's.
+      network: (variables, images) ↦ outputs of what cannot be fused and is evaluated as it is; None for fused weights.
     """
 
     denoise: Tree
@@ -46,7 +47,7 @@ class Learned:
     section: dict[str, Any]
     choice: Choice | None = None
     variables: Tree | None = None
-    sites: tuple[Site, ...] | None = None
+    network: Callable[[Tree, Any], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,50 @@ class Task:
     continued: tuple[Tree, float] | None = None
 
 
+def split_variables(variables: Tree) -> tuple[Tree, Tree]:
+    """Returns a backbone's parameters and its other collections."""
+    return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+
+
+def starting(config: Config, setting: Setting, stage: str, variables: Tree) -> tuple[Tree, Tree]:
+    """Returns what a stage or learner starts from: {subtree: parameters}, and the backbone's other collections."""
+    backbone, others = split_variables(variables)
+    params = {"backbone": backbone}
+    if TRAINED.get(stage) != ("backbone",):
+        params["denoise"] = init_denoise(setting.sites)
+    if stage in LABELLED_STAGES:
+        key = key_of(config, "beside")
+        params |= setting.task.start(setting.backbone, setting.abstract, setting.images, key)
+    return params, others
+
+
+def train(
+    task: Task, stage: str, loss_fn: Any, probe: Callable[[Tree], dict[str, float]] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Runs or resumes a stage; returns its final state, and what the report says of every stage that is trained.
+
+    Args:
+      task: of the learner.
+      stage: its name.
+      loss_fn, probe: see `run_training`.
+    """
+    config, setting = task.config, task.setting
+    params, others = starting(config, setting, stage, task.variables)
+    state, seconds = run_training(
+        config, setting.train, stage, params, others, loss_fn, task.directory, task.writer, probe
+    )
+    return state, {
+        "steps": int(state.step),
+        "seconds": seconds,
+        "loss": logged(task, stage),
+        "images": len(setting.train),
+    }
+
+
 def keep(name: str, task: Task, learned: Learned) -> None:
     """Writes what was solved, not trained, to `checkpoints/<name>`, in the form that a trained stage has there."""
-    variables = learned.variables or task.variables
-    others = {key: tree for key, tree in variables.items() if key != "params"}
-    params = {"backbone": variables["params"], "denoise": learned.denoise}
+    backbone, others = split_variables(learned.variables or task.variables)
+    params = {"backbone": backbone, "denoise": learned.denoise}
     state, frozen, _ = prepare(task.config, name, params, others)
     checkpointer = open_checkpoints(folder_of(task.directory, name))
     try:
@@ -118,7 +158,7 @@ def moments_of(
         return kept
     batch = config["denoise"]["batch_size"]
     count = -(-moment_images(config, setting) // batch)
-    near = normalize(read_images(setting.train, np.arange(min(NEAR, len(setting.train)))), setting.mean, setting.std)
+    near = setting.inputs(read(setting.train, np.arange(min(NEAR, len(setting.train)))))
     limit = config["denoise"]["moment_gib"] * 2**30
     groups = passes(sites, limit) if limit else [sites]
     moments: dict[Path, Moments] = {}
@@ -126,7 +166,7 @@ def moments_of(
         first = itertools.islice(evaluation_batches(setting.train, batch, shard=parallel.host()), count)
         name = "moments" if len(groups) == 1 else f"moments, pass {number + 1} of {len(groups)}"
         bar = tqdm.tqdm(first, name, count, unit="batch", disable=not config["progress"])
-        batches = ((normalize(b["image"], setting.mean, setting.std), b["mask"].astype(np.float32)) for b in bar)
+        batches = ((setting.inputs(b), b["mask"].astype(np.float32)) for b in bar)
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
         sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
         moments |= collect_moments(setting.backbone, variables, group, batches, near=near, **sampling)

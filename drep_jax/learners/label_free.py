@@ -21,15 +21,14 @@ import numpy as np
 from drep_jax import closed_form
 from drep_jax.builder import Setting
 from drep_jax.data.corruptions import corrupt, parse_spec
-from drep_jax.data.loader import epoch_order, normalize, read_images
+from drep_jax.data.loader import epoch_order
 from drep_jax.data.pairs import PairedSource, open_pairs
-from drep_jax.denoise_tree import init_denoise
+from drep_jax.data.reading import read
 from drep_jax.errors import ConfigError, DataError
-from drep_jax.learners.base import Learned, Task, against_optimum, keep, logged, moment_images
+from drep_jax.learners.base import Learned, Task, against_optimum, keep, moment_images, train
 from drep_jax.measured import measuring
 from drep_jax.objectives import denoising_objective
 from drep_jax.selection import Candidate, choose, scaled
-from drep_jax.training.stages import run_training
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -46,9 +45,7 @@ CORRUPTION_SEED = 1
 
 def by_algorithm1(task: Task) -> Learned:
     """Trains the denoisers by Algorithm 1 (Eq. 11)."""
-    config, setting, variables = task.config, task.setting, task.variables
-    options = config["denoise"]
-    others = {name: tree for name, tree in variables.items() if name != "params"}
+    setting, options = task.setting, task.config["denoise"]
     least = sum(closed_form.expected_losses(task.moments, setting.sites, setting.schedule).values())
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
@@ -58,27 +55,9 @@ def by_algorithm1(task: Task) -> Learned:
         now = closed_form.expected_losses(task.moments, setting.sites, setting.schedule, params["denoise"])
         return {"gap": sum(now.values()) - least}
 
-    params = {"backbone": variables["params"], "denoise": init_denoise(setting.sites)}
-    state, seconds = run_training(
-        config,
-        setting.train,
-        "algorithm1",
-        params,
-        others,
-        loss_fn,
-        task.directory,
-        task.writer,
-        probe=gap,
-    )
+    state, section = train(task, "algorithm1", loss_fn, gap)
     denoise = state.averaged["denoise"]
-    section = {
-        "steps": int(state.step),
-        "seconds": seconds,
-        "loss": logged(task, "algorithm1"),
-        "images": len(setting.train),
-        **against_optimum(task, denoise),
-    }
-    return Learned(denoise, options["rule"], options["steps"], section)
+    return Learned(denoise, options["rule"], options["steps"], {**section, **against_optimum(task, denoise)})
 
 
 def by_closed_form(task: Task) -> Learned:
@@ -118,8 +97,9 @@ def by_wiener(task: Task) -> Learned:
 def by_measuring(task: Task) -> Learned:
     """Solves for the noise that a corruption makes at each site, and chooses the strength on held-out images."""
     options = task.config["measured"]
-    clean, corrupted = measuring_images(task.config, task.setting)
-    streams: Any = np.stack([normalize(x, task.setting.mean, task.setting.std) for x in (clean, clean, *corrupted)])
+    batch, corrupted = measuring_images(task.config, task.setting)
+    clean = batch["image"]
+    streams: Any = np.stack([task.setting.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
     candidates, errors = [], {}
     began = time.perf_counter()
     how = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
@@ -153,8 +133,8 @@ def _chosen(
     return learned
 
 
-def measuring_images(config: Config, setting: Setting) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Returns the images to learn from, uint8 (n, h, w, c), and `measured.draws` corrupted versions of them, float32.
+def measuring_images(config: Config, setting: Setting) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Returns the images to learn from, as a batch, and `measured.draws` corrupted versions of them, float32 (n, h, w, c).
 
     Raises:
       DataError: if there are none.
@@ -164,14 +144,15 @@ def measuring_images(config: Config, setting: Setting) -> tuple[np.ndarray, list
         pairs = _open_pairs(config)
         count = min(options["images"] or len(pairs), len(pairs))
         found = [pairs[i] for i in range(count)]
-        return np.stack([p["clean"] for p in found]), [np.stack([p["corrupted"] for p in found]).astype(np.float32)]
+        clean = {"image": np.stack([p["clean"] for p in found])}
+        return clean, [np.stack([p["corrupted"] for p in found]).astype(np.float32)]
     count = min(options["images"] or len(setting.train), len(setting.train))
     if not count:
         raise DataError(f"{setting.train.name} has no training images to measure the noise on.")
     index = np.sort(epoch_order(len(setting.train), config["seed"], 0)[:count])
-    clean = read_images(setting.train, index)
+    clean = read(setting.train, index)
     seeds = [config["seed"] + CORRUPTION_SEED + draw * 7919 for draw in range(options["draws"])]
-    return clean, [corrupt(clean, index, noise, seed) for seed in seeds]
+    return clean, [corrupt(clean["image"], index, noise, seed) for seed in seeds]
 
 
 def _open_pairs(config: Config) -> PairedSource:
@@ -192,6 +173,11 @@ def check_measuring(config: Config) -> None:
                 f'Learner "{name}" gives full matrices, so denoise.rank={config["denoise"]["rank"]} is not for it.'
             )
     if config["noise"].startswith(PAIRS):
+        if config["retrieval"]["side"]:
+            raise ConfigError(
+                f'retrieval.side="{config["retrieval"]["side"]}" is not known of the images in {config["noise"]}, so noise '
+                "cannot be measured on them. Name a corruption in config.noise."
+            )
         if "measured" in (config["learner"], *config["compare"]):
             _open_pairs(config)
     elif all(part.high == 0 for part in parse_spec(config["noise"])):

@@ -8,20 +8,36 @@
 | `final_only` | one explicit denoiser of the final feature, DenoiseRep⁻ | Algorithm 1's minimum; it cannot be fused |
 """
 
+import dataclasses
+import functools
 import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from drep_jax import closed_form
 from drep_jax.builder import Setting
 from drep_jax.denoise_tree import init_denoise
+from drep_jax.denoiser import explicit_apply
 from drep_jax.errors import ConfigError
-from drep_jax.learners.base import Learned, Task, against_optimum, keep, logged, moment_images, moments_of
-from drep_jax.objectives import augmented_objective, label_objective
+from drep_jax.learners.base import (
+    Learned,
+    Task,
+    against_optimum,
+    keep,
+    logged,
+    moment_images,
+    moments_of,
+    starting,
+    train,
+)
+from drep_jax.objectives import augmented_objective, beside_of, label_objective
 from drep_jax.sites import assign_times, find_layers, select_sites
+from drep_jax.tasks import Retrieval
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.stages import batch_size_of, run_training, training_steps
 
@@ -40,12 +56,13 @@ def train_labelled(
 ) -> tuple[Tree, float]:
     """Trains the whole backbone with labels and returns it and the seconds; stage "control" is the arm of equal budget."""
     options = config[stage]
-    others = {name: tree for name, tree in variables.items() if name != "params"}
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
-        return label_objective(setting, options, params["backbone"], others, batch, key, train=True)
+        return label_objective(
+            setting, options, params["backbone"], others, batch, key, train=True, beside=beside_of(params)
+        )
 
-    params = {"backbone": variables["params"]}
+    params, others = starting(config, setting, stage, variables)
     state, seconds = run_training(config, setting.train, stage, params, others, loss_fn, directory, writer)
     return {**state.others, "params": state.params["backbone"]}, seconds
 
@@ -53,30 +70,19 @@ def train_labelled(
 def by_labels(task: Task) -> Learned:
     """Trains the denoisers of the frozen backbone with Eq. 12."""
     config, setting = task.config, task.setting
-    others, params = _start(task)
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         return _through_fusion(config, setting, params, others, batch, key)
 
-    state, seconds = run_training(
-        config, setting.train, "label_augmented", params, others, loss_fn, task.directory, task.writer
-    )
+    state, section = train(task, "label_augmented", loss_fn)
     denoise = state.averaged["denoise"]
-    section = {
-        "steps": int(state.step),
-        "seconds": seconds,
-        "loss": logged(task, "label_augmented"),
-        "images": len(setting.train),
-        "label_lambda": config["denoise"]["label_lambda"],
-        **against_optimum(task, denoise),
-    }
+    section |= {"label_lambda": config["denoise"]["label_lambda"], **against_optimum(task, denoise)}
     return Learned(denoise, config["denoise"]["rule"], config["denoise"]["steps"], section)
 
 
 def by_turns(task: Task) -> Learned:
     """Trains denoisers and backbone in turn, the backbone through the fused weights."""
     config, setting = task.config, task.setting
-    others, params = _start(task)
     fusing = {name: config["denoise"][name] for name in ("rule", "steps", "loss", "tokens")}
     options = {**config["control"], **fusing}
 
@@ -86,19 +92,8 @@ def by_turns(task: Task) -> Learned:
     def backbone(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         return augmented_objective(setting, options, params, others, batch, key, weight=0.0, train=True)
 
-    turns = {"denoise": denoisers, "backbone": backbone}
-    state, seconds = run_training(
-        config, setting.train, "alternating", params, others, turns, task.directory, task.writer
-    )
-    section = {
-        "steps": int(state.step),
-        "seconds": seconds,
-        "loss": logged(task, "alternating"),
-        "images": len(setting.train),
-        "label_lambda": config["denoise"]["label_lambda"],
-        "per_site": {},
-        "optimum": None,
-    }
+    state, section = train(task, "alternating", {"denoise": denoisers, "backbone": backbone})
+    section |= {"label_lambda": config["denoise"]["label_lambda"], "per_site": {}, "optimum": None}
     learned = state.averaged
     variables = {**state.others, "params": learned["backbone"]}
     how = config["denoise"]["rule"], config["denoise"]["steps"]
@@ -125,9 +120,18 @@ def by_continuing(task: Task) -> Learned:
 
 
 def by_final_feature(task: Task) -> Learned:
-    """Solves Algorithm 1 for one denoiser on the final feature, the input of the head, which is applied explicitly."""
+    """Solves Algorithm 1 for one denoiser on the final feature, which is applied explicitly.
+
+    That is the input of the head; of a backbone for retrieval, which runs without one, it is what the backbone gives, and a
+    linear layer that does nothing is put behind it for the denoiser to work at.
+    """
     config, setting = task.config, task.setting
     began = time.perf_counter()
+    variables, wrap = task.variables, lambda own: own
+    if isinstance(setting.task, Retrieval):
+        setting = dataclasses.replace(setting, backbone=WithFinal(setting.backbone))
+        variables = with_final(setting, task.variables)
+        wrap = functools.partial(with_final, setting)
     head = find_layers(setting.backbone, setting.images)[-1:]
     options = config["denoise"]
     sites = assign_times(
@@ -136,7 +140,7 @@ def by_final_feature(task: Task) -> Learned:
         steps=options["steps"],
         time_scale=options["time_scale"],
     )
-    moments = moments_of(config, setting, task.variables, os.path.join(task.directory, "final_moments.npz"), sites)
+    moments = moments_of(config, setting, variables, os.path.join(task.directory, "final_moments.npz"), sites)
     denoise = closed_form.closed_form(moments, sites, setting.schedule)
     nothing = closed_form.expected_losses(moments, sites, setting.schedule, init_denoise(sites))
     best = closed_form.expected_losses(moments, sites, setting.schedule)
@@ -148,7 +152,39 @@ def by_final_feature(task: Task) -> Learned:
         "per_site": {name: [nothing[name], best[name]] for name in nothing},
         "optimum": best,
     }
-    return Learned(denoise, options["rule"], options["steps"], section, sites=sites)
+    rule, steps = options["rule"], options["steps"]
+
+    def network(variables: Tree, images: Any) -> Any:
+        how = {"rule": rule, "steps": steps}
+        return explicit_apply(setting.backbone, wrap(variables), denoise, sites, setting.schedule, images, **how)
+
+    return Learned(denoise, rule, steps, section, network=network)
+
+
+class WithFinal(nn.Module):
+    """A backbone with a linear layer behind it, `final`."""
+
+    backbone: nn.Module
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        """Returns final(backbone(x))."""
+        feature = self.backbone(x, train=train)
+        return nn.Dense(feature.shape[-1], param_dtype=feature.dtype, name="final")(feature)
+
+
+def with_final(setting: Setting, variables: Tree) -> Tree:
+    """Returns the variables of a `WithFinal` whose last layer does nothing.
+
+    Args:
+      setting: whose backbone is the `WithFinal`.
+      variables: of the backbone inside.
+    """
+    shape = jax.eval_shape(setting.backbone.backbone.apply, variables, setting.images)
+    width = shape.shape[-1]
+    inside = {name: {"backbone": tree} for name, tree in variables.items()}
+    final = {"kernel": jnp.eye(width, dtype=shape.dtype), "bias": jnp.zeros(width, shape.dtype)}
+    return {**inside, "params": {**inside["params"], "final": final}}
 
 
 def check_labelled(config: Config, setting: Setting) -> None:
@@ -170,7 +206,7 @@ def check_labelled(config: Config, setting: Setting) -> None:
             f'Learner "{config["learner"]}" is evaluated on the explicit path and leaves nothing to fuse or export; put it in '
             "--config.compare, beside another learner."
         )
-    if "final_only" in asked and setting.features:
+    if "final_only" in asked and setting.features and not isinstance(setting.task, Retrieval):
         raise ConfigError('Learner "final_only" denoises the input of the head, and this backbone has none.')
     if not 0.0 <= config["denoise"]["label_lambda"] <= 1.0:
         raise ConfigError(
@@ -194,11 +230,6 @@ def check_labelled(config: Config, setting: Setting) -> None:
                 f"{config['control']['batch_size']}: with another budget it is no control. Make them equal, or leave the arm "
                 "out with --config.control.steps=0."
             )
-
-
-def _start(task: Task) -> tuple[Tree, Tree]:
-    others = {name: tree for name, tree in task.variables.items() if name != "params"}
-    return others, {"backbone": task.variables["params"], "denoise": init_denoise(task.setting.sites)}
 
 
 def _through_fusion(config: Config, setting: Setting, params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:

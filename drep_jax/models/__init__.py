@@ -16,7 +16,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from drep_jax.errors import ConfigError, did_you_mean, lookup
+from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.resnet import ResNet
+from drep_jax.models.resnet_reid import ResNetReID
 from drep_jax.models.swin import SwinV2
 from drep_jax.models.transreid import TransReID
 from drep_jax.models.vit import ViT
@@ -45,6 +47,8 @@ _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortc
 _swinv2_t = functools.partial(SwinV2, width=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
 _swinv2_s = functools.partial(SwinV2, width=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
 _swinv2_b = functools.partial(SwinV2, width=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+
+_resnet50_reid = functools.partial(ResNetReID, stage_sizes=(3, 4, 6, 3), block="bottleneck")
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -92,6 +96,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "swinv2_s_w16": functools.partial(_swinv2_s, window_size=16),
     "swinv2_b_w8": functools.partial(_swinv2_b, window_size=8),
     "swinv2_b_w16": functools.partial(_swinv2_b, window_size=16),
+    "clip_reid": CLIPReID,
+    "clip_reid_b16": functools.partial(CLIPReID, patch_size=16, width=768, depth=12, num_heads=12, projection=512),
+    "resnet_reid": ResNetReID,
+    "resnet50_reid": _resnet50_reid,
+    "resnet50_vanet": functools.partial(_resnet50_reid, branches=2),
 }
 
 

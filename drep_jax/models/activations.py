@@ -1,4 +1,4 @@
-"""The exact GELU, x·Φ(x), by erf."""
+"""The exact GELU, x·Φ(x), by erf, and the approximation that CLIP was trained with, x·σ(1.702 x)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,3 +13,9 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x·σ(1.702 x), in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)

@@ -38,7 +38,14 @@ class BNNeck(nn.Module):
         """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         after = nn.BatchNorm(
-            not train, epsilon=1e-5, momentum=0.9, use_bias=False, axis_name=self.axis_name, **dtypes, name="bottleneck"
+            not train,
+            epsilon=1e-5,
+            momentum=0.9,
+            use_bias=False,
+            axis_name=self.axis_name,
+            use_fast_variance=False,  # E[x²] - E[x]² loses the digits in which the features of images differ
+            **dtypes,
+            name="bottleneck",
         )(feature)
         if not self.num_classes or not (classify or self.is_initializing()):
             return after, None

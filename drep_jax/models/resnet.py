@@ -141,26 +141,47 @@ class ResNet(nn.Module):
         if x.ndim != 4:
             raise ConfigError(f"A ResNet takes images of shape (batch, height, width, channels), got {tuple(x.shape)}.")
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: Layer = functools.partial(_conv, **dtypes)
-        norm: Layer = functools.partial(
-            nn.BatchNorm, not train, epsilon=1e-5, momentum=0.9, axis_name=self.axis_name, **dtypes
-        )
+        conv, norm = makers(train, self.axis_name, **dtypes)
+        make = block_maker(self.block, conv, norm, self.shortcut, self.remat)
         imagenet = self.stem == "imagenet"
         x = conv(self.width, kernel=7 if imagenet else 3, stride=2 if imagenet else 1, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x))
         if imagenet:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        block: Any = BasicBlock if self.block == "basic" else BottleneckBlock
-        block = nn.remat(block) if self.remat else block
-        strides = [1, *[2] * (len(self.stage_sizes) - 2), self.last_stride][: len(self.stage_sizes)]
-        for stage, size in enumerate(self.stage_sizes):
-            for i in range(size):
-                stride = strides[stage] if i == 0 else 1
-                x = block(self.width * 2**stage, stride, conv, norm, self.shortcut, name=f"layer{stage + 1}_{i}")(x)
+        for i, (size, stride) in enumerate(
+            zip(self.stage_sizes, strides(self.stage_sizes, self.last_stride), strict=True)
+        ):
+            x = stage(x, f"layer{i + 1}", size, self.width * 2**i, stride, make)
         x = x.mean(axis=(1, 2))
         if self.num_classes:
             x = nn.Dense(self.num_classes, kernel_init=_torch_linear, **dtypes, name="fc")(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def makers(train: bool, axis_name: str | None, dtype: Any, param_dtype: Any) -> tuple[Layer, Layer]:
+    """Returns what makes the convolutions and the batch norms of a network, for its blocks and its stem."""
+    conv = functools.partial(_conv, dtype=dtype, param_dtype=param_dtype)
+    options = {"epsilon": 1e-5, "momentum": 0.9, "axis_name": axis_name, "dtype": dtype, "param_dtype": param_dtype}
+    return conv, functools.partial(nn.BatchNorm, not train, **options)
+
+
+def block_maker(block: str, conv: Layer, norm: Layer, shortcut: str, remat: bool) -> Layer:
+    """Returns what makes a block of (width, stride, name)."""
+    kind: Any = BasicBlock if block == "basic" else BottleneckBlock
+    kind = nn.remat(kind) if remat else kind
+    return functools.partial(kind, conv=conv, norm=norm, shortcut=shortcut)
+
+
+def strides(stage_sizes: Sequence[int], last: int) -> list[int]:
+    """Returns the stride of each stage: 1 for the first, `last` for the last of several, 2 for the others."""
+    return [1, *[2] * (len(stage_sizes) - 2), last][: len(stage_sizes)]
+
+
+def stage(x: Images, name: str, size: int, width: int, stride: int, make: Layer) -> Images:
+    """Returns `x` after `size` blocks called NAME_0, NAME_1, …, of which the first has the stride."""
+    for i in range(size):
+        x = make(width, stride if i == 0 else 1, name=f"{name}_{i}")(x)
+    return x
 
 
 def _conv(channels: int, *, kernel: int, stride: int = 1, name: str, dtype: Any, param_dtype: Any) -> nn.Conv:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
 from drep_jax.models.activations import gelu
+from drep_jax.models.transformer import at_least_float32, pair
 
 BIAS_HIDDEN = 512
 """Hidden dimension of the network of the position bias."""
@@ -133,7 +134,7 @@ def _attend(
 
 def _unit(x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
     """Returns vectors of length one (0 stays 0), in float32 at least."""
-    x = _at_least_float32(x)
+    x = at_least_float32(x)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
@@ -296,7 +297,7 @@ class SwinV2(nn.Module):
                 "Resize the images, or set image_size."
             )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        patch = _pair(self.patch_size)
+        patch = pair(self.patch_size)
         embedding = functools.partial(nn.Conv, kernel_init=nn.initializers.xavier_uniform(), name="embedding")
         x = embedding(self.width, patch, strides=patch, padding="VALID", **dtypes)(x)
         x = _norm(**dtypes, name="embedding_norm")(x)
@@ -305,7 +306,7 @@ class SwinV2(nn.Module):
         for stage, depth in enumerate(self.depths):
             if stage:
                 x = PatchMerging(**dtypes, name=f"stage{stage}_merge")(x)
-            window = tuple(map(min, x.shape[1:3], _pair(self.window_size)))
+            window = tuple(map(min, x.shape[1:3], pair(self.window_size)))
             half = tuple(side // 2 if side < length else 0 for side, length in zip(window, x.shape[1:3], strict=True))
             for i in range(depth):
                 x = block_class(
@@ -322,20 +323,7 @@ class SwinV2(nn.Module):
         features = _norm(**dtypes, name="norm")(x).mean(axis=(1, 2))
         if self.num_classes:
             features = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **dtypes, name="head")(features)
-        return _at_least_float32(features)
-
-
-def _at_least_float32(x: Array) -> Array:
-    """Widens bfloat16 and float16 to float32 and leaves float64 alone."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Returns (height, width) of a size given as one number or two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return height, width
+        return at_least_float32(features)
 
 
 def _check(swin: SwinV2) -> None:
@@ -367,7 +355,7 @@ def _check(swin: SwinV2) -> None:
     for stage, heads in enumerate(swin.num_heads):
         if (swin.width << stage) % heads:
             raise ConfigError(f"Stage {stage} is {swin.width << stage} wide, which {heads} heads do not divide.")
-    sides = zip(("height", "width"), swin.image_size, _pair(swin.patch_size), _pair(swin.window_size), strict=True)
+    sides = zip(("height", "width"), swin.image_size, pair(swin.patch_size), pair(swin.window_size), strict=True)
     for side, size, patch, window in sides:
         if misfit := _misfit(size, patch, window, stages):
             smaller = (s for s in range(size // patch * patch, 0, -patch) if not _misfit(s, patch, window, stages))

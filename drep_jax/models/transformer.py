@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
-from drep_jax.models.activations import gelu
+from drep_jax.models.activations import gelu, quick_gelu
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": gelu,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
     "relu": nn.relu,
 }
 TRUNC_NORMAL = nn.initializers.truncated_normal(0.02)

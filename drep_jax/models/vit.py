@@ -63,8 +63,8 @@ class ViT(nn.Module):
       scan: one compiled block looped over parameters stacked under `encoder` (see `stack_blocks`) instead of
         `encoderblock_0`, ...; intercepted layers may sow into a collection named "denoise", stacked the same way.
       post_norm: normalise each sum instead of each input.
-      activation: of the MLPs, "gelu" (exact), "gelu_tanh" (its approximation, which Google's ViTs were trained with) or
-        "relu".
+      activation: of the MLPs, "gelu" (exact), "gelu_tanh" (its approximation, which Google's ViTs were trained with),
+        "quick_gelu" (CLIP's) or "relu".
       norm_eps: of every LayerNorm.
       dropout: rate after the embedding, the attention and the MLP when `train`; needs an rng named "dropout".
       drop_path: rate at which the last block's branches are left out when `train` (stochastic depth), rising linearly from

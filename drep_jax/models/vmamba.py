@@ -30,6 +30,7 @@ from drep_jax.errors import ConfigError
 from drep_jax.models.activations import gelu
 from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.selective_scan import selective_scan
+from drep_jax.models.transformer import at_least_float32
 
 Maps = Float[Array, "batch height width channels"]
 
@@ -98,10 +99,10 @@ class SS2D(nn.Module):
                 param_dtype=self.param_dtype,
                 name=f"dt_proj_{k}",
             )
-            a = -jnp.exp(_at_least_float32(a_log[k]))
-            total = total + selective_scan(u, nn.softplus(_at_least_float32(project(steps))), a, b, c, **direction)
+            a = -jnp.exp(at_least_float32(a_log[k]))
+            total = total + selective_scan(u, nn.softplus(at_least_float32(project(steps))), a, b, c, **direction)
         # D x of the four scans together: each pixel meets itself, whatever the direction.
-        return total + _at_least_float32(u) * _at_least_float32(skip).sum(0)[None, None, None]
+        return total + at_least_float32(u) * at_least_float32(skip).sum(0)[None, None, None]
 
 
 class Mlp(nn.Module):
@@ -219,7 +220,7 @@ class VMamba(nn.Module):
         x = norm("norm")(x).mean(axis=(1, 2))
         if self.num_classes:
             x = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **dtypes, name="head")(x)
-        return _at_least_float32(x)
+        return at_least_float32(x)
 
 
 def _halve(channels: int, name: str, dtype: Any, param_dtype: Any) -> nn.Conv:
@@ -239,11 +240,6 @@ def _halve(channels: int, name: str, dtype: Any, param_dtype: Any) -> nn.Conv:
 def _layer_norm(name: str, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
     """Returns a LayerNorm over the channels whose variance is mean((x - mean)²)."""
     return nn.LayerNorm(1e-5, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
-
-
-def _at_least_float32(x: Array) -> Array:
-    """Widens bfloat16 and float16 to float32 and leaves float64 alone."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _log_counts(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array:

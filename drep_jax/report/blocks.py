@@ -66,10 +66,11 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The plot plots/NAME.png; left out where it was not drawn."""
+    """The plot plots/NAME.png; left out where it was not drawn. Photographs keep their colours on dark pages."""
 
     name: str
     description: str
+    photographs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,9 @@ from drep_jax.statistics import Interval
 ALPHA = 0.05
 """Level of McNemar's test, that of the 95 % intervals."""
 
+TESTED = frozenset({"acc@1", "rank1"})
+"""Metrics of right or wrong that McNemar's test is for; no result has both."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -77,7 +80,7 @@ def _comparison(result: Mapping[str, Any], ours: str, theirs: str, metric: str) 
     # A bound just off zero must not print as zero beside the word "higher".
     while interval.significant and decimals < 5 and min(abs(interval.low), abs(interval.high)) < 0.5 * 10**-decimals:
         decimals += 1
-    p = result["mcnemar"].get(key) if metric == "acc@1" else None
+    p = result["mcnemar"].get(key) if metric in TESTED else None
     return Comparison(ours, theirs, metric, interval, p, decimals)
 
 

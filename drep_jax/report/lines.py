@@ -27,6 +27,8 @@ def unreadable_lines(report: Mapping[str, Any]) -> list[str]:
 
 def neighbour_note(name: str, source: Mapping[str, Any]) -> str:
     """Returns how the accuracy on a further source was found, in one line."""
+    if source["gallery"] is None:
+        return f"{name}: its own queries in its own gallery; its labels were not learned from."
     return (
         f"{name}: accuracy of the nearest neighbour among {source['gallery']} of its training images, by the backbone's "
         "features; its labels were not learned from."

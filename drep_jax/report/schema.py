@@ -54,6 +54,21 @@ KEYS: dict[str, Any] = {
         "chosen": None,
         "points": {"*": {"label": None, "strength": None, "scores": {}}},
     },
+    "ranked??": {
+        "condition": None,
+        "metric": None,
+        "arms": {"*": None},
+        "queries": {
+            "*": {
+                "image": None,
+                "why": None,
+                "ap": {},
+                "found": {"*": {"*": dict.fromkeys(("image", "distance", "right"))}},
+            }
+        },
+        "images": {"*": None},
+        "sites??": {"*": dict.fromkeys(("path", "mAP", "gained", "lost", "queries"))},
+    },
     "recovery??": {"*": {}},
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},
     "unreadable??": {"*": dict.fromkeys(("count", "limit", "images")) | {"first": {"*": None}}},
@@ -138,6 +153,15 @@ def _picture_problems(report: Mapping[str, Any]) -> Iterator[str]:
             for condition in front["conditions"]:
                 if condition not in point["scores"]:
                     yield f"front.points.{index}.scores.{condition} is missing"
+    ranked = report.get("ranked") or {"queries": ()}
+    for index, query in enumerate(ranked["queries"]):
+        for arm in ranked["arms"]:
+            for part in ("ap", "found"):
+                if arm not in query[part]:
+                    yield f"ranked.queries.{index}.{part}.{arm} is missing"
+        shown = [query, *(one for found in query["found"].values() for one in found)]
+        for image in sorted({str(one["image"]) for one in shown} - set(ranked["images"])):
+            yield f"ranked.images.{image} is missing"
 
 
 def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -39,7 +39,7 @@ def _in_short(report: Mapping[str, Any]) -> list[Block]:
 
 def _results(report: Mapping[str, Any]) -> list[Block]:
     if not report["metrics"]:
-        return [Text("No arms were compared."), *_front(report)]
+        return [Text("No arms were compared."), *_front(report), *_ranked(report)]
     blocks: list[Block] = [
         results_table(report),
         Text(EXPORTED_NOTE),
@@ -54,21 +54,22 @@ def _results(report: Mapping[str, Any]) -> list[Block]:
                 "fine-tuned network is no control: it has seen labels."
             ),
         ]
-    blocks += _front(report)
-    return [*blocks, *_differences(report["metrics"])]
+    blocks += [*_front(report), *_ranked(report)]
+    return [*blocks, *_differences(report, report["metrics"])]
 
 
 def _other_sources(report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     for name, source in (report.get("sources") or {}).items():
         blocks += [Text(neighbour_note(name, source)), results_table({**report, "metrics": source["metrics"]})]
-        blocks += _differences(source["metrics"])
+        blocks += _differences(report, source["metrics"])
     return blocks
 
 
-def _differences(metrics: Mapping[str, Any]) -> list[Block]:
+def _differences(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     intervals = 0
+    items, resampled = _items(report["config"])
     for condition, entry in metrics.items():
         found = [row for arm in (*entry["denoised"], *entry["control"]) for row in compare(entry, arm)]
         intervals += len(found)
@@ -78,17 +79,25 @@ def _differences(metrics: Mapping[str, Any]) -> list[Block]:
         ]
         headers = ["difference", "metric", "points [95 % interval]", "McNemar p", "verdict"]
         blocks += [
-            Heading(f"{condition} ({entry['n']} test images)"),
+            Heading(f"{condition} ({entry['n']} {items})"),
             *(Verdict(verdict(condition, entry, arm), direction(entry, arm)) for arm in entry["denoised"]),
             Details(f"All {len(rows)} differences on {condition} images", [Table(headers, rows, "llrrl")]),
         ]
     note = (
-        f"Intervals are paired bootstrap intervals over the same test images, each by itself: of {intervals} intervals "
+        f"Intervals are paired bootstrap intervals over the same {resampled}, each by itself: of {intervals} intervals "
         f"at 95 %, about {0.05 * intervals:.1f} would exclude zero by chance if nothing had changed. Where McNemar's p "
         f"is given, higher and lower need p < {ALPHA} too. Not significant means that no difference was shown, not that "
         "there is none."
     )
     return [*blocks, Text(note)]
+
+
+def _items(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns what scores are of, and what the intervals resample."""
+    if config.get("task") != "retrieval":
+        return "test images", "test images"
+    by_person = config["retrieval"]["interval"] == "identity"
+    return "queries", "identities, each with all its queries" if by_person else "queries"
 
 
 def _front(report: Mapping[str, Any]) -> list[Block]:
@@ -98,6 +107,31 @@ def _front(report: Mapping[str, Any]) -> list[Block]:
         Heading("Clean against corrupted images, by strength"),
         Picture("front", "Score on clean images against the mean score on the others, one point a strength"),
     ]
+
+
+def _ranked(report: Mapping[str, Any]) -> list[Block]:
+    if not report.get("ranked"):
+        return []
+    how = "The queries are those whose average precision changed most, up and down, and some of the others at random"
+    blocks: list[Block] = [Heading("Ranked results")]
+    if report["ranked"]["queries"]:
+        blocks += [
+            Text(f"{how}: the first kinds show what can happen, only the last how often."),
+            Picture("ranked", "Queries and the first gallery images of each arm, right and wrong ones marked", True),
+        ]
+    if sites := report["ranked"].get("sites"):
+        rows: list[list[Cell]] = [
+            [site["path"], signed(site["mAP"], 2), *(str(site[name]) for name in ("gained", "lost", "queries"))]
+            for site in sorted(sites, key=lambda site: -abs(site["mAP"]))
+        ]
+        blocks += [
+            Text(
+                f"What each site does by itself, all others as in the unchanged backbone, on {report['ranked']['condition']} "
+                "images: the effects of several sites do not add up."
+            ),
+            Table(["site", "mAP, points", "queries that gained", "that lost", "of"], rows, "lrrrr"),
+        ]
+    return blocks
 
 
 def _certificate(report: Mapping[str, Any]) -> list[Block]:

@@ -1,13 +1,46 @@
 """Image classification: cross-entropy, acc@1 and acc@5."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """A backbone gives logits."""
+
+    def start(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
+        """Returns what is trained beside the backbone, {name: tree}: nothing."""
+        del backbone, abstract, images, key
+        return {}
+
+    def outputs(self, backbone: nn.Module, variables: Tree, images: Any, **how: Any) -> Any:
+        """Returns the logits, and with `mutable` among the arguments the changed collections."""
+        return backbone.apply(variables, images, **how)
+
+    def loss(
+        self, logits: Any, batch: Mapping[str, Any], smoothing: float, beside: Mapping[str, Tree]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Returns the mean loss of this device's images and what is to be logged.
+
+        Args:
+          logits: (batch, classes).
+          batch: see the function `loss`.
+          smoothing: of the labels.
+          beside: what is trained beside the backbone.
+        """
+        del beside
+        hits = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
+        return loss(logits, batch, smoothing), {"accuracy": hits}
 
 
 def loss(logits: Float[Array, "batch classes"], batch: Mapping[str, Any], smoothing: float = 0.0) -> Float[Array, ""]:

@@ -4,10 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import optax
 
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
-from drep_jax.data.loader import training_batches
+from drep_jax.data.loader import Order, training_batches
+from drep_jax.data.reid.sampler import epoch_length, identity_order
+from drep_jax.data.tables import table_of
 from drep_jax.errors import ConfigError
 from drep_jax.training import distributed, parallel
 from drep_jax.training.checkpoint import folder_of
@@ -24,11 +27,15 @@ STAGES = ("backbone", "control", "algorithm1", "label_augmented", "alternating")
 """Training stages; each keeps its checkpoints in `checkpoints/<stage>` and draws from a key of its own."""
 
 TRAINED = {"backbone": ("backbone",), "control": ("backbone",), "alternating": ("denoise", "backbone")}
-"""Names of the subtrees that a stage trains; the denoisers alone in those that are not listed."""
+"""Names of the subtrees that a stage trains; the denoisers alone in those that are not listed. What a task trains beside
+them, such as centres, is trained in every labelled stage."""
+
+LABELLED_STAGES = ("backbone", "control", "label_augmented", "alternating")
+"""Stages that see labels."""
 
 PURPOSES = (
     *("init", "backbone", "control", "algorithm1", "placebo", "noise", "closed_form", "wiener", "measured"),
-    *("label_augmented", "alternating", "continued"),
+    *("label_augmented", "alternating", "continued", "beside"),
 )
 """What random keys are drawn for; the place in the list decides the key, so new ones come last."""
 
@@ -97,32 +104,63 @@ def _optimizer(options: Config, section: str, steps: int, divided: bool) -> Any:
         raise ConfigError(f"{section}: {error}") from error
 
 
+def trained_by(stage: str, params: Tree) -> tuple[str, ...]:
+    """Returns the names of the subtrees that a stage trains."""
+    return (*TRAINED.get(stage, ("denoise",)), *(name for name in params if name not in ("backbone", "denoise")))
+
+
 def prepare(config: Config, stage: str, params: Tree, others: Tree) -> Any:
     """Returns the state before a stage's first step, its frozen parameters and its steps by the subtrees they train.
 
     Args:
       config: of the run.
       stage: its name, or that of a learner that solves.
-      params: {"backbone": tree}, or with "denoise" beside it.
+      params: {"backbone": tree}, or with "denoise" beside it, and what the task trains beside them.
       others: other variable collections of the backbone.
 
     Returns:
       (state, frozen, {active subtrees: optimiser}).
     """
-    trainable = TRAINED.get(stage, ("denoise",))
+    trainable = trained_by(stage, params)
     chosen, frozen = split(params, trainable)
     optimizer = optimizer_of(config, stage)
+    beside = {name: _plain_descent(config) for name in trainable if name not in ("backbone", "denoise")}
     averaged = ("denoise",) if "denoise" in trainable and config["denoise"]["ema"] else ()
     key = key_of(config, stage)
     if stage != "alternating":
-        tx = partitioned(optimizer, trainable)
+        own = {name: optimizer for name in trainable if name not in beside} | beside
+        tx = partitioned(own if beside else optimizer, trainable)
         return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, {trainable: tx}
     by_turn: dict[tuple[str, ...], Any] = {
-        (name,): partitioned({n: tx if n == name else held(tx) for n, tx in optimizer.items()}, trainable)
+        (name, *beside): partitioned(
+            {n: tx if n == name else held(tx) for n, tx in optimizer.items()} | beside, trainable
+        )
         for name in optimizer
     }
-    tx = by_turn[trainable[:1]]
+    tx = by_turn[(trainable[0], *beside)]
     return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, by_turn
+
+
+def _plain_descent(config: Config) -> optax.GradientTransformation:
+    """Returns the optimiser of centres, whose rate does not depend on the weight of their loss."""
+    options = config["retrieval"]
+    return optax.chain(optax.scale(1.0 / options["centre_weight"]), optax.sgd(options["centre_rate"]))
+
+
+def order_of(config: Config, source: Source, stage: str, seed: int) -> Order | None:
+    """Returns the order in which a stage sees the images: for retrieval with labels, P identities of K images a batch.
+
+    Raises:
+      DrepError: its subclasses say which images make no such batches.
+    """
+    options = config["retrieval"]
+    if config["task"] != "retrieval" or stage not in LABELLED_STAGES or not options["instances"]:
+        return None
+    labels = table_of(source)["label"]
+    block = options["identities"], options["instances"]
+    how: dict[str, Any] = {"lonely": options["lonely"], "names": source.class_names}
+    length = epoch_length(labels, *block, **how)
+    return Order(length, lambda epoch: identity_order(labels, *block, seed, epoch, **how))
 
 
 def run_training(
@@ -144,10 +182,13 @@ def run_training(
     state, frozen, optimizers = prepare(config, stage, params, others)
     seed = config["seed"] * 3 + STREAMS[stage]
     augmentation = augmentation_of(config["data"], labelled=stage != "algorithm1")
+    order = order_of(config, source, stage, seed)
 
     def batches(start: int) -> Iterator[dict[str, Any]]:
         size, host = batch_size_of(config, stage), parallel.host()
-        return training_batches(source, size, seed=seed, start_step=start, augmentation=augmentation, shard=host)
+        return training_batches(
+            source, size, seed=seed, start_step=start, augmentation=augmentation, shard=host, order=order
+        )
 
     divided = options["divide_optimizer"]
     steps = {
@@ -161,6 +202,7 @@ def run_training(
         )
         for active, tx in optimizers.items()
     }
+    by_name = {active[0]: step for active, step in steps.items()}
     only = next(iter(steps.values()))
     checkpointer = open_checkpoints(folder_of(directory, stage))
     try:
@@ -168,7 +210,7 @@ def run_training(
             stage,
             state,
             frozen,
-            (lambda number: steps[(turn(config, number),)]) if stage == "alternating" else (lambda number: only),
+            (lambda number: by_name[turn(config, number)]) if stage == "alternating" else (lambda number: only),
             batches,
             steps=training_steps(config, stage),
             checkpointer=checkpointer,

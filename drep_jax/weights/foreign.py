@@ -162,7 +162,7 @@ def _with_positions(
                 f"There are no position embeddings of format {fmt.name} to resize: leave out --config.backbone.init_grid."
             )
         return found, []
-    tensor = tensors[piece.theirs]
+    tensor = piece.read(tensors[piece.theirs])
     if tensor.shape[::2] != shapes[piece.ours][::2] or tensor.shape[1] <= positions.prefix:
         return found, []  # of another width: the account says so
     old = source_grid(positions, tensor.shape, grid)

@@ -208,6 +208,15 @@ def test_erasing_fills_one_box_with_noise():
     np.testing.assert_array_equal(erase(images, seed=0, first_position=0, probability=0.0), images)
 
 
+def test_erasing_with_a_colour_takes_the_same_boxes():
+    images = np.full((50, 24, 32, 3), 77, np.uint8)
+    out = erase(images, seed=0, first_position=0, probability=0.4, fill=(0.0, 0.5, 1.0))
+    noisy = erase(images, seed=0, first_position=0, probability=0.4)
+    hit = (out != 77).all(3)
+    assert hit.any() and (out[hit] == (0, 128, 255)).all() and (out[~hit] == 77).all()
+    assert ((noisy != 77).any(3) <= hit).all() and (noisy[hit] != 77).any(1).mean() > 0.99
+
+
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_shares_are_what_was_mixed(mixup, cutmix):
     count = 400
@@ -264,6 +273,8 @@ def test_stages_without_labels_never_mix():
         ("randaugment", -1),
         ("randaugment_magnitude", 31),
         ("erase", 1.5),
+        ("erase_fill", (0.5, 0.5)),
+        ("erase_fill", (0.5, 0.5, 128)),
         ("mixup", -0.1),
         ("cutmix", float("nan")),
     ],

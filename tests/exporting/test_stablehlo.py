@@ -16,7 +16,9 @@ from tests.exporting.tiny import FAMILIES, SIZE, TINY_VIT, network
 from tests.trees import normal
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] if f == "vmamba" else []) for f in FAMILIES]
+)
 def test_file_equals_live_module_at_sizes_not_tried_when_writing(family, tmp_path):
     module, variables = network(*FAMILIES[family])
     path = str(tmp_path / "fused.stablehlo")

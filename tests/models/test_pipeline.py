@@ -27,6 +27,8 @@ NARROW = {
         (16, 16),
         6,
     ),
+    "clip_reid": ({"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "projection": 12}, (8, 12), 4),
+    "resnet_reid": ({"stage_sizes": (1, 1), "block": "bottleneck", "width": 4, "branches": 2}, (32, 32), 9),
     "transreid": (
         {"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "jigsaw": True},
         (8, 16),
@@ -36,15 +38,15 @@ NARROW = {
 }
 
 
-def lively(model, size, seed=0):
+def lively(model, size, seed=0, spread=0.02):
     """Variables with nothing at zero or one, and statistics that fit the images, so that every layer matters."""
     images = jnp.asarray(np.random.default_rng(seed).normal(size=(8, *size, 3)), jnp.float32)
     variables = dict(jax.jit(model.init)(jax.random.key(seed, impl="rbg"), images))
     rng = np.random.default_rng(seed + 1)
 
     def stir(path, leaf):
-        spread = 0.02 if path[0].key == "params" and leaf.ndim > 1 else 0.1
-        return leaf + spread * rng.normal(size=leaf.shape).astype(leaf.dtype) * (path[0].key == "params")
+        scale = spread if path[0].key == "params" and leaf.ndim > 1 else 0.1
+        return leaf + scale * rng.normal(size=leaf.shape).astype(leaf.dtype) * (path[0].key == "params")
 
     variables = jax.tree_util.tree_map_with_path(stir, variables)
     if "batch_stats" in variables:
@@ -61,13 +63,9 @@ def smooth_images(count, size, seed=0):
     return np.asarray(jax.image.resize(coarse, (count, *size, 3), "cubic"), np.float32)
 
 
-def check(model, size, count, expected_sites=None, *, pattern=".*"):
-    """Runs the method with every layer a site and states what must hold.
-
-    Less noise after than before is not asked of networks for retrieval: where a class token is the output itself, as in a ViT
-    without a head, it hardly depends on the image before training, and what is learned about noise does more harm than noise.
-    """
-    variables, images = lively(model, size), smooth_images(count, size)
+def check(model, size, count, expected_sites=None, *, pattern=".*", spread=0.02):
+    """Runs the method with every layer a site and states what must hold."""
+    variables, images = lively(model, size, spread=spread), smooth_images(count, size)
     if expected_sites is not None:
         assert len(find_sites(model, images)) == expected_sites
     sites = find_sites(model, images, pattern=pattern)
@@ -101,7 +99,7 @@ def check(model, size, count, expected_sites=None, *, pattern=".*"):
     fused = fuse_exact({"backbone": variables["params"], "denoise": found.denoise}, sites, SCHEDULE, **direct)
     run = jax.jit(lambda params, x: model.apply({**variables, "params": params}, x))
     clean, before, after = run(variables["params"], images), run(variables["params"], noisy), run(fused, noisy)
-    assert hasattr(model, "outputs") or np.linalg.norm(after - clean) < 0.9 * np.linalg.norm(before - clean)
+    assert np.linalg.norm(after - clean) < 0.9 * np.linalg.norm(before - clean)
     assert certify(model, variables, found.denoise, sites, SCHEDULE, few, fused=fused, **direct).passed
 
 
@@ -110,14 +108,18 @@ def test_every_family_has_a_narrow_network():
     assert set(family.values()) == {family[name] for name in NARROW}
 
 
-# Those that take longest run with `pytest -m slow`.
-LONG = ("swinv2", "transreid", "vmamba")
+# Those that take longest, or are mostly another one, run with `pytest -m slow`.
+LONG = ("vit", "clip_reid", "resnet_reid", "swinv2", "transreid", "vmamba")
+# CLIP normalises its class token before the blocks, and TransReID's is the output itself: with small kernels they would see
+# little of the images.
+SPREAD = {"clip_reid": 0.2, "transreid": 0.2}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in NARROW])
 def test_the_whole_method_runs_on_every_family(name):
     options, size, expected = NARROW[name]
-    check(create_model(name, num_classes=5, image_size=size, **options), size, 24, expected)
+    model = create_model(name, num_classes=5, image_size=size, **options)
+    check(model, size, 24, expected, spread=SPREAD.get(name, 0.02))
 
 
 @pytest.mark.full

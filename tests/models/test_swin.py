@@ -146,6 +146,7 @@ def value_and_gradients(module):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter_and_remat_changes_nothing():
     options = {"depths": (1, 2), "window_size": (2, 3)}
     params = random_variables(tiny(**options))["params"]

@@ -393,6 +393,7 @@ def test_names_in_the_checkpoint_are_the_authors():
     }
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter():
     def loss(variables):
         return jnp.sum(jnp.sin(tiny().apply(variables, images())))

@@ -230,6 +230,7 @@ def measured():
     return [*jax.tree_util.tree_leaves(found.denoise), found.outputs]
 
 
+@pytest.mark.slow
 def test_two_hosts_take_the_moments_of_one(tmp_path):
     """Two processes of two devices each, with half of every batch: both end with the moments of all images.
 

@@ -35,6 +35,7 @@ class Augmentation:
       randaugment: random operations an image.
       randaugment_magnitude: how strong they are, from 0 to 30.
       erase: probability that a box of the image becomes noise.
+      erase_fill: the colour that it becomes instead, three numbers from 0 to 1; () for noise.
       mixup, cutmix: parameter a of the Beta(a, a) distributed share; 0 for neither. For labelled stages only.
 
     Raises:
@@ -48,6 +49,7 @@ class Augmentation:
     randaugment: int = 0
     randaugment_magnitude: float = 9.0
     erase: float = 0.0
+    erase_fill: tuple[float, ...] = ()
     mixup: float = 0.0
     cutmix: float = 0.0
 
@@ -58,6 +60,12 @@ class Augmentation:
                 raise ConfigError(f"data.{name}={value!r}: expected {'a whole' if whole else 'a'} number, at least 0.")
         if not _number(self.erase) or not 0 <= self.erase <= 1:
             raise ConfigError(f"data.erase={self.erase!r} is a probability and lies in [0, 1].")
+        if self.erase_fill and (
+            len(self.erase_fill) != 3 or not all(_number(x) and 0 <= x <= 1 for x in self.erase_fill)
+        ):
+            raise ConfigError(
+                f"data.erase_fill={self.erase_fill!r}: expected three numbers from 0 to 1, such as data.mean, or () for noise."
+            )
         if not _number(self.randaugment_magnitude) or not 0 <= self.randaugment_magnitude <= STRONGEST:
             raise ConfigError(
                 f"data.randaugment_magnitude={self.randaugment_magnitude!r}: expected a number from 0 to {STRONGEST}."
@@ -104,7 +112,7 @@ class Augmentation:
         if self.randaugment:
             images = randaugment(images, **where, count=self.randaugment, magnitude=self.randaugment_magnitude)
         if self.erase:
-            images = erase(images, **where, probability=self.erase)
+            images = erase(images, **where, probability=self.erase, fill=self.erase_fill)
         if self.mixes:
             return {**batch, **mix(images, batch["label"], **where, mixup=self.mixup, cutmix=self.cutmix)}
         return {**batch, "image": images}
@@ -124,7 +132,10 @@ def augmentation_of(data: Mapping[str, Any], *, labelled: bool = True) -> Augmen
     Raises:
       ConfigError: naming the setting that cannot be.
     """
-    names = [field.name for field in dataclasses.fields(Augmentation) if field.name in data]
-    given: dict[str, Any] = {name: tuple(data[name]) if name.startswith("crop_") else data[name] for name in names}
+    fields = [field for field in dataclasses.fields(Augmentation) if field.name in data]
+    given: dict[str, Any] = {
+        field.name: tuple(data[field.name]) if isinstance(field.default, tuple) else data[field.name]
+        for field in fields
+    }
     found = Augmentation(**given)
     return found if labelled else dataclasses.replace(found, mixup=0.0, cutmix=0.0)

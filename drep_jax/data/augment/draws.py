@@ -13,6 +13,9 @@ RANDAUGMENT = 2**64 - 3
 ERASE = 2**64 - 4
 ERASE_FILL = 2**64 - 5
 MIX = 2**64 - 6
+IDENTITIES = 2**64 - 7  # the order of identities in batches of P x K
+RESTS = 2**64 - 8  # which of them rest in a round
+INSTANCES = 2**64 - 9  # the order of the images of one identity
 
 WORDS = 4
 """Words that one step of Philox' counter gives."""

@@ -1,4 +1,6 @@
-"""Random erasing (Zhong et al., 2020): a box of the image becomes noise."""
+"""Random erasing (Zhong et al., 2020): a box of the image becomes noise, or one colour."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,14 +14,17 @@ RATIO = (0.3, 1 / 0.3)
 """Width over height of what is erased."""
 
 
-def erase(images: np.ndarray, *, seed: int, first_position: int, probability: float) -> np.ndarray:
-    """Fills a box of some images with random bytes, as each image's position decides.
+def erase(
+    images: np.ndarray, *, seed: int, first_position: int, probability: float, fill: Sequence[float] = ()
+) -> np.ndarray:
+    """Fills a box of some images with random bytes or one colour, as each image's position decides.
 
     Args:
       images: uint8 (B, H, W, C), at consecutive positions.
       seed: of the augmentation.
       first_position: the position of the first image.
       probability: that an image loses a box.
+      fill: the colour, one number a channel on the scale from 0 to 1; () for random bytes.
 
     Returns:
       uint8 (B, H, W, C).
@@ -27,8 +32,12 @@ def erase(images: np.ndarray, *, seed: int, first_position: int, probability: fl
     count, height, width, channels = images.shape
     numbers = uniform(words(seed, ERASE, first_position, count, 1 + ATTEMPTS)).reshape(count, 1 + ATTEMPTS, WORDS)
     out = images.copy()
+    colour = np.round(255 * np.asarray(fill)).astype(np.uint8)
     for place in np.flatnonzero(numbers[:, 0, 0] < probability):
         top, left, rows, columns = crop_box(numbers[place, 1:], height, width, AREA, RATIO)
-        fill = noise(seed, ERASE_FILL, first_position + int(place), rows * columns * channels)
-        out[place, top : top + rows, left : left + columns] = fill.reshape(rows, columns, channels)
+        box = out[place, top : top + rows, left : left + columns]
+        if len(colour):
+            box[...] = colour
+        else:
+            box[...] = noise(seed, ERASE_FILL, first_position + int(place), box.size).reshape(rows, columns, channels)
     return out

@@ -6,6 +6,7 @@ from typing import Any
 from drep_jax.report.plots.accuracy import plot_accuracy
 from drep_jax.report.plots.front import plot_front
 from drep_jax.report.plots.loss import plot_loss
+from drep_jax.report.plots.ranked import plot_ranked
 from drep_jax.report.plots.sites import plot_sites
 from drep_jax.report.plots.spectra import plot_spectra
 
@@ -15,5 +16,6 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
     "sites": plot_sites,
     "spectra": plot_spectra,
     "front": plot_front,
+    "ranked": plot_ranked,
 }
 """By file name, what draws plots/NAME.png; None where there is nothing to show."""

@@ -6,7 +6,9 @@ import flax.linen as nn
 
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
 from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
+from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
 from drep_jax.weights.formats.dinov2 import DINOV2
+from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
 from drep_jax.weights.formats.swin import SWIN
 from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
 from drep_jax.weights.formats.timm_vit import TIMM_VIT
@@ -36,6 +38,11 @@ FORMATS: tuple[Format, ...] = (
     VMAMBA,
     SWIN,
     TIMM_SWINV2,
+    CLIP,
+    CLIP_REID,
+    STRONG_BASELINE,
+    FAST_REID,
+    TORCHVISION_REID,
 )
 
 

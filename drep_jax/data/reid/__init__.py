@@ -1,0 +1,80 @@
+"""Data sets for re-identification, read as they are published: `NAME:DIR?option=value&option=value`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from drep_jax.data.reid import cuhk03, market, msmt17, own_folder, packed, tfds_set, vehicleid, veri
+from drep_jax.data.reid.division import share_of
+from drep_jax.data.reid.listing import Listed
+from drep_jax.data.reid.source import ReidSource, split_source
+from drep_jax.errors import ConfigError, did_you_mean, lookup
+
+HELD_OUT = "0.1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How a data set is read: from its folder or file and its options, of which these are known."""
+
+    read: Callable[[Path, Mapping[str, str]], Listed]
+    options: tuple[str, ...] = ()
+
+
+# Another data set is one reader here, one line in drep_jax/data/__init__.py and, for TFDS, one class in builders.py.
+READERS: dict[str, Reader] = {
+    "market1501": Reader(market.read_market1501, ("distractors",)),
+    "duke": Reader(market.read_duke),
+    "msmt17": Reader(msmt17.read_msmt17, ("version",)),
+    "cuhk03": Reader(cuhk03.read_cuhk03, ("boxes",)),
+    "vehicleid": Reader(vehicleid.read_vehicleid, ("size",)),
+    "veri": Reader(veri.read_veri),
+    "reid_folder": Reader(own_folder.read_reid_folder, ("pattern", "test", "seed")),
+    "reid_npz": Reader(packed.read_reid_npz, ("gallery", "test", "seed")),
+    "reid_tfds": Reader(tfds_set.read_prepared),
+}
+
+
+def open_reid(
+    kind: str, argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None
+) -> ReidSource:
+    """Opens a split of a data set for re-identification.
+
+    Args:
+      kind: which, among READERS.
+      argument: its folder or file, relative to `data_dir` where that is given, and its options behind a `?`; all take
+        `held_out`, the share of the training identities that is the validation split.
+      split, image_size, resize, data_dir: as for `drep_jax.data.open_source`.
+
+    Raises:
+      ConfigError: for unknown options.
+      DataError: for a data set that is absent, another one, or not as expected.
+    """
+    reader = lookup(READERS, kind, "data set for re-identification")
+    path, options = parsed(kind, argument, (*reader.options, "held_out"))
+    share = share_of(options.pop("held_out", HELD_OUT), "held_out")
+    listed = reader.read(Path(data_dir or "").expanduser() / Path(path).expanduser(), options)
+    return split_source(listed, split, share, name=f"{kind}:{argument}", image_size=image_size, resize=resize)
+
+
+def parsed(kind: str, argument: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Returns the path and the options of what follows the colon; a `+` in them is a plus.
+
+    Raises:
+      ConfigError: for an empty path, and for options that are unknown, empty or given twice.
+    """
+    path, mark, query = argument.partition("?")
+    if not path:
+        raise ConfigError(f'The data source "{kind}" needs a place: "{kind}:DIR".')
+    try:
+        pairs = parse_qsl(query.replace("+", "%2B"), strict_parsing=True) if mark else []
+    except ValueError as error:
+        raise ConfigError(f'"{kind}:{argument}": expected options as in "?held_out=0.1&…" behind the path.') from error
+    options = dict(pairs)
+    for name, _ in pairs:
+        if name not in known:
+            raise ConfigError(f'The data source "{kind}" has no option "{name}".{did_you_mean(name, known)}')
+    if len(options) < len(pairs):
+        raise ConfigError(f'"{kind}:{argument}" gives an option twice.')
+    return path, options

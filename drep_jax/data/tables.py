@@ -1,0 +1,16 @@
+"""What is known of a source's images without reading them: identity, camera, view, and what is a query and in the gallery."""
+
+import numpy as np
+
+from drep_jax.data.source import Source
+from drep_jax.retrieval.protocol import Protocol
+
+
+def table_of(source: Source) -> dict[str, np.ndarray]:
+    """Returns the columns of a source, {name: int32 (n,)}; none of a source that is not for re-identification."""
+    return getattr(source, "table", {})
+
+
+def protocol_of(source: Source) -> Protocol:
+    """Returns how a source is evaluated."""
+    return getattr(source, "protocol", Protocol())
