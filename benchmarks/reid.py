@@ -62,7 +62,7 @@ def rows(reports, condition):
 
 def main(arguments):
     reports = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         reports.append(run(arguments, seed))
         print(f"seed {seed} done", flush=True)
     queries = [report["metrics"]["clean"]["n"] for report in reports]
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="resnet", help="resnet or transreid")
     parser.add_argument("--workdir", default="runs/reid")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--backbone_steps", type=int, default=400)
-    parser.add_argument("--control_steps", type=int, default=100, help="of every arm that is trained")
+    parser.add_argument("--control_steps", type=int, default=60, help="of every arm that is trained")
     main(parser.parse_args())

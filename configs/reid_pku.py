@@ -52,7 +52,7 @@ def get_config(choice: str = "resnet:0") -> ConfigDict:
     config.control.update({**labelled, "steps": 100, "learning_rate": 2e-4, "warmup": 10})
     config.denoise.update({"train_steps": 100, "batch_size": 64, "learning_rate": 4e-4, "tokens": 0.25})
     config.alternate.update({"steps": 100, "period": 10})
-    config.measured.update({"images": 0, "draws": 2, "clean_share": (0.5, 0.75, 0.9)})
+    config.measured.update({"images": 0, "draws": 2, "clean_share": (0.75, 0.9, 0.97)})
     config.retrieval.update({"margin": 0.3, "attributed": 10})
     config.select.update({"labels": False, "images": 0, "max_clean_loss": 1.0})
     config.evaluate.update({"conditions": CONDITIONS, "batch_size": 240})

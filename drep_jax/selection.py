@@ -4,7 +4,11 @@ Every candidate is a `denoise` subtree for rule "affine"; a point of the grid is
 point is scored by accuracy; without, by *agreement*: the share of images, corrupted, on which the fused network says what the
 unfused backbone says of the clean image. Where backbone and label agree, so do the two criteria; hence they differ by at most
 the backbone's clean error. A backbone without a head says which of the held-out images it sees: the one whose clean feature
-is nearest (cosine); one for retrieval is scored by the mean average precision of the held-out identities, or so.
+is nearest (cosine).
+
+For retrieval, labels give the mean average precision of the held-out identities. Without labels, the images that the unfused
+backbone finds nearest to each clean image count as right ones: a criterion that, unlike one image found again, changes as
+soon as rankings do.
 """
 
 import dataclasses
@@ -32,6 +36,9 @@ from drep_jax.training import parallel
 Tree = Any
 SELECTION_SEED = 2
 """Added to the run's seed for the corruption of held-out images."""
+
+NEIGHBOURS = 5
+"""Nearest images of each that a network for retrieval should go on finding."""
 
 STACK_BYTES = 2**30
 """Memory for the candidates that are on the device at once; of more, one stack after the other is taken."""
@@ -186,38 +193,32 @@ def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candida
     part = -(-count // hosts)
     mine = index[(which * part + np.arange(part)) % count]
     found = read(source, mine)
-    task = setting.task
-    labels = None
-    if options["labels"] and not setting.features and not isinstance(task, Retrieval) and "label" in found:
-        labels = _of_all_hosts(found["label"], 0, count)
     batch = min(max(1, config["evaluate"]["batch_size"] // hosts), part)
-    known = None
-    if setting.features or isinstance(task, Retrieval):
-        clean = _every_output(outputs, setting.inputs(found), batch, first=True)[0]
-        known = _unit(_of_all_hosts(clean, 0, count))
-    said: dict[str, np.ndarray] = {}
-    ranked: dict[str, list[float]] = {}
-    for condition in conditions:
+
+    def shown(condition: str, change: Any = None) -> np.ndarray:
+        """Returns what every point says of all images, (points, images, …), changed batch by batch."""
         corrupted = corrupt(found["image"], mine, condition, config["seed"] + SELECTION_SEED)
         inputs = setting.inputs({**found, "image": corrupted})
-        if isinstance(task, Retrieval) and options["labels"]:
-            features = _of_all_hosts(_every_output(outputs, inputs, batch), 1, count)
-            said[condition] = np.stack([_answer(rows, known) for rows in features])
-            ranked[condition] = [scoring.held_out_map(task, source, index, rows) for rows in features]
-        else:
-            said[condition] = _of_all_hosts(_answers(outputs, inputs, batch, known), 1, count)
-    clean = said[CLEAN][0]
-    if (clean < 0).any():
+        return _of_all_hosts(_every_output(outputs, inputs, batch, change), 1, count)
+
+    if isinstance(setting.task, Retrieval):
+        criterion = "mAP" if options["labels"] else "agreement"
+        kept = index if options["labels"] else None
+        agreed, right = _by_neighbours(setting.task, source, kept, conditions, shown)
+    else:
+        labels = found.get("label") if options["labels"] and not setting.features else None
+        criterion = "agreement" if labels is None else "accuracy"
+        truth = None if labels is None else _of_all_hosts(labels, 0, count)
+        agreed, right = _by_answers(setting.features, truth, conditions, shown)
+    if not math.isfinite(agreed[CLEAN][0]):
         raise NonFiniteError(f"The unchanged backbone gives NaN or Inf on images of {source.name}.")
     sizes = [_size(candidate.denoise) for candidate in candidates]
     points = []
     for number, (candidate, tau) in enumerate(grid):
-        accuracy = None if labels is None else {c: _share(said[c][number], labels) for c in conditions}
-        accuracy = {c: ranked[c][number] for c in conditions} if ranked else accuracy
-        agreement = {c: _share(said[c][number], clean) for c in conditions}
+        accuracy = {c: right[c][number] for c in conditions} if right else None
+        agreement = {c: agreed[c][number] for c in conditions}
         label = candidates[candidate].label if number else "backbone"
         points.append(Point(label, candidate, tau, tau * sizes[candidate] if tau else 0.0, accuracy, agreement))
-    criterion = "mAP" if ranked else "agreement" if labels is None else "accuracy"
     chosen = best_point(points, criterion, options["max_clean_loss"])
     return Choice(tuple(points), chosen, criterion, conditions, count, time.perf_counter() - began)
 
@@ -253,26 +254,82 @@ def _scores(point: Point, criterion: str) -> dict[str, float]:
     return point.agreement if criterion == "agreement" or point.accuracy is None else point.accuracy
 
 
-def _answers(outputs: Any, images: Any, batch: int, known: np.ndarray | None) -> np.ndarray:
-    """Returns each point's answer to every image, (points, images); −1 where outputs are not finite.
+Found = dict[str, list[float]]
+"""Per cent of every point by condition."""
 
-    The answer is the class, or with `known` features (images, width) the number of the nearest one.
+
+def _by_answers(featured: bool, truth: np.ndarray | None, conditions: Sequence[str], shown: Any) -> tuple[Found, Found]:
+    """Returns how often each point answers as the first one does on clean images, and as the labels say if there are any.
+
+    The answer is the class, or where there are features the number of the image whose clean feature is nearest.
     """
-    return _every_output(outputs, images, batch, lambda found: _answer(found, known))
+    known = _unit(shown(CLEAN)[0]) if featured else None
+
+    def answer(found: np.ndarray) -> np.ndarray:
+        scores = found if known is None else _unit(found) @ known.T
+        return np.where(np.isfinite(found).all(axis=-1), scores.argmax(axis=-1), -1)
+
+    said = {condition: shown(condition, answer) for condition in conditions}
+    agreed = {condition: [_share(own, said[CLEAN][0]) for own in answers] for condition, answers in said.items()}
+    if truth is None:
+        return agreed, {}
+    return agreed, {condition: [_share(own, truth) for own in answers] for condition, answers in said.items()}
 
 
-def _answer(found: np.ndarray, known: np.ndarray | None) -> np.ndarray:
-    scores = found if known is None else _unit(found) @ known.T
-    return np.where(np.isfinite(found).all(axis=-1), scores.argmax(axis=-1), -1)
+def _by_neighbours(
+    task: Retrieval, source: Any, index: np.ndarray | None, conditions: Sequence[str], shown: Any
+) -> tuple[Found, Found]:
+    """Returns how each point agrees with the neighbours that the first one finds among clean images, and its mAP.
+
+    Args:
+      task, source: of the held-out images.
+      index: their numbers; None for no mAP, which takes labels.
+      conditions: clean first.
+      shown: condition ↦ features (points, images, width).
+    """
+    agreed: Found = {}
+    right: Found = {}
+    nearest = None
+    for condition in conditions:
+        features = shown(condition)
+        if nearest is None:
+            nearest = _order(features[0])[:, :NEIGHBOURS]
+        agreed[condition] = [neighbour_agreement(rows, nearest) for rows in features]
+        if index is not None:
+            right[condition] = [scoring.held_out_map(task, source, index, rows) for rows in features]
+    return agreed, right
 
 
-def _every_output(outputs: Any, images: Any, batch: int, change: Any = None, *, first: bool = False) -> np.ndarray:
-    """Returns the outputs, changed batch by batch, for all images, (points, images, …); of the first point only if asked."""
+def neighbour_agreement(features: np.ndarray, nearest: np.ndarray) -> float:
+    """Returns the mean average precision, in per cent, at which images find those that they should; NaN for such features.
+
+    Args:
+      features: (images, width).
+      nearest: (images, k), the numbers of those that count as right for each.
+    """
+    if not np.isfinite(features).all():
+        return float("nan")
+    marks = np.zeros((len(features), len(features)), bool)
+    np.put_along_axis(marks, nearest, True, axis=1)
+    right = np.take_along_axis(marks, _order(features), axis=1)
+    precision = np.cumsum(right, axis=1) / np.arange(1, right.shape[1] + 1)
+    return 100.0 * float(np.mean(np.sum(precision * right, axis=1) / right.sum(axis=1)))
+
+
+def _order(features: np.ndarray) -> np.ndarray:
+    """Returns for each image all others, that of the nearest feature (cosine) first, (images, images − 1)."""
+    unit = _unit(features)
+    similar = unit @ unit.T
+    np.fill_diagonal(similar, -np.inf)
+    return np.argsort(-similar, axis=1, kind="stable")[:, :-1]
+
+
+def _every_output(outputs: Any, images: Any, batch: int, change: Any = None) -> np.ndarray:
+    """Returns the outputs, changed batch by batch, for all images, (points, images, …)."""
     padded = _padded(np.asarray(images), batch)
     found = []
     for start in range(0, len(padded), batch):
         values = np.asarray(outputs(padded[start : start + batch]))
-        values = values[:1] if first else values
         found.append(values if change is None else change(values))
     return np.concatenate(found, axis=1)[:, : len(images)]
 

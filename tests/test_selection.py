@@ -16,7 +16,16 @@ from drep_jax.denoise_tree import get_in, init_denoise
 from drep_jax.errors import ConfigError, NonFiniteError
 from drep_jax.fusion import fuse_exact
 from drep_jax.schedule import Schedule
-from drep_jax.selection import Candidate, Point, best_point, choose, grid_outputs, scaled
+from drep_jax.selection import (
+    NEIGHBOURS,
+    Candidate,
+    Point,
+    best_point,
+    choose,
+    grid_outputs,
+    neighbour_agreement,
+    scaled,
+)
 from drep_jax.sites import find_sites
 from drep_jax.training import parallel
 from tests.tiny_config import get_config
@@ -194,3 +203,26 @@ def test_wiener_maps_shrink_each_principal_axis_as_they_should():
     dead = dataclasses.replace(moments[sites[0].path], mean=np.zeros(5), covariance=np.zeros((5, 5)))
     flat = wiener_maps({**moments, sites[0].path: dead}, sites, 0.1)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(flat))
+
+
+def test_neighbours_are_agreed_on_as_far_as_they_are_found_early():
+    rng = np.random.default_rng(0)
+    clean = rng.normal(size=(30, 6))
+    unit = clean / np.linalg.norm(clean, axis=1, keepdims=True)
+    nearest = np.stack([[j for j in np.argsort(-(unit @ unit[i])) if j != i][:NEIGHBOURS] for i in range(30)])
+    assert neighbour_agreement(clean, nearest) == pytest.approx(100)
+    assert neighbour_agreement(3 * clean, nearest) == pytest.approx(100)
+    found = []
+    for spread in (0.1, 0.5, 2.0):
+        noisy = clean + spread * np.random.default_rng(1).normal(size=clean.shape)
+        other = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
+        precisions = []
+        for i in range(30):
+            order = [j for j in np.argsort(-(other @ other[i])) if j != i]
+            places = [k for k, j in enumerate(order, start=1) if j in nearest[i]]
+            precisions.append(np.mean([hits / place for hits, place in enumerate(places, start=1)]))
+        found.append(neighbour_agreement(noisy, nearest))
+        assert found[-1] == pytest.approx(100 * np.mean(precisions))
+    assert 100 > found[0] > found[1] > found[2]
+    clean[3, 0] = np.nan
+    assert np.isnan(neighbour_agreement(clean, nearest))
