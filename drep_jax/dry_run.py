@@ -28,7 +28,9 @@ def dry_run(config: Config) -> str:
     classes = config["model"].get("num_classes") or 1000
     size = parallel.device_count() * config["dry_run_batch"]
     data = {**config["data"], "source": f"random:{max(64, size)}:{classes}", "merge": ()}
-    config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}}
+    # Random images are no queries and were seen by no camera; without labels the task makes no difference.
+    config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}, "task": "classification"}
+    config["model"] = {name: value for name, value in config["model"].items() if name != "side_info"}
     setting = build(config)
     variables = jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape))
     total = {n: sum(x.size for x in jax.tree_util.tree_leaves(t)) for n, t in dict(variables).items()}

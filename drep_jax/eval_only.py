@@ -22,7 +22,8 @@ Tree = Any
 Config = Mapping[str, Any]
 
 FOLDER = "evaluations"
-FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir")
+RANKING = tuple(f"retrieval.{name}" for name in ("metric", "rerank", "noisy", "interval", "shown", "attributed"))
+FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", *RANKING)
 """Settings in which an evaluation may differ from the run: on which images, and how."""
 
 
@@ -45,7 +46,7 @@ def configuration(given: Config, directory: str, *, overrides: Mapping[str, Any]
     if other := workdir.differences(theirs, ours, FREE):
         raise CheckpointError(
             f"{directory} holds a run with another configuration, of which --eval_only can change the conditions and images "
-            f"of the evaluation only (evaluate.…, data.source, data.data_dir):\n{workdir.listed(other)}"
+            f"of the evaluation only (evaluate.…, data.source, data.data_dir, {', '.join(RANKING)}):\n{workdir.listed(other)}"
         )
     return ours
 

@@ -17,6 +17,7 @@ from drep_jax.data.corruptions import corrupt
 from drep_jax.data.reading import read
 from drep_jax.data.tables import table_of
 from drep_jax.denoise_tree import init_denoise
+from drep_jax.dry_run import dry_run
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.learners.base import starting
 from drep_jax.learners.labelled import WithFinal, with_final
@@ -220,6 +221,27 @@ def test_only_queries_or_only_the_gallery_can_be_corrupted(run, people):
         assert np.array_equal(kept[noisy][corrupted], kept["both"][corrupted])
         assert np.array_equal(kept[noisy][~corrupted], rows["baseline"][~corrupted])
     assert not np.array_equal(kept["query"], kept["gallery"])
+
+
+def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
+    config, directory, report, setting = run
+    overrides = {"retrieval.rerank": (4, 2, 0.3), "retrieval.interval": "identity", "evaluate.conditions": ("clean",)}
+    changed = eval_only.configuration(config, directory, overrides=overrides, explicit=False)
+    content, _ = eval_only.evaluate(changed, directory)
+    entry, before = content["metrics"]["clean"], report["metrics"]["clean"]
+    assert entry["n"] == before["n"] and entry["baseline"]["mAP"] != before["baseline"]["mAP"]
+    assert not entry["mcnemar"] and before["mcnemar"]
+    found = last_saved(config, setting, directory, "backbone")
+    task = dataclasses.replace(setting.task, rerank=(4, 2, 0.3))
+    index, rows = scoring.features(config, setting, setting.test, {"base": found.variables}, "clean")
+    expected = 100 * scoring.ranked(task, setting.test, index, rows["base"]).scores["mAP"].mean()
+    assert entry["baseline"]["mAP"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_a_dry_run_needs_neither_cameras_nor_queries(people, capsys):
+    config = config_for(people)
+    assert "denoisers while learning" in dry_run({**config, "dry_run_batch": 2})
 
 
 def test_features_that_are_no_numbers_are_refused_by_the_arm_s_name(run):
