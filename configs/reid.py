@@ -9,9 +9,10 @@
 The first word is the data set, the second the backbone, and the third, which may be left out, the way of training. Weights
 are the published files (docs/weights.md). The field's protocol: images squashed to 256 × 128 (vehicles 256 × 256),
 mirrored, moved by up to 10 pixels, half of them with a rectangle erased; batches of 16 identities with 4 images each;
-single query, cross-camera. The paper's merged training is `--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode
-label_free. What this gives on these data sets has not been measured here: they are not public. On a real set of two cameras
-it is in docs/results.md.
+single query, cross-camera. What is told of views is read from `veri:DIR?views=known` (transreid_b, resnet50_views), which
+leaves out the images of which it is not known. The paper's merged training is
+`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. What this gives on these data sets has not been
+measured here: they are not public. On a real set of two cameras it is in docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -33,16 +34,27 @@ DATASETS = {
     "veri": VEHICLES,
 }
 BACKBONES = {
-    "transreid_b": {"model": {"name": "transreid_b16", "patch_stride": 12}, "data": HALF, "side": "camera"},
+    "transreid_b": {"model": {"name": "transreid_b16", "patch_stride": 12}, "data": HALF},
     "transreid_b_baseline": {"model": {"name": "transreid_b16_baseline"}, "data": HALF},
     "transreid_ssl_s": {"model": {"name": "transreid_ssl_s16"}, "data": HALF},
     "transreid_ssl_b": {"model": {"name": "transreid_ssl_b16"}, "data": HALF},
     "transreid_ssl_s_ics": {"model": {"name": "transreid_ssl_s16_ics"}, "data": HALF},
     "transreid_ssl_b_ics": {"model": {"name": "transreid_ssl_b16_ics"}, "data": HALF},
-    "clip_reid": {"model": {"name": "clip_reid_b16"}, "data": HALF, "weighting": "sum", "margin": 0.3},
+    "clip_reid": {
+        "model": {"name": "clip_reid_b16"},
+        "data": HALF,
+        "weighting": "sum",
+        "margin": 0.3,
+        "id_weight": 0.25,
+    },
     "resnet50": {"model": {"name": "resnet50_reid"}, "data": IMAGENET, "margin": 0.3, "centre_weight": 0.0005},
     "resnet50_views": {"model": {"name": "resnet50_vanet"}, "data": IMAGENET, "margin": 0.3, "views": True},
 }
+SIDE = {"veri": "camera+view", "vehicleid": ""}
+"""What the published TransReID networks are told of vehicles; of persons it is the camera."""
+SMOOTHED = ("clip_reid", "resnet50", "resnet50_views")
+"""Backbones that are published with label smoothing."""
+
 MODES = {
     "measured": {"learner": "measured", "compare": ("algorithm1", "closed_form")},
     "label_free": {"learner": "algorithm1", "compare": ("closed_form",)},
@@ -69,9 +81,9 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
     backbone = lookup(BACKBONES, name, "backbone of this configuration")
     mode = mode or "label_free"
     chosen = lookup(MODES, mode, "way of training")
-    if backbone.get("views") and dataset != "veri":
+    if backbone.get("views") and dataset not in ("veri", "folder"):
         raise ConfigError(
-            "resnet50_views needs to know what is seen from where, which of these data sets veri alone tells."
+            "resnet50_views needs to know what is seen from where, which of these data sets veri and folder alone can tell."
         )
 
     config = get_default()
@@ -81,10 +93,14 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
     config.data.update({"source": f"{'reid_folder' if dataset == 'folder' else dataset}:", **backbone["data"]})
     config.data.update({"image_size": size, "resize": "squash", "flip": True, "shift": 10, "erase": 0.5})
     config.model.update(backbone["model"])
-    chosen = ("side", "weighting", "margin", "centre_weight", "views")
+    chosen = ("weighting", "margin", "id_weight", "centre_weight", "views")
     config.retrieval.update({key: backbone[key] for key in chosen if key in backbone})
+    if name == "transreid_b":
+        config.retrieval.side = SIDE.get(dataset, "camera")
+        config.model.jigsaw_shift = 8 if size == VEHICLES else 5
     config.denoise.update({"train_steps": STEPS, "batch_size": 64, "learning_rate": 4e-4})
     labelled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
+    labelled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
     config.backbone.update(labelled)
     config.control.update({**labelled, "steps": STEPS if mode in LABELLED else 0, "learning_rate": 4e-4})
     config.alternate.update({"steps": STEPS, "period": 2000})

@@ -123,6 +123,8 @@ def build(config: Mapping[str, Any]) -> Setting:
     found = open_images(
         data, head=not features, gallery=gallery, seed=config["seed"], retrieval=isinstance(task, Retrieval)
     )
+    if isinstance(task, Retrieval):
+        check_noisy(task, found)
     classes = 0 if features else int(config["model"].get("num_classes") or found.num_classes or 0)
     if not classes and not features:
         raise ConfigError(
@@ -167,6 +169,22 @@ def build(config: Mapping[str, Any]) -> Setting:
     )
 
 
+def check_noisy(task: Retrieval, found: Images) -> None:
+    """Refuses to corrupt queries or gallery alone where an image is both, of which there is one feature.
+
+    Raises:
+      ConfigError: naming the source.
+    """
+    if task.noisy == "both":
+        return
+    for source in (found.test, *(other.test for other in found.others)):
+        if source is not None and (count := int(np.sum(table_of(source)["query"] & table_of(source)["gallery"]))):
+            raise ConfigError(
+                f'retrieval.noisy="{task.noisy}", but {count} of the {len(source)} test images of {source.name} are both '
+                'queries and in the gallery. Take "both".'
+            )
+
+
 def side_of(names: Sequence[str], found: Images) -> tuple[tuple[str, int], ...]:
     """Returns the columns that the backbone is told, with how many values each has in the data set.
 
@@ -183,7 +201,7 @@ def side_of(names: Sequence[str], found: Images) -> tuple[tuple[str, int], ...]:
             if column is None or np.min(column) < 0:
                 raise ConfigError(
                     f'retrieval.side names "{name}", which {source.name} does not tell of every image. '
-                    "Leave it out, or give it."
+                    "Leave it out, or give it (veri:DIR?views=known leaves out the images without)."
                 )
             counts.append(int(np.max(column)) + 1)
             counts.append(int(getattr(source, f"{name}s", 0)))  # of the whole data set, if that is known

@@ -25,7 +25,7 @@ def dry_run(config: Config) -> str:
     """Takes two label-free steps of the full-size job on random images and returns what it needs, as text."""
     if config["dry_run_batch"] < 1:
         raise ConfigError(f"dry_run_batch={config['dry_run_batch']} must be at least 1.")
-    classes = config["model"].get("num_classes") or 1000
+    classes = max(0, config["model"].get("num_classes", 0)) or 1000  # a backbone without a head has -1
     size = parallel.device_count() * config["dry_run_batch"]
     data = {**config["data"], "source": f"random:{max(64, size)}:{classes}", "merge": ()}
     # Random images are no queries and were seen by no camera; without labels the task makes no difference.

@@ -147,7 +147,8 @@ def check_retrieval(config: Config, setting: Setting, task: Retrieval) -> None:
             )
         if task.views and np.min(table_of(setting.train)["view"]) < 0:
             raise ConfigError(
-                f"retrieval.views needs the view of every image, which {setting.train.name} does not tell."
+                f"retrieval.views needs the view of every image, which {setting.train.name} does not tell "
+                "(veri:DIR?views=known leaves out the images without)."
             )
         batch, size = batch_size_of(config, stage), task.identities * task.instances
         where = f"{'control' if stage == 'alternating' else section}.batch_size"
@@ -161,6 +162,11 @@ def check_retrieval(config: Config, setting: Setting, task: Retrieval) -> None:
             raise ConfigError(
                 f"{section}.accumulate={config[section]['accumulate']} cuts batches into parts of {part} images a device, "
                 f"which hold no whole identities of {task.instances} images."
+            )
+        if task.instances and task.triplet_weight and part * parallel.device_count() < 2 * task.instances:
+            raise ConfigError(
+                f"{section}.accumulate={config[section]['accumulate']} cuts batches into parts of one identity, where no "
+                "triplet has a negative. Take fewer parts."
             )
         order_of(config, setting.train, stage, config["seed"])
 

@@ -72,9 +72,9 @@ def test_every_way_of_training_has_a_control_of_the_same_budget(mode, backbone):
     assert len(budgets) == 1 and min(budgets)[0] > 0
 
 
-@pytest.mark.parametrize("choice", [f"{d}:{b}" for d in ("msmt17", "veri") for b in reid.BACKBONES])
+@pytest.mark.parametrize("choice", [f"{d}:{b}" for d in ("msmt17", "veri", "vehicleid") for b in reid.BACKBONES])
 def test_every_cell_of_the_tables_on_re_identification_can_be_asked_for(choice):
-    if choice == "msmt17:resnet50_views":
+    if choice in ("msmt17:resnet50_views", "vehicleid:resnet50_views"):
         with pytest.raises(ConfigError, match="what is seen from where"):
             reid.get_config(choice)
         return
@@ -93,6 +93,14 @@ def test_every_cell_of_the_tables_on_re_identification_can_be_asked_for(choice):
         assert (getattr(network, "branches", 1) == 2) == task.views and hasattr(network, "outputs")
     with pytest.raises(ConfigError, match=r"DATASET:BACKBONE\[:MODE\]"):
         reid.get_config("market1501")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "side", "shift"), [("market1501", "camera", 5), ("veri", "camera+view", 8), ("vehicleid", "", 8)]
+)
+def test_transreid_is_configured_as_its_published_networks_were_trained(dataset, side, shift):
+    config = reid.get_config(f"{dataset}:transreid_b")
+    assert (config.retrieval.side, config.model.jigsaw_shift) == (side, shift)
 
 
 def test_the_table_names_every_configuration():

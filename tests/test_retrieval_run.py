@@ -25,6 +25,7 @@ from drep_jax.objectives import label_objective
 from drep_jax.saved import last_saved
 from drep_jax.tasks.retrieval import CENTRES
 from drep_jax.training.stages import order_of
+from tests import reid_trees
 from tests.command import same_bits
 
 LEARNERS = ("algorithm1", "label_augmented", "alternating", "final_only")
@@ -242,6 +243,8 @@ def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
 def test_a_dry_run_needs_neither_cameras_nor_queries(people, capsys):
     config = config_for(people)
     assert "denoisers while learning" in dry_run({**config, "dry_run_batch": 2})
+    config["model"]["num_classes"] = -1
+    assert "denoisers while learning" in dry_run({**config, "dry_run_batch": 2})
 
 
 def test_features_that_are_no_numbers_are_refused_by_the_arm_s_name(run):
@@ -300,6 +303,25 @@ def test_what_cannot_be_trained_is_refused_before_any_work(people, changes, erro
     with pytest.raises(error, match=message):
         setting = build(config)
         preflight.check(config, setting)
+
+
+def test_parts_of_a_batch_need_two_identities(people, monkeypatch):
+    monkeypatch.setattr(preflight.parallel, "device_count", lambda: 1)
+    config = config_for(people, **{"backbone.accumulate": 4, "learner": "closed_form", "compare": ()})
+    with pytest.raises(ConfigError, match=r"backbone.accumulate=4 cuts batches into parts of one identity"):
+        preflight.check(config, build(config))
+    config["retrieval"]["triplet_weight"] = 0.0
+    preflight.check(config, build(config))
+
+
+def test_images_that_are_query_and_gallery_are_not_corrupted_as_one_of_them(people, tmp_path):
+    base = reid_trees.veri(tmp_path)
+    changes = {"data.source": f"veri:{base}?held_out=0", "data.resize": "squash", "retrieval.side": ""}
+    build(config_for(people, **changes))
+    with pytest.raises(
+        ConfigError, match=r'noisy="query", but 1 of the 3 test images of veri:.* are both queries and in'
+    ):
+        build(config_for(people, **changes, **{"retrieval.noisy": "query"}))
 
 
 def test_identities_of_one_image_are_refused_or_dropped(tmp_path):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from drep_jax.errors import ConfigError, did_you_mean
+from drep_jax.retrieval.rerank import Rerank
 from drep_jax.tasks import classification
 from drep_jax.training import parallel
 
@@ -238,10 +239,15 @@ def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
         if options[name] not in known:
             raise ConfigError(f'Unknown retrieval.{name} "{options[name]}".{did_you_mean(options[name], known)}')
     rerank = tuple(options["rerank"]) or None
-    if rerank and not (
-        len(rerank) == 3 and all(isinstance(k, int) and k >= 1 for k in rerank[:2]) and 0 <= rerank[2] <= 1
-    ):
-        raise ConfigError(f"retrieval.rerank={rerank}: expected (k1, k2, λ), such as (20, 6, 0.3), or () for none.")
+    if rerank:
+        if len(rerank) != 3:
+            raise ConfigError(f"retrieval.rerank={rerank}: expected (k1, k2, λ), such as (20, 6, 0.3), or () for none.")
+        try:
+            Rerank(*rerank)
+        except ConfigError as error:
+            raise ConfigError(f"retrieval.rerank={rerank}: {error}") from error
+        if options["views"]:
+            raise ConfigError("retrieval.rerank compares neighbours in one space, and retrieval.views makes two.")
     for name in ("id_weight", "triplet_weight", "centre_weight", "margin", "centre_rate", "shown", "attributed"):
         if not (math.isfinite(options[name]) and options[name] >= 0):
             raise ConfigError(f"retrieval.{name}={options[name]} must be a number of at least 0.")

@@ -12,6 +12,7 @@ from drep_jax.data import open_source
 from drep_jax.data.loader import read_images, training_batches
 from drep_jax.data.source import Subset
 from drep_jax.data.unreadable import tolerating
+from drep_jax.errors import ConfigError
 from drep_jax.retrieval.protocol import Protocol
 from tests import reid_trees
 from tests.reid_trees import picture
@@ -133,6 +134,19 @@ def test_veri_merges_queries_that_are_gallery_images(tmp_path):
     assert test.attributes["color"].tolist() == [5, 5, 5] and test.attributes["type"].tolist() == [0, 1, 2]
     train = opened(f"veri:{tmp_path}?held_out=0", "train")
     assert rows(train) == [("0001", 0), ("0001", 19), ("0003", 1)] and "1 image is in no list" in train.note
+
+
+def test_veri_can_leave_out_images_of_unknown_view(tmp_path):
+    base = reid_trees.veri(tmp_path)
+    (base / "keypoint_train.txt").write_text("x/0001_c001_00016450_0.jpg 1 2\nx/0001_c020_00016460_0.jpg 1 7\n")
+    with open(base / "keypoint_test.txt", "a") as file:
+        file.write("x/0002_c003_00030620_1.jpg -1 0\n")
+    train = opened(f"veri:{tmp_path}?held_out=0&views=known", "train")
+    assert rows(train) == [("0001", 0), ("0001", 19)] and "is unknown (left out)" in train.note
+    test = opened(f"veri:{tmp_path}?views=known")
+    assert rows(test) == [("0002", 1, 1, 1), ("0002", 2, 0, 1)] and test.table["view"].tolist() == [3, 0]
+    with pytest.raises(ConfigError, match='views of VeRi-776 is "all" or "known"; got "some"'):
+        opened(f"veri:{tmp_path}?views=some")
 
 
 def test_published_counts_are_said_to_be_so(tmp_path, monkeypatch):
@@ -273,6 +287,10 @@ def test_a_packed_set(tmp_path, monkeypatch):
     assert not (read_images(test, [0]) == read_images(test, [1])).all()
     both = opened("reid_npz:set.npz?gallery=all")
     assert len(both) == 24 and {row[2:] for row in rows(both)} == {(1, 1)} and both.protocol.cross_camera
+    with np.load(tmp_path / "set.npz") as stored:
+        arrays = dict(stored)
+    np.savez(tmp_path / "some.npz", **{**arrays, "view": np.where(arrays["view"] == 2, -1, arrays["view"])})
+    assert opened("reid_npz:some.npz").table["view"].tolist() == [0, -1, 2] * 8, "unknown views stay unknown"
     drawn = [opened(f"reid_npz:set.npz?test=0.5&seed={seed}") for seed in (3, 3, 4)]
     assert [source.num_classes for source in drawn] == [5, 5, 5]
     assert drawn[0].class_names == drawn[1].class_names != drawn[2].class_names

@@ -187,6 +187,7 @@ def test_every_setting_of_the_losses_has_an_effect(features):
         ("lonely", "keep", "Unknown retrieval.lonely"),
         ("rerank", (20, 6), r"retrieval.rerank=\(20, 6\): expected \(k1, k2, λ\)"),
         ("rerank", (20, 6, 1.5), "retrieval.rerank"),
+        ("rerank", (4, 6, 0.3), r"retrieval.rerank=\(4, 6, 0.3\): k2 = 6 of re-ranking: expected at most"),
         ("margin", -1.0, r"retrieval.margin=-1.0 must be a number of at least 0"),
         ("instances", 1, "retrieval.instances=1 make no batch for triplets"),
         ("identities", 1, "retrieval.identities=1"),
@@ -201,6 +202,9 @@ def test_settings_that_cannot_be_are_refused(name, value, message):
 
 def test_an_unknown_task_is_refused_and_labels_must_teach_something():
     config = get_default().to_dict()
+    two_spaces = {**config["retrieval"], "rerank": (20, 6, 0.3), "views": True}
+    with pytest.raises(ConfigError, match="rerank compares neighbours in one space"):
+        make_task({**config, "task": "retrieval", "retrieval": two_spaces})
     with pytest.raises(ConfigError, match=r'Unknown task "retrival"\. Did you mean "retrieval"'):
         make_task({**config, "task": "retrival"})
     nothing = {**config["retrieval"], "id_weight": 0.0, "triplet_weight": 0.0}

@@ -29,7 +29,7 @@ READERS: dict[str, Reader] = {
     "msmt17": Reader(msmt17.read_msmt17, ("version",)),
     "cuhk03": Reader(cuhk03.read_cuhk03, ("boxes",)),
     "vehicleid": Reader(vehicleid.read_vehicleid, ("size",)),
-    "veri": Reader(veri.read_veri),
+    "veri": Reader(veri.read_veri, ("views",)),
     "reid_folder": Reader(own_folder.read_reid_folder, ("pattern", "test", "seed")),
     "reid_npz": Reader(packed.read_reid_npz, ("gallery", "test", "seed")),
     "reid_tfds": Reader(tfds_set.read_prepared),

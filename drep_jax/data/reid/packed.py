@@ -1,7 +1,7 @@
 """`reid_npz:FILE`: encoded images in one NumPy file, with the arrays
 
 - jpeg, uint8: the files of all images, one after another; image i is jpeg[offsets[i]:offsets[i + 1]];
-- pid and camera, whole numbers, one an image; view, likewise, if it is known;
+- pid and camera, whole numbers, one an image; view, likewise, if it is known (-1 where not);
 - split: 0 for training, 1 for test.
 """
 
@@ -97,7 +97,7 @@ def _entries(file: Path) -> tuple[list[Entry], list[int], int]:
             f"{file}: split holds {sorted(set(columns['split'].tolist()))}; expected 0 (train) and 1 (test)."
         )
     cameras = {name: number for number, name in enumerate(in_order(map(str, columns["camera"].tolist())))}
-    views = columns["view"].astype(np.int64) - columns["view"].min() if "view" in columns else np.full(count, -1)
+    views = _from_zero(columns["view"].astype(np.int64)) if "view" in columns else np.full(count, -1)
     data = jpeg.tobytes()
     entries = [
         Entry(
@@ -110,3 +110,9 @@ def _entries(file: Path) -> tuple[list[Entry], list[int], int]:
         for i in range(count)
     ]
     return entries, columns["split"].tolist(), len(cameras)
+
+
+def _from_zero(views: np.ndarray) -> np.ndarray:
+    """Returns views numbered from 0, -1 where they are unknown (negative)."""
+    known = views >= 0
+    return np.where(known, views - views[known].min(initial=np.iinfo(np.int64).max), -1)

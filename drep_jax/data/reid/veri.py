@@ -14,7 +14,7 @@ from pathlib import Path
 
 from drep_jax.data.reid.layout import VERI_FOLDERS, begin, check_layout
 from drep_jax.data.reid.listing import Entry, Listed, check_listed_files, counted, few, merged, read_flat, read_lines
-from drep_jax.errors import DataError
+from drep_jax.errors import ConfigError, DataError
 
 CAMERAS = 20
 NAME = re.compile(r"(?P<identity>\d{4})_c(?P<camera>\d{3})_\d+_\d+\.jpg")
@@ -25,12 +25,18 @@ COUNTS = {"train": (576, 37_778), "query": (200, 1_678), "gallery": (200, 11_579
 
 
 def read_veri(root: Path, options: Mapping[str, str]) -> Listed:
-    """Reads VeRi-776; `root` is the folder, or the one that VeRi lies in; there are no options.
+    """Reads VeRi-776.
+
+    Args:
+      root: the folder, or the one that VeRi lies in.
+      options: `views`, "all" (the default) or "known": images of unknown view are left out, as TransReID does.
 
     Raises:
       DataError: when it is another data set, or not as published.
     """
-    del options
+    asked = options.get("views", "all")
+    if asked not in ("all", "known"):
+        raise ConfigError(f'The option views of VeRi-776 is "all" or "known"; got "{asked}".')
     base = begin(root, VERI_FOLDERS)
     check_layout(base, VERI_FOLDERS, "VeRi-776", "veri")
     attributes = {name: found for file in LABELS for name, found in _labels(base / file).items()}
@@ -52,7 +58,10 @@ def read_veri(root: Path, options: Mapping[str, str]) -> Listed:
     remarks = [f"{counted(unlisted, 'image is', 'images are')} in no list and left out."] if unlisted else []
     if views:
         unknown = sum(entry.view < 0 for part in parts for entry in part)
-        remarks.append(f"The view of {counted(unknown, 'image', 'images')} is unknown (-1).")
+        what = "-1" if asked == "all" else "left out"
+        remarks.append(f"The view of {counted(unknown, 'image', 'images')} is unknown ({what}).")
+    if asked == "known":
+        train, query, gallery = ([entry for entry in part if entry.view >= 0] for part in parts)
     return Listed(
         "VeRi-776",
         str(base),
