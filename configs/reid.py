@@ -7,10 +7,11 @@
     python train.py --config=configs/reid.py:folder:transreid_ssl_s --config.data.source=reid_folder:DIR …
 
 The first word is the data set, the second the backbone, and the third, which may be left out, the way of training. Weights
-are the published files (docs/weights.md). The field's protocol: images squashed to 256 × 128 (vehicles 256 × 256),
-mirrored, moved by up to 10 pixels, half of them with a rectangle erased; batches of 16 identities with 4 images each;
-single query, cross-camera. What is told of views is read from `veri:DIR?views=known` (transreid_b, resnet50_views), which
-leaves out the images of which it is not known. The paper's merged training is
+are the published files (docs/weights.md). The field's protocol: images squashed to 256 × 128 (vehicles 256 × 256;
+transreid_ssl_b_ics 384 × 128, for which it is published), mirrored, moved by up to 10 pixels, half of them with a rectangle
+erased; batches of 16 identities with 4 images each; single query, cross-camera. What is told of views is read from
+`veri:DIR?views=known` (transreid_b, resnet50_views), which leaves out the images of which it is not known. The paper's
+merged training is
 `--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. What this gives on these data sets has not been
 measured here: they are not public. On a real set of two cameras it is in docs/results.md.
 """
@@ -39,7 +40,7 @@ BACKBONES = {
     "transreid_ssl_s": {"model": {"name": "transreid_ssl_s16"}, "data": HALF},
     "transreid_ssl_b": {"model": {"name": "transreid_ssl_b16"}, "data": HALF},
     "transreid_ssl_s_ics": {"model": {"name": "transreid_ssl_s16_ics"}, "data": HALF},
-    "transreid_ssl_b_ics": {"model": {"name": "transreid_ssl_b16_ics"}, "data": HALF},
+    "transreid_ssl_b_ics": {"model": {"name": "transreid_ssl_b16_ics"}, "data": HALF, "persons": (384, 128)},
     "clip_reid": {
         "model": {"name": "clip_reid_b16"},
         "data": HALF,
@@ -81,6 +82,8 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
     backbone = lookup(BACKBONES, name, "backbone of this configuration")
     mode = mode or "label_free"
     chosen = lookup(MODES, mode, "way of training")
+    if size == PERSONS:
+        size = backbone.get("persons", PERSONS)
     if backbone.get("views") and dataset not in ("veri", "folder"):
         raise ConfigError(
             "resnet50_views needs to know what is seen from where, which of these data sets veri and folder alone can tell."

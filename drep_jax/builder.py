@@ -131,7 +131,8 @@ def build(config: Mapping[str, Any]) -> Setting:
             "The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=…, or "
             f"{FEATURES} if it has no head and gives features."
         )
-    if found.num_classes and not features and found.num_classes > classes:
+    # Rankings need no class of an image; stages that do are checked for it, see `drep_jax.preflight.check_retrieval`.
+    if found.num_classes and not features and found.num_classes > classes and not isinstance(task, Retrieval):
         raise ConfigError(f"model.num_classes={classes}, but {data['source']} has {found.num_classes} classes.")
     overrides = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
     side = side_of(task.side, found) if isinstance(task, Retrieval) else ()

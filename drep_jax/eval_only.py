@@ -23,7 +23,7 @@ Config = Mapping[str, Any]
 
 FOLDER = "evaluations"
 RANKING = tuple(f"retrieval.{name}" for name in ("metric", "rerank", "noisy", "interval", "shown", "attributed"))
-FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", *RANKING)
+FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_classes", *RANKING)
 """Settings in which an evaluation may differ from the run: on which images, and how."""
 
 
@@ -45,8 +45,9 @@ def configuration(given: Config, directory: str, *, overrides: Mapping[str, Any]
     ours = dict(given) if explicit else _changed(theirs, overrides)
     if other := workdir.differences(theirs, ours, FREE):
         raise CheckpointError(
-            f"{directory} holds a run with another configuration, of which --eval_only can change the conditions and images "
-            f"of the evaluation only (evaluate.…, data.source, data.data_dir, {', '.join(RANKING)}):\n{workdir.listed(other)}"
+            f"{directory} holds a run with another configuration, of which --eval_only can change the conditions and images of "
+            f"the evaluation only (evaluate.…, data.source, data.data_dir, model.num_classes, "
+            f"{', '.join(RANKING)}):\n{workdir.listed(other)}"
         )
     return ours
 

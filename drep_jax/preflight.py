@@ -141,6 +141,12 @@ def check_retrieval(config: Config, setting: Setting, task: Retrieval) -> None:
                 f"Stage {stage} trains with identities, and {config['model']['name']} has no neck for their losses. Take a "
                 "backbone for re-identification (docs/reid.md), or learn without labels."
             )
+        identities = setting.train.num_classes or 0
+        if identities > getattr(backbone, "num_classes", identities):
+            raise ConfigError(
+                f"Stage {stage} trains with identities, of which {setting.train.name} has {identities} and the backbone's "
+                f"classifier {backbone.num_classes}: set --config.model.num_classes={identities}, or learn without labels."
+            )
         if config["data"]["mixup"] or config["data"]["cutmix"]:
             raise ConfigError(
                 "data.mixup and data.cutmix mix identities, of which triplets can make nothing; set both to 0."

@@ -101,6 +101,7 @@ def test_every_cell_of_the_tables_on_re_identification_can_be_asked_for(choice):
 def test_transreid_is_configured_as_its_published_networks_were_trained(dataset, side, shift):
     config = reid.get_config(f"{dataset}:transreid_b")
     assert (config.retrieval.side, config.model.jigsaw_shift) == (side, shift)
+    assert reid.get_config(f"{dataset}:transreid_ssl_b_ics").data.image_size[0] == (384 if shift == 5 else 256)
 
 
 def test_the_table_names_every_configuration():

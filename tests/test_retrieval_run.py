@@ -18,7 +18,7 @@ from drep_jax.data.reading import read
 from drep_jax.data.tables import table_of
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.dry_run import dry_run
-from drep_jax.errors import ConfigError, DataError, NonFiniteError
+from drep_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from drep_jax.learners.base import starting
 from drep_jax.learners.labelled import WithFinal, with_final
 from drep_jax.objectives import label_objective
@@ -237,6 +237,21 @@ def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
     index, rows = scoring.features(config, setting, setting.test, {"base": found.variables}, "clean")
     expected = 100 * scoring.ranked(task, setting.test, index, rows["base"]).scores["mAP"].mean()
     assert entry["baseline"]["mAP"] == pytest.approx(expected)
+
+
+def test_a_run_is_evaluated_on_a_set_of_more_identities(run, people):
+    config, directory, _, setting = run
+    overrides = {"data.source": f"reid_folder:{people}?test=0.2&held_out=0", "evaluate.conditions": ("clean",)}
+    changed = eval_only.configuration(config, directory, overrides=overrides, explicit=False)
+    assert build(changed).train.num_classes > setting.train.num_classes
+    with pytest.raises(CheckpointError, match="classifier"):
+        eval_only.evaluate(changed, directory)
+    overrides["model.num_classes"] = setting.train.num_classes
+    changed = eval_only.configuration(config, directory, overrides=overrides, explicit=False)
+    content, _ = eval_only.evaluate(changed, directory)
+    assert set(content["arms"]) >= {"baseline", "measured"}
+    with pytest.raises(ConfigError, match=r"trains with identities, of which .* and the backbone's classifier"):
+        preflight.check(changed, build(changed))
 
 
 @pytest.mark.slow
