@@ -22,7 +22,7 @@ Tree = Any
 Config = Mapping[str, Any]
 
 FOLDER = "evaluations"
-RANKING = tuple(f"retrieval.{name}" for name in ("metric", "rerank", "noisy", "interval", "shown", "attributed"))
+RANKING = tuple(f"retrieval.{name}" for name in ("metric", "rerank", "noisy", "interval"))
 FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_classes", *RANKING)
 """Settings in which an evaluation may differ from the run: on which images, and how."""
 

@@ -81,7 +81,7 @@ def ranked(
     rows = before.queries[places]
     shown = type(split)(rows, split.gallery)
     found: dict[str, list[list[dict[str, Any]]]] = {}
-    for arm, own in features.items():
+    for arm, own in features.items() if len(rows) else ():
         own = np.asarray(own)
         indices, values, right = top(
             own[rows],

@@ -68,6 +68,13 @@ def test_what_is_shown_is_what_was_scored(arms, protocol):
         assert drawn.width > 600 and drawn.height > 900
 
 
+def test_no_query_need_be_shown(arms):
+    features, table = arms
+    results = {name: evaluate(own, table, Protocol()) for name, own in features.items()}
+    ranked = examples.ranked(features, results, table, Protocol(), picture, each=0)
+    assert ranked["queries"] == [] and ranked["images"] == {} and PLOTS["ranked"]({"ranked": ranked}) is None
+
+
 def test_queries_are_chosen_by_their_change():
     before, after = np.array([0.5, 0.5, 0.5, 0.5, 0.5]), np.array([0.5, 0.9, 0.4, 0.5, 0.6])
     chosen = examples.choose(after, before, each=2, seed=1)
