@@ -72,13 +72,14 @@ def ranked(
     found = examples.ranked(
         rows, results, table, protocol_of(source), picture, condition=condition, each=task.shown, **how
     )
-    base = next(iter(results.values()))
+    own = list(arms.values())[-1]  # whose backbone may have been trained, too
     alone = {site.name: _alone(params, setting, site, rule, steps) for site in setting.sites if site.name in sites}
-    others = next(iter(arms.values()))
-    found["sites"] = [
-        {"path": name, **_effect(config, setting, task, source, {**others, "params": fused}, condition, base, index)}
-        for name, fused in alone.items()
-    ]
+    networks = {"unfused": params["backbone"], **alone} if alone else {}
+    rankings = {
+        name: _ranking(config, setting, task, source, {**own, "params": tree}, condition, index)
+        for name, tree in networks.items()
+    }
+    found["sites"] = [{"path": name, **_effect(rankings[name], rankings["unfused"])} for name in alone]
     return found
 
 
@@ -88,19 +89,23 @@ def _alone(params: Tree, setting: Setting, site: Site, rule: str, steps: int) ->
     return fuse_exact(own, (site,), setting.schedule, rule=rule, steps=steps)
 
 
-def _effect(
+def _ranking(
     config: Config,
     setting: Setting,
     task: Retrieval,
     source: Source,
     variables: Tree,
     condition: str,
-    base: Result,
     index: np.ndarray,
-) -> dict[str, Any]:
-    """Returns how a network's rankings differ from the baseline's: mean change, and how many queries gained and lost."""
+) -> Result:
+    """Returns how well a network ranks."""
     _, rows = scoring.features(config, setting, source, {"alone": variables}, condition)
-    change = scoring.ranked(task, source, index, rows["alone"]).scores["mAP"] - base.scores["mAP"]
+    return scoring.ranked(task, source, index, rows["alone"])
+
+
+def _effect(after: Result, before: Result) -> dict[str, Any]:
+    """Returns how rankings differ: mean change, and how many queries gained and lost."""
+    change = after.scores["mAP"] - before.scores["mAP"]
     return {
         "mAP": 100.0 * float(np.mean(change)),
         "gained": int(np.sum(change > 0)),

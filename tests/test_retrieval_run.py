@@ -171,6 +171,18 @@ def test_ranked_results_are_shown_and_sites_stand_for_themselves(run):
     assert shown["sites"][0]["mAP"] == pytest.approx(100 * np.mean(ap["alone"] - ap["base"]), abs=1e-6)
 
 
+def test_sites_of_a_trained_backbone_are_compared_with_it_and_not_with_the_baseline(run):
+    config, directory, _, setting = run
+    baseline = last_saved(config, setting, directory, "backbone").variables
+    trained = jax.tree_util.tree_map(lambda leaf: np.roll(leaf, 1, axis=-1), baseline)
+    params = {"backbone": trained["params"], "denoise": init_denoise(setting.sites)}
+    arms, names = {"baseline": baseline, "alternating": trained}, [setting.sites[0].name]
+    how = {"rule": "affine", "steps": 1}
+    found = rankings.ranked(config, setting, setting.task, setting.test, arms, "clean", params, names, **how)
+    assert any(query["ap"]["baseline"] != query["ap"]["alternating"] for query in found["queries"])
+    assert [(site["mAP"], site["gained"], site["lost"]) for site in found["sites"]] == [(0.0, 0, 0)]
+
+
 def test_centres_are_trained_beside_the_backbone_and_stay_out_of_it(run):
     config, directory, _, setting = run
     from tests.test_experiment import restored

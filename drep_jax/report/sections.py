@@ -126,7 +126,7 @@ def _ranked(report: Mapping[str, Any]) -> list[Block]:
         ]
         blocks += [
             Text(
-                f"What each site does by itself, all others as in the unchanged backbone, on {report['ranked']['condition']} "
+                f"What each site does by itself, all others left as they are, on {report['ranked']['condition']} "
                 "images: the effects of several sites do not add up."
             ),
             Table(["site", "mAP, points", "queries that gained", "that lost", "of"], rows, "lrrrr"),
