@@ -14,7 +14,7 @@ from drep_jax.data.tables import table_of
 from drep_jax.denoise_tree import site_steps
 from drep_jax.denoiser import LOSSES
 from drep_jax.errors import ConfigError, DataError, lookup
-from drep_jax.learners import LEARNERS, check_labelled, check_measuring
+from drep_jax.learners import CHOOSING, LEARNERS, check_labelled, check_measuring
 from drep_jax.machine import environment
 from drep_jax.objectives import check_computing
 from drep_jax.recipes import check_grid
@@ -64,6 +64,11 @@ def check(config: Config, setting: Setting) -> None:
         )
     check_labelled(config, setting)
     asked = (config["learner"], *config["compare"])
+    if (choosing := [name for name in CHOOSING if name in asked]) and not len(setting.held_out):
+        raise DataError(
+            f'Learner "{choosing[0]}" chooses its strength on held-out images, and {setting.held_out.name} has none in its '
+            "validation split. Hold some out, or take another learner."
+        )
     for stage in STAGES:
         if stage == "backbone" and config["backbone"]["init_from"]:
             continue

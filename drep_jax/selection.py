@@ -27,6 +27,7 @@ from drep_jax.builder import Setting
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.reading import read
+from drep_jax.data.tables import table_of
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.fusion import fuse
 from drep_jax.sites import Site
@@ -202,8 +203,9 @@ def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candida
         return _of_all_hosts(_every_output(outputs, inputs, batch, change), 1, count)
 
     if isinstance(setting.task, Retrieval):
-        criterion = "mAP" if options["labels"] else "agreement"
-        kept = index if options["labels"] else None
+        labelled = options["labels"] and "label" in table_of(source)  # merged sources have none
+        criterion = "mAP" if labelled else "agreement"
+        kept = _of_all_hosts(found["index"], 0, count) if labelled else None  # of the images that could be read
         agreed, right = _by_neighbours(setting.task, source, kept, conditions, shown)
     else:
         labels = found.get("label") if options["labels"] and not setting.features else None

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs.default import get_default
-from drep_jax import eval_only, experiment, preflight, rankings, scoring, weights
+from drep_jax import eval_only, experiment, preflight, rankings, scoring, selection, weights
 from drep_jax.builder import build
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.reading import read
@@ -107,6 +107,25 @@ def test_every_way_of_training_has_its_arms(people, tmp_path):
     for condition, entry in report["metrics"].items():
         for arm in ("label_augmented", "alternating"):
             assert content["metrics"][condition]["denoised"][arm] == pytest.approx(entry["denoised"][arm])
+
+
+def test_merged_sources_may_hold_out_nothing_and_have_no_identities_to_choose_by(people):
+    other = f"reid_folder:{people}?test=0.5&seed=3&held_out="
+    changes = {"retrieval.side": "", "backbone.steps": 0, "backbone.init_from": "x", "control.steps": 0, "compare": ()}
+    changes |= {"retrieval.centre_weight": 0.0}
+    for share, size in (("0", 0), ("0.5", None)):
+        config = config_for(people, **changes, **{"data.merge": ((other + share, 1.0),)})
+        setting = build(config)
+        alone = len(build(config_for(people, **changes)).held_out)
+        assert len(setting.held_out) == alone if size == 0 else len(setting.held_out) > alone
+    variables = dict(setting.backbone.init(jax.random.key(0), np.zeros(setting.images.shape, np.float32)))
+    nothing = selection.Candidate("nothing", init_denoise(setting.sites))
+    assert (
+        config["select"]["labels"] and selection.choose(config, setting, variables, [nothing]).criterion == "agreement"
+    )
+    config = config_for(people, **{**changes, "data.source": f"reid_folder:{people}?held_out=0"})
+    with pytest.raises(DataError, match=r'"measured" chooses its strength on held-out images, and reid_folder'):
+        preflight.check(config, build(config))
 
 
 @pytest.mark.slow

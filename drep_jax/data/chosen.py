@@ -82,6 +82,10 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
             theirs = tolerating(open_source(spec, TEST, **options), allowed)
             others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), theirs))
     labelled = bool(trains[0].num_classes)
+    # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
+    choosing = [(part, weight) for part, weight in zip(held, weights, strict=True) if len(part)] or [
+        (held[0], weights[0])
+    ]
     test: Source | None = None
     if retrieval:
         test = tolerating(_queries(specs[0], options), allowed)
@@ -89,7 +93,7 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
         test = tolerating(open_source(specs[0], TEST, **options), allowed)
     return Images(
         train=tolerating(_one(trains, weights), allowed),
-        held_out=tolerating(_one(held, weights), allowed),
+        held_out=tolerating(_one(*map(list, zip(*choosing, strict=True))), allowed),
         num_classes=trains[0].num_classes,
         test=test,
         others=tuple(others),

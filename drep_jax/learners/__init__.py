@@ -18,6 +18,7 @@ from drep_jax.learners.labelled import (
 )
 
 __all__ = [
+    "CHOOSING",
     "DIRECT",
     "EXPLICIT",
     "LABELLED",
@@ -41,6 +42,9 @@ LEARNERS: dict[str, Callable[[Task], Learned]] = {
     "continued": by_continuing,
     "final_only": by_final_feature,
 }
+
+CHOOSING = ("wiener", "measured")
+"""Learners that choose the strength of fusion on held-out images."""
 
 DIRECT = ("wiener", "measured", "continued")
 """Learners whose denoisers are maps given directly, fused by rule "affine"."""
