@@ -69,6 +69,12 @@ def check(config: Config, setting: Setting) -> None:
             f'Learner "{choosing[0]}" chooses its strength on held-out images, and {setting.held_out.name} has none in its '
             "validation split. Hold some out, or take another learner."
         )
+    by_identity = choosing and isinstance(setting.task, Retrieval) and config["select"]["labels"]
+    if by_identity and len(set(table_of(setting.held_out).get("label", np.arange(2)).tolist())) < 2:
+        raise DataError(
+            f"{setting.held_out.name} holds out one identity only, which is found at once whatever the strength. Hold out "
+            "more (?held_out=…), or choose without labels: --config.select.labels=False."
+        )
     for stage in STAGES:
         if stage == "backbone" and config["backbone"]["init_from"]:
             continue

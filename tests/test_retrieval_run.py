@@ -126,6 +126,11 @@ def test_merged_sources_may_hold_out_nothing_and_have_no_identities_to_choose_by
     config = config_for(people, **{**changes, "data.source": f"reid_folder:{people}?held_out=0"})
     with pytest.raises(DataError, match=r'"measured" chooses its strength on held-out images, and reid_folder'):
         preflight.check(config, build(config))
+    config = config_for(people, **{**changes, "data.source": f"reid_folder:{people}?held_out=0.01"})
+    with pytest.raises(DataError, match="holds out one identity only"):
+        preflight.check(config, build(config))
+    config["select"]["labels"] = False
+    preflight.check(config, build(config))
 
 
 @pytest.mark.slow
