@@ -262,14 +262,14 @@ def test_only_queries_or_only_the_gallery_can_be_corrupted(run, people):
 
 def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
     config, directory, report, setting = run
-    overrides = {"retrieval.rerank": (4, 2, 0.3), "retrieval.interval": "identity", "evaluate.conditions": ("clean",)}
+    overrides = {"retrieval.rerank": (6, 3, 0.0), "retrieval.interval": "identity", "evaluate.conditions": ("clean",)}
     changed = eval_only.configuration(config, directory, overrides=overrides, explicit=False)
     content, _ = eval_only.evaluate(changed, directory)
     entry, before = content["metrics"]["clean"], report["metrics"]["clean"]
     assert entry["n"] == before["n"] and entry["baseline"]["mAP"] != before["baseline"]["mAP"]
     assert not entry["mcnemar"] and before["mcnemar"]
     found = last_saved(config, setting, directory, "backbone")
-    task = dataclasses.replace(setting.task, rerank=(4, 2, 0.3))
+    task = dataclasses.replace(setting.task, rerank=(6, 3, 0.0))
     index, rows = scoring.features(config, setting, setting.test, {"base": found.variables}, "clean")
     expected = 100 * scoring.ranked(task, setting.test, index, rows["base"]).scores["mAP"].mean()
     assert entry["baseline"]["mAP"] == pytest.approx(expected)
