@@ -287,7 +287,7 @@ def test_a_run_is_evaluated_on_a_set_of_more_identities(run, people):
     content, _ = eval_only.evaluate(changed, directory)
     assert set(content["arms"]) >= {"baseline", "measured"}
     with pytest.raises(ConfigError, match=r"trains with identities, of which .* and the backbone's classifier"):
-        preflight.check(changed, build(changed))
+        preflight.check_retrieval(changed, build(changed), setting.task)
 
 
 @pytest.mark.slow
