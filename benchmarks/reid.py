@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from benchmarks.modes import interval
 from configs.reid_pku import get_config
-from drep_jax import experiment
+from drep_jax import experiment, workdir
 from drep_jax.report.comparisons import compare
 
 LEARNERS = ("measured", "wiener", "closed_form", "algorithm1", "final_only", "label_augmented", "alternating")
@@ -39,7 +39,9 @@ def run(arguments, seed):
     finished = os.path.join(directory, "report.json")
     if os.path.exists(finished):
         with open(finished) as file:
-            return json.load(file)
+            report = json.load(file)
+        if not workdir.differences(report["config"], config.to_dict()):
+            return report
     return experiment.run(config.to_dict(), directory)
 
 

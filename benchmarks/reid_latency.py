@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from configs.reid import IMAGENET
 from drep_jax import cost
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import explicit_apply
@@ -27,7 +26,7 @@ from drep_jax.sites import assign_times, find_layers, select_sites
 def main(arguments):
     size = tuple(arguments.size)
     backbone = create_model(arguments.model, num_classes=0, image_size=size)
-    images = jax.random.normal(jax.random.key(0), (arguments.batch, *size, len(IMAGENET["mean"])))
+    images = jax.random.normal(jax.random.key(0), (arguments.batch, *size, 3))
     variables = dict(jax.jit(backbone.init)(jax.random.key(1), images[:1]))
     layers = find_layers(backbone, jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32))
     schedule = Schedule()

@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from drep_jax.builder import Setting
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.denoiser import explicit_apply
 from drep_jax.errors import ConfigError
+from drep_jax.fusion import fuse_exact
 from drep_jax.learners.base import (
     Learned,
     Task,
@@ -127,11 +127,10 @@ def by_final_feature(task: Task) -> Learned:
     """
     config, setting = task.config, task.setting
     began = time.perf_counter()
-    variables, wrap = task.variables, lambda own: own
+    variables = task.variables
     if isinstance(setting.task, Retrieval):
         setting = dataclasses.replace(setting, backbone=WithFinal(setting.backbone))
         variables = with_final(setting, task.variables)
-        wrap = functools.partial(with_final, setting)
     head = find_layers(setting.backbone, setting.images)[-1:]
     options = config["denoise"]
     sites = assign_times(
@@ -152,13 +151,22 @@ def by_final_feature(task: Task) -> Learned:
         "per_site": {name: [nothing[name], best[name]] for name in nothing},
         "optimum": best,
     }
-    rule, steps = options["rule"], options["steps"]
+    how = {"rule": options["rule"], "steps": options["steps"]}
 
-    def network(variables: Tree, images: Any) -> Any:
-        how = {"rule": rule, "steps": steps}
-        return explicit_apply(setting.backbone, wrap(variables), denoise, sites, setting.schedule, images, **how)
+    def before_the_head(variables: Tree, images: Any) -> Any:
+        return explicit_apply(setting.backbone, variables, denoise, sites, setting.schedule, images, **how)
 
-    return Learned(denoise, rule, steps, section, network=network)
+    def behind_the_backbone(variables: Tree, images: Any) -> Any:
+        inside = with_final(setting, variables)
+        return setting.backbone.apply({**inside, "params": {**inside["params"], "final": final}}, images)
+
+    network = before_the_head
+    if isinstance(setting.task, Retrieval):  # where a layer that does nothing and its denoiser are one linear layer
+        final = fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, setting.schedule, **how)[
+            "final"
+        ]
+        network = behind_the_backbone
+    return Learned(denoise, options["rule"], options["steps"], section, network=network)
 
 
 class WithFinal(nn.Module):
