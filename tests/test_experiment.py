@@ -173,6 +173,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
     assert file_bytes(finished.directory, "fused", "fused.safetensors") == made
 
 
+@pytest.mark.slow
 def test_one_device_learns_what_eight_learn(finished, tmp_path):
     directory = str(tmp_path / "run")
     options = [f"--config.backbone.init_from={finished.backbone}", "--config.control.steps=0"]

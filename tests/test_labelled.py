@@ -219,7 +219,11 @@ def test_labelled_learners_need_labels(finished, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"compute": "bfloat16"}, pytest.param({"remat": True}, marks=pytest.mark.slow), {"accumulate": 2}],
+    [
+        pytest.param({"compute": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"remat": True}, marks=pytest.mark.slow),
+        {"accumulate": 2},
+    ],
     ids=str,
 )
 def test_ways_to_compute_give_the_gradient_of_the_plain_step(finished, batch, options):

@@ -148,7 +148,9 @@ def test_junctions_are_found_in_a_resnet_and_in_both_kinds_of_vit():
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"scan": True}, {"remat": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.slow), {"scan": True}, {"remat": True}], ids=str
+)
 def test_scanned_and_rematerialised_blocks_give_the_same_network(options):
     small = {"patch_size": 4, "width": 8, "depth": 3, "num_heads": 2, "mlp_dim": 12}
     images = np.random.default_rng(0).normal(size=(3, 16, 8, 8, 3)).astype(np.float32)

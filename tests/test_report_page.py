@@ -122,6 +122,7 @@ def show(browser, written):
         page.close()
 
 
+@pytest.mark.slow
 def test_loads_quietly_alone_and_with_whole_pictures(show, written):
     page = show()
     assert page.heard == [("request", (written("everything") / "report.html").as_uri())]

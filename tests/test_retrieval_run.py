@@ -242,6 +242,7 @@ def test_a_finished_run_is_evaluated_again_by_its_weights(run):
         assert again[condition]["baseline"] == pytest.approx(entry["baseline"])
 
 
+@pytest.mark.slow
 def test_only_queries_or_only_the_gallery_can_be_corrupted(run, people):
     config, directory, _, _ = run
     found = last_saved(config, build(config), directory, "backbone")

@@ -17,7 +17,7 @@ from tests.trees import normal
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[pytest.mark.slow] if f == "vmamba" else []) for f in FAMILIES]
+    "family", [pytest.param(f, marks=[pytest.mark.slow] if f in ("vmamba", "swinv2") else []) for f in FAMILIES]
 )
 def test_file_equals_live_module_at_sizes_not_tried_when_writing(family, tmp_path):
     module, variables = network(*FAMILIES[family])

@@ -317,6 +317,7 @@ def test_a_sample_is_the_images_own():
     assert first["head",].count == 32
 
 
+@pytest.mark.slow
 def test_sites_and_stacked_copies_sample_by_themselves():
     """Three times the same features, at two sites and as two copies of one: other samples, so other means."""
 
@@ -342,7 +343,7 @@ def test_sites_and_stacked_copies_sample_by_themselves():
         np.testing.assert_allclose(mean, x.reshape(-1, 3).mean(0), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["patch", "pointwise"])
+@pytest.mark.parametrize("kind", ["patch", pytest.param("pointwise", marks=pytest.mark.slow)])
 def test_samples_are_unbiased(kind):
     """The same images at 200 places each: their samples average to the moments of all vectors."""
     x = np.array(trees.normal(3, (8, 6, 5, 2))) + np.linspace(0, 2, 5).reshape(1, 1, 5, 1)
