@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drep_jax.denoiser import visit_sites
@@ -39,8 +39,9 @@ def test_sampled_windows_of_any_convolution(convs, kind, seed):
     x = trees.normal(seed, (3, 8, 7, 2))
     ((vectors, picks, sampled),) = both(trees.Net(tuple(convs)), x, kind, lambda n: rng.integers(0, n, (3, 5)))
     rows = np.arange(3)[:, None]
-    np.testing.assert_array_equal(sampled, np.asarray(vectors)[rows, picks])
-    assert np.ptp(sampled) > 0
+    expected = np.asarray(vectors)[rows, picks]
+    assume(np.ptp(expected) > 0)  # not windows that see nothing but padding
+    np.testing.assert_array_equal(sampled, expected)
 
 
 @pytest.mark.parametrize("tail", [(trees.Dense(),), (trees.General((2, 3)),)])

@@ -145,7 +145,10 @@ def test_every_entry_has_a_row_and_is_listed():
     assert list_models("nothing*") == []
 
 
-@pytest.mark.parametrize("name", TABLE)
+# Tracing the large ones takes seconds each: they run with `pytest -m slow`.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if row[2] > 23e6 else []) for name, row in TABLE.items()]
+)
 def test_parameter_count_and_output_with_and_without_classes(name):
     overrides, size, expected = TABLE[name]
     x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)

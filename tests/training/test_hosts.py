@@ -152,6 +152,7 @@ def test_sums_of_devices_are_exact_to_48_bits():
         assert np.abs(h[0] - leaf.sum(0)).max() > 1e-9  # one float32 alone would not do
 
 
+@pytest.mark.slow
 def test_noise_is_measured_alike_on_one_device_and_on_eight(monkeypatch):
     """Five chunks of 26 images, of whose vectors a sample is taken; two devices have nothing of their own."""
     many = measured()
