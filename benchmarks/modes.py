@@ -18,7 +18,7 @@ import scipy.stats
 from tabulate import tabulate
 
 from drep_jax import experiment
-from drep_jax.report.comparisons import compare
+from drep_jax.report.comparisons import arms_of, compare
 
 ARMS = ("placebo", "algorithm1", "closed_form", "final_only", "continued", "label_augmented", "alternating")
 
@@ -58,7 +58,7 @@ def table(reports, condition):
     entries = [report["metrics"][condition] for report in reports]
     rows = [["baseline", f"{np.mean([entry['baseline']['acc@1'] for entry in entries]):.2f}"]]
     for arm in ARMS:
-        row = [arm, f"{np.mean([{**e['control'], **e['denoised']}[arm]['acc@1'] for e in entries]):.2f}"]
+        row = [arm, f"{np.mean([arms_of(entry)[arm]['acc@1'] for entry in entries]):.2f}"]
         for other in ("baseline", "continued"):
             found = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == "acc@1"]
             if not found:

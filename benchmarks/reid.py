@@ -20,7 +20,7 @@ from tabulate import tabulate
 from benchmarks.modes import interval
 from configs.reid_pku import get_config
 from drep_jax import experiment, workdir
-from drep_jax.report.comparisons import compare
+from drep_jax.report.comparisons import arms_of, compare
 
 LEARNERS = ("measured", "wiener", "closed_form", "algorithm1", "final_only", "label_augmented", "alternating")
 ARMS = ("placebo", "continued", *LEARNERS)
@@ -50,7 +50,7 @@ def rows(reports, condition):
     entries = [report["metrics"][condition] for report in reports]
     table = []
     for arm in ("baseline", *ARMS):
-        scores = [{"baseline": e["baseline"], **e["control"], **e["denoised"]}[arm] for e in entries]
+        scores = [arms_of(entry)[arm] for entry in entries]
         row = [arm, *(f"{np.mean([score[metric] for score in scores]):.1f}" for metric in METRICS)]
         for metric in METRICS if arm != "baseline" else ():
             for other in ("baseline", "continued"):

@@ -13,6 +13,7 @@ from drep_jax.data.reading import read
 from drep_jax.data.tables import protocol_of, table_of
 from drep_jax.denoise_tree import get_in, set_in
 from drep_jax.fusion import fuse_exact
+from drep_jax.report.comparisons import arms_of
 from drep_jax.retrieval import examples
 from drep_jax.retrieval.evaluate import Result
 from drep_jax.sites import Site
@@ -26,9 +27,9 @@ def most_changed(metrics: Mapping[str, Any], arm: str) -> str:
     """Returns the condition under which an arm's first metric differs most from the baseline's."""
 
     def change(condition: str) -> float:
-        entry = metrics[condition]
-        metric = next(iter(entry["baseline"]))
-        return abs({**entry["control"], **entry["denoised"]}[arm][metric] - entry["baseline"][metric])
+        scores = arms_of(metrics[condition])
+        metric = next(iter(scores["baseline"]))
+        return abs(scores[arm][metric] - scores["baseline"][metric])
 
     return max(metrics, key=change)
 
@@ -57,9 +58,15 @@ def ranked(
       sites: names of those whose own effect is measured, each fused alone.
       rule, steps: of fusion.
     """
-    index, rows = scoring.features(config, setting, source, arms, condition)
-    table = {name: column[index] for name, column in table_of(source).items()}
-    results = {arm: scoring.ranked(task, source, index, own) for arm, own in rows.items()}
+    baseline, denoised = arms
+    own = arms[denoised]  # whose backbone may have been trained, too
+    alone = {site.name: _alone(params, setting, site, rule, steps) for site in setting.sites if site.name in sites}
+    trees = {"unfused": params["backbone"], **alone} if alone else {}
+    # All in one pass over the images, which for a large gallery takes longer to read than to look at.
+    networks = {**arms, **{f"site {name}": {**own, "params": tree} for name, tree in trees.items()}}
+    index, rows = scoring.features(config, setting, source, networks, condition)
+    table = table_of(source, index)
+    results = {name: scoring.ranked(task, source, index, found) for name, found in rows.items()}
 
     def picture(row: int) -> np.ndarray:
         batch = read(source, index[row : row + 1])
@@ -68,18 +75,19 @@ def ranked(
             return batch["image"][0]
         return np.rint(corrupt(batch["image"], batch["index"], condition, config["seed"])[0])
 
-    how = {"metric": task.metric, "branches": 2 if task.views else 1, "seed": config["seed"]}
     found = examples.ranked(
-        rows, results, table, protocol_of(source), picture, condition=condition, each=task.shown, **how
+        {name: rows[name] for name in (baseline, denoised)},
+        {name: results[name] for name in (baseline, denoised)},
+        table,
+        protocol_of(source),
+        picture,
+        condition=condition,
+        metric=task.metric,
+        branches=task.branches,
+        each=task.shown,
+        seed=config["seed"],
     )
-    own = list(arms.values())[-1]  # whose backbone may have been trained, too
-    alone = {site.name: _alone(params, setting, site, rule, steps) for site in setting.sites if site.name in sites}
-    networks = {"unfused": params["backbone"], **alone} if alone else {}
-    rankings = {
-        name: _ranking(config, setting, task, source, {**own, "params": tree}, condition, index)
-        for name, tree in networks.items()
-    }
-    found["sites"] = [{"path": name, **_effect(rankings[name], rankings["unfused"])} for name in alone]
+    found["sites"] = [{"path": name, **_effect(results[f"site {name}"], results["site unfused"])} for name in alone]
     return found
 
 
@@ -87,20 +95,6 @@ def _alone(params: Tree, setting: Setting, site: Site, rule: str, steps: int) ->
     """Returns the backbone with one site fused."""
     own = {**params, "denoise": set_in({}, site.path, get_in(params["denoise"], site.path))}
     return fuse_exact(own, (site,), setting.schedule, rule=rule, steps=steps)
-
-
-def _ranking(
-    config: Config,
-    setting: Setting,
-    task: Retrieval,
-    source: Source,
-    variables: Tree,
-    condition: str,
-    index: np.ndarray,
-) -> Result:
-    """Returns how well a network ranks."""
-    _, rows = scoring.features(config, setting, source, {"alone": variables}, condition)
-    return scoring.ranked(task, source, index, rows["alone"])
 
 
 def _effect(after: Result, before: Result) -> dict[str, Any]:

@@ -119,11 +119,8 @@ def ranked(task: Retrieval, source: Source, index: np.ndarray, rows: np.ndarray)
       index: numbers of the images that were read.
       rows: their features, (n, width).
     """
-    table = {name: column[index] for name, column in table_of(source).items()}
-    branches = 2 if task.views else 1
-    return evaluate(
-        rows, table, protocol_of(source), metric=task.metric, branches=branches, rerank=task.rerank, ks=PLACES
-    )
+    how: dict[str, Any] = {"metric": task.metric, "branches": task.branches, "rerank": task.rerank, "ks": PLACES}
+    return evaluate(rows, table_of(source, index), protocol_of(source), **how)
 
 
 def held_out_map(task: Retrieval, source: Source, index: np.ndarray, rows: np.ndarray) -> float:
@@ -134,7 +131,6 @@ def held_out_map(task: Retrieval, source: Source, index: np.ndarray, rows: np.nd
     if not np.isfinite(rows).all():
         return float("nan")
     everything = np.ones(len(index), np.int32)
-    table = {name: column[index] for name, column in table_of(source).items()}
-    table |= {"query": everything, "gallery": everything}
-    found = evaluate(rows, table, protocol_of(source), metric=task.metric, branches=2 if task.views else 1)
+    table = table_of(source, index) | {"query": everything, "gallery": everything}
+    found = evaluate(rows, table, protocol_of(source), metric=task.metric, branches=task.branches)
     return 100.0 * float(np.mean(found.scores["mAP"]))

@@ -265,7 +265,7 @@ def _by_answers(featured: bool, truth: np.ndarray | None, conditions: Sequence[s
 
     The answer is the class, or where there are features the number of the image whose clean feature is nearest.
     """
-    known = _unit(shown(CLEAN)[0]) if featured else None
+    known = _unit(shown(CLEAN, lambda found: found[:1])[0]) if featured else None
 
     def answer(found: np.ndarray) -> np.ndarray:
         scores = found if known is None else _unit(found) @ known.T

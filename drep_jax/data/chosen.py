@@ -10,6 +10,7 @@ from drep_jax.data import Source, open_source
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.merged import MergedSource, epoch_counts
 from drep_jax.data.source import Subset
+from drep_jax.data.tables import table_of
 from drep_jax.data.unreadable import tolerating
 from drep_jax.errors import ConfigError
 
@@ -133,7 +134,7 @@ def _queries(spec: str, options: Mapping[str, Any]) -> Source:
       ConfigError: for a source that has none.
     """
     test = open_source(spec, TEST, **options)
-    if not {"label", "query", "gallery"} <= set(getattr(test, "table", ())):
+    if not {"label", "query", "gallery"} <= table_of(test).keys():
         raise ConfigError(
             f'Task "retrieval" needs test images that are queries and a gallery, and {test.name} has none. Take a source for '
             "re-identification, such as reid_folder:DIR (docs/data.md)."

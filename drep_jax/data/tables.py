@@ -6,9 +6,15 @@ from drep_jax.data.source import Source
 from drep_jax.retrieval.protocol import Protocol
 
 
-def table_of(source: Source) -> dict[str, np.ndarray]:
-    """Returns the columns of a source, {name: int32 (n,)}; none of a source that is not for re-identification."""
-    return getattr(source, "table", {})
+def table_of(source: Source, index: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Returns the columns of a source, {name: int32 (n,)}; none of a source that is not for re-identification.
+
+    Args:
+      source: the images.
+      index: numbers of those that are wanted; None for all.
+    """
+    table = getattr(source, "table", {})
+    return table if index is None else {name: column[index] for name, column in table.items()}
 
 
 def protocol_of(source: Source) -> Protocol:

@@ -71,6 +71,11 @@ class Retrieval:
     shown: int = 2
     attributed: int = 0
 
+    @property
+    def branches(self) -> int:
+        """Number of spaces that the two halves, or the whole, of a feature are."""
+        return 2 if self.views else 1
+
     def start(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
         """Returns the centres of the training identities, for each feature of the backbone, drawn from N(0, 1)."""
         if not self.centre_weight:
