@@ -12,6 +12,7 @@ from drep_jax.builder import build
 from drep_jax.data.loader import training_batches
 from drep_jax.denoise_tree import init_denoise
 from drep_jax.errors import ConfigError
+from drep_jax.learners.base import starting
 from drep_jax.objectives import denoising_objective
 from drep_jax.training import parallel
 from drep_jax.training.stages import key_of, prepare
@@ -34,8 +35,7 @@ def dry_run(config: Config) -> str:
     setting = build(config)
     variables = jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape))
     total = {n: sum(x.size for x in jax.tree_util.tree_leaves(t)) for n, t in dict(variables).items()}
-    denoise = init_denoise(setting.sites)
-    added = sum(x.size for x in jax.tree_util.tree_leaves(denoise))
+    added = sum(x.size for x in jax.tree_util.tree_leaves(init_denoise(setting.sites)))
     lines = [
         f"Model {config['model']['name']}, {total['params']:,} parameters; {added:,} more in {len(setting.sites)} denoisers "
         f"while learning, none after fusion.",
@@ -51,8 +51,7 @@ def dry_run(config: Config) -> str:
     print(text, flush=True)
 
     options = config["denoise"]
-    params = {"backbone": dict(variables)["params"], "denoise": denoise}
-    others = {name: tree for name, tree in dict(variables).items() if name != "params"}
+    params, others = starting(config, setting, "algorithm1", dict(variables))
     state, frozen, optimizers = prepare(config, "algorithm1", params, others)
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:

@@ -14,6 +14,7 @@ from drep_jax.denoiser import algorithm1_losses
 from drep_jax.errors import ConfigError
 from drep_jax.fusion import fuse
 from drep_jax.training import parallel
+from drep_jax.training.state import beside_of
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -113,11 +114,6 @@ def augmented_objective(
     denoising, (losses, _) = denoising_objective(setting, options, params, others, batch, key)
     parts = {"label_loss": label, "denoising_loss": denoising}
     return (1.0 - weight) * label + weight * denoising, ({**metrics, **parts, **losses}, updated)
-
-
-def beside_of(params: Tree) -> dict[str, Tree]:
-    """Returns what is trained beside the backbone and its denoisers."""
-    return {name: tree for name, tree in params.items() if name not in ("backbone", "denoise")}
 
 
 def computing(setting: Setting, options: Config) -> nn.Module:

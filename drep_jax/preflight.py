@@ -79,7 +79,7 @@ def check(config: Config, setting: Setting) -> None:
         if stage == "backbone" and config["backbone"]["init_from"]:
             continue
         section = section_of(stage)
-        steps = training_steps(config, stage) if section == stage or stage in asked else 0
+        steps = _steps(config, stage)
         batch = batch_size_of(config, stage)
         if steps < 0:
             raise ConfigError(f"{section}: the number of steps must be 0 or more, got {steps}.")
@@ -140,12 +140,9 @@ def check_retrieval(config: Config, setting: Setting, task: Retrieval) -> None:
             f"retrieval.views={task.views}, but {config['model']['name']} has {branches} branch(es): triplets by view, and "
             "distances by view, go with a backbone that has one branch for the same view and one for different ones."
         )
-    asked = (config["learner"], *config["compare"])
     for stage in LABELLED_STAGES:
         section = section_of(stage)
-        if stage == "backbone" and config["backbone"]["init_from"]:
-            continue
-        if not training_steps(config, stage) or (section != stage and stage not in asked):
+        if not _steps(config, stage):
             continue
         if not hasattr(backbone, "outputs"):
             raise ConfigError(
@@ -213,6 +210,13 @@ def _described(source: Source) -> str:
         item = source[place]
         digest.update(np.ascontiguousarray(item["image"]).tobytes() + str(item.get("label")).encode())
     return f"{source.name}, {len(source)} images, {source.num_classes} classes, {digest.hexdigest()[:12]}"
+
+
+def _steps(config: Config, stage: str) -> int:
+    """Returns the steps that a run will train a stage for; 0 of a learner not asked for, and of a backbone that is given."""
+    given = stage == "backbone" and config["backbone"]["init_from"]
+    asked = section_of(stage) == stage or stage in (config["learner"], *config["compare"])
+    return training_steps(config, stage) if asked and not given else 0
 
 
 def _at_least_one(name: str, value: int) -> None:

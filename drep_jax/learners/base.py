@@ -96,12 +96,12 @@ def train(
     state, seconds = run_training(
         config, setting.train, stage, params, others, loss_fn, task.directory, task.writer, probe
     )
-    return state, {
-        "steps": int(state.step),
-        "seconds": seconds,
-        "loss": logged(task, stage),
-        "images": len(setting.train),
-    }
+    return state, trained_section(task, stage, int(state.step), seconds)
+
+
+def trained_section(task: Task, stage: str, steps: int, seconds: float) -> dict[str, Any]:
+    """Returns what the report says of every stage that is trained."""
+    return {"steps": steps, "seconds": seconds, "loss": logged(task, stage), "images": len(task.setting.train)}
 
 
 def keep(name: str, task: Task, learned: Learned) -> None:

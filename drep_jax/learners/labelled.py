@@ -29,17 +29,18 @@ from drep_jax.learners.base import (
     Task,
     against_optimum,
     keep,
-    logged,
     moment_images,
     moments_of,
     starting,
     train,
+    trained_section,
 )
-from drep_jax.objectives import augmented_objective, beside_of, label_objective
+from drep_jax.objectives import augmented_objective, label_objective
 from drep_jax.sites import assign_times, find_layers, select_sites
 from drep_jax.tasks import Retrieval
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.stages import batch_size_of, run_training, training_steps
+from drep_jax.training.state import beside_of
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -106,14 +107,8 @@ def by_continuing(task: Task) -> Learned:
     if task.continued is None:
         raise ConfigError('Learner "continued" is the control arm, and there is none; set --config.control.steps=N.')
     variables, seconds = task.continued
-    section = {
-        "steps": training_steps(config, "control"),
-        "seconds": seconds,
-        "loss": logged(task, "control"),
-        "images": len(setting.train),
-        "per_site": {},
-        "optimum": None,
-    }
+    section = trained_section(task, "control", training_steps(config, "control"), seconds)
+    section |= {"per_site": {}, "optimum": None}
     learned = Learned(init_denoise(setting.sites), "affine", 1, section, variables=variables)
     keep("continued", task, learned)
     return learned

@@ -18,7 +18,7 @@ from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
 from drep_jax.training.profile import parse_profile
 from drep_jax.training.shared import open_checkpoints
-from drep_jax.training.state import create_state, held, make_optimizer, make_step, partitioned, split
+from drep_jax.training.state import beside_of, create_state, held, make_optimizer, make_step, partitioned, split
 
 Tree = Any
 Config = Mapping[str, Any]
@@ -104,11 +104,6 @@ def _optimizer(options: Config, section: str, steps: int, divided: bool) -> Any:
         raise ConfigError(f"{section}: {error}") from error
 
 
-def trained_by(stage: str, params: Tree) -> tuple[str, ...]:
-    """Returns the names of the subtrees that a stage trains."""
-    return (*TRAINED.get(stage, ("denoise",)), *(name for name in params if name not in ("backbone", "denoise")))
-
-
 def prepare(config: Config, stage: str, params: Tree, others: Tree) -> Any:
     """Returns the state before a stage's first step, its frozen parameters and its steps by the subtrees they train.
 
@@ -121,10 +116,10 @@ def prepare(config: Config, stage: str, params: Tree, others: Tree) -> Any:
     Returns:
       (state, frozen, {active subtrees: optimiser}).
     """
-    trainable = trained_by(stage, params)
+    beside = {name: _plain_descent(config) for name in beside_of(params)}
+    trainable = (*TRAINED.get(stage, ("denoise",)), *beside)
     chosen, frozen = split(params, trainable)
     optimizer = optimizer_of(config, stage)
-    beside = {name: _plain_descent(config) for name in trainable if name not in ("backbone", "denoise")}
     averaged = ("denoise",) if "denoise" in trainable and config["denoise"]["ema"] else ()
     key = key_of(config, stage)
     if stage != "alternating":

@@ -123,6 +123,11 @@ def partitioned(
     return optax.partition({**parts, "freeze": optax.set_to_zero()}, labels)
 
 
+def beside_of(params: Tree) -> dict[str, Tree]:
+    """Returns what is trained beside the backbone and its denoisers, such as the centres of identities."""
+    return {name: tree for name, tree in params.items() if name not in ("backbone", "denoise")}
+
+
 def held(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns a transformation with the state of `tx` that changes neither it nor the parameters."""
 
