@@ -17,10 +17,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from absl import flags
+from drep_jax.cli.app import absl_main
 
-from drep_jax import lock
-from drep_jax.cli import absl_main
-from drep_jax.training import distributed
+from drep_jax.parallel import processes
+from drep_jax.run import lock
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that learned the denoisers.", required=True)
 RULE = flags.DEFINE_string(
@@ -47,18 +47,18 @@ INIT_FROM = flags.DEFINE_string("init_from", None, "The backbone's file for --ex
 FOLD_BATCHNORM = flags.DEFINE_bool(
     "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
 )
-HOSTS = distributed.define_flags()
+HOSTS = processes.define_flags()
 
 
 def main(argv: list[str]) -> int:
     """Fuses again; returns the exit status."""
-    with distributed.joined(HOSTS()), lock.reading(WORKDIR.value) if distributed.primary() else nullcontext():
+    with processes.joined(HOSTS()), lock.reading(WORKDIR.value) if processes.primary() else nullcontext():
         return fuse_again()
 
 
 def fuse_again() -> int:
     """Does what the flags say; returns the exit status."""
-    from drep_jax.output import Output
+    from drep_jax.run.export import Output
 
     output = Output(
         OUT.value or os.path.join(WORKDIR.value, "sweep" if SWEEP.value else "fused"),
@@ -82,7 +82,7 @@ def fuse_again() -> int:
 
 def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """Fuses by the command line; returns the certificate and the paths of what was written."""
-    from drep_jax import refusion, sweep
+    from drep_jax.jobs import fuse, sweep
 
     if SWEEP.value:
         if NOISE.value != "zero":
@@ -93,8 +93,8 @@ def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
         raise flags.Error("--sweep_images goes with --sweep only.")
     strength = 1.0 if STRENGTH.value is None else STRENGTH.value
     again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
-    return refusion.refuse(WORKDIR.value, output, strength=strength, **again, **options)
+    return fuse.refuse(WORKDIR.value, output, strength=strength, **again, **options)
 
 
 if __name__ == "__main__":
-    sys.exit(distributed.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]))))
+    sys.exit(processes.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]))))

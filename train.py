@@ -16,9 +16,9 @@ import shlex
 import sys
 
 from absl import flags
+from drep_jax.cli.app import absl_main, define_config
 
-from drep_jax.cli import absl_main, define_config
-from drep_jax.training import distributed
+from drep_jax.parallel import processes
 
 CONFIG = define_config(default="configs/digits.py")
 EVAL_ONLY = flags.DEFINE_bool(
@@ -27,12 +27,13 @@ EVAL_ONLY = flags.DEFINE_bool(
 WEIGHTS = flags.DEFINE_list(
     "weights", [], "With --eval_only: files of weights of the same backbone, plain or fused, each FILE or NAME=FILE."
 )
-HOSTS = distributed.define_flags()
+HOSTS = processes.define_flags()
 
 
 def main(argv: list[str]) -> int:
     """Runs the job of the configuration; returns the exit status."""
-    from drep_jax import dry_run, eval_only, experiment, report
+    from drep_jax import report
+    from drep_jax.jobs import dry_run, evaluate, train
 
     config = CONFIG.value.to_dict()
     directory = CONFIG.workdir or os.path.join("runs", config["name"])
@@ -40,19 +41,19 @@ def main(argv: list[str]) -> int:
         raise flags.Error(
             "--weights goes with --eval_only; the backbone of a run is given by --config.backbone.init_from."
         )
-    with distributed.joined(HOSTS()):
+    with processes.joined(HOSTS()):
         if EVAL_ONLY.value:
             how = {"overrides": CONFIG.overrides, "explicit": CONFIG.explicit}
-            content, folder = eval_only.evaluate(
-                eval_only.configuration(config, directory, **how), directory, WEIGHTS.value
+            content, folder = evaluate.evaluate(
+                evaluate.configuration(config, directory, **how), directory, WEIGHTS.value
             )
             print(f"{report.evaluation_text(content)}\n\nEvaluation: {os.path.join(folder, 'evaluation.md')}")
             return 0
         if config["dry_run"]:
             dry_run.dry_run(config)
             return 0
-        content = experiment.run(config, directory)
-        if distributed.primary():
+        content = train.run(config, directory)
+        if processes.primary():
             print(report.console_table(content))
             pages = " and ".join(os.path.join(directory, name) for name in ("report.html", "report.md"))
             print(f"\nReport: {pages}   weights: {os.path.join(directory, 'fused')}")
@@ -60,4 +61,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(distributed.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]), config=CONFIG)))
+    sys.exit(processes.leave(absl_main(main, resume=shlex.join(["python", *sys.argv]), config=CONFIG)))

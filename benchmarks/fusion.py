@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from drep_jax import cost
-from drep_jax.denoise_tree import init_denoise
-from drep_jax.fusion import fuse, fuse_exact
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.fusion import fuse, fuse_exact
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import find_sites
+from drep_jax.evaluation import cost
 from drep_jax.models import create_model
-from drep_jax.schedule import Schedule
-from drep_jax.sites import find_sites
 
 LINEARS = r".*(attn/(query|key|value|out)|mlp/fc[12])"
 CASES = {

@@ -27,26 +27,27 @@ from step import LINEARS, make_step
 from tabulate import tabulate
 
 from configs import digits
-from drep_jax import closed_form, cost
-from drep_jax.builder import build
+from drep_jax.core import closed_form, moments
+from drep_jax.evaluation import cost
+from drep_jax.run.setup import build
 from drep_jax.data.augment import Augmentation
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
-from drep_jax.denoise_tree import init_denoise
+from drep_jax.core.denoisers import init_denoise
 from drep_jax.models import create_model
-from drep_jax.schedule import Schedule
-from drep_jax.sites import find_sites
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import find_sites
 from drep_jax.tasks import classification
-from drep_jax.training import parallel
-from drep_jax.training.moments import collect_moments, image_keys, nothing_yet, programs
+from drep_jax.parallel import devices
+from drep_jax.core.moments import collect_moments, image_keys, nothing_yet, programs
 
 
 def one_batch(model, variables, sites, images, tokens):
     """Returns a function that adds one batch to the moments, as every batch does."""
     centre, add, _ = programs(model, tuple(sites), tokens)
-    everywhere = parallel.replicate(variables)
+    everywhere = devices.replicate(variables)
     mask, keys = jnp.ones(len(images)), image_keys(jax.random.key(0), np.arange(len(images)))
-    batch = tuple(parallel.shard(part) for part in (images, mask, keys))
-    shifts = parallel.replicate(centre(variables, images[:8], mask[:8], keys[:8]))
+    batch = tuple(devices.shard(part) for part in (images, mask, keys))
+    shifts = devices.replicate(centre(variables, images[:8], mask[:8], keys[:8]))
     state = [nothing_yet(sites)]
 
     def run():
@@ -196,7 +197,7 @@ def solving():
     lone = find_sites(nn.Sequential([nn.Dense(1)]), jnp.zeros((1, 4)), pattern=".*")[0]
     for width in (384, 1536, 3072, 4608):
         x = np.random.default_rng(0).normal(size=(width, 64))
-        known = closed_form.Moments(64, np.zeros(width), x @ x.T / 64)
+        known = moments.Moments(64, np.zeros(width), x @ x.T / 64)
         site = dataclasses.replace(lone, width=width, times=(10,))
         began = time.perf_counter()
         closed_form.minimiser(site, known, Schedule())

@@ -4,7 +4,7 @@
     PYTHONPATH=. python benchmarks/models.py                        # or: … benchmarks/models.py vit_s16 resnet50
 
 Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch by `set_num_threads(1)`. For
-both the allocator keeps freed memory (`drep_jax.host_memory`); --return_memory leaves that out. Rounds are interleaved, seconds
+both the allocator keeps freed memory (`drep_jax.cli.allocator`); --return_memory leaves that out. Rounds are interleaved, seconds
 are medians of processor time, a ratio is the median over the rounds of ours / PyTorch's in the same round. Both networks are
 in inference mode with their own random weights, so that there is the same to compute; gradients are of the mean square of the
 logits by all parameters. A reference that is not installed is skipped with the reason; VMamba's is a checkout of its
@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from drep_jax import cost
-from drep_jax.host_memory import keep_freed_memory
+from drep_jax.evaluation import cost
+from drep_jax.cli.allocator import keep_freed_memory
 from drep_jax.models import MODELS, create_model
 
 

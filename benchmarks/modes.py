@@ -15,10 +15,11 @@ import os
 
 import numpy as np
 import scipy.stats
+from drep_jax.evaluation.summary import arms_of
 from tabulate import tabulate
 
-from drep_jax import experiment
-from drep_jax.report.comparisons import arms_of, compare
+from drep_jax.jobs import train
+from drep_jax.report.comparisons import compare
 
 ARMS = ("placebo", "algorithm1", "closed_form", "final_only", "continued", "label_augmented", "alternating")
 
@@ -74,7 +75,7 @@ def main(arguments):
     reports = []
     for seed in range(arguments.seeds):
         config = configuration(arguments, seed)
-        reports.append(experiment.run(config, os.path.join(arguments.workdir, f"{config['name']}_{seed}")))
+        reports.append(train.run(config, os.path.join(arguments.workdir, f"{config['name']}_{seed}")))
         print(f"seed {seed} done", flush=True)
     latency = {name: np.median([r["cost"]["latency_ratio"][name] for r in reports]) for name in ("fused", "final_only")}
     print(

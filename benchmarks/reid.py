@@ -15,12 +15,14 @@ import json
 import os
 
 import numpy as np
+from drep_jax.evaluation.summary import arms_of
 from tabulate import tabulate
 
 from benchmarks.modes import interval
 from configs.reid_pku import get_config
-from drep_jax import experiment, workdir
-from drep_jax.report.comparisons import arms_of, compare
+from drep_jax.jobs import train
+from drep_jax.report.comparisons import compare
+from drep_jax.run import workdir
 
 LEARNERS = ("measured", "wiener", "closed_form", "algorithm1", "final_only", "label_augmented", "alternating")
 ARMS = ("placebo", "continued", *LEARNERS)
@@ -42,7 +44,7 @@ def run(arguments, seed):
             report = json.load(file)
         if not workdir.differences(report["config"], config.to_dict()):
             return report
-    return experiment.run(config.to_dict(), directory)
+    return train.run(config.to_dict(), directory)
 
 
 def rows(reports, condition):

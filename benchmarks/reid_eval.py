@@ -87,8 +87,8 @@ def run_usual(data):
 
 
 def run_ours(data, rerank=False):
-    from drep_jax.retrieval import ranking
-    from drep_jax.retrieval.rerank import reranked
+    from drep_jax.metrics.retrieval import ranking
+    from drep_jax.metrics.retrieval.rerank import reranked
 
     query, gallery, q_ids, g_ids, q_cameras, g_cameras = data
     options = {"query_ids": q_ids, "gallery_ids": g_ids, "query_cameras": q_cameras, "gallery_cameras": g_cameras}
@@ -104,8 +104,6 @@ def measure(side, size):
     data = features(size)
     if side != "usual":
         import jax.numpy as jnp
-
-        from drep_jax.retrieval import ranking  # noqa: F401
 
         jnp.zeros(3).block_until_ready()
     with open("/proc/self/clear_refs", "w") as handle:

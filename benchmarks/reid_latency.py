@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from drep_jax import cost
-from drep_jax.denoise_tree import init_denoise
-from drep_jax.denoiser import explicit_apply
-from drep_jax.fusion import fuse
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.explicit import explicit_apply
+from drep_jax.core.fusion import fuse
+from drep_jax.core.layers import find_layers
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import assign_times, select_sites
+from drep_jax.evaluation import cost
 from drep_jax.learners.labelled import WithFinal
 from drep_jax.models import create_model
-from drep_jax.schedule import Schedule
-from drep_jax.sites import assign_times, find_layers, select_sites
 
 
 def main(arguments):

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from tabulate import tabulate
 
-from drep_jax.closed_form import no_sums
-from drep_jax.denoise_tree import init_denoise
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.moments import no_sums
+from drep_jax.core.sites import find_sites
 from drep_jax.models import create_model
-from drep_jax.sites import find_sites
 
 LINEARS = r".*(attn/(query|key|value|out)|mlp/fc[12])"
 MODELS = {

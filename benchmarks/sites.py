@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from tabulate import tabulate
 
+from drep_jax.core.layers import find_layers
+from drep_jax.core.sites import coverage, find_sites
 from drep_jax.models import MODELS, create_model, list_models
-from drep_jax.sites import coverage, find_layers, find_sites
 
 
 def image_size(name):

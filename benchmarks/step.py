@@ -27,19 +27,20 @@ import optax
 from tabulate import tabulate
 
 from configs import vit_s_imagenet
-from drep_jax import closed_form, cost
-from drep_jax.builder import build
+from drep_jax.core import closed_form
+from drep_jax.evaluation import cost
+from drep_jax.run.setup import build
 from drep_jax.data import open_source
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
-from drep_jax.denoise_tree import init_denoise
-from drep_jax.denoiser import algorithm1_losses
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.algorithm1 import algorithm1_losses
 from drep_jax.models import create_model
-from drep_jax.objectives import augmented_objective, denoising_objective, label_objective
-from drep_jax.schedule import Schedule
-from drep_jax.sites import find_sites
-from drep_jax.training import parallel
-from drep_jax.training.moments import collect_moments
-from drep_jax.training.stages import prepare
+from drep_jax.learners.losses import augmented_objective, denoising_objective, label_objective
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import find_sites
+from drep_jax.parallel import devices
+from drep_jax.core.moments import collect_moments
+from drep_jax.run.stages import prepare
 from drep_jax.training.state import make_step as training_step
 
 LINEARS = r".*(attn/(query|key|value|out)|mlp/fc[12])"
@@ -127,9 +128,9 @@ def modes(arguments):
             plain = jax.jit(model.apply)
             programs["forward"] = plain.lower(variables, images).compile().memory_analysis(), 1.0
             sides["forward"] = functools.partial(plain, jax.tree_util.tree_map(jnp.array, variables), images)
-        compiled = step.lower(parallel.replicate(state), parallel.replicate(frozen), parallel.shard(batch)).compile()
+        compiled = step.lower(devices.replicate(state), devices.replicate(frozen), devices.shard(batch)).compile()
         programs[name] = compiled.memory_analysis(), floor / forward_operations
-        held = [parallel.replicate(state), parallel.replicate(frozen), parallel.shard(batch)]
+        held = [devices.replicate(state), devices.replicate(frozen), devices.shard(batch)]
 
         def advance(step=step, held=held):
             held[0], metrics = step(*held)

@@ -1,12 +1,16 @@
 """DenoiseRep for JAX/Flax: learn a linear denoiser for every embedding layer, fuse it into the layer's weights."""
 
-from drep_jax.certificate import Certificate, certify
-from drep_jax.denoiser import DenoiseRep, algorithm1_losses, explicit_apply, init_denoise
+from drep_jax.core.algorithm1 import algorithm1_losses
+from drep_jax.core.certificate import Certificate, certify
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.explicit import explicit_apply
+from drep_jax.core.fusion import fuse, fuse_exact
+from drep_jax.core.layers import find_layers
+from drep_jax.core.measured import Measured, measure
+from drep_jax.core.module import DenoiseRep
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import Site, find_sites, select_sites
 from drep_jax.errors import DrepError
-from drep_jax.fusion import fuse, fuse_exact
-from drep_jax.measured import Measured, measure
-from drep_jax.schedule import Schedule
-from drep_jax.sites import Site, find_layers, find_sites, select_sites
 
 __version__ = "0.1.0"
 

@@ -31,14 +31,15 @@ hypothesis.settings.load_profile("same")
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The tiny job, done once: its configuration, work directory, report and backbone as a file. Do not write there."""
-    from drep_jax import experiment, refusion, weights
+    from drep_jax import weights
+    from drep_jax.jobs import fuse, train
     from tests.command import Finished
     from tests.tiny_config import get_config
 
     config = get_config().to_dict()
     directory = str(tmp_path_factory.mktemp("finished") / "run")
-    report = experiment.run(config, directory)
-    _, setting, variables, denoise = refusion.load_run(directory)
+    report = train.run(config, directory)
+    _, setting, variables, denoise = fuse.load_run(directory)
     backbone = os.path.join(os.path.dirname(directory), "backbone.safetensors")
     weights.save_safetensors(backbone, variables)
     return Finished(config, directory, report, setting, variables, denoise, backbone)

@@ -11,17 +11,17 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import cifar10_training, reid
+from drep_jax.core.schedule import Schedule, reverse_steps
 from drep_jax.data import prepare
 from drep_jax.data.augment import augmentation_of
-from drep_jax.data.chosen import open_images
 from drep_jax.data.corruptions import parse_spec
+from drep_jax.data.datasets import open_images
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.learners import LEARNERS
 from drep_jax.models import create_model
-from drep_jax.schedule import Schedule, reverse_steps
+from drep_jax.run.stages import batch_size_of, training_steps
 from drep_jax.tasks import make_task
-from drep_jax.training.stages import batch_size_of, training_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "default"))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax.denoise_tree import init_denoise
+from drep_jax.core.denoisers import init_denoise
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR", "REFLECT", ((1, 2), (0, 1)), ((2, 2), (2, 2)))
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from drep_jax.data.augment.moves import Box
+from drep_jax.data.augment.flip_crop import Box
 from drep_jax.errors import ConfigError, DataError, UnreadableError, did_you_mean
 
 # What Pillow raises on damaged files, depending on the format.

@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float32, Num
 
 from drep_jax.data.augment import OFF, Augmentation
-from drep_jax.data.reading import read, read_cropped, read_or_mask
+from drep_jax.data.collate import read, read_cropped, read_or_mask
 from drep_jax.data.source import Source
 from drep_jax.errors import ConfigError, DataError
-
-Batch = dict[str, np.ndarray]
+from drep_jax.typing import Batch
 
 READING_THREADS = 8
 

@@ -18,10 +18,10 @@ import numpy as np
 from jax import export
 from jax.extend import core
 
-from drep_jax.dataflow import bodies
+from drep_jax.core.jaxpr import bodies
 from drep_jax.errors import ExportError
+from drep_jax.typing import Tree
 
-Tree = Any
 Network = Callable[[Any], Tree]
 
 BATCHES = (1, 3)

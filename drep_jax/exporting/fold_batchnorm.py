@@ -19,12 +19,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from drep_jax.dataflow import bodies, inline
-from drep_jax.denoise_tree import check_finite, get_in, set_in
+from drep_jax.core.jaxpr import bodies, inline
+from drep_jax.core.layers import Layer, find_layers
 from drep_jax.errors import ExportError
-from drep_jax.sites import Layer, Path, find_layers
-
-Tree = Any
+from drep_jax.trees import check_finite, get_in, set_in
+from drep_jax.typing import Path, Tree
 
 RETURNED, READ = "drep_returned:", "drep_read:"
 """Names given to the tensor that a layer returned and to the tensor that a BatchNorm reads, with the path after them."""

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax.certificate import SAFETY, floating_leaves, structure_kept, undo_rounding, wide_leaf
-from drep_jax.denoise_tree import get_in
-from drep_jax.denoiser import sow, visit_sites
+from drep_jax.core.certificate import SAFETY, floating_leaves, structure_kept, undo_rounding, wide_leaf
+from drep_jax.core.intercept import sow, visit_sites
+from drep_jax.core.layers import Layer
+from drep_jax.core.sites import Site, select_sites
 from drep_jax.exporting.fold_batchnorm import Fold, Folds, fold_batchnorm
-from drep_jax.sites import Layer, Site, select_sites
-
-Tree = Any
+from drep_jax.trees import get_in
+from drep_jax.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from drep_jax.dataflow import bind, inline
+from drep_jax.core.jaxpr import bind, inline
 from drep_jax.errors import CheckpointError, ExportError
 from drep_jax.exporting.checked_file import Comparison, Network, coarsest, images_of, traced, write_checked
 

@@ -1,31 +1,19 @@
 """What every learner gets and gives."""
 
 import dataclasses
-import itertools
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import tqdm
-
-from drep_jax import closed_form, weights
-from drep_jax.builder import Setting
-from drep_jax.closed_form import Moments, load_moments, passes, save_moments
-from drep_jax.data.loader import evaluation_batches
-from drep_jax.data.reading import read
-from drep_jax.denoise_tree import init_denoise
-from drep_jax.selection import Choice
-from drep_jax.sites import Path, Site
-from drep_jax.training import distributed, parallel
-from drep_jax.training.checkpoint import folder_of
+from drep_jax.core import closed_form
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.moments import Moments
+from drep_jax.evaluation.selection import Choice
+from drep_jax.parallel import processes
+from drep_jax.run.setup import Setting
+from drep_jax.run.stages import prepare, run_training, split_variables, starting
+from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.training.logging import MetricWriter, lines_of
-from drep_jax.training.moments import NEAR, collect_moments
-from drep_jax.training.shared import open_checkpoints
-from drep_jax.training.stages import LABELLED_STAGES, TRAINED, key_of, prepare, run_training
-
-Tree = Any
-Config = Mapping[str, Any]
+from drep_jax.typing import Config, Path, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +50,6 @@ class Task:
     directory: str
     writer: MetricWriter
     continued: tuple[Tree, float] | None = None
-
-
-def split_variables(variables: Tree) -> tuple[Tree, Tree]:
-    """Returns a backbone's parameters and its other collections."""
-    return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
-
-
-def starting(config: Config, setting: Setting, stage: str, variables: Tree) -> tuple[Tree, Tree]:
-    """Returns what a stage or learner starts from: {subtree: parameters}, and the backbone's other collections."""
-    backbone, others = split_variables(variables)
-    params = {"backbone": backbone}
-    if TRAINED.get(stage) != ("backbone",):
-        params["denoise"] = init_denoise(setting.sites)
-    if stage in LABELLED_STAGES:
-        key = key_of(config, "beside")
-        params |= setting.task.start(setting.backbone, setting.abstract, setting.images, key)
-    return params, others
 
 
 def train(
@@ -118,13 +89,8 @@ def keep(name: str, task: Task, learned: Learned) -> None:
 
 def logged(task: Task, stage: str) -> list[list[float]]:
     """Returns [step, loss] of every line that a stage has logged, on the process that writes the report."""
-    lines = lines_of(task.directory, stage) if distributed.primary() else ()
+    lines = lines_of(task.directory, stage) if processes.primary() else ()
     return [[line["step"], line["loss"]] for line in lines]
-
-
-def moment_images(config: Config, setting: Setting) -> int:
-    """Returns how many images moments are taken of."""
-    return min(config["denoise"]["moment_images"] or len(setting.train), len(setting.train))
 
 
 def against_optimum(task: Task, denoise: Tree) -> dict[str, Any]:
@@ -137,45 +103,3 @@ def against_optimum(task: Task, denoise: Tree) -> dict[str, Any]:
         "optimum": closed_form.expected_losses(task.moments, sites, schedule),
         "moment_seconds": task.moment_seconds,
     }
-
-
-def moments_of(
-    config: Config, setting: Setting, variables: Tree, path: str, sites: Sequence[Site] | None = None
-) -> dict[Path, Moments]:
-    """Returns the moments of a backbone's features over the training images, from a file of the run if they are there.
-
-    Args:
-      config, setting: of the run.
-      variables: the backbone.
-      path: of the file.
-      sites: where; None for the run's own.
-    """
-    sites = setting.sites if sites is None else tuple(sites)
-    tokens = config["denoise"]["moment_tokens"]
-    owner = owner_of(setting, variables)
-    kept = distributed.from_primary(lambda: load_moments(path, sites, owner, tokens) if os.path.exists(path) else None)
-    if kept is not None:
-        return kept
-    batch = config["denoise"]["batch_size"]
-    count = -(-moment_images(config, setting) // batch)
-    near = setting.inputs(read(setting.train, np.arange(min(NEAR, len(setting.train)))))
-    limit = config["denoise"]["moment_gib"] * 2**30
-    groups = passes(sites, limit) if limit else [sites]
-    moments: dict[Path, Moments] = {}
-    for number, group in enumerate(groups):
-        first = itertools.islice(evaluation_batches(setting.train, batch, shard=parallel.host()), count)
-        name = "moments" if len(groups) == 1 else f"moments, pass {number + 1} of {len(groups)}"
-        bar = tqdm.tqdm(first, name, count, unit="batch", disable=not config["progress"])
-        batches = ((setting.inputs(b), b["mask"].astype(np.float32)) for b in bar)
-        slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
-        sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
-        moments |= collect_moments(setting.backbone, variables, group, batches, near=near, **sampling)
-    if distributed.primary():
-        save_moments(path, moments, owner, tokens)
-    return moments
-
-
-def owner_of(setting: Setting, variables: Tree) -> str:
-    """Names whose features moments describe: a convolutional backbone alone does not tell the image size."""
-    height, width = setting.images.shape[1:3]
-    return f"{weights.digest(variables)} {height}x{width}"

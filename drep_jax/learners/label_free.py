@@ -3,12 +3,12 @@
 | learner | what it assumes | what it costs |
 |---|---|---|
 | `algorithm1` | the paper's: isotropic noise of the schedule's t, by gradient descent (Algorithm 1) | thousands of steps |
-| `closed_form` | the same, as its exact minimum (`drep_jax.closed_form`) | one pass for the moments |
+| `closed_form` | the same, as its exact minimum (`drep_jax.core.closed_form`) | one pass for the moments |
 | `wiener` | isotropic noise of a share of the site's own feature power | one pass for the moments |
-| `measured` | the noise that a corruption of the images makes there (`drep_jax.measured`) | one pass, some hundred images |
+| `measured` | the noise that a corruption of the images makes there (`drep_jax.core.measured`) | one pass, some hundred images |
 
 For the last two, the strength of fusion (and the share of noise, or of clean images) is chosen on held-out images, see
-`drep_jax.selection`.
+`drep_jax.evaluation.selection`.
 """
 
 import time
@@ -18,20 +18,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from drep_jax import closed_form
-from drep_jax.builder import Setting
+from drep_jax.core import closed_form
+from drep_jax.core.measured import measuring
+from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt, parse_spec
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.pairs import PairedSource, open_pairs
-from drep_jax.data.reading import read
 from drep_jax.errors import ConfigError, DataError
-from drep_jax.learners.base import Learned, Task, against_optimum, keep, moment_images, train
-from drep_jax.measured import measuring
-from drep_jax.objectives import denoising_objective
-from drep_jax.selection import Candidate, choose, scaled
-
-Tree = Any
-Config = Mapping[str, Any]
+from drep_jax.evaluation.selection import Candidate, choose, scaled
+from drep_jax.learners.base import Learned, Task, against_optimum, keep, train
+from drep_jax.learners.losses import denoising_objective
+from drep_jax.run.moments import moment_images
+from drep_jax.run.setup import Setting
+from drep_jax.typing import Config, Tree
 
 PAIRS = "pairs:"
 CORRUPTION_SEED = 1

@@ -11,39 +11,28 @@
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drep_jax import closed_form
-from drep_jax.builder import Setting
-from drep_jax.denoise_tree import init_denoise
-from drep_jax.denoiser import explicit_apply
+from drep_jax.core import closed_form
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.explicit import explicit_apply
+from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.layers import find_layers
+from drep_jax.core.sites import assign_times, select_sites
 from drep_jax.errors import ConfigError
-from drep_jax.fusion import fuse_exact
-from drep_jax.learners.base import (
-    Learned,
-    Task,
-    against_optimum,
-    keep,
-    moment_images,
-    moments_of,
-    starting,
-    train,
-    trained_section,
-)
-from drep_jax.objectives import augmented_objective, label_objective
-from drep_jax.sites import assign_times, find_layers, select_sites
+from drep_jax.learners.base import Learned, Task, against_optimum, keep, train, trained_section
+from drep_jax.learners.losses import augmented_objective, label_objective
+from drep_jax.run.moments import moment_images, moments_of
+from drep_jax.run.setup import Setting
+from drep_jax.run.stages import batch_size_of, run_training, starting, training_steps
 from drep_jax.tasks import Retrieval
 from drep_jax.training.logging import MetricWriter
-from drep_jax.training.stages import batch_size_of, run_training, training_steps
 from drep_jax.training.state import beside_of
-
-Tree = Any
-Config = Mapping[str, Any]
+from drep_jax.typing import Config, Tree
 
 LABELLED = ("label_augmented", "alternating", "continued")
 """Learners that train with labels, each beside a control arm of the same budget."""

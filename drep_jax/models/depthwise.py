@@ -42,7 +42,7 @@ def depthwise_conv(x: Maps, kernel: Kernel, strides: Sequence[int], padding: Any
     return _convolve(((top, bottom), (left, right)), x, kernel)
 
 
-# `drep_jax.sites` takes it for what it is: a layer that computes with it is as linear as any convolution.
+# `drep_jax.core.sites` takes it for what it is: a layer that computes with it is as linear as any convolution.
 depthwise_conv.is_convolution = True  # type: ignore[attr-defined]
 
 

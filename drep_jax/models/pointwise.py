@@ -64,5 +64,5 @@ def _backward(
 
 _convolve.defvjp(_forward, _backward)
 
-# `drep_jax.sites` takes it for what it is: a layer that computes with it is as linear as any convolution.
+# `drep_jax.core.sites` takes it for what it is: a layer that computes with it is as linear as any convolution.
 pointwise_conv.is_convolution = True  # type: ignore[attr-defined]

@@ -5,14 +5,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from drep_jax.evaluation.intervals import Interval
+from drep_jax.evaluation.summary import TESTED, pairs_of
 from drep_jax.report.formatting import decimals_of, signed
-from drep_jax.statistics import Interval
 
 ALPHA = 0.05
 """Level of McNemar's test, that of the 95 % intervals."""
-
-TESTED = frozenset({"acc@1", "rank1"})
-"""Metrics of right or wrong that McNemar's test is for; no result has both."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +41,6 @@ class Comparison:
         values = (self.interval.difference, self.interval.low, self.interval.high)
         difference, low, high = (signed(value, self.decimals) for value in values)
         return f"{difference} {unit}[{low}, {high}]"
-
-
-def arms_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """Returns the scores of every arm by name: baseline, controls, denoised."""
-    return {"baseline": result["baseline"], **result["control"], **result["denoised"]}
-
-
-def pairs_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns which arms are compared: every denoised one with baseline and controls, every control with the baseline."""
-    references = ["baseline", *result["control"]]
-    pairs = [(arm, other) for arm in result["denoised"] for other in references]
-    return pairs + [(arm, "baseline") for arm in result["control"]]
 
 
 def compare(result: Mapping[str, Any], ours: str) -> list[Comparison]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from drep_jax.errors import DataError
-from drep_jax.report.comparisons import pairs_of
+from drep_jax.evaluation.summary import pairs_of
 
 SCHEMA = 2
 NETWORKS = ("baseline", "fused", "explicit")

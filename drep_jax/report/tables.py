@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from drep_jax.evaluation.summary import arms_of
 from drep_jax.report.blocks import Cell, Table, Word
-from drep_jax.report.comparisons import arms_of, compare
+from drep_jax.report.comparisons import compare
 from drep_jax.report.formatting import decimals_of, fixed, p_value
 
 EXPORTED_NOTE = "The arm marked * was exported: its weights are in fused/."

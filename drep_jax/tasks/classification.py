@@ -7,11 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-Tree = Any
+from drep_jax.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +58,3 @@ def loss(logits: Float[Array, "batch classes"], batch: Mapping[str, Any], smooth
     if "share" not in batch:
         return jnp.mean(each(batch["label"]))
     return jnp.mean(batch["share"] * each(batch["label"]) + (1.0 - batch["share"]) * each(batch["label2"]))
-
-
-def scores(logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]) -> dict[str, np.ndarray]:
-    """Returns for each image whether its class is first (acc@1) and among the first five (acc@5), (n,) of 0 or 1.
-
-    Ties count against the network: a class is ranked behind every other class with the same logit.
-    """
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    rank = np.sum(logits >= own, axis=1) - 1
-    return {f"acc@{k}": (rank < k).astype(np.float64) for k in (1, 5)}

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from drep_jax.errors import ConfigError, did_you_mean
-from drep_jax.retrieval.rerank import Rerank
+from drep_jax.metrics.retrieval.rerank import Rerank
+from drep_jax.parallel import devices
 from drep_jax.tasks import classification
-from drep_jax.training import parallel
-
-Tree = Any
+from drep_jax.typing import Tree
 
 CENTRES = "centres"
 """Name of the parameters that the centre loss trains beside the backbone."""
@@ -179,7 +178,7 @@ def view_triplet_loss(
     """
     in_s, equal, self_pair = _pairs(same, labels)
     in_d = _pairs(different, labels)[0]
-    one_view = views[:, None] == parallel.gathered(views)[None]
+    one_view = views[:, None] == devices.gathered(views)[None]
     positive, negative = equal & ~self_pair, ~equal
     return (
         _hardest([(in_s, positive & one_view)], [(in_s, negative & one_view)], margin)
@@ -199,12 +198,12 @@ def _pairs(
     features: Float[Array, "batch width"], labels: Int[Array, " batch"]
 ) -> tuple[Float[Array, "batch all"], Bool[Array, "batch all"], Bool[Array, "batch all"]]:
     """Returns distances from this device's images to all devices', where identities are equal, and where images are."""
-    everyone, theirs = parallel.gathered(features), parallel.gathered(labels)
+    everyone, theirs = devices.gathered(features), devices.gathered(labels)
     squares = jnp.sum(features**2, -1)[:, None] + jnp.sum(everyone**2, -1)[None]
     squares = squares - 2 * jnp.matmul(features, everyone.T, precision=jax.lax.Precision.HIGHEST)
     # The root has no derivative at 0.
     distances = jnp.sqrt(jnp.maximum(squares, 1e-12))
-    first = parallel.device_index() * len(features)
+    first = devices.device_index() * len(features)
     own = (first + jnp.arange(len(features)))[:, None] == jnp.arange(len(everyone))[None]
     return distances, labels[:, None] == theirs[None], own
 
@@ -216,9 +215,9 @@ def _hardest(positives: Sequence[Any], negatives: Sequence[Any], margin: float) 
     complete = jnp.isfinite(far) & jnp.isfinite(near)
     gap = jnp.where(complete, far, 0.0) - jnp.where(complete, near, 0.0)
     each = jax.nn.softplus(gap) if margin == 0 else jax.nn.relu(gap + margin)
-    count = parallel.total(jnp.sum(complete))
+    count = devices.total(jnp.sum(complete))
     # The step takes the mean over devices.
-    return parallel.axis_size() * jnp.sum(jnp.where(complete, each, 0.0)) / jnp.maximum(count, 1)
+    return devices.axis_size() * jnp.sum(jnp.where(complete, each, 0.0)) / jnp.maximum(count, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

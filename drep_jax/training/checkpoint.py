@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError, reason_of
-from drep_jax.one_process import orbax_options
+from drep_jax.parallel import processes
+from drep_jax.parallel.processes import on_primary, orbax_options
 from drep_jax.training.state import TrainState
-
-Tree = Any
+from drep_jax.trees import check_finite
+from drep_jax.typing import Tree
 
 FOLDER = "checkpoints"
 OLD_STAGES = {"algorithm1": "denoise"}
@@ -225,3 +225,41 @@ def _leaves(params: Tree) -> set[tuple[str, tuple[int, ...]]]:
 def _some(leaves: set[tuple[str, tuple[int, ...]]]) -> str:
     shown = [f"{name} {shape}" for name, shape in sorted(leaves)[:6]]
     return (", ".join(shown) or "none") + (f", … ({len(leaves)} in all)" if len(leaves) > 6 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same files, as every process of a run sees them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SharedCheckpointer:
+    """A `Checkpointer` of process 0; restoring gives every process the same state, wherever the files are."""
+
+    def __init__(self, directory: str, **options: Any) -> None:
+        self.directory = os.path.abspath(directory)
+        self._own: Any = on_primary(lambda: Checkpointer(directory, **options))
+
+    def latest(self) -> int | None:
+        """Returns the last saved step, or None."""
+        return processes.from_primary(self._own.latest)
+
+    def restore(self, state: Any, frozen: Tree) -> tuple[Any, Tree, dict[str, Any]]:
+        """Restores the last checkpoint on process 0 and hands it to all."""
+        form = jax.tree_util.tree_structure((state, frozen))
+
+        def read() -> tuple[list[np.ndarray], dict[str, Any]]:
+            *found, meta = self._own.restore(state, frozen)
+            return [np.asarray(leaf) for leaf in jax.tree_util.tree_leaves(tuple(found))], meta
+
+        leaves, meta = processes.from_primary(read)
+        return *jax.tree_util.tree_unflatten(form, leaves), meta
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is done with checkpoints, process 0 alone does."""
+        return getattr(self._own, name)
+
+
+def open_checkpoints(directory: str, **options: Any) -> Checkpointer:
+    """Returns the `Checkpointer` of a stage's directory, or among several processes what acts as one on all of them."""
+    kind: Any = Checkpointer if processes.alone() else SharedCheckpointer
+    return kind(directory, **options)

@@ -11,14 +11,13 @@ import jax
 import tqdm
 
 from drep_jax.errors import NonFiniteError
-from drep_jax.training import distributed, parallel
+from drep_jax.parallel import devices, processes
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.profile import Profile
 from drep_jax.training.signals import NAMES, Interrupted, hearing_signals
 from drep_jax.training.state import TrainState, collected, placed
-
-Tree = Any
+from drep_jax.typing import Tree
 
 
 def run_stage(
@@ -76,7 +75,7 @@ def run_stage(
     if start >= steps:
         return state, spent
     writer.rewind(name, start)
-    many, kept = placed(state, divided=divided), parallel.replicate(frozen)
+    many, kept = placed(state, divided=divided), devices.replicate(frozen)
     began = time.perf_counter()
     waiting: list[tuple[int, dict[str, Any]]] = []
     pace = _Pace()
@@ -85,7 +84,7 @@ def run_stage(
     def check() -> None:
         """Fetches what the steps since the last check returned, and stops at the first number that is not finite."""
         for number, metrics in waiting:
-            values = {key: float(value) for key, value in parallel.unreplicate(metrics).items()}
+            values = {key: float(value) for key, value in devices.unreplicate(metrics).items()}
             bad = [key for key, value in values.items() if not math.isfinite(value)]
             if bad:
                 sites = [key for key in bad if key != "loss"] or bad  # their sum says nothing if one of them is known
@@ -104,7 +103,7 @@ def run_stage(
         names = dict.fromkeys(key for values in unlogged for key in values)  # steps in turn report different things
         scalars = {key: statistics.fmean(values[key] for values in unlogged if key in values) for key in names}
         unlogged.clear()
-        extra = probe(parallel.unreplicate(many.params)) if probe else {}
+        extra = probe(devices.unreplicate(many.params)) if probe else {}
         clock = {"seconds": spent + time.perf_counter() - began, "images_per_second": speed}
         known = {key: value for key, value in clock.items() if value is not None}
         writer.write(name, number, {**scalars, **extra, **known})
@@ -122,7 +121,7 @@ def run_stage(
         meta = {"stage": name, "seconds": seconds, "data_position": int(one.step), "unlogged": unlogged}
         checkpointer.save(one, frozen, meta, wait=wait)
 
-    anyone = parallel.AnyHost()
+    anyone = devices.AnyHost()
     traced = profile.of_stage(name, start, steps) if profile else None
     with bar, hearing_signals() as stop:
         iterator = batches(start)
@@ -132,7 +131,7 @@ def run_stage(
                     traced.before(number)
                 batch = next(iterator)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    many, metrics = step_of(number)(many, kept, parallel.shard(batch))
+                    many, metrics = step_of(number)(many, kept, devices.shard(batch))
                 waiting.append((number, metrics))
                 pace.count(batch)
                 if traced:
@@ -143,8 +142,8 @@ def run_stage(
                 asked = anyone(stop.raised, last=number == steps)  # once: what comes while saving is for the next step
                 if number % checkpoint_every == 0 or number == steps or asked:
                     save(wait=number == steps or asked)
-                if asked or (number == steps and stop.raised and distributed.alone()):
-                    distributed.barrier("stopping")  # all have saved what they have to
+                if asked or (number == steps and stop.raised and processes.alone()):
+                    processes.barrier("stopping")  # all have saved what they have to
                     by = "a signal to another process" if stop.number is None else NAMES[stop.number]
                     raise Interrupted(
                         f"Stopped by {by} in stage {name} after step {number} of {steps}; the state is saved.",
@@ -166,7 +165,7 @@ class _Pace:
     def count(self, batch: dict[str, Any]) -> None:
         """Notes a step."""
         if self._began is not None:
-            self._images += len(jax.tree_util.tree_leaves(batch)[0]) * parallel.host()[1]
+            self._images += len(jax.tree_util.tree_leaves(batch)[0]) * devices.host()[1]
 
     def images_per_second(self) -> float | None:
         """Returns the number, or None if there is none yet."""

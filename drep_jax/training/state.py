@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from drep_jax.errors import ConfigError, lookup
-from drep_jax.training import parallel, zero
+from drep_jax.parallel import devices
+from drep_jax.training import sharded_optimizer
+from drep_jax.typing import Tree
 
-Tree = Any
 LossFn = Callable[[Tree, Tree, Mapping[str, Any], jax.Array], tuple[Any, tuple[dict[str, Any], Tree]]]
 
 
@@ -87,7 +88,7 @@ def make_optimizer(
       warmup: steps of linear warm-up.
       weight_decay: for adamw and sgd.
       clip: largest global gradient norm; 0 for none.
-      divided: whether it is given slices of the gradients, see `drep_jax.training.zero`.
+      divided: whether it is given slices of the gradients, see `drep_jax.training.sharded_optimizer`.
     """
     build = lookup(OPTIMIZERS, name, "optimizer")
     if name == "adam" and weight_decay:
@@ -98,7 +99,7 @@ def make_optimizer(
     if not warmup:
         rate = optax.cosine_decay_schedule(learning_rate, max(steps, 1))
     tx = build(rate, weight_decay)
-    clipping = zero.clip_by_global_norm if divided else optax.clip_by_global_norm
+    clipping = sharded_optimizer.clip_by_global_norm if divided else optax.clip_by_global_norm
     return optax.chain(clipping(clip), tx) if clip else tx
 
 
@@ -212,13 +213,17 @@ def make_step(
             return others, (grads, {"loss": loss, **metrics})
 
         others, (grads, metrics) = _accumulated(gradients, state.others, batch, accumulate)
-        others, metrics = parallel.mean((others, metrics))
-        grads, mine = (zero.mean_own(grads), zero.own(moving)) if divided else (parallel.mean(grads), moving)
+        others, metrics = devices.mean((others, metrics))
+        grads, mine = (
+            (sharded_optimizer.mean_own(grads), sharded_optimizer.own(moving))
+            if divided
+            else (devices.mean(grads), moving)
+        )
         fixed = {**frozen, **{name: tree for name, tree in state.params.items() if name not in moving}}
         nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: those leaves are masked or held
         updates, opt_state = tx.update({**grads, **nothing}, state.opt_state, {**state.params, **frozen, **mine})
         moved = optax.apply_updates(mine, {name: updates[name] for name in moving})
-        params = {**state.params, **(zero.whole(moved, moving) if divided else moved)}
+        params = {**state.params, **(sharded_optimizer.whole(moved, moving) if divided else moved)}
         decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
         now = {name: params[name] for name in state.ema}
         average = optax.incremental_update(now, state.ema, 1.0 - decay)
@@ -226,22 +231,22 @@ def make_step(
             step=state.step + 1, params=params, others=others, opt_state=opt_state, ema=average
         ), metrics
 
-    return parallel.on_devices(step, donate_argnums=0)
+    return devices.on_devices(step, donate_argnums=0)
 
 
 def placed(state: TrainState, *, divided: bool = False) -> TrainState:
     """Returns a state on every device, or with its optimiser's part divided among them."""
     if not divided:
-        return parallel.replicate(state)
-    return parallel.replicate(state.replace(opt_state=())).replace(opt_state=zero.divide(state.opt_state))
+        return devices.replicate(state)
+    return devices.replicate(state.replace(opt_state=())).replace(opt_state=sharded_optimizer.divide(state.opt_state))
 
 
 def collected(many: TrainState, like: TrainState, *, divided: bool = False) -> TrainState:
     """Inverse of `placed`, as NumPy arrays; `like` has the shapes."""
     if not divided:
-        return parallel.unreplicate(many)
-    one = parallel.unreplicate(many.replace(opt_state=()))
-    return one.replace(opt_state=zero.collect(many.opt_state, like.opt_state))
+        return devices.unreplicate(many)
+    one = devices.unreplicate(many.replace(opt_state=()))
+    return one.replace(opt_state=sharded_optimizer.collect(many.opt_state, like.opt_state))
 
 
 def _accumulated(gradients: Callable[..., Any], others: Tree, batch: Tree, parts: int) -> Any:

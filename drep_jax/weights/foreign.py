@@ -10,15 +10,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError
+from drep_jax.trees import check_finite
+from drep_jax.typing import Tree
 from drep_jax.weights import files
 from drep_jax.weights.formats import find_format, named_format
 from drep_jax.weights.native import names_of
 from drep_jax.weights.positions import CLASS_TOKEN, resize, source_grid
 from drep_jax.weights.translation import Account, Format, Piece, account, find_pieces, matches, put_back, some
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)

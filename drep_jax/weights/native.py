@@ -17,12 +17,12 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.flax
 
-from drep_jax.denoise_tree import check_finite
 from drep_jax.errors import CheckpointError, reason_of
-from drep_jax.one_process import orbax_options
+from drep_jax.parallel.processes import orbax_options
+from drep_jax.trees import check_finite
+from drep_jax.typing import Tree
 from drep_jax.weights.translation import some
 
-Tree = Any
 MARK = "drep_jax"
 ORBAX_MARK = "drep_jax.json"
 COLLECTIONS = ("params", "batch_stats")

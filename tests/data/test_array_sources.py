@@ -129,8 +129,8 @@ def test_published_weights_reproduce_their_published_accuracy(count, hits):
 
     from configs import resnet20_cifar10, vit_cifar10
     from drep_jax import weights
-    from drep_jax.builder import build
     from drep_jax.data.loader import normalize, read_images, read_labels
+    from drep_jax.run.setup import build
 
     for module, right in ((resnet20_cifar10, hits["resnet20"]), (vit_cifar10, hits["vit"])):
         config = module.get_config()

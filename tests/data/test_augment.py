@@ -11,11 +11,11 @@ from PIL import Image
 
 from configs.default import get_default
 from drep_jax.data.augment import OFF, Augmentation, augmentation_of, randaugment
-from drep_jax.data.augment.draws import words
 from drep_jax.data.augment.erasing import erase
+from drep_jax.data.augment.flip_crop import crop_box, crop_numbers, flip_and_shift
 from drep_jax.data.augment.mixing import mix
-from drep_jax.data.augment.moves import crop_box, crop_numbers, flip_and_shift
 from drep_jax.data.augment.randaugment import OPERATIONS
+from drep_jax.data.augment.random_bits import words
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
 from tests.pictures import textured

@@ -12,7 +12,7 @@ from PIL import Image
 
 from drep_jax.data import open_source
 from drep_jax.data.augment import Augmentation
-from drep_jax.data.augment.moves import flip_and_shift
+from drep_jax.data.augment.flip_crop import flip_and_shift
 from drep_jax.data.loader import epoch_order, evaluation_batches, normalize, training_batches
 from drep_jax.errors import ConfigError, DataError
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from drep_jax.data import open_source
 from drep_jax.data.augment import Augmentation
-from drep_jax.data.chosen import open_images, sources_of
+from drep_jax.data.datasets import open_images, sources_of
 from drep_jax.data.loader import evaluation_batches, training_batches
 from drep_jax.data.merged import MergedSource, epoch_counts, layout
 from drep_jax.errors import ConfigError, DataError

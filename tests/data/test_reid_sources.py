@@ -13,7 +13,7 @@ from drep_jax.data.loader import read_images, training_batches
 from drep_jax.data.source import Subset
 from drep_jax.data.unreadable import tolerating
 from drep_jax.errors import ConfigError
-from drep_jax.retrieval.protocol import Protocol
+from drep_jax.metrics.protocol import Protocol
 from tests import reid_trees
 from tests.reid_trees import picture
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drep_jax.denoise_tree import init_denoise
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import find_sites
 from drep_jax.errors import ExportError, NonFiniteError
 from drep_jax.exporting.fold_batchnorm import find_folds, fold_batchnorm, unit_variance
 from drep_jax.exporting.fold_certificate import certify_folds
-from drep_jax.fusion import fuse_exact
-from drep_jax.schedule import Schedule
-from drep_jax.sites import find_sites
 from tests.exporting.tiny import FAMILIES, SIZE, network
 from tests.trees import float64, normal, randomize, zeros
 

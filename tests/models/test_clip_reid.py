@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from drep_jax import certify, find_sites
+from drep_jax.core.layers import find_layers
+from drep_jax.core.schedule import Schedule
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
-from drep_jax.schedule import Schedule
-from drep_jax.sites import find_layers
 
 SIZE = (10, 7)
 TINY = {"patch_size": 4, "patch_stride": 3, "width": 12, "depth": 2, "num_heads": 3, "projection": 5}

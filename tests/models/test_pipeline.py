@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drep_jax import algorithm1_losses, certify, closed_form, find_sites, fuse_exact, measure
+from drep_jax import algorithm1_losses, certify, find_sites, fuse_exact, measure
+from drep_jax.core import closed_form
+from drep_jax.core.moments import collect_moments
+from drep_jax.core.schedule import Schedule
 from drep_jax.models import MODELS, create_model
-from drep_jax.schedule import Schedule
-from drep_jax.training.moments import collect_moments
 
 SCHEDULE = Schedule(beta_end=0.02)
 

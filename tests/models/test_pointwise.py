@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from drep_jax.core.layers import find_layers
 from drep_jax.models.activations import gelu
 from drep_jax.models.pointwise import pointwise_conv
 from drep_jax.models.resnet import ResNet
-from drep_jax.sites import find_layers
 from tests.trees import normal
 
 NAMES = ("NHWC", "HWIO", "NHWC")

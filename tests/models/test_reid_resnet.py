@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from drep_jax import certify, find_sites
+from drep_jax.core.layers import find_layers
+from drep_jax.core.schedule import Schedule
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
-from drep_jax.schedule import Schedule
-from drep_jax.sites import find_layers
 from tests.models.test_models import np_conv, np_norm, random_variables
 
 SIZE = (17, 12)

@@ -11,10 +11,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from scipy.special import erf, expit
 
+from drep_jax.core.layers import NO_IMAGES, find_layers
+from drep_jax.core.sites import find_sites
 from drep_jax.errors import ConfigError, SiteError
 from drep_jax.models import create_model, list_models
 from drep_jax.models.swin import PositionBias, SwinBlock
-from drep_jax.sites import NO_IMAGES, find_layers, find_sites
 from tests.swin_cases import CASES, SIZE, images, tiny
 
 

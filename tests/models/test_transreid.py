@@ -10,12 +10,13 @@ from flax.errors import InvalidRngError
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drep_jax import find_sites, fuse_exact
-from drep_jax.denoiser import explicit_apply
+from drep_jax.core.explicit import explicit_apply
+from drep_jax.core.layers import find_layers
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import assign_times, select_sites
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
 from drep_jax.models.transreid import PARTS, jigsaw_order
-from drep_jax.schedule import Schedule
-from drep_jax.sites import assign_times, find_layers, select_sites
 from drep_jax.weights.formats.transreid import TRANSREID_NET
 from drep_jax.weights.translation import account, find_pieces, put_back
 from tests.named_weights import named_weights

@@ -13,12 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from drep_jax.core.layers import find_layers
+from drep_jax.core.sites import select_sites
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
 from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.selective_scan import selective_scan
 from drep_jax.models.vmamba import SS2D
-from drep_jax.sites import find_layers, select_sites
 from drep_jax.weights.formats.vmamba import VMAMBA
 from drep_jax.weights.translation import account, find_pieces, put_back
 from tests.named_weights import named_weights

@@ -6,9 +6,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drep_jax import find_sites, fuse_exact
-from drep_jax.denoise_tree import init_denoise
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.schedule import Schedule
 from drep_jax.models import create_model
-from drep_jax.schedule import Schedule
 from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
 from drep_jax.weights.translation import account, find_pieces, put_back
 from tests.swin_cases import CASES, GOLDEN, SIZE, TIMM_COMMON, images, swin_weights

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import torch
 
-from drep_jax.fusion import fuse_exact
-from drep_jax.schedule import Schedule
-from drep_jax.sites import assign_times, find_layers, select_sites
+from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.layers import find_layers
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import assign_times, select_sites
 from tests.named_weights import named_weights
 
 SCHEDULE = Schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02)

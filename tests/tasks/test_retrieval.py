@@ -7,9 +7,9 @@ import pytest
 
 from configs.default import get_default
 from drep_jax.errors import ConfigError
+from drep_jax.parallel import devices
 from drep_jax.tasks import Retrieval, make_task
 from drep_jax.tasks.retrieval import CENTRES, centre_loss, triplet_loss, view_triplet_loss
-from drep_jax.training import parallel
 
 PEOPLE, EACH = 6, 4
 LABELS = np.repeat(np.arange(PEOPLE), EACH).astype(np.int32)
@@ -21,15 +21,15 @@ def features():
     return np.random.default_rng(0).normal(size=(2, PEOPLE * EACH, 5)).astype(np.float32)
 
 
-def everywhere(function, *arrays, devices=8):
+def everywhere(function, *arrays, count=8):
     """Returns the mean over devices of a loss, each device with its share of the rows, and its gradient by the first array."""
-    cut = [array.reshape(devices, -1, *array.shape[1:]) for array in arrays]
+    cut = [array.reshape(count, -1, *array.shape[1:]) for array in arrays]
 
     def one(first, *others):
         value, gradient = jax.value_and_grad(function)(first, *others)
-        return jax.lax.pmean(value, parallel.AXIS), gradient / devices
+        return jax.lax.pmean(value, devices.AXIS), gradient / count
 
-    many = jax.pmap(one, axis_name=parallel.AXIS, devices=jax.devices()[:devices])
+    many = jax.pmap(one, axis_name=devices.AXIS, devices=jax.devices()[:count])
     values, gradients = many(*cut)
     assert np.ptp(np.asarray(values)) == 0
     return float(values[0]), np.asarray(gradients).reshape(arrays[0].shape)
@@ -56,7 +56,7 @@ def test_triplets_are_those_of_a_loop_on_any_number_of_devices(features, margin)
 
     expected = naive(distance, lambda a, b: LABELS[a] == LABELS[b], lambda a, b: LABELS[a] != LABELS[b], margin)
     (one, slope), (eight, same_slope) = (
-        everywhere(lambda f, y: triplet_loss(f, y, margin), x, LABELS, devices=n) for n in (1, 8)
+        everywhere(lambda f, y: triplet_loss(f, y, margin), x, LABELS, count=n) for n in (1, 8)
     )
     assert one == pytest.approx(expected, rel=1e-5) and eight == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(same_slope, slope, atol=1e-6)
@@ -136,7 +136,7 @@ def test_parts_are_weighted_as_published(features):
         return task.loss(outputs, {"label": LABELS}, 0.1, {})[0], each
 
     def on_one_device(function):
-        return jax.pmap(lambda _: function(), axis_name=parallel.AXIS, devices=jax.devices()[:1])(jnp.zeros(1))
+        return jax.pmap(lambda _: function(), axis_name=devices.AXIS, devices=jax.devices()[:1])(jnp.zeros(1))
 
     for weighting, shares in (("half", (0.5, 0.25, 0.25)), ("sum", (1, 1, 1)), ("mean", (1 / 3,) * 3)):
         for options in ({}, {"id_weight": 0.0}, {"triplet_weight": 0.0, "id_weight": 2.0}):
@@ -159,7 +159,7 @@ def test_every_setting_of_the_losses_has_an_effect(features):
         task = Retrieval(**options)
         run = jax.pmap(
             lambda _: task.loss(outputs, batch, smoothing, beside)[0],
-            axis_name=parallel.AXIS,
+            axis_name=devices.AXIS,
             devices=jax.devices()[:1],
         )
         return float(run(jnp.zeros(1))[0])

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from drep_jax import experiment
+from drep_jax.jobs import train
 from drep_jax.training.signals import Interrupted, Terminated, hearing_signals, raising_on_sigterm
 from tests.command import TINY, call
 
@@ -41,7 +41,7 @@ def test_the_exit_status_says_which_signal_it_was(error, status, text, tmp_path,
     def stopped(config, directory):
         raise error
 
-    monkeypatch.setattr(experiment, "run", stopped)
+    monkeypatch.setattr(train, "run", stopped)
     ended = call("train.py", TINY, f"--workdir={tmp_path}")
     assert ended.status == status and text in ended.messages and "Traceback" not in ended.messages, ended
     assert str(error) in ended.messages

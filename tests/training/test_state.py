@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drep_jax.training import parallel
+from drep_jax.parallel import devices
 from drep_jax.training.state import OPTIMIZERS, create_state, make_optimizer, make_step, partitioned, split
 
 PARAMS = {
@@ -29,10 +29,10 @@ def started(name="adam", trainable=("denoise",), **options):
 
 def stepped(state, frozen, tx, loss=loss_fn, steps=1, batch=BATCH):
     step = make_step(loss, tx)
-    many, kept = parallel.replicate(state), parallel.replicate(frozen)
+    many, kept = devices.replicate(state), devices.replicate(frozen)
     for _ in range(steps):
-        many, metrics = step(many, kept, parallel.shard(batch))
-    return parallel.unreplicate(many), parallel.unreplicate(metrics)
+        many, metrics = step(many, kept, devices.shard(batch))
+    return devices.unreplicate(many), devices.unreplicate(metrics)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

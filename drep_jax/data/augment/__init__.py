@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from drep_jax.data.augment.erasing import erase
+from drep_jax.data.augment.flip_crop import flip_and_shift
 from drep_jax.data.augment.mixing import mix
-from drep_jax.data.augment.moves import flip_and_shift
 from drep_jax.data.augment.randaugment import STRONGEST, randaugment
 from drep_jax.errors import ConfigError
-
-Batch = dict[str, np.ndarray]
+from drep_jax.typing import Batch
 
 
 def _number(value: Any) -> bool:

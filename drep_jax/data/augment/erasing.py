@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from drep_jax.data.augment.draws import ERASE, ERASE_FILL, WORDS, noise, uniform, words
-from drep_jax.data.augment.moves import ATTEMPTS, crop_box
+from drep_jax.data.augment.flip_crop import ATTEMPTS, crop_box
+from drep_jax.data.augment.random_bits import ERASE, ERASE_FILL, WORDS, noise, uniform, words
 
 AREA = (0.02, 1 / 3)
 """Share of the image that is erased, smallest and largest."""

@@ -7,7 +7,7 @@ pairs whole, so that hosts need nothing of each other.
 import numpy as np
 from scipy import special
 
-from drep_jax.data.augment.draws import MIX, uniform, words
+from drep_jax.data.augment.random_bits import MIX, uniform, words
 
 
 def mix(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from drep_jax.data.augment.draws import RANDAUGMENT, WORDS, words
+from drep_jax.data.augment.random_bits import RANDAUGMENT, WORDS, words
 
 STRONGEST = 30
 """The magnitude at the end of the scale."""

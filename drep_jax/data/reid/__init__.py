@@ -6,9 +6,9 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from drep_jax.data.reid import cuhk03, market, msmt17, own_folder, packed, tfds_set, vehicleid, veri
-from drep_jax.data.reid.division import share_of
 from drep_jax.data.reid.listing import Listed
 from drep_jax.data.reid.source import ReidSource, split_source
+from drep_jax.data.reid.split import share_of
 from drep_jax.errors import ConfigError, did_you_mean, lookup
 
 HELD_OUT = "0.1"

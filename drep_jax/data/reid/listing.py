@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from drep_jax.data.folder import SUFFIXES
 from drep_jax.errors import DataError
-from drep_jax.retrieval.protocol import Protocol
+from drep_jax.metrics.protocol import Protocol
 
 SHOWN = 5
 JUNK = "-1"

@@ -21,7 +21,7 @@ from drep_jax.data.reid.layout import (
 )
 from drep_jax.data.reid.listing import JUNK, Entry, Listed, camera_number, counted, few, image_names, merged, read_flat
 from drep_jax.errors import ConfigError, DataError
-from drep_jax.retrieval.protocol import Protocol
+from drep_jax.metrics.protocol import Protocol
 
 DISTRACTOR = "0000"
 MARKET_COUNTS = {"train": (751, 12_936), "query": (750, 3_368), "gallery": (751, 15_913)}

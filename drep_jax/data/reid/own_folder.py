@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from drep_jax.data.folder import SUFFIXES
-from drep_jax.data.reid.division import drawn_by_hash, query_and_gallery, seed_of, share_of
 from drep_jax.data.reid.layout import MARKET_FOLDERS
 from drep_jax.data.reid.listing import JUNK, Entry, Listed, check_listed_files, counted, few, in_order, merged
+from drep_jax.data.reid.split import drawn_by_hash, query_and_gallery, seed_of, share_of
 from drep_jax.errors import ConfigError, DataError, did_you_mean
-from drep_jax.retrieval.protocol import Protocol
+from drep_jax.metrics.protocol import Protocol
 
 CSV = "images.csv"
 COLUMNS = ("path", "identity", "camera", "view", "split")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from drep_jax.data.reid.division import drawn_exactly, seed_of, share_of
 from drep_jax.data.reid.listing import Entry, Listed, in_order
+from drep_jax.data.reid.split import drawn_exactly, seed_of, share_of
 from drep_jax.errors import ConfigError, DataError
-from drep_jax.retrieval.protocol import Protocol
+from drep_jax.metrics.protocol import Protocol
 
 COLUMNS = ("pid", "camera", "split")
 GALLERIES = ("others", "all")

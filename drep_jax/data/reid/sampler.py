@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from drep_jax.data.augment.draws import IDENTITIES, INSTANCES, RESTS
+from drep_jax.data.augment.random_bits import IDENTITIES, INSTANCES, RESTS
 from drep_jax.data.reid.listing import counted, few
 from drep_jax.errors import ConfigError, DataError
 

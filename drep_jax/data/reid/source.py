@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from drep_jax.data.decode import fitted
-from drep_jax.data.reid.division import held_out
 from drep_jax.data.reid.listing import Entry, Listed, checked, in_order, note_of
+from drep_jax.data.reid.split import held_out
 from drep_jax.errors import DataError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from drep_jax.data.reid.listing import Entry, Listed
 from drep_jax.data.tfds_source import FORMAT, data_root, prepared_folder
 from drep_jax.errors import DataError
-from drep_jax.retrieval.protocol import Protocol
+from drep_jax.metrics.protocol import Protocol
 
 COLUMNS = ("identity", "camera", "view", "query", "gallery")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from drep_jax.data.reid.layout import begin, check_layout
 from drep_jax.data.reid.listing import Entry, Listed, check_listed_files, read_lines
 from drep_jax.errors import ConfigError, DataError
-from drep_jax.retrieval.protocol import Protocol
+from drep_jax.metrics.protocol import Protocol
 
 TRIALS = 10
 TRAIN = (13_164, 113_346)

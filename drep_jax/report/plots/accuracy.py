@@ -6,7 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from drep_jax.report.comparisons import arms_of, compare
+from drep_jax.evaluation.summary import arms_of
+from drep_jax.report.comparisons import compare
 from drep_jax.report.plots.canvas import COLOURS, GREY, MARKERS, NAME, png, shortened, styled
 
 _CONTROLS = (("#E69F00", "s"), ("#999999", "^"), ("#B09060", "v"), ("#777777", "P"))

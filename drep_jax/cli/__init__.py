@@ -1,0 +1,1 @@
+"""What `train.py` and `fuse.py` share: flags, help, errors as messages."""

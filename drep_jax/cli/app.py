@@ -1,0 +1,185 @@
+"""What `train.py` and `fuse.py` share: flags with near names for typing errors, and errors as messages."""
+
+import errno
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_dict, config_flags
+
+from drep_jax.cli.help import ASKED, usage
+from drep_jax.errors import ConfigError, DrepError, did_you_mean
+from drep_jax.training.signals import Interrupted, Terminated, raising_on_sigterm
+
+EXIT_ERROR = 1
+
+
+EXIT_PREEMPTED = 75
+"""After SIGTERM: run the same command again. It is sysexits.h's "try again", and not what a shell says of a killed process."""
+
+
+EXIT_INTERRUPTED = 130
+
+
+class Flags:
+    """The configuration and the work directory of the command line.
+
+    Attributes:
+      default: configuration file where none is named.
+      explicit: whether one is named.
+    """
+
+    def __init__(self, default: str) -> None:
+        self.default = default
+        # Without a default of its own the flag is parsed with the others, so that errors in it can be explained.
+        self._config = config_flags.DEFINE_config_file(
+            "config", None, "Configuration file; --config.x.y=value overrides an entry.", lock_config=True
+        )
+        self._workdir = flags.DEFINE_string(
+            "workdir",
+            None,
+            "Where everything is written and resumed from; by default runs/<name of the configuration>.",
+        )
+        self.explicit = any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:])
+        if not self.explicit:
+            sys.argv.insert(1, f"--config={default}")
+
+    @property
+    def value(self) -> config_dict.ConfigDict:
+        """The configuration.
+
+        Raises:
+          ConfigError: if there is no such file.
+        """
+        path = self.source
+        if not os.path.isfile(path.partition(":")[0]):
+            folder = os.path.dirname(path) or "."
+            near = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+            raise ConfigError(f"There is no configuration {path}.{did_you_mean(path, near)}")
+        return self._config.value
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The single settings that were given, {"a.b": value}."""
+        return config_flags.get_override_values(flags.FLAGS["config"])
+
+    @property
+    def source(self) -> str:
+        """The configuration file."""
+        flag: Any = flags.FLAGS["config"]
+        return flag.config_filename
+
+    @property
+    def workdir(self) -> str | None:
+        """The work directory, or None."""
+        return self._workdir.value
+
+
+def define_config(default: str) -> Flags:
+    """Defines --config, whose default lies beside the script, and --workdir."""
+    return Flags(os.path.join(os.path.dirname(sys.argv[0]), default))
+
+
+def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | None = None) -> int:
+    """Runs `main` under absl; bad input becomes a message on standard error and exit status 1, Ctrl-C 130, SIGTERM 75.
+
+    Args:
+      main: gets what is left of the command line.
+      resume: the command that goes on with an interrupted run.
+      config: of a script that has one, for --help.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
+        import jax
+
+        cache = os.path.join(os.path.expanduser("~"), ".cache", "drep_jax", "xla")
+        jax.config.update("jax_compilation_cache_dir", cache)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
+
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every save at length, and with tracebacks what we report
+
+    def guarded(argv: list[str]) -> int:
+        try:
+            if argv[1:]:
+                raise flags.Error(f"Unexpected argument {argv[1]!r}; every option starts with --.")
+            with raising_on_sigterm():
+                return main(argv)
+        except Interrupted as error:
+            status = EXIT_INTERRUPTED if error.number == signal.SIGINT else EXIT_PREEMPTED
+            return _say(f"\n{error}\nTo go on: {resume}", status)
+        except KeyboardInterrupt:
+            return _say(f"\nStopped by Ctrl-C. To go on from the last checkpoint: {resume}", EXIT_INTERRUPTED)
+        except Terminated:
+            return _say(f"\nStopped by SIGTERM. To go on from the last checkpoint: {resume}", EXIT_PREEMPTED)
+        except (DrepError, flags.Error) as error:
+            return _say(f"Error: {error}", EXIT_ERROR)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EDQUOT):
+                where = error.filename or "while writing"
+                return _say(
+                    f"Error: {error.strerror}: {where}. What was complete is untouched; free some space or make the place "
+                    "writable, then give the same command again.",
+                    EXIT_ERROR,
+                )
+            raise
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+            sys.exit(_say(f"Error: {_explain(error)}", EXIT_ERROR))
+
+    if asked := [argument for argument in sys.argv[1:] if argument in ASKED]:
+        doc = main.__globals__["__doc__"]
+        if config is None:
+            print(usage(doc, None))
+            return 0
+        parse([argument for argument in sys.argv if argument not in asked])
+        try:
+            print(usage(doc, config.value.to_dict(), config.source))
+        except DrepError as error:
+            return _say(f"Error: {error}", EXIT_ERROR)
+        return 0
+    _leave_out_late_reports()
+    try:
+        app.run(guarded, flags_parser=parse)
+    except SystemExit as end:
+        return int(end.code or 0) if not isinstance(end.code, str) else EXIT_ERROR
+    return 0
+
+
+def _leave_out_late_reports() -> None:
+    """Hushes what Orbax's readers and writers still report, until the process ends, to an event loop that a failure closed."""
+    report = sys.unraisablehook
+    if getattr(report, "__name__", "") == "_unless_late":  # by an earlier call
+        return
+
+    def _unless_late(found: Any) -> None:
+        if "Event loop is closed" not in str(found.exc_value):
+            report(found)
+
+    sys.unraisablehook = _unless_late
+
+
+def _explain(error: BaseException) -> str:
+    """Returns what is wrong with the command line; ml_collections wraps its text in several layers of quotes."""
+    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
+    if own := re.search(r"drep_jax\.errors\.\w+: (.*)$", text):  # raised by the configuration file itself
+        return own.group(1).strip()
+    if isinstance(error, (KeyError, AttributeError)):
+        name = re.search(r"['\"](\w+)['\"]", text)
+        near = re.search(r'Did you mean "(\w+)"', text)
+        if name:
+            return f'Unknown setting "{name.group(1)}".' + (
+                f' Did you mean "{near.group(1)}"?' if near else " configs/default.py lists them all."
+            )
+    return text
+
+
+def _say(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status

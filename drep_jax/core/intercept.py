@@ -1,0 +1,77 @@
+"""Runs a backbone with its sites handed to a visitor, under `nn.intercept_methods`: the backbone never mentions denoising.
+
+What a site needs (its denoiser, its numbers) travels as extra leaves next to the layer's own parameters, because under
+`nn.scan` only those are sliced for each copy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from drep_jax.core.layers import COLLECTION, Layer
+from drep_jax.core.sites import Site
+from drep_jax.errors import SiteError
+from drep_jax.trees import set_in
+from drep_jax.typing import Path, Tree
+
+Visit = Callable[[Site, Layer, nn.Module, Any, Any, Callable[[Any], Any]], Any]
+
+
+EXTRA = "denoise"
+"""Name of the leaves that travel beside a layer's kernel and bias while a backbone is visited."""
+
+
+def visit_sites(
+    backbone: nn.Module,
+    variables: Tree,
+    sites: Sequence[Site],
+    extras: Mapping[Path, Tree],
+    visit: Visit,
+    *args: Any,
+    collect: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Runs `backbone` and hands every selected layer to `visit` instead of calling it.
+
+    Args:
+      backbone: an unbound Linen module.
+      variables: its variables, {"params": …, …}.
+      sites: the sites to visit.
+      extras: for each layer path, a tree that the visit gets; leaves of stacked layers have the stack as first axis.
+      visit: called as `visit(site, layer, module, extra, x, call)`, where `call(x)` is the layer itself; returns its output.
+      *args, **kwargs: for the backbone.
+      collect: whether the collection "denoise" may be written; the result is then (outputs, collection).
+    """
+    table = {layer.path: (site, layer) for site in sites for layer in site.layers}
+    params = variables["params"]
+    for path, extra in extras.items():
+        params = set_in(params, (*path, EXTRA), extra)
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.path not in table:
+            return next_fun(*args, **kwargs)
+        x = args[0] if args else kwargs["inputs"]
+        return visit(*table[module.path], module, module.get_variable("params", EXTRA), x, next_fun)
+
+    with nn.intercept_methods(intercept):
+        out = backbone.apply(
+            {**variables, "params": params}, *args, mutable=[COLLECTION] if collect else False, **kwargs
+        )
+    return (out[0], out[1].get(COLLECTION, {})) if collect else out
+
+
+def sow(module: nn.Module, layer: Layer, name: str, value: Any) -> None:
+    """Adds `value` to the collection "denoise" at this layer.
+
+    Raises:
+      SiteError: under an `nn.scan` or `nn.vmap` that does not lift the collection; names the line to add.
+    """
+    if not module.is_mutable_collection(COLLECTION):
+        raise SiteError(
+            f"{layer.name} runs under nn.scan or nn.vmap, which hides the collection that its statistics are written to. Add "
+            f"'{COLLECTION}': 0 to its axes, as in nn.scan(…, variable_axes={{'params': 0, '{COLLECTION}': 0}}, …)."
+        )
+    module.sow(COLLECTION, name, value, init_fn=lambda: jnp.zeros_like(value), reduce_fn=jnp.add)

@@ -1,0 +1,180 @@
+"""Traced programs: marking equations, writing out nested calls, and which values depend on which inputs.
+
+A mark is a jitted call with a name of ours. It survives tracing under scan, remat and jit, so an equation of a Flax module can be
+recognized in the program that it is traced to, whatever else the module does.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+PREFIX = "drep:"
+
+INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+"""Calls that `inline` writes out; loops and branches stay."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Marks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function as one equation called `name`, which `mark_of` recognizes in a traced program."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__name__ = PREFIX + name
+    return jax.jit(call)
+
+
+def mark_of(eqn: Any) -> str | None:
+    """Returns the name that `marked` gave an equation, or None.
+
+    Flax traces the body of a scan once more to find what does not change in it, and drops the outputs of that trace: an equation
+    without outputs is no mark.
+    """
+    name = str(eqn.params.get("name", ""))
+    return name[len(PREFIX) :] if name.startswith(PREFIX) and eqn.outvars else None
+
+
+def holds_mark(jaxpr: Any) -> bool:
+    """Returns whether a program has a marked equation, at any depth."""
+    return any(mark_of(eqn) is not None or any(map(holds_mark, bodies(eqn))) for eqn in jaxpr.eqns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inline(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Writes out nested calls other than marked ones."""
+
+    def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            inner = body_of(eqn)
+            if inner is not None and eqn.primitive.name in INLINED and mark_of(eqn) is None:
+                outs = run(inner.jaxpr, inner.consts, values)
+            else:
+                outs = bind(eqn, values)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    return jax.make_jaxpr(lambda *args: run(closed.jaxpr, closed.consts, args))(*closed.in_avals)
+
+
+def body_of(eqn: Any) -> core.ClosedJaxpr | None:
+    """Returns the program that a call or a scan runs, or None."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        body = eqn.params.get(name)
+        if isinstance(body, core.ClosedJaxpr):
+            return body
+        if isinstance(body, core.Jaxpr):
+            return core.ClosedJaxpr(body, ())
+    return None
+
+
+def bodies(eqn: Any) -> list[Any]:
+    """Returns the programs inside an equation: of a loop, its branches, a nested call."""
+
+    def is_jaxpr(value: Any) -> bool:
+        return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+    leaves = jax.tree_util.tree_leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
+    return [getattr(value, "jaxpr", value) for value in leaves if is_jaxpr(value)]
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as it stands."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dependence
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reach(jaxpr: Any, start: set[Any]) -> set[Any]:
+    """Returns the variables at this level that depend on those in `start`, and `start` itself."""
+    reached = set(start)
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, core.Literal) and v in reached for v in eqn.invars):
+            reached.update(eqn.outvars)
+    return reached
+
+
+def varying_vars(jaxpr: Any, inputs: Sequence[bool]) -> set[Any]:
+    """Returns the variables at this level that depend on the inputs so flagged."""
+    return reach(jaxpr, {var for var, flag in zip(jaxpr.invars, inputs, strict=True) if flag})
+
+
+def mark(name: str, value: Any) -> Any:
+    """Returns the value unchanged, through an equation that `independent` recognizes."""
+    return marked(name, lambda same: same)(value)
+
+
+def independent(function: Callable[..., Any], fixed: Any, *args: Any) -> set[str]:
+    """Traces `function(fixed, *args)` abstractly and returns the names of the marked values that none of `args` reaches.
+
+    What cannot be followed counts as dependent: only a value that certainly is the same for all inputs is told apart.
+    """
+    closed = jax.make_jaxpr(function)(fixed, *args)
+    constant = len(jax.tree_util.tree_leaves(fixed))
+    reached: dict[str, bool] = {}
+    _follow(closed.jaxpr, [i >= constant for i in range(len(closed.jaxpr.invars))], reached)
+    return {name for name, flag in reached.items() if not flag}
+
+
+def _follow(jaxpr: Any, inputs: Sequence[bool], reached: dict[str, bool]) -> list[bool]:
+    """Returns which outputs depend on the inputs so flagged, and notes the marks."""
+    flags = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def flag(atom: Any) -> bool:
+        return not isinstance(atom, core.Literal) and flags.get(atom, False)
+
+    for eqn in jaxpr.eqns:
+        given = [flag(atom) for atom in eqn.invars]
+        outs = [any(given)] * len(eqn.outvars)
+        if (name := mark_of(eqn)) is not None:
+            reached[name] = reached.get(name, False) or any(given)
+        else:
+            inner = list(_parts(eqn))
+            if len(inner) == 1 and len(inner[0].invars) == len(given) and len(inner[0].outvars) == len(outs):
+                outs = _call(eqn, inner[0], given, reached)
+            else:
+                for body in inner:
+                    _follow(body, [any(given)] * len(body.invars), reached)
+        flags.update(zip(eqn.outvars, outs, strict=True))
+    return [flag(atom) for atom in jaxpr.outvars]
+
+
+def _call(eqn: Any, body: Any, given: list[bool], reached: dict[str, bool]) -> list[bool]:
+    """Follows a call, or a scan until what it carries no longer changes."""
+    outs = _follow(body, given, reached)
+    if eqn.primitive.name == "scan":
+        first, count = eqn.params["num_consts"], eqn.params["num_carry"]
+        carried = [a or b for a, b in zip(given[first : first + count], outs, strict=False)]
+        if carried != given[first : first + count]:
+            return _call(eqn, body, [*given[:first], *carried, *given[first + count :]], reached)
+    return outs
+
+
+def _parts(eqn: Any) -> Iterator[Any]:
+    """Yields the programs that are an equation's own parameters, in their order."""
+    for value in eqn.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, core.ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, core.Jaxpr):
+                yield part

@@ -1,0 +1,146 @@
+"""The images that `config.data` asks for: one source or several merged, what is held out, and what is tested on."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from drep_jax.data import Source, open_source
+from drep_jax.data.loader import epoch_order
+from drep_jax.data.merged import MergedSource, epoch_counts
+from drep_jax.data.metadata import table_of
+from drep_jax.data.source import Subset
+from drep_jax.data.unreadable import tolerating
+from drep_jax.errors import ConfigError
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A labelled source that no head speaks for: its test images are classified by their nearest neighbour.
+
+    Attributes:
+      name: of the source.
+      gallery: training images, whose classes are known; None of a source whose test images are queries and their gallery.
+      test: images to classify.
+    """
+
+    name: str
+    gallery: Source | None
+    test: Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """What is learned from and tested on.
+
+    Attributes:
+      train: images to learn from, unlabelled where several sources are merged.
+      held_out: images to choose on, likewise.
+      num_classes: of `data.source`, which the backbone's head speaks for; None when it is unlabelled.
+      test: images of `data.source` to evaluate the head on, or None.
+      others: labelled sources to evaluate by nearest neighbours.
+    """
+
+    train: Source
+    held_out: Source
+    num_classes: int | None
+    test: Source | None
+    others: tuple[Labelled, ...]
+
+
+def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int, retrieval: bool = False) -> Images:
+    """Opens the images of a run.
+
+    Args:
+      data: `config.data`; entries that an older configuration lacks have their defaults.
+      head: whether the backbone has one.
+      gallery: how many training images of each further source its test images are compared with.
+      seed: of the choice of those.
+      retrieval: whether test images are queries and their gallery; no head is needed for them.
+
+    Raises:
+      ConfigError: for sources or weights that cannot be merged.
+      DataError: for images that are not there.
+    """
+    options = {"image_size": tuple(data["image_size"]), "resize": data["resize"], "data_dir": data["data_dir"] or None}
+    allowed = data.get("max_unreadable", 0)
+    specs, weights = sources_of(data)
+    if specs[1:]:
+        epoch_counts([1] * len(specs), weights)  # weights are refused before images are looked for
+        if gallery < 1:
+            raise ConfigError(f"evaluate.gallery={gallery} must be at least 1.")
+    trains = [open_source(spec, TRAIN, **options) for spec in specs]
+    held = [open_source(spec, VALIDATION, **options) for spec in specs]
+    others = []
+    for spec, train in list(zip(specs, trains, strict=True))[1 if head or retrieval else 0 :]:
+        if retrieval:
+            others.append(Labelled(train.name, None, tolerating(_queries(spec, options), allowed)))
+        elif specs[1:] and train.num_classes:
+            chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
+            theirs = tolerating(open_source(spec, TEST, **options), allowed)
+            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), theirs))
+    labelled = bool(trains[0].num_classes)
+    # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
+    choosing = [(part, weight) for part, weight in zip(held, weights, strict=True) if len(part)] or [
+        (held[0], weights[0])
+    ]
+    test: Source | None = None
+    if retrieval:
+        test = tolerating(_queries(specs[0], options), allowed)
+    elif labelled and head:
+        test = tolerating(open_source(specs[0], TEST, **options), allowed)
+    return Images(
+        train=tolerating(_one(trains, weights), allowed),
+        held_out=tolerating(_one(*map(list, zip(*choosing, strict=True))), allowed),
+        num_classes=trains[0].num_classes,
+        test=test,
+        others=tuple(others),
+    )
+
+
+def sources_of(data: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+    """Returns the sources of `config.data`, its own first, and their weights.
+
+    Raises:
+      ConfigError: where `data.merge` is no list of sources with weights, or has one twice.
+    """
+    merge = data.get("merge", ())
+    for entry in merge:
+        if (
+            not isinstance(entry, Sequence)
+            or isinstance(entry, str)
+            or len(entry) != 2
+            or not isinstance(entry[0], str)
+        ):
+            raise ConfigError(
+                f"data.merge={merge!r}: expected pairs of a source and its weight, such as (('folder:DIR', 1.0),)."
+            )
+    specs = [data["source"], *(entry[0] for entry in merge)]
+    twice = next((spec for spec in specs if specs.count(spec) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f'data.merge: "{twice}" is there twice. Name every source once and give it the sum of the weights.'
+        )
+    return specs, [data.get("weight", 1.0), *(entry[1] for entry in merge)]
+
+
+def _queries(spec: str, options: Mapping[str, Any]) -> Source:
+    """Opens a test split of queries and gallery.
+
+    Raises:
+      ConfigError: for a source that has none.
+    """
+    test = open_source(spec, TEST, **options)
+    if not {"label", "query", "gallery"} <= table_of(test).keys():
+        raise ConfigError(
+            f'Task "retrieval" needs test images that are queries and a gallery, and {test.name} has none. Take a source for '
+            "re-identification, such as reid_folder:DIR (docs/data.md)."
+        )
+    return test
+
+
+def _one(sources: list[Source], weights: list[float]) -> Source:
+    return MergedSource(sources, weights) if sources[1:] else sources[0]

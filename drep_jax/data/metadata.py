@@ -1,0 +1,22 @@
+"""What is known of a source's images without reading them: identity, camera, view, and what is a query and in the gallery."""
+
+import numpy as np
+
+from drep_jax.data.source import Source
+from drep_jax.metrics.protocol import Protocol
+
+
+def table_of(source: Source, index: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Returns the columns of a source, {name: int32 (n,)}; none of a source that is not for re-identification.
+
+    Args:
+      source: the images.
+      index: numbers of those that are wanted; None for all.
+    """
+    table = getattr(source, "table", {})
+    return table if index is None else {name: column[index] for name, column in table.items()}
+
+
+def protocol_of(source: Source) -> Protocol:
+    """Returns how a source is evaluated."""
+    return getattr(source, "protocol", Protocol())

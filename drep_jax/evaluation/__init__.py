@@ -1,0 +1,1 @@
+"""Arms of a run on test images: scores, paired intervals, choices on held-out images, cost."""

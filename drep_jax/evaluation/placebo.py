@@ -1,0 +1,45 @@
+"""The placebo arm: random maps of the same norm, fused in the same places as the learned denoisers."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from drep_jax.core.fusion import composed_maps
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import Site
+from drep_jax.trees import set_in
+from drep_jax.typing import Tree
+
+
+def placebo_denoisers(
+    params: Tree,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    key: jax.Array,
+    *,
+    rule: str = "ddpm",
+    steps: int | None = None,
+) -> Tree:
+    """Returns denoisers for rule "affine" whose maps are random and as large as the learned ones.
+
+    A site's learned map is x̂ = x + x·M + c. Its placebo is x̂ = x + x·R + r with Gaussian R, r scaled so that
+    ‖R‖_F = ‖M‖_F and ‖r‖ = ‖c‖, for each group and stacked copy. What learning adds is what it gains beyond this.
+    """
+    tree: Tree = {}
+    for number, (site, learned) in enumerate(
+        (site, composed_maps(params, [site], schedule, rule=rule, steps=steps)[site.path]) for site in sites
+    ):
+        keys = jax.random.split(jax.random.fold_in(key, number), 2)
+        leaves = {"kernel": -_same_norm(keys[0], learned["matrix"], 2)}  # "affine" subtracts the denoiser's output
+        if "constant" in learned:
+            leaves["bias"] = -_same_norm(keys[1], learned["constant"], 1)
+        tree = set_in(tree, site.path, leaves)
+    return tree
+
+
+def _same_norm(key: jax.Array, like: jax.Array, rank: int) -> jax.Array:
+    axes = tuple(range(-rank, 0))
+    noise = jax.random.normal(key, like.shape, like.dtype)
+    size, wanted = (jnp.sqrt(jnp.sum(jnp.square(v), axis=axes, keepdims=True)) for v in (noise, like))
+    return noise * (wanted / size)

@@ -1,0 +1,74 @@
+"""Two label-free steps of a full-size job on random images: what it will need."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.data.loader import training_batches
+from drep_jax.errors import ConfigError
+from drep_jax.evaluation import cost
+from drep_jax.learners.losses import denoising_objective
+from drep_jax.parallel import devices
+from drep_jax.run.setup import build
+from drep_jax.run.stages import key_of, prepare, starting
+from drep_jax.training.state import make_step
+from drep_jax.typing import Config, Tree
+
+
+def dry_run(config: Config) -> str:
+    """Takes two label-free steps of the full-size job on random images and returns what it needs, as text."""
+    if config["dry_run_batch"] < 1:
+        raise ConfigError(f"dry_run_batch={config['dry_run_batch']} must be at least 1.")
+    classes = max(0, config["model"].get("num_classes", 0)) or 1000  # a backbone without a head has -1
+    size = devices.device_count() * config["dry_run_batch"]
+    data = {**config["data"], "source": f"random:{max(64, size)}:{classes}", "merge": ()}
+    # Random images are no queries and were seen by no camera; without labels the task makes no difference.
+    config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}, "task": "classification"}
+    config["model"] = {name: value for name, value in config["model"].items() if name != "side_info"}
+    setting = build(config)
+    variables = jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape))
+    total = {n: sum(x.size for x in jax.tree_util.tree_leaves(t)) for n, t in dict(variables).items()}
+    added = sum(x.size for x in jax.tree_util.tree_leaves(init_denoise(setting.sites)))
+    lines = [
+        f"Model {config['model']['name']}, {total['params']:,} parameters; {added:,} more in {len(setting.sites)} denoisers "
+        f"while learning, none after fusion.",
+        f"Sites cover {setting.covered.layers} of {setting.covered.candidates} linear layers, "
+        f"{100 * setting.covered.kernel_share:.0f} % of the weights.",
+        "",
+    ]
+    lines += [
+        f"  t={','.join(map(str, site.times)):>5s}  {site.kind:9s} d={site.width:<5d} {', '.join(x.name for x in site.layers)}"
+        for site in setting.sites
+    ]
+    text = "\n".join(lines)
+    print(text, flush=True)
+
+    options = config["denoise"]
+    params, others = starting(config, setting, "algorithm1", dict(variables))
+    state, frozen, optimizers = prepare(config, "algorithm1", params, others)
+
+    def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
+        return denoising_objective(setting, options, params, others, batch, key)
+
+    step = make_step(loss_fn, optimizers[("denoise",)], accumulate=options["accumulate"])
+    state, kept = devices.replicate(state), devices.replicate(frozen)
+    seconds = []
+    for number, batch in zip(
+        range(2), training_batches(setting.train, size, seed=0, shard=devices.host()), strict=False
+    ):
+        began = time.perf_counter()
+        state, metrics = step(state, kept, devices.shard(batch))
+        loss = float(devices.unreplicate(metrics)["loss"])
+        seconds.append(time.perf_counter() - began)
+        print(
+            f"  step {number + 1}: loss {loss:.3f}, {seconds[-1]:.2f} s{' (compiling included)' if not number else ''}"
+        )
+    more = (
+        f"\nBatch {size} on {devices.device_count()} device(s): {seconds[1]:.2f} s a step, {size / seconds[1]:.1f} images/s; "
+        f"peak memory {cost.peak_memory() / 2**30:.2f} GiB."
+    )
+    print(more)
+    return text + more

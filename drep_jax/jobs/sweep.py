@@ -1,0 +1,227 @@
+"""The best of a grid of isotropic denoisers for a finished run: solved from its moments, chosen on held-out images.
+
+Nothing is trained, and no image but the held-out ones is read until the choice is made; the test images are then looked at
+once, for the chosen point alone.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tabulate import tabulate
+
+from drep_jax import files, report
+from drep_jax.core.certificate import Certificate
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.recipes import Grid, make_grid, solve
+from drep_jax.data.corruptions import CLEAN
+from drep_jax.errors import ConfigError
+from drep_jax.evaluation import scoring, summary
+from drep_jax.evaluation.placebo import placebo_denoisers
+from drep_jax.evaluation.selection import Candidate, Choice, Point, choose, scaled
+from drep_jax.jobs.fuse import fuse_and_export, load_run
+from drep_jax.parallel import processes
+from drep_jax.report.formatting import fixed
+from drep_jax.report.lines import NO_METRICS
+from drep_jax.run.environment import environment
+from drep_jax.run.export import Output
+from drep_jax.run.moments import saved_moments
+from drep_jax.run.setup import Setting, respaced
+from drep_jax.run.stages import key_of
+from drep_jax.trees import check_finite
+from drep_jax.typing import Config, Tree
+
+FILE = "sweep.json"
+"""Name of the result in the output directory."""
+
+
+SHOWN = 15
+"""Points in the console's table, beside the backbone and the chosen one."""
+
+
+ARM = "swept"
+"""What the chosen network is called among the arms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """What a sweep found.
+
+    Attributes:
+      choice: all points with their scores, and the chosen one.
+      grid: the recipes; point i's is `grid.recipes[choice.points[i].candidate]`.
+      certificate: of the chosen weights.
+      metrics: the chosen network on the test images, as in the report; {} without labels.
+      paths: what was written.
+    """
+
+    choice: Choice
+    grid: Grid
+    certificate: Certificate
+    metrics: dict[str, Any]
+    paths: list[str]
+
+
+def sweep(
+    directory: str,
+    output: Output,
+    *,
+    rule: str | None = None,
+    steps: int | None = None,
+    time_scale: float | None = None,
+    beta_end: float | None = None,
+    strength: float | None = None,
+    images: int | None = None,
+) -> Swept:
+    """Scores the run's grid on held-out images, fuses the best point, certifies it, writes it and tests it once.
+
+    Args:
+      directory: of the finished run, whose settings `sweep` and `select` say what the grid is and how to choose.
+      output: what is written, and where; `sweep.json` beside it.
+      rule, steps, time_scale, strength: each narrows the grid to this one value; strength 0 stays in it.
+      beta_end: another end of the noise schedule.
+      images: held-out images to choose on; 0 for all, None for the run's own `select.images`.
+
+    Raises:
+      DrepError: its subclasses say what cannot be used.
+    """
+    if images is not None and images < 0:
+        raise ConfigError(f"The number of held-out images must be 0 (all of them) or more, got {images}.")
+    config, setting, variables, _ = load_run(directory)
+    check_finite(variables, "Refusing to fuse")
+    if beta_end is not None:
+        own = config["denoise"]
+        setting = respaced(setting, steps=own["steps"], time_scale=own["time_scale"], beta_end=beta_end)
+    options = _narrowed(config["sweep"], rule=rule, steps=steps, scale=time_scale, strength=strength)
+    grid = make_grid(options, setting.sites, setting.schedule)
+    if grid.dropped:
+        print(f"Left out, since they do not fit in the schedule: {'; '.join(grid.dropped)}.")
+    began = time.perf_counter()
+    moments = saved_moments(config, setting, variables, directory)
+    trees = solve(grid.recipes, moments, setting.sites, setting.schedule)
+    candidates = [Candidate(recipe.label, tree) for recipe, tree in zip(grid.recipes, trees, strict=True)]
+    solving = time.perf_counter() - began
+    print(
+        f"{len(candidates)} maps a site solved from the run's moments, without images, in {solving:.1f} s.", flush=True
+    )
+    select = {**config["select"], "strengths": options["strengths"]}
+    select["images"] = select["images"] if images is None else images
+    choice = choose({**config, "select": select}, setting, variables, candidates)
+    print(f"\n{table(choice, select['max_clean_loss'])}\n")
+
+    point = choice.points[choice.chosen]
+    recipe = grid.recipes[point.candidate]
+    if recipe.ratio is None:
+        setting = respaced(setting, steps=recipe.steps, time_scale=recipe.scale)
+    denoise = scaled(trees[point.candidate], point.strength) if choice.chosen else init_denoise(setting.sites)
+    recorded = {"rule": recipe.rule, "steps": recipe.steps, "strength": point.strength}
+    how: dict[str, Any] = {"rule": "affine", "steps": 1}
+    certificate, paths = fuse_and_export(config, setting, variables, denoise, output, how, recorded)
+    metrics = tested(config, setting, variables, denoise, choice)
+    lines = [report.verdict(condition, entry, ARM) for condition, entry in metrics.items()]
+    print("\n".join(["On the test images, looked at once:", *lines]) if lines else NO_METRICS)
+    found = Swept(choice, grid, certificate, metrics, paths)
+    if processes.primary():
+        content = to_json(found, directory, solving, select["max_clean_loss"])
+        files.write_json(os.path.join(output.directory, FILE), content)
+    return found
+
+
+def _narrowed(
+    options: Config, *, rule: str | None, steps: int | None, scale: float | None, strength: float | None
+) -> dict[str, Any]:
+    given = {
+        "rules": None if rule is None else (rule,),
+        "steps": None if steps is None else (steps,),
+        "scales": None if scale is None else (scale,),
+        "strengths": None if strength is None else (0.0, strength),
+    }
+    return {**options, **{name: value for name, value in given.items() if value is not None}}
+
+
+def tested(config: Config, setting: Setting, variables: Tree, denoise: Tree, choice: Choice) -> dict[str, Any]:
+    """Returns the chosen network's metrics on the test images beside the backbone and a placebo; {} without labels."""
+    if setting.test is None:
+        return {}
+    params = {"backbone": variables["params"], "denoise": denoise}
+    how: dict[str, Any] = {"rule": "affine", "steps": 1}
+    placebo = placebo_denoisers(params, setting.sites, setting.schedule, key_of(config, "placebo"), **how)
+    trees = {"placebo": placebo, ARM: denoise}
+    arms = {"baseline": variables} | {
+        name: {
+            **variables,
+            "params": fuse_exact({**params, "denoise": tree}, setting.sites, setting.schedule, **how),
+        }
+        for name, tree in trees.items()
+    }
+    evaluate = config["evaluate"]
+    found = scoring.score(config, setting, setting.test, arms, choice.conditions)
+    told = {"resamples": evaluate["resamples"], "seed": config["seed"], "clusters": found.clusters}
+    return summary.summarize(found.scores, controls=["placebo"], **told)
+
+
+def table(choice: Choice, max_clean_loss: float) -> str:
+    """Returns the best points as text, with the backbone and the chosen one, and what was scored how."""
+    finite = [number for number in range(len(choice.points)) if math.isfinite(_mean(choice.scores(number)))]
+    finite.sort(key=lambda number: -_mean(choice.scores(number)))
+    shown = dict.fromkeys([*finite[:SHOWN], *(n for n in finite if n in (0, choice.chosen))])
+    labelled = choice.criterion != "agreement"
+    rows = []
+    for number in shown:
+        point, scores = choice.points[number], choice.scores(number)
+        lost = choice.scores(0)[CLEAN] - scores[CLEAN]
+        note = "chosen" if number == choice.chosen else "unchanged" if number == 0 else ""
+        if lost > max_clean_loss + 1e-9:
+            note = f"loses {lost:.2f} on clean"
+        numbers = [*scores.values(), _mean(scores), *([_mean(point.agreement)] if labelled else [])]
+        rows.append([point.label, f"{point.strength:g}", *(fixed(value, 1) for value in numbers), note])
+    headers = ["recipe", "strength", *choice.conditions, "mean", *(["agreement"] if labelled else []), ""]
+    align = ["left", "right", *["right"] * (len(headers) - 3), "left"]
+    lines = [
+        f"{len(choice.points)} points on {choice.images} held-out images in {choice.seconds:.1f} s, by {choice.criterion} (%), "
+        f"losing at most {max_clean_loss:g} points on clean images:",
+        "",
+        tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=align),
+    ]
+    if overflowed := [_named(point) for number, point in enumerate(choice.points) if number not in finite]:
+        lines += ["", f"Overflow (not finite, never chosen): {'; '.join(overflowed)}."]
+    if choice.chosen == 0:
+        lines += ["", "Nothing in the grid is better than the unchanged backbone, so that is what is written."]
+    return "\n".join(lines)
+
+
+def to_json(found: Swept, directory: str, solving: float, max_clean_loss: float) -> dict[str, Any]:
+    """Returns the content of `sweep.json`; numbers that are not finite become null."""
+    choice = found.choice
+    points = []
+    for number, point in enumerate(choice.points):
+        recipe = dataclasses.asdict(found.grid.recipes[point.candidate]) if number else {}
+        overflow = not math.isfinite(_mean(choice.scores(number)))
+        points.append({**recipe, **dataclasses.asdict(point), "overflow": overflow})
+    content = {
+        "run": os.path.abspath(directory),
+        "criterion": choice.criterion,
+        "max_clean_loss": max_clean_loss,
+        "images": choice.images,
+        "seconds": {"solving": solving, "scoring": choice.seconds},
+        "chosen": choice.chosen,
+        "points": points,
+        "dropped": found.grid.dropped,
+        "front": choice.front(),
+        "metrics": found.metrics,
+        "certificate": found.certificate.to_json(),
+        "environment": environment(),
+    }
+    return report.plain(content, "sweep")
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    return sum(scores.values()) / len(scores)
+
+
+def _named(point: Point) -> str:
+    return f"{point.label} at {point.strength:g}"

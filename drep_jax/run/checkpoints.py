@@ -1,0 +1,59 @@
+"""What a stage of a run has saved: its backbone and its denoisers at the last checkpoint, finished or not."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from drep_jax.parallel import processes
+from drep_jax.run.setup import Setting
+from drep_jax.run.stages import prepare, starting, training_steps
+from drep_jax.training.checkpoint import folder_of, open_checkpoints
+from drep_jax.typing import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """The last checkpoint of a stage.
+
+    Attributes:
+      step: steps that were taken.
+      steps: steps that the stage has in all; 0 for what is solved.
+      variables: of the backbone.
+      denoise: the denoisers, or None of a stage that has none.
+    """
+
+    step: int
+    steps: int
+    variables: Tree
+    denoise: Tree | None
+
+
+def last_saved(config: Any, setting: Setting, directory: str, stage: str) -> Saved | None:
+    """Returns the last checkpoint of a stage or learner, or None if it has not saved any.
+
+    Raises:
+      CheckpointError: if it is damaged, or of another model or set of sites.
+    """
+    folder = folder_of(directory, stage)
+    if not processes.from_primary(lambda: os.path.isdir(folder)):
+        return None
+    empty = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(setting.abstract))
+    params, others = starting(config, setting, stage, empty)
+    state, frozen, _ = prepare(config, stage, params, others)
+    checkpointer = open_checkpoints(folder, read_only=True)
+    try:
+        if checkpointer.latest() is None:
+            return None
+        state, frozen, _ = checkpointer.restore(state, frozen)
+    finally:
+        checkpointer.close()
+    learned = {**frozen, **state.averaged}
+    return Saved(
+        step=int(state.step),
+        steps=training_steps(config, stage),
+        variables={**state.others, "params": learned["backbone"]},
+        denoise=learned.get("denoise"),
+    )

@@ -1,0 +1,234 @@
+"""What a fused backbone is written as: our own files, the kind of file that it came from, other formats, compiled programs."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from drep_jax import weights
+from drep_jax.core.certificate import Certificate, certify
+from drep_jax.core.fusion import fuse_exact, survival
+from drep_jax.data.collate import read
+from drep_jax.errors import CheckpointError, ConfigError, ExportError, did_you_mean
+from drep_jax.exporting.checked_file import Comparison
+from drep_jax.exporting.fold_batchnorm import find_folds, fold_batchnorm
+from drep_jax.exporting.fold_certificate import certify_folds
+from drep_jax.exporting.onnx_file import export_onnx
+from drep_jax.exporting.stablehlo import export_stablehlo
+from drep_jax.run.setup import Setting, init_options
+from drep_jax.typing import Config, Tree
+from drep_jax.weights.formats import formats_of
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""Types that fused weights can be stored in."""
+
+
+SAME = "same"
+"""The export in the format that the backbone came in."""
+
+
+PROGRAMS: dict[str, Callable[..., Comparison]] = {"stablehlo": export_stablehlo, "onnx": export_onnx}
+"""Exports of the network itself, weights inside; another is a line here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is to be written.
+
+    Attributes:
+      directory: made if absent.
+      dtype: storage type of our own and of new files; None keeps each parameter's own.
+      allow_rounding: write even if less than 90 % of the change survives a storage type.
+      forms: further files: "same", or names of formats or of `PROGRAMS`.
+      init_from: the file of the backbone's weights, if it is no longer where the run read it.
+      fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers before them.
+    """
+
+    directory: str
+    dtype: str | None = None
+    allow_rounding: bool = False
+    forms: tuple[str, ...] = ()
+    init_from: str | None = None
+    fold_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown storage type."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f'Unknown storage type "{self.dtype}".{did_you_mean(self.dtype, DTYPES)}')
+
+
+def fuse_and_certify(
+    config: Config, setting: Setting, variables: Tree, denoise: Tree, *, rule: str, steps: int
+) -> tuple[Tree, Certificate]:
+    """Returns the fused parameters, rounded once to their own types, and their certificate on real images."""
+    params = {"backbone": variables["params"], "denoise": denoise}
+    fused = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps)
+    images = certificate_images(config, setting)
+    certificate = certify(
+        setting.backbone,
+        variables,
+        denoise,
+        setting.sites,
+        setting.schedule,
+        images,
+        rule=rule,
+        steps=steps,
+        fused=fused,
+    )
+    return fused, certificate
+
+
+def certificate_images(config: Config, setting: Setting) -> jax.Array:
+    """Returns the first few test images (training images if there is no test set), normalised."""
+    source = setting.test if setting.test is not None else setting.train
+    count = min(config["evaluate"]["certificate_images"], len(source))
+    return setting.inputs(read(source, np.arange(count)))
+
+
+def open_original(config: Config, setting: Setting, variables: Tree, output: Output) -> weights.Foreign | None:
+    """Reads the foreign file that the backbone's weights are from, where an export asks for it; checks all forms asked for.
+
+    Args:
+      config, setting: of the run.
+      variables: the run's backbone.
+      output: what is to be written.
+
+    Raises:
+      ConfigError: for an unknown form, or "same" where there is no foreign file.
+      CheckpointError: if the file does not hold the run's backbone.
+    """
+    for form in output.forms:
+        if form != SAME:
+            _check_form(setting, form)
+    path = output.init_from or config["backbone"]["init_from"]
+    foreign = bool(path) and not weights.is_native(path)
+    if output.init_from and not output.forms:
+        raise ConfigError("--init_from names the file to write again, so it goes with --export only.")
+    if SAME in output.forms and not foreign:
+        raise ConfigError(
+            "This run's backbone is from no foreign file, so --export=same has nothing to write again; name a format: "
+            f"{', '.join(_forms(setting))}."
+        )
+    if not output.forms or not foreign:
+        return None
+    found = weights.load_foreign(
+        path, setting.backbone, setting.abstract, fresh=lambda: variables, **init_options(config)
+    )
+    if weights.digest(found.variables) != weights.digest(variables):
+        raise CheckpointError(
+            f"The weights in {path} are not the backbone of this run; give the file that it was read from with --init_from."
+        )
+    return found
+
+
+def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
+    """Returns whether something is stored in another type than the parameters', so that it is to be rounded from float64."""
+    return output.dtype is not None or (original is not None and original.rounds)
+
+
+def _forms(setting: Setting) -> list[str]:
+    """Returns the names of all exports that there are for a backbone."""
+    return [SAME, *formats_of(setting.backbone), *PROGRAMS]
+
+
+def _check_form(setting: Setting, form: str) -> None:
+    if form not in _forms(setting):
+        raise ConfigError(f'There is no export "{form}" for this backbone.{did_you_mean(form, _forms(setting))}')
+
+
+def write(
+    output: Output,
+    setting: Setting,
+    variables: Tree,
+    fused: Tree,
+    fusion: Mapping[str, Any],
+    *,
+    exact: Tree | None = None,
+    original: weights.Foreign | None = None,
+    images: jax.Array | None = None,
+) -> list[str]:
+    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors` and whatever else was asked for.
+
+    Args:
+      output: what to write.
+      setting: of the run.
+      variables: the unfused backbone's.
+      fused: fused parameters.
+      fusion: how they were fused; recorded in the files.
+      exact: fused parameters in float64; needed where a storage type is narrower.
+      original: the foreign file that the backbone came in.
+      images: that the folding of BatchNorms is certified on.
+
+    Returns:
+      The paths.
+
+    Raises:
+      CheckpointError: if rounding would lose more than 10 % of the change, or the directory cannot be written.
+      ExportError: if BatchNorms cannot be folded, or a program computes something else than the network.
+    """
+    exact = fused if exact is None else exact
+    if output.dtype is not None:
+        kept = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
+        _check_survival(output, output.dtype, variables["params"], exact, kept)
+    again = original is not None and any(form in (SAME, original.format.name) for form in output.forms)
+    if original is not None and again and original.rounds:
+        kept = weights.stored_tree(original, {**variables, "params": exact})["params"]
+        _check_survival(output, original.source.path, variables["params"], exact, kept)
+    full = {**variables, "params": exact}
+    if output.fold_batchnorm:
+        full = _folded(setting, {**variables, "params": fused}, full, images)
+    everything = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), full, dict(variables))
+    if output.dtype is not None:
+        everything["params"] = jax.tree_util.tree_map(
+            lambda leaf: np.asarray(leaf).astype(output.dtype), full["params"]
+        )
+    fusion = {**fusion, "sites": {site.name: [*site.times] for site in setting.sites}}
+    try:
+        os.makedirs(output.directory, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write weights to {output.directory}: {error.strerror}.") from error
+    paths = [os.path.join(output.directory, name) for name in ("fused.safetensors", "orbax")]
+    weights.save_safetensors(paths[0], everything, fusion)
+    weights.save_orbax(paths[1], everything, fusion)
+    for form in dict.fromkeys(output.forms):
+        if original is not None and form in (SAME, original.format.name):
+            stem, suffix = os.path.splitext(os.path.basename(original.source.path))
+            path = os.path.join(output.directory, f"{stem}_fused{suffix}")
+            count = len(weights.write_back(original, path, variables, weights.stored_tree(original, full), fusion))
+            print(f"{path}: the file that the backbone came in, with {count} of its tensors replaced.")
+        elif form in PROGRAMS:
+            path = os.path.join(output.directory, f"fused.{form}")
+            print(f"{path}: {PROGRAMS[form](setting.backbone, everything, setting.images.shape[1:3], path)}")
+        else:
+            path = os.path.join(output.directory, f"fused_{form}")
+            path = weights.write_new(setting.backbone, everything, form, path, fusion)
+        paths.append(path)
+    return paths
+
+
+def _folded(setting: Setting, fused: Tree, exact: Tree, images: Any) -> Tree:
+    """Returns exact variables with BatchNorms folded, and prints the certificate of that for those that are rounded."""
+    folds = find_folds(setting.backbone, images)
+    certificate = certify_folds(setting.backbone, fused, folds, images)
+    print(certificate)
+    if not certificate.passed:
+        raise ExportError("Folding BatchNorm changes what the network computes here; nothing was written.")
+    # The statistics are constants that are exact in their own type only.
+    return {
+        **fold_batchnorm(exact, folds, round_back=False),
+        "batch_stats": fold_batchnorm(fused, folds)["batch_stats"],
+    }
+
+
+def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
+    """Says what share of the change a storage type keeps, and refuses one that keeps less than 90 %."""
+    kept = survival(before, exact, stored)
+    print(f"Stored as {where}, {100 * kept.share:.1f} % of the change survives (worst: {kept.worst_layer}).")
+    if kept.share < 0.9 and not output.allow_rounding:
+        raise CheckpointError(
+            f"Storing as {where} rounds away {100 * (1 - kept.share):.0f} % of what fusion changed; the network would be "
+            "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
+        )

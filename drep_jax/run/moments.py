@@ -1,0 +1,149 @@
+"""The moments of a run: taken once, kept in its directory, and tied to the backbone and image size that they describe."""
+
+import dataclasses
+import itertools
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from drep_jax import weights
+from drep_jax.core.moments import NEAR, Moments, collect_moments, passes
+from drep_jax.core.sites import Site
+from drep_jax.data.collate import read
+from drep_jax.data.loader import evaluation_batches
+from drep_jax.errors import CheckpointError
+from drep_jax.parallel import devices, processes
+from drep_jax.run.setup import Setting
+from drep_jax.typing import Config, Path, Tree
+
+MOMENTS = "moments.npz"
+"""Name of the file in a run directory."""
+
+
+def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens: float = 1.0) -> None:
+    """Writes moments whole or not at all.
+
+    Args:
+      path: of the file.
+      moments: of every site.
+      owner: identifies the backbone and image size whose features they describe.
+      tokens: share of each image's feature vectors that they were taken of.
+    """
+    arrays: dict[str, Any] = {"owner": np.array(owner), "tokens": np.array(tokens)}
+    for where, known in moments.items():
+        for field in dataclasses.fields(known):
+            arrays[f"{'/'.join(where)}:{field.name}"] = np.asarray(getattr(known, field.name))
+    with open(f"{path}.tmp", "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(f"{path}.tmp", path)
+
+
+def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1.0) -> dict[Path, Moments]:
+    """Reads the moments of the given sites.
+
+    Raises:
+      CheckpointError: if the file is absent or damaged, belongs to another backbone or image size or to another share of
+        the feature vectors, or lacks a site or has it in another width.
+    """
+    try:
+        with (
+            open(path, "rb") as file,
+            np.load(file) as held,
+        ):  # NumPy does not close a damaged file that it opened itself
+            arrays = dict(held)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"There is no {path}, which holds the moments of the features; run train.py with the same --workdir to take them."
+        ) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it and run again to take the moments anew."
+        ) from error
+    if str(arrays.get("owner")) != owner:
+        raise CheckpointError(
+            f"{path} holds the moments of another backbone or image size; delete it and run again to take them anew."
+        )
+    taken = float(arrays.get("tokens", 1.0))
+    if taken != tokens:
+        raise CheckpointError(
+            f"{path} holds the moments of a share of {taken:g} of the feature vectors, and denoise.moment_tokens is {tokens:g}"
+            "; delete it and run again to take them anew."
+        )
+    moments = {}
+    for site in sites:
+        found: dict[str, Any] = {name: arrays.get(f"{site.name}:{name}") for name in ("count", "mean", "covariance")}
+        shapes = {name: None if value is None else value.shape for name, value in found.items()}
+        if shapes["mean"] != site.denoiser_shape[:-1] or shapes["covariance"] != site.denoiser_shape:
+            raise CheckpointError(
+                f"{path}: moments of {site.name} have shape {shapes['covariance']}, expected {site.denoiser_shape}; they "
+                "belong to other sites or another image size. Delete the file and run again."
+            )
+        moments[site.path] = Moments(int(arrays[f"{site.name}:count"]), found["mean"], found["covariance"])
+    return moments
+
+
+def take_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
+    """Returns the moments of the sites' features over the training images, from the run's own file if it has them."""
+    return moments_of(config, setting, variables, os.path.join(directory, MOMENTS))
+
+
+def saved_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
+    """Returns the moments that a run has kept.
+
+    Raises:
+      CheckpointError: if there are none, or they are of another backbone, image size, share of the tokens or choice of sites.
+    """
+    path, tokens = os.path.join(directory, MOMENTS), config["denoise"]["moment_tokens"]
+    owner = owner_of(setting, variables)
+    return processes.from_primary(lambda: load_moments(path, setting.sites, owner, tokens))
+
+
+def moment_images(config: Config, setting: Setting) -> int:
+    """Returns how many images moments are taken of."""
+    return min(config["denoise"]["moment_images"] or len(setting.train), len(setting.train))
+
+
+def moments_of(
+    config: Config, setting: Setting, variables: Tree, path: str, sites: Sequence[Site] | None = None
+) -> dict[Path, Moments]:
+    """Returns the moments of a backbone's features over the training images, from a file of the run if they are there.
+
+    Args:
+      config, setting: of the run.
+      variables: the backbone.
+      path: of the file.
+      sites: where; None for the run's own.
+    """
+    sites = setting.sites if sites is None else tuple(sites)
+    tokens = config["denoise"]["moment_tokens"]
+    owner = owner_of(setting, variables)
+    kept = processes.from_primary(lambda: load_moments(path, sites, owner, tokens) if os.path.exists(path) else None)
+    if kept is not None:
+        return kept
+    batch = config["denoise"]["batch_size"]
+    count = -(-moment_images(config, setting) // batch)
+    near = setting.inputs(read(setting.train, np.arange(min(NEAR, len(setting.train)))))
+    limit = config["denoise"]["moment_gib"] * 2**30
+    groups = passes(sites, limit) if limit else [sites]
+    moments: dict[Path, Moments] = {}
+    for number, group in enumerate(groups):
+        first = itertools.islice(evaluation_batches(setting.train, batch, shard=devices.host()), count)
+        name = "moments" if len(groups) == 1 else f"moments, pass {number + 1} of {len(groups)}"
+        bar = tqdm.tqdm(first, name, count, unit="batch", disable=not config["progress"])
+        batches = ((setting.inputs(b), b["mask"].astype(np.float32)) for b in bar)
+        slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
+        sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
+        moments |= collect_moments(setting.backbone, variables, group, batches, near=near, **sampling)
+    if processes.primary():
+        save_moments(path, moments, owner, tokens)
+    return moments
+
+
+def owner_of(setting: Setting, variables: Tree) -> str:
+    """Names whose features moments describe: a convolutional backbone alone does not tell the image size."""
+    height, width = setting.images.shape[1:3]
+    return f"{weights.digest(variables)} {height}x{width}"

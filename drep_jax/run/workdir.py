@@ -1,0 +1,137 @@
+"""The work directory of a run: checked to be writable, locked, with its configuration and a record of every start."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from drep_jax.errors import CheckpointError
+from drep_jax.files import write_json
+from drep_jax.run import lock
+from drep_jax.run.config import completed
+from drep_jax.run.environment import environment
+from drep_jax.training.checkpoint import FOLDER as CHECKPOINTS
+
+CONFIG = "config.json"
+
+
+STARTS = "run.json"
+
+
+FREE = ("log_every", "checkpoint_every", "progress", "latency_rounds", "profile", "wandb.")
+"""Settings that may differ when a run is resumed, and sections of them: they change nothing that is learned."""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"a.b": value} of a nested configuration."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+@contextlib.contextmanager
+def claimed(workdir: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """Makes `workdir` the place of this run, or checks that it already is, and keeps others out while the block runs.
+
+    Raises:
+      CheckpointError: if it cannot be written, is in use, or holds a run with another configuration; names the settings.
+    """
+    _make_writable(workdir)
+    with lock.writing(workdir):
+        _settle_config(workdir, config)
+        _record_start(workdir)
+        yield
+
+
+def _make_writable(workdir: str) -> None:
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        probe = os.path.join(workdir, f".write-test{os.getpid()}")
+        with open(probe, "w", encoding="utf-8") as file:
+            file.write("x" * 4096)
+        os.remove(probe)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write to the work directory {workdir}: {error.strerror}. Choose another --workdir."
+        ) from error
+
+
+def _settle_config(workdir: str, config: Mapping[str, Any]) -> None:
+    """Writes the configuration, or compares it with the one there, where a setting that is absent has its default."""
+    path = os.path.join(workdir, CONFIG)
+    if not os.path.exists(path):
+        write_json(path, config)
+        return
+    changed = differences(read_config(workdir), config)
+    if changed and not _begun(workdir):
+        write_json(path, config)  # such as a path that was mistyped the first time
+    elif changed:
+        raise CheckpointError(
+            f"{workdir} holds a run with another configuration. Choose another --workdir, or delete it:\n{listed(changed)}"
+        )
+
+
+def differences(
+    there: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...] = FREE
+) -> dict[str, tuple[Any, Any]]:
+    """Returns {name: (there, now)} of the settings that differ, where one that is absent has its default.
+
+    Args:
+      there, now: configurations.
+      free: names of settings that may differ, and of sections as `section.`.
+    """
+    old, new = (flatten(json.loads(json.dumps(completed(config)))) for config in (there, now))
+    return {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not any(name == f or (f[-1] == "." and name.startswith(f)) for f in free)
+    }
+
+
+def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Returns differences for a message."""
+    return "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
+
+
+def _record_start(workdir: str) -> None:
+    """Adds this start to the list of what made the run, of which the first one began it and the others went on."""
+    path = os.path.join(workdir, STARTS)
+    try:
+        with open(path, encoding="utf-8") as file:
+            starts = json.load(file)["starts"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet; or damaged by hand, which is no reason not to train
+        starts = []
+    write_json(path, {"starts": [*starts, environment()]})
+
+
+def _begun(workdir: str) -> bool:
+    """Returns whether a work directory holds anything that its configuration has made."""
+    stages = os.path.join(workdir, CHECKPOINTS)
+    saved = os.path.isdir(stages) and any(os.listdir(os.path.join(stages, stage)) for stage in os.listdir(stages))
+    return saved or any(os.path.exists(os.path.join(workdir, name)) for name in ("moments.npz", "report.json", "fused"))
+
+
+def read_config(workdir: str) -> dict[str, Any]:
+    """Returns the configuration of a run, with the defaults of settings that there were none of when it was begun.
+
+    Raises:
+      CheckpointError: if there is none.
+    """
+    path = os.path.join(workdir, CONFIG)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return completed(json.load(file))
+    except FileNotFoundError as error:
+        if any(os.path.exists(os.path.join(workdir, name)) for name in ("drep_jax.json", "fused.safetensors")):
+            raise CheckpointError(
+                f"{workdir} holds exported weights, which may already be fused, and not a run. Give the work directory of "
+                "the run that learned the denoisers."
+            ) from error
+        raise CheckpointError(f"{workdir} is no finished run: there is no {CONFIG} in it.") from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error

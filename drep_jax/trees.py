@@ -1,0 +1,37 @@
+"""Nested dicts of arrays: reading and replacing at a path, and whether all numbers are finite."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from drep_jax.errors import NonFiniteError
+from drep_jax.typing import Path, Tree
+
+
+def get_in(tree: Tree, path: Path) -> Tree:
+    """Returns the node at `path`, or None."""
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree
+
+
+def set_in(tree: Tree, path: Path, value: Tree) -> dict[str, Any]:
+    """Returns a copy of a nested mapping with `value` at `path`; the rest is shared."""
+    head, *rest = path
+    below = set_in(tree.get(head, {}), tuple(rest), value) if rest else value
+    return {**tree, head: below}
+
+
+def check_finite(tree: Tree, what: str) -> None:
+    """Raises `NonFiniteError` naming the first leaf of `tree` that holds NaN or Inf."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        with jax.ensure_compile_time_eval():  # concrete numbers can be looked at even while something else is traced
+            value = jnp.asarray(leaf)
+            finite = not jnp.issubdtype(value.dtype, jnp.inexact) or bool(jnp.isfinite(value).all())
+        if not finite:
+            name = "/".join(str(getattr(k, "key", k)) for k in path)
+            raise NonFiniteError(f"{what}: {name or 'value'} contains NaN or Inf.")

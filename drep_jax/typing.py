@@ -1,0 +1,21 @@
+"""Names of types that many modules share, each defined once."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Tree = Any
+"""A nested dict of arrays: parameters, variables, a `denoise` subtree."""
+
+Config = Mapping[str, Any]
+"""A configuration, or a section of it, as nested mappings."""
+
+Path = tuple[str, ...]
+"""Where something is in a tree: `("block_0", "mlp", "fc1")`."""
+
+Scores = dict[str, np.ndarray]
+"""Metric ↦ one number an item, (n,)."""
+
+Batch = dict[str, np.ndarray]
+"""Column ↦ values, first axis (batch,)."""

@@ -1,0 +1,151 @@
+"""The certificate passes what is right and fails what is wrong, on the change itself."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.errors import ScopeParamShapeError
+
+from drep_jax.core.certificate import certify, figure
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.fusion import fuse, fuse_exact
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import find_sites
+from tests.trees import Conv, Dense, Net, Scan, normal, setup
+
+SCHEDULE = Schedule(beta_end=0.02)
+NET = Net((Conv(2, groups=2),), (Scan(2, 5), Dense(4)))
+X = normal(7, (4, 5, 5, 4))
+SITES = find_sites(NET, X, pattern=".*", steps=2)
+VARIABLES, DENOISE = setup(NET, X, SITES)
+FUSED = fuse_exact({"backbone": VARIABLES["params"], "denoise": DENOISE}, SITES, SCHEDULE)
+
+
+def run(fused=None, denoise=DENOISE, variables=VARIABLES, **options):
+    return certify(NET, variables, denoise, SITES, SCHEDULE, X, fused=fused, **options)
+
+
+@pytest.fixture(scope="module")
+def good():
+    return run(FUSED)
+
+
+def test_correct_fusion_passes(good):
+    assert good.passed
+    assert set(good.end_to_end) == {"float64", "float32"}
+    assert good.end_to_end["float64"].error < 1e-11
+    assert 1e-3 < good.end_to_end["float64"].change < 1.0
+    assert [s.path for s in good.sites["float64"]] == [
+        "conv0",
+        "scan0/fc1",
+        "scan0/fc1",
+        "scan0/fc2",
+        "scan0/fc2",
+        "dense1",
+        "head",
+    ]
+    assert [s.times for s in good.sites["float64"]][:3] == [(14, 13), (12, 11), (8, 7)]
+    assert good.structure == {"same_tree": True, "same_dtypes": True, "same_program": True}
+
+
+def test_forms(good):
+    table = json.loads(json.dumps(good.to_json()))
+    assert table["passed"] is True
+    assert (table["rule"], table["steps"]) == ("ddpm", 2)
+    for result in table["results"].values():
+        assert {"passed", "error", "bound", "change", "sites"} <= set(result)
+        assert {"path", "slice", "t", "error", "bound", "change", "passed"} <= set(result["sites"][0])
+    assert "PASSED" in str(good)
+
+
+def test_tampering_with_one_hundredth_of_one_change_fails():
+    before, after = (np.asarray(tree["dense1"]["kernel"]) for tree in (VARIABLES["params"], FUSED))
+    tampered = {**FUSED, "dense1": {**FUSED["dense1"], "kernel": after + 0.01 * (after - before)}}
+    found = run(tampered)
+    assert not found.passed
+    assert [s.path for s in found.sites["float32"] if not s.figure.passed] == ["dense1"]
+    assert not found.end_to_end["float32"].passed
+    assert [s.path for s in found.sites["float64"] if not s.figure.passed] == ["dense1"]
+    assert "FAILED" in str(found)
+
+
+def test_fusion_that_does_nothing_fails():
+    found = run(jax.tree_util.tree_map(np.asarray, VARIABLES["params"]))
+    assert not found.passed
+    assert found.end_to_end["float32"].error == pytest.approx(1.0, rel=1e-3)
+    assert found.end_to_end["float32"].decisive
+
+
+def test_rounding_is_not_taken_for_an_error():
+    """Weights fused in float32 differ from those fused in float64 in the last bits, and pass."""
+    found = run(jax.jit(lambda p: fuse(p, SITES, SCHEDULE))({"backbone": VARIABLES["params"], "denoise": DENOISE}))
+    assert found.passed
+    assert found.end_to_end["float64"].error < 1e-11
+
+
+class Coarse(nn.Module):
+    """A layer that computes in bfloat16, whose output therefore cannot show a small change."""
+
+    dtype: object = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, dtype=self.dtype, name="layer")(x)
+
+
+@pytest.mark.parametrize("weights", [jnp.bfloat16, jnp.float32, np.float64])
+def test_fusion_that_does_nothing_fails_whatever_the_types(weights):
+    """The output is too coarse to decide, or there is no type but float64: what was deployed must still be looked at."""
+    net, x = Coarse(None if weights == np.float64 else jnp.bfloat16), normal(1, (6, 5))
+    sites = find_sites(net, x)
+    variables, denoise = setup(net, x, sites)
+    with jax.enable_x64(weights == np.float64):
+        variables = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(weights), variables)
+        x = np.asarray(x).astype(weights)
+        right = certify(net, variables, denoise, sites, SCHEDULE, x)
+        assert right.passed, str(right)
+        assert not any(f.decisive for name, f in right.end_to_end.items() if name != "float64")
+        wrong = certify(net, variables, denoise, sites, SCHEDULE, x, fused=variables["params"])
+    assert not wrong.passed
+    assert wrong.end_to_end["float64"].error == pytest.approx(1.0, rel=1e-6)
+
+
+def test_another_type_or_tree_fails():
+    half = jax.tree_util.tree_map(lambda leaf: leaf, FUSED)
+    half["head"] = {name: leaf.astype(np.float16) for name, leaf in half["head"].items()}
+    found = run(half)
+    assert found.structure == {"same_tree": True, "same_dtypes": False, "same_program": False}
+    assert not found.passed
+    cut = {**FUSED, "head": {**FUSED["head"], "bias": FUSED["head"]["bias"][None]}}
+    with pytest.raises(ScopeParamShapeError):  # Flax refuses another shape before anything is compared
+        run(cut)
+    extra = {**FUSED, "left": {"over": np.zeros(2)}}
+    found = run(extra)
+    assert not found.structure["same_tree"]
+    assert not found.passed
+
+
+def test_zero_change_is_handled():
+    found = run(None, init_denoise(SITES), rule="paper")
+    assert found.passed
+    assert found.end_to_end["float64"].change < 1e-14
+    assert found.sites["float64"][-1].figure.change == 0.0
+    noisy = figure([1.0, 1.0, 0.0, 1e-6], 1e-16)
+    assert not noisy.passed
+
+
+def test_coarse_types_are_left_to_float64():
+    half = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), VARIABLES)
+    little = jax.tree_util.tree_map(lambda leaf: 0.01 * leaf, DENOISE)
+    found = certify(NET, half, little, SITES, SCHEDULE, X.astype(jnp.bfloat16))
+    assert not found.end_to_end["bfloat16"].decisive
+    assert found.end_to_end["float64"].decisive
+    assert found.end_to_end["float64"].passed
+
+
+def test_figures_that_are_not_finite_fail():
+    assert not figure([1.0, 1.0, 1.0, np.nan], 1e-7).passed
+    assert not figure([1.0, np.inf, np.inf, 1.0], 1e-7).passed

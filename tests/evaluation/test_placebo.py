@@ -1,0 +1,85 @@
+"""The placebo arm: as large as what was learned, everywhere, and random."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drep_jax.evaluation.placebo import placebo_denoisers
+
+from drep_jax.core.denoisers import check_params
+from drep_jax.core.fusion import composed_maps, fuse_exact
+from drep_jax.core.schedule import Schedule
+from drep_jax.core.sites import find_sites
+from drep_jax.trees import get_in
+from tests.command import largest_difference, same_bits
+from tests.trees import Conv, Dense, Net, Scan, normal, setup
+
+SCHEDULE = Schedule(timesteps=100, beta_end=0.02)
+NETS = {
+    "dense without bias": Net((), (Dense(5), Dense(4, bias=False))),
+    "stacked by scan": Net((), (Scan(3, 6),)),
+    "depthwise": Net((Conv(2, groups=0),), ()),
+    "convolution": Net((Conv(3),), ()),
+}
+
+
+def norms(values, rank):
+    return np.sqrt(np.sum(np.square(np.asarray(values, np.float64)), axis=tuple(range(-rank, 0))))
+
+
+@pytest.mark.parametrize(
+    "name, rule, steps",
+    [*((name, "ddpm", 2) for name in NETS), ("convolution", "paper", 1), ("convolution", "ddim:0", 1)],
+)
+def test_maps_have_the_learned_norms_in_every_group_and_copy(name, rule, steps):
+    net, x = NETS[name], normal(0, (2, 6, 6, 3))
+    sites = find_sites(net, x, pattern=".*", timesteps=100, steps=2)
+    variables, denoise = setup(net, x, sites)
+    params = {"backbone": variables["params"], "denoise": denoise}
+    how = {"rule": rule, "steps": steps}
+    learned = jax.jit(lambda p: composed_maps(p, sites, SCHEDULE, **how))(params)
+    tree = jax.jit(lambda p: placebo_denoisers(p, sites, SCHEDULE, jax.random.key(1), **how))(params)
+    check_params({**params, "denoise": tree}, sites)
+    as_maps = jax.jit(lambda p: composed_maps(p, sites, SCHEDULE, rule="affine", steps=1))
+    random = as_maps({**params, "denoise": tree})
+    for site in sites:
+        ours, theirs = random[site.path], learned[site.path]
+        assert ours.keys() == theirs.keys() and ("constant" in ours) == site.bias
+        for leaf, rank in (("matrix", 2), ("constant", 1)):
+            if leaf in ours:
+                wanted = norms(theirs[leaf], rank)
+                assert np.min(wanted) > 1e-4
+                np.testing.assert_allclose(norms(ours[leaf], rank), wanted, rtol=2e-3)
+        # Random: no more alike than two random matrices of that size are.
+        one, two = (np.asarray(m["matrix"], np.float64).ravel() for m in (ours, theirs))
+        assert abs(one @ two) / np.linalg.norm(one) / np.linalg.norm(two) < 5 / np.sqrt(one.size)
+    fused = fuse_exact({**params, "denoise": tree}, sites, SCHEDULE, rule="affine", steps=1)
+    assert largest_difference(fused, variables["params"]) > 1e-3
+
+
+def test_the_key_decides_and_sites_of_one_shape_differ():
+    class Twins(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="two")(jnp.tanh(nn.Dense(4, name="one")(x)))
+
+    x = normal(0, (2, 4))
+    sites = find_sites(Twins(), x, timesteps=100)
+    variables, denoise = setup(Twins(), x, sites)
+    params = {"backbone": variables["params"], "denoise": denoise}
+    first, same, other = (placebo_denoisers(params, sites, SCHEDULE, jax.random.key(seed)) for seed in (1, 1, 2))
+    assert same_bits(first, same) and not same_bits(first, other)
+    one, two = (np.asarray(get_in(first, (name,))["kernel"]) for name in ("one", "two"))
+    assert not np.allclose(one / np.linalg.norm(one), two / np.linalg.norm(two), atol=0.05)
+
+
+def test_no_change_gives_no_placebo():
+    net, x = Net((), (Dense(5),)), normal(0, (2, 4, 4, 3))
+    sites = find_sites(net, x, timesteps=100)
+    variables, denoise = setup(net, x, sites)
+    zero = jax.tree_util.tree_map(jnp.zeros_like, denoise)
+    tree = placebo_denoisers(
+        {"backbone": variables["params"], "denoise": zero}, sites, SCHEDULE, jax.random.key(1), rule="paper"
+    )
+    assert not any(np.any(leaf) for leaf in jax.tree_util.tree_leaves(tree))

@@ -1,0 +1,103 @@
+"""Runs whose learner chooses on held-out images: measured noise and Wiener filters, with labels and without."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from drep_jax import weights
+from drep_jax.errors import ConfigError
+from drep_jax.jobs import train
+from tests.command import call, largest_difference
+
+
+@pytest.mark.slow
+def test_maps_given_directly_have_no_time_steps(finished, tmp_path):
+    config = json.loads(json.dumps(finished.config))
+    config["backbone"].update(init_from=finished.backbone, steps=0)
+    config["control"]["steps"] = 0
+    config.update(learner="measured", compare=["wiener"], noise="gaussian:100")
+    config["evaluate"]["conditions"] = ["clean", "gaussian:100"]
+    config["sites"]["pattern"] = ".*"
+    config["measured"].update(images=200, clean_share=[0.3, 0.6])
+    config["select"]["max_clean_loss"] = 100.0
+    config["wiener"]["ratios"] = [0.01]
+    content = train.run(config, str(tmp_path / "run"))
+    assert content["exported"] == "measured" and set(content["learning"]) == {"measured", "wiener"}
+    assert content["certificate"]["passed"] and content["certificate"]["rule"] == "affine"
+    front = content["front"]
+    assert front["conditions"] == ["clean", "gaussian:100"] and len(front["points"]) == 9
+    assert {point["label"] for point in front["points"]} == {"backbone", "clean share 0.3", "clean share 0.6"}
+    chosen = content["learning"]["measured"]["chosen"]
+    assert chosen["criterion"] == "accuracy" and content["learning"]["measured"]["images"] == 200
+    noisy = content["metrics"]["gaussian:100"]
+    assert noisy["difference"]["measured - baseline"]["acc@1"] > 3
+    assert noisy["interval"]["measured - baseline"]["acc@1"][0] > 0
+    gains = [gain for site in content["spectra"].values() for gain in site["gain"]]
+    assert min(gains) < 0.9 and set(content["spectra"]) == {site["path"] for site in content["sites"]}
+
+    place = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+    assert call("fuse.py", *place).status == 0
+    again = weights.load(str(tmp_path / "out" / "fused.safetensors"), finished.setting.abstract, allow_fused=True)
+    own = weights.load(
+        str(tmp_path / "run" / "fused" / "fused.safetensors"), finished.setting.abstract, allow_fused=True
+    )
+    assert largest_difference(again, own) == 0
+    for choice in ("--rule=ddpm", "--steps=2", "--noise=sample", "--time_scale=2"):
+        call("fuse.py", *place, choice).refused("learned its maps directly", "--resolve")
+    assert call("fuse.py", *place, "--resolve", "--rule=ddpm", "--steps=2").status == 0
+
+
+def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_path):
+    from PIL import Image
+
+    from drep_jax.data.corruptions import corrupt
+
+    images_of = finished.setting.train
+    clean = np.stack([images_of[i]["image"] for i in range(120)])
+    noisy = corrupt(clean, np.arange(120), "gaussian:70", 5).round().astype(np.uint8)
+    for name, images in (("pairs/clean", clean), ("pairs/corrupted", noisy), ("images", clean)):
+        os.makedirs(tmp_path / name)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:03}.png")
+    config = json.loads(json.dumps(finished.config))
+    config["backbone"].update(init_from=finished.backbone, steps=0)
+    config["control"]["steps"] = 0
+    config["model"]["num_classes"] = 10
+    config["data"]["source"] = f"folder:{tmp_path / 'images'}"
+    config.update(learner="measured", noise=f"pairs:{tmp_path / 'pairs'}")
+    config["select"].update(conditions=["gaussian:60"], max_clean_loss=100.0)
+    content = train.run(config, str(tmp_path / "run"))
+    assert content["metrics"] == {} and content["certificate"]["passed"]
+    section = content["learning"]["measured"]
+    assert section["chosen"]["criterion"] == "agreement" and section["images"] == 120
+    points = content["front"]["points"]
+    assert points[0]["scores"]["clean"] == 100
+    best = points[content["front"]["chosen"]]["scores"]
+    assert sum(best.values()) >= sum(points[0]["scores"].values())
+
+
+@pytest.mark.slow
+def test_a_backbone_without_a_head_is_chosen_by_the_nearest_image(finished, tmp_path):
+    headless = {name: leaf for name, leaf in finished.variables["params"].items() if name != "head"}
+    weights.save_safetensors(str(tmp_path / "headless.safetensors"), {"params": headless})
+    config = json.loads(json.dumps(finished.config))
+    config["backbone"].update(init_from=str(tmp_path / "headless.safetensors"), steps=0)
+    config["control"]["steps"] = 0
+    config["model"]["num_classes"] = -1
+    config.update(learner="measured", compare=[], noise="gaussian:60..120")
+    config["evaluate"]["conditions"] = ["clean", "gaussian:100"]
+    config["sites"]["pattern"] = ".*"
+    config["measured"].update(images=200, clean_share=[0.5])
+    config["select"].update(max_clean_loss=10.0, images=100)
+    content = train.run(config, str(tmp_path / "run"))
+    chosen = content["learning"]["measured"]["chosen"]
+    assert chosen["criterion"] == "agreement" and content["metrics"] == {} and content["certificate"]["passed"]
+    points = content["front"]["points"]
+    assert points[0]["scores"]["clean"] == 100.0 and points[0]["scores"]["gaussian:100"] < 90
+    best = max(point["scores"]["gaussian:100"] for point in points)
+    assert best > points[0]["scores"]["gaussian:100"] + 2
+    config["control"]["steps"] = 5
+    with pytest.raises(ConfigError, match=r"no head.*control\.steps=0"):
+        train.run(config, str(tmp_path / "other"))

@@ -1,0 +1,132 @@
+"""`fuse.py --export`: the file that the backbone came in, new files of other formats, programs, folded BatchNorms."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from drep_jax import weights
+from drep_jax.jobs import train
+from drep_jax.models.resnet import ResNet
+from drep_jax.models.vit import ViT
+from drep_jax.run import export
+from drep_jax.weights import files, formats
+from drep_jax.weights.translation import Format, Rule
+from tests.command import call, same_bits
+
+FLAT = (Rule(r"(?P<path>.*)/kernel", r"\g<path>.w"), Rule(r"(?P<path>.*)", r"\g<path>"))
+TOY = Format("toy", ViT, (r"encoderblock_0/mlp/fc1\.w",), lambda module: FLAT, suffix=".npz")
+TOY_RESNET = Format("toy", ResNet, (r"layer1_0/conv1\.w",), lambda module: FLAT)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.setattr(formats, "FORMATS", (TOY, TOY_RESNET))
+
+
+def fuse(run, out, *arguments):
+    return call("fuse.py", f"--workdir={run}", f"--out={out}", *arguments)
+
+
+def run_on(config, tmp_path, path, **changes):
+    """A closed-form run on weights read from a file; returns its directory."""
+    config = json.loads(json.dumps(config))
+    config["backbone"].update(init_from=str(path), steps=0)
+    config["control"]["steps"] = 0
+    config.update(learner="closed_form", compare=[])
+    config["evaluate"].update(conditions=["clean"])
+    for section, values in changes.items():
+        config[section] = {**config[section], **values} if isinstance(values, dict) else values
+    train.run(config, str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def foreign_file(finished, tmp_path_factory):
+    """The tiny backbone in the toy format."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "FORMATS", (TOY,))
+        path = str(tmp_path_factory.mktemp("foreign") / "vit")
+        made = weights.write_new(finished.setting.backbone, finished.variables, "toy", path, {})
+    # As others write it: without our mark.
+    np.savez(made, **np.load(made))
+    return made
+
+
+def test_the_same_kind_of_file_comes_back_fused(finished, foreign_file, tmp_path):
+    run = run_on(finished.config, tmp_path, foreign_file)
+    ended = fuse(run, tmp_path / "out", "--export=same,stablehlo", "--rule=ddpm")
+    assert ended.status == 0, ended.output
+    made = tmp_path / "out" / "vit_fused.npz"
+    old, new = files.read(foreign_file), files.read(str(made))
+    assert list(old.tensors) == list(new.tensors)
+    changed = {n for n in old.tensors if not np.array_equal(old.tensors[n], new.tensors[n])}
+    assert changed == {f"encoderblock_{i}/mlp/fc{j}{leaf}" for i in (0, 1) for j in (1, 2) for leaf in (".w", "/bias")}
+    assert "8 of its tensors replaced" in ended.output and "stablehlo" in ended.output
+    ours = weights.load(str(tmp_path / "out" / "fused.safetensors"), finished.setting.abstract, allow_fused=True)
+    back = weights.load_foreign(str(made), finished.setting.backbone, finished.setting.abstract, allow_fused=True)
+    assert same_bits(back.variables, ours)
+    assert os.path.getsize(tmp_path / "out" / "fused.stablehlo") > 1000
+
+    other = tmp_path / "other.npz"
+    np.savez(other, **{name: tensor * np.float32(1.5) for name, tensor in old.tensors.items()})
+    fuse(run, tmp_path / "out2", "--export=same", f"--init_from={other}").refused("not the backbone of this run")
+    fuse(run, tmp_path / "out2", f"--init_from={foreign_file}").refused("goes with --export only")
+    fuse(run, tmp_path / "out2", "--export=tomm").refused('There is no export "tomm"', 'Did you mean "toy"?')
+    fuse(run, tmp_path / "out2", "--export=same", f"--init_from={made}").refused("already fused")
+    fuse(run, tmp_path / "out2", "--fold_batchnorm").refused("no BatchNorm that can be folded")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_backbone_of_no_foreign_file_goes_into_a_new_one(finished, tmp_path):
+    fuse(finished.directory, tmp_path / "a", "--export=same").refused("from no foreign file", "toy", "stablehlo")
+    ended = fuse(finished.directory, tmp_path / "a", "--export=toy")
+    assert ended.status == 0, ended.output
+    like = finished.setting.abstract
+    ours = weights.load(str(tmp_path / "a" / "fused.safetensors"), like, allow_fused=True)
+    back = weights.load_foreign(
+        str(tmp_path / "a" / "fused_toy.npz"), finished.setting.backbone, like, allow_fused=True
+    )
+    assert same_bits(back.variables, ours) and back.source.fused["rule"] == "ddpm"
+
+
+def test_a_half_precision_file_must_keep_the_change(finished, foreign_file, tmp_path):
+    halves = tmp_path / "half.npz"
+    np.savez(halves, **{name: tensor.astype(np.float16) for name, tensor in files.read(foreign_file).tensors.items()})
+    run = run_on(finished.config, tmp_path, halves)
+    weak = ("--export=same", "--strength=0.002")
+    fuse(run, tmp_path / "out", *weak).refused("rounds away", "--allow_rounding")
+    assert not (tmp_path / "out").exists()
+    ended = fuse(run, tmp_path / "out", *weak, "--allow_rounding")
+    assert ended.status == 0 and "of the change survives" in ended.output
+    kept = files.read(str(tmp_path / "out" / "half_fused.npz")).tensors
+    assert {tensor.dtype for tensor in kept.values()} == {np.dtype(np.float16)}
+
+
+@pytest.mark.slow
+def test_batch_norms_are_folded_into_a_file_of_the_same_names(finished, tmp_path):
+    model = {"name": "resnet", "num_classes": 10, "stage_sizes": [1, 1], "block": "basic", "width": 8, "stem": "cifar"}
+    backbone = ResNet(stage_sizes=(1, 1), block="basic", width=8, stem="cifar", num_classes=10)
+    variables = dict(backbone.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)))
+    rng = np.random.default_rng(0)
+    variables["batch_stats"] = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (rng.uniform(-0.2, 0.2, leaf.shape) + (path[-1].key == "var")).astype(np.float32),
+        variables["batch_stats"],
+    )
+    made = weights.write_new(backbone, variables, "toy", str(tmp_path / "resnet"), {})
+    config = {**finished.config, "model": model}
+    run = run_on(config, tmp_path, made, backbone={"init_allow": []}, learner="closed_form")
+    ended = fuse(run, tmp_path / "out", "--export=same", "--fold_batchnorm")
+    assert ended.status == 0, ended.output
+    assert "BatchNorm folded into the layer before: PASSED" in ended.output
+    like = export.weights.load(str(run / "fused" / "fused.safetensors"), variables, allow_fused=True)
+    folded = weights.load_foreign(
+        str(tmp_path / "out" / "resnet_fused.pth"), backbone, variables, allow_fused=True
+    ).variables
+    assert all(not np.any(leaf) for leaf in jax.tree_util.tree_leaves(folded["batch_stats"]["bn1"]["mean"]))
+    assert np.array_equal(folded["params"]["bn1"]["scale"], np.ones(8, np.float32))
+    x = rng.normal(size=(3, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_allclose(backbone.apply(folded, x), backbone.apply(like, x), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(backbone.apply(folded, x), backbone.apply(variables, x), atol=1e-5)

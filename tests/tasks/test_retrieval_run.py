@@ -1,0 +1,426 @@
+"""Runs of task "retrieval" on a small folder: every way of training, its arms, its picture, and what is refused beforehand."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.default import get_default
+from drep_jax import weights
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.data.collate import read
+from drep_jax.data.corruptions import corrupt
+from drep_jax.data.metadata import table_of
+from drep_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from drep_jax.evaluation import rankings, scoring, selection
+from drep_jax.jobs import checks, evaluate, train
+from drep_jax.jobs.dry_run import dry_run
+from drep_jax.learners.labelled import WithFinal, with_final
+from drep_jax.learners.losses import label_objective
+from drep_jax.run.checkpoints import last_saved
+from drep_jax.run.setup import build
+from drep_jax.run.stages import order_of, starting
+from drep_jax.tasks.retrieval import CENTRES
+from tests import reid_trees
+from tests.command import same_bits
+
+LEARNERS = ("algorithm1", "label_augmented", "alternating", "final_only")
+"""Beside the exported one, where every way is tried; that takes a minute of compiling."""
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Twelve persons in two colours each, four pictures in each of two cameras, of which one is darker."""
+    folder = tmp_path_factory.mktemp("people")
+    rng = np.random.default_rng(0)
+    for person in range(12):
+        top, bottom = rng.integers(40, 255, (2, 3))
+        for camera in range(2):
+            for number in range(4):
+                picture = np.concatenate([np.full((8, 8, 3), top), np.full((8, 8, 3), bottom)])
+                picture = np.clip(picture * (1 - 0.4 * camera) + rng.normal(0, 12, picture.shape), 0, 255)
+                Image.fromarray(picture.astype(np.uint8)).save(folder / f"{person:04d}_c{camera + 1}_{number}.png")
+    return str(folder)
+
+
+def config_for(people, **changes):
+    config = get_default()
+    config.name, config.task, config.progress = "people", "retrieval", False
+    config.latency_rounds = 2
+    config.learner, config.compare, config.noise = "measured", LEARNERS, "gaussian:30..60"
+    config.data.update(
+        {"source": f"reid_folder:{people}?test=0.4&held_out=0.3", "image_size": (16, 8), "resize": "exact"}
+    )
+    config.model.update({"name": "transreid", "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24})
+    config.model.update({"jigsaw": True, "drop_path": 0.0})
+    config.retrieval.update({"side": "camera", "identities": 4, "instances": 2, "centre_weight": 0.01, "attributed": 1})
+    config.backbone.update({"steps": 12, "batch_size": 8, "learning_rate": 3e-3})
+    config.control.update({"steps": 2, "batch_size": 8, "learning_rate": 1e-3})
+    config.denoise.update({"train_steps": 2, "batch_size": 8, "learning_rate": 0.01})
+    config.alternate.update({"steps": 2, "period": 1})
+    config.measured.images = 16
+    config.select.labels = True
+    config.evaluate.update({"conditions": ("clean", "gaussian:60"), "batch_size": 16, "resamples": 200})
+    config.evaluate.update({"certificate_images": 2, "latency_batch": 8})
+    config.update_from_flattened_dict(changes)
+    return config.to_dict()
+
+
+@pytest.fixture(scope="module")
+def run(people, tmp_path_factory):
+    config = config_for(people, **{"compare": ("final_only",), "control.steps": 0})
+    directory = str(tmp_path_factory.mktemp("run") / "people")
+    report = train.run(config, directory)
+    return config, directory, report, build(config)
+
+
+def check_arms(report, setting, denoised, controls):
+    table = table_of(setting.test)
+    for entry in report["metrics"].values():
+        assert entry["n"] == int(table["query"].sum()) > 0
+        assert set(entry["denoised"]) == denoised and set(entry["control"]) == controls
+        for scores in (entry["baseline"], *entry["denoised"].values()):
+            assert list(scores) == ["mAP", "rank1", "rank5", "rank10", "mINP"]
+            assert 0 < scores["mAP"] <= 100 and 0 <= scores["rank1"] <= scores["rank5"] <= scores["rank10"]
+        assert set(entry["mcnemar"]) == set(entry["difference"])
+    assert report["certificate"]["passed"] and report["front"]
+
+
+def test_every_arm_is_scored_on_the_same_queries(run):
+    _, _, report, setting = run
+    check_arms(report, setting, {"measured", "final_only"}, {"placebo"})
+    assert report["learning"]["measured"]["chosen"]["criterion"] == "mAP"
+
+
+@pytest.mark.slow
+def test_every_way_of_training_has_its_arms(people, tmp_path):
+    config = config_for(people)
+    report = train.run(config, str(tmp_path / "every"))
+    setting = build(config)
+    check_arms(report, setting, {"measured", *LEARNERS}, {"placebo", "continued"})
+    assert np.isfinite(report["learning"]["alternating"]["loss"]).all()
+    content, _ = evaluate.evaluate(config, str(tmp_path / "every"))
+    for condition, entry in report["metrics"].items():
+        for arm in ("label_augmented", "alternating"):
+            assert content["metrics"][condition]["denoised"][arm] == pytest.approx(entry["denoised"][arm])
+
+
+def test_merged_sources_may_hold_out_nothing_and_have_no_identities_to_choose_by(people):
+    other = f"reid_folder:{people}?test=0.5&seed=3&held_out="
+    changes = {"retrieval.side": "", "backbone.steps": 0, "backbone.init_from": "x", "control.steps": 0, "compare": ()}
+    changes |= {"retrieval.centre_weight": 0.0}
+    for share, size in (("0", 0), ("0.5", None)):
+        config = config_for(people, **changes, **{"data.merge": ((other + share, 1.0),)})
+        setting = build(config)
+        alone = len(build(config_for(people, **changes)).held_out)
+        assert len(setting.held_out) == alone if size == 0 else len(setting.held_out) > alone
+    variables = dict(setting.backbone.init(jax.random.key(0), np.zeros(setting.images.shape, np.float32)))
+    nothing = selection.Candidate("nothing", init_denoise(setting.sites))
+    assert (
+        config["select"]["labels"] and selection.choose(config, setting, variables, [nothing]).criterion == "agreement"
+    )
+    config = config_for(people, **{**changes, "data.source": f"reid_folder:{people}?held_out=0"})
+    with pytest.raises(DataError, match=r'"measured" chooses its strength on held-out images, and reid_folder'):
+        checks.check(config, build(config))
+    config = config_for(people, **{**changes, "data.source": f"reid_folder:{people}?held_out=0.01"})
+    with pytest.raises(DataError, match="holds out one identity only"):
+        checks.check(config, build(config))
+    config["select"]["labels"] = False
+    checks.check(config, build(config))
+
+
+@pytest.mark.slow
+def test_merged_sources_are_learned_from_together_and_evaluated_by_their_own_queries(people, tmp_path):
+    changes = {"retrieval.side": "", "control.steps": 0, "learner": "algorithm1", "compare": (), "backbone.steps": 0}
+    plain = config_for(people, **{**changes, "backbone.steps": 2, "learner": "closed_form"})
+    train.run(plain, str(tmp_path / "first"))
+    saved = str(tmp_path / "backbone.safetensors")
+    weights.save_safetensors(saved, last_saved(plain, build(plain), str(tmp_path / "first"), "backbone").variables)
+    other = f"reid_folder:{people}?test=0.5&seed=3"
+    merged = config_for(people, **changes, **{"data.merge": ((other, 1.0),), "backbone.init_from": saved})
+    report = train.run(merged, str(tmp_path / "merged"))
+    assert list(report["sources"]) and all(source["gallery"] is None for source in report["sources"].values())
+    for source in report["sources"].values():
+        assert set(source["metrics"]["clean"]["denoised"]) == {"algorithm1"}
+        assert source["metrics"]["clean"]["n"] > 0
+    assert report["metrics"]["clean"]["n"] > 0
+
+
+def test_scores_are_those_of_features_compared_by_hand(run):
+    config, directory, report, setting = run
+    found = last_saved(config, setting, directory, "backbone")
+    batch = read(setting.test, np.arange(len(setting.test)))
+    noisy = corrupt(batch["image"], batch["index"], "gaussian:60", config["seed"])
+    features = np.array(jax.jit(setting.backbone.apply)(found.variables, setting.inputs({**batch, "image": noisy})))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    precisions = []
+    for q in np.flatnonzero(batch["query"]):
+        allowed = (batch["gallery"] == 1) & ~(
+            (batch["label"] == batch["label"][q]) & (batch["camera"] == batch["camera"][q])
+        )
+        order = np.argsort(-(features[allowed] @ features[q]))
+        right = batch["label"][allowed][order] == batch["label"][q]
+        precisions.append(np.mean(np.arange(1, right.sum() + 1) / (np.flatnonzero(right) + 1)))
+    assert report["metrics"]["gaussian:60"]["baseline"]["mAP"] == pytest.approx(100 * np.mean(precisions), abs=1e-3)
+
+
+def test_ranked_results_are_shown_and_sites_stand_for_themselves(run):
+    config, directory, report, setting = run
+    shown = report["ranked"]
+    assert shown["arms"] == ["baseline", "measured"] and shown["queries"] and len(shown["sites"]) == 1
+    assert os.path.getsize(os.path.join(directory, "plots", "ranked.png")) > 2000
+    page = pathlib.Path(directory, "report.html").read_text()
+    assert "Ranked results" in page and shown["sites"][0]["path"] in page
+    found = last_saved(config, setting, directory, "measured")
+    params = {"backbone": found.variables["params"], "denoise": found.denoise}
+    site = next(s for s in setting.sites if s.name == shown["sites"][0]["path"])
+    alone = rankings._alone(params, setting, site, "affine", 1)
+    paths = {"/".join(layer.path) for layer in site.layers}
+    changed = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(alone):
+        name = "/".join(part.key for part in path)
+        old = params["backbone"]
+        for part in path:
+            old = old[part.key]
+        if not np.array_equal(leaf, old):
+            changed.add(name.rsplit("/", 1)[0])
+    assert changed == paths or not np.any(jax.tree_util.tree_leaves(found.denoise)[0])
+    arms = {"alone": {**found.variables, "params": alone}, "base": found.variables}
+    index, rows = scoring.features(config, setting, setting.test, arms, shown["condition"])
+    ap = {arm: scoring.ranked(setting.task, setting.test, index, own).scores["mAP"] for arm, own in rows.items()}
+    assert shown["sites"][0]["mAP"] == pytest.approx(100 * np.mean(ap["alone"] - ap["base"]), abs=1e-6)
+
+
+def test_sites_of_a_trained_backbone_are_compared_with_it_and_not_with_the_baseline(run):
+    config, directory, _, setting = run
+    baseline = last_saved(config, setting, directory, "backbone").variables
+    trained = jax.tree_util.tree_map(lambda leaf: np.roll(leaf, 1, axis=-1), baseline)
+    params = {"backbone": trained["params"], "denoise": init_denoise(setting.sites)}
+    arms, names = {"baseline": baseline, "alternating": trained}, [setting.sites[0].name]
+    how = {"rule": "affine", "steps": 1}
+    found = rankings.ranked(config, setting, setting.task, setting.test, arms, "clean", params, names, **how)
+    assert any(query["ap"]["baseline"] != query["ap"]["alternating"] for query in found["queries"])
+    assert [(site["mAP"], site["gained"], site["lost"]) for site in found["sites"]] == [(0.0, 0, 0)]
+
+
+def test_centres_are_trained_beside_the_backbone_and_stay_out_of_it(run):
+    config, directory, _, setting = run
+    from tests.jobs.test_train import restored
+
+    found = last_saved(config, setting, directory, "backbone")
+    params, _ = starting(config, setting, "backbone", found.variables)
+    saved = restored(directory, "backbone")
+    assert set(saved[CENTRES]) == set(params[CENTRES]) == {str(i) for i in range(5)}
+    assert not same_bits(saved[CENTRES], params[CENTRES])
+    assert CENTRES not in found.variables and CENTRES not in found.variables["params"]
+    assert setting.abstract["params"].keys() == found.variables["params"].keys()
+
+
+def test_the_explicit_final_feature_is_denoised_behind_the_backbone(run):
+    config, directory, report, setting = run
+    found = last_saved(config, setting, directory, "backbone")
+    images = setting.inputs(read(setting.test, np.arange(4)))
+    beyond = dataclasses.replace(setting, backbone=WithFinal(setting.backbone))
+    same = jax.jit(beyond.backbone.apply)(with_final(beyond, found.variables), images)
+    np.testing.assert_allclose(same, jax.jit(setting.backbone.apply)(found.variables, images), rtol=1e-5, atol=1e-6)
+    assert (
+        report["cost"]["flops"]["final_only"] > report["cost"]["flops"]["fused"] == report["cost"]["flops"]["baseline"]
+    )
+    assert list(report["learning"]["final_only"]["optimum"]) == ["final"]
+
+
+def test_a_finished_run_is_evaluated_again_by_its_weights(run):
+    config, directory, report, _ = run
+    _, folder = evaluate.evaluate(evaluate.configuration(config, directory, overrides={}, explicit=False), directory)
+    again = json.loads(pathlib.Path(folder, "evaluation.json").read_text())["metrics"]
+    for condition, entry in report["metrics"].items():
+        assert again[condition]["denoised"]["measured"] == pytest.approx(entry["denoised"]["measured"])
+        assert again[condition]["baseline"] == pytest.approx(entry["baseline"])
+
+
+@pytest.mark.slow
+def test_only_queries_or_only_the_gallery_can_be_corrupted(run, people):
+    config, directory, _, _ = run
+    found = last_saved(config, build(config), directory, "backbone")
+    kept = {}
+    for noisy in ("both", "query", "gallery"):
+        changed = config_for(people, **{"retrieval.noisy": noisy})
+        setting = build(changed)
+        index, rows = scoring.features(changed, setting, setting.test, {"baseline": found.variables}, "gaussian:60")
+        assert np.array_equal(index, np.arange(len(setting.test)))
+        kept[noisy] = rows["baseline"]
+    _, rows = scoring.features(config, setting, setting.test, {"baseline": found.variables}, "clean")
+    query = table_of(setting.test)["query"] == 1
+    for noisy, corrupted in (("query", query), ("gallery", ~query)):
+        assert np.array_equal(kept[noisy][corrupted], kept["both"][corrupted])
+        assert np.array_equal(kept[noisy][~corrupted], rows["baseline"][~corrupted])
+    assert not np.array_equal(kept["query"], kept["gallery"])
+
+
+def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
+    config, directory, report, setting = run
+    overrides = {"retrieval.rerank": (6, 3, 0.0), "retrieval.interval": "identity", "evaluate.conditions": ("clean",)}
+    changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
+    content, _ = evaluate.evaluate(changed, directory)
+    entry, before = content["metrics"]["clean"], report["metrics"]["clean"]
+    assert entry["n"] == before["n"] and entry["baseline"]["mAP"] != before["baseline"]["mAP"]
+    assert not entry["mcnemar"] and before["mcnemar"]
+    found = last_saved(config, setting, directory, "backbone")
+    task = dataclasses.replace(setting.task, rerank=(6, 3, 0.0))
+    index, rows = scoring.features(config, setting, setting.test, {"base": found.variables}, "clean")
+    expected = 100 * scoring.ranked(task, setting.test, index, rows["base"]).scores["mAP"].mean()
+    assert entry["baseline"]["mAP"] == pytest.approx(expected)
+
+
+def test_a_run_is_evaluated_on_a_set_of_more_identities(run, people):
+    config, directory, _, setting = run
+    overrides = {"data.source": f"reid_folder:{people}?test=0.2&held_out=0", "evaluate.conditions": ("clean",)}
+    changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
+    assert build(changed).train.num_classes > setting.train.num_classes
+    with pytest.raises(CheckpointError, match="classifier"):
+        evaluate.evaluate(changed, directory)
+    overrides["model.num_classes"] = setting.train.num_classes
+    changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
+    content, _ = evaluate.evaluate(changed, directory)
+    assert set(content["arms"]) >= {"baseline", "measured"}
+    with pytest.raises(ConfigError, match=r"trains with identities, of which .* and the backbone's classifier"):
+        checks.check_retrieval(changed, build(changed), setting.task)
+
+
+@pytest.mark.slow
+def test_a_dry_run_needs_neither_cameras_nor_queries(people, capsys):
+    config = config_for(people)
+    assert "denoisers while learning" in dry_run({**config, "dry_run_batch": 2})
+    config["model"]["num_classes"] = -1
+    assert "denoisers while learning" in dry_run({**config, "dry_run_batch": 2})
+
+
+def test_features_that_are_no_numbers_are_refused_by_the_arm_s_name(run):
+    config, directory, _, setting = run
+    found = last_saved(config, setting, directory, "backbone")
+    broken = jax.tree_util.tree_map(lambda leaf: np.full_like(leaf, np.nan), found.variables)
+    with pytest.raises(NonFiniteError, match="Arm broken gives features with NaN or Inf on clean images"):
+        scoring.score(config, setting, setting.test, {"broken": broken}, ("clean",))
+
+
+def test_the_backbone_is_told_the_camera_of_each_image(run):
+    setting = run[3]
+    batch = read(setting.train, np.arange(8))
+    images = setting.inputs(batch)
+    assert setting.side == (("camera", 2),) and images.shape == (8, 16, 8, 4) == (8, *setting.images.shape[1:])
+    assert np.array_equal(images[..., 3], np.broadcast_to(batch["camera"][:, None, None], (8, 16, 8)))
+    assert set(batch["camera"]) == {0, 1} or len(set(table_of(setting.train)["camera"])) == 2
+
+
+def test_batches_hold_identities_and_every_stage_the_same(run):
+    config, _, _, setting = run
+    order = order_of(config, setting.train, "control", 5)
+    labels = table_of(setting.train)["label"]
+    for block in order.at(0).reshape(-1, 4, 2):
+        assert len({labels[pair[0]] for pair in block}) == 4
+        assert all(labels[a] == labels[b] and a != b for a, b in block)
+    assert order_of(config, setting.train, "algorithm1", 5) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"control.batch_size": 16, "denoise.batch_size": 16},
+            ConfigError,
+            r"control.batch_size=16, but retrieval.identities=4",
+        ),
+        ({"data.mixup": 0.2}, ConfigError, "mix identities"),
+        ({"retrieval.views": True}, ConfigError, r"has 1 branch\(es\)"),
+        ({"retrieval.identities": 40, "retrieval.instances": 2}, ConfigError, "retrieval.identities=40 of"),
+        ({"model.name": "vit", "model.num_classes": 0, "retrieval.side": ""}, ConfigError, "no option|has no neck"),
+        ({"retrieval.side": "view"}, ConfigError, 'names "view", which .* does not tell'),
+        ({"noise": "pairs:DIR"}, ConfigError, 'retrieval.side="camera" is not known'),
+        (
+            {"data.source": "digits", "data.resize": "squash"},
+            ConfigError,
+            "needs test images that are queries and a gallery, and digits",
+        ),
+        ({"data.image_size": (17, 8), "data.resize": "squash"}, ConfigError, "17|divisible"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(people, changes, error, message):
+    config = config_for(people, **changes)
+    if config["model"]["name"] == "vit":
+        config["model"] = {k: v for k, v in config["model"].items() if k not in ("jigsaw",)}
+    with pytest.raises(error, match=message):
+        setting = build(config)
+        checks.check(config, setting)
+
+
+def test_parts_of_a_batch_need_two_identities(people, monkeypatch):
+    monkeypatch.setattr(checks.parallel, "device_count", lambda: 1)
+    config = config_for(people, **{"backbone.accumulate": 4, "learner": "closed_form", "compare": ()})
+    with pytest.raises(ConfigError, match=r"backbone.accumulate=4 cuts batches into parts of one identity"):
+        checks.check(config, build(config))
+    config["retrieval"]["triplet_weight"] = 0.0
+    checks.check(config, build(config))
+
+
+def test_images_that_are_query_and_gallery_are_not_corrupted_as_one_of_them(people, tmp_path):
+    base = reid_trees.veri(tmp_path)
+    changes = {"data.source": f"veri:{base}?held_out=0", "data.resize": "squash", "retrieval.side": ""}
+    build(config_for(people, **changes))
+    with pytest.raises(
+        ConfigError, match=r'noisy="query", but 1 of the 3 test images of veri:.* are both queries and in'
+    ):
+        build(config_for(people, **changes, **{"retrieval.noisy": "query"}))
+
+
+def test_identities_of_one_image_are_refused_or_dropped(tmp_path):
+    for name, count in (("a", 3), ("b", 3), ("c", 1)):
+        for camera in (1, 2) if count > 1 else (1,):
+            for number in range(count):
+                os.makedirs(tmp_path / "train", exist_ok=True)
+                Image.new("RGB", (8, 16)).save(tmp_path / "train" / f"{name}_c{camera}_{number}.png")
+    for part in ("query", "gallery"):
+        os.makedirs(tmp_path / part)
+        Image.new("RGB", (8, 16)).save(tmp_path / part / f"z_c{1 + (part == 'gallery')}_0.png")
+    changes = {"data.source": f"reid_folder:{tmp_path}?held_out=0", "retrieval.identities": 2, "retrieval.instances": 4}
+    config = config_for(tmp_path, **changes, learner="closed_form", compare=())
+    with pytest.raises(DataError, match=r"1 identity has one image only.*: c"):
+        checks.check(config, build(config))
+    config["retrieval"]["lonely"] = "drop"
+    checks.check(config, build(config))
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_step_moves_neck_and_trunk(run):
+    config, directory, _, setting = run
+    from drep_jax.parallel import devices
+
+    found = last_saved(config, setting, directory, "backbone")
+    params, others = starting(config, setting, "backbone", found.variables)
+    batch = {
+        name: column.reshape(8, 1, *column.shape[1:]) for name, column in read(setting.train, np.arange(8)).items()
+    }
+
+    def slope(batch):
+        def loss(weights):
+            key = jax.random.key(0)
+            return label_objective(
+                setting, config["backbone"], weights, others, batch, key, train=True, beside={CENTRES: params[CENTRES]}
+            )[0]
+
+        return devices.mean(jax.grad(loss)(params["backbone"]))
+
+    gradient = devices.unreplicate(devices.on_devices(slope)(batch))
+    still = [
+        "/".join(p.key for p in path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
+        if not np.any(leaf)
+    ]
+    assert not still, still
+    assert jax.tree_util.tree_structure(init_denoise(setting.sites)) == jax.tree_util.tree_structure(
+        starting(config, setting, "label_augmented", found.variables)[0]["denoise"]
+    )

@@ -1,0 +1,90 @@
+"""The optimiser's state divided among eight devices: the numbers of the undivided one, an eighth of its memory on each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from drep_jax.parallel import devices
+from drep_jax.training.state import (
+    OPTIMIZERS,
+    collected,
+    create_state,
+    held,
+    make_optimizer,
+    make_step,
+    partitioned,
+    placed,
+)
+from tests.command import same_bits
+
+PARAMS = {
+    "denoise": {
+        "kernel": jnp.linspace(-1, 1, 35).reshape(5, 7),
+        "bias": jnp.linspace(0, 1, 7),
+        "scale": jnp.float32(0.5),
+    },
+    "backbone": {"kernel": jnp.ones((7, 3))},
+}
+BATCH = {"x": np.linspace(-1, 1, 16 * 5, dtype=np.float32).reshape(16, 5)}
+
+
+def loss_fn(params, others, batch, key):
+    denoise = params["denoise"]
+    y = jnp.tanh(batch["x"] @ denoise["kernel"] + denoise["bias"][None]) * denoise["scale"]
+    loss = jnp.mean(jnp.square(y @ params["backbone"]["kernel"] - 1.0))
+    return 30.0 * loss, ({}, others)
+
+
+def trained(name, divided, steps=3, start=None, **options):
+    own = make_optimizer(name, learning_rate=0.05, steps=10, divided=divided, **options)
+    tx = partitioned(own, ("denoise",))
+    frozen = {"backbone": PARAMS["backbone"]}
+    state = create_state({"denoise": PARAMS["denoise"]}, {}, tx, frozen, jax.random.key(0), averaged=("denoise",))
+    many, kept = placed(start or state, divided=divided), devices.replicate(frozen)
+    step = make_step(loss_fn, tx, ema=0.5, divided=divided)
+    for _ in range(steps):
+        many, _ = step(many, kept, devices.shard(BATCH))
+    return many, collected(many, state, divided=divided)
+
+
+def close(one, other):
+    jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), one, other)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_divided_steps_are_the_undivided_ones(name, clip):
+    options = {"clip": clip, "weight_decay": 0.0 if name == "adam" else 0.3}
+    (_, plain), (_, divided) = (trained(name, divided, **options) for divided in (False, True))
+    assert jax.tree_util.tree_structure(plain) == jax.tree_util.tree_structure(divided)
+    close(plain, divided)
+    assert np.abs(plain.params["denoise"]["kernel"] - PARAMS["denoise"]["kernel"]).max() > 0.01
+
+
+def test_each_device_keeps_its_share():
+    many, _ = trained("adam", True, steps=1)
+    sizes = [leaf.shape for leaf in jax.tree_util.tree_leaves(many.opt_state) if leaf.ndim > 1]
+    assert sorted(sizes) == sorted([(8, 5, 1), (8, 1)] * 2)  # 35 numbers in eighths of 5, 7 in eighths of 1
+
+
+def test_what_is_saved_goes_on_divided_or_not():
+    _, halfway = trained("adam", True, steps=2)
+    finals = [trained("adam", divided, steps=2, start=halfway)[1] for divided in (False, True)]
+    close(*finals)
+    close(finals[0], trained("adam", False, steps=4)[1])
+    many = placed(halfway, divided=True)
+    assert same_bits(collected(many, halfway, divided=True), jax.tree_util.tree_map(np.asarray, halfway))
+
+
+def test_the_subtree_that_is_held_stays():
+    each = {n: make_optimizer("adam", learning_rate=0.05, steps=10, divided=True) for n in PARAMS}
+    tx = partitioned({"denoise": each["denoise"], "backbone": held(each["backbone"])}, tuple(PARAMS))
+    state = create_state(PARAMS, {}, tx, {}, jax.random.key(0))
+    step = make_step(loss_fn, tx, active=("denoise",), divided=True)
+    many, _ = step(placed(state, divided=True), {}, devices.shard(BATCH))
+    after = collected(many, state, divided=True)
+    assert same_bits(after.params["backbone"], jax.tree_util.tree_map(np.asarray, PARAMS["backbone"]))
+    assert not np.any(optax.tree_utils.tree_get(after.opt_state.inner_states["backbone"], "mu")["backbone"]["kernel"])
+    assert np.any(after.params["denoise"]["kernel"] != PARAMS["denoise"]["kernel"])
