@@ -93,7 +93,7 @@ def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
         raise flags.Error("--sweep_images goes with --sweep only.")
     strength = 1.0 if STRENGTH.value is None else STRENGTH.value
     again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
-    return fuse.refuse(WORKDIR.value, output, strength=strength, **again, **options)
+    return fuse.fuse_run(WORKDIR.value, output, strength=strength, **again, **options)
 
 
 if __name__ == "__main__":

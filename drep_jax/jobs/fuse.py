@@ -48,7 +48,7 @@ def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
     return config, setting, found.variables, found.denoise
 
 
-def refuse(
+def fuse_run(
     directory: str,
     output: Output,
     *,

@@ -166,7 +166,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a training step was made")
 
-    monkeypatch.setattr("drep_jax.learners.base.collect_moments", never)
+    monkeypatch.setattr("drep_jax.run.moments.collect_moments", never)
     monkeypatch.setattr("drep_jax.run.stages.training_batches", never)
     again = train.run({**finished.config, "latency_rounds": 2}, finished.directory)
     assert again["metrics"] == finished.report["metrics"]
@@ -178,7 +178,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
 def test_one_device_learns_what_eight_learn(finished, tmp_path):
     directory = str(tmp_path / "run")
     options = [f"--config.backbone.init_from={finished.backbone}", "--config.control.steps=0"]
-    learning_only = "from drep_jax import experiment\nexperiment.finish = lambda *a: print(len(a)) or sys.exit()"
+    learning_only = "from drep_jax.jobs import train\ntrain.finish = lambda *a: print(len(a)) or sys.exit()"
     ended = start("train.py", TINY, f"--workdir={directory}", *options, devices=1, before=learning_only)
     assert ended.status == 0, ended
     _, _, variables, denoise = fuse.load_run(directory)
@@ -194,8 +194,9 @@ def test_one_device_learns_what_eight_learn(finished, tmp_path):
 DIGEST = """
 import sys
 import jax
-from drep_jax import refusion, weights
-_, _, variables, denoise = refusion.load_run(sys.argv[1])
+from drep_jax import weights
+from drep_jax.jobs.fuse import load_run
+_, _, variables, denoise = load_run(sys.argv[1])
 print(jax.device_count(), weights.digest({"params": denoise, **{f"b_{k}": v for k, v in variables.items()}}))
 """
 

@@ -181,7 +181,7 @@ def test_a_trained_backbone_is_fused_again_and_resumed(labelled, tmp_path):
     config, directory, found = labelled
     again = train.run(config, directory)
     assert again["metrics"] == found["metrics"]
-    certificate, _ = fuse_job.refuse(directory, Output(str(tmp_path / "again")))
+    certificate, _ = fuse_job.fuse_run(directory, Output(str(tmp_path / "again")))
     assert certificate.passed
     with (
         open(os.path.join(directory, "fused", "fused.safetensors"), "rb") as one,

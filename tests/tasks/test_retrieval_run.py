@@ -359,7 +359,7 @@ def test_what_cannot_be_trained_is_refused_before_any_work(people, changes, erro
 
 
 def test_parts_of_a_batch_need_two_identities(people, monkeypatch):
-    monkeypatch.setattr(checks.parallel, "device_count", lambda: 1)
+    monkeypatch.setattr(checks.devices, "device_count", lambda: 1)
     config = config_for(people, **{"backbone.accumulate": 4, "learner": "closed_form", "compare": ()})
     with pytest.raises(ConfigError, match=r"backbone.accumulate=4 cuts batches into parts of one identity"):
         checks.check(config, build(config))
