@@ -17,8 +17,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from absl import flags
-from drep_jax.cli.app import absl_main
 
+from drep_jax.cli.app import absl_main
 from drep_jax.parallel import processes
 from drep_jax.run import lock
 

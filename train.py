@@ -16,8 +16,8 @@ import shlex
 import sys
 
 from absl import flags
-from drep_jax.cli.app import absl_main, define_config
 
+from drep_jax.cli.app import absl_main, define_config
 from drep_jax.parallel import processes
 
 CONFIG = define_config(default="configs/digits.py")

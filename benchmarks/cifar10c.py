@@ -18,8 +18,6 @@ import time
 import jax
 import numpy as np
 import optax
-from drep_jax.evaluation.intervals import paired_interval
-from drep_jax.evaluation.placebo import placebo_denoisers
 from tabulate import tabulate
 
 from configs import resnet20_cifar10
@@ -27,6 +25,8 @@ from drep_jax import learners, weights
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.data.corruptions import CIFAR10C, corrupt
 from drep_jax.data.loader import epoch_order, normalize, read_images, read_labels
+from drep_jax.evaluation.intervals import paired_interval
+from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.run.moments import take_moments
 from drep_jax.run.setup import build
 from drep_jax.training.logging import MetricWriter

@@ -15,9 +15,9 @@ import os
 
 import numpy as np
 import scipy.stats
-from drep_jax.evaluation.summary import arms_of
 from tabulate import tabulate
 
+from drep_jax.evaluation.summary import arms_of
 from drep_jax.jobs import train
 from drep_jax.report.comparisons import compare
 

@@ -15,11 +15,11 @@ import json
 import os
 
 import numpy as np
-from drep_jax.evaluation.summary import arms_of
 from tabulate import tabulate
 
 from benchmarks.modes import interval
 from configs.reid_pku import get_config
+from drep_jax.evaluation.summary import arms_of
 from drep_jax.jobs import train
 from drep_jax.report.comparisons import compare
 from drep_jax.run import workdir

@@ -6,11 +6,11 @@ from math import comb
 
 import numpy as np
 import pytest
-from drep_jax.evaluation.intervals import Interval, mcnemar, paired_interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.evaluation.intervals import Interval, mcnemar, paired_interval
 
 
 def brute_force(ours, theirs, level, resamples, seed):

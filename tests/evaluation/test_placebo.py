@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drep_jax.evaluation.placebo import placebo_denoisers
 
 from drep_jax.core.denoisers import check_params
 from drep_jax.core.fusion import composed_maps, fuse_exact
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
+from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.trees import get_in
 from tests.command import largest_difference, same_bits
 from tests.trees import Conv, Dense, Net, Scan, normal, setup

@@ -7,16 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drep_jax.evaluation.selection import (
-    NEIGHBOURS,
-    Candidate,
-    Point,
-    best_point,
-    choose,
-    grid_outputs,
-    neighbour_agreement,
-    scaled,
-)
 
 from drep_jax.core.closed_form import spectrum, wiener_maps
 from drep_jax.core.denoisers import init_denoise
@@ -27,6 +17,16 @@ from drep_jax.core.sites import find_sites
 from drep_jax.data.loader import normalize
 from drep_jax.errors import ConfigError, NonFiniteError
 from drep_jax.evaluation import selection
+from drep_jax.evaluation.selection import (
+    NEIGHBOURS,
+    Candidate,
+    Point,
+    best_point,
+    choose,
+    grid_outputs,
+    neighbour_agreement,
+    scaled,
+)
 from drep_jax.parallel import devices
 from drep_jax.run.setup import build
 from drep_jax.trees import get_in

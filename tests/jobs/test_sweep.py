@@ -7,7 +7,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from drep_jax.evaluation.selection import SELECTION_SEED, Choice, Point
 
 from drep_jax import weights
 from drep_jax.core.closed_form import closed_form, wiener_maps
@@ -15,6 +14,7 @@ from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.recipes import Recipe, as_affine, solve
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import normalize
+from drep_jax.evaluation.selection import SELECTION_SEED, Choice, Point
 from drep_jax.jobs import train
 from drep_jax.jobs.sweep import table
 from drep_jax.learners import Task, learn
