@@ -23,9 +23,9 @@ from drep_jax.typing import Tree
 CENTRES = "centres"
 """Name of the parameters that the centre loss trains beside the backbone."""
 
-WEIGHTINGS = ("half", "sum", "mean")
+AGGREGATES = ("half", "sum", "mean")
 METRICS = ("cosine", "euclidean")
-NOISY = ("both", "query", "gallery")
+CORRUPTED = ("both", "query", "gallery")
 SIDES = {"": (), "camera": ("camera",), "view": ("view",), "camera+view": ("camera", "view")}
 """Which columns of the images make the number of their side information."""
 
@@ -37,37 +37,37 @@ class Retrieval:
     Attributes:
       metric: "cosine" or "euclidean".
       rerank: (k1, k2, λ) of k-reciprocal re-ranking, or None.
-      noisy: which images of the test split a condition corrupts: "both", "query" or "gallery".
+      corrupted: which images of the test split a condition corrupts: "both", "query" or "gallery".
       side: columns that the backbone is told beside the image, see `SIDES`.
       identities, instances: of a batch of the labelled stages, P × K; 0 for batches of any images.
-      lonely: what becomes of identities of one image there: "refuse" or "drop".
-      id_weight, triplet_weight, centre_weight: of the losses' sum.
+      singletons: what becomes of identities of one image there: "refuse" or "drop".
+      id_weight, triplet_weight, center_weight: of the losses' sum.
       margin: of the triplets; 0 for the soft margin.
-      centre_rate: learning rate of the centres, by plain gradient descent.
-      weighting: of a backbone's several features and logits: "half" (the first one half, the others together the other half,
+      center_lr: learning rate of the centres, by plain gradient descent.
+      aggregate: of a backbone's several features and logits: "half" (the first one half, the others together the other half,
         as TransReID), "sum" (as CLIP-ReID) or "mean".
-      interval: what intervals resample, "query" or "identity" (with all its queries, which are not independent).
-      shown: queries of each kind whose ranked results a report shows.
+      bootstrap_unit: what intervals resample, "query" or "identity" (with all its queries, which are not independent).
+      examples: queries of each kind whose ranked results a report shows.
       attributed: sites whose own effect on the ranking is measured.
       views: whether triplets are those of viewpoint-aware metric learning, for backbones with two branches.
     """
 
     metric: str = "cosine"
     rerank: tuple[int, int, float] | None = None
-    noisy: str = "both"
+    corrupted: str = "both"
     side: tuple[str, ...] = ()
     identities: int = 16
     instances: int = 4
-    lonely: str = "refuse"
+    singletons: str = "refuse"
     id_weight: float = 1.0
     triplet_weight: float = 1.0
-    centre_weight: float = 0.0
+    center_weight: float = 0.0
     margin: float = 0.0
-    centre_rate: float = 0.5
-    weighting: str = "half"
+    center_lr: float = 0.5
+    aggregate: str = "half"
     views: bool = False
-    interval: str = "query"
-    shown: int = 2
+    bootstrap_unit: str = "query"
+    examples: int = 2
     attributed: int = 0
 
     @property
@@ -77,7 +77,7 @@ class Retrieval:
 
     def start(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
         """Returns the centres of the training identities, for each feature of the backbone, drawn from N(0, 1)."""
-        if not self.centre_weight:
+        if not self.center_weight:
             return {}
         found = jax.eval_shape(lambda v, x: backbone.apply(v, x, method="outputs"), abstract, images)
         classes = getattr(backbone, "num_classes", 0)
@@ -109,21 +109,21 @@ class Retrieval:
         parts = {"id_loss": self._weighted([classification.loss(each, batch, smoothing) for each in logits])}
         if self.triplet_weight:
             parts["triplet_loss"] = self._triplets(features, batch)
-        if self.centre_weight:
+        if self.center_weight:
             centres = beside[CENTRES]
             distances = [centre_loss(f, batch["label"], centres[str(i)]) for i, f in enumerate(features)]
             parts["centre_loss"] = self._weighted(distances)
         weights = {
             "id_loss": self.id_weight,
             "triplet_loss": self.triplet_weight,
-            "centre_loss": self.centre_weight,
+            "centre_loss": self.center_weight,
         }
         return sum(weights[name] * value for name, value in parts.items()), {"accuracy": hits, **parts}
 
     def _weighted(self, losses: Sequence[Any]) -> Any:
-        if self.weighting == "sum" or len(losses) == 1:
+        if self.aggregate == "sum" or len(losses) == 1:
             return sum(losses)
-        if self.weighting == "mean":
+        if self.aggregate == "mean":
             return sum(losses) / len(losses)
         return 0.5 * losses[0] + 0.5 * sum(losses[1:]) / (len(losses) - 1)
 
@@ -234,11 +234,11 @@ def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
     options = config["retrieval"]
     for name, known in (
         ("metric", METRICS),
-        ("noisy", NOISY),
+        ("corrupted", CORRUPTED),
         ("side", SIDES),
-        ("weighting", WEIGHTINGS),
-        ("lonely", ("refuse", "drop")),
-        ("interval", ("query", "identity")),
+        ("aggregate", AGGREGATES),
+        ("singletons", ("refuse", "drop")),
+        ("bootstrap_unit", ("query", "identity")),
     ):
         if options[name] not in known:
             raise ConfigError(f'Unknown retrieval.{name} "{options[name]}".{did_you_mean(options[name], known)}')
@@ -252,7 +252,7 @@ def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
             raise ConfigError(f"retrieval.rerank={rerank}: {error}") from error
         if options["views"]:
             raise ConfigError("retrieval.rerank compares neighbours in one space, and retrieval.views makes two.")
-    for name in ("id_weight", "triplet_weight", "centre_weight", "margin", "centre_rate", "shown", "attributed"):
+    for name in ("id_weight", "triplet_weight", "center_weight", "margin", "center_lr", "examples", "attributed"):
         if not (math.isfinite(options[name]) and options[name] >= 0):
             raise ConfigError(f"retrieval.{name}={options[name]} must be a number of at least 0.")
     if not options["id_weight"] and not options["triplet_weight"]:
