@@ -84,20 +84,20 @@ def get_default() -> ConfigDict:
         {
             "metric": "cosine",  # or euclidean
             "rerank": (),  # k-reciprocal re-ranking: (k1, k2, λ), such as (20, 6, 0.3)
-            "noisy": "both",  # which images the conditions of the evaluation corrupt: query, gallery or both
-            "interval": "query",  # what the intervals resample: query, or identity with all its queries
-            "shown": 2,  # queries of each kind (gained most, lost most, at random) whose results the report shows; 0 for none
+            "corrupted": "both",  # which images the conditions of the evaluation corrupt: query, gallery or both
+            "bootstrap_unit": "query",  # what the confidence intervals resample: query, or identity with all its queries
+            "examples": 2,  # queries shown in the report, of each kind: largest gain, largest loss, at random; 0 for none
             "attributed": 0,  # sites, those that changed most, whose own effect on the ranking is measured; 0 for none
             "side": "",  # what the backbone is told beside the image: camera, view or camera+view
             "identities": 16,  # P of a labelled stage's batch of P × K images
             "instances": 4,  # K; 0 for batches of any images
-            "lonely": "refuse",  # or drop: identities of one image, which P × K batches have no use for
+            "singletons": "refuse",  # or drop: identities of one image, which P × K batches have no use for
             "id_weight": 1.0,  # of the cross-entropy over identities
             "triplet_weight": 1.0,  # of the batch-hard triplet loss
             "margin": 0.0,  # of the triplets; 0 for the soft margin
-            "centre_weight": 0.0,  # of the centre loss, such as 0.0005
-            "centre_rate": 0.5,  # learning rate of the centres
-            "weighting": "half",  # of several features: half (TransReID), sum (CLIP-ReID) or mean
+            "center_weight": 0.0,  # of the center loss, such as 0.0005
+            "center_lr": 0.5,  # learning rate of the centers
+            "aggregate": "half",  # of several features: half (TransReID), sum (CLIP-ReID) or mean
             "views": False,  # triplets by view, for backbones with branches for the same and for different views
         }
     )

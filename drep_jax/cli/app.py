@@ -14,6 +14,7 @@ from ml_collections import config_dict, config_flags
 
 from drep_jax.cli.help import ASKED, usage
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
+from drep_jax.run.config import RENAMED, announce, renamed
 from drep_jax.training.signals import Interrupted, Terminated, raising_on_sigterm
 
 EXIT_ERROR = 1
@@ -48,6 +49,8 @@ class Flags:
         self.explicit = any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:])
         if not self.explicit:
             sys.argv.insert(1, f"--config={default}")
+        # ml_collections refuses names that the configuration does not have.
+        sys.argv[1:] = with_new_names(sys.argv[1:])
 
     @property
     def value(self) -> config_dict.ConfigDict:
@@ -61,7 +64,10 @@ class Flags:
             folder = os.path.dirname(path) or "."
             near = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
             raise ConfigError(f"There is no configuration {path}.{did_you_mean(path, near)}")
-        return self._config.value
+        values, old_names = renamed(self._config.value.to_dict(), keep=self.overrides)
+        for name in old_names:  # set by the configuration file
+            announce(name)
+        return config_dict.ConfigDict(values) if old_names else self._config.value
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -83,6 +89,24 @@ class Flags:
 def define_config(default: str) -> Flags:
     """Defines --config, whose default lies beside the script, and --workdir."""
     return Flags(os.path.join(os.path.dirname(sys.argv[0]), default))
+
+
+def with_new_names(arguments: list[str]) -> list[str]:
+    """Returns command-line arguments with today's names of settings; prints a line for every old name.
+
+    >>> with_new_names(["--config.seed=1", "--config.retrieval.margin", "0.3"])
+    ['--config.seed=1', '--config.retrieval.margin', '0.3']
+    """
+
+    def current(argument: str) -> str:
+        option, equals, value = argument.partition("=")
+        flag, name = option[: (cut := option.find(".") + 1)], option[cut:]
+        if flag not in ("--config.", "-config.") or name not in RENAMED:
+            return argument
+        announce(name)
+        return f"{flag}{RENAMED[name]}{equals}{value}"
+
+    return [current(argument) for argument in arguments]
 
 
 def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | None = None) -> int:

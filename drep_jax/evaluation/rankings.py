@@ -68,8 +68,8 @@ def ranked(
 
     def picture(row: int) -> np.ndarray:
         batch = read(source, index[row : row + 1])
-        role = table["query" if task.noisy == "query" else "gallery"][row]
-        if task.noisy != "both" and not role:
+        role = table["query" if task.corrupted == "query" else "gallery"][row]
+        if task.corrupted != "both" and not role:
             return batch["image"][0]
         return np.rint(corrupt(batch["image"], batch["index"], condition, config["seed"])[0])
 
@@ -82,7 +82,7 @@ def ranked(
         condition=condition,
         metric=task.metric,
         branches=task.branches,
-        each=task.shown,
+        each=task.examples,
         seed=config["seed"],
     )
     found["sites"] = [{"path": name, **_effect(results[f"site {name}"], results["site unfused"])} for name in alone]

@@ -64,7 +64,7 @@ def score(
             found = {arm: ranked(task, source, index, own) for arm, own in rows.items()}
             scores[condition] = {arm: result.scores for arm, result in found.items()}
             clusters = next(iter(found.values())).identity
-        return Scored(scores, clusters if task.interval == "identity" else None)
+        return Scored(scores, clusters if task.bootstrap_unit == "identity" else None)
     how = options(config, setting)
     scores = score_arms(setting.backbone, arms, source, conditions, _hits, networks=networks, **how)
     return Scored(scores, None)
@@ -96,15 +96,15 @@ def features(
 
     The condition corrupts queries, gallery or both, as the task says; images of a part that it does not corrupt are clean.
     """
-    noisy = setting.task.noisy if isinstance(setting.task, Retrieval) else "both"
-    names = (condition,) if noisy == "both" or condition == CLEAN else (condition, CLEAN)
+    corrupted = setting.task.corrupted if isinstance(setting.task, Retrieval) else "both"
+    names = (condition,) if corrupted == "both" or condition == CLEAN else (condition, CLEAN)
     found = score_arms(
         setting.backbone, arms, source, names, knn.features, networks=networks, **options(config, setting)
     )
     index = next(iter(found[condition].values()))["index"]
     rows = {arm: scores["features"] for arm, scores in found[condition].items()}
     if len(names) > 1:
-        kept = table_of(source)["gallery" if noisy == "query" else "query"][index] == 1
+        kept = table_of(source)["gallery" if corrupted == "query" else "query"][index] == 1
         rows = {arm: np.where(kept[:, None], found[CLEAN][arm]["features"], own) for arm, own in rows.items()}
     return index, rows
 

@@ -24,7 +24,7 @@ from drep_jax.typing import Config, Tree
 FOLDER = "evaluations"
 
 
-RANKING = tuple(f"retrieval.{name}" for name in ("metric", "rerank", "noisy", "interval"))
+RANKING = tuple(f"retrieval.{name}" for name in ("metric", "rerank", "corrupted", "bootstrap_unit"))
 
 
 FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_classes", *RANKING)

@@ -140,7 +140,7 @@ def finish(
     if (
         isinstance(setting.task, Retrieval)
         and setting.test is not None
-        and (setting.task.shown or setting.task.attributed)
+        and (setting.task.examples or setting.task.attributed)
     ):
         two = {"baseline": arms["baseline"], config["learner"]: arms[config["learner"]]}
         most = sorted(described, key=lambda site: -max(site["relative_change"]))[: setting.task.attributed]

@@ -96,7 +96,7 @@ def _items(config: Mapping[str, Any]) -> tuple[str, str]:
     """Returns what scores are of, and what the intervals resample."""
     if config.get("task") != "retrieval":
         return "test images", "test images"
-    by_person = config["retrieval"]["interval"] == "identity"
+    by_person = config["retrieval"]["bootstrap_unit"] == "identity"
     return "queries", "identities, each with all its queries" if by_person else "queries"
 
 

@@ -6,12 +6,28 @@ import importlib.util
 import io
 import itertools
 import os
+import pathlib
+import sys
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-SOURCE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "default.py")
-"""Beside the package in a checkout; the package alone, installed without the scripts, has no defaults."""
+SOURCE = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "default.py")
+"""In a checkout, beside the package. The package alone, installed without the scripts, has no defaults."""
+
+RENAMED = {
+    "retrieval.lonely": "retrieval.singletons",
+    "retrieval.shown": "retrieval.examples",
+    "retrieval.noisy": "retrieval.corrupted",
+    "retrieval.interval": "retrieval.bootstrap_unit",
+    "retrieval.weighting": "retrieval.aggregate",
+    "retrieval.centre_rate": "retrieval.center_lr",
+    "retrieval.centre_weight": "retrieval.center_weight",
+}
+"""Settings with another name than in earlier releases, old to new; a setting stays in its section.
+
+Saved runs, configuration files and command lines may go on using the old names.
+"""
 
 
 @functools.cache
@@ -30,12 +46,43 @@ def defaults() -> dict[str, Any]:
     return module.get_default().to_dict() if module else {}
 
 
+def renamed(config: Mapping[str, Any], keep: Container[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """Returns a configuration with today's names of all settings, and the old names that were in it.
+
+    Args:
+      config: nested settings. An old name overrides the new one beside it, which then is only the default.
+      keep: new names, as "a.b", whose values stay even so, such as those given on the command line.
+
+    >>> renamed({"retrieval": {"lonely": "drop", "margin": 0.3}})
+    ({'retrieval': {'margin': 0.3, 'singletons': 'drop'}}, ['retrieval.lonely'])
+    """
+    current, old_names = dict(config), []
+    for old, new in RENAMED.items():
+        section, _, key = old.rpartition(".")
+        settings = current.get(section)
+        if isinstance(settings, Mapping) and key in settings:
+            old_names.append(old)
+            current[section] = {name: value for name, value in settings.items() if name != key}
+            if new not in keep:
+                current[section][new.rpartition(".")[2]] = settings[key]
+    return current, old_names
+
+
+@functools.cache
+def announce(old: str) -> None:
+    """Prints the new name of a setting, once a process."""
+    print(f'Setting "{old}" is now called "{RENAMED[old]}".', file=sys.stderr)
+
+
 def completed(config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns a configuration with the defaults of the settings that it lacks: it is of a run from before there were any."""
-    base = defaults() if base is None else base
+    """Returns the configuration of an older run in today's form: settings renamed, and missing ones at their defaults."""
+    return _merged(renamed(config)[0], defaults() if base is None else base)
+
+
+def _merged(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**base, **config}
     return {
-        name: completed(value, base[name])
+        name: _merged(value, base[name])
         if isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
         else value
         for name, value in merged.items()

@@ -125,7 +125,7 @@ def build(config: Mapping[str, Any]) -> Setting:
         data, head=not features, gallery=gallery, seed=config["seed"], retrieval=isinstance(task, Retrieval)
     )
     if isinstance(task, Retrieval):
-        check_noisy(task, found)
+        check_corrupted(task, found)
     classes = 0 if features else int(config["model"].get("num_classes") or found.num_classes or 0)
     if not classes and not features:
         raise ConfigError(
@@ -171,19 +171,19 @@ def build(config: Mapping[str, Any]) -> Setting:
     )
 
 
-def check_noisy(task: Retrieval, found: Images) -> None:
+def check_corrupted(task: Retrieval, found: Images) -> None:
     """Refuses to corrupt queries or gallery alone where an image is both, of which there is one feature.
 
     Raises:
       ConfigError: naming the source.
     """
-    if task.noisy == "both":
+    if task.corrupted == "both":
         return
     for source in (found.test, *(other.test for other in found.others)):
         if source is not None and (count := int(np.sum(table_of(source)["query"] & table_of(source)["gallery"]))):
             raise ConfigError(
-                f'retrieval.noisy="{task.noisy}", but {count} of the {len(source)} test images of {source.name} are both '
-                'queries and in the gallery. Take "both".'
+                f'retrieval.corrupted="{task.corrupted}", but {count} of the {len(source)} test images of {source.name} '
+                'are both queries and in the gallery. Take "both".'
             )
 
 

@@ -160,7 +160,7 @@ def prepare(config: Config, stage: str, params: Tree, others: Tree) -> Any:
 def _plain_descent(config: Config) -> optax.GradientTransformation:
     """Returns the optimiser of centres, whose rate does not depend on the weight of their loss."""
     options = config["retrieval"]
-    return optax.chain(optax.scale(1.0 / options["centre_weight"]), optax.sgd(options["centre_rate"]))
+    return optax.chain(optax.scale(1.0 / options["center_weight"]), optax.sgd(options["center_lr"]))
 
 
 def order_of(config: Config, source: Source, stage: str, seed: int) -> Order | None:
@@ -174,7 +174,7 @@ def order_of(config: Config, source: Source, stage: str, seed: int) -> Order | N
         return None
     labels = table_of(source)["label"]
     block = options["identities"], options["instances"]
-    how: dict[str, Any] = {"lonely": options["lonely"], "names": source.class_names}
+    how: dict[str, Any] = {"lonely": options["singletons"], "names": source.class_names}
     length = epoch_length(labels, *block, **how)
     return Order(length, lambda epoch: identity_order(labels, *block, seed, epoch, **how))
 

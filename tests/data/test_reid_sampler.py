@@ -66,7 +66,7 @@ def test_an_epoch_has_about_as_many_places_as_images():
 
 def test_identities_of_one_image():
     labels = np.array([0, 0, 1, 2, 2, 3, 3, 3, 4])
-    with pytest.raises(DataError, match=r'2 identities have one image only.*: anna, otto\. .*lonely="drop"'):
+    with pytest.raises(DataError, match=r'2 identities have one image only.*: anna, otto\. .*singletons="drop"'):
         identity_order(labels, 2, 2, 0, 0, names=["a", "anna", "b", "c", "otto"])
     with pytest.raises(DataError, match="1, 4"):
         epoch_length(labels, 2, 2)

@@ -92,7 +92,7 @@ def _members(
         shown = few([names[label] if names is not None else str(label) for label in alone])
         raise DataError(
             f"{counted(len(alone), 'identity has', 'identities have')} one image only, so that no other image of it can be "
-            f'learned to be close: {shown}. Give more images, or leave such identities out with retrieval.lonely="drop".'
+            f'learned to be close: {shown}. Give more images, or leave such identities out with retrieval.singletons="drop".'
         )
     members = {label: images for label, images in members.items() if len(images) > 1}
     if len(members) < identities:
