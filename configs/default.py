@@ -181,6 +181,7 @@ def get_default() -> ConfigDict:
             "resamples": 10_000,  # of the bootstrap
             "certificate_images": 16,  # that fused and explicit network are compared on
             "latency_batch": 64,  # images at once when the latency is measured
+            "spectra": False,  # take the moments for the report's spectra even where no learner needs them
         }
     )
     config.wandb = ConfigDict(  # Weights & Biases: pip install -r requirements-wandb.txt

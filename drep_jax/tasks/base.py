@@ -182,6 +182,10 @@ class Task:
     # Evaluation
     # -----------------------------------------------------------------------------------------------------------------
 
+    def without_head(self) -> "Task":
+        """Returns the task of the same backbone without its head, whose `statistics` are {"feature": (width,)} an image."""
+        return self
+
     def predict(self, backbone: nn.Module, variables: Tree, images: Any) -> Any:
         """Returns what `statistics` and `pseudo_labels` need of the backbone."""
         return backbone.apply(variables, images)
@@ -233,18 +237,19 @@ class Task:
         del exhibit
         return {}
 
-    def check(self, config: Config, setup: Any, plans: Sequence[StagePlan]) -> None:
+    def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
         """Refuses settings, images or backbones that this task cannot use, before any work.
 
         Args:
           config: of the run.
           setup: its `drep_jax.run.setup.Setup`.
           plans: the labeled stages that it will train.
+          chooses: whether a learner of the run chooses on held-out images.
 
         Raises:
           DrepError: its subclasses name the setting.
         """
-        del config, setup, plans
+        del config, setup, plans, chooses
 
 
 __all__ = ["Batch", "Exhibit", "Items", "Metric", "StagePlan", "Task"]

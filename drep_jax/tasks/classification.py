@@ -43,6 +43,10 @@ class Classification(Task):
         accuracy = jnp.mean(jnp.argmax(outputs, -1) == batch["label"])
         return cross_entropy(outputs, batch, smoothing), {"accuracy": accuracy}
 
+    def without_head(self) -> "Classification":
+        """Returns the task of features."""
+        return dataclasses.replace(self, headless=True)
+
     def statistics(self, outputs: Any, batch: Mapping[str, Any]) -> Tree:
         """Returns hits, answer and confidence of each image; of a backbone without a head, its feature."""
         if self.headless:

@@ -287,12 +287,10 @@ class Retrieval(Task):
             each=self.examples_each,
             seed=exhibit.seed,
         )
-        ranked["sites"] = [
-            {"path": name, **_effect(results[f"site {name}"], results["unfused"])} for name in named
-        ]
+        ranked["sites"] = [{"path": name, **_effect(results[f"site {name}"], results["unfused"])} for name in named]
         return {"ranked": ranked}
 
-    def check(self, config: Config, setup: Any, plans: Sequence[StagePlan]) -> None:
+    def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
         """Refuses settings, images or backbones that this task cannot use.
 
         Raises:
@@ -305,8 +303,11 @@ class Retrieval(Task):
                 f"retrieval.views={self.views}, but {name} has {branches} branch(es): triplets by view, and distances by "
                 "view, go with a backbone that has one branch for the same view and one for different ones."
             )
-        choosing = setup.chooses(config) and config["select"]["labels"]
-        if choosing and len(set(table_of(setup.held_out).get("label", np.arange(2)).tolist())) < 2:
+        if (
+            chooses
+            and config["select"]["labels"]
+            and len(set(table_of(setup.held_out).get("label", np.arange(2)).tolist())) < 2
+        ):
             raise DataError(
                 f"{setup.held_out.name} holds out one identity only, which is found at once whatever the strength. Hold out "
                 "more (?held_out=…), or choose without labels: --config.select.labels=False."
