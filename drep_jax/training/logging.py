@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
 from drep_jax.errors import CheckpointError, ConfigError, lookup
+from drep_jax.files import whole, write_text
 from drep_jax.training.checkpoint import OLD_STAGES
 
 FILE = "metrics.jsonl"
@@ -74,11 +75,9 @@ class MetricWriter:
         if self._elsewhere:
             self._elsewhere.rewind(stage, [line["step"] for line in lines if line["stage"] == stage])
         kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
-        temporary = self._path + ".tmp"
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
+            with whole(self._path) as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
-            os.replace(temporary, self._path)
         except OSError as error:
             raise _not_written(self._path, error) from error
 
@@ -199,9 +198,7 @@ def _identity(workdir: str) -> str:
     path = os.path.join(workdir, "wandb_id.txt")
     try:
         if not os.path.exists(path):
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-                file.write(uuid.uuid4().hex[:16] + "\n")
-            os.replace(f"{path}.tmp", path)
+            write_text(path, uuid.uuid4().hex[:16] + "\n")
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
     except OSError as error:
