@@ -53,19 +53,19 @@ class Task:
 
 
 def train(
-    task: Task, stage: str, loss_fn: Any, probe: Callable[[Tree], dict[str, float]] | None = None
+    task: Task, stage: str, loss_fn: Any, log_extra: Callable[[Tree], dict[str, float]] | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """Runs or resumes a stage; returns its final state, and what the report says of every stage that is trained.
 
     Args:
       task: of the learner.
       stage: its name.
-      loss_fn, probe: see `run_training`.
+      loss_fn, log_extra: see `run_training`.
     """
     config, setting = task.config, task.setting
     params, others = starting(config, setting, stage, task.variables)
     state, seconds = run_training(
-        config, setting.train, stage, params, others, loss_fn, task.directory, task.writer, probe
+        config, setting.train, stage, params, others, loss_fn, task.directory, task.writer, log_extra
     )
     return state, trained_section(task, stage, int(state.step), seconds)
 

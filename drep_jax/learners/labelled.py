@@ -31,7 +31,7 @@ from drep_jax.run.setup import Setting
 from drep_jax.run.stages import batch_size_of, run_training, starting, training_steps
 from drep_jax.tasks import Retrieval
 from drep_jax.training.logging import MetricWriter
-from drep_jax.training.state import beside_of
+from drep_jax.training.state import extra_params
 from drep_jax.typing import Config, Tree
 
 LABELLED = ("label_augmented", "alternating", "continued")
@@ -49,7 +49,7 @@ def train_labelled(
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         return label_objective(
-            setting, options, params["backbone"], others, batch, key, train=True, beside=beside_of(params)
+            setting, options, params["backbone"], others, batch, key, train=True, beside=extra_params(params)
         )
 
     params, others = starting(config, setting, stage, variables)

@@ -14,7 +14,7 @@ from drep_jax.core.fusion import fuse
 from drep_jax.errors import ConfigError
 from drep_jax.parallel import devices
 from drep_jax.run.setup import Setting
-from drep_jax.training.state import beside_of
+from drep_jax.training.state import extra_params
 from drep_jax.typing import Config, Tree
 
 Outcome = tuple[Any, tuple[dict[str, Any], Tree]]
@@ -106,7 +106,7 @@ def augmented_objective(
         return denoising_objective(setting, options, params, others, batch, key)
     fused = fuse(params, setting.sites, setting.schedule, rule=options["rule"], steps=options["steps"])
     label, (metrics, updated) = label_objective(
-        setting, options, fused, others, batch, key, train=train, beside=beside_of(params)
+        setting, options, fused, others, batch, key, train=train, beside=extra_params(params)
     )
     if not weight:
         return label, (metrics, updated)

@@ -19,7 +19,15 @@ from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
 from drep_jax.training.profile import parse_profile
-from drep_jax.training.state import beside_of, create_state, held, make_optimizer, make_step, partitioned, split
+from drep_jax.training.state import (
+    create_state,
+    extra_params,
+    frozen_state,
+    make_optimizer,
+    make_step,
+    partitioned,
+    split,
+)
 from drep_jax.typing import Config, Tree
 
 
@@ -88,7 +96,7 @@ def key_of(config: Config, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config["seed"]), PURPOSES.index(purpose))
 
 
-def turn(config: Config, number: int) -> str:
+def phase(config: Config, number: int) -> str:
     """Returns which subtree step `number` (the first is 1) of alternating fine-tuning trains (appendix A)."""
     order = config["alternate"]["order"]
     return order[(number - 1) // config["alternate"]["period"] % len(order)]
@@ -100,17 +108,17 @@ def optimizer_of(config: Config, stage: str) -> Any:
     Raises:
       ConfigError: naming the stage.
     """
-    steps, divided = training_steps(config, stage), config[section_of(stage)]["divide_optimizer"]
+    steps, sharded = training_steps(config, stage), config[section_of(stage)]["divide_optimizer"]
     if stage != "alternating":
-        return _optimizer(config[section_of(stage)], section_of(stage), steps, divided)
-    turns = [turn(config, number) for number in range(1, steps + 1)]
+        return _optimizer(config[section_of(stage)], section_of(stage), steps, sharded)
+    phases = [phase(config, number) for number in range(1, steps + 1)]
     sections = {"denoise": "denoise", "backbone": "control"}
     return {
-        name: _optimizer(config[section], section, turns.count(name), divided) for name, section in sections.items()
+        name: _optimizer(config[section], section, phases.count(name), sharded) for name, section in sections.items()
     }
 
 
-def _optimizer(options: Config, section: str, steps: int, divided: bool) -> Any:
+def _optimizer(options: Config, section: str, steps: int, sharded: bool) -> Any:
     try:
         return make_optimizer(
             options["optimizer"],
@@ -119,7 +127,7 @@ def _optimizer(options: Config, section: str, steps: int, divided: bool) -> Any:
             warmup=options["warmup"] if steps else 0,
             weight_decay=options["weight_decay"],
             clip=options["clip"],
-            divided=divided,
+            sharded=sharded,
         )
     except ConfigError as error:
         raise ConfigError(f"{section}: {error}") from error
@@ -137,7 +145,7 @@ def prepare(config: Config, stage: str, params: Tree, others: Tree) -> Any:
     Returns:
       (state, frozen, {active subtrees: optimiser}).
     """
-    beside = {name: _plain_descent(config) for name in beside_of(params)}
+    beside = {name: _plain_descent(config) for name in extra_params(params)}
     trainable = (*TRAINED.get(stage, ("denoise",)), *beside)
     chosen, frozen = split(params, trainable)
     optimizer = optimizer_of(config, stage)
@@ -147,14 +155,14 @@ def prepare(config: Config, stage: str, params: Tree, others: Tree) -> Any:
         own = {name: optimizer for name in trainable if name not in beside} | beside
         tx = partitioned(own if beside else optimizer, trainable)
         return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, {trainable: tx}
-    by_turn: dict[tuple[str, ...], Any] = {
+    by_phase: dict[tuple[str, ...], Any] = {
         (name, *beside): partitioned(
-            {n: tx if n == name else held(tx) for n, tx in optimizer.items()} | beside, trainable
+            {n: tx if n == name else frozen_state(tx) for n, tx in optimizer.items()} | beside, trainable
         )
         for name in optimizer
     }
-    tx = by_turn[(trainable[0], *beside)]
-    return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, by_turn
+    tx = by_phase[(trainable[0], *beside)]
+    return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, by_phase
 
 
 def _plain_descent(config: Config) -> optax.GradientTransformation:
@@ -188,7 +196,7 @@ def run_training(
     loss_fn: Any,
     directory: str,
     writer: MetricWriter,
-    probe: Any = None,
+    log_extra: Any = None,
 ) -> Any:
     """Runs or resumes a stage; returns its final state and the seconds it took.
 
@@ -206,7 +214,7 @@ def run_training(
             source, size, seed=seed, start_step=start, augmentation=augmentation, shard=host, order=order
         )
 
-    divided = options["divide_optimizer"]
+    sharded = options["divide_optimizer"]
     steps = {
         active: make_step(
             loss_fn[active[0]] if isinstance(loss_fn, Mapping) else loss_fn,
@@ -214,7 +222,7 @@ def run_training(
             active=active,
             accumulate=options["accumulate"],
             ema=config["denoise"]["ema"],
-            divided=divided,
+            sharded=sharded,
         )
         for active, tx in optimizers.items()
     }
@@ -226,7 +234,7 @@ def run_training(
             stage,
             state,
             frozen,
-            (lambda number: by_name[turn(config, number)]) if stage == "alternating" else (lambda number: only),
+            (lambda number: by_name[phase(config, number)]) if stage == "alternating" else (lambda number: only),
             batches,
             steps=training_steps(config, stage),
             checkpointer=checkpointer,
@@ -234,8 +242,8 @@ def run_training(
             log_every=config["log_every"],
             checkpoint_every=config["checkpoint_every"],
             progress=config["progress"],
-            probe=probe,
-            divided=divided,
+            log_extra=log_extra,
+            sharded=sharded,
             profile=parse_profile(config["profile"], directory) if processes.primary() else None,
         )
     finally:
