@@ -20,6 +20,7 @@ from absl import flags
 
 from drep_jax.cli.app import absl_main
 from drep_jax.parallel import processes
+from drep_jax.parallel.hosts import define_flags
 from drep_jax.run import lock
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that learned the denoisers.", required=True)
@@ -47,7 +48,7 @@ INIT_FROM = flags.DEFINE_string("init_from", None, "The backbone's file for --ex
 FOLD_BATCHNORM = flags.DEFINE_bool(
     "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
 )
-HOSTS = processes.define_flags()
+HOSTS = define_flags()
 
 
 def main(argv: list[str]) -> int:

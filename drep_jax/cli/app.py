@@ -14,7 +14,7 @@ from ml_collections import config_dict, config_flags
 
 from drep_jax.cli.help import ASKED, usage
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
-from drep_jax.run.config import RENAMED, announce, renamed
+from drep_jax.run.config import announce, new_names, renamed
 from drep_jax.training.signals import Interrupted, Terminated, raising_on_sigterm
 
 EXIT_ERROR = 1
@@ -92,19 +92,15 @@ def define_config(default: str) -> Flags:
 
 
 def with_new_names(arguments: list[str]) -> list[str]:
-    """Returns command-line arguments with today's names of settings; prints a line for every old name.
-
-    >>> with_new_names(["--config.seed=1", "--config.retrieval.margin", "0.3"])
-    ['--config.seed=1', '--config.retrieval.margin', '0.3']
-    """
+    """Returns command-line arguments with the current names of settings; prints a line for every old name."""
 
     def current(argument: str) -> str:
         option, equals, value = argument.partition("=")
         flag, name = option[: (cut := option.find(".") + 1)], option[cut:]
-        if flag not in ("--config.", "-config.") or name not in RENAMED:
+        if flag not in ("--config.", "-config.") or name not in new_names():
             return argument
         announce(name)
-        return f"{flag}{RENAMED[name]}{equals}{value}"
+        return f"{flag}{new_names()[name]}{equals}{value}"
 
     return [current(argument) for argument in arguments]
 

@@ -30,7 +30,7 @@ from drep_jax.run.moments import moment_images, moments_of
 from drep_jax.run.run import Run
 from drep_jax.run.setup import Setup
 from drep_jax.run.stages import run_training, stage_of, starting
-from drep_jax.training.state import beside_of
+from drep_jax.training.state import extra_params
 from drep_jax.typing import Config, Tree
 
 
@@ -40,7 +40,7 @@ def train_labeled(run: Run, stage: str, variables: Tree) -> tuple[Tree, float]:
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         return label_objective(
-            setup, options, params["backbone"], others, batch, key, train=True, extra=beside_of(params)
+            setup, options, params["backbone"], others, batch, key, train=True, extra=extra_params(params)
         )
 
     params, others = starting(run, stage, variables)

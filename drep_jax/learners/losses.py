@@ -14,7 +14,7 @@ from drep_jax.core.fusion import fuse
 from drep_jax.errors import ConfigError
 from drep_jax.parallel import devices
 from drep_jax.run.setup import Setup
-from drep_jax.training.state import beside_of
+from drep_jax.training.state import extra_params
 from drep_jax.typing import Config, Tree
 
 Outcome = tuple[Any, tuple[dict[str, Any], Tree]]
@@ -106,7 +106,7 @@ def augmented_objective(
         return denoising_objective(setup, options, params, others, batch, key)
     fused = fuse(params, setup.sites, setup.schedule, rule=options["rule"], steps=options["steps"])
     label, (metrics, updated) = label_objective(
-        setup, options, fused, others, batch, key, train=train, extra=beside_of(params)
+        setup, options, fused, others, batch, key, train=train, extra=extra_params(params)
     )
     if not weight:
         return label, (metrics, updated)

@@ -1,4 +1,4 @@
-"""`configs/default.py` as data: the default of every setting and what its comment says, for old runs and for `--help`."""
+"""`configs/default.py` as data: defaults and new names of settings, for old runs; meanings, for `--help`."""
 
 import ast
 import functools
@@ -14,20 +14,6 @@ from typing import Any
 
 SOURCE = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "default.py")
 """In a checkout, beside the package. The package alone, installed without the scripts, has no defaults."""
-
-RENAMED = {
-    "retrieval.lonely": "retrieval.singletons",
-    "retrieval.shown": "retrieval.examples",
-    "retrieval.noisy": "retrieval.corrupted",
-    "retrieval.interval": "retrieval.bootstrap_unit",
-    "retrieval.weighting": "retrieval.aggregate",
-    "retrieval.centre_rate": "retrieval.center_lr",
-    "retrieval.centre_weight": "retrieval.center_weight",
-}
-"""Settings with another name than in earlier releases, old to new; a setting stays in its section.
-
-Saved runs, configuration files and command lines may go on using the old names.
-"""
 
 
 @functools.cache
@@ -46,18 +32,21 @@ def defaults() -> dict[str, Any]:
     return module.get_default().to_dict() if module else {}
 
 
+def new_names() -> dict[str, str]:
+    """Returns {old name: new name} of the settings that earlier releases called otherwise."""
+    module = _module()
+    return module.RENAMED if module else {}
+
+
 def renamed(config: Mapping[str, Any], keep: Container[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Returns a configuration with today's names of all settings, and the old names that were in it.
+    """Returns a configuration with the current names of all settings, and the old names that were in it.
 
     Args:
-      config: nested settings. An old name overrides the new one beside it, which then is only the default.
-      keep: new names, as "a.b", whose values stay even so, such as those given on the command line.
-
-    >>> renamed({"retrieval": {"lonely": "drop", "margin": 0.3}})
-    ({'retrieval': {'margin': 0.3, 'singletons': 'drop'}}, ['retrieval.lonely'])
+      config: nested settings. If both names of a setting are there, the old one counts: the new one is the default.
+      keep: new names, as "a.b", that count in any case, such as those given on the command line.
     """
     current, old_names = dict(config), []
-    for old, new in RENAMED.items():
+    for old, new in new_names().items():
         section, _, key = old.rpartition(".")
         settings = current.get(section)
         if isinstance(settings, Mapping) and key in settings:
@@ -71,7 +60,7 @@ def renamed(config: Mapping[str, Any], keep: Container[str] = ()) -> tuple[dict[
 @functools.cache
 def announce(old: str) -> None:
     """Prints the new name of a setting, once a process."""
-    print(f'Setting "{old}" is now called "{RENAMED[old]}".', file=sys.stderr)
+    print(f'Setting "{old}" is now called "{new_names()[old]}".', file=sys.stderr)
 
 
 def completed(config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -90,24 +79,24 @@ def _merged(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
 
 
 def meanings() -> dict[str, str]:
-    """Returns {"a.b": comment} of all settings and sections in the order of the source; "" where there is no comment."""
+    """Returns {"a.b": comment} of all settings and sections, in the order of the source; "" without a comment."""
     if _module() is None:
         return {}
     with open(SOURCE, encoding="utf-8") as file:
         text = file.read()
     comments = _Comments(text)
     dicts: dict[str, ast.Dict] = {}
-    found: dict[str, str] = {}
+    meaning: dict[str, str] = {}
     for node in sorted(ast.walk(ast.parse(text)), key=lambda node: getattr(node, "lineno", 0)):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target, value = node.targets[0], _dict_in(node.value)
             if isinstance(target, ast.Name) and isinstance(value, ast.Dict):
                 dicts[target.id] = value  # settings that several sections share
             elif isinstance(target, ast.Attribute):
-                found[target.attr] = comments.on(node)
+                meaning[target.attr] = comments.on(node)
                 if value is not None:
-                    found |= dict(_entries(value, f"{target.attr}.", dicts, comments))
-    return found
+                    meaning |= dict(_entries(value, f"{target.attr}.", dicts, comments))
+    return meaning
 
 
 class _Comments:
@@ -115,18 +104,18 @@ class _Comments:
 
     def __init__(self, text: str) -> None:
         tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
-        alone = [not token.line[: token.start[1]].strip() for token in tokens]
-        self._above, self._beside = (
-            {t.start[0]: t.string.lstrip("# ") for t, own in zip(tokens, alone, strict=True) if own is kind}
-            for kind in (True, False)
-        )
+        self._lines: dict[int, str] = {}  # comments that are lines of their own
+        self._trailing: dict[int, str] = {}  # comments behind code
+        for token in tokens:
+            behind_code = bool(token.line[: token.start[1]].strip())
+            (self._trailing if behind_code else self._lines)[token.start[0]] = token.string.lstrip("# ")
 
     def on(self, node: ast.stmt | ast.expr) -> str:
-        """Returns what the lines just above a node and the comment on its first or last line say."""
-        above = itertools.takewhile(lambda line: line in self._above, range(node.lineno - 1, 0, -1))
-        parts = [self._above[line] for line in above][::-1]
-        beside = self._beside.get(node.lineno) or self._beside.get(node.end_lineno or 0)
-        return " ".join([*parts, beside] if beside else parts)
+        """Returns the comment lines just above a node, and the comment on its first or last line."""
+        above = itertools.takewhile(lambda line: line in self._lines, range(node.lineno - 1, 0, -1))
+        parts = [self._lines[line] for line in above][::-1]
+        trailing = self._trailing.get(node.lineno) or self._trailing.get(node.end_lineno or 0)
+        return " ".join([*parts, trailing] if trailing else parts)
 
 
 def _dict_in(node: ast.expr) -> ast.expr | None:

@@ -17,6 +17,7 @@ from drep_jax.core.sites import Site
 from drep_jax.data.collate import read
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.errors import CheckpointError
+from drep_jax.files import whole
 from drep_jax.parallel import devices, processes
 from drep_jax.run.run import Run
 from drep_jax.run.setup import Setup
@@ -39,9 +40,8 @@ def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens:
     for where, known in moments.items():
         for field in dataclasses.fields(known):
             arrays[f"{'/'.join(where)}:{field.name}"] = np.asarray(getattr(known, field.name))
-    with open(f"{path}.tmp", "wb") as file:
+    with whole(path, "wb") as file:
         np.savez(file, **arrays)
-    os.replace(f"{path}.tmp", path)
 
 
 def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1.0) -> dict[Path, Moments]:

@@ -15,7 +15,15 @@ from drep_jax.run.run import Run
 from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.training.loop import run_stage
 from drep_jax.training.profile import parse_profile
-from drep_jax.training.state import beside_of, create_state, held, make_optimizer, make_step, partitioned, split
+from drep_jax.training.state import (
+    create_state,
+    extra_params,
+    frozen_state,
+    make_optimizer,
+    make_step,
+    partitioned,
+    split,
+)
 from drep_jax.typing import Config, Tree
 
 
@@ -130,7 +138,7 @@ def _optimizer(options: Config, section: str, steps: int, sharded: bool) -> Any:
             warmup=options["warmup"] if steps else 0,
             weight_decay=options["weight_decay"],
             clip=options["clip"],
-            divided=sharded,
+            sharded=sharded,
         )
     except ConfigError as error:
         raise ConfigError(f"{section}: {error}") from error
@@ -168,7 +176,7 @@ def prepare(run: Run, name: str, params: Tree, others: Tree) -> Any:
     """
     config, stage = run.config, stage_of(name)
     optimizers = run.setup.task.extra_optimizers()
-    extra = {subtree: optimizers[subtree] for subtree in beside_of(params)}
+    extra = {subtree: optimizers[subtree] for subtree in extra_params(params)}
     trainable = (*stage.trains, *extra)
     trained, frozen = split(params, trainable)
     optimizer = optimizer_of(config, name)
@@ -180,7 +188,7 @@ def prepare(run: Run, name: str, params: Tree, others: Tree) -> Any:
         return create_state(trained, others, tx, frozen, key, averaged=averaged), frozen, {trainable: tx}
     by_phase: dict[tuple[str, ...], Any] = {
         (subtree, *extra): partitioned(
-            {other: tx if other == subtree else held(tx) for other, tx in optimizer.items()} | extra, trainable
+            {other: tx if other == subtree else frozen_state(tx) for other, tx in optimizer.items()} | extra, trainable
         )
         for subtree in optimizer
     }
@@ -216,7 +224,7 @@ def run_training(
             active=active,
             accumulate=options["accumulate"],
             ema=config["denoise"]["ema"],
-            divided=sharded,
+            sharded=sharded,
         )
         for active, tx in optimizers.items()
     }
@@ -236,8 +244,8 @@ def run_training(
             log_every=config["log_every"],
             checkpoint_every=config["checkpoint_every"],
             progress=config["progress"],
-            probe=log_extra,
-            divided=sharded,
+            log_extra=log_extra,
+            sharded=sharded,
             profile=parse_profile(config["profile"], run.directory) if processes.primary() else None,
         )
     finally:

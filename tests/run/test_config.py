@@ -5,11 +5,12 @@ import re
 
 import pytest
 
+from configs.default import RENAMED
 from drep_jax.cli import help
 from drep_jax.errors import CheckpointError
 from drep_jax.files import write_json
 from drep_jax.run import config
-from drep_jax.run.config import RENAMED, completed, defaults, meanings, renamed
+from drep_jax.run.config import completed, defaults, meanings, renamed
 from drep_jax.run.workdir import CONFIG, claimed, differences, flatten, read_config
 from tests.command import TINY, call
 
