@@ -42,7 +42,7 @@ def main(arguments):
         sites, _, covered, _ = look(arguments[0], *arguments[1:2])
         rows = [[s.times[0], ", ".join(layer.name for layer in s.layers), s.kind, s.width, s.groups] for s in sites]
         print(tabulate(rows, ["t", "layers that share the denoiser", "kind", "d", "groups"], tablefmt="github"))
-        print(f"{len(sites)} sites, {100 * covered.kernel_share:.0f} % of the weights.")
+        print(f"\n{len(sites)} sites, {100 * covered.kernel_share:.0f} % of the weights.")
         return
     rows = []
     # The families themselves have sizes to be given.
@@ -51,18 +51,9 @@ def main(arguments):
         every = look(name, ".*")[0]
         millions = sum(leaf.size for leaf in jax.tree_util.tree_leaves(params)) / 1e6
         widths = ", ".join(map(str, sorted({site.width for site in sites})))
-        rows.append(
-            [name, f"{millions:.2f}", layers, len(sites), widths, f"{100 * covered.kernel_share:.0f} %", len(every)]
-        )
-    headers = [
-        "model",
-        "M parameters",
-        "layers",
-        "default sites = largest t",
-        "widths d",
-        "of the weights",
-        "all sites",
-    ]
+        percent = f"{100 * covered.kernel_share:.0f}"
+        rows.append([name, f"{millions:.2f}", layers, len(sites), widths, percent, len(every)])
+    headers = ["model", "M", "layers", "sites", "widths d", "weights, %", "all"]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
