@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from drep_jax.data.decode import fitted
+from drep_jax.data.decode import fitted, fitted_size
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.errors import ConfigError, DataError
 
@@ -37,13 +37,17 @@ class FolderSource:
         self.files = files
         self._labels = None if labels is None else np.array(labels, np.int32)
         self.image_size = image_size
-        self._resize = resize
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return fitted(self.raw(index), self.image_size, self._resize)
+        return fitted(self.raw(index), self.image_size, self.resize)
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image from its header."""
+        return fitted_size(self.raw(index), self.image_size, self.resize)
 
     def raw(self, index: int) -> dict[str, Any]:
         """Returns the file of an image instead of its pixels, with "where", what to call it, and "label"."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from drep_jax.data.source import Source, image_size_of, raw_item
+from drep_jax.data.source import Source, fit_of, image_size_of, raw_item, size_of
 from drep_jax.errors import ConfigError, DataError
 
 
@@ -31,7 +31,7 @@ class MergedSource:
         self.num_classes: int | None = None
         self.class_names: tuple[str, ...] | None = None
         self.in_memory = all(getattr(source, "in_memory", False) for source in sources)
-        self.image_size = image_size_of(sources[0])
+        self.image_size, self.resize = image_size_of(sources[0]), fit_of(sources[0])
         counts = epoch_counts([len(source) for source in sources], weights)
         self._origins, self._places = layout(counts)
         self.shares = tuple(float(count) / len(self._origins) for count in counts)
@@ -53,8 +53,13 @@ class MergedSource:
     def raw(self, index: int) -> dict[str, Any]:
         """Returns an image as its source stores it, with "where" and "origin"."""
         origin, place = self._at(index)
-        found = raw_item(self.sources[origin], place)
-        return {"image": found["image"], "where": found["where"], "origin": np.int32(origin)}
+        raw = raw_item(self.sources[origin], place)
+        return {"image": raw["image"], "where": raw["where"], "origin": np.int32(origin)}
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image without decoding it."""
+        origin, place = self._at(index)
+        return size_of(self.sources[origin], place)
 
     def _at(self, index: int) -> tuple[int, int]:
         origin = int(self._origins[index])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from drep_jax.data.decode import decode, fit, parse_fit
+from drep_jax.data.decode import decode, fit
+from drep_jax.data.fits import parse_fit
 from drep_jax.data.folder import SUFFIXES, scan
 from drep_jax.errors import ConfigError, DataError
 

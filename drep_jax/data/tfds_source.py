@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from drep_jax.data.decode import fitted
+from drep_jax.data.decode import fitted, fitted_size
 from drep_jax.data.splits import SPLITS, Part, plan
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 
@@ -63,13 +63,17 @@ class TfdsSource:
             )
         self._part = part.stored
         self.image_size = image_size
-        self._resize = resize
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return fitted(self.raw(index), self.image_size, self._resize)
+        return fitted(self.raw(index), self.image_size, self.resize)
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image from its header."""
+        return fitted_size(self.raw(index), self.image_size, self.resize)
 
     def raw(self, index: int) -> dict[str, Any]:
         """Returns an image as it is stored, with "where", what to call it, and "label"."""

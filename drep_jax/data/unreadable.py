@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drep_jax.data.source import Source, image_size_of, pass_on, raw_item
+from drep_jax.data.source import Source, fit_of, image_size_of, pass_on, raw_item, size_of
 from drep_jax.errors import ConfigError, DataError, UnreadableError
 
 RECORD = "unreadable.jsonl"
@@ -28,7 +28,7 @@ class Tolerant:
         self.name, self.note = source.name, source.note
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.in_memory = getattr(source, "in_memory", False)
-        self.image_size = image_size_of(source)
+        self.image_size, self.resize = image_size_of(source), fit_of(source)
         self.limit = limit
         self.reasons: dict[str, str] = {}
         self._source = source
@@ -44,8 +44,16 @@ class Tolerant:
         return self._source[index]
 
     def raw(self, index: int) -> dict[str, Any]:
-        """Returns an image as it is stored."""
+        """Returns an item as it is stored."""
         return raw_item(self._source, index)
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image without decoding it; (0, 0) if it cannot be read."""
+        try:
+            return (0, 0) if self.known(index) else size_of(self._source, index)
+        except UnreadableError as error:
+            self.skip(index, error)
+            return 0, 0
 
     def known(self, index: int) -> bool:
         """Returns whether this image has been found to be unreadable."""

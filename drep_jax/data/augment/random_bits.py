@@ -7,7 +7,7 @@ change nothing. Raw words are used because NumPy promises that those stay the sa
 import numpy as np
 
 # Orders of the images are keyed (seed, epoch) and augmentations (seed, one of these), so the two never share numbers.
-MOVES = 2**64 - 1  # flip and shift
+FLIP_AND_SHIFT = 2**64 - 1
 
 
 CROP = 2**64 - 2

@@ -17,7 +17,11 @@ CHOICE = "which of several"  # no corruption's name has spaces, so the choice sh
 
 
 def corrupt(
-    images: Num[np.ndarray, "b h w c"], index: Int[np.ndarray, "b"], spec: str, seed: int
+    images: Num[np.ndarray, "b h w c"],
+    index: Int[np.ndarray, "b"],
+    spec: str,
+    seed: int,
+    size: Int[np.ndarray, "b 2"] | None = None,
 ) -> Float32[np.ndarray, "b h w c"]:
     """Corrupts images, each by random numbers of its own.
 
@@ -26,10 +30,12 @@ def corrupt(
 
     Args:
       images: (B, H, W, 1 or 3), grey levels from 0 to 255; they are left as they are.
-      index: (B,), each image's number in its source: the same image is always corrupted in the same way.
+      index: (B,), each image's index in its source: the same image is always corrupted in the same way.
       spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, or several of these joined by
         commas; see `parse_spec`.
       seed: another seed is other noise.
+      size: (B, 2), height and width of each image without padding, the column "size" of a batch; None where there is no
+        padding. Padding stays as it is, so that what happens to an image does not depend on its bucket.
 
     Returns:
       (B, H, W, C), clipped to 0..255.
@@ -46,7 +52,11 @@ def corrupt(
             f"{index.shape}."
         )
     out = np.clip(images.astype(np.float32), 0, 255)
-    for image, number in zip(out, index.tolist(), strict=True):
+    sizes = np.full((len(out), 2), out.shape[1:3]) if size is None else np.asarray(size)
+    for padded, (height, width), number in zip(out, sizes.tolist(), index.tolist(), strict=True):
+        image = padded[:height, :width]
+        if not image.size:
+            continue  # a place of the batch that is all padding
         choice = 0 if len(parts) == 1 else int(_generator(seed, number, CHOICE).integers(len(parts)))
         image[...] = _apply(parts[choice], image, seed, number)
     return np.clip(out, 0, 255, out=out)

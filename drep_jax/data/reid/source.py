@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from drep_jax.data.decode import fitted
+from drep_jax.data.decode import fitted, fitted_size
 from drep_jax.data.reid.listing import Entry, Listed, checked, in_order, note_of
 from drep_jax.data.reid.split import held_out
 from drep_jax.errors import DataError
@@ -40,13 +40,17 @@ class ReidSource:
         }
         self.image_size = image_size
         self._entries = entries
-        self._resize = resize
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return fitted(self.raw(index), self.image_size, self._resize)
+        return fitted(self.raw(index), self.image_size, self.resize)
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image from its header."""
+        return fitted_size(self.raw(index), self.image_size, self.resize)
 
     def raw(self, index: int) -> dict[str, Any]:
         """Returns the file or the bytes of an image instead of its pixels, with "where", what to call it."""
