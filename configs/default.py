@@ -72,7 +72,8 @@ def get_default() -> ConfigDict:
     }
     init = {
         "init_from": "",  # file of trained weights, ours or foreign (docs/weights.md); or train from scratch with steps > 0
-        "init_format": "",  # of a foreign file; "" recognises it by its names
+        "init_format": "",  # of a foreign file; "" recognizes it by its names
+        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/weights.md)
         "init_state": "",  # which state in it, such as "model_ema"; "" takes the only one, or the averaged one
         "init_grid": (),  # (height, width) in patches of its position embeddings, where these are to be resized
         "init_allow": (),  # regular expressions over names that may be missing, left over or of another shape

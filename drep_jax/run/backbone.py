@@ -10,7 +10,7 @@ from drep_jax.run.setup import Setting, init_options
 from drep_jax.run.stages import key_of
 from drep_jax.typing import Config, Tree
 
-FOREIGN_ONLY = ("init_format", "init_state", "init_grid", "init_allow")
+FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_allow")
 """Settings of how a foreign file of weights is read."""
 
 

@@ -20,7 +20,7 @@ from drep_jax.data.loader import normalize
 from drep_jax.data.metadata import table_of
 from drep_jax.data.source import image_size_of
 from drep_jax.errors import ConfigError
-from drep_jax.models import create_model
+from drep_jax.models import abstract_variables, create_model, output_shape, takes_classes
 from drep_jax.tasks import Retrieval, Task, make_task
 from drep_jax.typing import Tree
 
@@ -127,13 +127,19 @@ def build(config: Mapping[str, Any]) -> Setting:
     if isinstance(task, Retrieval):
         check_noisy(task, found)
     classes = 0 if features else int(config["model"].get("num_classes") or found.num_classes or 0)
-    if not classes and not features:
+    fixed = not takes_classes(config["model"]["name"])  # its own output says how many
+    if not classes and not features and not fixed:
         raise ConfigError(
             "The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=…, or "
             f"{FEATURES} if it has no head and gives features."
         )
     # Rankings need no class of an image; stages that do are checked for it, see `drep_jax.jobs.checks.check_retrieval`.
-    if found.num_classes and not features and found.num_classes > classes and not isinstance(task, Retrieval):
+    if (
+        found.num_classes
+        and not (features or fixed)
+        and found.num_classes > classes
+        and not isinstance(task, Retrieval)
+    ):
         raise ConfigError(f"model.num_classes={classes}, but {data['source']} has {found.num_classes} classes.")
     overrides = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
     side = side_of(task.side, found) if isinstance(task, Retrieval) else ()
@@ -144,7 +150,9 @@ def build(config: Mapping[str, Any]) -> Setting:
         for number in (classes, 0)
     )
     images = jax.ShapeDtypeStruct((1, *size, 4 if side else 3), jnp.float32)
-    abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
+    abstract = abstract_variables(backbone, images)
+    if fixed and not features:
+        check_outputs(config, output_shape(backbone, abstract, images)[-1], found)
     chosen = select_sites(
         find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"]
     )
@@ -169,6 +177,24 @@ def build(config: Mapping[str, Any]) -> Setting:
         task=task,
         side=side,
     )
+
+
+def check_outputs(config: Mapping[str, Any], outputs: int, found: Images) -> None:
+    """Refuses images of more classes than a backbone without a field `num_classes` has outputs.
+
+    Raises:
+      ConfigError: naming both numbers.
+    """
+    name, asked = config["model"]["name"], config["model"].get("num_classes")
+    if asked and asked != outputs:
+        raise ConfigError(
+            f"{name} has {outputs} outputs and no field num_classes, so model.num_classes={asked} cannot be."
+        )
+    if found.num_classes and found.num_classes > outputs and config.get("task") != "retrieval":
+        raise ConfigError(
+            f"{name} has {outputs} outputs, but {config['data']['source']} has {found.num_classes} classes. If the outputs "
+            "are features and no logits, set --config.model.num_classes=-1."
+        )
 
 
 def check_noisy(task: Retrieval, found: Images) -> None:
@@ -216,6 +242,7 @@ def init_options(config: Mapping[str, Any]) -> dict[str, Any]:
     backbone = config["backbone"]
     return {
         "format_name": backbone["init_format"],
+        "names": backbone["init_names"],
         "state": backbone["init_state"] or None,
         "allow": tuple(backbone["init_allow"]),
         "grid": tuple(backbone["init_grid"]) or None,
