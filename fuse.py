@@ -45,6 +45,7 @@ EXPORT = flags.DEFINE_list(
     'Further files: "same" for the kind that the backbone came in, a format\'s name, "stablehlo" or "onnx".',
 )
 INIT_FROM = flags.DEFINE_string("init_from", None, "The backbone's file for --export; default: where the run read it.")
+INIT_NAMES = flags.DEFINE_string("init_names", None, "Its name table for --export; default: where the run read it.")
 FOLD_BATCHNORM = flags.DEFINE_bool(
     "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
 )
@@ -67,6 +68,7 @@ def fuse_again() -> int:
         allow_rounding=ALLOW_ROUNDING.value,
         forms=tuple(EXPORT.value),
         init_from=INIT_FROM.value,
+        init_names=INIT_NAMES.value,
         fold_batchnorm=FOLD_BATCHNORM.value,
     )
     options = {

@@ -91,6 +91,7 @@ def get_default() -> ConfigDict:
     init = {
         "init_from": "",  # file of trained weights (docs/weights.md); "" to train from scratch with steps > 0
         "init_format": "",  # of a foreign file; "" recognizes it by the names of its tensors
+        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/weights.md)
         "init_state": "",  # state within the file, such as "model_ema"; "" for the only one, or the averaged one
         "init_grid": (),  # (height, width) in patches of its position embeddings, if they are to be resized
         "init_allow": (),  # regular expressions; names that may be missing, unused or of another shape

@@ -14,7 +14,9 @@ from ml_collections import config_dict, config_flags
 
 from drep_jax.cli.help import ASKED, usage
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
+from drep_jax.imports import import_module
 from drep_jax.run.config import announce, new_names, renamed
+from drep_jax.run.workdir import flatten
 from drep_jax.training.signals import Interrupted, Terminated, raising_on_sigterm
 
 EXIT_ERROR = 1
@@ -39,7 +41,11 @@ class Flags:
         self.default = default
         # Without a default of its own the flag is parsed with the others, so that errors in it can be explained.
         self._config = config_flags.DEFINE_config_file(
-            "config", None, "Configuration file; --config.x.y=value overrides an entry.", lock_config=True
+            "config",
+            None,
+            "Configuration file; --config.x.y=value overrides an entry.",
+            lock_config=False,  # entries that there are not yet are accepted here, and checked in `check_overrides`
+            accept_new_attributes=True,
         )
         self._workdir = flags.DEFINE_string(
             "workdir",
@@ -73,6 +79,29 @@ class Flags:
     def overrides(self) -> dict[str, Any]:
         """The single settings that were given, {"a.b": value}."""
         return config_flags.get_override_values(flags.FLAGS["config"])
+
+    def check_overrides(self) -> None:
+        """Refuses settings that the configuration file does not have, but for options of the model, and locks it.
+
+        Raises:
+          ConfigError: naming the setting.
+        """
+        path, *argument = self.source.split(":", 1)
+        known = flatten(import_module(path).get_config(*argument).to_dict())
+        sections = {name[:end] for name in known for end in range(len(name)) if name[end] == "."}
+        for name in self.overrides:
+            if name not in known and name not in sections and not re.fullmatch(r"model\.\w+", name):
+                section, _, last = name.rpartition(".")
+                siblings = {
+                    k.removeprefix(f"{section}.").partition(".")[0] for k in known if k.startswith(f"{section}.")
+                }
+                if section and not siblings:
+                    section, last = "", section.partition(".")[0]
+                options = siblings if section else {k.partition(".")[0] for k in known}
+                near = did_you_mean(last, options)
+                hint = near if "Did you mean" in near else " configs/default.py lists them all."
+                raise ConfigError(f'Unknown setting "{last}".{hint}')
+        self._config.value.lock()
 
     @property
     def source(self) -> str:
@@ -149,7 +178,10 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return flags.FLAGS(argv)
+            rest = flags.FLAGS(argv)
+            if config is not None and os.path.isfile(config.source.partition(":")[0]):
+                config.check_overrides()
+            return rest
         except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
             sys.exit(_say(f"Error: {_explain(error)}", EXIT_ERROR))
 

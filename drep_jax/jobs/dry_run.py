@@ -10,6 +10,7 @@ from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
 from drep_jax.evaluation import cost
 from drep_jax.learners.losses import denoising_objective
+from drep_jax.models import takes_classes
 from drep_jax.parallel import devices
 from drep_jax.run.backbone import fresh_variables
 from drep_jax.run.run import Run
@@ -24,7 +25,9 @@ def dry_run(config: Config) -> str:
     """Takes two label-free steps of the full-size job on random images and returns what it needs, as text."""
     if config["dry_run_batch"] < 1:
         raise ConfigError(f"dry_run_batch={config['dry_run_batch']} must be at least 1.")
-    classes = max(0, config["model"].get("num_classes", 0)) or 1000  # a backbone without a head has -1
+    # A backbone without a head has -1, and one without a field for it the classes that it has.
+    unknown = 1000 if takes_classes(config["model"]["name"]) else 1
+    classes = max(0, config["model"].get("num_classes", 0)) or unknown
     size = devices.device_count() * config["dry_run_batch"]
     data = {**config["data"], "source": f"random:{max(64, size)}:{classes}", "merge": ()}
     # Random images have no columns but a class; without labels the task makes no difference.

@@ -12,7 +12,7 @@ from drep_jax.run.run import Run
 from drep_jax.run.stages import key_of
 from drep_jax.typing import Config, Tree
 
-FOREIGN_ONLY = ("init_format", "init_state", "init_grid", "init_allow")
+FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_allow")
 """Settings of how a foreign file of weights is read."""
 
 
@@ -51,6 +51,7 @@ def init_options(config: Config) -> dict[str, Any]:
     backbone = config["backbone"]
     return {
         "format_name": backbone["init_format"],
+        "names": backbone["init_names"],
         "state": backbone["init_state"] or None,
         "allow": tuple(backbone["init_allow"]),
         "grid": tuple(backbone["init_grid"]) or None,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,7 @@ class Output:
       allow_rounding: write even if less than 90 % of the change survives a storage type.
       forms: further files: "same", or names of formats or of `PROGRAMS`.
       init_from: the file of the backbone's weights, if it is no longer where the run read it.
+      init_names: its name table, likewise.
       fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers before them.
     """
 
@@ -54,6 +55,7 @@ class Output:
     allow_rounding: bool = False
     forms: tuple[str, ...] = ()
     init_from: str | None = None
+    init_names: str | None = None
     fold_batchnorm: bool = False
 
     def __post_init__(self) -> None:
@@ -100,28 +102,44 @@ def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign 
       ConfigError: for an unknown form, or "same" where there is no foreign file.
       CheckpointError: if the file does not hold the run's backbone.
     """
+    if (output.init_from or output.init_names) and not output.forms:
+        option = (
+            "--init_from names the file to write again" if output.init_from else "--init_names names its name table"
+        )
+        raise ConfigError(f"{option}, so it goes with --export only.")
+    options = init_options(run.config)
+    options["names"] = output.init_names or options["names"]
+    table = _table(options["names"]) if output.forms else ()
     for form in output.forms:
         if form != SAME:
-            _check_form(run.setup, form)
+            _check_form(run.setup, form, table)
     path = output.init_from or run.config["backbone"]["init_from"]
     foreign = bool(path) and not weights.is_native(path)
-    if output.init_from and not output.forms:
-        raise ConfigError("--init_from names the file to write again, so it goes with --export only.")
     if SAME in output.forms and not foreign:
         raise ConfigError(
             "This run's backbone is from no foreign file, so --export=same has nothing to write again; name a format: "
-            f"{', '.join(_forms(run.setup))}."
+            f"{', '.join(_forms(run.setup, table))}."
         )
     if not output.forms or not foreign:
         return None
-    found = weights.load_foreign(
-        path, run.setup.backbone, run.setup.abstract, fresh=lambda: variables, **init_options(run.config)
+    original = weights.load_foreign(
+        path, run.setup.backbone, run.setup.abstract, fresh=lambda: variables, **{**options, "names": table}
     )
-    if weights.digest(found.variables) != weights.digest(variables):
+    if weights.digest(original.variables) != weights.digest(variables):
         raise CheckpointError(
             f"The weights in {path} are not the backbone of this run; give the file that it was read from with --init_from."
         )
-    return found
+    return original
+
+
+def _table(where: str) -> tuple[weights.Format, ...]:
+    """Returns the formats of a run's name table."""
+    if not where:
+        return ()
+    try:
+        return weights.read_table(where)
+    except ConfigError as error:
+        raise ConfigError(f"{error} This is the name table of the run's weights: give it with --init_names.") from error
 
 
 def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
@@ -129,14 +147,14 @@ def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
     return output.dtype is not None or (original is not None and original.rounds)
 
 
-def _forms(setup: Setup) -> list[str]:
+def _forms(setup: Setup, table: Sequence[weights.Format]) -> list[str]:
     """Returns the names of all exports that there are for a backbone."""
-    return [SAME, *formats_of(setup.backbone), *PROGRAMS]
+    return [SAME, *formats_of(setup.backbone, table), *PROGRAMS]
 
 
-def _check_form(setup: Setup, form: str) -> None:
-    if form not in _forms(setup):
-        raise ConfigError(f'There is no export "{form}" for this backbone.{did_you_mean(form, _forms(setup))}')
+def _check_form(setup: Setup, form: str, table: Sequence[weights.Format]) -> None:
+    if form not in (forms := _forms(setup, table)):
+        raise ConfigError(f'There is no export "{form}" for this backbone.{did_you_mean(form, forms)}')
 
 
 def write(

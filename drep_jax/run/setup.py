@@ -20,7 +20,7 @@ from drep_jax.data.loader import normalize
 from drep_jax.data.metadata import table_of
 from drep_jax.data.source import image_size_of
 from drep_jax.errors import ConfigError
-from drep_jax.models import create_model
+from drep_jax.models import abstract_variables, create_model, output_shape, takes_classes
 from drep_jax.tasks import Task, make_task
 from drep_jax.typing import Config, Tree
 
@@ -142,7 +142,9 @@ def build(config: Config) -> Setup:
     side = _side_information(task, images)
     backbone, headless = _backbones(config, images, task, side)
     one_image = jax.ShapeDtypeStruct((1, *data["image_size"], 4 if side else 3), jnp.float32)
-    abstract = jax.eval_shape(backbone.init, jax.random.key(0), one_image)
+    abstract = abstract_variables(backbone, one_image)
+    if not features and not takes_classes(config["model"]["name"]):
+        _check_outputs(config, output_shape(backbone, abstract, one_image)[-1], images, task)
     sites = _sites(config, backbone, one_image, schedule)
     return Setup(
         backbone=backbone,
@@ -186,14 +188,15 @@ def _backbones(
 ) -> tuple[nn.Module, nn.Module]:
     """Returns the backbone, with a head for the classes of the images, and the same without."""
     given = config["model"].get("num_classes")
+    fixed = not takes_classes(config["model"]["name"])  # its own output says how many
     classes = 0 if given == FEATURES else int(given or images.num_classes or 0)
-    if not classes and given != FEATURES:
+    if not classes and given != FEATURES and not fixed:
         raise ConfigError(
             "The images are unlabeled, so say how many classes the backbone has: --config.model.num_classes=…, or "
             f"{FEATURES} if it has no head and gives features."
         )
     # What is scored without a head needs no class of an image; stages that do are checked by the task.
-    if given != FEATURES and task.test_needs_head and (images.num_classes or 0) > classes:
+    if given != FEATURES and not fixed and task.test_needs_head and (images.num_classes or 0) > classes:
         raise ConfigError(
             f"model.num_classes={classes}, but {config['data']['source']} has {images.num_classes} classes."
         )
@@ -205,6 +208,24 @@ def _backbones(
         create_model(config["model"]["name"], num_classes=number, image_size=size, **options) for number in (classes, 0)
     )
     return backbone, headless
+
+
+def _check_outputs(config: Config, outputs: int, images: Images, task: Task) -> None:
+    """Refuses images of more classes than a backbone without a field `num_classes` has outputs.
+
+    Raises:
+      ConfigError: naming both numbers.
+    """
+    name, given = config["model"]["name"], config["model"].get("num_classes")
+    if given and given != outputs:
+        raise ConfigError(
+            f"{name} has {outputs} outputs and no field num_classes, so model.num_classes={given} cannot be."
+        )
+    if images.num_classes and images.num_classes > outputs and task.test_needs_head:
+        raise ConfigError(
+            f"{name} has {outputs} outputs, but {config['data']['source']} has {images.num_classes} classes. If the outputs "
+            "are features and no logits, set --config.model.num_classes=-1."
+        )
 
 
 def _side_information(task: Task, images: Images) -> tuple[tuple[str, int], ...]:
