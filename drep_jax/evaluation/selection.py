@@ -130,7 +130,12 @@ def scaled(denoise: Tree, strength: float) -> Tree:
 
 
 def grid_statistics(
-    setup: Setup, variables: Tree, candidates: Sequence[Candidate], points: Sequence[tuple[int, float]]
+    setup: Setup,
+    variables: Tree,
+    candidates: Sequence[Candidate],
+    points: Sequence[tuple[int, float]],
+    *,
+    against_labels: bool,
 ) -> Any:
     """Returns a compiled function of a batch that gives every point's statistics, on all devices.
 
@@ -139,10 +144,11 @@ def grid_statistics(
       variables: its.
       candidates: their trees are stacked, so that one program serves all, in several stacks of one form if they are large.
       points: (number of the candidate, strength).
+      against_labels: whether statistics are wanted against the labels of the images.
 
     Returns:
-      (images, batch of labels, batch of pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics, "finite": bool}, each
-      with axes (points, images, …). "labels" is {} where there are no labels; "pseudo" is {} where the task has none.
+      (images, their columns, pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics, "finite": bool}, each with axes
+      (points, images, …). "labels" is {} unless asked for; "pseudo" is {} where there are no pseudo-labels.
     """
     size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(candidates[0].denoise))
     per_stack = min(len(candidates), max(1, STACK_BYTES // max(1, size)))
@@ -152,16 +158,16 @@ def grid_statistics(
     longest = max(len(members) for members in rows.values())
     task = setup.task
 
-    def run(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any, labels: Tree, pseudo: Tree) -> Any:
+    def run(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any, batch: Tree, pseudo: Tree) -> Any:
         def one(point: Any) -> Any:
             # No map at all where the strength is 0, since 0 times what has overflowed would not be 0.
             denoise = jax.tree_util.tree_map(lambda leaf: jnp.where(point[1] == 0, 0, leaf[point[0]]), stacked)
             params = {"backbone": variables["params"], "denoise": denoise}
             fused = fuse(params, setup.sites, setup.schedule, rule="affine", steps=1, strength=point[1])
-            outputs = task.predict(setup.backbone, {**variables, "params": fused}, images)
+            outputs = task.predict(setup.backbone, {**variables, "params": fused}, images, batch)
             return {
-                "labels": task.statistics(outputs, labels) if labels else {},
-                "pseudo": task.statistics(outputs, pseudo) if pseudo else {},
+                "labels": task.statistics(outputs, batch) if against_labels else {},
+                "pseudo": task.statistics(outputs, {**batch, **pseudo}) if pseudo else {},
                 "finite": _finite(outputs, len(images)),
             }
 
@@ -182,8 +188,8 @@ def grid_statistics(
     kept = stack(next(iter(rows))) if len(rows) == 1 else None
     order = np.argsort(np.concatenate(list(rows.values())))
 
-    def statistics(images: Any, labels: Tree, pseudo: Tree) -> Tree:
-        batch = [_on_devices(tree) for tree in (images, labels, pseudo)]
+    def statistics(images: Any, columns: Tree, pseudo: Tree) -> Tree:
+        batch = [_on_devices(tree) for tree in (images, columns, pseudo)]
         parts = []
         for number, members in rows.items():
             values = program(everywhere, *(stack(number) if kept is None else kept), *batch)
@@ -221,12 +227,13 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     which, hosts = devices.host()
     part = -(-count // hosts)
     mine = index[(which * part + np.arange(part)) % count]
-    images = read(source, mine)
+    images = read(source, mine, setup.task.columns)
     batch_size = min(max(1, options.batch_size // hosts), part)
     task = setup.task
     labeled = options.labels and "label" in images and not (task.test_needs_head and setup.features)
     pseudo = _pseudo_labels(setup, variables, images, batch_size)
-    statistics = grid_statistics(setup, variables, candidates, grid)
+    statistics = grid_statistics(setup, variables, candidates, grid, against_labels=labeled or not pseudo)
+    columns = {name: column for name, column in images.items() if name != "image"}
     bar = tqdm.tqdm(
         desc="choosing",
         total=len(conditions) * -(-part // batch_size),
@@ -242,11 +249,9 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
         for condition in conditions:
             corrupted = corrupt(images["image"], mine, condition, options.seed + SELECTION_SEED)
             inputs = np.asarray(setup.inputs({**images, "image": corrupted}))
-            columns = {name: column for name, column in images.items() if name != "image"}
-            labels = columns if labeled or not pseudo else {}
             parts = []
             for start in range(0, part, batch_size):
-                rows = (_padded(_cut(tree, start, batch_size), batch_size) for tree in (inputs, labels, pseudo))
+                rows = (_padded(_cut(tree, start, batch_size), batch_size) for tree in (inputs, columns, pseudo))
                 parts.append(statistics(*rows))
                 bar.update()
             whole = jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves, axis=1)[:, :part], *parts)
@@ -319,17 +324,19 @@ def _pseudo_labels(setup: Setup, variables: Tree, images: Batch, batch_size: int
     """Returns the labels that the unfused backbone's clean outputs stand for, (n, …) each; {} of a task without."""
     task, inputs = setup.task, np.asarray(setup.inputs(images))
 
-    def label(variables: Tree, images: Any) -> Any:
-        return task.pseudo_labels(task.predict(setup.backbone, variables, images))
+    columns = {name: column for name, column in images.items() if name != "image"}
 
-    if not jax.eval_shape(label, variables, inputs[:1]):
+    def label(variables: Tree, images: Any, batch: Tree) -> Any:
+        return task.pseudo_labels(task.predict(setup.backbone, variables, images, batch))
+
+    if not jax.eval_shape(label, variables, inputs[:1], _cut(columns, 0, 1)):
         return {}
     program = devices.on_devices(label)
     everywhere = devices.replicate(dict(variables))
     parts = []
     for start in range(0, len(inputs), batch_size):
-        rows = _padded(inputs[start : start + batch_size], batch_size)
-        labels = devices.unshard(program(everywhere, _on_devices(rows)))
+        rows = [_on_devices(_padded(_cut(tree, start, batch_size), batch_size)) for tree in (inputs, columns)]
+        labels = devices.unshard(program(everywhere, *rows))
         parts.append({name: column[:batch_size] for name, column in labels.items()})
     return {name: np.concatenate([labels[name] for labels in parts])[: len(inputs)] for name in parts[0]}
 

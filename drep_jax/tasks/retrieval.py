@@ -173,8 +173,9 @@ class Retrieval(Task):
             return {}
         return {CENTERS: optax.chain(optax.scale(1.0 / self.center_weight), optax.sgd(self.center_lr))}
 
-    def apply(self, backbone: nn.Module, variables: Tree, images: Any, **options: Any) -> Any:
+    def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
         """Returns {"features": …, "logits": …}, and with `mutable` among the options the changed collections."""
+        del batch
         return backbone.apply(variables, images, method="outputs", **options)
 
     def loss(
