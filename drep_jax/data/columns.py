@@ -63,8 +63,8 @@ class Column:
             return (objects, *self.shape)
         return (*size, *self.shape) if self.geometry == "mask" else self.shape
 
-    def value(self, value: Any, size: tuple[int, int], where: str) -> np.ndarray:
-        """Returns the values of one image as an array of the declared type.
+    def value(self, value: Any, size: tuple[int, int], where: str, dtype: Any = None) -> np.ndarray:
+        """Returns the values of one image as an array of the declared type, or of `dtype`.
 
         Raises:
           DataError: for values of another shape, naming the image.
@@ -79,7 +79,7 @@ class Column:
                 f'{where}: the column "{self.name}" has the shape {array.shape}; expected ({expected}), as it is declared. A '
                 "column that no task declares holds one number an image."
             )
-        return array.astype(self.dtype)
+        return array.astype(self.dtype if dtype is None else dtype)
 
 
 Columns = Sequence[Column]
@@ -115,20 +115,25 @@ def follow(item: Mapping[str, Any], transform: Transform, columns: Columns, wher
     """Returns an item whose labels have followed its image through a transform; the image itself is left alone.
 
     Args:
-      item: labels, each of its column's type where it is declared, that fit an image of `transform.size_in`.
+      item: labels that fit an image of `transform.size_in`.
       transform: what is done to the image.
       columns: those that the task declares.
       where: what to call the image in messages.
 
     Returns:
-      The item. Objects whose box is empty by now are dropped from every ragged column; "transform" is all that has been
-      done to the image since it was decoded.
+      The item. Objects whose box is empty by now are dropped from every ragged column. Boxes are float64, so that they are
+      rounded once, by `collate`. "transform" is all that has been done to the image since it was decoded.
 
     Raises:
       DataError: for labels of another shape, and ragged columns that disagree about the number of objects.
     """
     declared = [column for column in columns if column.name in item]
-    values = {column.name: column.value(item[column.name], transform.size_in, where) for column in declared}
+    values = {
+        column.name: column.value(
+            item[column.name], transform.size_in, where, np.float64 if column.geometry == "boxes" else None
+        )
+        for column in declared
+    }
     counts = {column.name: len(values[column.name]) for column in declared if column.ragged}
     if len(set(counts.values())) > 1:
         raise DataError(f"{where}: its ragged columns speak of different numbers of objects: {counts}.")
@@ -137,8 +142,8 @@ def follow(item: Mapping[str, Any], transform: Transform, columns: Columns, wher
         if column.geometry == "mask":
             values[column.name] = transform.mask(values[column.name], fill=column.fill)
         elif column.geometry == "boxes":
-            boxes, there = transform.boxes(values[column.name])
-            values[column.name], keep = boxes.astype(column.dtype), keep & there
+            values[column.name], there = transform.boxes(values[column.name])
+            keep = keep & there
     values |= {name: values[name][keep] for name in counts}
     done = item["transform"].then(transform) if "transform" in item else transform
     return {**item, **values, "transform": done}

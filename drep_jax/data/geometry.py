@@ -241,14 +241,23 @@ class Transform:
 
     @classmethod
     def from_row(cls, row: Sequence[int] | np.ndarray) -> "Transform":
-        """Returns the transform that `row` describes; of a row of zeros, which is padding, one of a (0, 0) image."""
-        height, width, *rest = np.asarray(row).tolist()
+        """Returns the transform that `row` describes; of a row of zeros, which is padding, one of a (0, 0) image.
+
+        Raises:
+          DataError: for numbers that `row` does not give.
+        """
+        numbers = np.asarray(row).astype(np.int64)
+        kinds = set(numbers[2::STEP_NUMBERS].tolist()) if numbers.shape == (ROW,) else {-1}
+        if not kinds <= {0, *KINDS}:
+            raise DataError(
+                f"Expected {ROW} numbers, as `Transform.row` gives them; got an array of shape {numbers.shape}."
+            )
         steps = []
-        for kind, *values in np.reshape(rest, (MOST_STEPS, STEP_NUMBERS)).tolist():
+        for kind, *values in numbers[2:].reshape(MOST_STEPS, STEP_NUMBERS).tolist():
             if kind:
                 step = KINDS[kind]
                 steps.append(step(*values[: len(dataclasses.fields(step))]))
-        return cls((height, width), tuple(steps))
+        return cls((int(numbers[0]), int(numbers[1])), tuple(steps))
 
     def _and(self, step: Step) -> "Transform":
         return Transform(self.size_in, (*self.steps, step))

@@ -145,7 +145,7 @@ class Retrieval(Task):
         if not self.instances:
             return None
         labels, block = table_of(source)["label"], (self.identities, self.instances)
-        options: dict[str, Any] = {"lonely": self.singletons, "names": source.class_names}
+        options: dict[str, Any] = {"singletons": self.singletons, "names": source.class_names}
         length = epoch_length(labels, *block, **options)
         return Order(length, lambda epoch: identity_order(labels, *block, seed, epoch, **options))
 

@@ -58,7 +58,9 @@ class Augmentation:
         for name, whole in (("shift", True), ("randaugment", True), ("mixup", False), ("cutmix", False)):
             value = getattr(self, name)
             if not _number(value) or value < 0 or (whole and value != int(value)):
-                raise ConfigError(f"data.{name}={value!r}: expected {'a whole' if whole else 'a'} number, at least 0.")
+                raise ConfigError(
+                    f"data.{name}={value!r}: expected {'a whole' if whole else 'a'} number of at least 0."
+                )
         if not _number(self.erase) or not 0 <= self.erase <= 1:
             raise ConfigError(f"data.erase={self.erase!r} is a probability and lies in [0, 1].")
         if self.erase_fill and (
