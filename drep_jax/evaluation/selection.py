@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drep_jax.core.denoisers import scaled as scaled
 from drep_jax.core.fusion import fuse
 from drep_jax.core.sites import Site
 from drep_jax.data.collate import read
@@ -104,11 +105,6 @@ class Choice:
                 for number, point in enumerate(self.points)
             ],
         }
-
-
-def scaled(denoise: Tree, strength: float) -> Tree:
-    """Returns denoisers for rule "affine" whose full fusion is that of `denoise` with this strength."""
-    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf * np.asarray(strength, leaf.dtype)), denoise)
 
 
 def grid_outputs(

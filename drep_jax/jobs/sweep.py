@@ -15,14 +15,14 @@ from tabulate import tabulate
 
 from drep_jax import files, report
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.denoisers import init_denoise, scaled
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.recipes import Grid, make_grid, solve
 from drep_jax.data.corruptions import CLEAN
 from drep_jax.errors import ConfigError
 from drep_jax.evaluation import scoring, summary
 from drep_jax.evaluation.placebo import placebo_denoisers
-from drep_jax.evaluation.selection import Candidate, Choice, Point, choose, scaled
+from drep_jax.evaluation.selection import Candidate, Choice, Point, choose
 from drep_jax.jobs.fuse import fuse_and_export, load_run
 from drep_jax.parallel import processes
 from drep_jax.report.formatting import fixed
@@ -97,7 +97,8 @@ def sweep(
         own = config["denoise"]
         setting = respaced(setting, steps=own["steps"], time_scale=own["time_scale"], beta_end=beta_end)
     options = _narrowed(config["sweep"], rule=rule, steps=steps, scale=time_scale, strength=strength)
-    grid = make_grid(options, setting.sites, setting.schedule)
+    settings = {name: options[name] for name in ("rules", "steps", "scales", "strengths")}
+    grid = make_grid(setting.sites, setting.schedule, **settings)
     if grid.dropped:
         print(f"Left out, since they do not fit in the schedule: {'; '.join(grid.dropped)}.")
     began = time.perf_counter()

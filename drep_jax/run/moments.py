@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from drep_jax import weights
-from drep_jax.core.moments import NEAR, Moments, collect_moments, passes
+from drep_jax.core.moments import SHIFT_IMAGES, Moments, collect_moments, passes
 from drep_jax.core.sites import Site
 from drep_jax.data.collate import read
 from drep_jax.data.loader import evaluation_batches
@@ -126,7 +126,7 @@ def moments_of(
         return kept
     batch = config["denoise"]["batch_size"]
     count = -(-moment_images(config, setting) // batch)
-    near = setting.inputs(read(setting.train, np.arange(min(NEAR, len(setting.train)))))
+    shift_images = setting.inputs(read(setting.train, np.arange(min(SHIFT_IMAGES, len(setting.train)))))
     limit = config["denoise"]["moment_gib"] * 2**30
     groups = passes(sites, limit) if limit else [sites]
     moments: dict[Path, Moments] = {}
@@ -137,7 +137,7 @@ def moments_of(
         batches = ((setting.inputs(b), b["mask"].astype(np.float32)) for b in bar)
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
         sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
-        moments |= collect_moments(setting.backbone, variables, group, batches, near=near, **sampling)
+        moments |= collect_moments(setting.backbone, variables, group, batches, shift_images=shift_images, **sampling)
     if processes.primary():
         save_moments(path, moments, owner, tokens)
     return moments

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from drep_jax.core.algorithm1 import algorithm1_losses
-from drep_jax.core.closed_form import closed_form, expected_loss, expected_losses, minimiser
+from drep_jax.core.closed_form import closed_form, expected_loss, expected_losses, minimizer
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.moments import Moments, collect_moments
 from drep_jax.core.schedule import Schedule
@@ -62,15 +62,15 @@ def test_the_loss_is_stationary_at_the_closed_form():
     assert len(forms) >= 5
     rng = np.random.default_rng(1)
     for site in sites:
-        best = minimiser(site, moments[site.path], SCHEDULE)
+        best = minimizer(site, moments[site.path], SCHEDULE)
         way = {name: rng.standard_normal(leaf.shape) for name, leaf in best.items()}
 
-        def at(centre, step, site=site, way=way):
-            moved = {name: centre[name] + step * way[name] for name in centre}
+        def at(center, step, site=site, way=way):
+            moved = {name: center[name] + step * way[name] for name in center}
             return np.asarray(expected_loss(site, moments[site.path], SCHEDULE, moved))
 
         zero = {name: np.zeros_like(leaf) for name, leaf in best.items()}
-        slope, elsewhere = ((at(centre, 1e-3) - at(centre, -1e-3)) / 2e-3 for centre in (best, zero))
+        slope, elsewhere = ((at(center, 1e-3) - at(center, -1e-3)) / 2e-3 for center in (best, zero))
         assert (np.abs(slope) < 1e-9 * np.abs(at(best, 1.0))).all(), site.name
         assert (np.abs(elsewhere) > 1e-4).all(), site.name
 
@@ -120,7 +120,7 @@ def test_sgd_comes_down_to_the_closed_form():
     np.testing.assert_allclose(denoise["head"]["bias"], best["head"]["bias"], atol=0.05)
 
 
-def test_the_noise_regularises():
+def test_the_noise_regularizes():
     """Fewer vectors than channels, and dead and constant channels, need no ridge: C has no eigenvalue below 1 − ᾱ.
 
     For a channel that never varies, X tells all of ε: W_D is 1/√(1−ᾱ) there, and what it costs is nothing.
@@ -133,7 +133,7 @@ def test_the_noise_regularises():
     moments = collect_moments(One(), variables, (site,), [(x, np.ones(8, np.float32))])
     known = moments["head",]
     assert known.count == 8 and np.linalg.matrix_rank(known.covariance, tol=1e-5) == 7
-    best = minimiser(site, known, SCHEDULE)
+    best = minimizer(site, known, SCHEDULE)
     assert all(np.isfinite(leaf).all() for leaf in best.values())
     bar = SCHEDULE.alpha_bar(1)
     for channel in (5, 7):
@@ -163,7 +163,7 @@ def test_rounding_that_is_larger_than_the_noise_is_survived():
     assert np.linalg.eigvalsh(bar * known.covariance + (1 - bar) * np.eye(48)).min() < 0
     flat = x.reshape(-1, 48).astype(np.float64)
     truth = Moments(128, flat.mean(0), np.cov(flat.T, bias=True))
-    found, best = minimiser(site, known, SCHEDULE), minimiser(site, truth, SCHEDULE)
+    found, best = minimizer(site, known, SCHEDULE), minimizer(site, truth, SCHEDULE)
     assert np.linalg.norm(found["kernel"], 2) <= (1 + 1e-9) / np.sqrt(1 - bar)
     reached, least = (float(expected_loss(site, truth, SCHEDULE, d)) for d in (found, best))
     assert least < 0.15 and least <= reached < 1.5 * least
@@ -175,7 +175,7 @@ def test_a_wide_site_is_solved():
     factor = np.random.default_rng(0).standard_normal((768, 300))
     known = Moments(300, np.zeros(768), factor @ factor.T / 300)
     bar = SCHEDULE.alpha_bar(5)
-    best = minimiser(site, known, SCHEDULE)
+    best = minimizer(site, known, SCHEDULE)
     product = best["kernel"] @ (bar * known.covariance + (1 - bar) * np.eye(768))
     np.testing.assert_allclose(product, np.sqrt(1 - bar) * np.eye(768), atol=1e-9)
 

@@ -449,9 +449,9 @@ def test_survival_tells_coarse_storage_from_fine():
     exact = fuse_exact({"backbone": base, "denoise": little}, sites, Schedule(), rule="paper", round_back=False)
     half = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), exact)
     single = jax.tree_util.tree_map(lambda leaf: leaf.astype(np.float32), exact)
-    assert survival(base, exact, half).share < 0.5
-    assert survival(base, exact, single).share > 0.99
-    assert survival(base, base, base).share == 1.0
+    assert survival(base, exact, half).fraction < 0.5
+    assert survival(base, exact, single).fraction > 0.99
+    assert survival(base, base, base).fraction == 1.0
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import pytest
 from drep_jax import certify, find_sites, fuse
 from drep_jax.core import closed_form
 from drep_jax.core.algorithm1 import algorithm1_losses
-from drep_jax.core.denoisers import check_params, dense, init_denoise, predict
+from drep_jax.core.denoisers import check_params, init_denoise
 from drep_jax.core.fusion import composed_maps
+from drep_jax.core.linear_denoiser import dense, predict
 from drep_jax.core.moments import Moments
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import with_rank
@@ -63,7 +64,7 @@ def dense_site(rank, times=(300,)):
 def test_no_other_directions_and_no_other_multiple_of_the_identity_are_better():
     site = dense_site(2)
     known = moments_of(site)
-    best = closed_form.minimiser(site, known, SCHEDULE)
+    best = closed_form.minimizer(site, known, SCHEDULE)
     found = float(closed_form.expected_loss(site, known, SCHEDULE, best))
     bar = SCHEDULE.alpha_bar(site.times[0])
     noisy = bar * known.covariance + (1 - bar) * np.eye(WIDTH)
@@ -83,7 +84,7 @@ def test_no_other_directions_and_no_other_multiple_of_the_identity_are_better():
 def test_the_gradient_vanishes_at_the_best_factors():
     site = dense_site(2)
     known = moments_of(site, 3)
-    best = closed_form.minimiser(site, known, SCHEDULE)
+    best = closed_form.minimizer(site, known, SCHEDULE)
     bar = SCHEDULE.alpha_bar(site.times[0])
 
     def loss(denoiser):
@@ -103,10 +104,10 @@ def test_more_rank_is_never_worse_and_all_but_one_direction_is_everything():
         site = dense_site(rank)
         known = moments_of(site, 1)
         losses.append(
-            float(closed_form.expected_loss(site, known, SCHEDULE, closed_form.minimiser(site, known, SCHEDULE)))
+            float(closed_form.expected_loss(site, known, SCHEDULE, closed_form.minimizer(site, known, SCHEDULE)))
         )
     full = dense_site(None)
-    least = float(closed_form.expected_loss(full, known, SCHEDULE, closed_form.minimiser(full, known, SCHEDULE)))
+    least = float(closed_form.expected_loss(full, known, SCHEDULE, closed_form.minimizer(full, known, SCHEDULE)))
     assert all(a > b for a, b in itertools.pairwise(losses))
     np.testing.assert_allclose(losses[-1], least, rtol=1e-12)  # the multiple of the identity is the direction left
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from drep_jax.core.measured import measure
-from drep_jax.core.moments import _blocks, collect_moments, moments_from_sums, no_sums
+from drep_jax.core.moments import _blocks, collect_moments, moments_from_sums, zero_sums
 from drep_jax.core.sites import find_sites
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.parallel import devices
@@ -204,12 +204,12 @@ os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 import jax
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=which)
 import numpy as np
-from drep_jax.core.closed_form import save_moments
 from drep_jax.core.moments import collect_moments
+from drep_jax.run.moments import save_moments
 from tests.core.test_moments import measured, over_hosts
 net, sites, variables, x = over_hosts()
 mine = [(x[i : i + 4], np.ones(4, np.float32)) for i in (4 * which, 8 + 4 * which)]
-save_moments(out, collect_moments(net, variables, sites, mine, near=x[:8], tokens=0.4, seed=5), str(jax.device_count()))
+save_moments(out, collect_moments(net, variables, sites, mine, shift_images=x[:8], tokens=0.4, seed=5), str(jax.device_count()))
 np.savez(out + ".maps.npz", *measured())
 """
 
@@ -276,7 +276,7 @@ def test_blocks_of_rows_make_the_whole_matrix(width):
     """Every number on and above the diagonal is in exactly one block, and wide sites do 5/8 of the work."""
     site = find_sites(Whole(), jnp.zeros((1, width)), pattern="head")[0]
     x = np.random.default_rng(0).standard_normal((40, width))
-    sums = {name: np.zeros(value.shape) for name, value in no_sums(site).items()}
+    sums = {name: np.zeros(value.shape) for name, value in zero_sums(site).items()}
     sums["count"] += len(x)
     sums["first"] += x.sum(0)
     operations = 0
@@ -368,7 +368,7 @@ def test_samples_are_unbiased(kind):
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
 def test_shares_that_are_none_are_refused(share):
-    with pytest.raises(ConfigError, match=r"tokens is the share .*\(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"tokens is the fraction .*\(0, 1\]"):
         pass_over(Whole(), np.ones((8, 2, 3), np.float32), tokens=share)
 
 

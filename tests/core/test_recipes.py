@@ -8,8 +8,9 @@ import pytest
 
 from drep_jax.core import recipes
 from drep_jax.core.closed_form import wiener_maps
+from drep_jax.core.denoisers import as_affine
 from drep_jax.core.moments import Moments
-from drep_jax.core.recipes import Recipe, as_affine, check_rule, make_grid, solve
+from drep_jax.core.recipes import Recipe, check_rule, make_grid, solve
 from drep_jax.core.schedule import Schedule, reverse_step
 from drep_jax.core.sites import assign_times, find_sites
 from drep_jax.errors import ConfigError
@@ -92,7 +93,7 @@ def test_maps_of_rule_affine_are_themselves():
 
 
 def test_grid_has_every_recipe_once_and_says_what_does_not_fit():
-    grid = make_grid({**OPTIONS, "scales": (1.0, 10.0, 1)}, SITES, SCHEDULE)
+    grid = make_grid(SITES, SCHEDULE, **{**OPTIONS, "scales": (1.0, 10.0, 1)})
     slots = sum(site.stack or 1 for site in SITES)
     assert 30 * slots > 200 >= 10 * slots  # k 3 at ×10 is beyond the schedule, the others are not
     labels = [recipe.label for recipe in grid.recipes]
@@ -106,10 +107,10 @@ def test_grid_has_every_recipe_once_and_says_what_does_not_fit():
     ]
     assert list(grid.dropped) == ["ddpm, k 3, t ×10"]
     assert f"{30 * slots} time steps at time scale 10" in grid.dropped["ddpm, k 3, t ×10"]
-    jumps = make_grid({**OPTIONS, "rules": ("ddim:5",)}, SITES, SCHEDULE)
+    jumps = make_grid(SITES, SCHEDULE, **{**OPTIONS, "rules": ("ddim:5",)})
     assert [recipe.label for recipe in jumps.recipes] == ["ddim:5, t ×10"] and list(jumps.dropped) == ["ddim:5, t ×1"]
     with pytest.raises(ConfigError, match="Nothing of the grid fits"):
-        make_grid({**OPTIONS, "rules": ("ddpm",), "scales": (1000.0,)}, SITES, SCHEDULE)
+        make_grid(SITES, SCHEDULE, **{**OPTIONS, "rules": ("ddpm",), "scales": (1000.0,)})
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_grid_has_every_recipe_once_and_says_what_does_not_fit():
 )
 def test_settings_that_make_no_grid_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        make_grid({**OPTIONS, **change}, SITES, SCHEDULE)
+        make_grid(SITES, SCHEDULE, **{**OPTIONS, **change})
 
 
 def test_gain_along_each_principal_axis():

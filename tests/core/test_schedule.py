@@ -1,6 +1,5 @@
 """The schedule against an independent loop, and the identities its reverse steps must satisfy."""
 
-import doctest
 import math
 
 import hypothesis
@@ -8,7 +7,6 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-import drep_jax.core.schedule
 from drep_jax.core.schedule import RULES, Schedule, reverse_step, reverse_steps
 from drep_jax.errors import ConfigError
 
@@ -26,10 +24,6 @@ def naive_alpha_bar(schedule, t):
         slope = (schedule.beta_end - schedule.beta_start) / max(schedule.timesteps - 1, 1)
         product *= 1.0 - (schedule.beta_start + (s - 1) * slope)
     return product
-
-
-def test_doctest():
-    assert doctest.testmod(drep_jax.core.schedule).failed == 0
 
 
 @hypothesis.settings(max_examples=50, deadline=None, derandomize=True)

@@ -1,0 +1,25 @@
+"""The type checker of the tests: beartype, with ints where floats are expected, as Python's typing allows."""
+
+from collections.abc import Callable
+from typing import Any
+
+from beartype import BeartypeConf, beartype
+
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_checked: dict[Any, Callable[..., Any]] = {}
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Checks a function's annotations when it is called; for `install_import_hook`.
+
+    A function inside another is defined anew at every call of the outer one. Its checker is made
+    once, because beartype takes some milliseconds for each.
+    """
+    hints = tuple(function.__annotations__.items())
+    key = (function.__module__, function.__qualname__, hints)
+    try:
+        return _checked[key]
+    except KeyError:
+        return _checked.setdefault(key, _check(function))
+    except TypeError:  # a hint that cannot be hashed
+        return _check(function)
