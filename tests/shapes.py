@@ -1,8 +1,10 @@
 """The type checker of the tests: beartype, with ints where floats are expected, as Python's typing allows."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jaxtyping
 from beartype import BeartypeConf, beartype
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -23,3 +25,13 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         return _checked.setdefault(key, _check(function))
     except TypeError:  # a hint that cannot be hashed
         return _check(function)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Calls as a user makes them, without the checker: for arguments that the function itself refuses."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -39,7 +39,7 @@ def _noisy_covariance(
 
 
 def _inverse(
-    matrix: Float[np.ndarray, "*lead d d"], floor: Float[np.ndarray, "*floors"]
+    matrix: Float[np.ndarray, "*lead d d"], floor: Float[np.ndarray, "*floors"] | float
 ) -> Float[np.ndarray, "*lead d d"]:
     """Inverts symmetric matrices that have, but for rounding, no eigenvalue below `floor` > 0.
 
@@ -95,7 +95,7 @@ def minimizer(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.
     >>> best["kernel"].round(4).tolist(), best["bias"].round(4).tolist()
     ([[0.3917, 0.0], [0.0, 1.2404]], [-0.2318, 0.0])
     """
-    bars = alpha_bars(site, schedule)
+    bars: Any = alpha_bars(site, schedule)
     if site.rank:
         return _low_rank_minimizer(site, moments, bars)
     lead = moments.covariance.ndim - np.ndim(bars)

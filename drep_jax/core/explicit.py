@@ -23,7 +23,7 @@ from drep_jax.typing import AnyArray, Path, Tree
 
 def denoise_features(
     denoiser: Tree, triples: Float[AnyArray, "k 3"], x: Float[AnyArray, "*batch d"]
-) -> Float[Array, "*batch d"]:
+) -> Float[AnyArray, "*batch d"]:
     """Applies k reverse steps x̂ = s·x − g·D(x) + σ·z to feature vectors, largest t first (Eq. 5).
 
     Args:

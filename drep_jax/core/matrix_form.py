@@ -170,10 +170,10 @@ def sampled_features(
     """
     groups = 1 if layer.window is None else layer.window.groups
     if kind == "patch":
-        vectors = _sampled_patches(layer.window, x, picks)
-        return vectors if groups == 1 else vectors.reshape(*vectors.shape[:-1], groups, -1)
+        windows = _sampled_patches(layer.window, x, picks)
+        return windows if groups == 1 else windows.reshape(*windows.shape[:-1], groups, -1)
     vectors = features(layer, kind, x)
-    by_example = vectors.reshape(picks.shape[0], -1, *vectors.shape[-1 if groups == 1 else -2 :])
+    by_example = jnp.asarray(vectors).reshape(picks.shape[0], -1, *vectors.shape[-1 if groups == 1 else -2 :])
     return by_example.at[jnp.arange(picks.shape[0])[:, None], picks].get(mode="promise_in_bounds")
 
 

@@ -150,7 +150,7 @@ def batch_sums(
                 total = math.prod(shape[: -shift.ndim]) // batch
                 site_keys = jax.vmap(lambda k: jax.random.fold_in(k, extra["slot"]))(keys)
                 picks = jax.vmap(lambda k: systematic(k, total, tokens))(site_keys)
-                vectors = sampled_features(layer, site.kind, x, picks)
+                vectors: Any = sampled_features(layer, site.kind, x, picks)
             else:
                 vectors = features(layer, site.kind, x)
             vectors = vectors.reshape(-1, *shift.shape)
@@ -207,7 +207,7 @@ def moments_from_sums(
     if count.min() < 1:
         raise DataError(f"{site.name}: no feature vector was seen.")
 
-    def mean(total: np.ndarray) -> np.ndarray:
+    def mean(total: Any) -> np.ndarray:
         return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
 
     offset, upper = mean(sums["first"]), np.zeros(site.denoiser_shape)

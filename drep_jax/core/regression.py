@@ -19,7 +19,7 @@ from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features
 from drep_jax.core.sites import Site
 from drep_jax.parallel import devices
-from drep_jax.typing import Tree
+from drep_jax.typing import AnyArray, Tree
 
 
 def regression_sums(
@@ -116,7 +116,7 @@ def regression_sums(
     }
 
 
-def _every(stride: int, start: Any, a: Shaped[Array, "streams n *rest"]) -> Shaped[Array, "streams picks *rest"]:
+def _every(stride: int, start: Any, a: Shaped[AnyArray, "streams n *rest"]) -> Shaped[Array, "streams picks *rest"]:
     """Returns every `stride`-th entry of the second axis, from a start that moves from chunk to chunk."""
     count = max(1, a.shape[1] // stride)
     picks = (start % stride + stride * jnp.arange(count)) % a.shape[1]
