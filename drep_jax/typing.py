@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+
+AnyArray = jax.Array | np.ndarray
+"""An array of JAX or NumPy."""
 
 Tree = Any
 """A nested dict of arrays: parameters, variables, a `denoise` subtree."""

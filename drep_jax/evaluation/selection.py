@@ -124,11 +124,6 @@ class Choice:
         }
 
 
-def scaled(denoise: Tree, strength: float) -> Tree:
-    """Returns denoisers for rule "affine" whose full fusion is that of `denoise` with this strength."""
-    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf * np.asarray(strength, leaf.dtype)), denoise)
-
-
 def grid_statistics(
     setup: Setup,
     variables: Tree,

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 
 from drep_jax.core import closed_form
+from drep_jax.core.denoisers import scaled
 from drep_jax.core.measured import measuring
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.pairs import PairedSource, open_pairs
 from drep_jax.errors import DataError
-from drep_jax.evaluation.selection import Candidate, choose, scaled
+from drep_jax.evaluation.selection import Candidate, choose
 from drep_jax.learners.base import Learned, LearnerInputs, against_optimum, keep, selection_of, train
 from drep_jax.learners.losses import denoising_objective
 from drep_jax.run.moments import moment_images

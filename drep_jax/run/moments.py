@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from drep_jax import weights
-from drep_jax.core.moments import NEAR, Moments, collect_moments, passes
+from drep_jax.core.moments import SHIFT_IMAGES, Moments, collect_moments, passes
 from drep_jax.core.sites import Site
 from drep_jax.data.collate import read
 from drep_jax.data.loader import evaluation_batches
@@ -135,7 +135,7 @@ def moments_of(
         return kept
     batch = config["denoise"]["batch_size"]
     count = -(-moment_images(run) // batch)
-    near = setup.inputs(read(setup.train, np.arange(min(NEAR, len(setup.train)))))
+    shift_images = setup.inputs(read(setup.train, np.arange(min(SHIFT_IMAGES, len(setup.train)))))
     limit = config["denoise"]["moment_gib"] * 2**30
     groups = passes(sites, limit) if limit else [sites]
     moments: dict[Path, Moments] = {}
@@ -147,7 +147,7 @@ def moments_of(
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
         sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
         module = setup.backbone if backbone is None else backbone
-        moments |= collect_moments(module, variables, group, batches, near=near, **sampling)
+        moments |= collect_moments(module, variables, group, batches, shift_images=shift_images, **sampling)
     if processes.primary():
         save_moments(path, moments, owner, tokens)
     return moments
