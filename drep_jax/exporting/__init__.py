@@ -1,1 +1,1 @@
-"""Files that hold a whole network and not only its weights: one module a form, each compared with the live network."""
+"""Files that hold a whole network with its weights: one module per format, each checked against the live network."""

@@ -1,4 +1,4 @@
-"""Arms of a run against each other: differences with their paired intervals, and the sentence that they allow."""
+"""Comparisons of two arms: differences with paired intervals, and the sentence that they justify."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from drep_jax.evaluation.summary import TESTED, pairs_of
 from drep_jax.report.formatting import decimals_of, signed
 
 ALPHA = 0.05
-"""Level of McNemar's test, that of the 95 % intervals."""
+"""Level of McNemar's test; that of the 95 % intervals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Comparison:
 
     @property
     def direction(self) -> str:
-        """Returns "higher" or "lower" where the interval and, if there is one, McNemar's test say so; else ""."""
+        """Returns "higher" or "lower" if the interval and McNemar's test, if made, agree on it; else ""."""
         if not self.interval.significant or (self.p is not None and self.p >= ALPHA):
             return ""
         return "higher" if self.interval.low > 0 else "lower"
@@ -63,7 +63,7 @@ def _comparison(result: Mapping[str, Any], ours: str, theirs: str, metric: str) 
         math.inf if high is None else high,
     )
     decimals = decimals_of(result["n"])
-    # A bound just off zero must not print as zero beside the word "higher".
+    # An end of the interval just off zero must not print as zero next to "higher".
     while interval.significant and decimals < 5 and min(abs(interval.low), abs(interval.high)) < 0.5 * 10**-decimals:
         decimals += 1
     p = result["mcnemar"].get(key) if metric in TESTED else None
@@ -71,12 +71,12 @@ def _comparison(result: Mapping[str, Any], ours: str, theirs: str, metric: str) 
 
 
 def direction(result: Mapping[str, Any], arm: str) -> str:
-    """Returns where an arm stands against the baseline in the first metric: "higher", "lower" or ""."""
+    """Returns whether an arm is "higher" or "lower" than the baseline in the first metric, or "" for neither."""
     return compare(result, arm)[0].direction
 
 
 def verdict(condition: str, result: Mapping[str, Any], arm: str) -> str:
-    """Returns one sentence on the first metric of one arm, which claims no more than the intervals show.
+    """Returns one sentence on the first metric of an arm, which claims no more than the intervals show.
 
     Args:
       condition: such as "clean" or "gaussian:50".
@@ -89,15 +89,15 @@ def verdict(condition: str, result: Mapping[str, Any], arm: str) -> str:
         first.direction, "No significant change"
     )
     sentence = f"{arm}: {words} on {condition} images: {metric} {first.text('points ')} against the unchanged backbone"
-    beside = {
+    phrases = {
         "higher": "significantly higher than",
         "lower": "significantly lower than",
         "": "no significant change from",
     }
-    for outcome, phrase in beside.items():
+    for outcome, phrase in phrases.items():
         if named := [row.theirs for row in controls if row.direction == outcome]:
             sentence += f"; {phrase} {', '.join(named)}"
-    # A change is denoising's only if it also beats what the same maps at random, or the same training without it, give.
+    # Denoising is the cause only if the change also exceeds that of random maps, or of the same training without it.
     if first.direction and not controls:
         sentence += "; no control arm ran, so denoising is not shown to be the cause"
     elif first.direction and any(row.direction != first.direction for row in controls):
