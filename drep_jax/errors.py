@@ -1,6 +1,7 @@
 """Errors that a user can act on: each says what was given, what was expected, where, and what to do.
 
-`train.py` and `fuse.py` print a `DrepError` as one message without a traceback. Any other exception is a bug.
+`train.py` and `fuse.py` print a `DrepError` as one message without a traceback. Any other exception
+is a bug.
 """
 
 import difflib

@@ -37,7 +37,8 @@ class Flags:
 
     def __init__(self, default: str) -> None:
         self.default = default
-        # Without a default the flag is parsed with the others, so that errors in it can be explained.
+        # Without a default the flag is parsed with the others, so that errors in it can be
+        # explained.
         self._config = config_flags.DEFINE_config_file(
             "config", None, "Configuration file; --config.x.y=value overrides an entry.", lock_config=True
         )
@@ -92,7 +93,10 @@ def define_config(default: str) -> Flags:
 
 
 def with_new_names(arguments: list[str]) -> list[str]:
-    """Returns command-line arguments with the current names of settings; prints a line for every old name."""
+    """Returns command-line arguments with the current names of settings.
+
+    Prints a line for every old name.
+    """
 
     def current(argument: str) -> str:
         option, equals, value = argument.partition("=")
@@ -189,7 +193,10 @@ def _hide_late_reports() -> None:
 
 
 def _explain(error: BaseException) -> str:
-    """Returns the error in the command line; ml_collections wraps its text in several layers of quotes."""
+    """Returns the error in the command line.
+
+    Ml_collections wraps its text in several layers of quotes.
+    """
     text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
     if raised := re.search(r"drep_jax\.errors\.\w+: (.*)$", text):  # by the configuration file itself
         return raised.group(1).strip()

@@ -1,7 +1,7 @@
 """Writes an exported network only if the file, read back, computes what the live module computes.
 
-Both run on the same random images at several batch sizes. The error is max |reloaded − live|. Its bound is a fraction of
-max |live|, which depends on the coarsest floating type of the network.
+Both run on the same random images at several batch sizes. The error is max |reloaded − live|. Its
+bound is a fraction of max |live|, which depends on the coarsest floating type of the network.
 """
 
 import dataclasses
@@ -27,10 +27,16 @@ BATCHES = (1, 3)
 """Batch sizes that every export is tried with."""
 
 LARGEST_FILE = 2**31 - 2**20
-"""Bytes. Both formats are single messages with signed 32-bit offsets; a MiB is left for the program."""
+"""Bytes. Both formats are single messages with signed 32-bit offsets.
+
+A MiB is left for the program.
+"""
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Allowed max |Δ| / max |live|, by the coarsest type in the network; another program sums in another order."""
+"""Allowed max |Δ| / max |live|, by the coarsest type in the network.
+
+Another program sums in another order.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +71,13 @@ class Comparison:
 
 
 def traced(module: nn.Module, variables: Tree, image_size: tuple[int, int], channels: int) -> core.ClosedJaxpr:
-    """Returns the equations of `x ↦ module.apply(variables, x)` for images of any batch size; weights are constants.
+    """Returns the equations of `x ↦ module.apply(variables, x)` for images of any batch size.
+
+    Weights are constants.
 
     Raises:
-      ExportError: if the module cannot be traced with an unknown batch size, or its weights are too large for a file.
+      ExportError: if the module cannot be traced with an unknown batch size, or its weights are too
+        large for a file.
     """
     size = sum(np.asarray(leaf).nbytes for leaf in jax.tree_util.tree_leaves(variables))
     if size > LARGEST_FILE:

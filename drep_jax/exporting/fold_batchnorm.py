@@ -2,10 +2,10 @@
 
     BN(Wx + b) = γ·(Wx + b − μ)/√(v + ε) + β = W'x + b'   with   W' = W·γ/√(v + ε),   b' = (b − μ)·γ/√(v + ε) + β
 
-The BatchNorm stays in the tree with μ = 0, v = 1 − ε, γ = 1, so the same module reads the same tree. A layer with a bias
-takes all of b' and leaves β = 0: the BatchNorm does nothing. Without a bias, the constant stays in β, or in −μ if there is no
-β. The traced equations show which layer a BatchNorm follows: it must read the layer's output unchanged, and nothing else may
-read it.
+The BatchNorm stays in the tree with μ = 0, v = 1 − ε, γ = 1, so the same module reads the same
+tree. A layer with a bias takes all of b' and leaves β = 0: the BatchNorm does nothing. Without a
+bias, the constant stays in β, or in −μ if there is no β. The traced equations show which layer a
+BatchNorm follows: it must read the layer's output unchanged, and nothing else may read it.
 """
 
 import collections
@@ -26,7 +26,10 @@ from drep_jax.trees import check_finite, get_in, set_in
 from drep_jax.typing import Path, Tree
 
 RETURNED, READ = "drep_returned:", "drep_read:"
-"""Prefixes of the names given to the output of a layer and to the input of a BatchNorm; the path follows."""
+"""Prefixes of the names given to the output of a layer and to the input of a BatchNorm.
+
+The path follows.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +170,10 @@ def _variables(atoms: Any) -> Iterator[Any]:
 
 
 def _live(jaxpr: core.Jaxpr) -> list[Any]:
-    """Returns the equations that the outputs depend on; Flax traces some bodies twice and drops one result."""
+    """Returns the equations that the outputs depend on.
+
+    Flax traces some bodies twice and drops one result.
+    """
     needed, live = set(_variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):
@@ -185,9 +191,11 @@ def fold_batchnorm(variables: Tree, folds: Folds, *, round_back: bool = True) ->
     """Folds in float64 and returns variables of the same structure with other values, as NumPy arrays.
 
     Args:
-      variables: {"params": …, "batch_stats": …} of the module that `folds` was found in, fused or not.
+      variables: {"params": …, "batch_stats": …} of the module that `folds` was found in, fused or
+        not.
       folds: from `find_folds`.
-      round_back: whether to cast the result to the types of `variables`; False leaves the changed leaves in float64.
+      round_back: whether to cast the result to the types of `variables`; False leaves the changed
+        leaves in float64.
 
     Raises:
       ExportError: if there is nothing to fold, or the variables belong to another network.

@@ -2,9 +2,10 @@
 
     error = ‖folded − original‖ / ‖original‖
 
-A layer's bound is the rounding error of its terms, 32·ε·‖|γ/√(v+ε)|·(|Wx + b| + |μ|) + |β|‖ / ‖original‖: with a small
-variance two large terms cancel. End to end the bounds of the layers add up. Folding must not change the function, so weights
-without any folding would pass these bounds. Therefore the structure also states that every BatchNorm has become a constant.
+A layer's bound is the rounding error of its terms, 32·ε·‖|γ/√(v+ε)|·(|Wx + b| + |μ|) + |β|‖ /
+‖original‖: with a small variance two large terms cancel. End to end the bounds of the layers add
+up. Folding must not change the function, so weights without any folding would pass these bounds.
+Therefore the structure also states that every BatchNorm has become a constant.
 """
 
 import dataclasses
@@ -52,13 +53,16 @@ class FoldFigure:
 class FoldCertificate:
     """The result of `certify_folds`.
 
-    It passes if every error is within its bound, the bound in float64 is small, and the structure is right.
+    It passes if every error is within its bound, the bound in float64 is small, and the structure
+    is right.
 
     Attributes:
-      end_to_end: precision ("float64", then the type of the stored weights) ↦ figure of the outputs.
-      layers: precision ↦ {layer: figure} of the BatchNorms' outputs, on the features of the original network.
-      structure: "same_tree", "same_dtypes", "same_program", and "norms_are_constants": every folded BatchNorm has γ = 1,
-        v + ε = 1 in its own type, and adds to each channel one number or none.
+      end_to_end: precision ("float64", then the type of the stored weights) ↦ figure of the
+        outputs.
+      layers: precision ↦ {layer: figure} of the BatchNorms' outputs, on the features of the
+        original network.
+      structure: "same_tree", "same_dtypes", "same_program", and "norms_are_constants": every folded
+        BatchNorm has γ = 1, v + ε = 1 in its own type, and adds to each channel one number or none.
       left: {BatchNorm that was not folded: the reason}.
     """
 
@@ -108,13 +112,14 @@ def certify_folds(
       variables: its variables before folding.
       folds: from `find_folds`.
       *args: input for the module, such as images; use real ones.
-      folded: the variables to deploy; folded here by default. In float64 they are compared without the rounding to their
-        type, so that a wrong leaf shows in any type.
+      folded: the variables to deploy; folded here by default. In float64 they are compared without
+        the rounding to their type, so that a wrong leaf shows in any type.
       **kwargs: passed on to the module.
 
     Raises:
       ExportError: see `fold_batchnorm`.
-      SiteError: if layers run under an `nn.scan` that hides the collection "denoise", which collects the figures.
+      SiteError: if layers run under an `nn.scan` that hides the collection "denoise", which
+        collects the figures.
     """
     exact = fold_batchnorm(variables, folds, round_back=False)
     stored = fold_batchnorm(variables, folds)

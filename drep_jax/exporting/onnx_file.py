@@ -1,8 +1,9 @@
 """A network with its weights as one ONNX file, by the optional converter `jax2onnx` (requirements-onnx.txt).
 
-The converter gets the network's bare equations. When it traces a module itself, it replaces functions of Flax and jax.numpy
-by its own, which support neither positional arguments of `nn.max_pool`, nor its explicit padding, nor `nn.scan` at an
-unknown batch size. The result is run in onnxruntime and compared with the network before anything is written.
+The converter gets the network's bare equations. When it traces a module itself, it replaces
+functions of Flax and jax.numpy by its own, which support neither positional arguments of
+`nn.max_pool`, nor its explicit padding, nor `nn.scan` at an unknown batch size. The result is run
+in onnxruntime and compared with the network before anything is written.
 """
 
 import logging
@@ -26,8 +27,8 @@ def export_onnx(
 ) -> Comparison:
     """Writes `images ↦ module.apply(variables, images)` for any batch size, if the file computes what the module does.
 
-    The input is called "images", float32 (batch, height, width, channels). The output is called "outputs"; several are
-    called "outputs_0", …, in the order of the tree's leaves.
+    The input is called "images", float32 (batch, height, width, channels). The output is called
+    "outputs"; several are called "outputs_0", …, in the order of the tree's leaves.
 
     Args:
       module: an unbound Linen module that is called with the images alone.
@@ -40,8 +41,9 @@ def export_onnx(
       The comparison of the file, run by onnxruntime, with the live module.
 
     Raises:
-      ExportError: if the converter is not installed or lacks an operation, if the module needs a known batch size, or if
-        the file would be too large or computes something else. An earlier file stays.
+      ExportError: if the converter is not installed or lacks an operation, if the module needs a
+        known batch size, or if the file would be too large or computes something else. An earlier
+        file stays.
     """
     for name in ("onnx_ir", "jax2onnx"):  # they warn of every constant, and of packages missing for their examples
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -82,7 +84,8 @@ def load_onnx(path: str) -> Network:
     """Reads an ONNX file into onnxruntime on the CPU.
 
     Returns:
-      A function of float32 images (batch, height, width, channels), of any batch size, with NumPy outputs.
+      A function of float32 images (batch, height, width, channels), of any batch size, with NumPy
+      outputs.
 
     Raises:
       CheckpointError: if the file is absent or onnxruntime cannot read it.
@@ -150,8 +153,8 @@ def _window_maximum(
     maximum = None
     for place in np.ndindex(*window_dimensions):
         start = [p * d for p, (_, _, d) in zip(place, moves, strict=True)]
-        # The last pixel at this position of the window. Axes with window 1 and stride 1 are taken whole: their size may be
-        # unknown.
+        # The last pixel at this position of the window. Axes with window 1 and stride 1 are taken
+        # whole: their size may be unknown.
         stop = [
             n if (w, s) == (1, 1) else i + (n - ((w - 1) * d + 1)) // s * s + 1
             for i, n, (w, s, d) in zip(start, x.shape, moves, strict=True)
@@ -162,7 +165,10 @@ def _window_maximum(
 
 
 def _pad(x: Any, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> Any:
-    """Returns x with constants added to its sides, or cropped; padding between numbers is left to `lax.pad`."""
+    """Returns x with constants added to its sides, or cropped.
+
+    Padding between numbers is left to `lax.pad`.
+    """
     if any(inner for *_, inner in padding_config):
         return jax.lax.pad_p.bind(x, value, padding_config=tuple(padding_config))
     for axis, (low, high, _) in enumerate(padding_config):

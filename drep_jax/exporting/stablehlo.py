@@ -34,15 +34,16 @@ def export_stablehlo(
       variables: its variables, {"params": …, …}; all of them go into the file.
       image_size: (height, width) in pixels.
       path: of the file.
-      platforms: to lower the program for. "cuda" and "tpu" need no such device here, and are not run here.
+      platforms: to lower the program for. "cuda" and "tpu" need no such device here, and are not
+        run here.
       channels: of the images.
 
     Returns:
       The comparison of the file, read back and run on the CPU, with the live module.
 
     Raises:
-      ExportError: if the module needs a known batch size, the file would be too large, or it computes something else.
-        An earlier file stays.
+      ExportError: if the module needs a known batch size, the file would be too large, or it
+        computes something else. An earlier file stays.
       ConfigError: for an unknown platform.
     """
     for platform in platforms:

@@ -1,7 +1,8 @@
 """Data parallelism over the devices of all hosts: the only module that names `jax.pmap`.
 
-Every host calls the same functions in the same order, each with its own rows of every batch. The axis of devices runs over
-the devices of host 0, then those of host 1, …, so the rows of a batch are in the same order as on one host.
+Every host calls the same functions in the same order, each with its own rows of every batch. The
+axis of devices runs over the devices of host 0, then those of host 1, …, so the rows of a batch are
+in the same order as on one host.
 """
 
 import collections
@@ -69,7 +70,10 @@ def _copies() -> Callable[..., Any]:
 
 
 def unreplicate(tree: Tree) -> Tree:
-    """Returns copies of the first device's arrays in NumPy; a view could share a buffer that is donated later."""
+    """Returns copies of the first device's arrays in NumPy.
+
+    A view could share a buffer that is donated later.
+    """
     return jax.tree_util.tree_map(lambda leaf: np.array(leaf.addressable_shards[0].data)[0], tree)
 
 
@@ -126,8 +130,9 @@ def total(tree: Tree) -> Tree:
 def exact_total(high: Tree, low: Tree) -> tuple[Tree, Tree]:
     """Returns the sum of high + low over all devices, to the 48 bits that two float32 numbers hold.
 
-    One all-reduce: each device receives its part from all devices, sums it in the order of the devices with compensation
-    of the rounding errors, and sends the sum to all. So every host has the same bits.
+    One all-reduce: each device receives its part from all devices, sums it in the order of the
+    devices with compensation of the rounding errors, and sends the sum to all. So every host has
+    the same bits.
 
     Args:
       high: float32 arrays.
@@ -197,13 +202,18 @@ def _words(content: bytes, length: int) -> np.ndarray:
 
 
 class AnyHost:
-    """Tells all hosts, in the same call, whether one of them has raised a flag; the devices do not wait for it."""
+    """Tells all hosts, in the same call, whether one of them has raised a flag.
+
+    The devices do not wait for it.
+    """
 
     def __init__(self) -> None:
         self._in_flight: collections.deque[Any] = collections.deque()
 
     def __call__(self, raised: bool, *, last: bool = False) -> bool:
-        """Returns the flag on one host; among several, whether any of them had raised it `LAG` calls ago.
+        """Returns the flag on one host.
+
+        Among several, whether any of them had raised it `LAG` calls ago.
 
         Args:
           raised: this host's flag; once raised, it stays raised.

@@ -27,7 +27,10 @@ GRACE = 3.0
 
 
 LONG = 7 * 24 * 3600 * 1000
-"""Milliseconds that processes wait for each other; the heartbeat notices sooner if one of them is gone."""
+"""Milliseconds that processes wait for each other.
+
+The heartbeat notices sooner if one of them is gone.
+"""
 
 
 ALIVE, ENDED = "drep_jax/alive/", "drep_jax/ended/"
@@ -55,7 +58,8 @@ class Session:
         """Waits until all processes have joined.
 
         Raises:
-          ConfigError: if a device was used before, or the cluster does not say which process this is.
+          ConfigError: if a device was used before, or the cluster does not say which process this
+            is.
         """
         if xla_bridge.backends_are_initialized():
             raise ConfigError("Processes must join before a device is used; this one has used its devices already.")
@@ -75,7 +79,8 @@ class Session:
                 hosts.process_id,
                 cluster_detection_method="deactivate" if by_hand else None,
                 initialization_timeout=hosts.join_timeout,
-                # Our heartbeat must come first, since it has a message. A process that ends with an error waits briefly.
+                # Our heartbeat must come first, since it has a message. A process that ends with an
+                # error waits briefly.
                 heartbeat_timeout_seconds=int(2 * hosts.heartbeat) + 10,
                 shutdown_timeout_seconds=10,
             )
@@ -118,7 +123,8 @@ class Session:
     def report(self, error: BaseException) -> None:
         """Tells the others that this process ends with an error.
 
-        If the error says that another process is gone, it first waits for the heartbeat to find out which.
+        If the error says that another process is gone, it first waits for the heartbeat to find out
+        which.
         """
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             wait = self.hosts.heartbeat + 2 * self.interval + GRACE
@@ -130,7 +136,8 @@ class Session:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(f"{ENDED}{self.index}", reason, True)
         self._done.set()
-        # For an error that nobody handles. It runs before JAX's own farewell, which would wait for the others.
+        # For an error that nobody handles. It runs before JAX's own farewell, which would wait for
+        # the others.
         atexit.register(self.leave, 1)
 
     def leave(self, status: int) -> NoReturn:

@@ -40,7 +40,10 @@ def _picture(image: bytes) -> dict[str, Any]:
 
 
 def scale(table: Table) -> tuple[float, float] | None:
-    """Returns the range that holds zero and every finite end of the table's intervals; None without intervals."""
+    """Returns the range that holds zero and every finite end of the table's intervals.
+
+    None without intervals.
+    """
     intervals = [cell.interval for row in table.rows for cell in row if isinstance(cell, Comparison)]
     if not intervals:
         return None

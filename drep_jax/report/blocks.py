@@ -68,7 +68,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The plot plots/NAME.png, left out if it was not drawn. Photographs keep their colors on dark pages."""
+    """The plot plots/NAME.png, left out if it was not drawn.
+
+    Photographs keep their colors on dark pages.
+    """
 
     name: str
     description: str

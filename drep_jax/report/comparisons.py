@@ -26,7 +26,10 @@ class Comparison:
 
     @property
     def direction(self) -> str:
-        """Returns "higher" or "lower" if the interval and McNemar's test, if made, agree on it; else ""."""
+        """Returns "higher" or "lower" if the interval and McNemar's test, if made, agree on it.
+
+        Else "".
+        """
         if not self.interval.significant or (self.p is not None and self.p >= ALPHA):
             return ""
         return "higher" if self.interval.low > 0 else "lower"
@@ -97,7 +100,8 @@ def verdict(condition: str, result: Mapping[str, Any], arm: str) -> str:
     for outcome, phrase in phrases.items():
         if named := [row.theirs for row in controls if row.direction == outcome]:
             sentence += f"; {phrase} {', '.join(named)}"
-    # Denoising is the cause only if the change also exceeds that of random maps, or of the same training without it.
+    # Denoising is the cause only if the change also exceeds that of random maps, or of the same
+    # training without it.
     if first.direction and not controls:
         sentence += "; no control arm ran, so denoising is not shown to be the cause"
     elif first.direction and any(row.direction != first.direction for row in controls):

@@ -45,7 +45,10 @@ def coverage_line(report: Mapping[str, Any]) -> str:
 
 
 def certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
-    """Returns the outcome, one line a precision, and the structure; or that there is no certificate."""
+    """Returns the outcome, one line a precision, and the structure.
+
+    Or that there is no certificate.
+    """
     if certificate is None:
         return ["Certificate: none was made, so it is not shown that fused equals explicit."]
     lines = [
@@ -73,7 +76,10 @@ def outcome(result: Mapping[str, Any]) -> str:
 
 
 def worst_site(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Returns the site with the largest ratio of error to bound; an error that is not finite is the worst."""
+    """Returns the site with the largest ratio of error to bound.
+
+    An error that is not finite is the worst.
+    """
 
     def ratio(site: Mapping[str, Any]) -> float:
         if site["error"] is None or not site["bound"]:

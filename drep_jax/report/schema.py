@@ -17,7 +17,8 @@ _FIGURE = {"passed": None, "error": None, "bound": None, "change": None}
 _METRICS: dict[str, Any] = {"n": None} | {
     key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")
 }
-# "*" stands for every entry of a list or an object. "?" marks a value that may be null, "??" one that may be absent too.
+# "*" stands for every entry of a list or an object. "?" marks a value that may be null, "??" one
+# that may be absent too.
 KEYS: dict[str, Any] = {
     "schema": None,
     "config": {},

@@ -1,4 +1,7 @@
-"""`configs/default.py` as data: defaults and new names of settings, for old runs; meanings, for `--help`."""
+"""`configs/default.py` as data: defaults and new names of settings, for old runs.
+
+Meanings, for `--help`.
+"""
 
 import ast
 import functools
@@ -13,7 +16,10 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 SOURCE = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "default.py")
-"""In a checkout, beside the package. The package alone, installed without the scripts, has no defaults."""
+"""In a checkout, beside the package.
+
+The package alone, installed without the scripts, has no defaults.
+"""
 
 
 @functools.cache
@@ -42,7 +48,8 @@ def renamed(config: Mapping[str, Any], keep: Container[str] = ()) -> tuple[dict[
     """Returns a configuration with the current names of all settings, and the old names that were in it.
 
     Args:
-      config: nested settings. If both names of a setting are there, the old one counts: the new one is the default.
+      config: nested settings. If both names of a setting are there, the old one counts: the new one
+        is the default.
       keep: new names, as "a.b", that count in any case, such as those given on the command line.
     """
     current, old_names = dict(config), []
@@ -79,7 +86,10 @@ def _merged(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
 
 
 def meanings() -> dict[str, str]:
-    """Returns {"a.b": comment} of all settings and sections, in the order of the source; "" without a comment."""
+    """Returns {"a.b": comment} of all settings and sections, in the order of the source.
+
+    "" without a comment.
+    """
     if _module() is None:
         return {}
     with open(SOURCE, encoding="utf-8") as file:

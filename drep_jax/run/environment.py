@@ -72,7 +72,10 @@ def _memory() -> float | None:
 
 
 def revision() -> str | None:
-    """Returns the commit of the source, with `-dirty` if files have changed since; None outside a repository."""
+    """Returns the commit of the source, with `-dirty` if files have changed since.
+
+    None outside a repository.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     commit = _git(here, "rev-parse", "HEAD")
     if not commit:

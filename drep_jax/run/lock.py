@@ -1,4 +1,7 @@
-"""The lock of a work directory: one writer or any number of readers; a process that dies releases it."""
+"""The lock of a work directory: one writer or any number of readers.
+
+A process that dies releases it.
+"""
 
 import contextlib
 import datetime

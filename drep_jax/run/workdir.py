@@ -41,7 +41,8 @@ def claimed(workdir: str, config: Mapping[str, Any]) -> Iterator[None]:
     """Makes `workdir` the directory of this run, or checks that it is, and locks it while the block runs.
 
     Raises:
-      CheckpointError: if it cannot be written, is in use, or holds a run with another configuration; names the settings.
+      CheckpointError: if it cannot be written, is in use, or holds a run with another
+        configuration; names the settings.
     """
     _make_writable(workdir)
     with lock.writing(workdir):

@@ -52,8 +52,8 @@ def abstract(tree: Tree) -> Tree:
 class Checkpointer:
     """Saves and restores one stage in `directory`, keeping the last two checkpoints.
 
-    Saving refuses parameters that are not finite, and an earlier checkpoint is deleted only when a later one is
-    complete. So the last checkpoint is always a good one.
+    Saving refuses parameters that are not finite, and an earlier checkpoint is deleted only when a
+    later one is complete. So the last checkpoint is always a good one.
     """
 
     def __init__(self, directory: str, *, read_only: bool = False) -> None:
@@ -61,7 +61,8 @@ class Checkpointer:
 
         Args:
           directory: of the stage.
-          read_only: whether to change nothing there; if not, unfinished writes of a killed run are deleted.
+          read_only: whether to change nothing there; if not, unfinished writes of a killed run are
+            deleted.
 
         Raises:
           CheckpointError: if the folder cannot be made.
@@ -89,7 +90,8 @@ class Checkpointer:
         Args:
           state, frozen: copies, not views of buffers that the next step overwrites.
           meta: JSON values that a resumed stage needs besides.
-          wait: whether to wait until it is on disk. If not, an error is raised by the next `save` or `wait`.
+          wait: whether to wait until it is on disk. If not, an error is raised by the next `save`
+            or `wait`.
 
         Raises:
           NonFiniteError: if a trained parameter is NaN or Inf.
@@ -140,7 +142,10 @@ class Checkpointer:
         self._manager.reload()  # Orbax had already dropped the checkpoint that this one was to replace
 
     def latest(self) -> int | None:
-        """Returns the last step with a complete checkpoint, or None; waits for a write in progress."""
+        """Returns the last step with a complete checkpoint, or None.
+
+        Waits for a write in progress.
+        """
         self._settle()
         return self._manager.latest_step()
 
@@ -151,7 +156,8 @@ class Checkpointer:
           The state, the frozen parameters and the metadata saved with them.
 
         Raises:
-          CheckpointError: if it is truncated, or belongs to another model, optimizer or set of sites.
+          CheckpointError: if it is truncated, or belongs to another model, optimizer or set of
+            sites.
         """
         step = self.latest()
         if step is None:
@@ -207,7 +213,10 @@ class Checkpointer:
             return reader.metadata(os.path.join(self.directory, str(step), "state")).item_metadata.tree
 
     def close(self) -> None:
-        """Ends Orbax's background work. An error not raised before is printed, since another may be on its way up."""
+        """Ends Orbax's background work.
+
+        An error not raised before is printed, since another may be on its way up.
+        """
         self._settle()
         if self._failed is not None:
             step, error = self._failed
@@ -238,7 +247,10 @@ def _some(leaves: set[tuple[str, tuple[int, ...]]]) -> str:
 
 
 class SharedCheckpointer:
-    """The `Checkpointer` of process 0. Every process restores the same state, even without access to the files."""
+    """The `Checkpointer` of process 0.
+
+    Every process restores the same state, even without access to the files.
+    """
 
     def __init__(self, directory: str, **options: Any) -> None:
         self.directory = os.path.abspath(directory)
@@ -249,7 +261,10 @@ class SharedCheckpointer:
         return processes.from_primary(self._primary.latest)
 
     def restore(self, state: Any, frozen: Tree) -> tuple[Any, Tree, dict[str, Any]]:
-        """Restores the last checkpoint on process 0 and sends it to all; see `Checkpointer.restore`."""
+        """Restores the last checkpoint on process 0 and sends it to all.
+
+        See `Checkpointer.restore`.
+        """
         form = jax.tree_util.tree_structure((state, frozen))
 
         def read() -> tuple[list[np.ndarray], dict[str, Any]]:

@@ -39,10 +39,11 @@ def run_stage(
 ) -> tuple[TrainState, float]:
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
-    Order: restore the state and the data position, drop log lines beyond it, then step. At every multiple of `log_every`
-    the losses of all steps since the last line are checked and their mean is logged. At every multiple of
-    `checkpoint_every`, at the end and at a signal the state is checked and saved, so a saved state is always a good one.
-    Training goes on while a checkpoint is written; what is written is a copy, since a step overwrites its buffers.
+    Order: restore the state and the data position, drop log lines beyond it, then step. At every
+    multiple of `log_every` the losses of all steps since the last line are checked and their mean
+    is logged. At every multiple of `checkpoint_every`, at the end and at a signal the state is
+    checked and saved, so a saved state is always a good one. Training goes on while a checkpoint is
+    written; what is written is a copy, since a step overwrites its buffers.
 
     Args:
       name: of the stage, in logs and messages.
@@ -54,7 +55,8 @@ def run_stage(
       checkpointer, writer: of this stage and run.
       log_every, checkpoint_every: in steps.
       progress: whether to show a bar.
-      log_extra: trained parameters ↦ further numbers for the log and the bar, such as the gap to a known optimum.
+      log_extra: trained parameters ↦ further numbers for the log and the bar, such as the gap to a
+        known optimum.
       profile: the steps to trace, if any.
       sharded: whether the optimizer's state is sharded, as in `make_step`.
 
@@ -63,7 +65,8 @@ def run_stage(
 
     Raises:
       NonFiniteError: naming the step and the value that is not finite; the last checkpoint stays.
-      CheckpointError: if a checkpoint cannot be written, raised by the next one at the latest; names its step.
+      CheckpointError: if a checkpoint cannot be written, raised by the next one at the latest;
+        names its step.
       Interrupted: at a signal, after saving.
     """
     spent = 0.0

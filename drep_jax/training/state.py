@@ -1,8 +1,9 @@
 """The training state and the training step, which trains some subtrees of the parameters and leaves the others alone.
 
-Parameters are {"backbone": …, "denoise": …}. Gradients are taken with respect to the trainable subtrees alone, so frozen
-parameters cost no backward pass. The optimizer is partitioned over the same names and has no state for them. Where two
-subtrees are trained in alternating phases, each has its own optimizer, whose state is frozen during the other's phase.
+Parameters are {"backbone": …, "denoise": …}. Gradients are taken with respect to the trainable
+subtrees alone, so frozen parameters cost no backward pass. The optimizer is partitioned over the
+same names and has no state for them. Where two subtrees are trained in alternating phases, each has
+its own optimizer, whose state is frozen during the other's phase.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -199,17 +200,20 @@ def make_step(
     """Returns the training step, compiled for all local devices.
 
     Args:
-      loss_fn: (params, others, batch, key) ↦ (loss, (metrics, others)), with all of {"backbone", "denoise"} in params.
+      loss_fn: (params, others, batch, key) ↦ (loss, (metrics, others)), with all of {"backbone",
+        "denoise"} in params.
       tx: a `partitioned` optimizer.
       active: names of the trainable subtrees that this step changes; None for all.
-      accumulate: number of microbatches that each device's part of the batch is cut into. They run one after the other:
-        the memory of one, the mean gradient of all. Batch statistics are those of a microbatch.
+      accumulate: number of microbatches that each device's part of the batch is cut into. They run
+        one after the other: the memory of one, the mean gradient of all. Batch statistics are those
+        of a microbatch.
       ema: decay of the moving averages in the state; at step n at most (1 + n) / (10 + n).
       sharded: whether the optimizer's state is sharded, as in `placed`.
 
     Returns:
-      (state, frozen, batch) ↦ (state, metrics), all with a leading axis of devices. Loss, gradients, metrics and other
-      collections are averaged over the devices. The input state is donated: use the returned one.
+      (state, frozen, batch) ↦ (state, metrics), all with a leading axis of devices. Loss,
+      gradients, metrics and other collections are averaged over the devices. The input state is
+      donated: use the returned one.
     """
 
     def step(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, dict[str, Any]]:
@@ -246,7 +250,10 @@ def make_step(
 
 
 def placed(state: TrainState, *, sharded: bool = False) -> TrainState:
-    """Returns a state replicated on every device; with `sharded`, each device holds a slice of the optimizer's part."""
+    """Returns a state replicated on every device.
+
+    With `sharded`, each device holds a slice of the optimizer's part.
+    """
     if not sharded:
         return devices.replicate(state)
     return devices.replicate(state.replace(opt_state=())).replace(
@@ -263,7 +270,10 @@ def collected(placed_state: TrainState, like: TrainState, *, sharded: bool = Fal
 
 
 def _accumulated(gradients: Callable[..., Any], others: Tree, batch: Tree, parts: int) -> Any:
-    """Runs `gradients(others, part) ↦ (others, values)` over the parts of a batch; returns the last others and mean values."""
+    """Runs `gradients(others, part) ↦ (others, values)` over the parts of a batch.
+
+    Returns the last others and mean values.
+    """
     if parts == 1:
         return gradients(others, batch)
     cut = jax.tree_util.tree_map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)

@@ -14,7 +14,10 @@ _CONTROLS = (("#E69F00", "s"), ("#999999", "^"), ("#B09060", "v"), ("#777777", "
 
 
 def plot_accuracy(report: Mapping[str, Any]) -> bytes | None:
-    """The first metric of every arm, and its difference from the baseline with its interval; filled where significant."""
+    """The first metric of every arm, and its difference from the baseline with its interval.
+
+    Filled where significant.
+    """
     results = report["metrics"]
     if not results:
         return None

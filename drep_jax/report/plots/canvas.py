@@ -17,7 +17,10 @@ NAME = 24
 
 
 def png(figure: Figure) -> bytes:
-    """Returns a figure drawn with Agg, without global state; the same figure gives the same bytes."""
+    """Returns a figure drawn with Agg, without global state.
+
+    The same figure gives the same bytes.
+    """
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     with warnings.catch_warnings():

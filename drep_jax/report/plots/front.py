@@ -8,11 +8,17 @@ from matplotlib.figure import Figure
 from drep_jax.report.plots.canvas import BLUE, COLORS, GREY, MARKERS, NAME, RED, png, shortened, styled
 
 MOST_LABELS = 16
-"""Most points that all get a label; of more, only those on the front, the backbone and the chosen one do."""
+"""Most points that all get a label.
+
+Of more, only those on the front, the backbone and the chosen one do.
+"""
 
 
 def plot_front(report: Mapping[str, Any]) -> bytes | None:
-    """Clean score against the mean score of the other conditions; a line joins the points of the Pareto front."""
+    """Clean score against the mean score of the other conditions.
+
+    A line joins the points of the Pareto front.
+    """
     front = report.get("front")
     if not front or len(front["conditions"]) < 2:
         return None

@@ -11,7 +11,8 @@ from drep_jax.report.plots.canvas import COLORS, NAME, png, shortened, styled
 def plot_loss(report: Mapping[str, Any]) -> bytes | None:
     """Total loss against step of every learner with a curve, with the sum of the sites' optima where it is known.
 
-    Each point is the mean over the steps since the point before it; the first is that of step 1 alone.
+    Each point is the mean over the steps since the point before it; the first is that of step 1
+    alone.
     """
     curves = {}
     for name, learning in report["learning"].items():
