@@ -1,4 +1,4 @@
-"""Errors that a user can act on: each says what was given, what was expected, where, and what to do.
+"""Errors that a user can act on: they say what was given, what was expected, where, and what to do.
 
 `train.py` and `fuse.py` print a `DrepError` as one message without a traceback. Any other exception
 is a bug.
@@ -47,7 +47,7 @@ class UnreadableError(DataError):
 
 
 class CheckpointError(DrepError, ValueError):
-    """A checkpoint or work directory that is missing, damaged, of another program or not writable."""
+    """A checkpoint or work directory that is missing, damaged, foreign or not writable."""
 
 
 class ExportError(DrepError, ValueError):
@@ -59,7 +59,7 @@ class NonFiniteError(DrepError, FloatingPointError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the reason of an error in a few words, without TensorStore's account of the files around it.
+    """Returns the reason of an error in a few words, without TensorStore's list of files.
 
     >>> reason_of(OSError(28, "No space left on device"))
     'No space left on device'
@@ -72,7 +72,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Returns ` Did you mean "x"?` with the nearest of `options`, or the list of them if none is near.
+    """Returns ` Did you mean "x"?` with the nearest option, or the list of options.
 
     >>> did_you_mean("digit", ["digits", "folder"])
     ' Did you mean "digits"?'

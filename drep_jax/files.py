@@ -45,7 +45,7 @@ def replacing(path: str, *, directory: bool = False) -> Iterator[str]:
         if directory:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 os.remove(temporary)
         raise
 

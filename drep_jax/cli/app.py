@@ -1,4 +1,4 @@
-"""Shared by `train.py` and `fuse.py`: flags, with the nearest name after a typing error, and errors as messages."""
+"""Shared by `train.py` and `fuse.py`: flags, and errors as messages that name the nearest option."""
 
 import errno
 import os
@@ -127,7 +127,8 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
         jax.config.update("jax_compilation_cache_dir", cache)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
 
-    logging.set_verbosity(logging.FATAL)  # Orbax logs every save, and tracebacks of errors that are reported here
+    # Orbax logs every save, and tracebacks of errors that are reported here.
+    logging.set_verbosity(logging.FATAL)
 
     def guarded(argv: list[str]) -> int:
         try:
@@ -180,7 +181,7 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
 
 
 def _hide_late_reports() -> None:
-    """Hides the reports of Orbax's threads, until the process ends, to an event loop that a failure has closed."""
+    """Hides reports of Orbax's threads to an event loop that a failure has closed."""
     report = sys.unraisablehook
     if getattr(report, "__name__", "") == "_unless_late":  # hidden by an earlier call
         return
@@ -198,7 +199,7 @@ def _explain(error: BaseException) -> str:
     Ml_collections wraps its text in several layers of quotes.
     """
     text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
-    if raised := re.search(r"drep_jax\.errors\.\w+: (.*)$", text):  # by the configuration file itself
+    if raised := re.search(r"drep_jax\.errors\.\w+: (.*)$", text):  # by the configuration
         return raised.group(1).strip()
     if isinstance(error, (KeyError, AttributeError)):
         name = re.search(r"['\"](\w+)['\"]", text)

@@ -1,4 +1,4 @@
-"""`--help`: the options of a script, then all settings with their values and their meanings from `configs/default.py`."""
+"""`--help`: the options of a script, then all settings with their values and meanings."""
 
 import json
 import sys

@@ -1,1 +1,1 @@
-"""Files that hold a whole network with its weights: one module per format, each checked against the live network."""
+"""Files with a network and its weights, checked against the live network; one module per format."""

@@ -119,7 +119,7 @@ def write_checked(
     closed: core.ClosedJaxpr,
     image_shape: tuple[int, ...],
 ) -> Comparison:
-    """Writes `data` to a temporary file, compares the network read back with `live`, and only then moves it to `path`.
+    """Writes a file, if the network read back from it computes what `live` does.
 
     Args:
       path: of the file; an earlier one stays if anything fails.
@@ -174,7 +174,7 @@ def compare(reloaded: Network, live: Network, closed: core.ClosedJaxpr, image_sh
 
 
 def coarsest(closed: core.ClosedJaxpr) -> str:
-    """Returns the floating type with the largest rounding error among those of the equations' results."""
+    """Returns the floating type with the largest rounding error among the equations' results."""
     dtypes = {aval.dtype for aval in _results(closed.jaxpr) if jnp.issubdtype(aval.dtype, jnp.floating)}
     return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps)).name if dtypes else "float32"
 

@@ -1,6 +1,7 @@
-"""Folds inference BatchNorm into the linear layer before it, (W, b, γ, β, μ, v) ↦ (W', b'), in an unchanged tree.
+"""Folds inference BatchNorm into the linear layer before it: (W, b, γ, β, μ, v) ↦ (W', b').
 
-    BN(Wx + b) = γ·(Wx + b − μ)/√(v + ε) + β = W'x + b'   with   W' = W·γ/√(v + ε),   b' = (b − μ)·γ/√(v + ε) + β
+    BN(Wx + b) = γ·(Wx + b − μ)/√(v + ε) + β = W'x + b'
+    with  W' = W·γ/√(v + ε),  b' = (b − μ)·γ/√(v + ε) + β
 
 The BatchNorm stays in the tree with μ = 0, v = 1 − ε, γ = 1, so the same module reads the same
 tree. A layer with a bias takes all of b' and leaves β = 0: the BatchNorm does nothing. Without a
@@ -70,7 +71,7 @@ class Folds:
 
 
 def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
-    """Finds every BatchNorm that can be folded into a layer without changing the network's function.
+    """Finds every BatchNorm that can be folded into a layer without changing the function.
 
     Args:
       module: an unbound Linen module, called as for inference.
@@ -94,7 +95,7 @@ def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
         x = args[0] if args else kwargs["x"]
         norms[part.path] = part.clone(parent=None, name=None, use_running_average=True)
         if part.axis not in (-1, x.ndim - 1):
-            left[part.path] = f"it normalises axis {part.axis} and not the last one"
+            left[part.path] = f"it normalizes axis {part.axis} and not the last one"
         x = checkpoint_name(x, READ + "/".join(part.path))
         return next_fun(x, *args[1:], **{name: value for name, value in kwargs.items() if name != "x"})
 
@@ -129,7 +130,7 @@ def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """A call of a layer (norm None), or of a BatchNorm, with the layer whose output it reads or the obstacle."""
+    """A call of a layer (norm None), or of a BatchNorm with the layer it reads, or an obstacle."""
 
     layer: Path | None
     norm: Path | None
@@ -188,7 +189,7 @@ def _live(jaxpr: core.Jaxpr) -> list[Any]:
 
 
 def fold_batchnorm(variables: Tree, folds: Folds, *, round_back: bool = True) -> Tree:
-    """Folds in float64 and returns variables of the same structure with other values, as NumPy arrays.
+    """Folds in float64; returns variables of the same structure, as NumPy arrays.
 
     Args:
       variables: {"params": …, "batch_stats": …} of the module that `folds` was found in, fused or

@@ -1,4 +1,4 @@
-"""The certificate of folding: folded against original network, by layer and end to end, in float64 and as stored.
+"""The certificate of folding: folded against original network, in float64 and as stored.
 
     error = ‖folded − original‖ / ‖original‖
 

@@ -1,4 +1,4 @@
-"""A network with its weights as one ONNX file, by the optional converter `jax2onnx` (requirements-onnx.txt).
+"""A network with its weights as one ONNX file, by the optional package `jax2onnx`.
 
 The converter gets the network's bare equations. When it traces a module itself, it replaces
 functions of Flax and jax.numpy by its own, which support neither positional arguments of
@@ -25,7 +25,7 @@ INPUT, OUTPUT = "images", "outputs"
 def export_onnx(
     module: nn.Module, variables: Any, image_size: tuple[int, int], path: str, *, channels: int = 3
 ) -> Comparison:
-    """Writes `images ↦ module.apply(variables, images)` for any batch size, if the file computes what the module does.
+    """Writes `images ↦ module.apply(variables, images)` for any batch size, and checks the file.
 
     The input is called "images", float32 (batch, height, width, channels). The output is called
     "outputs"; several are called "outputs_0", …, in the order of the tree's leaves.
@@ -45,7 +45,7 @@ def export_onnx(
         known batch size, or if the file would be too large or computes something else. An earlier
         file stays.
     """
-    for name in ("onnx_ir", "jax2onnx"):  # they warn of every constant, and of packages missing for their examples
+    for name in ("onnx_ir", "jax2onnx"):  # which warn of every constant
         logging.getLogger(name).setLevel(logging.ERROR)
     jax2onnx = _optional("jax2onnx")
     _optional("onnxruntime")
@@ -118,7 +118,7 @@ def _optional(package: str) -> Any:
 
 
 def _rewritten(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Returns the equations with replacements for operations that the converter gets wrong at an unknown batch size."""
+    """Replaces operations that the converter gets wrong at an unknown batch size."""
 
     def run(*args: Any) -> list[Any]:
         jaxpr = closed.jaxpr
@@ -146,7 +146,7 @@ def _window_maximum(
     base_dilation: tuple[int, ...],
     window_dilation: tuple[int, ...],
 ) -> Any:
-    """Returns the maximum over windows of x, padded with −∞: that of one strided slice per position in the window."""
+    """Returns the maximum over windows of x: that of a strided slice per position in the window."""
     sides = [(low, high, d - 1) for (low, high), d in zip(padding, base_dilation, strict=True)]
     x = _pad(x, np.asarray(-np.inf, x.dtype), padding_config=sides)
     moves = list(zip(window_dimensions, window_strides, window_dilation, strict=True))

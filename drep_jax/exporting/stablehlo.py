@@ -1,8 +1,8 @@
-"""A network with its weights as one StableHLO file (`jax.export`), which runs with JAX alone, without Flax or this package.
+"""A network with its weights as one StableHLO file, which runs with JAX (`jax.export`) alone.
 
 from jax import export
 network = export.deserialize(bytearray(open("fused.stablehlo", "rb").read()))
-logits = network.call(images)                            # float32 (batch, height, width, channels), any batch
+logits = network.call(images)  # float32 (batch, height, width, channels), any batch
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def export_stablehlo(
     platforms: Sequence[str] = PLATFORMS,
     channels: int = 3,
 ) -> Comparison:
-    """Writes `images ↦ module.apply(variables, images)` for any batch size, if the file computes what the module does.
+    """Writes `images ↦ module.apply(variables, images)` for any batch size, and checks the file.
 
     Args:
       module: an unbound Linen module that is called with the images alone.

@@ -58,7 +58,10 @@ def check_batch(size: int, what: str) -> None:
 
 
 def replicate(tree: Tree) -> Tree:
-    """Returns `tree` on every local device, in the layout of `on_devices`' outputs, so that a second step compiles nothing."""
+    """Returns `tree` on every local device.
+
+    It has the layout of `on_devices`' outputs, so that a second step compiles nothing.
+    """
     if not jax.tree_util.tree_leaves(tree):  # pmap refuses an empty tree among several hosts
         return tree
     return _copies()(np.arange(local_device_count()), tree)
@@ -88,7 +91,7 @@ def unshard(tree: Tree) -> Tree:
 
 
 def on_devices(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiles `function` to run on every device, each on its slice of the arguments' first axis."""
+    """Compiles `function` to run on every device, on its slice of the arguments' first axis."""
     return jax.pmap(function, axis_name=AXIS, **options)
 
 
@@ -173,7 +176,7 @@ def exact_total(high: Tree, low: Tree) -> tuple[Tree, Tree]:
 
 
 def gather(array: np.ndarray) -> np.ndarray:
-    """Stacks the arrays of all hosts, equal in shape and type: (hosts, …), the same bits on every host."""
+    """Stacks the arrays of all hosts, which have equal shapes and types: (hosts, …)."""
     array = np.ascontiguousarray(array)
     if jax.process_count() == 1:
         return array[None]

@@ -1,4 +1,4 @@
-"""One process of several: it joins the others, tells them that it lives, and stops with a message when one of them is gone."""
+"""One process of several: joins the others, and stops with a message when one is gone."""
 
 import atexit
 import contextlib
@@ -44,7 +44,7 @@ def end_process(status: int) -> NoReturn:
 
 
 class Session:
-    """Membership of this process in a run, with a thread that sends heartbeats and listens for those of the others.
+    """Membership of this process in a run, with a thread that sends and receives heartbeats.
 
     Attributes:
       client: JAX's key-value store and barriers, held by the coordinator.
@@ -71,7 +71,8 @@ class Session:
         self._handler: Any = None
         self._catch_aborts()
         by_hand = not hosts.distributed
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+        # The preemption service would handle SIGTERM instead of us.
+        jax.config.update("jax_enable_preemption_service", False)
         try:
             jax.distributed.initialize(
                 hosts.coordinator_address,
@@ -141,7 +142,7 @@ class Session:
         atexit.register(self.leave, 1)
 
     def leave(self, status: int) -> NoReturn:
-        """Ends this process after an error, when the others have had the time to read the reason from process 0."""
+        """Ends this process after an error; process 0 first lets the others read the reason."""
         if self.index == 0:
             time.sleep(2 * self.interval)
         end_process(status)
@@ -186,7 +187,7 @@ class Session:
         end_process(EXIT_PEER)
 
     def _catch_aborts(self) -> None:
-        """Handles the abort() with which JAX ends a process whose coordinator is gone, without saying who it was."""
+        """Handles the abort() with which JAX ends a process whose coordinator is gone."""
 
         def handle(number: int) -> None:
             del number

@@ -1,4 +1,4 @@
-"""The report of a run: report.json, report.md, report.html, the plots, and the console table at the end.
+"""The report of a run: report.json, report.md, report.html, the plots and the console table.
 
 All are made from one plain dict, whose keys docs/report.md describes. A difference is printed with
 its paired confidence interval and one word: "higher", "lower" or "not significant".

@@ -53,7 +53,7 @@ def scale(table: Table) -> tuple[float, float] | None:
 
 
 def bar(row: Comparison, limits: tuple[float, float]) -> dict[str, float]:
-    """Returns the positions of an interval's ends, its difference and zero, in pixels from the left."""
+    """Returns where an interval's ends, its difference and zero are, in pixels from the left."""
     low, high = limits
 
     def place(value: float) -> float:

@@ -1,4 +1,4 @@
-"""What a report is made of: a few kinds of block, which report.md, report.html and the console each draw in their way."""
+"""The blocks of a report, which report.md, report.html and the console each draw in their way."""
 
 import dataclasses
 from collections.abc import Sequence

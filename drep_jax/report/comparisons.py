@@ -1,4 +1,4 @@
-"""Comparisons of two arms: differences with paired intervals, and the sentence that they justify."""
+"""Comparisons of two arms: differences with paired intervals, and a sentence on them."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ class Comparison:
 
 
 def compare(result: Mapping[str, Any], ours: str) -> list[Comparison]:
-    """Returns the arm `ours` against every arm that it is compared with, baseline first, in every metric."""
+    """Returns all comparisons of the arm `ours`, baseline first, in every metric."""
     return [
         _comparison(result, ours, theirs, metric)
         for arm, theirs in pairs_of(result)
@@ -74,12 +74,12 @@ def _comparison(result: Mapping[str, Any], ours: str, theirs: str, metric: str) 
 
 
 def direction(result: Mapping[str, Any], arm: str) -> str:
-    """Returns whether an arm is "higher" or "lower" than the baseline in the first metric, or "" for neither."""
+    """Returns "higher", "lower" or "" for an arm against the baseline in the first metric."""
     return compare(result, arm)[0].direction
 
 
 def verdict(condition: str, result: Mapping[str, Any], arm: str) -> str:
-    """Returns one sentence on the first metric of an arm, which claims no more than the intervals show.
+    """Returns a sentence on the first metric of an arm, which claims no more than the intervals.
 
     Args:
       condition: such as "clean" or "gaussian:50".

@@ -177,7 +177,7 @@ def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def plain(value: Any, where: str = "report") -> Any:
-    """Returns `value` in JSON's types: tuples and arrays as lists, NumPy numbers as numbers, NaN and Inf as null.
+    """Returns `value` in JSON's types: arrays as lists, NaN and Inf as null.
 
     >>> plain({"t": (1, np.float32(0.5)), "loss": float("nan")})
     {'t': [1, 0.5], 'loss': None}

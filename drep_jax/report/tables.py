@@ -12,7 +12,7 @@ EXPORTED_NOTE = "The arm marked * was exported: its weights are in fused/."
 
 
 def results_table(report: Mapping[str, Any], most_metrics: int | None = None) -> Table:
-    """Returns one row per arm and condition: the scores, and the first metric's difference from the baseline."""
+    """Returns a row per arm and condition: scores, and the change of the first metric."""
     results = report["metrics"]
     metrics = list(dict.fromkeys(name for entry in results.values() for name in entry["baseline"]))[:most_metrics]
     rows: list[list[Cell]] = []

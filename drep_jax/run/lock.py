@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from drep_jax.errors import CheckpointError
 
 LOCK = "lock"
-"""Name of its file, which stays there: the system locks the open file, so its existence means nothing."""
+"""Name of its file, which stays there: locked is the open file, not the name."""
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)

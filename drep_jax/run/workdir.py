@@ -1,4 +1,4 @@
-"""The work directory of a run: writable, locked, with the configuration and a record of every start."""
+"""The work directory of a run: locked, with the configuration and a record of every start."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ CONFIG, STARTS = "config.json", "run.json"
 
 
 FREE = ("log_every", "checkpoint_every", "progress", "latency_rounds", "profile", "wandb.")
-"""Settings, and sections as `section.`, that may differ when a run is resumed: they do not affect what is learned."""
+"""Settings, and sections as `section.`, that may differ on resuming: they do not affect learning."""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -38,7 +38,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claimed(workdir: str, config: Mapping[str, Any]) -> Iterator[None]:
-    """Makes `workdir` the directory of this run, or checks that it is, and locks it while the block runs.
+    """Makes `workdir` the directory of this run, or checks that it is, and locks it for the block.
 
     Raises:
       CheckpointError: if it cannot be written, is in use, or holds a run with another
@@ -131,7 +131,7 @@ def _begun(workdir: str) -> bool:
 
 
 def read_config(workdir: str) -> dict[str, Any]:
-    """Returns the configuration of a run, with the defaults of settings that are newer than the run.
+    """Returns the configuration of a run, with defaults for settings newer than the run.
 
     Raises:
       CheckpointError: if there is none.

@@ -27,7 +27,7 @@ _STORED_AS = {"key": "rng"}
 
 
 def folder_of(workdir: str, stage: str) -> str:
-    """Returns the folder of a stage's checkpoints: `checkpoints/<stage>`, or its old name if only that is there."""
+    """Returns the folder of a stage's checkpoints, under its old name if only that is there."""
     folder = os.path.join(workdir, FOLDER, stage)
     old = os.path.join(workdir, FOLDER, OLD_STAGES.get(stage, stage))
     return old if os.path.isdir(old) and not os.path.isdir(folder) else folder
@@ -69,7 +69,7 @@ class Checkpointer:
         """
         self.directory = os.path.abspath(directory)
         self._writing: int | None = None  # step of the write in the background
-        self._failed: tuple[int, BaseException] | None = None  # step and error of a write, until it is raised
+        self._failed: tuple[int, BaseException] | None = None  # step and error, until raised
         alone = jax.process_count() == 1  # Orbax makes the folder only when one process runs
         keeping: dict[str, Any] = {"max_to_keep": 2, "create": alone, "cleanup_tmp_directories": True}
         try:
@@ -103,7 +103,7 @@ class Checkpointer:
             last_good = f"the last good checkpoint (step {self.latest() or 0}) in {self.directory} is kept"
             check_finite(state.params, f"Not saving step {step} ({last_good})")
             tree = jax.tree_util.tree_map(np.asarray, _to_tree(state, frozen))
-            meta = json.loads(json.dumps({**meta, "step": step}))  # a copy, since the caller's lists change
+            meta = json.loads(json.dumps({**meta, "step": step}))  # a copy
             signed = ocp.args.JsonSave({**meta, "checksum": _checksum(meta)})
             args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=signed)
             try:
@@ -133,13 +133,13 @@ class Checkpointer:
         """Waits for the write in the background; its error is raised by `wait`."""
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # noqa: BLE001 (of any kind, from Orbax's threads; `wait` raises it)
+        except Exception as error:  # noqa: BLE001 (`wait` raises it)
             self._note_failure(error)
         self._writing = None
 
     def _note_failure(self, error: Exception) -> None:
         self._failed = (self._writing or 0, error)
-        self._manager.reload()  # Orbax had already dropped the checkpoint that this one was to replace
+        self._manager.reload()  # Orbax had dropped the checkpoint that this one was to replace
 
     def latest(self) -> int | None:
         """Returns the last step with a complete checkpoint, or None.
@@ -150,7 +150,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def restore(self, state: TrainState, frozen: Tree) -> tuple[TrainState, Tree, dict[str, Any]]:
-        """Restores the last checkpoint into the structure of `state` and `frozen`, from any number of devices.
+        """Restores the last checkpoint, from any number of devices, into the given structure.
 
         Returns:
           The state, the frozen parameters and the metadata saved with them.
@@ -168,9 +168,9 @@ class Checkpointer:
         try:
             restored = self._manager.restore(step, args=args)
             meta = dict(restored["meta"])
-            if meta.pop("checksum", None) not in (None, _checksum(meta)):  # the first release had none
+            if meta.pop("checksum", None) not in (None, _checksum(meta)):  # first release: none
                 raise ValueError("the checksum of its metadata is wrong")
-        except Exception as error:  # Orbax raises many kinds for damaged files; the user's remedy is the same
+        except Exception as error:  # Orbax raises many kinds for damaged files
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is damaged or was written by something else "
                 f"({type(error).__name__}: {reason_of(error)}). Delete {os.path.join(self.directory, str(step))} "
@@ -180,11 +180,12 @@ class Checkpointer:
         params = {name: tree["params"][name] for name in state.params}
         frozen = {name: tree["params"][name] for name in frozen}
         names = {f.name: _STORED_AS.get(f.name, f.name) for f in dataclasses.fields(state)}
-        fields = {name: tree[stored] for name, stored in names.items() if stored in tree}  # empty ones are not stored
+        # Empty fields are not stored.
+        fields = {name: tree[stored] for name, stored in names.items() if stored in tree}
         return state.replace(**{**fields, "params": params}), frozen, meta
 
     def _check_structure(self, step: int, expected: Tree) -> None:
-        """Compares names and shapes of the parameters before reading them, so that the error can list both sides."""
+        """Compares names and shapes of the parameters before reading them; the error lists both."""
         folder = os.path.join(self.directory, str(step))
         try:
             saved = self._metadata(step)

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines and TensorBoard events in the work directory, and optionally as a run of Weights & Biases."""
+"""Metrics as JSON lines, TensorBoard events and, optionally, a run of Weights & Biases."""
 
 import json
 import os

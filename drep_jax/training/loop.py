@@ -1,4 +1,4 @@
-"""The training loop of one stage: progress, logs, checkpoints, resuming, NaN, signals and profiling."""
+"""The training loop of a stage: progress, logs, checkpoints, resuming, NaN, signals, traces."""
 
 import math
 import signal
@@ -85,12 +85,12 @@ def run_stage(
     bar = tqdm.tqdm(total=steps, initial=start, desc=name, disable=not progress, unit="step", mininterval=0.5)
 
     def check() -> None:
-        """Fetches the metrics of the steps since the last check, and stops at the first number that is not finite."""
+        """Fetches the metrics since the last check; raises at the first that is not finite."""
         for number, metrics in waiting:
             values = {key: float(value) for key, value in devices.unreplicate(metrics).items()}
             bad = [key for key, value in values.items() if not math.isfinite(value)]
             if bad:
-                sites = [key for key in bad if key != "loss"] or bad  # the total adds nothing when a site is known
+                sites = [key for key in bad if key != "loss"] or bad  # not the total
                 more = f" (and {len(sites) - 1} more: {', '.join(sites[1:6])})" if sites[1:] else ""
                 raise NonFiniteError(
                     f"Stage {name}: {sites[0]}{more} became {values[sites[0]]} at step {number}. Training stopped; the last "
@@ -144,7 +144,8 @@ def run_stage(
                 bar.update()
                 if number % log_every == 0 or number in (1, steps):
                     log(number)
-                stopping = any_host(stop.raised, last=number == steps)  # once: a signal while saving counts at the next
+                # Asked once per step: a signal that arrives while saving counts at the next step.
+                stopping = any_host(stop.raised, last=number == steps)
                 if number % checkpoint_every == 0 or number == steps or stopping:
                     save(wait=number == steps or stopping)
                 if stopping or (number == steps and stop.raised and processes.alone()):

@@ -1,4 +1,4 @@
-"""Traces of some training steps by JAX's profiler, for TensorBoard: `--config.profile=FIRST:COUNT`."""
+"""JAX profiler traces of some training steps, for TensorBoard: `--config.profile=FIRST:COUNT`."""
 
 import dataclasses
 import os

@@ -75,7 +75,7 @@ def hearing_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def raising_on_sigterm() -> Iterator[None]:
-    """Raises `Terminated` at SIGTERM while the block runs, so that files are closed and the exit status is ours."""
+    """Raises `Terminated` at SIGTERM while the block runs, so that open files are closed."""
 
     def handle(number: int, frame: Any) -> None:
         _leave_to_the_system()

@@ -1,4 +1,4 @@
-"""The training state and the training step, which trains some subtrees of the parameters and leaves the others alone.
+"""The training state and the training step, which changes some subtrees of the parameters.
 
 Parameters are {"backbone": …, "denoise": …}. Gradients are taken with respect to the trainable
 subtrees alone, so frozen parameters cost no backward pass. The optimizer is partitioned over the
@@ -43,7 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def averaged(self) -> Tree:
-        """The trained parameters, with moving averages in place of the last values where there are any."""
+        """The trained parameters, with moving averages in place of last values, if any."""
         return {**self.params, **self.ema}
 
 
@@ -110,7 +110,7 @@ def make_optimizer(
 def partitioned(
     tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation], trainable: Sequence[str]
 ) -> optax.GradientTransformation:
-    """Returns an optimizer over {name: tree} that updates only the trainable subtrees, and has no state for the others.
+    """Returns an optimizer over {name: tree} that updates trainable subtrees only.
 
     Args:
       tx: one optimizer for all trainable subtrees together, or {name: optimizer}.
@@ -129,7 +129,7 @@ def partitioned(
 
 
 def extra_params(params: Tree) -> dict[str, Tree]:
-    """Returns the trained parameters that belong to neither backbone nor denoisers, such as those of a loss.
+    """Returns the parameters of neither backbone nor denoisers, such as those of a loss.
 
     >>> extra_params({"backbone": {}, "denoise": {}, "scale": {"log": 0.5}})
     {'scale': {'log': 0.5}}
@@ -138,7 +138,7 @@ def extra_params(params: Tree) -> dict[str, Tree]:
 
 
 def frozen_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns a transformation that carries the state of `tx` and changes neither it nor the parameters."""
+    """Returns a transformation with the state of `tx` that changes nothing."""
 
     def update(grads: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         del params
@@ -235,7 +235,7 @@ def make_step(
             else (devices.mean(grads), moving)
         )
         fixed = {**frozen, **{name: tree for name, tree in state.params.items() if name not in moving}}
-        nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: those leaves are masked or frozen
+        nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: masked or frozen
         updates, opt_state = tx.update({**grads, **nothing}, state.opt_state, {**state.params, **frozen, **local})
         moved = optax.apply_updates(local, {name: updates[name] for name in moving})
         params = {**state.params, **(sharded_optimizer.gathered(moved, moving) if sharded else moved)}

@@ -24,7 +24,8 @@ def png(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a folder name in a script the font lacks is no fault
+        # A folder may be named in a script that the font lacks.
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
 

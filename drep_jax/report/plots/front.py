@@ -78,7 +78,7 @@ def _scores(point: Mapping[str, Any], conditions: Sequence[str]) -> list[Any]:
 
 
 def non_dominated(places: Sequence[tuple[float, float]]) -> set[int]:
-    """Returns the indices of the points that no other point beats in one score without losing in the other."""
+    """Returns the indices of the points that no other point dominates."""
     return {
         index
         for index, (x, y) in enumerate(places)

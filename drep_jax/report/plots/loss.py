@@ -9,7 +9,7 @@ from drep_jax.report.plots.canvas import COLORS, NAME, png, shortened, styled
 
 
 def plot_loss(report: Mapping[str, Any]) -> bytes | None:
-    """Total loss against step of every learner with a curve, with the sum of the sites' optima where it is known.
+    """Total loss of every learner against its step, with the sum of the sites' optima if known.
 
     Each point is the mean over the steps since the point before it; the first is that of step 1
     alone.

@@ -30,7 +30,7 @@ def plot_sites(report: Mapping[str, Any]) -> bytes | None:
     title = ""
     if len(bars) > MOST_BARS:
         title = f"the {MOST_BARS} largest changes of {len(bars)}"
-        largest = sorted(np.argsort([-change for _, change in bars], kind="stable")[:MOST_BARS])  # NaN comes last
+        largest = sorted(np.argsort([-change for _, change in bars], kind="stable")[:MOST_BARS])
         bars = [bars[index] for index in largest]
     names, changes = zip(*bars, strict=True)
     figure = Figure(figsize=(8.5, 1.1 + 0.2 * len(bars)), layout="constrained")

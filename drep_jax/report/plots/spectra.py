@@ -1,4 +1,4 @@
-"""plots/spectra.png: for each site, the variance of its features by direction, and the gain that denoising applies."""
+"""plots/spectra.png: variance of the features of each site by direction, and denoising's gain."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _COLUMNS = 4
 
 
 def plot_spectra(report: Mapping[str, Any]) -> bytes | None:
-    """One panel a site: eigenvalues of the features' covariance on a log axis, and the gain along each eigenvector."""
+    """One panel per site: eigenvalues of the features' covariance, and the gain on eigenvectors."""
     spectra = report.get("spectra")
     if not spectra:
         return None
@@ -61,7 +61,7 @@ def plot_spectra(report: Mapping[str, Any]) -> bytes | None:
 
 
 def through_the_depth(names: Sequence[str]) -> Sequence[str]:
-    """Returns the names, or of more than `MOST_PANELS` that many at equal distances, first and last included."""
+    """Returns at most `MOST_PANELS` names, at even distances, first and last included."""
     if len(names) <= MOST_PANELS:
         return names
     return [names[index] for index in np.linspace(0, len(names) - 1, MOST_PANELS).round().astype(int)]
