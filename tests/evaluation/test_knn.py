@@ -120,7 +120,7 @@ def test_a_merged_run_learns_from_all_and_evaluates_each(merged):
     assert json.loads(pathlib.Path(directory, "report.json").read_text())["sources"].keys() == report["sources"].keys()
     written = [pathlib.Path(directory, f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html")]
     for text in (console_table(report), *written):
-        assert "nearest neighbour among 60 of its training images" in text
+        assert "nearest neighbor among 60 of its training images" in text
         assert "(train): 2 of 1600 (at most 8 are allowed)" in text and "03.png" in text
     keep_records(directory, setting.parts)
     assert summary(setting.parts) == told, "a resumed run has not read the images again"

@@ -251,7 +251,7 @@ def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_pa
     options += ["--config.control.steps=0", "--config.learner=closed_form"]
     ended = call("train.py", *options)
     assert ended.status == 0, ended
-    assert "No accuracy" in ended.output and "no labelled test images" in ended.output and "PASSED" in ended.output
+    assert "No accuracy" in ended.output and "no labeled test images" in ended.output and "PASSED" in ended.output
     with open(tmp_path / "run" / "report.json", encoding="utf-8") as file:
         content = json.load(file)
     report.validate(content)

@@ -350,7 +350,7 @@ def test_a_front_of_one_condition_or_point_is_not_drawn(front):
 
 def test_recovery_is_a_table_of_shares():
     report = make_report(pictures=True)
-    title = "Share of the labelled fine-tuning's recovery"
+    title = "Fraction of the labeled fine-tuning's recovery"
     rows = [" ".join(line.split()) for line in console_table(report).split(title)[1].splitlines()]
     assert rows[1:5:3] == ["condition measured placebo tent", "gaussian:40 – – 110 %"]
     assert rows[3] == "gaussian:20 93 % −2 % –"
@@ -490,7 +490,7 @@ def test_an_unlabelled_run_says_why_there_is_no_accuracy():
     report = make_report(metrics={})
     written = markdown(plain(report))
     for text in (console_table(report), written):
-        assert "no labelled test images" in text and "acc@1" not in text
+        assert "no labeled test images" in text and "acc@1" not in text
         assert "significant" not in text and "Certificate" in text
 
 
