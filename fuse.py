@@ -20,6 +20,7 @@ from absl import flags
 
 from drep_jax.cli.app import absl_main
 from drep_jax.parallel import processes
+from drep_jax.parallel.hosts import define_flags
 from drep_jax.run import lock
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that learned the denoisers.", required=True)
@@ -44,10 +45,11 @@ EXPORT = flags.DEFINE_list(
     'Further files: "same" for the kind that the backbone came in, a format\'s name, "stablehlo" or "onnx".',
 )
 INIT_FROM = flags.DEFINE_string("init_from", None, "The backbone's file for --export; default: where the run read it.")
+INIT_NAMES = flags.DEFINE_string("init_names", None, "Its name table for --export; default: where the run read it.")
 FOLD_BATCHNORM = flags.DEFINE_bool(
     "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
 )
-HOSTS = processes.define_flags()
+HOSTS = define_flags()
 
 
 def main(argv: list[str]) -> int:
@@ -66,6 +68,7 @@ def fuse_again() -> int:
         allow_rounding=ALLOW_ROUNDING.value,
         forms=tuple(EXPORT.value),
         init_from=INIT_FROM.value,
+        init_names=INIT_NAMES.value,
         fold_batchnorm=FOLD_BATCHNORM.value,
     )
     options = {

@@ -19,6 +19,7 @@ from absl import flags
 
 from drep_jax.cli.app import absl_main, define_config
 from drep_jax.parallel import processes
+from drep_jax.parallel.hosts import define_flags
 
 CONFIG = define_config(default="configs/digits.py")
 EVAL_ONLY = flags.DEFINE_bool(
@@ -27,7 +28,7 @@ EVAL_ONLY = flags.DEFINE_bool(
 WEIGHTS = flags.DEFINE_list(
     "weights", [], "With --eval_only: files of weights of the same backbone, plain or fused, each FILE or NAME=FILE."
 )
-HOSTS = processes.define_flags()
+HOSTS = define_flags()
 
 
 def main(argv: list[str]) -> int:

@@ -24,7 +24,9 @@ from drep_jax.run.stages import batch_size_of, training_steps
 from drep_jax.tasks import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "default"))
+FILES = sorted(
+    path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "default", "own_model")
+)
 # data set, classes, (height, width, channels) as stored, splits, features besides image and label
 CATALOGUE = {
     "resnet20_cifar10_tfds": ("cifar10", 10, (32, 32, 3), ("train", "test"), {"id": tfds.features.Text()}),

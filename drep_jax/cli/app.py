@@ -14,6 +14,9 @@ from ml_collections import config_dict, config_flags
 
 from drep_jax.cli.help import ASKED, usage
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
+from drep_jax.imports import import_module
+from drep_jax.run.config import announce, new_names, renamed
+from drep_jax.run.workdir import flatten
 from drep_jax.training.signals import Interrupted, Terminated, raising_on_sigterm
 
 EXIT_ERROR = 1
@@ -38,7 +41,11 @@ class Flags:
         self.default = default
         # Without a default of its own the flag is parsed with the others, so that errors in it can be explained.
         self._config = config_flags.DEFINE_config_file(
-            "config", None, "Configuration file; --config.x.y=value overrides an entry.", lock_config=True
+            "config",
+            None,
+            "Configuration file; --config.x.y=value overrides an entry.",
+            lock_config=False,  # entries that there are not yet are accepted here, and checked in `check_overrides`
+            accept_new_attributes=True,
         )
         self._workdir = flags.DEFINE_string(
             "workdir",
@@ -48,6 +55,8 @@ class Flags:
         self.explicit = any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:])
         if not self.explicit:
             sys.argv.insert(1, f"--config={default}")
+        # ml_collections refuses names that the configuration does not have.
+        sys.argv[1:] = with_new_names(sys.argv[1:])
 
     @property
     def value(self) -> config_dict.ConfigDict:
@@ -61,12 +70,38 @@ class Flags:
             folder = os.path.dirname(path) or "."
             near = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
             raise ConfigError(f"There is no configuration {path}.{did_you_mean(path, near)}")
-        return self._config.value
+        values, old_names = renamed(self._config.value.to_dict(), keep=self.overrides)
+        for name in old_names:  # set by the configuration file
+            announce(name)
+        return config_dict.ConfigDict(values) if old_names else self._config.value
 
     @property
     def overrides(self) -> dict[str, Any]:
         """The single settings that were given, {"a.b": value}."""
         return config_flags.get_override_values(flags.FLAGS["config"])
+
+    def check_overrides(self) -> None:
+        """Refuses settings that the configuration file does not have, but for options of the model, and locks it.
+
+        Raises:
+          ConfigError: naming the setting.
+        """
+        path, *argument = self.source.split(":", 1)
+        known = flatten(import_module(path).get_config(*argument).to_dict())
+        sections = {name[:end] for name in known for end in range(len(name)) if name[end] == "."}
+        for name in self.overrides:
+            if name not in known and name not in sections and not re.fullmatch(r"model\.\w+", name):
+                section, _, last = name.rpartition(".")
+                siblings = {
+                    k.removeprefix(f"{section}.").partition(".")[0] for k in known if k.startswith(f"{section}.")
+                }
+                if section and not siblings:
+                    section, last = "", section.partition(".")[0]
+                options = siblings if section else {k.partition(".")[0] for k in known}
+                near = did_you_mean(last, options)
+                hint = near if "Did you mean" in near else " configs/default.py lists them all."
+                raise ConfigError(f'Unknown setting "{last}".{hint}')
+        self._config.value.lock()
 
     @property
     def source(self) -> str:
@@ -83,6 +118,20 @@ class Flags:
 def define_config(default: str) -> Flags:
     """Defines --config, whose default lies beside the script, and --workdir."""
     return Flags(os.path.join(os.path.dirname(sys.argv[0]), default))
+
+
+def with_new_names(arguments: list[str]) -> list[str]:
+    """Returns command-line arguments with the current names of settings; prints a line for every old name."""
+
+    def current(argument: str) -> str:
+        option, equals, value = argument.partition("=")
+        flag, name = option[: (cut := option.find(".") + 1)], option[cut:]
+        if flag not in ("--config.", "-config.") or name not in new_names():
+            return argument
+        announce(name)
+        return f"{flag}{new_names()[name]}{equals}{value}"
+
+    return [current(argument) for argument in arguments]
 
 
 def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | None = None) -> int:
@@ -129,7 +178,10 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return flags.FLAGS(argv)
+            rest = flags.FLAGS(argv)
+            if config is not None and os.path.isfile(config.source.partition(":")[0]):
+                config.check_overrides()
+            return rest
         except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
             sys.exit(_say(f"Error: {_explain(error)}", EXIT_ERROR))
 

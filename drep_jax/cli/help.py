@@ -58,7 +58,7 @@ def _settings(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str
 
 def _own_flags() -> list[Any]:
     """Returns the options that this project defines, those that the scripts share first."""
-    names = ("drep_jax.cli.app", "drep_jax.parallel.processes", "__main__", sys.argv[0])
+    names = ("drep_jax.cli.app", "drep_jax.parallel.hosts", "__main__", sys.argv[0])
     ours = [name for name in flags.FLAGS.flags_by_module_dict() if name in names]
     found = [flag for name in sorted(ours, key=lambda n: n != "drep_jax.cli.app") for flag in _flags_of(name)]
     if "config" in flags.FLAGS:  # ml_collections defines it in its own name

@@ -57,7 +57,7 @@ def read_idx(path: str, rank: int) -> np.ndarray:
         raise DataError(f"{path} cannot be read: {error}.") from error
     head = 4 + 4 * rank
     if len(content) < head or content[:4] != bytes([0, 0, UBYTE, rank]):
-        raise DataError(f"{path} is no IDX file of bytes with {rank} dimension(s).")
+        raise DataError(f"{path} is not an IDX file of bytes with {rank} dimension(s).")
     shape = struct.unpack(f">{rank}I", content[4:head])
     if len(content) != head + int(np.prod(shape)):
         raise DataError(f"{path} is truncated: {len(content) - head} bytes of data, expected {int(np.prod(shape))}.")

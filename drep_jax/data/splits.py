@@ -1,4 +1,4 @@
-"""Which part of which stored split serves as train, validation or test: the one rule for folders and for TFDS."""
+"""Which part of which stored split serves as train, validation or test: one rule for all sources."""
 
 import dataclasses
 from collections.abc import Collection
@@ -10,7 +10,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The tenths [start, stop) of the stored split `stored`, and what to tell the user about it."""
+    """The tenths [start, stop) of the stored split `stored`, and what the user should know about it."""
 
     stored: str
     start: int = 0
@@ -32,7 +32,7 @@ def plan(stored: Collection[str], split: str, where: str) -> Part:
 
     Args:
       stored: the splits that exist, among train, validation and test.
-      split: the split asked for.
+      split: the split that is wanted.
       where: the data set, for messages.
 
     Raises:

@@ -4,10 +4,8 @@ Both run on the same random images at several batch sizes; the figure is max |re
 max |live| that belongs to the coarsest type the network computes in.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from jax.extend import core
 
 from drep_jax.core.jaxpr import bodies
 from drep_jax.errors import ExportError
+from drep_jax.files import replacing
 from drep_jax.typing import Tree
 
 Network = Callable[[Any], Tree]
@@ -127,8 +126,7 @@ def write_checked(
     """
     if len(data) > LARGEST_FILE:
         raise ExportError(f"{path} would take {len(data):,} bytes, and one file holds at most {LARGEST_FILE:,}.")
-    temporary = f"{path}.tmp"
-    try:
+    with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(data)
         try:
@@ -140,10 +138,6 @@ def write_checked(
                 f"Not writing {path}: the exported network is not the live one, {found}. This is a fault of the exporter "
                 "for this network, not of the weights."
             )
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
     return found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from drep_jax.errors import CheckpointError
+from drep_jax.files import write_bytes
 from drep_jax.report.as_html import html
 from drep_jax.report.as_markdown import markdown
 from drep_jax.report.comparisons import verdict
@@ -77,16 +78,9 @@ def write_evaluation(content: Mapping[str, Any], folder: str) -> None:
 
 
 def _write(path: str, content: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames, so that a reader never sees half a file."""
-    temporary = f"{path}.tmp{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        finally:
-            _remove(temporary)
+        write_bytes(path, content)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {path}: {error.strerror}. Free some space or make the place writable, then give the same command "

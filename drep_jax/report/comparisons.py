@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from drep_jax.evaluation.intervals import Interval
-from drep_jax.evaluation.summary import TESTED, pairs_of
+from drep_jax.evaluation.summary import pairs_of
 from drep_jax.report.formatting import decimals_of, signed
 
 ALPHA = 0.05
 """Level of McNemar's test, that of the 95 % intervals."""
+
+ONCE_TESTED = ("acc@1", "rank1")
+"""Metrics of right or wrong in reports that do not say which one McNemar's test is of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Comparison:
         return f"{difference} {unit}[{low}, {high}]"
 
 
+def tested(result: Mapping[str, Any]) -> str | None:
+    """Returns the metric that McNemar's test is of, or None."""
+    return result.get("tested") or next((name for name in ONCE_TESTED if name in result["baseline"]), None)
+
+
 def compare(result: Mapping[str, Any], ours: str) -> list[Comparison]:
     """Returns the arm `ours` against every arm that it is compared with, baseline first, in every metric."""
     return [
@@ -66,7 +74,7 @@ def _comparison(result: Mapping[str, Any], ours: str, theirs: str, metric: str) 
     # A bound just off zero must not print as zero beside the word "higher".
     while interval.significant and decimals < 5 and min(abs(interval.low), abs(interval.high)) < 0.5 * 10**-decimals:
         decimals += 1
-    p = result["mcnemar"].get(key) if metric in TESTED else None
+    p = result["mcnemar"].get(key) if metric == tested(result) else None
     return Comparison(ours, theirs, metric, interval, p, decimals)
 
 

@@ -69,6 +69,17 @@ KEYS: dict[str, Any] = {
         "images": {"*": None},
         "sites??": {"*": dict.fromkeys(("path", "mAP", "gained", "lost", "queries"))},
     },
+    "examples??": {
+        "condition": None,
+        "arms": {"*": None},
+        "counts": {"*": None},
+        "of": None,
+        "images": {
+            "*": dict.fromkeys(("index", "why", "label", "clean", "corrupted"))
+            | {"answers": {"*": dict.fromkeys(("answer", "confidence"))}}
+        },
+    },
+    "items??": {"are": None, "resampled": None},
     "recovery??": {"*": {}},
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},
     "unreadable??": {"*": dict.fromkeys(("count", "limit", "images")) | {"first": {"*": None}}},
@@ -153,6 +164,11 @@ def _picture_problems(report: Mapping[str, Any]) -> Iterator[str]:
             for condition in front["conditions"]:
                 if condition not in point["scores"]:
                     yield f"front.points.{index}.scores.{condition} is missing"
+    examples = report.get("examples") or {"images": ()}
+    for index, image in enumerate(examples["images"]):
+        for arm in examples["arms"]:
+            if arm not in image["answers"]:
+                yield f"examples.images.{index}.answers.{arm} is missing"
     ranked = report.get("ranked") or {"queries": ()}
     for index, query in enumerate(ranked["queries"]):
         for arm in ranked["arms"]:

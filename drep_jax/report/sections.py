@@ -39,7 +39,7 @@ def _in_short(report: Mapping[str, Any]) -> list[Block]:
 
 def _results(report: Mapping[str, Any]) -> list[Block]:
     if not report["metrics"]:
-        return [Text("No arms were compared."), *_front(report), *_ranked(report)]
+        return [Text("No arms were compared."), *_front(report), *_examples(report), *_ranked(report)]
     blocks: list[Block] = [
         results_table(report),
         Text(EXPORTED_NOTE),
@@ -54,7 +54,7 @@ def _results(report: Mapping[str, Any]) -> list[Block]:
                 "fine-tuned network is no control: it has seen labels."
             ),
         ]
-    blocks += [*_front(report), *_ranked(report)]
+    blocks += [*_front(report), *_examples(report), *_ranked(report)]
     return [*blocks, *_differences(report, report["metrics"])]
 
 
@@ -69,7 +69,7 @@ def _other_sources(report: Mapping[str, Any]) -> list[Block]:
 def _differences(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     intervals = 0
-    items, resampled = _items(report["config"])
+    items, resampled = _items(report)
     for condition, entry in metrics.items():
         found = [row for arm in (*entry["denoised"], *entry["control"]) for row in compare(entry, arm)]
         intervals += len(found)
@@ -92,12 +92,10 @@ def _differences(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[
     return [*blocks, Text(note)]
 
 
-def _items(config: Mapping[str, Any]) -> tuple[str, str]:
+def _items(report: Mapping[str, Any]) -> tuple[str, str]:
     """Returns what scores are of, and what the intervals resample."""
-    if config.get("task") != "retrieval":
-        return "test images", "test images"
-    by_person = config["retrieval"]["interval"] == "identity"
-    return "queries", "identities, each with all its queries" if by_person else "queries"
+    items = report.get("items") or {"are": "test images", "resampled": "test images"}
+    return items["are"], items["resampled"]
 
 
 def _front(report: Mapping[str, Any]) -> list[Block]:
@@ -106,6 +104,26 @@ def _front(report: Mapping[str, Any]) -> list[Block]:
     return [
         Heading("Clean against corrupted images, by strength"),
         Picture("front", "Score on clean images against the mean score on the others, one point a strength"),
+    ]
+
+
+def _examples(report: Mapping[str, Any]) -> list[Block]:
+    examples = report.get("examples")
+    if not examples or not examples["images"]:
+        return []
+    before, after = examples["arms"]
+    counts = examples["counts"]
+    return [
+        Heading("Test images"),
+        Text(
+            f"Of {examples['of']} {examples['condition']} images, {after} answers {counts['corrected']} rightly that {before} "
+            f"answers wrongly, {counts['broken']} the other way round, and {counts['changed']} differently but wrongly both "
+            "times. Shown first are those of each kind on which the two are most confident, then some at random: the first "
+            "kinds show what can happen, only the last how often."
+        ),
+        Picture(
+            "examples", "Test images as they are and corrupted, with the answer and confidence of both networks", True
+        ),
     ]
 
 

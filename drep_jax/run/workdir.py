@@ -9,7 +9,7 @@ from typing import Any
 from drep_jax.errors import CheckpointError
 from drep_jax.files import write_json
 from drep_jax.run import lock
-from drep_jax.run.config import completed
+from drep_jax.run.config import announce, completed, renamed
 from drep_jax.run.environment import environment
 from drep_jax.training.checkpoint import FOLDER as CHECKPOINTS
 
@@ -79,7 +79,9 @@ def _settle_config(workdir: str, config: Mapping[str, Any]) -> None:
 def differences(
     there: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...] = FREE
 ) -> dict[str, tuple[Any, Any]]:
-    """Returns {name: (there, now)} of the settings that differ, where one that is absent has its default.
+    """Returns {name: (there, now)} of the settings that differ.
+
+    A missing setting counts as its default, and an old name as the new one.
 
     Args:
       there, now: configurations.
@@ -125,7 +127,10 @@ def read_config(workdir: str) -> dict[str, Any]:
     path = os.path.join(workdir, CONFIG)
     try:
         with open(path, encoding="utf-8") as file:
-            return completed(json.load(file))
+            saved, old_names = renamed(json.load(file))
+        for name in old_names:
+            announce(name)
+        return completed(saved)
     except FileNotFoundError as error:
         if any(os.path.exists(os.path.join(workdir, name)) for name in ("drep_jax.json", "fused.safetensors")):
             raise CheckpointError(

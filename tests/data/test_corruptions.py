@@ -260,7 +260,7 @@ def test_specs_are_parsed():
         ("gaussian:30..10", 'from a high to a low strength; write "gaussian:10..30"'),
         ("jpeg:100", 'The strength of "jpeg" is at most 99'),
         ("jpeg:0..100", "at most 99"),
-        ("impulse:101", "at most 100 .per cent"),
+        ("impulse:101", "at most 100 .percent"),
         ("cifar10c", "cifar10c:NAME:SEVERITY"),
         ("cifar10c:frog:3", 'Unknown CIFAR-10-C corruption "frog".*Did you mean "fog"'),
         ("cifar10c:fog", "severity of .*fog.* is 1, 2, 3, 4 or 5"),

@@ -198,14 +198,15 @@ def test_a_decoded_box_is_the_box_of_the_decoded_image(kind, box):
         options["exif"][0x0112] = 6
     picture.save(stream, "PNG" if kind == "PNG" else "JPEG", **options)
     asked = []
-    found = decode_box(stream.getvalue(), "it", lambda *size: asked.append(size) or box, (32, 40))
+    cropped, transform = decode_box(stream.getvalue(), "it", lambda *size: asked.append(size) or box, (32, 40))
     whole = decode(stream.getvalue(), "it")
     assert asked == [(300, 400)] == [whole.shape[:2]], "the box is asked for once, of the upright image"
     top, left, rows, columns = box
     expected = fit(whole[top : top + rows, left : left + columns], (32, 40), "squash")
-    assert found.shape == (32, 40, 3) and found.dtype == np.uint8
-    difference = np.abs(found.astype(int) - expected)
-    assert difference.mean() < (2.5 if kind == "JPEG" else 1e-9) and found.std() > 20, (
+    assert cropped.shape == (32, 40, 3) and cropped.dtype == np.uint8
+    np.testing.assert_array_equal(transform.image(whole), expected)
+    difference = np.abs(cropped.astype(int) - expected)
+    assert difference.mean() < (2.5 if kind == "JPEG" else 1e-9) and cropped.std() > 20, (
         "JPEGs are decoded smaller where the box allows it"
     )
 

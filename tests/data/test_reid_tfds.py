@@ -60,7 +60,7 @@ def test_what_cannot_be_prepared_or_read(tmp_path, monkeypatch):
         prepare("duke", data_dir, str(base))
     with pytest.raises(ConfigError, match=r'no configuration "labelled"\. Did you mean "labeled"'):
         prepare("cuhk03/labelled", data_dir, str(base))
-    with pytest.raises(ConfigError, match="is none of them"):
+    with pytest.raises(ConfigError, match='which "cifar10" is not'):
         prepare("cifar10", data_dir, str(base))
     with pytest.raises(ConfigError, match='Did you mean "market1501"'):
         prepare("market150", data_dir)

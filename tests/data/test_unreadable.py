@@ -1,4 +1,4 @@
-"""Unreadable images: counted, named and passed over up to the limit, then refused with the list."""
+"""Unreadable images: counted, named and skipped up to the limit, then refused with the list."""
 
 import itertools
 import json

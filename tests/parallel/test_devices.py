@@ -1,7 +1,9 @@
 """Eight devices compute what one does: same losses, gradients, batch statistics and updates for the same batch."""
 
+import ast
 import copy
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import drep_jax
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.data.augment import Augmentation
 from drep_jax.data.loader import normalize, training_batches
@@ -108,3 +111,16 @@ def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
     for part in ("params", "batch_stats"):
         assert largest_difference(expected[part], fresh[part]) > 1e-2
         assert largest_difference(trained[part], expected[part]) < 1e-4
+
+
+def test_no_other_module_names_pmap():
+    package = pathlib.Path(drep_jax.__file__).parent
+    users = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            attribute = isinstance(node, ast.Attribute) and node.attr == "pmap"
+            name = isinstance(node, ast.Name) and node.id == "pmap"
+            imported = isinstance(node, ast.ImportFrom) and any(alias.name == "pmap" for alias in node.names)
+            if attribute or name or imported:
+                users.add(str(path.relative_to(package)))
+    assert users == {os.path.join("parallel", "devices.py")}

@@ -17,7 +17,8 @@ from drep_jax.core.moments import nothing_yet, programs
 from drep_jax.errors import ConfigError
 from drep_jax.evaluation import arms
 from drep_jax.parallel import devices, processes
-from drep_jax.parallel.processes import Hosts
+from drep_jax.parallel.hosts import Hosts, check
+from drep_jax.parallel.session import EXIT_PEER
 from drep_jax.training.logging import read_metrics
 from tests.command import call
 from tests.core.test_moments import measured, over_hosts
@@ -227,12 +228,12 @@ WRONG = {
 def test_flags_that_do_not_fit_together_are_refused(case):
     hosts, expected = WRONG[case]
     with pytest.raises(ConfigError, match=expected):
-        processes.check(hosts)
+        check(hosts)
 
 
 def test_good_flags_are_taken():
     for hosts in (Hosts(), Hosts(True), Hosts(False, ADDRESS, 4, 3), Hosts(False, "[::1]:80", 1, 0)):
-        processes.check(hosts)
+        check(hosts)
     assert not Hosts(False, ADDRESS, 1, 0).several and Hosts(True).several and Hosts(False, ADDRESS, 2, 0).several
 
 
@@ -289,7 +290,7 @@ def test_a_process_that_finds_nobody_says_where_it_looked(tmp_path):
     second.kill()
     second.communicate()
     (ended,) = end([first])
-    assert ended.status == processes.EXIT_PEER
+    assert ended.status == EXIT_PEER
     for text in ("did not all find each other at 127.0.0.1:", "within 4 s", "--process_id of its own"):
         assert text in ended.messages
 
@@ -320,7 +321,7 @@ def test_a_killed_process_ends_the_other_with_its_name(victim, tmp_path):
     ended = end(started)
     assert ended[victim].status == -signal.SIGKILL
     other = ended[1 - victim]
-    assert other.status == processes.EXIT_PEER, other
+    assert other.status == EXIT_PEER, other
     assert f"Process {victim} of 2" in other.messages and "is gone" in other.messages
     assert "from the last checkpoint" in other.messages
     assert time.monotonic() - began < 6 + 2 * 1.5 + 10  # the heartbeat, two looks, and a busy machine

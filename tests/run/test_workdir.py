@@ -102,14 +102,6 @@ def test_what_is_no_run_is_told_apart(tmp_path):
         read_config(str(tmp_path))
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "value.json"
-    write_json(str(path), {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(str(path), {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-
-
 def test_flatten():
     assert flatten({"a": {"b": {"c": 1}, "d": (2,)}, "e": None}) == {"a.b.c": 1, "a.d": (2,), "e": None}
 

@@ -127,8 +127,8 @@ def test_parts_are_weighted_as_published(features):
     logits = [jnp.asarray(np.random.default_rng(k).normal(size=(PEOPLE * EACH, PEOPLE)), jnp.float32) for k in range(3)]
     outputs = {"features": tuple(jnp.asarray(f) for f in (*features, features[0] * 2)), "logits": tuple(logits)}
 
-    def parts(weighting, **options):
-        task = Retrieval(weighting=weighting, **options)
+    def parts(aggregate, **options):
+        task = Retrieval(aggregate=aggregate, **options)
         each = [
             task.loss({"features": (f,), "logits": (z,)}, {"label": LABELS}, 0.1, {})[0]
             for f, z in zip(outputs["features"], outputs["logits"], strict=True)
@@ -138,9 +138,9 @@ def test_parts_are_weighted_as_published(features):
     def on_one_device(function):
         return jax.pmap(lambda _: function(), axis_name=devices.AXIS, devices=jax.devices()[:1])(jnp.zeros(1))
 
-    for weighting, shares in (("half", (0.5, 0.25, 0.25)), ("sum", (1, 1, 1)), ("mean", (1 / 3,) * 3)):
+    for aggregate, shares in (("half", (0.5, 0.25, 0.25)), ("sum", (1, 1, 1)), ("mean", (1 / 3,) * 3)):
         for options in ({}, {"id_weight": 0.0}, {"triplet_weight": 0.0, "id_weight": 2.0}):
-            whole, each = on_one_device(lambda weighting=weighting, options=options: parts(weighting, **options))
+            whole, each = on_one_device(lambda aggregate=aggregate, options=options: parts(aggregate, **options))
             assert float(whole[0]) == pytest.approx(
                 sum(s * float(e[0]) for s, e in zip(shares, each, strict=True)), rel=1e-5
             )
@@ -170,8 +170,8 @@ def test_every_setting_of_the_losses_has_an_effect(features):
         value(id_weight=0.5),
         value(triplet_weight=0.5),
         value(margin=0.3),
-        value(centre_weight=0.01),
-        value(weighting="sum"),
+        value(center_weight=0.01),
+        value(aggregate="sum"),
         value(views=True),
     ]
     assert len({round(v, 6) for v in (base, *others)}) == len(others) + 1
@@ -181,10 +181,10 @@ def test_every_setting_of_the_losses_has_an_effect(features):
     ("name", "value", "message"),
     [
         ("metric", "cosin", 'Unknown retrieval.metric "cosin". Did you mean "cosine"'),
-        ("noisy", "all", 'Unknown retrieval.noisy "all"'),
+        ("corrupted", "all", 'Unknown retrieval.corrupted "all"'),
         ("side", "cameras", 'Unknown retrieval.side "cameras". Did you mean "camera"'),
-        ("weighting", "x", "Unknown retrieval.weighting"),
-        ("lonely", "keep", "Unknown retrieval.lonely"),
+        ("aggregate", "x", "Unknown retrieval.aggregate"),
+        ("singletons", "keep", "Unknown retrieval.singletons"),
         ("rerank", (20, 6), r"retrieval.rerank=\(20, 6\): expected \(k1, k2, λ\)"),
         ("rerank", (20, 6, 1.5), "retrieval.rerank"),
         ("rerank", (4, 6, 0.3), r"retrieval.rerank=\(4, 6, 0.3\): k2 = 6 of re-ranking: expected at most"),

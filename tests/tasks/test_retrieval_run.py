@@ -58,7 +58,7 @@ def config_for(people, **changes):
     )
     config.model.update({"name": "transreid", "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24})
     config.model.update({"jigsaw": True, "drop_path": 0.0})
-    config.retrieval.update({"side": "camera", "identities": 4, "instances": 2, "centre_weight": 0.01, "attributed": 1})
+    config.retrieval.update({"side": "camera", "identities": 4, "instances": 2, "center_weight": 0.01, "attributed": 1})
     config.backbone.update({"steps": 12, "batch_size": 8, "learning_rate": 3e-3})
     config.control.update({"steps": 2, "batch_size": 8, "learning_rate": 1e-3})
     config.denoise.update({"train_steps": 2, "batch_size": 8, "learning_rate": 0.01})
@@ -113,7 +113,7 @@ def test_every_way_of_training_has_its_arms(people, tmp_path):
 def test_merged_sources_may_hold_out_nothing_and_have_no_identities_to_choose_by(people):
     other = f"reid_folder:{people}?test=0.5&seed=3&held_out="
     changes = {"retrieval.side": "", "backbone.steps": 0, "backbone.init_from": "x", "control.steps": 0, "compare": ()}
-    changes |= {"retrieval.centre_weight": 0.0}
+    changes |= {"retrieval.center_weight": 0.0}
     for share, size in (("0", 0), ("0.5", None)):
         config = config_for(people, **changes, **{"data.merge": ((other + share, 1.0),)})
         setting = build(config)
@@ -249,7 +249,7 @@ def test_only_queries_or_only_the_gallery_can_be_corrupted(run, people):
     found = last_saved(config, build(config), directory, "backbone")
     kept = {}
     for noisy in ("both", "query", "gallery"):
-        changed = config_for(people, **{"retrieval.noisy": noisy})
+        changed = config_for(people, **{"retrieval.corrupted": noisy})
         setting = build(changed)
         index, rows = scoring.features(changed, setting, setting.test, {"baseline": found.variables}, "gaussian:60")
         assert np.array_equal(index, np.arange(len(setting.test)))
@@ -264,7 +264,11 @@ def test_only_queries_or_only_the_gallery_can_be_corrupted(run, people):
 
 def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
     config, directory, report, setting = run
-    overrides = {"retrieval.rerank": (6, 3, 0.0), "retrieval.interval": "identity", "evaluate.conditions": ("clean",)}
+    overrides = {
+        "retrieval.rerank": (6, 3, 0.0),
+        "retrieval.bootstrap_unit": "identity",
+        "evaluate.conditions": ("clean",),
+    }
     changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
     content, _ = evaluate.evaluate(changed, directory)
     entry, before = content["metrics"]["clean"], report["metrics"]["clean"]
@@ -372,9 +376,9 @@ def test_images_that_are_query_and_gallery_are_not_corrupted_as_one_of_them(peop
     changes = {"data.source": f"veri:{base}?held_out=0", "data.resize": "squash", "retrieval.side": ""}
     build(config_for(people, **changes))
     with pytest.raises(
-        ConfigError, match=r'noisy="query", but 1 of the 3 test images of veri:.* are both queries and in'
+        ConfigError, match=r'corrupted="query", but 1 of the 3 test images of veri:.* are both queries and in'
     ):
-        build(config_for(people, **changes, **{"retrieval.noisy": "query"}))
+        build(config_for(people, **changes, **{"retrieval.corrupted": "query"}))
 
 
 def test_identities_of_one_image_are_refused_or_dropped(tmp_path):
@@ -390,7 +394,7 @@ def test_identities_of_one_image_are_refused_or_dropped(tmp_path):
     config = config_for(tmp_path, **changes, learner="closed_form", compare=())
     with pytest.raises(DataError, match=r"1 identity has one image only.*: c"):
         checks.check(config, build(config))
-    config["retrieval"]["lonely"] = "drop"
+    config["retrieval"]["singletons"] = "drop"
     checks.check(config, build(config))
 
 

@@ -16,7 +16,7 @@ HELD_OUT = "0.1"
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How a data set is read: from its folder or file and its options, of which these are known."""
+    """How a data set is read from its folder or file and its options, and the names of those options."""
 
     read: Callable[[Path, Mapping[str, str]], Listed]
     options: tuple[str, ...] = ()
@@ -42,14 +42,14 @@ def open_reid(
     """Opens a split of a data set for re-identification.
 
     Args:
-      kind: which, among READERS.
-      argument: its folder or file, relative to `data_dir` where that is given, and its options behind a `?`; all take
-        `held_out`, the share of the training identities that is the validation split.
+      kind: a key of READERS.
+      argument: its folder or file, relative to `data_dir` where that is given, and its options after a `?`. All take
+        `held_out`, the fraction of the training identities that becomes the validation split.
       split, image_size, resize, data_dir: as for `drep_jax.data.open_source`.
 
     Raises:
       ConfigError: for unknown options.
-      DataError: for a data set that is absent, another one, or not as expected.
+      DataError: for a data set that is absent, or another one, or not laid out as expected.
     """
     reader = lookup(READERS, kind, "data set for re-identification")
     path, options = parsed(kind, argument, (*reader.options, "held_out"))

@@ -18,7 +18,7 @@ from drep_jax.jobs import checks, train
 from drep_jax.jobs import fuse as fuse_job
 from drep_jax.learners.losses import augmented_objective, denoising_objective
 from drep_jax.run.setup import build
-from drep_jax.run.stages import prepare, turn
+from drep_jax.run.stages import phase, prepare
 from drep_jax.training.logging import read_metrics
 from drep_jax.weights.native import load
 from tests.command import same_bits
@@ -110,9 +110,9 @@ def test_labels_reach_the_denoisers_through_fusion(finished, batch):
 
 def test_turns_are_those_of_the_configuration(finished):
     config = configured(finished)
-    assert [turn(config, n) for n in range(1, 10)] == ["denoise"] * 3 + ["backbone"] * 3 + ["denoise"] * 3
+    assert [phase(config, n) for n in range(1, 10)] == ["denoise"] * 3 + ["backbone"] * 3 + ["denoise"] * 3
     config["alternate"].update(order=("backbone", "denoise"), period=1)
-    assert [turn(config, n) for n in range(1, 5)] == ["backbone", "denoise"] * 2
+    assert [phase(config, n) for n in range(1, 5)] == ["backbone", "denoise"] * 2
 
 
 def test_in_turn_one_moves_and_the_other_stands_with_its_optimiser(finished, batch):
