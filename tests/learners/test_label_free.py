@@ -39,10 +39,8 @@ def test_maps_given_directly_have_no_time_steps(finished, tmp_path):
 
     place = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
     assert call("fuse.py", *place).status == 0
-    again = weights.load(str(tmp_path / "out" / "fused.safetensors"), finished.setting.abstract, allow_fused=True)
-    own = weights.load(
-        str(tmp_path / "run" / "fused" / "fused.safetensors"), finished.setting.abstract, allow_fused=True
-    )
+    again = weights.load(str(tmp_path / "out" / "fused.safetensors"), finished.setup.abstract, allow_fused=True)
+    own = weights.load(str(tmp_path / "run" / "fused" / "fused.safetensors"), finished.setup.abstract, allow_fused=True)
     assert largest_difference(again, own) == 0
     for choice in ("--rule=ddpm", "--steps=2", "--noise=sample", "--time_scale=2"):
         call("fuse.py", *place, choice).refused("learned its maps directly", "--resolve")
@@ -54,7 +52,7 @@ def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_pat
 
     from drep_jax.data.corruptions import corrupt
 
-    images_of = finished.setting.train
+    images_of = finished.setup.train
     clean = np.stack([images_of[i]["image"] for i in range(120)])
     noisy = corrupt(clean, np.arange(120), "gaussian:70", 5).round().astype(np.uint8)
     for name, images in (("pairs/clean", clean), ("pairs/corrupted", noisy), ("images", clean)):
