@@ -1,4 +1,9 @@
-"""Cross-entropy and accuracies against loops over the images."""
+"""Cross-entropy and accuracies against loops over the images, and the images that a report shows."""
+
+import base64
+import io
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 
 from drep_jax.metrics.classification import METRICS, PLACES, answers, hits
+from drep_jax.tasks import Exhibit
+from drep_jax.tasks.classification import SHOWN, Classification
 from drep_jax.tasks.losses import cross_entropy
 
 LOGITS = np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)
@@ -104,3 +112,122 @@ def test_ties_count_against_the_network():
 
 def test_few_classes():
     assert accuracies(np.eye(3, dtype=np.float32), np.arange(3))["acc@5"].all()
+
+
+# ---- what a report shows ---------------------------------------------------------------------------------------------
+
+
+class Photos:
+    """Forty images, each of one gray, of four named classes."""
+
+    name, num_classes, note = "photos", 4, None
+
+    def __init__(self, class_names):
+        self.class_names = class_names
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return {"image": np.full((8, 8, 3), 5 * index, np.uint8), "label": np.int32(index % 4)}
+
+
+def exhibit(before, after, confidence=None, names=("cat", "dog", "eel", "fox"), seed=0, index=None):
+    """Returns what two arms have answered to the first images of `Photos`, shown as negatives."""
+    index = np.arange(len(before)) if index is None else index
+    labels = index % 4
+    sure = np.full(len(before), 0.5) if confidence is None else confidence
+
+    def rows(answers):
+        return {"answer": np.array(answers), "confidence": sure, "acc@1": (answers == labels).astype(float)}
+
+    return Exhibit(
+        source=Photos(names),
+        condition="gaussian:60",
+        arms={"baseline": {}, "measured": {}},
+        index=index,
+        statistics={"baseline": rows(before), "measured": rows(after)},
+        look=lambda networks: {},
+        picture=lambda number: np.full((8, 8, 3), 255 - 5 * number, np.uint8),
+        sites=[],
+        alone=lambda name: {},
+        seed=seed,
+    )
+
+
+def gray(encoded):
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as opened:
+        return int(np.asarray(opened).mean().round())
+
+
+def test_images_whose_answer_changed_come_first_the_surest_of_each_kind_before_the_others():
+    right = np.arange(40) % 4
+    before, after = right.copy(), right.copy()
+    before[[1, 2, 3, 4, 5]] = (right[[1, 2, 3, 4, 5]] + 1) % 4  # corrected
+    after[[10, 11]] = (right[[10, 11]] + 1) % 4  # broken
+    before[20], after[20] = (right[20] + 1) % 4, (right[20] + 2) % 4  # another wrong answer
+    before[30] = after[30] = (right[30] + 1) % 4  # wrong and unchanged
+    sure = np.linspace(0.3, 0.9, 40)
+    shown = Classification().examples(exhibit(before, after, sure))["examples"]
+    assert shown["counts"] == {"corrected": 5, "broken": 2, "changed": 1} and shown["of"] == 40
+    assert (shown["condition"], shown["arms"]) == ("gaussian:60", ["baseline", "measured"])
+    expected = [(5, "corrected"), (11, "broken"), (20, "changed"), (4, "corrected"), (10, "broken"), (3, "corrected")]
+    assert [(image["index"], image["why"]) for image in shown["images"][:6]] == expected
+    assert len(shown["images"]) == SHOWN == 8
+    for image in shown["images"][6:]:
+        assert image["why"] == "drawn at random" and before[image["index"]] == after[image["index"]]
+    for image in shown["images"]:
+        row, names = image["index"], ("cat", "dog", "eel", "fox")
+        assert image["label"] == names[row % 4]
+        for arm, classes in (("baseline", before), ("measured", after)):
+            assert image["answers"][arm] == {"answer": names[classes[row]], "confidence": pytest.approx(sure[row])}
+        assert abs(gray(image["clean"]) - 5 * row) <= 2 and abs(gray(image["corrupted"]) - (255 - 5 * row)) <= 2
+
+
+def test_examples_are_those_of_the_images_that_were_read():
+    index = np.arange(39, 19, -1)  # others are unreadable
+    before = np.zeros(20, int)
+    shown = Classification().examples(exhibit(before, index % 4, index=index))["examples"]
+    assert shown["of"] == 20 and shown["counts"] == {"corrected": 15, "broken": 0, "changed": 0}
+    for image in shown["images"]:
+        assert image["label"] == ("cat", "dog", "eel", "fox")[image["index"] % 4]
+        assert image["answers"]["measured"]["answer"] == image["label"]
+
+
+def test_equal_arms_show_images_drawn_at_random_by_the_seed():
+    same = np.zeros(40, int)
+    draws = set()
+    for seed in range(4):
+        shown = Classification().examples(exhibit(same, same, names=None, seed=seed))["examples"]
+        assert shown["counts"] == {"corrected": 0, "broken": 0, "changed": 0}
+        assert {image["why"] for image in shown["images"]} == {"drawn at random"}
+        assert all(image["label"] == str(image["index"] % 4) for image in shown["images"])
+        draws.add(tuple(image["index"] for image in shown["images"]))
+    assert len(draws) == 4
+
+
+def test_no_images_show_nothing():
+    assert Classification().examples(exhibit(np.zeros(0, int), np.zeros(0, int))) == {}
+
+
+def test_a_run_shows_examples_with_the_names_of_its_classes(finished):
+    shown = finished.report["examples"]
+    entry = finished.report["metrics"][shown["condition"]]
+    assert shown["arms"] == ["baseline", "algorithm1"] and shown["of"] == entry["n"] == 600
+    change = 100 * (shown["counts"]["corrected"] - shown["counts"]["broken"]) / 600
+    assert change == pytest.approx(entry["difference"]["algorithm1 - baseline"]["acc@1"])
+    largest = max(abs(e["difference"]["algorithm1 - baseline"]["acc@1"]) for e in finished.report["metrics"].values())
+    assert abs(change) == pytest.approx(largest), "the condition under which the arms differ most"
+    assert len(shown["images"]) == SHOWN
+    source = finished.setup.test
+    for image in shown["images"]:
+        item = source[image["index"]]
+        assert image["label"] == source.class_names[int(item["label"])]
+        with Image.open(io.BytesIO(base64.b64decode(image["clean"]))) as opened:
+            assert np.abs(np.asarray(opened).astype(int) - item["image"]).mean() < 12  # it is a JPEG
+        right = {arm: answer["answer"] == image["label"] for arm, answer in image["answers"].items()}
+        expected = {"corrected": (False, True), "broken": (True, False), "changed": (False, False)}
+        if image["why"] in expected:
+            assert tuple(right.values()) == expected[image["why"]]
+    assert os.path.getsize(os.path.join(finished.directory, "plots", "examples.png")) > 2000
+    assert "answers" in pathlib.Path(finished.directory, "report.md").read_text(encoding="utf-8")
