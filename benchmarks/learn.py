@@ -36,7 +36,7 @@ from drep_jax.core.denoisers import init_denoise
 from drep_jax.models import create_model
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
-from drep_jax.tasks import classification
+from drep_jax.tasks.losses import cross_entropy
 from drep_jax.parallel import devices
 from drep_jax.core.moments import collect_moments, image_keys, initial_state, programs
 
@@ -110,7 +110,7 @@ def trained_backbone(setting, steps):
 
     @jax.jit
     def step(variables, state, images, labels):
-        grads = jax.grad(lambda v: classification.loss(setting.backbone.apply(v, images), {"label": labels}))(variables)
+        grads = jax.grad(lambda v: cross_entropy(setting.backbone.apply(v, images), {"label": labels}))(variables)
         updates, state = tx.update(grads, state, variables)
         return optax.apply_updates(variables, updates), state
 

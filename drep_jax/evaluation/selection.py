@@ -238,8 +238,8 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     )
     everyone = {name: _of_all_hosts(column, 0, count) for name, column in images.items() if column.ndim == 1}
     reference: Tree = None
-    agreement: Scores = {}
-    accuracy: Scores = {}
+    agreement: Percents = {}
+    accuracy: Percents = {}
     with bar:
         for condition in conditions:
             corrupted = corrupt(images["image"], mine, condition, options.seed + SELECTION_SEED)
@@ -311,7 +311,7 @@ def _scores(point: Point, criterion: str) -> dict[str, float]:
     return point.agreement if criterion == AGREEMENT or point.accuracy is None else point.accuracy
 
 
-Scores = dict[str, list[float]]
+Percents = dict[str, list[float]]
 """Percent of every point by condition."""
 
 

@@ -1,5 +1,6 @@
 """One pass for the moments: NumPy's mean and covariance at every kind of site, however many images, devices and calls."""
 
+import dataclasses
 import itertools
 import os
 import socket
@@ -416,15 +417,16 @@ def test_several_passes_over_fewer_sites_give_the_same_moments(finished, tmp_pat
     from drep_jax.core.moments import passes, sum_bytes
     from drep_jax.run.moments import moments_of
 
-    setting, tables = finished.setting, []
-    limit = 1.5 * max(sum_bytes(site) for site in setting.sites)
-    groups = passes(setting.sites, limit)
-    assert len(groups) > 1 and [site for group in groups for site in group] == list(setting.sites)
+    setup, tables = finished.setup, []
+    limit = 1.5 * max(sum_bytes(site) for site in setup.sites)
+    groups = passes(setup.sites, limit)
+    assert len(groups) > 1 and [site for group in groups for site in group] == list(setup.sites)
     for gib in (0.0, limit / 2**30):
         denoise = {**finished.config["denoise"], "moment_gib": gib, "moment_tokens": tokens, "moment_images": 96}
         path = str(tmp_path / f"{gib}.npz")
-        tables.append(moments_of({**finished.config, "denoise": denoise}, setting, finished.variables, path))
-    for site in setting.sites:
+        run = dataclasses.replace(finished.run, config={**finished.config, "denoise": denoise})
+        tables.append(moments_of(run, finished.variables, path))
+    for site in setup.sites:
         one, several = (moments[site.path] for moments in tables)
         np.testing.assert_allclose(several.covariance, one.covariance, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(several.mean, one.mean, rtol=1e-6, atol=1e-7)
