@@ -23,6 +23,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.shapes  # noqa: F401  the hook finds its checker by this name
+
 # Before anything imports it: the shapes that the annotations of the core state are checked at every call.
 install_import_hook("drep_jax.core", "tests.shapes.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")

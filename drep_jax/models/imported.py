@@ -120,7 +120,7 @@ def with_train(module: nn.Module, name: str = "") -> nn.Module:
 
 
 @functools.cache
-def _adapted(kind: type[nn.Module], modes: tuple[str, ...]) -> type[nn.Module]:
+def _adapted(kind: Any, modes: tuple[str, ...]) -> type[nn.Module]:
     """Returns the subclass that passes `train` on under the names that `kind` has for it."""
 
     def __call__(self: Any, x: Any, train: bool = False) -> Any:
