@@ -1,4 +1,4 @@
-"""Algorithm 1's loss (Eq. 11): a denoiser predicts the noise that was added to the frozen backbone's features."""
+"""Algorithm 1's loss (Eq. 11): a denoiser predicts the noise added to the backbone's features."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -44,15 +44,15 @@ def algorithm1_losses(
     tokens: float = 1.0,
     **kwargs: Any,
 ) -> dict[str, Float[Array, "..."]]:
-    """Computes every site's denoising loss in one forward pass of the frozen backbone (Algorithm 1, Eq. 11).
+    """Computes every site's denoising loss in one forward pass (Algorithm 1, Eq. 11).
 
     At each site, with its input features F and its own t:
 
         X_t = √ᾱ_t·F + √(1−ᾱ_t)·ε        ε ~ N(0, I)
         loss = mean (ε − D(X_t))²  (l2),  mean |ε − D(X_t)|  (l1),  or their sum  (l1+l2)
 
-    The mean is over all entries. A denoiser that predicts no noise has the l2 loss 1. No gradient
-    flows through the backbone. ε is a function of (key, example index, site) only, so neither the
+    The mean is over all entries. A denoiser that predicts no noise has the l2 loss 1. The backbone
+    is frozen: no gradient flows through it. ε is a function of (key, example index, site) only, so neither the
     order of the batch nor the number of devices matters.
 
     Args:

@@ -44,7 +44,8 @@ class Figure:
     """One comparison of fused with explicit.
 
     Attributes:
-      error: ‖fused − explicit‖ / ‖explicit − base‖; relative to ‖base‖ if denoising changes nothing.
+      error: ‖fused − explicit‖ / ‖explicit − base‖; relative to ‖base‖ if denoising changes
+        nothing.
       bound: what arithmetic allows for the error.
       change: ‖explicit − base‖ / ‖base‖.
 
@@ -63,7 +64,7 @@ class Figure:
 
     @property
     def decisive(self) -> bool:
-        """Whether the bound is below 1, the error of a fusion that does nothing; not so in too coarse a type."""
+        """Whether the bound is below 1, which is the error of a fusion that does nothing."""
         return self.bound < 1.0
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def figure(squares: Any, epsilon: float) -> Figure:
 
 @dataclasses.dataclass(frozen=True)
 class SiteFigure:
-    """The comparison at one layer of a site, on the features that reach it in the unchanged backbone.
+    """The comparison at one layer of a site, on its features in the unchanged backbone.
 
     Attributes:
       path: of the layer, as text.
@@ -110,13 +111,14 @@ class SiteFigure:
 class Certificate:
     """The result of `certify`.
 
-    It is passed if every error is within its bound, every float64 bound is decisive, and the structure
-    is the backbone's.
+    It is passed if every error is within its bound, every float64 bound is decisive, and the
+    structure is the backbone's.
 
     Attributes:
       rule: the reverse-step rule.
       steps: reverse steps at each site.
-      end_to_end: {precision: figure of the outputs}, "float64" and the type the weights are stored in.
+      end_to_end: {precision: figure of the outputs}, "float64" and the type the weights are stored
+        in.
       sites: {precision: figures of the layers}.
       structure: {"same_tree", "same_dtypes"} of the parameters, and "same_program": whether the
         optimized program compiled for the fused weights is the backbone's own, to the letter.
@@ -193,9 +195,9 @@ def certify(
       denoise: a `denoise` subtree or a `Denoisers`.
       sites, schedule, rule, steps: see `drep_jax.core.fusion.fuse`.
       *args: inputs of the backbone; use real images.
-      fused: the weights that are deployed; by default they are fused here in float64 and rounded once.
-        For the comparison in float64 their rounding is undone, see `undo_rounding`, so that a wrong
-        leaf shows whatever type it is stored in.
+      fused: the weights that are deployed; by default they are fused here in float64 and rounded
+        once. For the comparison in float64 their rounding is undone, see `undo_rounding`, so that a
+        wrong leaf shows whatever type it is stored in.
       **kwargs: for the backbone.
 
     Returns:
@@ -272,7 +274,7 @@ def wide_leaf(leaf: Any) -> Any:
 def _measure(
     settings: Any, variables: Tree, denoise: Tree, fused: Tree, args: Any
 ) -> tuple[Figure, tuple[SiteFigure, ...]]:
-    """Returns the figure of the outputs and those of all layers, in the precision of the arguments."""
+    """Returns the figures of the outputs and of all layers, in the arguments' precision."""
     backbone, sites, schedule, rule, steps, kwargs = settings
     types: dict[str, Any] = {}
 

@@ -1,12 +1,12 @@
 """The global minimum of Algorithm 1's squared loss (Eq. 11) in closed form, without training.
 
-It is linear regression with known input noise. A site's features F have mean m and covariance Σ. The
-noisy features X = √ᾱ·F + √(1−ᾱ)·ε then have covariance C = ᾱ·Σ + (1−ᾱ)·I, and
+It is linear regression with known input noise. A site's features F have mean m and covariance Σ.
+The noisy features X = √ᾱ·F + √(1−ᾱ)·ε then have covariance C = ᾱ·Σ + (1−ᾱ)·I, and
 
     W_D* = √(1−ᾱ)·C⁻¹        b_D* = −√ᾱ·W_D*·m        least loss per entry = 1 − (1−ᾱ)/d · tr C⁻¹.
 
-Through the origin (b_D = 0), E[F Fᵀ] = Σ + m mᵀ takes the place of Σ. One pass over unlabeled images
-gives the moments m and Σ.
+Through the origin (b_D = 0), E[F Fᵀ] = Σ + m mᵀ takes the place of Σ. One pass over unlabeled
+images gives the moments m and Σ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from drep_jax.typing import Path, Tree
 def _noisy_covariance(
     moments: Moments, alpha_bar: Float[np.ndarray, "*stack"] | float, bias: bool
 ) -> Float[np.ndarray, "*lead d d"]:
-    """Returns C = ᾱ·Σ + (1−ᾱ)·I, with E[F Fᵀ] for Σ through the origin; ᾱ is a number, or one a copy."""
+    """Returns C = ᾱ·Σ + (1−ᾱ)·I, with E[F Fᵀ] for Σ through the origin; one ᾱ, or one a copy."""
     clean = moments.covariance if bias else moments.second
     bar = np.asarray(alpha_bar, np.float64).reshape(np.shape(alpha_bar) + (1,) * (clean.ndim - np.ndim(alpha_bar)))
     return bar * clean + (1.0 - bar) * np.eye(clean.shape[-1])
@@ -43,9 +43,9 @@ def _inverse(
 ) -> Float[np.ndarray, "*lead d d"]:
     """Inverts symmetric matrices that have, but for rounding, no eigenvalue below `floor` > 0.
 
-    Moments are summed in float32. If some direction is 10⁷ times stronger than the noise, rounding can
-    leave eigenvalues of C below the floor, or below zero. Those are raised to the floor. Only then is
-    an eigendecomposition needed; otherwise a Cholesky decomposition will do.
+    Moments are summed in float32. If some direction is 10⁷ times stronger than the noise, rounding
+    can leave eigenvalues of C below the floor, or below zero. Those are raised to the floor. Only
+    then is an eigendecomposition needed; otherwise a Cholesky decomposition will do.
     """
     flat = matrix.reshape(-1, *matrix.shape[-2:])
     floors = np.broadcast_to(floor, matrix.shape[:-2]).reshape(-1)
@@ -83,8 +83,8 @@ def minimizer(site: Site, moments: Moments, schedule: Schedule) -> dict[str, np.
       schedule: the noise schedule.
 
     Returns:
-      {"kernel": W_D*ᵀ, "bias": b_D*} in float64, or the factors and "bias"; no "bias" where the site
-      may have none.
+      {"kernel": W_D*ᵀ, "bias": b_D*} in float64, or the factors and "bias"; no "bias" where the
+      site may have none.
 
     >>> import dataclasses, flax.linen as nn, jax
     >>> from drep_jax import find_sites
@@ -143,15 +143,15 @@ def closed_form(
 
 
 def wiener_maps(moments: Mapping[Path, Moments], sites: Sequence[Site], ratio: float) -> Tree:
-    """Returns the best linear maps against isotropic noise, whose power is `ratio` times the features'.
+    """Returns the best linear maps against isotropic noise of power `ratio` times the features'.
 
     With the mean feature power p = tr E[F Fᵀ] / d and the noise variance v = ratio·p, the best
     estimate of F from F + √v·ε is the Wiener filter x̂ = A x + c:
 
         A = Σ (Σ + v·I)⁻¹        c = m − A m
 
-    Through the origin, E[F Fᵀ] takes the place of Σ and c = 0. This is our extension of the paper. It
-    is like the step to the clean estimate (`ddim:0`), but with the noise relative to each site's
+    Through the origin, E[F Fᵀ] takes the place of Σ and c = 0. This is our extension of the paper.
+    It is like the step to the clean estimate (`ddim:0`), but with the noise relative to each site's
     features instead of 1 − ᾱ_t.
 
     Args:
@@ -178,7 +178,7 @@ def wiener_maps(moments: Mapping[Path, Moments], sites: Sequence[Site], ratio: f
 
 
 def spectrum(moments: Moments, matrix: Float[np.ndarray, "*lead d d"]) -> dict[str, list[float]]:
-    """Returns the variances of a site's features along their principal axes, and the gain of a map there.
+    """Returns the variances of features along their principal axes, and a map's gain there.
 
     Args:
       moments: of the site's features.
@@ -207,7 +207,9 @@ def expected_loss(
 ) -> Float[np.ndarray, "*stack"] | float:
     """Returns Algorithm 1's l2 loss of any linear denoiser exactly.
 
-    E‖ε − W X − b‖² / d = [d − 2√(1−ᾱ)·tr W + tr(W C Wᵀ) + ‖√ᾱ·W m + b‖²] / d, C with the covariance Σ.
+    E‖ε − W X − b‖² / d = [d − 2√(1−ᾱ)·tr W + tr(W C Wᵀ) + ‖√ᾱ·W m + b‖²] / d,
+
+    where C is the noisy covariance, from Σ.
 
     Args:
       site, moments, schedule: as for `minimizer`.
@@ -264,9 +266,9 @@ def expected_losses(
 def best_factors(noisy: Float[np.ndarray, "d d"], noise: float, floor: float, rank: int) -> dict[str, Any]:
     """Returns the factors of a·I + U V of rank r that minimize Algorithm 1's l2 loss, in float64.
 
-    With the eigenvalues s_i of C = ᾱΣ + (1−ᾱ)I and k = √(1−ᾱ), the loss of W = a·I + U V exceeds the
-    least by ‖(W* − a·I − U V)·C^½‖². For given a, the best U V therefore takes the r directions with
-    the largest (k/s_i − a)²·s_i (Eckart and Young). This is convex in s_i, so the other n = d − r
+    With the eigenvalues s_i of C = ᾱΣ + (1−ᾱ)I and k = √(1−ᾱ), the loss of W = a·I + U V exceeds
+    the least by ‖(W* − a·I − U V)·C^½‖². For given a, the best U V therefore takes the r directions
+    with the largest (k/s_i − a)²·s_i (Eckart and Young). This is convex in s_i, so the other n = d − r
     directions are adjacent in the order of s. For them the best a is k·n/Σs, with the loss
     k²·(Σ 1/s − n²/Σs). The r + 1 adjacent sets are compared.
 

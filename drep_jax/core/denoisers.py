@@ -1,4 +1,4 @@
-"""Denoisers of all sites: the `denoise` subtree, and the value `Denoisers` that also says how to use it.
+"""Denoisers of all sites: the `denoise` subtree, and `Denoisers`, which also says how to use it.
 
 For a site at path a/b the subtree holds
 
@@ -41,7 +41,7 @@ DEFAULT_RULE = "ddpm"
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("tree",), meta_fields=("rule", "steps"))
 @dataclasses.dataclass(frozen=True)
 class Denoisers:
-    """Denoisers and how they are used: a `denoise` subtree, its reverse-step rule and its number of steps.
+    """A `denoise` subtree with its reverse-step rule and its number of steps.
 
     A pytree whose only dynamic part is `tree`; rule and steps are static under `jit`. Every
     function that takes a `denoise` subtree also takes this value, and then needs no `rule=` and
@@ -82,11 +82,11 @@ class Denoisers:
         return {"rule": self.rule, "steps": self.steps}
 
     def check(self, backbone: Tree, sites: Sequence[Site]) -> None:
-        """Checks that every denoiser fits its site and the backbone's parameters, see `check_params`."""
+        """Checks that every denoiser fits its site and the backbone, see `check_params`."""
         check_params({"backbone": backbone, "denoise": self.tree}, sites)
 
     def as_affine(self, sites: Sequence[Site], schedule: Schedule) -> "Denoisers":
-        """Returns the same maps as denoisers of rule "affine": the steps composed, one map a site."""
+        """Returns the same maps for rule "affine": the steps of each site composed."""
         return Denoisers(as_affine(self.tree, sites, schedule, **self.keywords), "affine", 1)
 
     def scaled(self, strength: float) -> "Denoisers":
@@ -136,7 +136,7 @@ def resolve(
 
 
 def resolve_params(params: Tree, rule: str | None = None, steps: int | None = None) -> tuple[Tree, str, int | None]:
-    """Returns `resolve` of the denoisers in {"backbone": …, "denoise": …}, with the plain subtree put in."""
+    """Returns {"backbone": …, "denoise": plain subtree} with rule and steps, see `resolve`."""
     denoise = params.get("denoise") if isinstance(params, Mapping) else None
     tree, rule, steps = resolve(denoise, rule, steps)
     if isinstance(denoise, Denoisers):
@@ -164,7 +164,7 @@ def init_denoise(sites: Sequence[Site], dtype: Any = jnp.float32) -> dict[str, A
         shapes = leaf_shapes(site)
         names = FACTORS if site.rank else ("kernel",)
         leaves = {name: jnp.zeros(shapes[name], dtype) for name in (*names, *(("bias",) if site.bias else ()))}
-        if site.rank:  # with both factors zero neither would ever get a gradient; any start but zero will do
+        if site.rank:  # with both factors zero neither would get a gradient; any other start will do
             key = jax.random.fold_in(jax.random.key(0), index)
             leaves["down"] = jax.random.normal(key, shapes["down"], dtype) / math.sqrt(site.width)
         tree = set_in(tree, site.path, leaves)
@@ -187,7 +187,9 @@ def noise_shape(site: Site) -> tuple[int, ...]:
 
 
 def sample_noise(denoise: Tree, sites: Sequence[Site], key: jax.Array) -> dict[str, Any]:
-    """Returns the subtree with a fixed z ~ N(0, I) for each reverse step, so that fusing twice is the same.
+    """Returns the subtree with a fixed z ~ N(0, I) for each reverse step.
+
+    It is drawn once and kept, so that fusing twice gives the same weights.
 
     Args:
       denoise: the `denoise` subtree.
@@ -231,7 +233,8 @@ def as_affine(
       sites, schedule, rule, steps: see `drep_jax.core.fusion.fuse`.
 
     Returns:
-      {"kernel": (I − A)ᵀ, "bias": −c} at each site, composed in float64 and rounded once to float32.
+      {"kernel": (I − A)ᵀ, "bias": −c} at each site, composed in float64 and rounded once to
+      float32.
     """
     denoise, rule, steps = resolve(denoise, rule, steps)
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):

@@ -1,4 +1,4 @@
-"""The explicit path (Eq. 5): every site's input is denoised as a step of its own. Fusion must equal it."""
+"""The explicit path (Eq. 5): every site's input is denoised in a step of its own."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,7 +66,7 @@ def explicit_extras(
     rule: str | None = None,
     steps: int | None = None,
 ) -> dict[Path, Tree]:
-    """Returns what `call_denoised` needs at every layer: the site's denoiser and its reverse-step triples."""
+    """Returns what `call_denoised` needs at every layer: denoiser and reverse-step triples."""
     denoise, rule, steps = resolve(denoise, rule, steps)
     table = site_steps(sites, schedule, rule, steps)
     return {

@@ -18,7 +18,7 @@ from drep_jax.trees import set_in
 from drep_jax.typing import Path, Tree
 
 Visit = Callable[[Site, Layer, nn.Module, Any, Any, Callable[[Any], Any]], Any]
-"""(site, layer, bound module, extra, input, call) ↦ output of the layer; `call(x)` is the layer itself."""
+"""(site, layer, bound module, extra, input, call) ↦ output; `call(x)` is the layer itself."""
 
 
 EXTRA = "denoise"
@@ -41,8 +41,8 @@ def visit_sites(
       backbone: an unbound Linen module.
       variables: its variables, {"params": …, …}.
       sites: whose layers are visited.
-      extras: {layer path: tree for the visitor}; for stacked layers, with the stack as first axis of
-        every leaf.
+      extras: {layer path: tree for the visitor}; for stacked layers, with the stack as first axis
+        of every leaf.
       visit: called as `visit(site, layer, module, extra, x, call)`, where `call(x)` is the layer
         itself; returns the layer's output.
       *args, **kwargs: for the backbone.
@@ -74,8 +74,8 @@ def sow(module: nn.Module, layer: Layer, name: str, value: Any) -> None:
     """Adds `value` to what the collection "denoise" holds as `name` at this layer.
 
     Raises:
-      SiteError: under an `nn.scan` or `nn.vmap` that does not lift the collection; names the line to
-        add.
+      SiteError: under an `nn.scan` or `nn.vmap` that does not lift the collection; names the line
+        to add.
     """
     if not module.is_mutable_collection(COLLECTION):
         raise SiteError(

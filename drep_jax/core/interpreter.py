@@ -1,7 +1,7 @@
-"""A backbone as a list of equations in which its layers are marked, and an interpreter that visits them.
+"""A backbone as equations with its layers marked, and an interpreter that visits them.
 
-- `trace` runs a Flax module abstractly and marks every selected layer as one equation, a jitted call
-  named after the layer.
+- `trace` runs a Flax module abstractly and marks every selected layer as one equation, a jitted
+  call named after the layer.
 - `walk` evaluates the equations. It hands each marked layer to a visitor, which may return another
   output.
 - `find_junctions` finds residual sums: the output y of a block's last layer meets the shortcut q in
@@ -59,7 +59,8 @@ class Call:
       x: its input.
       leaves: its kernel and bias.
       apply: (leaves, x) ↦ output.
-      leaves_of: layer path ↦ leaves, of any marked layer at this level; for sites of several layers.
+      leaves_of: layer path ↦ leaves, of any marked layer at this level; for sites of several
+        layers.
       correction: None, or (y, change) ↦ δ as returned by `_correction`.
     """
 
@@ -72,7 +73,7 @@ class Call:
 
 
 def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: Any) -> core.ClosedJaxpr:
-    """Returns the equations of `backbone.apply(variables, images)`, with every layer of `sites` marked.
+    """Returns the equations of a backbone, with every layer of `sites` marked.
 
     Nested calls are inlined, except loops.
 
@@ -101,7 +102,7 @@ def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: A
         return marked(layer.name, run)(leaves, x)
 
     def forward(variables: Tree, images: Any) -> Any:
-        # The visitor needs no extras, but under `nn.scan` every layer must have one with the stack's axis.
+        # The visitor needs no extras. But every layer must have one, and with a stack its axis.
         layers = [layer for site in sites for layer in site.layers]
         extras = {layer.path: jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
         return visit_sites(backbone, variables, sites, extras, mark, images)
@@ -209,7 +210,7 @@ def _correction(
 def walk(
     closed: core.ClosedJaxpr, args: Sequence[Any], varying: Sequence[bool], visit: Visitor
 ) -> tuple[list[Any], dict[Path, Any]]:
-    """Evaluates the equations, with `visit` in place of each marked layer that depends on the images.
+    """Evaluates the equations, with `visit` in place of marked layers that depend on the images.
 
     Args:
       closed: from `trace`.
@@ -240,7 +241,7 @@ def walk(
         return env[atom]
 
     def evaluate_up_to(var: Any) -> None:
-        """Evaluates, in order, the equations that `var` needs and that have not been evaluated yet."""
+        """Evaluates, in order, the equations that `var` still needs."""
         pending, needed = [producer[var]], set()
         while pending:
             index = pending.pop()
@@ -295,7 +296,7 @@ def _is_in(atom: Any, variables: set[Any]) -> bool:
 
 
 def _unflatten(leaves: Sequence[Any]) -> Tree:
-    names = ("kernel",) if len(leaves) == 1 else ("bias", "kernel")  # the order in which a tree is flattened
+    names = ("kernel",) if len(leaves) == 1 else ("bias", "kernel")  # as a tree is flattened
     return dict(zip(names, leaves, strict=True))
 
 

@@ -25,7 +25,7 @@ INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "c
 
 
 def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function as one equation called `name`, which `mark_of` recognizes in a traced program."""
+    """Returns the function as one equation with a name that `mark_of` recognizes."""
 
     def call(*args: Any) -> Any:
         return function(*args)
@@ -93,7 +93,7 @@ def body_of(eqn: Any) -> core.ClosedJaxpr | None:
 
 
 def bodies(eqn: Any) -> list[Any]:
-    """Returns the programs inside an equation: the body of a loop or call, or the branches of a condition."""
+    """Returns the programs inside an equation: bodies of loops and calls, and branches."""
 
     def is_jaxpr(value: Any) -> bool:
         return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
@@ -133,7 +133,7 @@ def mark(name: str, value: Any) -> Any:
 
 
 def independent(function: Callable[..., Any], fixed: Any, *args: Any) -> set[str]:
-    """Returns the names of the marked values in `function(fixed, *args)` that do not depend on `args`.
+    """Returns the names of the marked values of `function(fixed, *args)` that ignore `args`.
 
     The function is traced abstractly. A value counts as dependent unless it is certain that it is
     the same for all `args`.
@@ -170,7 +170,7 @@ def _follow(jaxpr: Any, inputs: Sequence[bool], reached: dict[str, bool]) -> lis
     for eqn in jaxpr.eqns:
         in_flags = [flag(atom) for atom in eqn.invars]
         out_flags = [any(in_flags)] * len(eqn.outvars)
-        # A mark without outputs counts too: under `jax.grad` it is all that is left of the forward pass.
+        # Marks without outputs count too: `jax.grad` leaves no others of the forward pass.
         if (name := name_of(eqn)) is not None:
             reached[name] = reached.get(name, False) or any(in_flags)
         else:

@@ -1,7 +1,7 @@
 """Finds the linear layers of any Flax Linen module, in execution order (Algorithm 2).
 
-A *layer* is one `nn.Dense`, `nn.DenseGeneral` or `nn.Conv`. The module is traced abstractly; nothing
-is computed.
+A *layer* is one `nn.Dense`, `nn.DenseGeneral` or `nn.Conv`. The module is traced abstractly;
+nothing is computed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ COLLECTION = "denoise"
 
 
 NO_IMAGES = "what it reads is the same for all images, so it holds no feature of theirs to denoise"
-"""Refusal of a layer whose input does not depend on the images, such as one that computes position biases."""
+"""Refusal of a layer whose input does not depend on the images (position biases)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,9 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
 
     The module is traced abstractly, once to initialize it and once to apply it. Layers inside
     `nn.remat`, `nn.jit` and `nn.scan` are found at the path of their parameters. A layer that is
-    called several times is one layer. A layer that cannot be fused exactly is listed with the reason
-    in `refusal`: masked kernels, an overridden `__call__`, transformed weights, an input that does
-    not depend on the images, ….
+    called several times is one layer. A layer that cannot be fused exactly is listed with the
+    reason in `refusal`: masked kernels, an overridden `__call__`, transformed weights, an input
+    that does not depend on the images, ….
 
     Args:
       module: an unbound Flax Linen module.
@@ -171,7 +171,7 @@ def _window(layer: nn.Conv) -> Window:
 
 
 def _describe(layer: nn.Module, x: Any, params: Any, reads: int, order: int) -> Layer:
-    """Describes a bound layer that is called with `x`; `params` are its parameters in the whole tree, or None."""
+    """Describes a bound layer that reads `x`; `params` is its node of the whole tree, or None."""
     kernel: Any = layer.get_variable("params", "kernel")
     scope: Any = layer.scope
     lifts = [re.findall(r"(\w+)\(", part) for part in scope.debug_path]  # as in "remat(scan(encoder))"

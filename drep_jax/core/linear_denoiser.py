@@ -72,7 +72,7 @@ def dense(denoiser: Mapping[str, Any]) -> Float[AnyArray, "*lead d d"]:
 def times_kernel(
     denoiser: Mapping[str, Any], groups: int, kernel: Float[AnyArray, "groups d columns"]
 ) -> Float[AnyArray, "groups d columns"]:
-    """Returns K_D·K for a layer's kernel K; a low rank r costs 2·r·d·columns instead of d²·columns."""
+    """Returns K_D·K for a layer's kernel K; rank r costs 2·r·d·columns, not d²·columns."""
 
     def product(a: Any, b: Any) -> Any:
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

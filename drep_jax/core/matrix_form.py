@@ -63,7 +63,7 @@ def kernel_from_matrix(
 def bias_from_columns(
     layer: Layer, kind: str, columns: Float[AnyArray, "groups columns"]
 ) -> Float[AnyArray, "*bias_shape"]:
-    """Returns what Mᵀ c adds to the bias; a pointwise constant c is added at every pixel of the window."""
+    """Returns what Mᵀ c adds to the bias; a pointwise c is added at every pixel of the window."""
     if layer.window is None:
         return columns.reshape(layer.kernel_shape[layer.inputs :])
     if kind == "pointwise":
@@ -94,7 +94,7 @@ def features(layer: Layer, kind: str, x: Float[AnyArray, "*input_shape"]) -> Flo
 def input_from_features(
     layer: Layer, vectors: Float[AnyArray, "*positions width"], like: Float[AnyArray, "*input_shape"]
 ) -> Float[AnyArray, "*input_shape"]:
-    """Inverse of `features` for Dense layers and pointwise denoisers; `like` is the layer's input."""
+    """Inverse of `features`, except for patches; `like` is the layer's input."""
     if layer.window is None:
         moved_shape = jnp.moveaxis(like, layer.axes, range(-layer.inputs, 0)).shape
         return jnp.moveaxis(vectors.reshape(moved_shape), range(-layer.inputs, 0), layer.axes)
@@ -128,7 +128,7 @@ def patches(window: Window, x: Float[AnyArray, "*pixels channels"]) -> Float[Arr
         lhs_dilation=window.input_dilation,
         rhs_dilation=window.kernel_dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=jax.lax.Precision.HIGHEST,  # the default product would round what is only to be copied
+        precision=jax.lax.Precision.HIGHEST,  # a lower one would round what is copied
     )
     return out.reshape(*batch, *out.shape[1:])
 
@@ -158,7 +158,7 @@ def _pad_by_copies(
 def sampled_features(
     layer: Layer, kind: str, x: Float[AnyArray, "rows *row_shape"], picks: Int[AnyArray, "batch picks"]
 ) -> Float[Array, "batch picks *groups width"]:
-    """Returns some feature vectors of every example; of a convolution's windows only those are gathered.
+    """Returns some feature vectors of every example; no other windows are gathered.
 
     Args:
       layer, kind: as for `features`.

@@ -1,4 +1,4 @@
-"""Measured noise: regress clean on corrupted features, site by site, with the earlier sites already fused.
+"""Measured noise: clean features regressed on corrupted ones, site by site.
 
 The paper assumes isotropic Gaussian noise at every layer. If a corruption of the *images* is known,
 the noise at a site can be measured instead. Let u be the feature of the clean image in the unfused
@@ -9,10 +9,10 @@ backbone, and w that of the corrupted image behind the sites fused so far. Then
 or with second moments and c* = 0 where a site may have no constant. The ridge λ pulls towards the
 identity, so without evidence nothing changes. This is our extension of the paper.
 
-In a residual network the shortcut q carries noise past every denoiser. If a layer's output y meets q
-in a sum z = L(y) + q (see `drep_jax.core.interpreter`), the layer can cancel that noise. Its target is
-then t = W u + L⁻¹(q_clean − q) instead of W u, which makes the sum clean. The regression is over the
-layer's outputs,
+In a residual network the shortcut q carries noise past every denoiser. If a layer's output y meets
+q in a sum z = L(y) + q (see `drep_jax.core.interpreter`), the layer can cancel that noise. Its
+target is then t = W u + L⁻¹(q_clean − q) instead of W u, which makes the sum clean. The regression
+is over the layer's outputs,
 
     W* = (E[t wᵀ] + λW) (E[w wᵀ] + λI)⁻¹        A* = I + W⁺(W* − W),
 
@@ -112,8 +112,8 @@ def measuring(
       shortcut: whether layers cancel the noise of the shortcut that they are added to.
 
     Returns:
-      weights ↦ `Measured`. There is one weight for each stream after the first, at least 0; only their
-      ratios matter.
+      weights ↦ `Measured`. There is one weight for each stream after the first, at least 0; only
+      their ratios matter.
 
     Raises:
       NonFiniteError: if features or solutions are not finite, naming the site.
@@ -139,7 +139,7 @@ def measuring(
             raise DataError(
                 f"The weights of the corrupted streams must be at least 0 and not all 0, got {list(weights)}."
             )
-        with jax.enable_x64(True):  # sums and solves are in float64; images and parameters stay in their own types
+        with jax.enable_x64(True):  # for sums and solves; images and parameters keep their types
             outputs, solutions = program(variables, batch, mixture / mixture.sum())
         return _collect(sites, devices.unreplicate(solutions), division.join(np.asarray(outputs)))
 
@@ -180,7 +180,8 @@ class _Division(NamedTuple):
     Attributes:
       images: number of images.
       chunk: images in a chunk, a divisor of their number.
-      each: chunks on a device. The last devices repeat chunks of others, which are not counted there.
+      each: chunks on a device. The last devices repeat chunks of others, which are not counted
+        there.
       devices: devices that this host uses.
     """
 

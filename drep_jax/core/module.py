@@ -17,8 +17,8 @@ from drep_jax.typing import AnyArray, Tree
 class DenoiseRep(nn.Module):
     """A backbone with a denoiser before every selected layer.
 
-    Its parameters are {"backbone": the backbone's own tree, "denoise": the `denoise` subtree}. Calling
-    it takes the explicit path (Eq. 5); the method `denoising_losses` returns the losses of
+    Its parameters are {"backbone": the backbone's own tree, "denoise": the `denoise` subtree}.
+    Calling it takes the explicit path (Eq. 5); the method `denoising_losses` returns the losses of
     Algorithm 1. `drep_jax.fuse(params, sites, schedule)` returns weights with which the plain
     backbone computes the same. Other collections of the backbone (batch statistics) keep their
     names; they are read, not updated.
@@ -64,7 +64,7 @@ class DenoiseRep(nn.Module):
 
     def _parts(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tree, Tree]:
         if self.is_initializing():
-            self.backbone(*args, **kwargs)  # a plain submodule, so its variables are made where it expects them
+            self.backbone(*args, **kwargs)  # as a submodule: its variables are made at its own paths
             denoise = self.param("denoise", lambda _: init_denoise(self.sites))
         else:
             denoise = self.get_variable("params", "denoise")

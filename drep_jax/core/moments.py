@@ -58,7 +58,8 @@ class Moments:
 ROW_BLOCKS = 4
 """Largest number of row blocks of Σ (F − shift)(F − shift)ᵀ, which is symmetric.
 
-Only the part of each block from the diagonal on is summed: 5/8 of all operations with four blocks."""
+Only the part of each block from the diagonal on is summed. With four blocks that is 5/8 of all
+operations."""
 
 
 LEAST_BLOCK = 192
@@ -120,13 +121,13 @@ def batch_sums(
     Args:
       backbone, variables: the frozen backbone.
       sites: to take sums at.
-      shifts: {site name: ([stack], [groups], d)}, float32, near the mean of F, so that float32 loses
-        nothing to cancellation.
+      shifts: {site name: ([stack], [groups], d)}, float32, near the mean of F, so that float32
+        loses nothing to cancellation.
       mask: 1 for images, 0 for padding, which is not counted.
       *args: inputs of the backbone, the batch first.
       tokens: fraction of each image's feature vectors to use, by a systematic sample at every site.
-      keys: (batch,) threefry keys of the images, needed if `tokens` < 1. Other generators mapped over
-        keys draw for the whole batch, not for each key.
+      keys: (batch,) threefry keys of the images, needed if `tokens` < 1. Other generators mapped
+        over keys draw for the whole batch, not for each key.
       first_slot: number of sites, stacked copies counted, in earlier passes; see `passes`.
 
     Returns:
@@ -145,7 +146,7 @@ def batch_sums(
         if layer.path == site.path:  # the other layers of a site read the same tensor
             shift = extra["shift"]
             shape = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
-            by_image = len(shape) > shift.ndim and shape[0] % batch == 0  # else a table, the same for every image
+            by_image = len(shape) > shift.ndim and shape[0] % batch == 0  # else a table for all images
             if by_image and tokens < 1.0:
                 total = math.prod(shape[: -shift.ndim]) // batch
                 site_keys = jax.vmap(lambda k: jax.random.fold_in(k, extra["slot"]))(keys)
@@ -179,7 +180,7 @@ def _sums(
 
 
 def _sum_calls(site: Site, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds up the calls of one layer that `nn.scan` repeats or `nn.vmap` spreads: axes after the stack's."""
+    """Sums over calls of a layer that `nn.scan` repeats or `nn.vmap` spreads: axes after the stack."""
     vector = len(site.denoiser_shape) - 1
     stack = 0 if site.stack is None else 1
 
@@ -247,11 +248,11 @@ def collect_moments(
       sites: to take moments at.
       batches: (images, mask), normalized, (batch, …) and (batch,) with 0 for padding. With several
         hosts: each host's equal part of every batch.
-      shift_images: images whose mean feature is the shift, normalized, the same on every host. Needed
-        with several hosts; by default the first images of the first batch.
-      tokens: fraction of each image's feature vectors to use, in (0, 1]. Which ones depends only on the
-        seed, the site and the image's index in the stream. Neighboring tokens are so similar that a
-        quarter of them gives nearly the same moments.
+      shift_images: images whose mean feature is the shift, normalized, the same on every host.
+        Needed with several hosts; by default the first images of the first batch.
+      tokens: fraction of each image's feature vectors to use, in (0, 1]. Which ones depends only on
+        the seed, the site and the image's index in the stream. Neighboring tokens are so similar
+        that a quarter of them gives nearly the same moments.
       seed: of the sample.
       first_slot: number of sites, stacked copies counted, in earlier passes; see `passes`.
 
@@ -296,7 +297,7 @@ def collect_moments(
         raise DataError("There are no images to take moments of.")
     high, low = total(*state)
     moments = {}
-    for site in sites:  # one by one: in float64 all of them would take far more memory than the pass
+    for site in sites:  # one by one: all of them in float64 would take more memory than the pass
         sums = {part: devices.unreplicate(leaf).astype(np.float64) for part, leaf in high[site.name].items()}
         for part, leaf in low[site.name].items():
             sums[part] += devices.unreplicate(leaf)
@@ -312,9 +313,10 @@ def programs(
 
     Returns:
       center: (variables, images, mask, keys) ↦ each site's mean feature, on one device.
-      add: (state, variables, shifts, images, mask, keys) ↦ state on every device; donates the state.
-      total: (sums, errors) ↦ (high, low), the sums over all devices and hosts in two float32 numbers;
-        donates both.
+      add: (state, variables, shifts, images, mask, keys) ↦ state on every device; donates the
+        state.
+      total: (sums, errors) ↦ (high, low), the sums over all devices and hosts in two float32
+        numbers; donates both.
     """
     try:
         return _programs(backbone, sites, tokens, first_slot)
@@ -351,7 +353,7 @@ def _programs(
 
 
 def initial_state(sites: Sequence[Site]) -> Any:
-    """Returns the state before the first batch, on every device: the sums and their rounding errors."""
+    """Returns the state before the first batch, on every device: sums and rounding errors."""
     zeros = {site.name: zero_sums(site) for site in sites}
     return devices.replicate((zeros, zeros))
 

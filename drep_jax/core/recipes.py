@@ -1,8 +1,8 @@
 """Recipes: denoisers against isotropic noise for any rule, number of steps and time steps.
 
 A *recipe* says which noise is assumed at the sites and how it is removed. Its result is one affine
-map a site, x̂ = A x + c, solved from the moments of a finished run without images. For a rule of the
-schedule, k reverse steps with Algorithm 1's minimum are composed; `wiener:r` is a single map by
+map a site, x̂ = A x + c, solved from the moments of a finished run without images. For a rule of
+the schedule, k reverse steps with Algorithm 1's minimum are composed; `wiener:r` is a single map by
 itself. So all recipes can be compared, interpolated by a strength, and fused alike.
 """
 
@@ -31,10 +31,11 @@ class Recipe:
     """Which noise is assumed at the sites, and how it is removed.
 
     Attributes:
-      rule: a rule of the schedule (`ddpm`, `paper`, `ddim`, `ddim:r`), or `wiener:r` for noise of power
-        r·tr E[F Fᵀ]/d.
+      rule: a rule of the schedule (`ddpm`, `paper`, `ddim`, `ddim:r`), or `wiener:r` for noise of
+        power r·tr E[F Fᵀ]/d.
       steps: reverse steps k at each site.
-      scale: factor on the time steps, see `drep_jax.core.sites.assign_times`; not used by `wiener:r`.
+      scale: factor on the time steps, see `drep_jax.core.sites.assign_times`; not used by
+        `wiener:r`.
 
     >>> Recipe("ddpm", 5, 10.0).label, Recipe("wiener:0.1").ratio
     ('ddpm, k 5, t ×10', 0.1)
@@ -80,8 +81,8 @@ def check_rule(rule: str, schedule: Schedule) -> None:
     """Checks that denoisers for a rule can be solved from moments.
 
     Raises:
-      ConfigError: for an unknown rule, naming the nearest one; for `affine`, which predicts no noise;
-        for a target outside the schedule.
+      ConfigError: for an unknown rule, naming the nearest one; for `affine`, which predicts no
+        noise; for a target outside the schedule.
     """
     if rule.startswith(WIENER) or rule == WIENER.rstrip(":"):
         try:
@@ -179,7 +180,7 @@ def make_grid(
 def solve(
     recipes: Sequence[Recipe], moments: Mapping[Path, Moments], sites: Sequence[Site], schedule: Schedule
 ) -> list[Tree]:
-    """Solves recipes from moments; those with the same time steps share one solution of the closed form.
+    """Solves recipes from moments; those with the same time steps share one closed form.
 
     Args:
       recipes: in any order.
@@ -188,8 +189,8 @@ def solve(
       schedule: the noise schedule.
 
     Returns:
-      For each recipe the `denoise` subtree for rule "affine", {"kernel": (I − A)ᵀ, "bias": −c} a site,
-      computed in float64 and rounded once to float32.
+      For each recipe the `denoise` subtree for rule "affine", {"kernel": (I − A)ᵀ, "bias": −c} a
+      site, computed in float64 and rounded once to float32.
     """
     solutions: dict[Recipe, Tree] = {}
 

@@ -1,7 +1,7 @@
 """Least squares at one site (measured noise): sums over features and targets, and their solution.
 
-The targets t of features w are t = u·K + δ, with u the clean feature, K a layer's kernel (or I) and δ a
-correction of the layer's output. The solution is drawn to K by a ridge λ:
+The targets t of features w are t = u·K + δ, with u the clean feature, K a layer's kernel (or I) and
+δ a correction of the layer's output. The solution is drawn to K by a ridge λ:
 
     K* = (E[w wᵀ] + λI)⁻¹ (E[w tᵀ] + λK)
 
@@ -34,7 +34,7 @@ def regression_sums(
     chunks: int,
     vectors: int,
 ) -> dict[str, Float64[Array, "..."]]:
-    """Returns the means and centered second moments of features w and targets t over the corrupted streams.
+    """Returns means and centered second moments of features w and targets t, corrupted streams only.
 
     Args:
       site, layer: the site and its first layer.
@@ -52,7 +52,7 @@ def regression_sums(
     """
     groups, d, columns = matrix.shape
     streams = x.shape[0]
-    chunk = x.shape[1] // parts  # rows in a chunk: images, or what they are cut into, such as windows
+    chunk = x.shape[1] // parts  # rows: images, or windows that they are cut into
 
     def cut(a: Any) -> Any:
         return jnp.moveaxis(a.reshape(a.shape[0], parts, chunk, *a.shape[2:]), 1, 0)
@@ -117,7 +117,7 @@ def regression_sums(
 
 
 def _every(stride: int, start: Any, a: Shaped[AnyArray, "streams n *rest"]) -> Shaped[Array, "streams picks *rest"]:
-    """Returns every `stride`-th entry of the second axis, from a start that moves from chunk to chunk."""
+    """Returns every `stride`-th entry of the second axis; `start` moves from chunk to chunk."""
     count = max(1, a.shape[1] // stride)
     picks = (start % stride + stride * jnp.arange(count)) % a.shape[1]
     return jnp.take(a, picks, axis=1)

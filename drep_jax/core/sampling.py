@@ -1,4 +1,4 @@
-"""Random numbers of one example, as functions of its own key: noise, and samples of its feature vectors."""
+"""Random numbers of one example, from its own key: noise, and samples of feature vectors."""
 
 import math
 from typing import Any
@@ -23,9 +23,9 @@ def threefry(key: jax.Array) -> jax.Array:
 def draw(keys: jax.Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, "batch *shape"]:
     """Draws ε ~ N(0, I) for every example, each as a function of its own key alone.
 
-    The keys are mapped over in two chunks. XLA does not fuse the result of a loop into its users, so
-    the noise is not drawn again at each use. Both words of every threefry block are used, unlike in
-    `jax.random`. Together this halves the cost of the noise.
+    The keys are mapped over in two chunks. XLA does not fuse the result of a loop into its users,
+    so the noise is not drawn again at each use. Both words of every threefry block are used, unlike
+    in `jax.random`. Together this halves the cost of the noise.
 
     Args:
       keys: (batch,) threefry keys.
@@ -63,5 +63,5 @@ def systematic(key: jax.Array, total: int, fraction: float) -> Int[Array, " pick
     [1, 5, 9]
     """
     count = max(1, round(fraction * total))
-    spacing = (np.arange(count) * total) // count  # in NumPy's int64: the product of two numbers of pixels
+    spacing = (np.arange(count) * total) // count  # the product needs NumPy's int64
     return (jax.random.randint(key, (), 0, total) + jnp.asarray(spacing, jnp.int32)) % total

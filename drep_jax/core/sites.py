@@ -19,7 +19,7 @@ from drep_jax.errors import ConfigError, SiteError, did_you_mean
 from drep_jax.typing import Path, Tree
 
 MAX_PATCH_WIDTH = 2304
-"""Largest patch width (k²C per group) for which kind "auto" takes a patch denoiser, not a pointwise one."""
+"""Largest patch width (k²C per group) for which kind "auto" takes a patch denoiser."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Site:
     Attributes:
       path: of its first layer, and of its denoiser in the `denoise` subtree.
       layers: the layers whose input is denoised.
-      kind: "dense", "patch" (a convolution's whole window) or "pointwise" (a convolution's channels).
+      kind: "dense", "patch" (a convolution's whole window) or "pointwise" (a convolution's
+        channels).
       width: d, the number of rows and columns of its matrix W_D (per group).
       groups: number of matrices, one for each group of a grouped convolution.
       bias: whether the denoiser may have a constant. It may if every layer has a bias to put it in,
@@ -65,7 +66,7 @@ class Site:
 
 
 def with_rank(sites: Sequence[Site], rank: int) -> tuple[Site, ...]:
-    """Returns the sites with low-rank denoisers where these have fewer parameters than a full matrix.
+    """Returns the sites with low-rank denoisers where these have fewer parameters.
 
     Args:
       sites: from `select_sites`.
@@ -73,7 +74,7 @@ def with_rank(sites: Sequence[Site], rank: int) -> tuple[Site, ...]:
 
     >>> import flax.linen as nn
     >>> sites = find_sites(nn.Sequential([nn.Dense(3)]), jax.ShapeDtypeStruct((1, 6), "float32"))
-    >>> [with_rank(sites, rank)[0].rank for rank in (0, 2, 3)]  # 2·3·6 numbers are no fewer than 6·6
+    >>> [with_rank(sites, rank)[0].rank for rank in (0, 2, 3)]
     [None, 2, None]
     """
     return tuple(dataclasses.replace(site, rank=rank if 0 < 2 * rank < site.width else None) for site in sites)
@@ -85,7 +86,7 @@ def with_rank(sites: Sequence[Site], rank: int) -> tuple[Site, ...]:
 
 
 def default_pattern(layers: Sequence[Layer]) -> str:
-    """Returns the paper's choice: the layers inside each block's MLP, or every layer if there is no MLP."""
+    """Returns the paper's choice: the layers inside each MLP, or every layer without any MLP."""
     mlp = r"(?i).*mlp[^/]*/[^/]+"
     return mlp if any(re.fullmatch(mlp, layer.name) and not layer.refusal for layer in layers) else ".*"
 
@@ -158,7 +159,7 @@ def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int
         channels, patch_width = first.kernel_shape[-2], math.prod(first.kernel_shape[:-1])
         is_patch = kind == "patch" or (kind == "auto" and patch_width <= max_patch_width)
         if window.single and not window.fills_with_zeros:
-            is_patch = False  # the window is the pixel: the same denoiser, without gathering patches
+            is_patch = False  # the same denoiser, without gathering
         site_kind, width = ("patch", patch_width) if is_patch else ("pointwise", channels)
         groups = window.groups
         bias = bias and not (site_kind == "pointwise" and window.fills_with_zeros)
@@ -183,9 +184,9 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_
 
     t = time_scale·steps·(N − i + 1), rounded, and at least `steps`.
 
-    Every copy of a stacked site counts as one of the N, and the copies of one `nn.scan` interleave as
-    they run. A site takes the reverse steps t, t − 1, …, t − steps + 1. With time_scale 1, as in the
-    paper, the last site ends at t = 1. A larger scale assumes more noise at every site.
+    Every copy of a stacked site counts as one of the N, and the copies of one `nn.scan` interleave
+    as they run. A site takes the reverse steps t, t − 1, …, t − steps + 1. With time_scale 1, as in
+    the paper, the last site ends at t = 1. A larger scale assumes more noise at every site.
 
     Args:
       sites: from `select_sites`.
@@ -210,7 +211,7 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_
     for site in sites:
         if (scan := site.layers[0].scan) is not None:
             first_in_scan[scan] = min(first_in_scan.get(scan, site.layers[0].order), site.layers[0].order)
-    slots = []  # (start of the layer or its scan, copy, order of the layer, index of the site): sorted, they run so
+    slots = []  # (start of the layer or its scan, copy, order of the layer, index of the site)
     for index, site in enumerate(sites):
         layer = site.layers[0]
         start = layer.order if layer.scan is None else first_in_scan[layer.scan]

@@ -31,7 +31,6 @@ def test_a_wrong_shape_or_type_is_an_error(call):
 
 
 def test_whole_numbers_are_floats_and_the_check_can_be_left_out():
-    assert Schedule(beta_start=0.5, beta_end=0.5) == Schedule(1000, 0.5, 0.5)
+    assert best_factors(np.eye(2), 1, 0, 1)["down"].shape == (2, 1)
     with shapes.unchecked():
         assert affine(np.ones((2, 3), int), np.ones((3, 5))).shape == (2, 5)
-    assert best_factors(np.eye(2), 1, 0, 1)["down"].shape == (2, 1)
