@@ -24,7 +24,7 @@ LEVELS = (
     ("tasks",),
     ("data", "weights", "exporting", "training", "__init__"),
     ("core", "models", "metrics"),
-    ("parallel", "files", "trees", "imports"),
+    ("parallel", "files", "trees", "imports", "progress"),
     ("errors", "typing"),
 )
 """From top to bottom: whoever stands here imports from lower levels only; `__init__` holds the public names."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-import tqdm
 
 from drep_jax import weights
 from drep_jax.core.moments import SHIFT_IMAGES, Moments, collect_moments, passes
@@ -19,6 +18,7 @@ from drep_jax.data.loader import evaluation_batches
 from drep_jax.errors import CheckpointError
 from drep_jax.files import whole
 from drep_jax.parallel import devices, processes
+from drep_jax.progress import bar
 from drep_jax.run.run import Run
 from drep_jax.run.setup import Setup
 from drep_jax.typing import Path, Tree
@@ -142,8 +142,8 @@ def moments_of(
     for number, group in enumerate(groups):
         first = itertools.islice(evaluation_batches(setup.train, batch, shard=devices.host()), count)
         name = "moments" if len(groups) == 1 else f"moments, pass {number + 1} of {len(groups)}"
-        bar = tqdm.tqdm(first, name, count, unit="batch", disable=not config["progress"])
-        batches = ((setup.inputs(b), b["mask"].astype(np.float32)) for b in bar)
+        steps = bar(first, name, count, "batch", shown=config["progress"])
+        batches = ((setup.inputs(b), b["mask"].astype(np.float32)) for b in steps)
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
         sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
         module = setup.backbone if backbone is None else backbone
