@@ -126,10 +126,10 @@ def resolve(
     if not isinstance(denoise, Denoisers):
         return denoise, DEFAULT_RULE if rule is None else rule, steps
     for name, keyword in (("rule", rule), ("steps", steps)):
-        own = getattr(denoise, name)
-        if keyword is not None and keyword != own:
+        value = getattr(denoise, name)
+        if keyword is not None and keyword != value:
             raise ConfigError(
-                f"The denoisers are for {name}={own!r}, but the call says {name}={keyword!r}. Leave the keyword out, "
+                f"The denoisers are for {name}={value!r}, but the call says {name}={keyword!r}. Leave the keyword out, "
                 f"or use dataclasses.replace(denoisers, {name}={keyword!r})."
             )
     return denoise.tree, denoise.rule, denoise.steps
