@@ -56,22 +56,19 @@ def collate(items: Sequence[Item], columns: Columns = (), shape: Size | None = N
     canvas = shape or sizes[0]
     if max(height for height, _ in sizes) > canvas[0] or max(width for _, width in sizes) > canvas[1]:
         raise DataError(f"{where} has images of {max(sizes)} pixels (height, width), which {canvas} does not hold.")
-    labels = {
-        name: [
-            table.get(name, Column(name)).value(item[name], size, where)
-            for item, size in zip(items, sizes, strict=True)
-        ]
-        for name in names
-        if name not in ("image", "transform")
-    }
     batch = {"image": _padded([item["image"] for item in items], canvas, 0)}
-    batch |= _objects({name: labels[name] for name in labels if name in table and table[name].ragged}, table)
-    for name, values in labels.items():
-        column = table.get(name, Column(name))
-        if column.geometry == "mask":
-            batch[name] = _padded(values, canvas, column.fill)
-        elif not column.ragged:
-            batch[name] = np.stack(values)
+    ragged = {}
+    for name in names - {"image", "transform"}:
+        column = table.get(name)
+        if column is None:
+            batch[name] = _scalars(name, [item[name] for item in items], sizes[0], where)
+            continue
+        values = [column.value(item[name], size, where) for item, size in zip(items, sizes, strict=True)]
+        if column.ragged:
+            ragged[name] = values
+        else:
+            batch[name] = _padded(values, canvas, column.fill) if column.geometry == "mask" else np.stack(values)
+    batch |= _objects(ragged, table)
     if shape is not None:
         batch["size"] = np.array(sizes, np.int32).reshape(-1, 2)
     if "transform" in names:
@@ -282,6 +279,17 @@ def _padded(arrays: Sequence[np.ndarray], shape: Size, fill: float) -> np.ndarra
     for place, array in zip(out, arrays, strict=True):
         place[: array.shape[0], : array.shape[1]] = array
     return out
+
+
+def _scalars(name: str, values: Sequence[Any], size: Size, where: str) -> np.ndarray:
+    """Returns a column that no task declares, int32 (n,)."""
+    try:
+        array = np.array(values, np.int32)
+        if array.shape == (len(values),):
+            return array
+    except (TypeError, ValueError):
+        pass  # one of the values is refused below, with its shape or type
+    return np.stack([Column(name).value(value, size, where) for value in values])
 
 
 def _objects(ragged: Mapping[str, Sequence[np.ndarray]], table: Mapping[str, Column]) -> Batch:

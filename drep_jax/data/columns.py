@@ -79,7 +79,11 @@ class Column:
                 f'{where}: the column "{self.name}" has the shape {array.shape}; expected ({expected}), as it is declared. A '
                 "column that no task declares holds one number an image."
             )
-        return array.astype(self.dtype if dtype is None else dtype)
+        wanted = np.dtype(self.dtype if dtype is None else dtype)
+        try:
+            return array.astype(wanted)
+        except (TypeError, ValueError) as error:
+            raise DataError(f'{where}: the column "{self.name}" holds {array.dtype}; expected {wanted}.') from error
 
 
 Columns = Sequence[Column]

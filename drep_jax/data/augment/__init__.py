@@ -112,13 +112,11 @@ class Augmentation:
         """Returns what flip and shift do to each image of a batch, for its labels to follow.
 
         Args:
-          sizes: (height, width) of each image, all the same.
+          sizes: (height, width) of each image.
           seed, first_position: as for a call.
         """
         where = {"seed": seed, "first_position": first_position}
-        if not (self.flip or self.shift):
-            return [Transform(size) for size in sizes]
-        return flip_and_shift_transforms(sizes[0], len(sizes), **where, flip=self.flip, shift=self.shift)
+        return flip_and_shift_transforms(sizes, **where, flip=self.flip, shift=self.shift)
 
     def __call__(self, batch: Batch, *, seed: int, first_position: int) -> Batch:
         """Returns a batch of images, already cropped, augmented as its position in the stream says.

@@ -1,6 +1,7 @@
 """Horizontal flips, shifts, and the boxes of random resized crops: of pixels, and as transforms for the labels."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -43,11 +44,17 @@ def flip_and_shift(images: np.ndarray, *, seed: int, first_position: int, flip: 
 
 
 def flip_and_shift_transforms(
-    size: Size, count: int, *, seed: int, first_position: int, flip: bool, shift: int
+    sizes: Sequence[Size], *, seed: int, first_position: int, flip: bool, shift: int
 ) -> list[Transform]:
-    """Returns what `flip_and_shift` does to each of `count` images of that size, for their labels to follow."""
+    """Returns what `flip_and_shift` does to each image of a batch, for its labels to follow.
+
+    Args:
+      sizes: (height, width) of each image.
+      seed, first_position, flip, shift: as for `flip_and_shift`.
+    """
     transforms = []
-    for flipped, down, right in zip(*_draws(seed, first_position, count, shift), strict=True):
+    draws = _draws(seed, first_position, len(sizes), shift)
+    for size, flipped, down, right in zip(sizes, *draws, strict=True):
         transform = Transform(size).flip() if flip and flipped else Transform(size)
         transforms.append(transform.shift(int(down), int(right)))
     return transforms
