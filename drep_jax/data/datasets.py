@@ -19,11 +19,12 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A labeled source whose classes no head knows: its test images are assigned to their nearest neighbor's.
+    """A labeled source whose classes no head knows: test images get their nearest neighbor's.
 
     Attributes:
       name: of the source.
-      gallery: training images of known classes; None where the test images are queries and their gallery.
+      gallery: training images of known classes; None where the test images are queries and their
+        gallery.
       test: images to assign to a class.
     """
 
