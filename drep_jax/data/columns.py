@@ -27,7 +27,7 @@ class Column:
       geometry: how it follows the image: "mask" for a map of the image's pixels, moved by nearest
         neighbor; "boxes" for x0, y0, x1, y1 in pixels, ragged, of shape (4,); None where it does
         not.
-      fill: value of padding.
+      fill: value of padding, of maps and ragged columns.
       capacity: number of objects that a ragged column is padded to in every batch; an image with
         more is refused. 0 takes the largest number in the batch, rounded up to a power of two: few
         shapes, but for one host only, since other hosts see other images.

@@ -83,7 +83,7 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
             other_test = tolerating(open_source(spec, TEST, **options), allowed)
             others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), other_test))
-    labelled = bool(trains[0].num_classes)
+    labeled = bool(trains[0].num_classes)
     # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
     choosing = [(part, weight) for part, weight in zip(held, weights, strict=True) if len(part)] or [
         (held[0], weights[0])
@@ -91,7 +91,7 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
     test: Source | None = None
     if retrieval:
         test = tolerating(_queries(specs[0], options), allowed)
-    elif labelled and head:
+    elif labeled and head:
         test = tolerating(open_source(specs[0], TEST, **options), allowed)
     return Images(
         train=tolerating(_one(trains, weights), allowed),

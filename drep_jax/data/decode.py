@@ -239,10 +239,10 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _sixteen_bit(grey: np.ndarray, where: str) -> np.ndarray:
-    if grey.min() < 0 or grey.max() > 65535:
+def _sixteen_bit(gray: np.ndarray, where: str) -> np.ndarray:
+    if gray.min() < 0 or gray.max() > 65535:
         raise DataError(
-            f"{where} has pixels from {grey.min()} to {grey.max()}, beyond 16 bits. Save it with 8 or 16 bits."
+            f"{where} has pixels from {gray.min()} to {gray.max()}, beyond 16 bits. Save it with 8 or 16 bits."
         )
-    eight_bit = np.round(grey.astype(np.float32) / 257).astype(np.uint8)
+    eight_bit = np.round(gray.astype(np.float32) / 257).astype(np.uint8)
     return np.repeat(eight_bit[:, :, None], 3, axis=2)

@@ -50,10 +50,10 @@ class TfdsSource:
             file_format=FORMAT,
         )
         label: Any = features.get("label")
-        labelled = isinstance(label, tfds.features.ClassLabel)
-        self.num_classes: int | None = label.num_classes if labelled else None
+        labeled = isinstance(label, tfds.features.ClassLabel)
+        self.num_classes: int | None = label.num_classes if labeled else None
         # TFDS calls unnamed classes "0", "1", ...
-        self.class_names: tuple[str, ...] | None = tuple(label.names) if labelled else None
+        self.class_names: tuple[str, ...] | None = tuple(label.names) if labeled else None
         self.note = part.note
         if builder.name in HELD_OUT and (part.start, part.stop) != (0, 10):
             size = sizes[part.stored]

@@ -100,7 +100,7 @@ class Augmentation:
     def check_batch(self, size: int, what: str) -> None:
         """Raises `ConfigError` unless a batch, or a host's part, holds whole pairs to mix."""
         if self.mixes and size % 2:
-            raise ConfigError(f"{what}={size} must be even: mixup and cutmix mix each image with its neighbour.")
+            raise ConfigError(f"{what}={size} must be even: mixup and cutmix mix each image with its neighbor.")
 
     def check_columns(self, columns: Columns) -> None:
         """Raises `ConfigError` for a setting whose effect labels with geometry cannot follow."""
