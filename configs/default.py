@@ -30,7 +30,7 @@ def get_default() -> ConfigDict:
             "max_unreadable": 0.0,  # images that may be unreadable: a number, or a share below 1; 0 refuses the first
             "data_dir": "",  # where TFDS keeps its data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
             "image_size": (224, 224),  # (height, width)
-            "resize": "crop",  # crop, crop:SHARE of the short side that is kept, squash, exact, pad or keep
+            "resize": "crop",  # crop, crop:SHARE of the short side that is kept, squash or exact
             "mean": (0.5, 0.5, 0.5),  # of the normalisation, on the scale 0 to 1, as the weights in use expect
             "std": (0.5, 0.5, 0.5),  # likewise
             "flip": False,  # augmentation of training images from here on (docs/data.md); every default is off
