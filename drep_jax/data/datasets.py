@@ -1,7 +1,7 @@
 """The images of `config.data`: one source or several merged, held-out images, and test images."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import numpy as np
 from drep_jax.data import Source, open_source
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.merged import MergedSource, epoch_counts
-from drep_jax.data.metadata import table_of
 from drep_jax.data.source import Subset
 from drep_jax.data.unreadable import tolerating
 from drep_jax.errors import ConfigError
@@ -23,8 +22,8 @@ class Labelled:
 
     Attributes:
       name: of the source.
-      gallery: training images of known classes; None where the test images are queries and their
-        gallery.
+      gallery: training images of known classes; None where the test images are scored by
+        themselves.
       test: images to assign to a class.
     """
 
@@ -52,7 +51,15 @@ class Images:
     others: tuple[Labelled, ...]
 
 
-def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int, retrieval: bool = False) -> Images:
+def open_images(
+    data: Mapping[str, Any],
+    *,
+    head: bool,
+    gallery: int,
+    seed: int,
+    test_needs_head: bool = True,
+    check_test: Callable[[Source], None] = lambda source: None,
+) -> Images:
     """Opens the images of a run.
 
     Args:
@@ -60,7 +67,9 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
       head: whether the backbone has one.
       gallery: how many training images of each further source its test images are compared with.
       seed: of the choice of those.
-      retrieval: whether test images are queries and their gallery; no head is needed for them.
+      test_needs_head: whether test images can be scored only by a head that knows their labels; of
+        others each source's test images are scored by themselves.
+      check_test: raises for test images that cannot be scored.
 
     Raises:
       ConfigError: for sources or weights that cannot be merged.
@@ -76,9 +85,9 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
     trains = [open_source(spec, TRAIN, **options) for spec in specs]
     held = [open_source(spec, VALIDATION, **options) for spec in specs]
     others = []
-    for spec, train in list(zip(specs, trains, strict=True))[1 if head or retrieval else 0 :]:
-        if retrieval:
-            others.append(Labelled(train.name, None, tolerating(_queries(spec, options), allowed)))
+    for spec, train in list(zip(specs, trains, strict=True))[1 if head or not test_needs_head else 0 :]:
+        if not test_needs_head:
+            others.append(Labelled(train.name, None, tolerating(_checked_test(spec, options, check_test), allowed)))
         elif specs[1:] and train.num_classes:
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
             other_test = tolerating(open_source(spec, TEST, **options), allowed)
@@ -89,8 +98,8 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
         (held[0], weights[0])
     ]
     test: Source | None = None
-    if retrieval:
-        test = tolerating(_queries(specs[0], options), allowed)
+    if not test_needs_head:
+        test = tolerating(_checked_test(specs[0], options, check_test), allowed)
     elif labeled and head:
         test = tolerating(open_source(specs[0], TEST, **options), allowed)
     return Images(
@@ -128,18 +137,9 @@ def sources_of(data: Mapping[str, Any]) -> tuple[list[str], list[float]]:
     return specs, [data.get("weight", 1.0), *(entry[1] for entry in merge)]
 
 
-def _queries(spec: str, options: Mapping[str, Any]) -> Source:
-    """Opens a test split of queries and gallery.
-
-    Raises:
-      ConfigError: for a source that has none.
-    """
+def _checked_test(spec: str, options: Mapping[str, Any], check: Callable[[Source], None]) -> Source:
     test = open_source(spec, TEST, **options)
-    if not {"label", "query", "gallery"} <= table_of(test).keys():
-        raise ConfigError(
-            f'Task "retrieval" needs test images that are queries and a gallery, and {test.name} has none. Take a source for '
-            "re-identification, such as reid_folder:DIR (docs/data.md)."
-        )
+    check(test)
     return test
 
 

@@ -208,6 +208,7 @@ def test_the_documented_constants_are_those_in_the_code():
     for name, (_, constants) in PROTOCOL.items():
         if name == "zoom_blur":  # there the table has the last magnification, and the code the end of `numpy.arange`
             constants = [(np.arange(1, end, 0.01)[-1].round(2),) for (end,) in constants]
-        (cells,) = re.findall(rf"^\| `{name}` \| [^|]+ \|(( [\d., ]+ \|){{5}})$", page, re.MULTILINE)
-        documented = [tuple(map(float, cell.split(","))) for cell in cells[0].strip(" |").split("|")]
+        rows = re.findall(rf"^\| `{name}` \| [^|]+ \|((?: [\d., ]+ \|){{5}})$", page, re.MULTILINE)
+        severities = zip(*(row.strip(" |").split("|") for row in rows), strict=True)  # many constants take several rows
+        documented = [tuple(float(number) for cell in cells for number in cell.split(",")) for cells in severities]
         assert documented == [tuple(map(float, values)) for values in constants], name

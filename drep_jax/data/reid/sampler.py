@@ -19,7 +19,7 @@ from drep_jax.data.augment.random_bits import IDENTITIES, INSTANCES, RESTS
 from drep_jax.data.reid.listing import counted, few
 from drep_jax.errors import ConfigError, DataError
 
-LONELY = ("refuse", "drop")
+SINGLETONS = ("refuse", "drop")
 
 
 def identity_order(
@@ -29,7 +29,7 @@ def identity_order(
     seed: int,
     epoch: int,
     *,
-    lonely: str = "refuse",
+    singletons: str = "refuse",
     names: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Returns the images of one epoch: blocks of P·K, each of P identities with K images each.
@@ -40,7 +40,7 @@ def identity_order(
       instances: K, images an identity.
       seed: of the order, at least 0.
       epoch: from 0.
-      lonely: what to do with singletons, identities of one image: "refuse" or "drop".
+      singletons: what to do with singletons, identities of one image: "refuse" or "drop".
       names: of the identities, for messages.
 
     Returns:
@@ -50,7 +50,7 @@ def identity_order(
       ConfigError: for P or K below 2, and for more identities a block than there are.
       DataError: for singletons, where they are refused.
     """
-    members = _members(labels, identities, instances, lonely, names)
+    members = _members(labels, identities, instances, singletons, names)
     taking = len(members) // identities * identities
     rounds = _rounds(sum(map(len, members.values())), taking * instances)
     order = []
@@ -62,13 +62,18 @@ def identity_order(
 
 
 def epoch_length(
-    labels: np.ndarray, identities: int, instances: int, *, lonely: str = "refuse", names: Sequence[str] | None = None
+    labels: np.ndarray,
+    identities: int,
+    instances: int,
+    *,
+    singletons: str = "refuse",
+    names: Sequence[str] | None = None,
 ) -> int:
     """Returns the images an epoch: whole rounds, as near to the number of images as can be.
 
     Args and Raises: as for `identity_order`.
     """
-    members = _members(labels, identities, instances, lonely, names)
+    members = _members(labels, identities, instances, singletons, names)
     block = len(members) // identities * identities * instances
     return _rounds(sum(map(len, members.values())), block) * block
 
@@ -78,7 +83,7 @@ def _rounds(images: int, size: int) -> int:
 
 
 def _members(
-    labels: np.ndarray, identities: int, instances: int, lonely: str, names: Sequence[str] | None
+    labels: np.ndarray, identities: int, instances: int, singletons: str, names: Sequence[str] | None
 ) -> dict[int, np.ndarray]:
     """Returns the images of every identity that takes part."""
     if identities < 2 or instances < 2:
@@ -86,17 +91,17 @@ def _members(
             f"Batches of P identities with K images each need P and K of at least 2, so that there are other identities and "
             f"other images of the same one; got P={identities} and K={instances}."
         )
-    if lonely not in LONELY:
-        raise ConfigError(f'Identities of one image are left out ("drop") or refused ("refuse"); got "{lonely}".')
+    if singletons not in SINGLETONS:
+        raise ConfigError(f'Identities of one image are left out ("drop") or refused ("refuse"); got "{singletons}".')
     by_label = np.argsort(labels, kind="stable")
     distinct, starts = np.unique(np.asarray(labels)[by_label], return_index=True)
     members = dict(zip(map(int, distinct), np.split(by_label, starts[1:]), strict=True)) if len(labels) else {}
-    singletons = [label for label, images in members.items() if len(images) == 1]
-    if singletons and lonely == "refuse":
-        first = few([names[label] if names is not None else str(label) for label in singletons])
+    alone = [label for label, images in members.items() if len(images) == 1]
+    if alone and singletons == "refuse":
+        first = few([names[label] if names is not None else str(label) for label in alone])
         raise DataError(
-            f"{counted(len(singletons), 'identity has', 'identities have')} one image only, and so no second image to learn "
-            f'from: {first}. Give more images, or leave singletons out with the setting lonely="drop".'
+            f"{counted(len(alone), 'identity has', 'identities have')} one image only, and so no second image to learn "
+            f'from: {first}. Give more images, or leave them out with the setting singletons="drop".'
         )
     members = {label: images for label, images in members.items() if len(images) > 1}
     if len(members) < identities:
