@@ -86,7 +86,9 @@ def test_a_new_file_and_a_table_that_has_moved(run, checkpoint, tmp_path):
     dotted = files.read(str(tmp_path / "a" / "fused_pytorch.pth")).tensors
     assert dotted["block0.bn1.running_var"].shape == (16,) and dotted["stem.weight"].shape == (16, 3, 3, 3)
     gone = f"--init_names={tmp_path / 'gone.py'}"
-    call("fuse.py", f"--workdir={run}", f"--out={tmp_path / 'b'}", "--export=same", gone).refused("There is no file", "--init_names")
+    call("fuse.py", f"--workdir={run}", f"--out={tmp_path / 'b'}", "--export=same", gone).refused(
+        "There is no file", "--init_names"
+    )
     call("fuse.py", f"--workdir={run}", f"--out={tmp_path / 'b'}", where).refused("goes with --export only")
 
 
