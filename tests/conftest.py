@@ -23,8 +23,10 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Before anything imports it: the shapes that the annotations of the core state are checked at every call.
-install_import_hook("drep_jax.core", "tests.shapes.checked")
+from tests import shapes
+
+# Before anything imports the core: what its annotations state is checked at every call.
+install_import_hook("drep_jax.core", f"{shapes.__name__}.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
