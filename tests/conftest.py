@@ -23,10 +23,10 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-import tests.shapes  # noqa: F401  the hook finds its checker by this name
+from tests import shapes
 
-# Before anything imports it: the shapes that the annotations of the core state are checked at every call.
-install_import_hook("drep_jax.core", "tests.shapes.checked")
+# Before anything imports the core: what its annotations state is checked at every call.
+install_import_hook("drep_jax.core", f"{shapes.__name__}.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
     config = get_config().to_dict()
     directory = str(tmp_path_factory.mktemp("finished") / "run")
     report = train.run(config, directory)
-    run, variables, denoise = fuse.load_run(directory)
+    _, setting, variables, denoise = fuse.load_run(directory)
     backbone = os.path.join(os.path.dirname(directory), "backbone.safetensors")
     weights.save_safetensors(backbone, variables)
-    return Finished(config, directory, report, run.setup, variables, denoise, backbone)
+    return Finished(config, directory, report, setting, variables, denoise, backbone)
