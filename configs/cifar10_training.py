@@ -1,11 +1,11 @@
 """The paper's ways of training on CIFAR-10, with control arms of equal budget.
 
-    python train.py --config=configs/cifar10_training.py:label_free          # Algorithm 1 python
-    train.py --config=configs/cifar10_training.py:label_augmented     # Eq. 12 python train.py
-    --config=configs/cifar10_training.py:alternating         # appendix A python train.py
-    --config=configs/cifar10_training.py:control             # the backbone alone python train.py
-    --config=configs/cifar10_training.py:final_only          # DenoiseRep⁻ (explicit) python
-    train.py --config=configs/cifar10_training.py:alternating:vit     # the ViT instead of ResNet-20
+    python train.py --config=configs/cifar10_training.py:label_free        # Algorithm 1
+    python train.py --config=configs/cifar10_training.py:label_augmented   # Eq. 12
+    python train.py --config=configs/cifar10_training.py:alternating       # appendix A
+    python train.py --config=configs/cifar10_training.py:control           # the backbone alone
+    python train.py --config=configs/cifar10_training.py:final_only        # DenoiseRep⁻ (explicit)
+    python train.py --config=configs/cifar10_training.py:alternating:vit   # instead of ResNet-20
 
 The backbones are a published ResNet-20 and ViT. Training takes ten epochs of 45,000 images (7,030
 steps of 64), in alternating phases of one epoch; the paper takes 120 epochs in phases of ten.

@@ -1,13 +1,13 @@
 """Re-identification as in the paper's Tables 2 to 4 and 6: its data sets, backbones and modes.
 
-    python train.py --config=configs/reid.py:market1501:transreid_ssl_s
-    --config.data.source=market1501:DIR \\
-        --config.backbone.init_from=vit_small.pth
-    python train.py --config=configs/reid.py:msmt17:transreid_b:label_augmented
-    --config.data.source=msmt17:DIR … python train.py
-    --config=configs/reid.py:vehicleid:resnet50:alternating --config.data.source=vehicleid:DIR …
-    python train.py --config=configs/reid.py:folder:transreid_ssl_s
-    --config.data.source=reid_folder:DIR …
+    python train.py --config=configs/reid.py:market1501:transreid_ssl_s \\
+        --config.data.source=market1501:DIR --config.backbone.init_from=vit_small.pth
+    python train.py --config=configs/reid.py:msmt17:transreid_b:label_augmented \\
+        --config.data.source=msmt17:DIR …
+    python train.py --config=configs/reid.py:vehicleid:resnet50:alternating \\
+        --config.data.source=vehicleid:DIR …
+    python train.py --config=configs/reid.py:folder:transreid_ssl_s \\
+        --config.data.source=reid_folder:DIR …
 
 DATASET:BACKBONE[:MODE], where the mode is the way of training. Weights are the published files
 (docs/weights.md). The field's protocol: images resized to 256 × 128 without their aspect ratio

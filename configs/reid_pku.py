@@ -1,8 +1,7 @@
 """Persons in front of two cameras: a small ResNet, denoised for noise, blur, low light and JPEG.
 
-    python train.py --config=configs/reid_pku.py                  # looks for reid_pku74.npz in
-    DREP_DATA python train.py --config=configs/reid_pku.py:transreid        # a small TransReID
-    instead
+    python train.py --config=configs/reid_pku.py             # reid_pku74.npz is in DREP_DATA
+    python train.py --config=configs/reid_pku.py:transreid   # a small TransReID instead
 
 The set has 74 persons with eight views in each of two cameras. The backbone is trained from
 scratch. A number behind its name (`resnet:3`) is the seed of the split: 40 % of the persons are

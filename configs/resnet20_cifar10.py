@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10 (Idelbayev's published weights, 91.73 %): measured noise, no labels.
 
-    python train.py --config=configs/resnet20_cifar10.py --config.noise=gaussian:0..40 python
-    train.py --config=configs/resnet20_cifar10.py --config.learner=wiener   # clean images only
+    python train.py --config=configs/resnet20_cifar10.py --config.noise=gaussian:0..40
+    python train.py --config=configs/resnet20_cifar10.py --config.learner=wiener   # clean images only
 
 The noise is measured on 1,500 unlabeled images. Data and weights are in the directory DREP_DATA:
 cifar10_train.npz, cifar10_test.npz (their format is in docs/results.md) and

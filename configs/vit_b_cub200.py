@@ -3,8 +3,7 @@
     python -m drep_jax.data.prepare caltech_birds2011 --data_dir=DIR  # once; needs TensorFlow
     python train.py --config=configs/vit_b_cub200.py --config.data.data_dir=DIR \
         --config.backbone.init_from=FILE
-    python train.py --config=configs/vit_b_cub200.py --config.dry_run=true                # no data
-    needed
+    python train.py --config=configs/vit_b_cub200.py --config.dry_run=true  # no data needed
 
 Protocol of the field: short side 600, the central 448 px for evaluation; crops of at least half the
 area and horizontal flips for training. 5,994 training images, of which the last tenth is held out

@@ -1,11 +1,10 @@
 """ViT-S/16 at 224 px on ImageNet-1k: denoisers for all MLPs, without labels (paper, Table 1).
 
-    python -m drep_jax.data.prepare imagenet2012 --data_dir=DIR  # once; needs TensorFlow and the
-    two tars python train.py --config=configs/vit_s_imagenet.py --config.data.data_dir=DIR \\
+    python -m drep_jax.data.prepare imagenet2012 --data_dir=DIR   # once; needs TensorFlow, both tars
+    python train.py --config=configs/vit_s_imagenet.py --config.data.data_dir=DIR \\
         --config.backbone.init_from=vit_s.safetensors
-    python train.py --config=configs/vit_s_imagenet.py --config.data.source=folder:DIR …     # any
-    images in folders python train.py --config=configs/vit_s_imagenet.py --config.dry_run=true
-    # no data needed
+    python train.py --config=configs/vit_s_imagenet.py --config.data.source=folder:DIR …
+    python train.py --config=configs/vit_s_imagenet.py --config.dry_run=true   # no data needed
 
 Protocol of the field: short side 249, the central 224 px (0.9) for evaluation, mean and std 0.5, as
 for the published ViT-S of "How to train your ViT"; random resized crops and horizontal flips for
