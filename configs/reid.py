@@ -1,19 +1,23 @@
-"""Re-identification as in the paper's Tables 2 to 4 and 6: any of its data sets, backbones and ways of training.
+"""Re-identification as in the paper's Tables 2 to 4 and 6: its data sets, backbones and modes.
 
-    python train.py --config=configs/reid.py:market1501:transreid_ssl_s --config.data.source=market1501:DIR \\
-        --config.backbone.init_from=vit_small.pth
-    python train.py --config=configs/reid.py:msmt17:transreid_b:label_augmented --config.data.source=msmt17:DIR …
-    python train.py --config=configs/reid.py:vehicleid:resnet50:alternating --config.data.source=vehicleid:DIR …
-    python train.py --config=configs/reid.py:folder:transreid_ssl_s --config.data.source=reid_folder:DIR …
+    python train.py --config=configs/reid.py:market1501:transreid_ssl_s \\
+        --config.data.source=market1501:DIR --config.backbone.init_from=vit_small.pth
+    python train.py --config=configs/reid.py:msmt17:transreid_b:label_augmented \\
+        --config.data.source=msmt17:DIR …
+    python train.py --config=configs/reid.py:vehicleid:resnet50:alternating \\
+        --config.data.source=vehicleid:DIR …
+    python train.py --config=configs/reid.py:folder:transreid_ssl_s \\
+        --config.data.source=reid_folder:DIR …
 
-The first word is the data set, the second the backbone, and the third, which may be left out, the way of training. Weights
-are the published files (docs/weights.md). The field's protocol: images squashed to 256 × 128 (vehicles 256 × 256;
-transreid_ssl_b_ics 384 × 128, for which it is published), mirrored, moved by up to 10 pixels, half of them with a rectangle
-erased; batches of 16 identities with 4 images each; single query, cross-camera. What is told of views is read from
-`veri:DIR?views=known` (transreid_b, resnet50_views), which leaves out the images of which it is not known. The paper's
-merged training is
-`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. What this gives on these data sets has not been
-measured here: they are not public. On a real set of two cameras it is in docs/results.md.
+DATASET:BACKBONE[:MODE], where the mode is the way of training. Weights are the published files
+(docs/weights.md). The field's protocol: images resized to 256 × 128 without their aspect ratio
+(vehicles 256 × 256; transreid_ssl_b_ics 384 × 128, as published), horizontal flip, translation by
+up to 10 pixels, random erasing of half the images; batches of 16 identities with 4 images each;
+single query, cross-camera. Views are read from `veri:DIR?views=known` (transreid_b,
+resnet50_views), which skips images without a known view. The paper's merged training is
+`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. These data sets are not
+public, so nothing has been measured on them here. Results on a real set of two cameras are in
+docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +56,7 @@ BACKBONES = {
     "resnet50_views": {"model": {"name": "resnet50_vanet"}, "data": IMAGENET, "margin": 0.3, "views": True},
 }
 SIDE = {"veri": "camera+view", "vehicleid": ""}
-"""What the published TransReID networks are told of vehicles; of persons it is the camera."""
+"""Side information of the published TransReID networks for vehicles; persons have the camera."""
 SMOOTHED = ("clip_reid", "resnet50", "resnet50_views")
 """Backbones that are published with label smoothing."""
 
@@ -86,7 +90,7 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
         size = backbone.get("persons", PERSONS)
     if backbone.get("views") and dataset not in ("veri", "folder"):
         raise ConfigError(
-            "resnet50_views needs to know what is seen from where, which of these data sets veri and folder alone can tell."
+            "resnet50_views needs the view of every image; of these data sets only veri and folder can have it."
         )
 
     config = get_default()
@@ -102,10 +106,10 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
         config.retrieval.side = SIDE.get(dataset, "camera")
         config.model.jigsaw_shift = 8 if size == VEHICLES else 5
     config.denoise.update({"train_steps": STEPS, "batch_size": 64, "learning_rate": 4e-4})
-    labelled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
-    labelled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
-    config.backbone.update(labelled)
-    config.control.update({**labelled, "steps": STEPS if mode in LABELLED else 0, "learning_rate": 4e-4})
+    labeled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
+    labeled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
+    config.backbone.update(labeled)
+    config.control.update({**labeled, "steps": STEPS if mode in LABELLED else 0, "learning_rate": 4e-4})
     config.alternate.update({"steps": STEPS, "period": 2000})
     config.noise = "gaussian:0..40"
     config.select.labels = False
