@@ -20,15 +20,15 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 class Labelled:
     """A labeled source whose classes no head knows: its test images are assigned to their nearest neighbor's.
 
-        Attributes:
-          name: of the source.
-    <<<<<<< HEAD
-          gallery: training images, whose classes are known; None of a source whose test images are scored by themselves.
-          test: images to classify.
-    =======
-          gallery: training images of known classes; None where the test images are queries and their gallery.
-          test: images to assign to a class.
-    >>>>>>> h-data
+    Attributes:
+      name: of the source.
+<<<<<<< HEAD
+      gallery: training images, whose classes are known; None of a source whose test images are scored by themselves.
+      test: images to classify.
+=======
+      gallery: training images of known classes; None where the test images are queries and their gallery.
+      test: images to assign to a class.
+>>>>>>> h-data
     """
 
     name: str

@@ -59,12 +59,7 @@ def identity_order(
 
 
 def epoch_length(
-    labels: np.ndarray,
-    identities: int,
-    instances: int,
-    *,
-    singletons: str = "refuse",
-    names: Sequence[str] | None = None,
+    labels: np.ndarray, identities: int, instances: int, *, singletons: str = "refuse", names: Sequence[str] | None = None
 ) -> int:
     """Returns the images an epoch: the number of whole rounds nearest to the number of images, at least one.
 
