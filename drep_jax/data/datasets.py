@@ -18,17 +18,13 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A labeled source whose classes no head knows: its test images are assigned to their nearest neighbor's.
+    """A labeled source whose classes no head knows: test images get their nearest neighbor's.
 
     Attributes:
       name: of the source.
-<<<<<<< HEAD
-      gallery: training images, whose classes are known; None of a source whose test images are scored by themselves.
-      test: images to classify.
-=======
-      gallery: training images of known classes; None where the test images are queries and their gallery.
+      gallery: training images of known classes; None where the test images are scored by
+        themselves.
       test: images to assign to a class.
->>>>>>> h-data
     """
 
     name: str
@@ -71,8 +67,8 @@ def open_images(
       head: whether the backbone has one.
       gallery: how many training images of each further source its test images are compared with.
       seed: of the choice of those.
-      test_needs_head: whether test images can be scored only by a head that knows their labels; of others each source's
-        test images are scored by themselves.
+      test_needs_head: whether test images can be scored only by a head that knows their labels; of
+        others each source's test images are scored by themselves.
       check_test: raises for test images that cannot be scored.
 
     Raises:
@@ -96,7 +92,7 @@ def open_images(
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
             other_test = tolerating(open_source(spec, TEST, **options), allowed)
             others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), other_test))
-    labelled = bool(trains[0].num_classes)
+    labeled = bool(trains[0].num_classes)
     # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
     choosing = [(part, weight) for part, weight in zip(held, weights, strict=True) if len(part)] or [
         (held[0], weights[0])
@@ -104,7 +100,7 @@ def open_images(
     test: Source | None = None
     if not test_needs_head:
         test = tolerating(_checked_test(specs[0], options, check_test), allowed)
-    elif labelled and head:
+    elif labeled and head:
         test = tolerating(open_source(specs[0], TEST, **options), allowed)
     return Images(
         train=tolerating(_one(trains, weights), allowed),

@@ -1,4 +1,4 @@
-"""The UCI handwritten digits shipped in scikit-learn: 1,797 real 8 x 8 images, without a download."""
+"""The UCI handwritten digits of scikit-learn: 1,797 real 8 x 8 images, without a download."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class DigitsSource:
 
 
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the indices of each split in the 1,797 digits: disjoint, stratified by class, always the same."""
+    """Returns the indices of each split: disjoint, stratified by class, always the same."""
     from sklearn.model_selection import train_test_split
 
     everything = np.arange(len(labels))

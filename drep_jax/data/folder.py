@@ -57,7 +57,7 @@ class FolderSource:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The images and folders directly in a folder, in the order of their names, and how many entries were ignored."""
+    """Images and folders directly in a folder, by name, and the count of ignored entries."""
 
     images: list[Path]
     folders: list[Path]
@@ -70,7 +70,8 @@ def open_folder(
     """Opens `folder:DIR`.
 
     Raises:
-      DataError: when there is no such directory, no image in it, an empty class folder, or two layouts at once.
+      DataError: when there is no such directory, no image in it, an empty class folder, or two
+        layouts at once.
     """
     del data_dir
     if not argument:
@@ -82,7 +83,8 @@ def open_folder(
     part = plan(stored, split, str(root))
     base = stored[part.stored]
     images, ignored = list_images(base)
-    # Over all splits, so that a class which one of them lacks does not shift the labels of the others.
+    # Over all splits, so that a class which one of them lacks does not shift the labels of the
+    # others.
     class_names = tuple(sorted({name for folder in stored.values() for name in class_folders(folder)}))
     chosen = [(file, name) for file, name in images if part.start <= tenth(file.relative_to(base)) < part.stop]
     if not chosen:
@@ -103,7 +105,7 @@ def open_folder(
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Returns the folders of `root` that hold a split (`val` means validation); none when there are no such folders.
+    """Returns the folders of `root` that hold a split, by its name; `val` means validation.
 
     Raises:
       DataError: when there are other images next to them, or a split is there twice.
@@ -128,13 +130,14 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def list_images(base: Path) -> tuple[list[tuple[Path, str | None]], int]:
-    """Lists the images of a flat folder, or of a folder of class folders, in the order of their names.
+    """Lists the images of a flat folder or of a folder of class folders, ordered by name.
 
     Returns:
       Pairs of the file and its class (None in a flat folder), and how many entries were ignored.
 
     Raises:
-      DataError: when there are none, when a class folder is empty, or when there are images next to class folders.
+      DataError: when there are none, when a class folder is empty, or when there are images next to
+        class folders.
     """
     listing = scan(base)
     if listing.images:
@@ -166,12 +169,12 @@ def class_folders(base: Path) -> list[str]:
 
 
 def tenth(path: Path) -> int:
-    """Returns the tenth, 0 to 9, that an image belongs to: a hash of its path, so that new images move no old one."""
+    """Returns the tenth, 0 to 9, of an image by its path: new images move no old one."""
     return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") % 10
 
 
 def scan(folder: Path) -> Listing:
-    """Lists the images and folders directly in a folder; hidden entries and other files are counted."""
+    """Lists the images and folders directly in a folder; other entries are only counted."""
     images, folders, ignored = [], [], 0
     with os.scandir(folder) as entries:  # tells files from folders without a system call an entry
         for entry in sorted(entries, key=lambda entry: entry.name):  # file systems list in any order

@@ -1,4 +1,4 @@
-"""Data sets in the IDX files of MNIST and Fashion-MNIST (`train-images-idx3-ubyte`, …), gzipped or not."""
+"""Data sets in the IDX files of MNIST and Fashion-MNIST (`train-images-idx3-ubyte`, …)."""
 
 import gzip
 import os
@@ -16,7 +16,7 @@ UBYTE = 0x08
 
 
 def open_idx(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> ArraySource:
-    """Opens `idx:DIR`, DIR absolute or inside `data_dir`; the last tenth of the training images serves as validation.
+    """Opens `idx:DIR`, DIR absolute or inside `data_dir`; validation is the last tenth of train.
 
     Raises:
       DataError: when a file is absent, damaged, or holds something else.

@@ -11,10 +11,11 @@ from drep_jax.errors import ConfigError, DataError
 
 
 class MergedSource:
-    """A virtual epoch of several sources: every image at least once, sources in proportion to their weights.
+    """A virtual epoch of several sources: every image at least once, sources by their weights.
 
-    Its images are unlabeled, since the classes of one source mean nothing in another. The column "origin" is the index of
-    an image's source. Sources alternate evenly: any stretch of the epoch holds each in proportion, to within one image.
+    Its images are unlabeled, since the classes of one source mean nothing in another. The column
+    "origin" is the index of an image's source. Sources alternate evenly: any stretch of the epoch
+    holds each in proportion, to within one image.
 
     Attributes:
       sources: in the order of "origin".
@@ -66,7 +67,7 @@ class MergedSource:
 
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Returns how many images of a virtual epoch each source has: the fewest that show every image and keep the weights.
+    """Returns each source's images a virtual epoch: the fewest with every image and the weights.
 
     Args:
       sizes: images of each source, at least 1.
@@ -76,7 +77,8 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
       Whole numbers, at least the sizes, each within one of weight / Σ weights of their sum.
 
     Raises:
-      ConfigError: for weights that are not positive numbers, or so uneven that a virtual epoch would not end.
+      ConfigError: for weights that are not positive numbers, or so uneven that a virtual epoch
+        would not end.
     """
     if len(weights) != len(sizes) or not all(
         isinstance(weight, int | float) and math.isfinite(weight) and weight > 0 for weight in weights
@@ -98,7 +100,7 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def layout(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, for each place of the virtual epoch, the index of its source and its rank within that source, both int32.
+    """Returns, for each place of an epoch, the index of its source and its rank within that source.
 
     The j-th of a source's n places lies at (j + ½) / n of the epoch.
     """

@@ -1,4 +1,4 @@
-"""Columns of a source that need no decoding: identity, camera, view, and whether an image is a query or in the gallery."""
+"""Columns of a source that need no decoding, such as identity and camera; and its protocol."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from drep_jax.metrics.protocol import Protocol
 
 
 def table_of(source: Source, index: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Returns the columns of a source, {name: int32 (n,)}; an empty dict unless it is for re-identification.
+    """Returns the columns of a source for re-identification, {name: int32 (n,)}, or {}.
 
     Args:
       source: the images.

@@ -1,7 +1,8 @@
-"""Images in NumPy files, held in memory: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, or one `FILE.npz`.
+"""Images in NumPy files: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, or one `FILE.npz`.
 
-A file has either `images`, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), or pictures `webp_00`, `webp_01`, …, each a `grid`
-of (rows, columns) images in row-major order. It may have `labels` (N,), numbers from 0 or names.
+A file has either `images`, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), or pictures `webp_00`,
+`webp_01`, …, each a `grid` of (rows, columns) images in row-major order. It may have `labels` (N,),
+numbers from 0 or names.
 """
 
 import os
@@ -54,7 +55,7 @@ def cut(
     image_size: tuple[int, int],
     resize: str,
 ) -> ArraySource:
-    """Returns the part of the stored arrays that serves as a split, resized; tenths are taken in stored order."""
+    """Returns the tenths of the stored arrays, in stored order, that serve as a split."""
     start, stop = (len(images) * tenth // 10 for tenth in (part.start, part.stop))
     chosen = images[start:stop]
     if chosen.shape[1:] != (*image_size, 3):
@@ -66,10 +67,13 @@ def cut(
 
 
 def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> ArraySource:
-    """Opens `npz:NAME`: NAME_train.npz, NAME_validation.npz, NAME_test.npz in `data_dir` or in $DREP_DATA; or NAME is a path.
+    """Opens `npz:NAME`, the files NAME_train.npz, NAME_validation.npz, NAME_test.npz.
 
-    `npz:FILE.npz` is one file, whose path may be relative to `data_dir`. Of every ten images the first eight are train, one
-    is validation and one test, so that a file sorted by class has all classes in each.
+    They are in `data_dir` or in $DREP_DATA, or NAME is a path.
+
+    `npz:FILE.npz` is one file, whose path may be relative to `data_dir`. Of every ten images the
+    first eight are train, one is validation and one test, so that a file sorted by class has all
+    classes in each.
 
     Raises:
       DataError: when there is no such file, or it does not hold images and labels that fit.
@@ -112,7 +116,7 @@ def _open_file(
 
 
 def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
-    """Returns images, labels and class names of one part of a file; pictures outside the part are not decoded.
+    """Returns images, labels and class names of one part of a file; the rest is not decoded.
 
     Raises:
       DataError: naming the file and what is wrong with it.

@@ -1,4 +1,4 @@
-"""Pairs of a clean and a corrupted image of the same scene: DIR/clean/NAME and DIR/corrupted/NAME."""
+"""Pairs of a clean and a corrupted image of a scene: DIR/clean/NAME and DIR/corrupted/NAME."""
 
 from pathlib import Path
 
@@ -47,7 +47,8 @@ def open_pairs(directory: str, image_size: tuple[int, int], resize: str = "crop"
     """Opens a folder of pairs. The first pair is read at once, so that a wrong folder fails early.
 
     Args:
-      directory: with the folders `clean` and `corrupted`, which hold images of the same names, in the same subfolders.
+      directory: with the folders `clean` and `corrupted`, which hold images of the same names, in
+        the same subfolders.
       image_size: (height, width) in pixels of every image that the source gives.
       resize: a way of `drep_jax.data.fits.transform_of_fit`, the same for both images of a pair.
 
@@ -56,7 +57,8 @@ def open_pairs(directory: str, image_size: tuple[int, int], resize: str = "crop"
 
     Raises:
       ConfigError: for an image size below 1, or an unknown way of resizing.
-      DataError: when a folder is absent or empty, an image has no partner, or the first pair cannot be read.
+      DataError: when a folder is absent or empty, an image has no partner, or the first pair cannot
+        be read.
     """
     parse_fit(resize)
     if len(image_size) != 2 or min(image_size) < 1:

@@ -1,6 +1,7 @@
 """Prepares a data set for TFDS: `python -m drep_jax.data.prepare NAME`.
 
-Data sets of the TFDS catalog need TensorFlow for it. Those for re-identification are made from `--manual_dir` without.
+Data sets of the TFDS catalog need TensorFlow for it. Those for re-identification are made from
+`--manual_dir` without.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from drep_jax.errors import ConfigError, DataError, DrepError, did_you_mean
 
 
 def prepare(argument: str, data_dir: str | None = None, manual_dir: str | None = None) -> str:
-    """Writes a data set as array_record, unless it is there; data sets of the catalog are downloaded first.
+    """Writes a data set as array_record, unless it is there; those of the catalog are downloaded.
 
     Args:
       argument: NAME or NAME/CONFIG of a data set in the catalog or for re-identification.
@@ -29,8 +30,8 @@ def prepare(argument: str, data_dir: str | None = None, manual_dir: str | None =
 
     Raises:
       ConfigError: for an unknown name.
-      DataError: without TensorFlow where it is needed, without files that must be put there by hand, or when preparing
-        fails.
+      DataError: without TensorFlow where it is needed, without files that must be put there by
+        hand, or when preparing fails.
     """
     import tensorflow_datasets as tfds
 

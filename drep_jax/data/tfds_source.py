@@ -1,4 +1,4 @@
-"""Data sets of the TensorFlow Datasets catalog, prepared as array_record and read without TensorFlow."""
+"""Data sets of the TFDS catalog, prepared as array_record and read without TensorFlow."""
 
 import os
 import re
@@ -12,7 +12,8 @@ from drep_jax.data.splits import SPLITS, Part, plan
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 
 FORMAT = "array_record"
-# How many of the last train images stand in for a missing validation split, where a tenth would be more than needed.
+# How many of the last train images stand in for a missing validation split, where a tenth would be
+# more than needed.
 HELD_OUT = {"imagenet2012": 10_000}
 # Files that TFDS does not download, to be put into downloads/manual.
 BY_HAND = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -40,8 +41,8 @@ class TfdsSource:
             )
         sizes = {name: info.num_examples for name, info in builder.info.splits.items() if name in SPLITS}
         part = plan(sizes, split, self.name)
-        # Images stay encoded, so that one decoder treats gray, CMYK and transparent images alike for every source. Masks
-        # stay so, too: they are not read.
+        # Images stay encoded, so that one decoder treats gray, CMYK and transparent images alike
+        # for every source. Masks stay so, too: they are not read.
         pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         self._data = builder.as_data_source(
             instruction(builder.name, part, sizes[part.stored]),
@@ -49,10 +50,10 @@ class TfdsSource:
             file_format=FORMAT,
         )
         label: Any = features.get("label")
-        labelled = isinstance(label, tfds.features.ClassLabel)
-        self.num_classes: int | None = label.num_classes if labelled else None
+        labeled = isinstance(label, tfds.features.ClassLabel)
+        self.num_classes: int | None = label.num_classes if labeled else None
         # TFDS calls unnamed classes "0", "1", ...
-        self.class_names: tuple[str, ...] | None = tuple(label.names) if labelled else None
+        self.class_names: tuple[str, ...] | None = tuple(label.names) if labeled else None
         self.note = part.note
         if builder.name in HELD_OUT and (part.start, part.stop) != (0, 10):
             size = sizes[part.stored]
@@ -87,7 +88,8 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
 
     Raises:
       ConfigError: for a name that TFDS does not know.
-      DataError: when the data set is not prepared in `data_dir` as array_record; nothing is downloaded.
+      DataError: when the data set is not prepared in `data_dir` as array_record; nothing is
+        downloaded.
     """
     import tensorflow_datasets as tfds  # takes half a second to import
 
@@ -97,7 +99,8 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
     root = data_root(data_dir)
     prepared = prepared_folder(root, name, config)
     if prepared is None:
-        # Constructing the catalog's builder would ask the network, so only the list of names is consulted.
+        # Constructing the catalog's builder would ask the network, so only the list of names is
+        # consulted.
         catalog = tfds.list_builders(with_community_datasets=False)
         if name not in catalog:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted, named and skipped up to a limit, then refused with the list."""
+"""Images that cannot be read: counted, named and skipped up to a limit, then refused."""
 
 import json
 import os
@@ -16,8 +16,8 @@ SHOWN = 10
 class Tolerant:
     """A source of which some images may be unreadable.
 
-    In training the loader takes the next readable image of the source instead, so that what a run sees depends on the
-    files alone. In evaluation it masks the image out.
+    In training the loader takes the next readable image of the source instead, so that what a run
+    sees depends on the files alone. In evaluation it masks the image out.
 
     Args:
       source: the images.
@@ -78,7 +78,7 @@ class Tolerant:
                     file.write("\n" + json.dumps({"part": part, "where": error.where, "why": str(error)}) + "\n")
 
     def keep_record(self, path: str, part: str) -> None:
-        """Reads the unreadable images of this part from a file of lines of JSON, and appends new ones to it from now on."""
+        """Reads the unreadable images of a part from a file of JSON lines, and appends new ones."""
         self._record = (path, part)
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
@@ -97,7 +97,7 @@ class Tolerant:
 
 
 def tolerating(source: Source, allowed: float) -> Source:
-    """Returns the source with the number of unreadable images that `config.data.max_unreadable` allows.
+    """Returns the source with the unreadable images that `config.data.max_unreadable` allows.
 
     Args:
       source: the images.
@@ -114,14 +114,14 @@ def tolerating(source: Source, allowed: float) -> Source:
 
 
 def keep_records(directory: str, parts: Mapping[str, Source | None]) -> None:
-    """Makes every tolerant source append the images that it skips to the record of a run, which resuming reads."""
+    """Makes tolerant sources append skipped images to the record of a run, which resuming reads."""
     for part, source in parts.items():
         if isinstance(source, Tolerant):
             source.keep_record(os.path.join(directory, RECORD), part)
 
 
 def summary(parts: Mapping[str, Source | None]) -> dict[str, Any] | None:
-    """Returns the report's `unreadable`: for each part the number of skipped images and the first ten; None if none may be."""
+    """Returns the report's `unreadable`: by part, counts and the first ten; or None."""
     return {part: _counted(source) for part, source in parts.items() if isinstance(source, Tolerant)} or None
 
 

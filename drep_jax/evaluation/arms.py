@@ -12,22 +12,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-import tqdm
 
 from drep_jax.data import Source
 from drep_jax.data.buckets import Bucket, restore_order
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.parallel import devices
+from drep_jax.progress import bar
 from drep_jax.run.setup import Setup
 from drep_jax.tasks import Items, Task
 from drep_jax.typing import Tree
 
 Network = Callable[[Tree, Any], Any]
 """(variables, images) ↦ outputs."""
-
-SHOWN_AFTER = 2.0
-"""Seconds after which a progress bar appears."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +88,7 @@ def score_arms(
         batches = evaluation_batches(source, batch_size, shard=devices.host(), columns=task.columns, buckets=buckets)
         total = sum(len(bucket.steps(batch_size)) for bucket in buckets or ()) or -(-len(source) // batch_size)
         name = f"evaluation, {condition}"
-        for batch in tqdm.tqdm(batches, name, total, unit="batch", disable=not progress, delay=SHOWN_AFTER):
+        for batch in bar(batches, name, total, "batch", shown=progress):
             labels = {name: column for name, column in batch.items() if name != "image"}
             seen = corrupt(batch["image"], batch["index"], condition, seed, batch.get("size"))
             if corrupted is not None:

@@ -15,16 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from drep_jax.core.fusion import fuse
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import epoch_order
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
-from drep_jax.evaluation.arms import SHOWN_AFTER
 from drep_jax.evaluation.summary import value_of
 from drep_jax.parallel import devices
+from drep_jax.progress import bar
 from drep_jax.run.setup import Setup
 from drep_jax.tasks import Items, Task
 from drep_jax.typing import Batch, Tree
@@ -122,11 +121,6 @@ class Choice:
                 for number, point in enumerate(self.points)
             ],
         }
-
-
-def scaled(denoise: Tree, strength: float) -> Tree:
-    """Returns denoisers for rule "affine" whose full fusion is that of `denoise` with this strength."""
-    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf * np.asarray(strength, leaf.dtype)), denoise)
 
 
 def grid_statistics(
@@ -234,18 +228,12 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     pseudo = _pseudo_labels(setup, variables, images, batch_size)
     statistics = grid_statistics(setup, variables, candidates, grid, against_labels=labeled or not pseudo)
     columns = {name: column for name, column in images.items() if name != "image"}
-    bar = tqdm.tqdm(
-        desc="choosing",
-        total=len(conditions) * -(-part // batch_size),
-        unit="batch",
-        disable=not options.progress,
-        delay=SHOWN_AFTER,
-    )
+    total = len(conditions) * -(-part // batch_size)
     everyone = {name: _of_all_hosts(column, 0, count) for name, column in images.items() if column.ndim == 1}
     reference: Tree = None
-    agreement: Scores = {}
-    accuracy: Scores = {}
-    with bar:
+    agreement: Percents = {}
+    accuracy: Percents = {}
+    with bar(None, "choosing", total, "batch", shown=options.progress) as steps:
         for condition in conditions:
             corrupted = corrupt(images["image"], mine, condition, options.seed + SELECTION_SEED)
             inputs = np.asarray(setup.inputs({**images, "image": corrupted}))
@@ -253,7 +241,7 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
             for start in range(0, part, batch_size):
                 rows = (_padded(_cut(tree, start, batch_size), batch_size) for tree in (inputs, columns, pseudo))
                 parts.append(statistics(*rows))
-                bar.update()
+                steps.update()
             whole = jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves, axis=1)[:, :part], *parts)
             rows = jax.tree_util.tree_map(lambda leaf: _of_all_hosts(leaf, 1, count), whole)
             against = rows["pseudo"] if pseudo else rows["labels"]
@@ -316,7 +304,7 @@ def _scores(point: Point, criterion: str) -> dict[str, float]:
     return point.agreement if criterion == AGREEMENT or point.accuracy is None else point.accuracy
 
 
-Scores = dict[str, list[float]]
+Percents = dict[str, list[float]]
 """Percent of every point by condition."""
 
 

@@ -244,9 +244,9 @@ def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
     """Says what share of the change a storage type keeps, and refuses one that keeps less than 90 %."""
     kept = survival(before, exact, stored)
-    print(f"Stored as {where}, {100 * kept.share:.1f} % of the change survives (worst: {kept.worst_layer}).")
-    if kept.share < 0.9 and not output.allow_rounding:
+    print(f"Stored as {where}, {100 * kept.fraction:.1f} % of the change survives (worst: {kept.worst_layer}).")
+    if kept.fraction < 0.9 and not output.allow_rounding:
         raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - kept.share):.0f} % of what fusion changed; the network would be "
+            f"Storing as {where} rounds away {100 * (1 - kept.fraction):.0f} % of what fusion changed; the network would be "
             "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
         )

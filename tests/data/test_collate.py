@@ -153,6 +153,8 @@ def test_what_cannot_be_collated():
         ([{"image": image}, {"image": large}], (), (2, 4), r"\(3, 2\) pixels .* \(2, 4\) does not hold"),
         ([{"image": image, "a": 1}, {"image": image}], (), None, "different columns"),
         ([{"image": image, "a": [1, 2]}], (), None, r'column "a" has the shape \(2,\); expected \(\)'),
+        ([{"image": image, "a": "owl"}], (), None, 'column "a" holds <U3; expected int32'),
+        ([{"image": image, "a": [1]}, {"image": image, "a": 1}], (), None, r'"a" has the shape \(1,\)'),
         ([{"image": image, "ids": [1, 2], "marks": [1]}], pair, None, "different numbers of objects"),
     ):
         with pytest.raises(DataError, match=message):
@@ -239,6 +241,15 @@ def test_augmentation_that_labels_cannot_follow_is_refused(setting, value):
     with pytest.raises(ConfigError, match=rf'data\.{setting}={value}.* "label", "boxes", "heights" cannot follow'):
         training_batches(Scenes(MIXED), 8, seed=0, augmentation=augmentation, columns=COLUMNS)
     training_batches(Scenes(MIXED), 8, seed=0, augmentation=augmentation, columns=COLUMNS[-1:])
+
+
+def test_learning_from_images_of_several_sizes_is_refused_with_the_way_out():
+    for columns in ((), COLUMNS):
+        batches = training_batches(
+            Scenes(MIXED), 8, seed=0, augmentation=Augmentation(flip=True, shift=1), columns=columns
+        )
+        with pytest.raises(DataError, match=r"scenes gives images of several sizes.*data\.resize=crop, squash or pad"):
+            next(batches)
 
 
 def test_several_hosts_need_a_capacity():

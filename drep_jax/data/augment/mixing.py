@@ -1,7 +1,7 @@
-"""Mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019) of neighbors in the stream of training images.
+"""Mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019) of neighbors in the training stream.
 
-Image p is mixed with image p ^ 1, that is 2j with 2j + 1, each with its own weight. Batches, and the hosts' parts of
-them, are even, so both images of a pair are on one host.
+Image p is mixed with image p ^ 1, that is 2j with 2j + 1, each with its own weight. Batches, and
+the hosts' parts of them, are even, so both images of a pair are on one host.
 """
 
 import numpy as np
@@ -13,10 +13,10 @@ from drep_jax.data.augment.random_bits import MIX, uniform, words
 def mix(
     images: np.ndarray, labels: np.ndarray, *, seed: int, first_position: int, mixup: float, cutmix: float
 ) -> dict[str, np.ndarray]:
-    """Mixes every image x with its neighbor y, by mixup or cutmix; where both are on, a coin decides for each image.
+    """Mixes every image x with its neighbor y, by mixup or cutmix; if both are on, a coin decides.
 
-    Mixup gives λ x + (1 − λ) y. Cutmix pastes a box of y into x, of the fraction 1 − λ of the area before it is clipped at
-    the border. λ is Beta(a, a) distributed.
+    Mixup gives λ x + (1 − λ) y. Cutmix pastes a box of y into x, of the fraction 1 − λ of the area
+    before it is clipped at the border. λ is Beta(a, a) distributed.
 
     Args:
       images: uint8 (B, H, W, C), at consecutive positions, the first of them even and B even.
@@ -26,8 +26,9 @@ def mix(
       mixup, cutmix: parameter a of each; 0 turns it off.
 
     Returns:
-      `{"image": uint8 (B, H, W, C), "label": int32 (B,), "label2": int32 (B,), "share": float32 (B,)}`: "label2" is the
-      neighbor's; "share" is the weight of "label", and 1 − share that of "label2".
+      `{"image": uint8 (B, H, W, C), "label": int32 (B,), "label2": int32 (B,), "share": float32
+      (B,)}`: "label2" is the neighbor's; "share" is the weight of "label", and 1 − share that of
+      "label2".
     """
     count, height, width, _ = images.shape
     neighbor = np.arange(count) ^ 1

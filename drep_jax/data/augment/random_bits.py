@@ -1,12 +1,14 @@
-"""Random numbers of a position in the endless stream of training images: raw Philox words, by purpose.
+"""Random numbers of a position in the stream of training images: raw Philox words, by purpose.
 
-Word w of position p under a purpose depends on (seed, purpose, p, w) alone. So batches, hosts, threads and resuming change
-nothing. The words are raw because NumPy keeps those the same from one release to the next.
+Word w of position p under a purpose depends on (seed, purpose, p, w) alone. So batches, hosts,
+threads and resuming change nothing. The words are raw because NumPy keeps those the same from one
+release to the next.
 """
 
 import numpy as np
 
-# Orders of the images are keyed (seed, epoch), augmentations (seed, one of these): the two never have a key in common.
+# Orders of the images are keyed (seed, epoch), augmentations (seed, one of these): the two never
+# have a key in common.
 FLIP_AND_SHIFT = 2**64 - 1
 CROP = 2**64 - 2
 RANDAUGMENT = 2**64 - 3

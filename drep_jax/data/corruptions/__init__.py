@@ -1,4 +1,4 @@
-"""Corruptions of images, on the host. What happens to image i depends on (seed, i, corruption), not on its batch."""
+"""Corruptions of images, on the host: functions of (seed, image, corruption), not of the batch."""
 
 import hashlib
 
@@ -25,17 +25,20 @@ def corrupt(
 ) -> Float32[np.ndarray, "b h w c"]:
     """Corrupts images, each with its own random numbers.
 
-    The numbers are keyed by the corruption's name but not by its strength. So two strengths of one corruption draw the same
-    noise, and an image whose strength was drawn looks as it would with that strength given.
+    The numbers are keyed by the corruption's name but not by its strength. So two strengths of one
+    corruption draw the same noise, and an image whose strength was drawn looks as it would with
+    that strength given.
 
     Args:
       images: (B, H, W, 1 or 3), gray levels from 0 to 255; not modified.
-      index: (B,), each image's index in its source: the same image is always corrupted in the same way.
-      spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, or several of these with commas
-        between; see `parse_spec`.
+      index: (B,), each image's index in its source: the same image is always corrupted in the same
+        way.
+      spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, or several of
+        these with commas between; see `parse_spec`.
       seed: another seed is other noise.
-      size: (B, 2), height and width of each image without padding, the column "size" of a batch; None where there is no
-        padding. Padding stays as it is, so that what happens to an image does not depend on its bucket.
+      size: (B, 2), height and width of each image without padding, the column "size" of a batch;
+        None where there is no padding. Padding stays as it is, so that what happens to an image
+        does not depend on its bucket.
 
     Returns:
       (B, H, W, C), clipped to 0..255.

@@ -1,7 +1,9 @@
-"""The 15 corruptions × 5 severities of the CIFAR-10-C protocol (Hendrycks & Dietterich 2019), implemented from its description.
+"""The 15 corruptions × 5 severities of the CIFAR-10-C protocol (Hendrycks & Dietterich 2019).
 
-Every function takes an image float64 (h, w, c) from 0 to 1, a generator and the constants of one severity, and returns
-an image that need not be clipped. The constants are meant for 32 × 32 pixels.
+They are implemented from the protocol's description.
+
+Every function takes an image float64 (h, w, c) from 0 to 1, a generator and the constants of one
+severity, and returns an image that need not be clipped. The constants are meant for 32 × 32 pixels.
 """
 
 import functools
@@ -18,7 +20,8 @@ from drep_jax.data.corruptions.filters import correlate, jpeg, plasma, to_pillow
 Image = np.ndarray
 Generator = np.random.Generator
 
-# Mean color and spread, in gray levels, of the photographs behind the published files (one of them is used twice).
+# Mean color and spread, in gray levels, of the photographs behind the published files (one of them
+# is used twice).
 PANES = (
     ((78, 149, 165), 14),
     ((198, 202, 212), 18),
@@ -95,7 +98,7 @@ def motion_blur(image: Image, rng: Generator, radius: int, sigma: float) -> Imag
 
 
 def zoom_blur(image: Image, rng: Generator, end: float) -> Image:
-    """Averages the image with its magnifications from 1 to before `end` in steps of 0.01, as `numpy.arange` counts them."""
+    """Averages the image with its magnifications `numpy.arange(1, end, 0.01)`."""
     del rng
     height, width, channels = image.shape
     vertical, horizontal = _zooms(height, end), _zooms(width, end)
@@ -117,7 +120,7 @@ def snow(
     sigma: float,
     weight: float,
 ) -> Image:
-    """Whitens the image and adds flakes, smeared in a direction within 45° of the vertical, from two sides."""
+    """Whitens the image and adds flakes from two sides, smeared within 45° of the vertical."""
     height, width, channels = image.shape
     layer = _zoom_matrix(height, zoom) @ rng.normal(mean, std, (height, width)) @ _zoom_matrix(width, zoom).T
     flakes = np.floor(np.clip(np.where(layer < threshold, 0, layer), 0, 1) * 255) / 255
@@ -165,7 +168,8 @@ def elastic_transform(image: Image, rng: Generator, amplitude: float, sigma: flo
     center, arm = np.array([height // 2, width // 2], float), side // 3
     points = center + arm * np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]])
     moved = points + rng.uniform(-jitter * side, jitter * side, points.shape)
-    # Backwards: the point of the image that comes to this one. (row, column, 1) @ back = (row', column').
+    # Backwards: the point of the image that comes to this one. (row, column, 1) @ back = (row',
+    # column').
     back = np.linalg.lstsq(np.column_stack([moved, np.ones(3)]), points, rcond=None)[0]
     rows, columns = np.mgrid[:height, :width].astype(float)
     origins = np.stack([rows, columns, np.ones_like(rows)], axis=-1) @ back
@@ -231,7 +235,7 @@ def _gaussian(image: Image, sigma: float) -> Image:
 
 
 def _smear(image: Image, radius: int, sigma: float, degrees: float) -> Image:
-    """Averages over points 0 to 2 · radius pixels away in one direction, with weights exp(−distance² / 2σ²)."""
+    """Averages over 2 · radius pixels in one direction, weighted by exp(−distance² / 2σ²)."""
     distance = np.arange(2 * radius + 1)
     weights = np.exp(-(distance**2) / (2 * sigma**2))
     angle = math.radians(degrees)
@@ -255,7 +259,7 @@ def _zooms(side: int, end: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _zoom_matrix(side: int, factor: float) -> np.ndarray:
-    """Returns the matrix (side, side) that magnifies a line of pixels about its center, linearly interpolated."""
+    """Returns the matrix (side, side) that magnifies a line of pixels about its center."""
     cut = math.ceil(side / factor)
     grown = max(round(cut * factor), 2)
     places = (np.arange(side) + (grown - side) // 2) * (cut - 1) / (grown - 1)
@@ -268,7 +272,7 @@ def _zoom_matrix(side: int, factor: float) -> np.ndarray:
 
 
 def _pane(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
-    """Returns a synthetic frozen pane, 0 to 1: needles of ice over slower changes, in the color of one of `PANES`."""
+    """Returns a synthetic frozen pane, 0 to 1: needles of ice over slow changes, tinted."""
     height, width, channels = shape
     color, spread = PANES[rng.integers(len(PANES))]
     needles = correlate(rng.standard_normal((height, width, 1)), _needle(rng.uniform(0, math.pi)), "edge")

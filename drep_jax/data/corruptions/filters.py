@@ -1,4 +1,4 @@
-"""Sparse kernels, JPEG and fractal noise on arrays (height, width, channels), for several corruptions."""
+"""Sparse kernels, JPEG and fractal noise on arrays (h, w, c), for several corruptions."""
 
 import io
 
@@ -26,7 +26,7 @@ def correlate(image: np.ndarray, kernel: np.ndarray, border: str) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Returns the image, levels 0 to 255, after baseline JPEG as Pillow writes it (color at half the resolution)."""
+    """Returns the image, levels 0 to 255, after Pillow's JPEG (color at half resolution)."""
     stream = io.BytesIO()
     to_pillow(image).save(stream, "JPEG", quality=quality)
     with Image.open(stream) as decoded:
@@ -40,10 +40,10 @@ def to_pillow(image: np.ndarray) -> Image.Image:
 
 
 def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns fractal noise (height, width) from 0 to 1, by the diamond-square algorithm on a torus.
+    """Returns fractal noise (height, width), 0 to 1, by the diamond-square algorithm on a torus.
 
-    Each point is the mean of its four neighbours on the next coarser grid plus a uniform number, whose range falls by
-    decay² from one grid to the next finer one: a larger decay is smoother.
+    Each point is the mean of its four neighbors on the next coarser grid plus a uniform number,
+    whose range falls by decay² from one grid to the next finer one: a larger decay is smoother.
     """
     size = 2
     while size < max(height, width):

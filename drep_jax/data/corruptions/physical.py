@@ -1,4 +1,4 @@
-"""Corruptions whose strength is a physical quantity, from 0 (nothing) upwards: (image, rng, strength) -> image."""
+"""Corruptions (image, rng, strength) -> image whose strength is a physical quantity, 0 for none."""
 
 import dataclasses
 import math
@@ -13,8 +13,8 @@ from drep_jax.data.corruptions.filters import correlate, jpeg
 Image = Float32[np.ndarray, "h w c"]
 
 WHITE = 255.0
-# The sensor of low_light, as in a phone: electrons at white with the right exposure, and the standard deviation of reading
-# one pixel, in electrons.
+# The sensor of low_light, as in a phone: electrons at white with the right exposure, and the
+# standard deviation of reading one pixel, in electrons.
 WHITE_ELECTRONS = 4000.0
 READ_ELECTRONS = 2.5
 
@@ -25,8 +25,9 @@ def gaussian(image: Image, rng: np.random.Generator, std: float) -> Image:
 
 
 def shot(image: Image, rng: np.random.Generator, std_at_white: float) -> Image:
-    """Counts photons: Poisson noise, whose standard deviation is std_at_white · √(level / 255) gray levels."""
-    # White is a count of (255 / std)², whose deviation is its root. Below a thousandth of a level the counts get too large.
+    """Poisson noise of standard deviation std_at_white · √(level / 255) gray levels."""
+    # White is a count of (255 / std)², whose deviation is its root. Below a thousandth of a level
+    # the counts get too large.
     photons = (WHITE / max(std_at_white, 1e-3)) ** 2
     return (rng.poisson(image.astype(np.float64) / WHITE * photons) * (WHITE / photons)).astype(np.float32)
 
@@ -38,9 +39,10 @@ def blur(image: Image, rng: np.random.Generator, sigma: float) -> Image:
 
 
 def motion(image: Image, rng: np.random.Generator, distance: float) -> Image:
-    """Averages the image over a straight motion of that many pixels, at constant speed in a random direction."""
+    """Averages over a steady straight motion of that many pixels in a random direction."""
     angle = rng.uniform(0, math.pi)
-    # Points along the path, four a pixel, by the trapezoidal rule; each is spread over its four nearest pixels.
+    # Points along the path, four a pixel, by the trapezoidal rule; each is spread over its four
+    # nearest pixels.
     places = np.linspace(-distance / 2, distance / 2, math.ceil(4 * distance) + 1)
     weights = np.ones(len(places))
     weights[[0, -1]] = 0.5
@@ -64,8 +66,9 @@ def compress(image: Image, rng: np.random.Generator, loss: float) -> Image:
 def low_light(image: Image, rng: np.random.Generator, stops: float) -> Image:
     """Takes the photograph again with 2^stops times less light and no amplification.
 
-    Light is halved on a linear scale: levels are decoded and encoded by the sRGB curve. The sensor catches 4,000 electrons
-    where the well-exposed photograph is white, and reads each value with a standard deviation of 2.5 electrons.
+    Light is halved on a linear scale: levels are decoded and encoded by the sRGB curve. The sensor
+    catches 4,000 electrons where the well-exposed photograph is white, and reads each value with a
+    standard deviation of 2.5 electrons.
     """
     electrons = _linear(image.astype(np.float64) / WHITE) * WHITE_ELECTRONS / 2**stops
     read = rng.poisson(electrons) + READ_ELECTRONS * rng.standard_normal(image.shape)
@@ -104,7 +107,8 @@ class Corruption:
     """One kind of corruption.
 
     Attributes:
-      function: (image float32 (h, w, c) of levels 0 to 255, generator, strength above 0) -> image; need not clip.
+      function: (image float32 (h, w, c) of levels 0 to 255, generator, strength above 0) -> image;
+        need not clip.
       default: (low, high), range of strengths when none is given.
       unit: of the strength, for messages and documentation.
       largest: largest strength that makes sense or that the function can compute.

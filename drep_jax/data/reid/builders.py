@@ -1,4 +1,4 @@
-"""TFDS builders of the data sets for re-identification: they prepare from the unpacked originals, without TensorFlow."""
+"""TFDS builders of the data sets for re-identification, from the originals, without TensorFlow."""
 
 import io
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 class ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Train, query and gallery images of one data set, in the order in which its folder is read.
 
-    An image that is both a query and in the gallery is in the split query, with both flags; if all are, there is no split
-    gallery.
+    An image that is both a query and in the gallery is in the split query, with both flags; if all
+    are, there is no split gallery.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -50,7 +50,8 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             "query": [entry for entry in listed.test if entry.query],
             "gallery": [entry for entry in listed.test if not entry.query],
         }
-        # TFDS refuses empty splits. The gallery is empty where all its images are queries, too, as in VehicleID.
+        # TFDS refuses empty splits. The gallery is empty where all its images are queries, too, as
+        # in VehicleID.
         return {name: self._generate_examples(entries) for name, entries in parts.items() if entries}
 
     def _generate_examples(self, entries: Any) -> Iterator[tuple[int, dict[str, Any]]]:

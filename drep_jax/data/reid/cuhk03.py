@@ -1,7 +1,8 @@
-"""CUHK03 in the new protocol (767 persons for training, 700 for testing), with labeled or detected boxes.
+"""CUHK03 in the new protocol (767 persons to train, 700 to test), labeled or detected boxes.
 
 Three forms are read, all with images extracted from cuhk-03.mat:
-- images_labeled/1_001_1_01.png (pair of cameras, person, view, image) with cuhk03_new_protocol_config_labeled.mat;
+- images_labeled/1_001_1_01.png (pair of cameras, person, view, image) with
+  cuhk03_new_protocol_config_labeled.mat;
 - the same images with splits_new_labeled.json;
 - labeled/bounding_box_train, query and bounding_box_test with 0001_c1_1.png ("CUHK03-NP").
 

@@ -1,4 +1,4 @@
-"""Which data set a folder holds, so that messages can name a wrong one, and where in it the data set begins."""
+"""Which data set a folder holds, so that messages can name a wrong one, and where it begins."""
 
 import re
 from collections.abc import Sequence
@@ -62,14 +62,14 @@ def _of_market_form(folders: Sequence[Path]) -> tuple[str, str]:
 
 
 def begin(root: Path, needed: Sequence[str]) -> Path:
-    """Returns `root`, or its subfolder with a usual name where only that one has all that is needed."""
+    """Returns `root`, or its subfolder of a usual name if only that has all that is needed."""
     inside = [root / name for name in USUAL if all((root / name / part).exists() for part in needed)]
     here = all((root / part).exists() for part in needed)
     return inside[0] if len(inside) == 1 and not here else root
 
 
 def check_layout(root: Path, needed: Sequence[str], title: str, spec: str) -> None:
-    """Raises DataError, naming what the folder holds instead, unless it has all parts that are needed."""
+    """Raises DataError, naming what the folder holds, unless it has all that is needed."""
     absent = [part for part in needed if not (root / part).exists()]
     if absent:
         raise wrong_folder(root, f"it lacks {', '.join(absent)}", needed, title, spec)

@@ -1,4 +1,4 @@
-"""The images of a data set for re-identification before they are decoded, and checks for all such sets."""
+"""A data set for re-identification before its images are decoded, and checks for all of them."""
 
 import dataclasses
 import os
@@ -57,7 +57,8 @@ class Listed:
       test: queries, then the rest of the gallery.
       cameras: number of cameras.
       protocol: how it is evaluated.
-      published: (identities, images) of "train", "query", "gallery" or "test" in the literature; empty for other images.
+      published: (identities, images) of "train", "query", "gallery" or "test" in the literature;
+        empty for other images.
       one_numbering: whether a name means the same identity in train and test.
       remarks: what else the user should know.
     """
@@ -93,7 +94,8 @@ def checked(listed: Listed) -> Listed:
     """Returns the data set, if it is fit for training and evaluation.
 
     Raises:
-      DataError: for a part without images, an identity in both train and test, or queries that all lack a match.
+      DataError: for a part without images, an identity in both train and test, or queries that all
+        lack a match.
     """
     where = f"{listed.title} in {listed.where}"
     for name, entries in listed.parts.items():
@@ -117,7 +119,7 @@ def checked(listed: Listed) -> Listed:
 
 
 def matches(listed: Listed) -> Iterator[bool]:
-    """Yields, for each query, whether the gallery holds an image of its identity that the protocol counts."""
+    """Yields, for each query, whether the gallery has a match that the protocol counts."""
     seen = Counter((entry.identity, entry.camera) for entry in listed.test if entry.gallery)
     total = Counter(entry.identity for entry in listed.test if entry.gallery)
     for entry in listed.test:
@@ -127,7 +129,7 @@ def matches(listed: Listed) -> Iterator[bool]:
 
 
 def note_of(listed: Listed, split: str) -> str:
-    """Returns the numbers of identities and images of a split next to the published ones, and remarks."""
+    """Returns the counts of a split's identities and images, the published ones, and remarks."""
     names = [name for name in listed.parts if (name == "train") != (split == "test")]
     counts = [_count(name, listed.parts[name], listed.published.get(name)) for name in names]
     remarks = list(listed.remarks)
@@ -152,7 +154,7 @@ def _count(name: str, entries: Sequence[Entry], published: tuple[int, int] | Non
 
 
 def merged(query: Iterable[Entry], gallery: Iterable[Entry], key: Callable[[Entry], object]) -> list[Entry]:
-    """Returns queries, then gallery images; one that is both, by its key, is there once, as both."""
+    """Returns queries, then gallery images; one that is both, by its key, is there once."""
     queries = [entry._replace(query=True) for entry in query]
     places = {key(entry): place for place, entry in enumerate(queries)}
     rest = []
@@ -217,7 +219,8 @@ def read_lines(file: Path, words: int, what: str) -> list[tuple[int, list[str]]]
     """Returns the words of each line that is not blank, with the line's number from 1.
 
     Raises:
-      DataError: for a file that is absent or not text, and for a line with another number of words than `words`.
+      DataError: for a file that is absent or not text, and for a line with another number of words
+        than `words`.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -235,13 +238,14 @@ def read_lines(file: Path, words: int, what: str) -> list[tuple[int, list[str]]]
 def image_names(folder: Path | str) -> list[str]:
     """Returns the names of the image files directly in a folder, sorted.
 
-    Names instead of `Path`s, as paths are strings in this package: of 126,000 images, making `Path`s takes ten seconds.
+    Names instead of `Path`s, as paths are strings in this package: of 126,000 images, making
+    `Path`s takes ten seconds.
     """
     return sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and not name.startswith("."))
 
 
 def check_listed_files(paths: Sequence[tuple[int, str]], file: Path) -> None:
-    """Raises DataError unless every image in a list is there, and listed once; the message names the line.
+    """Raises DataError, naming the line, unless every image in a list is there and listed once.
 
     Each folder is listed once, which is faster than a system call for every image.
     """

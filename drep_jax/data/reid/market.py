@@ -1,7 +1,8 @@
-"""Market-1501 and DukeMTMC-reID: folders of training, query and gallery images whose names hold identity and camera.
+"""Market-1501 and DukeMTMC-reID: folders of images whose names hold identity and camera.
 
-Market-1501: `0002_c1s1_000451_03.jpg`, identity 2 by camera 1. Identity -1 is junk and left out; 0000 are distractors, which
-no query looks for. DukeMTMC-reID: `0005_c2_f0046985.jpg`; its distractors have other identities than its queries.
+Market-1501: `0002_c1s1_000451_03.jpg`, identity 2 by camera 1. Identity -1 is junk and left out;
+0000 are distractors, which no query looks for. DukeMTMC-reID: `0005_c2_f0046985.jpg`; its
+distractors have other identities than its queries.
 """
 
 import dataclasses
@@ -33,7 +34,8 @@ def read_market1501(root: Path, options: Mapping[str, str]) -> Listed:
 
     Args:
       root: the folder, or its parent.
-      options: `distractors`, a folder of the 500,000 further distractors, which are added to the gallery.
+      options: `distractors`, a folder of the 500,000 further distractors, which are added to the
+        gallery.
 
     Raises:
       DataError: when it is another data set, or not as published.
@@ -66,7 +68,7 @@ def read_market_form(
     published: Mapping[str, tuple[int, int]],
     extra: list[Entry] | None = None,
 ) -> Listed:
-    """Reads the folders bounding_box_train, query and bounding_box_test, with further gallery images."""
+    """Reads bounding_box_train, query and bounding_box_test, with further gallery images."""
     check_layout(base, MARKET_FOLDERS, title, spec)
     known = recognized(base)
     if known is not None and known[1] not in (spec, "reid_folder"):

@@ -1,8 +1,10 @@
-"""MSMT17, both versions: list files of `0000/0000_000_01_0303morning_0008_0.jpg 0`; the third number is the camera.
+"""MSMT17, both versions: list files of `0000/0000_000_01_0303morning_0008_0.jpg 0`.
 
-V1 has its images in train/ and test/, V2 (faces blurred) in mask_train_v2/ and mask_test_v2/. Train and validation lists
-together are the training set, as usual in the field. Train and test number their persons separately: 0000 is another person
-in each.
+The third number of a name is the camera.
+
+V1 has its images in train/ and test/, V2 (faces blurred) in mask_train_v2/ and mask_test_v2/. Train
+and validation lists together are the training set, as usual in the field. Train and test number
+their persons separately: 0000 is another person in each.
 """
 
 import os
@@ -68,7 +70,7 @@ def _find(root: Path, version: str | None) -> tuple[Path, str]:
 
 
 def _holds(base: Path, names: tuple[str, str]) -> bool:
-    """Returns whether a version is there; folders called train and test are too common to be enough."""
+    """Returns whether a version is there; folders called train and test are not enough."""
     known = recognized(base)
     return known is not None and known[1] == "msmt17" and any((base / name).is_dir() for name in names)
 

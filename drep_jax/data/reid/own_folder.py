@@ -1,10 +1,12 @@
-"""`reid_folder:DIR`: the user's images, whose names, folders or images.csv hold identity and camera.
+"""`reid_folder:DIR`: images whose names, folders or images.csv hold identity and camera.
 
-The parts are DIR/train, DIR/query and DIR/gallery (or Market-1501's bounding_box_train, query and bounding_box_test), or
-DIR/train and DIR/test, or none: then identities are split by a hash of their names. The first of these grammars that fits
-half of the names is used, and must then fit all of them (case does not matter):
+The parts are DIR/train, DIR/query and DIR/gallery (or Market-1501's bounding_box_train, query and
+bounding_box_test), or DIR/train and DIR/test, or none: then identities are split by a hash of their
+names. The first of these grammars that fits half of the names is used, and must then fit all of
+them (case does not matter):
 
-- IDENTITY_cCAMERA…, IDENTITY_camCAMERA…: `anna_cam2_17.jpg`, `0001_c1s1_000451_03.jpg`, `0005_c2_f0046985.jpg`
+- IDENTITY_cCAMERA…, IDENTITY_camCAMERA…: `anna_cam2_17.jpg`, `0001_c1s1_000451_03.jpg`,
+  `0005_c2_f0046985.jpg`
 - IDENTITY_CAMERA_NUMBER: `0001_2_0007.png`
 - IDENTITY/…cCAMERA…: `anna/c1_0003.jpg`, `anna/cam2/17.jpg`
 - IDENTITY/…, without cameras: `anna/0003.jpg`
@@ -52,9 +54,9 @@ def read_reid_folder(root: Path, options: Mapping[str, str]) -> Listed:
 
     Args:
       root: the folder.
-      options: `pattern`, a regular expression with the group identity and, if wanted, camera and view, that fits the whole
-        path below the folder of the part; `test` and `seed`, the fraction of test identities and the seed of the split,
-        where there are no parts.
+      options: `pattern`, a regular expression with the group identity and, if wanted, camera and
+        view, that fits the whole path below the folder of the part; `test` and `seed`, the fraction
+        of test identities and the seed of the split, where there are no parts.
 
     Raises:
       DataError: naming the file or line that cannot be used.

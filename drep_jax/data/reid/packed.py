@@ -1,6 +1,7 @@
 """`reid_npz:FILE`: encoded images in one NumPy file, with the arrays
 
-- jpeg, uint8: the files of all images, one after another; image i is jpeg[offsets[i]:offsets[i + 1]];
+- jpeg, uint8: the files of all images, one after another; image i is
+  jpeg[offsets[i]:offsets[i + 1]];
 - pid and camera, whole numbers, one an image; view, likewise, if known (-1 where it is not);
 - split: 0 for training, 1 for test.
 """
@@ -26,9 +27,9 @@ def read_reid_npz(file: Path, options: Mapping[str, str]) -> Listed:
 
     Args:
       file: absolute, or relative to the data directory or to $DREP_DATA.
-      options: `gallery`, "others" (queries are the first camera's test images, the gallery those of the other cameras) or
-        "all" (every test image is both); `test`, a fraction, and `seed`: the identities of both stored splits are split
-        anew.
+      options: `gallery`, "others" (queries are the first camera's test images, the gallery those of
+        the other cameras) or "all" (every test image is both); `test`, a fraction, and `seed`: the
+        identities of both stored splits are split anew.
 
     Raises:
       DataError: naming the array that is missing or does not fit.

@@ -1,10 +1,13 @@
 """Batches of P identities with K images each (Hermans et al., 2017), as an order of the images.
 
 The order depends on (seed, epoch) alone.
-In a round every identity takes part once, except (number of identities) mod P that rest. Those are the next ones of an
-endless cycle through a fixed random order, so that identities take part equally often, to within one. An identity of n
-images brings all of them K // n times, and K mod n more: at its u-th time the u-th group of an endless stream of
-permutations, without repeats in a group. So its images are used equally often, and repeat as rarely as possible.
+
+In a round every identity takes part once, except (number
+of identities) mod P that rest. Those are the next ones of an endless cycle through a fixed random
+order, so that identities take part equally often, to within one. An identity of n images brings all
+of them K // n times, and K mod n more: at its u-th time the u-th group of an endless stream of
+permutations, without repeats in a group. So its images are used equally often, and repeat as rarely
+as possible.
 """
 
 import math
@@ -29,7 +32,7 @@ def identity_order(
     singletons: str = "refuse",
     names: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Returns the images of one epoch: consecutive blocks of P·K, each of P distinct identities with K images each.
+    """Returns the images of one epoch: blocks of P·K, each of P identities with K images each.
 
     Args:
       labels: identity of every image, whole numbers from 0, (n,).
@@ -59,9 +62,14 @@ def identity_order(
 
 
 def epoch_length(
-    labels: np.ndarray, identities: int, instances: int, *, singletons: str = "refuse", names: Sequence[str] | None = None
+    labels: np.ndarray,
+    identities: int,
+    instances: int,
+    *,
+    singletons: str = "refuse",
+    names: Sequence[str] | None = None,
 ) -> int:
-    """Returns the images an epoch: the number of whole rounds nearest to the number of images, at least one.
+    """Returns the images an epoch: whole rounds, as near to the number of images as can be.
 
     Args and Raises: as for `identity_order`.
     """
@@ -104,13 +112,14 @@ def _members(
 
 
 def _taking_part(labels: list[int], identities: int, seed: int, turn: int) -> list[tuple[int, int]]:
-    """Returns the identities of a round in their order, each with the number of rounds it has taken part in before."""
+    """Returns the identities of a round in order, each with its number of rounds before."""
     count = len(labels)
     resting = count % identities
     cycle = np.argsort(_words(seed, RESTS, 0, 0, count), kind="stable")
     places = np.empty(count, np.int64)
     places[cycle] = np.arange(count)
-    # The identity at a place of the cycle has rested once for each number below turn · resting that is its place modulo count.
+    # The identity at a place of the cycle has rested once for each number below turn · resting that
+    # is its place modulo count.
     rested_before = -(-(turn * resting - places) // count)
     rests = -(-((turn + 1) * resting - places) // count) > rested_before
     shuffled = np.argsort(_words(seed, IDENTITIES, turn, 0, count), kind="stable")
@@ -118,12 +127,13 @@ def _taking_part(labels: list[int], identities: int, seed: int, turn: int) -> li
 
 
 def _group(images: int, instances: int, seed: int, identity: int, times: int) -> np.ndarray:
-    """Returns the images, by rank in the identity, that it brings the `times`-th time, (instances,)."""
+    """Returns the ranks of the images that an identity brings the `times`-th time, (instances,)."""
     more = instances % images
     whole = np.tile(np.arange(images), instances // images)
     if not more:
         return whole
-    # After this number of groups the stream is at the end of a permutation; what follows depends on nothing before.
+    # After this number of groups the stream is at the end of a permutation; what follows depends on
+    # nothing before.
     groups = images // math.gcd(images, more)
     chapter, place = divmod(times, groups)
     words = _words(seed, INSTANCES, chapter, identity, groups * more)

@@ -1,4 +1,4 @@
-"""A split of a data set for re-identification as a source: labels, cameras and views without decoding."""
+"""A split of a data set for re-identification as a source; its labels need no decoding."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,12 +13,13 @@ from drep_jax.errors import DataError
 
 
 class ReidSource:
-    """One split: images with label, camera and view; in the test split also query and gallery, 0 or 1.
+    """One split: images with label, camera and view, in the test split also query and gallery.
 
     Attributes:
       table: the columns of the items without the images, int32 (n,) by name.
       protocol: how the data set is evaluated.
-      cameras, views: numbers of those in the data set, over all splits; 0 views where none is known.
+      cameras, views: numbers of those in the data set, over all splits; 0 views where none is
+        known.
       attributes: other labels, int32 (n,) by name, -1 where unknown.
     """
 
@@ -77,13 +78,14 @@ def split_source(
       resize: a way of `drep_jax.data.fits.transform_of_fit`.
 
     Raises:
-      DataError: for a data set that cannot be trained with or evaluated on, and for a split without images.
+      DataError: for a data set that cannot be trained with or evaluated on, and for a split without
+        images.
     """
     return ReidSource(checked(listed), split, share, name=name, image_size=image_size, resize=resize)
 
 
 def _part(listed: Listed, split: str, share: Fraction) -> tuple[Sequence[Entry], list[str]]:
-    """Returns the images of a split and the names of its identities, in the order of their labels."""
+    """Returns the images of a split, and the names of its identities by label."""
     if split == "test":
         return listed.test, in_order(entry.identity for entry in listed.test)
     identities = in_order(entry.identity for entry in listed.train)

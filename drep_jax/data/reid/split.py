@@ -1,4 +1,4 @@
-"""Splitting identities into training and test, and test images into queries and gallery, where a data set has no split."""
+"""Splits of identities into training and test, and of test images into queries and gallery."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -14,7 +14,9 @@ def hashed(identity: str, seed: int) -> int:
 
 
 def drawn_by_hash(identities: Collection[str], share: Fraction, seed: int, where: str) -> set[str]:
-    """Returns the test identities: about that fraction, by a hash of the name, so that new identities move no old one.
+    """Returns the test identities: about that fraction, by a hash of the name.
+
+    So new identities move no old one.
 
     Raises:
       DataError: when all fall into one part.
@@ -30,13 +32,13 @@ def drawn_by_hash(identities: Collection[str], share: Fraction, seed: int, where
 
 
 def drawn_exactly(identities: Collection[str], share: Fraction, seed: int) -> set[str]:
-    """Returns the test identities of a seeded draw: exactly that fraction of them, at least one, and not all."""
+    """Returns the test identities of a seeded draw: that fraction, at least one, and not all."""
     ranked = sorted(identities, key=lambda identity: hashed(identity, seed))
     return set(ranked[: min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
 
 
 def held_out(identities: Collection[str], share: Fraction) -> set[str]:
-    """Returns the identities of the validation split: evenly spread over the sorted list, as every tenth for 0.1.
+    """Returns the identities of the validation split: evenly spread, as every tenth for 0.1.
 
     Where a fraction above 0 comes to none, it is the last one.
     """
@@ -46,9 +48,10 @@ def held_out(identities: Collection[str], share: Fraction) -> set[str]:
 
 
 def query_and_gallery(entries: Sequence[Entry]) -> list[Entry]:
-    """Returns queries, then the rest of the gallery: the first image of an identity and camera is a query.
+    """Returns queries, the first image of each identity and camera, then the rest of the gallery.
 
-    The only image of an identity by a camera is also in the gallery, since queries of other cameras look for it.
+    The only image of an identity by a camera is also in the gallery, since queries of other cameras
+    look for it.
     """
     cameras = {entry.camera for entry in entries}
     groups: dict[tuple[str, int], list[Entry]] = {}

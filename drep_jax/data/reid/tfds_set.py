@@ -1,4 +1,4 @@
-"""`reid_tfds:NAME[/CONFIG]`: a data set for re-identification that `python -m drep_jax.data.prepare` has prepared."""
+"""`reid_tfds:NAME[/CONFIG]`: a data set that `python -m drep_jax.data.prepare` has prepared."""
 
 import functools
 import os
@@ -36,7 +36,8 @@ def read_prepared(path: Path, options: Mapping[str, str]) -> Listed:
     return _read(str(folders[0]), os.path.getmtime(folders[0] / "dataset_info.json"))
 
 
-# Train, validation and test sources are opened one after another, and 126,000 records take 25 s to read.
+# Train, validation and test sources are opened one after another, and 126,000 records take 25 s to
+# read.
 @functools.lru_cache(maxsize=2)
 def _read(folder: str, written: float) -> Listed:
     import tensorflow_datasets as tfds  # takes half a second to import

@@ -1,7 +1,9 @@
-"""PKU VehicleID: image/0000001.jpg, and lists of `0000001 VEHICLE` in train_test_split/; cameras are unknown.
+"""PKU VehicleID: image/0000001.jpg, and lists of `0000001 VEHICLE` in train_test_split/.
 
-A test list has no queries and gallery: ten times, the protocol draws a gallery of one image a vehicle, and the other images are
-the queries.
+Cameras are unknown.
+
+A test list has no queries and gallery: ten times, the protocol draws a gallery of one image a
+vehicle, and the other images are the queries.
 """
 
 import os

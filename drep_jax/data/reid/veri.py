@@ -1,9 +1,10 @@
-"""VeRi-776: `0001_c001_00016450_0.jpg`, vehicle 1 by camera 1, in image_train/, image_query/ and image_test/.
+"""VeRi-776: `0001_c001_00016450_0.jpg`, vehicle 1 by camera 1, in three folders.
 
-A query that is also in the gallery, by its name, is there once, as both. These files are optional: the lists name_train.txt,
-name_query.txt and name_test.txt decide which images are used; train_label.xml and test_label.xml give color and type (numbers
-from 1; 0 is an error of the data set); keypoint_train.txt and keypoint_test.txt (Wang et al., 2017) have the view, 0 to 7, at
-the end of each line.
+A query that is also in the gallery, by its name, is there once, as both. These files are optional:
+the lists name_train.txt, name_query.txt and name_test.txt decide which images are used;
+train_label.xml and test_label.xml give color and type (numbers from 1; 0 is an error of the data
+set); keypoint_train.txt and keypoint_test.txt (Wang et al., 2017) have the view, 0 to 7, at the end
+of each line.
 """
 
 import os
@@ -29,7 +30,8 @@ def read_veri(root: Path, options: Mapping[str, str]) -> Listed:
 
     Args:
       root: the folder, or its parent.
-      options: `views`, "all" (the default) or "known": images of unknown view are left out, as TransReID does.
+      options: `views`, "all" (the default) or "known": images of unknown view are left out, as
+        TransReID does.
 
     Raises:
       DataError: when it is another data set, or not as published.
