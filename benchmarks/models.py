@@ -1,14 +1,17 @@
-"""Every backbone against its PyTorch reference, forward and forward with gradients, float32, one thread each, in one process.
+"""Every backbone against its PyTorch reference: forward, and forward with gradients.
 
-    pip install torch torchvision timm                              # see requirements-parity.txt
-    PYTHONPATH=. python benchmarks/models.py                        # or: … benchmarks/models.py vit_s16 resnet50
+    pip install torch torchvision timm              # see requirements-parity.txt
+    PYTHONPATH=. python benchmarks/models.py        # or: … benchmarks/models.py vit_s16 resnet50
 
-Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch by `set_num_threads(1)`. For
-both the allocator keeps freed memory (`drep_jax.cli.allocator`); --return_memory leaves that out. Rounds are interleaved, seconds
-are medians of processor time, a ratio is the median over the rounds of ours / PyTorch's in the same round. Both networks are
-in inference mode with their own random weights, so that there is the same to compute; gradients are of the mean square of the
-logits by all parameters. A reference that is not installed is skipped with the reason; VMamba's is a checkout of its
-repository, whose path VMAMBA_REFERENCE gives (tests/parity/vmamba_reference.py); it runs the authors' plain PyTorch path.
+float32, one process. Both sides run on one core: XLA by its flags and the process's affinity
+(`single_thread`), PyTorch by `set_num_threads(1)`. For both the allocator keeps freed memory
+(`drep_jax.cli.allocator`), which train.py does not request; --return_memory leaves that out. Rounds
+are interleaved, seconds are medians of processor time, a ratio is the median over the rounds of
+ours / PyTorch's in the same round. Both networks are in inference mode with random weights of their
+own, so the computation is the same; gradients are of the mean square of the logits by all
+parameters. A reference that is not installed is skipped with the reason. VMamba's is a checkout of
+its repository at the path VMAMBA_REFERENCE (tests/parity/vmamba_reference.py); it runs the authors'
+plain PyTorch path.
 """
 
 import argparse

@@ -1,19 +1,23 @@
-"""Re-identification as in the paper's Tables 2 to 4 and 6: any of its data sets, backbones and ways of training.
+"""Re-identification as in the paper's Tables 2 to 4 and 6: data sets, backbones, training modes.
 
-    python train.py --config=configs/reid.py:market1501:transreid_ssl_s --config.data.source=market1501:DIR \\
-        --config.backbone.init_from=vit_small.pth
-    python train.py --config=configs/reid.py:msmt17:transreid_b:label_augmented --config.data.source=msmt17:DIR …
-    python train.py --config=configs/reid.py:vehicleid:resnet50:alternating --config.data.source=vehicleid:DIR …
-    python train.py --config=configs/reid.py:folder:transreid_ssl_s --config.data.source=reid_folder:DIR …
+    python train.py --config=configs/reid.py:market1501:transreid_ssl_s \\
+        --config.data.source=market1501:DIR --config.backbone.init_from=vit_small.pth
+    python train.py --config=configs/reid.py:msmt17:transreid_b:label_augmented \\
+        --config.data.source=msmt17:DIR …
+    python train.py --config=configs/reid.py:vehicleid:resnet50:alternating \\
+        --config.data.source=vehicleid:DIR …
+    python train.py --config=configs/reid.py:folder:transreid_ssl_s \\
+        --config.data.source=reid_folder:DIR …
 
-The first word is the data set, the second the backbone, and the third, which may be left out, the way of training. Weights
-are the published files (docs/weights.md). The field's protocol: images squashed to 256 × 128 (vehicles 256 × 256;
-transreid_ssl_b_ics 384 × 128, for which it is published), mirrored, moved by up to 10 pixels, half of them with a rectangle
-erased; batches of 16 identities with 4 images each; single query, cross-camera. What is told of views is read from
-`veri:DIR?views=known` (transreid_b, resnet50_views), which leaves out the images of which it is not known. The paper's
-merged training is
-`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. What this gives on these data sets has not been
-measured here: they are not public. On a real set of two cameras it is in docs/results.md.
+The first word is the data set, the second the backbone, and the optional third the training mode.
+Weights are the published files (docs/weights.md). The field's protocol: images squashed to 256 ×
+128 (vehicles 256 × 256; transreid_ssl_b_ics 384 × 128, for which it is published), flipped, shifted
+by up to 10 pixels, half of them with a rectangle erased; batches of 16 identities with 4 images
+each; single query, cross-camera. Views are read from `veri:DIR?views=known` (transreid_b,
+resnet50_views), which leaves out the images of unknown view. The paper's merged training is
+`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. Results on these data sets
+were not measured here: they are not public. Results on a real set of two cameras are in
+docs/results.md.
 """
 
 from ml_collections import ConfigDict

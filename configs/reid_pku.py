@@ -1,12 +1,13 @@
-"""Persons in front of two cameras: a small ResNet trained from scratch, denoised for noise, blur, low light and compression.
+"""Persons in front of two cameras: a small ResNet trained from scratch, denoised label-free.
 
-    python train.py --config=configs/reid_pku.py                  # looks for reid_pku74.npz in DREP_DATA
+    python train.py --config=configs/reid_pku.py                  # expects reid_pku74.npz in DREP_DATA
     python train.py --config=configs/reid_pku.py:transreid        # a small TransReID instead
 
-The set has 74 persons with eight views in each of two cameras. A number behind the backbone (`resnet:3`) is the seed, which
-divides the persons anew: 40 % are tested, queries from camera 1 and gallery from camera 2, and 15 % of the others are held
-out to choose on, without labels. `benchmarks/reid.py` repeats this over seeds, with every way of training; docs/results.md
-has what it gave.
+The corruptions are noise, blur, low light and compression. The set has 74 persons with eight views
+in each of two cameras. A number behind the backbone (`resnet:3`) is the seed, which splits the
+persons anew: 40 % are tested, queries from camera 1 and gallery from camera 2, and 15 % of the
+others are held out for choosing, without labels. `benchmarks/reid.py` repeats this over seeds, with
+every training mode; the results are in docs/results.md.
 """
 
 from ml_collections import ConfigDict
