@@ -41,21 +41,24 @@ def _moved(text: str, source: str) -> str:
 
 def _packages() -> dict[str, list[str]]:
     """Package ↦ its modules, dotted, the package itself first."""
-    found: dict[str, list[str]] = {}
+    packages: dict[str, list[str]] = {}
     for path in sorted((ROOT / "drep_jax").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         package = ".".join(parts[:2]) if len(parts) > 2 else "drep_jax"
-        found.setdefault(package, []).append(name)
-    return {package: sorted(names) for package, names in sorted(found.items())}
+        packages.setdefault(package, []).append(name)
+    return {package: sorted(names) for package, names in sorted(packages.items())}
 
 
 def _reference(package: str, modules: list[str]) -> str:
     lines = [f"# {package}", ""]
     for module in modules:
-        lines += [f"::: {module}", ""]
+        lines += [f"::: {module}"]
+        if module == package:  # the heading of the page is its name
+            lines += ["    options:", "      show_root_heading: false", "      show_root_toc_entry: false"]
         if module == "drep_jax":  # re-exports what the pages of the packages show
-            lines[-1:] = ["    options:", "      members: false", ""]
+            lines += ["      members: false"]
+        lines += [""]
     return "\n".join(lines)
 
 
