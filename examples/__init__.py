@@ -1,1 +1,1 @@
-"""Short scripts that show one thing each; tests run them."""
+"""Short scripts that use drep_jax, each run by tests/examples."""

@@ -1,1 +1,1 @@
-"""Short scripts that show one thing each; tests run them."""
+"""The noise of a camera, measured from pairs of pictures."""

@@ -1,1 +1,1 @@
-"""Short scripts that show one thing each; tests run them."""
+"""A network that the registry does not know."""

@@ -1,1 +1,1 @@
-"""Short scripts that show one thing each; tests run them."""
+"""A PyTorch checkpoint in, a fused one with the same names out."""
