@@ -1,9 +1,10 @@
-"""Time and peak memory of fusing ViT-S, ViT-B and ResNet-50: jitted in float32, and exactly in float64 as exports do.
+"""Time and peak memory of fusing ViT-S, ViT-B and ResNet-50, in float32 and in float64.
 
     PYTHONPATH=. python benchmarks/fusion.py
 
-Every case runs in a process of its own, so that its peak memory is its own. The weights and the (non-zero) denoisers count
-in the memory; "above the weights" takes off what was resident before fusing began.
+float32 is jitted, float64 is exact as in exports. Every case runs in a process of its own, so that
+its peak memory is its own. The weights and the (non-zero) denoisers count in the memory; "above the
+weights" subtracts the memory in use before fusing began.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""What every way of training really gives: several seeds of one run each, all arms of equal budgets, on the same test images.
+"""The results of every training mode: several seeds, all arms of equal budgets, same test images.
 
     PYTHONPATH=. python benchmarks/modes.py --config=configs/resnet20_cifar10.py --workdir=runs/modes
 
-Each seed is one run of the main job (images, order, noise and dropout drawn anew; the given backbone is the same) with the
-learners `algorithm1` and `closed_form` (label-free), `label_augmented` (Eq. 12), `alternating` (appendix A), `final_only`
-(DenoiseRep⁻), and the control arms: placebo, and the backbone trained on with labels for the same steps on the same images
-(`continued`). Differences are in points of accuracy: their mean over the seeds with Student's 95 % interval, and in how many
-seeds the paired test of that run (interval and McNemar) is significant. A run that was stopped is taken up again.
+Each seed is one run of the main job (images, order, noise and dropout drawn anew; the given
+backbone is the same) with the learners `algorithm1` and `closed_form` (label-free),
+`label_augmented` (Eq. 12), `alternating` (appendix A), `final_only` (DenoiseRep⁻), and the control
+arms: placebo, and the backbone trained on with labels for the same steps on the same images
+(`continued`). Differences are in points of accuracy: their mean over the seeds with Student's 95 %
+interval, and the number of seeds in which the paired test of that run (interval and McNemar) is
+significant. A stopped run is resumed.
 """
 
 import argparse

@@ -1,13 +1,14 @@
-"""Every way of training on the real set of two cameras: several seeds, each with other persons tested.
+"""Every training mode on the real set of two cameras: several seeds, each with other test persons.
 
-    PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid                       # DREP_DATA has reid_pku74.npz
+    PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid          # DREP_DATA has reid_pku74.npz
     PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid_t --backbone=transreid
 
-Each seed is one run of configs/reid_pku.py: a backbone is trained from scratch on 38 persons, then every learner learns
-from it, the label-free ones without labels even to choose their strength. Differences are in points: their mean over the
-seeds with Student's 95 % interval, and in how many seeds the paired interval over that run's queries excludes zero. A run
-that was stopped is taken up again. Latency is that of the first table of the paper's kind: baseline, fused, and
-DenoiseRep⁻, interleaved in one run.
+Each seed is one run of configs/reid_pku.py: a backbone is trained from scratch on 38 persons, then
+every learner learns from it, the label-free ones without labels even for the choice of their
+strength. Differences are in points: their mean over the seeds with Student's 95 % interval, and the
+number of seeds in which the paired interval over that run's queries excludes zero. A stopped run is
+resumed. Latency corresponds to the paper's Table 4: baseline, fused, and DenoiseRep⁻, interleaved
+in one run.
 """
 
 import argparse

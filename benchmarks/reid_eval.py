@@ -1,12 +1,13 @@
-"""Seconds and memory of exact retrieval metrics at the size of Market-1501 and MSMT17, against the field's NumPy loop.
+"""Time and memory of exact retrieval metrics at the sizes of Market-1501 and MSMT17.
 
     PYTHONPATH=. python benchmarks/reid_eval.py                      # both sizes
     PYTHONPATH=. python benchmarks/reid_eval.py --sizes market --rounds 5 --rerank
 
-"usual" is what re-identification code does: the whole matrix of distances, argsort of all its rows, then for each query the
-cumulated hits of its ranked row. Where its arrays would not fit into free memory, it does so for 500 queries at a time,
-which is the same work a query. Every measurement is a process of its own, the sides in turn; memory is the peak above
-what the process held before (features, imports). "ours, first" includes compilation.
+"usual" is the NumPy loop of re-identification code: the whole distance matrix, argsort of all its
+rows, then for each query the cumulated hits of its ranked row. Where its arrays would not fit into
+free memory, it handles 500 queries at a time, which is the same work a query. Every measurement is
+a process of its own, the sides in turn; memory is the peak above what the process held before
+(features, imports). "ours, first" includes compilation.
 """
 
 import argparse

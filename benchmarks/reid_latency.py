@@ -1,9 +1,10 @@
-"""The paper's Table 4 in kind: latency of a network for re-identification plain, fused, with DenoiseRep⁻, and explicit.
+"""The equivalent of the paper's Table 4: latency plain, fused, with DenoiseRep⁻, and explicit.
 
     PYTHONPATH=. python benchmarks/reid_latency.py --model=transreid_ssl_s16 --batch=32 --rounds=15
 
-Random weights and random denoisers at every linear of the MLPs (for ResNets, pointwise ones at every convolution), which
-cost what trained ones do. One run, interleaved, medians; a ratio is the median of the rounds' own ratios to the plain network.
+Random weights and random denoisers at every linear of the MLPs (for ResNets, pointwise ones at
+every convolution), which cost the same as trained ones. One run, interleaved, medians; a ratio is
+the median of the rounds' own ratios to the plain network.
 """
 
 import argparse

@@ -1,15 +1,17 @@
-"""What many devices send each other and hold, by model, and how long steps may take on them: computed, not measured.
+"""Communication, memory and step time on many devices, by model: computed, not measured.
 
     PYTHONPATH=. python benchmarks/scaling.py
-    PYTHONPATH=. python benchmarks/scaling.py --seconds=0.2 --bandwidth=50      # a step measured on one of your devices; GB/s
+    PYTHONPATH=. python benchmarks/scaling.py --seconds=0.2 --bandwidth=50
 
-Bytes follow from shapes alone (`jax.eval_shape`): nothing is run. The time of a step on n devices, each with the batch that
+The second command takes a step measured on one of your devices, and GB/s. Bytes follow from shapes
+alone (`jax.eval_shape`): nothing is run. The time of a step on n devices, each with the batch that
 was measured on one, is taken to be
 
     t(n) = t(1) + 2 (n − 1) / n · bytes / bandwidth,
 
-an all-reduce that waits for the whole step and goes around a ring: no overlap, so it is an upper bound where the bandwidth is
-right. `--bandwidth` is what one device sends, in GB/s, while all send at once.
+an all-reduce that waits for the whole step and goes around a ring: no overlap, so it is an upper
+bound where the bandwidth is right. `--bandwidth` is the rate at which one device sends, in GB/s,
+while all send at once.
 """
 
 import argparse

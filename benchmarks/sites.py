@@ -1,7 +1,9 @@
-"""Lists the denoising sites and their time steps for the registered backbones, as in docs/models.md; nothing is computed.
+"""Lists the denoising sites and time steps of the registered backbones, as in docs/models.md.
 
-PYTHONPATH=. python benchmarks/sites.py                     # one line a backbone
-PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
+    PYTHONPATH=. python benchmarks/sites.py                     # one line a backbone
+    PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
+
+Nothing is computed.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""The paper's ways of training on CIFAR-10, with control arms of equal budget.
+"""The paper's training modes on CIFAR-10's published ResNet-20 or ViT, with control arms.
 
-    python train.py --config=configs/cifar10_training.py:label_free        # Algorithm 1
-    python train.py --config=configs/cifar10_training.py:label_augmented   # Eq. 12
-    python train.py --config=configs/cifar10_training.py:alternating       # appendix A
-    python train.py --config=configs/cifar10_training.py:control           # the backbone alone
-    python train.py --config=configs/cifar10_training.py:final_only        # DenoiseRep⁻ (explicit)
-    python train.py --config=configs/cifar10_training.py:alternating:vit   # instead of ResNet-20
+    python train.py --config=configs/cifar10_training.py:label_free       # Algorithm 1
+    python train.py --config=configs/cifar10_training.py:label_augmented  # Eq. 12
+    python train.py --config=configs/cifar10_training.py:alternating      # appendix A
+    python train.py --config=configs/cifar10_training.py:control          # the backbone alone
+    python train.py --config=configs/cifar10_training.py:final_only       # DenoiseRep⁻, explicit
+    python train.py --config=configs/cifar10_training.py:alternating:vit  # the ViT
 
-The backbones are a published ResNet-20 and ViT. Training takes ten epochs of 45,000 images (7,030
-steps of 64), in alternating phases of one epoch; the paper takes 120 epochs in phases of ten.
-Convolutions have pointwise denoisers, as in the paper. Data and weights are in the directory
-DREP_DATA, as for configs/resnet20_cifar10.py. `benchmarks/modes.py` repeats all of them over seeds;
-its results are in docs/results.md.
+`control` takes as many steps as the others. `final_only` is compared with the closed form. Ten
+epochs of 64 images (7,030 steps of the 45,000 images for learning) in phases of one epoch; the
+paper takes 120 in phases of ten. Convolutions have pointwise denoisers, the paper's. Data and
+weights are expected in DREP_DATA, as by configs/resnet20_cifar10.py. `benchmarks/modes.py` repeats
+all of them over seeds; the results are in docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Re-identification as in the paper's Tables 2 to 4 and 6: its data sets, backbones and modes.
+"""Re-identification as in the paper's Tables 2 to 4 and 6: data sets, backbones, training modes.
 
     python train.py --config=configs/reid.py:market1501:transreid_ssl_s \\
         --config.data.source=market1501:DIR --config.backbone.init_from=vit_small.pth
@@ -9,14 +9,14 @@
     python train.py --config=configs/reid.py:folder:transreid_ssl_s \\
         --config.data.source=reid_folder:DIR …
 
-DATASET:BACKBONE[:MODE], where the mode is the way of training. Weights are the published files
-(docs/weights.md). The field's protocol: images resized to 256 × 128 without their aspect ratio
-(vehicles 256 × 256; transreid_ssl_b_ics 384 × 128, as published), horizontal flip, translation by
-up to 10 pixels, random erasing of half the images; batches of 16 identities with 4 images each;
-single query, cross-camera. Views are read from `veri:DIR?views=known` (transreid_b,
-resnet50_views), which skips images without a known view. The paper's merged training is
-`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. These data sets are not
-public, so nothing has been measured on them here. Results on a real set of two cameras are in
+The first word is the data set, the second the backbone, and the optional third the training mode.
+Weights are the published files (docs/weights.md). The field's protocol: images squashed to 256 ×
+128 (vehicles 256 × 256; transreid_ssl_b_ics 384 × 128, for which it is published), flipped, shifted
+by up to 10 pixels, half of them with a rectangle erased; batches of 16 identities with 4 images
+each; single query, cross-camera. Views are read from `veri:DIR?views=known` (transreid_b,
+resnet50_views), which leaves out the images of unknown view. The paper's merged training is
+`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. Results on these data sets
+were not measured here: they are not public. Results on a real set of two cameras are in
 docs/results.md.
 """
 
@@ -56,7 +56,7 @@ BACKBONES = {
     "resnet50_views": {"model": {"name": "resnet50_vanet"}, "data": IMAGENET, "margin": 0.3, "views": True},
 }
 SIDE = {"veri": "camera+view", "vehicleid": ""}
-"""Side information of the published TransReID networks for vehicles; persons have the camera."""
+"""What the published TransReID networks are told of vehicles; of persons it is the camera."""
 SMOOTHED = ("clip_reid", "resnet50", "resnet50_views")
 """Backbones that are published with label smoothing."""
 
@@ -90,7 +90,7 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
         size = backbone.get("persons", PERSONS)
     if backbone.get("views") and dataset not in ("veri", "folder"):
         raise ConfigError(
-            "resnet50_views needs the view of every image; of these data sets only veri and folder can have it."
+            "resnet50_views needs to know what is seen from where, which of these data sets veri and folder alone can tell."
         )
 
     config = get_default()
@@ -106,10 +106,10 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
         config.retrieval.side = SIDE.get(dataset, "camera")
         config.model.jigsaw_shift = 8 if size == VEHICLES else 5
     config.denoise.update({"train_steps": STEPS, "batch_size": 64, "learning_rate": 4e-4})
-    labeled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
-    labeled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
-    config.backbone.update(labeled)
-    config.control.update({**labeled, "steps": STEPS if mode in LABELLED else 0, "learning_rate": 4e-4})
+    labelled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
+    labelled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
+    config.backbone.update(labelled)
+    config.control.update({**labelled, "steps": STEPS if mode in LABELLED else 0, "learning_rate": 4e-4})
     config.alternate.update({"steps": STEPS, "period": 2000})
     config.noise = "gaussian:0..40"
     config.select.labels = False
