@@ -1,6 +1,6 @@
 """Registry of backbones: plain Flax Linen modules, images in, logits out.
 
-Every entry makes a module that is called as `module(x, train=False)` on normalised images (batch, height, width,
+Every entry makes a module that is called as `module(x, train=False)` on normalized images (batch, height, width,
 channels) and returns logits (batch, num_classes), or features when `num_classes=0`; those for retrieval return features
 always, and from their method `outputs` what the losses of training read. To add a model, add a line to
 `MODELS`.

@@ -72,7 +72,7 @@ class CLIPReID(BatchNormBackbone, kw_only=True):
         """Returns the feature of retrieval [f | P f] (batch, width + projection), float32 at least.
 
         Args:
-          x: normalised images of `image_size`; with `side_info` of four channels.
+          x: normalized images of `image_size`; with `side_info` of four channels.
           train: whether the necks use, and update with, the statistics of this batch (make `batch_stats` mutable).
 
         Raises:

@@ -117,7 +117,7 @@ class ResNet(BatchNormBackbone, kw_only=True):
         """Classifies images.
 
         Args:
-          x: normalised images.
+          x: normalized images.
           train: whether BatchNorm uses, and updates with, the statistics of this batch (make `batch_stats` mutable).
 
         Returns:

@@ -62,7 +62,7 @@ class ResNetReID(BatchNormBackbone, kw_only=True):
         """Returns the feature of retrieval, that of the branches side by side; float32 at least.
 
         Args:
-          x: normalised images.
+          x: normalized images.
           train: whether BatchNorm uses, and updates with, the statistics of this batch (make `batch_stats` mutable).
 
         Raises:
@@ -75,7 +75,7 @@ class ResNetReID(BatchNormBackbone, kw_only=True):
         """Returns what the losses read: "features" before the necks and "logits", one of each a branch.
 
         Args:
-          x: normalised images.
+          x: normalized images.
           train: as for `__call__`.
         """
         before, _, logits = self._run(x, train, classify=True)

@@ -103,7 +103,7 @@ def _recur(decay: States, inputs: States, along: int, reverse: bool, late: bool 
     Args:
       decay: in [0, 1].
       inputs: of the same shape.
-      along: the axis, 1 or 2, of neighbouring pixels; the other one leads from line to line.
+      along: the axis, 1 or 2, of neighboring pixels; the other one leads from line to line.
       reverse: whether k counts from the last pixel.
       late: whether a state decays as it is left instead of as the next is reached.
     """

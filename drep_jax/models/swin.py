@@ -2,7 +2,7 @@
 
 Attention is softmax(s·cos(q, k) + bias + mask) v in each window. The scale s ≤ 100 is learned head by head. The bias is
 16·sigmoid of a small network of the two tokens' relative position, log-spaced, so it depends on the parameters only. Every
-other block shifts the windows by half their side, and the mask keeps pixels apart that are neighbours only because the
+other block shifts the windows by half their side, and the mask keeps pixels apart that are neighbors only because the
 shift wraps around. LayerNorm eps 1e-5, exact (erf) GELU. Initial values: truncated normal of standard deviation 0.02 for
 dense kernels, Xavier uniform for the patch embedding, zero biases, s = 10, and zero scales of the blocks' norms, so that
 every block starts as the identity.
@@ -29,7 +29,7 @@ BIAS_HIDDEN = 512
 BIAS_RANGE = 16.0
 LARGEST_SCALE = 100.0
 MASKED = -100.0
-"""Added between pixels that are no neighbours. Finite as in the original, whose weights are trained with what leaks."""
+"""Added between pixels that are no neighbors. Finite as in the original, whose weights are trained with what leaks."""
 
 _norm = functools.partial(nn.LayerNorm, 1e-5, use_fast_variance=False)  # exact also where single channels are huge
 _trunc_normal = nn.initializers.truncated_normal(0.02)
@@ -184,7 +184,7 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Adds normalised attention, then the normalised MLP; `drop_path` acts whenever it is not 0."""
+    """Adds normalized attention, then the normalized MLP; `drop_path` acts whenever it is not 0."""
 
     num_heads: int
     mlp_dim: int
@@ -270,7 +270,7 @@ class SwinV2(Backbone, kw_only=True):
         """Classifies images.
 
         Args:
-          x: normalised images of `image_size`.
+          x: normalized images of `image_size`.
           train: whether blocks are dropped.
 
         Returns:

@@ -146,8 +146,8 @@ class EncoderBlock(nn.Module):
 
 def _drop_path(y: Float[Array, "batch tokens width"], rate: Float[Array, ""], key: Array) -> Array:
     """Returns `y` with all of an image's numbers at zero with probability `rate`, the others scaled to the same mean."""
-    kept = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
-    return jnp.where(kept, y / (1 - rate).astype(y.dtype), 0)
+    survives = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
+    return jnp.where(survives, y / (1 - rate).astype(y.dtype), 0)
 
 
 def layer_norm(name: str, eps: float, dtype: Any, param_dtype: Any) -> nn.LayerNorm:

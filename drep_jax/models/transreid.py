@@ -45,7 +45,7 @@ class Ibn(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch height width channels"]:
-        """Normalises each channel."""
+        """Normalizes each channel."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         half = x.shape[-1] // 2
         instance = nn.InstanceNorm(1e-5, **dtypes, use_fast_variance=False, name="instance")(x[..., :half])
@@ -124,7 +124,7 @@ class TransReID(BatchNormBackbone, kw_only=True):
         """Returns the feature of retrieval.
 
         Args:
-          x: normalised images of `image_size`; with `side_info` the fourth channel holds the index.
+          x: normalized images of `image_size`; with `side_info` the fourth channel holds the index.
           train: whether drop path is on and batch norms use, and update with, the statistics of this batch.
 
         Returns:

@@ -47,8 +47,8 @@ class ViT(Backbone, kw_only=True):
       mlp_dim: hidden dimension of the MLPs.
       num_classes: number of logits; 0 returns the features that the head would read.
       image_size: (height, width) in pixels; each a multiple of the patch, unless `patch_stride` is given.
-      pool: "cls" reads the class token after the final norm; "mean" averages the patch tokens (no others), then normalises
-        the average, as timm does; "gap" normalises the patch tokens, then averages, as big_vision does.
+      pool: "cls" reads the class token after the final norm; "mean" averages the patch tokens (no others), then normalizes
+        the average, as timm does; "gap" normalizes the patch tokens, then averages, as big_vision does.
       class_token: whether there is one.
       registers: number of further learned tokens; they have no positions.
       position_class_token: whether the class token has a position too (ViT, DeiT, DINOv2), or the patches only (DeiT-3,
@@ -61,7 +61,7 @@ class ViT(Backbone, kw_only=True):
       qkv_bias: whether query, key and value have biases.
       scan: one compiled block looped over parameters stacked under `encoder` (see `stack_blocks`) instead of
         `encoderblock_0`, ...; intercepted layers may sow into a collection named "denoise", stacked the same way.
-      post_norm: normalise each sum instead of each input.
+      post_norm: normalize each sum instead of each input.
       activation: of the MLPs, "gelu" (exact), "gelu_tanh" (its approximation, which Google's ViTs were trained with),
         "quick_gelu" (CLIP's) or "relu".
       norm_eps: of every LayerNorm.
@@ -118,7 +118,7 @@ class ViT(Backbone, kw_only=True):
         """Classifies images.
 
         Args:
-          x: normalised images of `image_size`.
+          x: normalized images of `image_size`.
           train: whether dropout and drop path are on.
 
         Returns:

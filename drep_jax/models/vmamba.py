@@ -174,7 +174,7 @@ class VMamba(Backbone, kw_only=True):
         """Classifies images.
 
         Args:
-          x: normalised images.
+          x: normalized images.
           train: whether branches are dropped.
 
         Returns:

@@ -36,9 +36,9 @@ def read_weights(config: Config, setting: Setting, path: str, *, allow_fused: bo
         variables = weights.load(path, setting.abstract, allow_fused=allow_fused)
         processes.check_same("backbone", {path: weights.digest(variables)})
         return variables
-    found = weights.load_foreign(
+    foreign = weights.load_foreign(
         path, setting.backbone, setting.abstract, fresh=lambda: fresh_variables(config, setting), **init_options(config)
     )
-    print("\n".join(f"  {note}" for note in ("Weights read:", *found.notes)))
-    processes.check_same("backbone", {path: weights.digest(found.variables)})
-    return found.variables
+    print("\n".join(f"  {note}" for note in ("Weights read:", *foreign.notes)))
+    processes.check_same("backbone", {path: weights.digest(foreign.variables)})
+    return foreign.variables

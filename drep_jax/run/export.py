@@ -25,10 +25,8 @@ from drep_jax.weights.formats import formats_of
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 """Types that fused weights can be stored in."""
 
-
 SAME = "same"
 """The export in the format that the backbone came in."""
-
 
 PROGRAMS: dict[str, Callable[..., Comparison]] = {"stablehlo": export_stablehlo, "onnx": export_onnx}
 """Exports of the network itself, weights inside; another is a line here."""
@@ -84,7 +82,7 @@ def fuse_and_certify(
 
 
 def certificate_images(config: Config, setting: Setting) -> jax.Array:
-    """Returns the first few test images (training images if there is no test set), normalised."""
+    """Returns the first few test images (training images if there is no test set), normalized."""
     source = setting.test if setting.test is not None else setting.train
     count = min(config["evaluate"]["certificate_images"], len(source))
     return setting.inputs(read(source, np.arange(count)))
@@ -189,12 +187,12 @@ def write(
     """
     exact = fused if exact is None else exact
     if output.dtype is not None:
-        kept = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
-        _check_survival(output, output.dtype, variables["params"], exact, kept)
+        stored = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
+        _check_survival(output, output.dtype, variables["params"], exact, stored)
     again = original is not None and any(form in (SAME, original.format.name) for form in output.forms)
     if original is not None and again and original.rounds:
-        kept = weights.stored_tree(original, {**variables, "params": exact})["params"]
-        _check_survival(output, original.source.path, variables["params"], exact, kept)
+        stored = weights.stored_tree(original, {**variables, "params": exact})["params"]
+        _check_survival(output, original.source.path, variables["params"], exact, stored)
     full = {**variables, "params": exact}
     if output.fold_batchnorm:
         full = _folded(setting, {**variables, "params": fused}, full, images)
@@ -242,11 +240,11 @@ def _folded(setting: Setting, fused: Tree, exact: Tree, images: Any) -> Tree:
 
 
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
-    """Says what share of the change a storage type keeps, and refuses one that keeps less than 90 %."""
-    kept = survival(before, exact, stored)
-    print(f"Stored as {where}, {100 * kept.share:.1f} % of the change survives (worst: {kept.worst_layer}).")
-    if kept.share < 0.9 and not output.allow_rounding:
+    """Prints the fraction of the change that a storage type keeps, and refuses one that keeps less than 90 %."""
+    surviving = survival(before, exact, stored)
+    print(f"Stored as {where}, {100 * surviving.share:.1f} % of the change survives (worst: {surviving.worst_layer}).")
+    if surviving.share < 0.9 and not output.allow_rounding:
         raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - kept.share):.0f} % of what fusion changed; the network would be "
+            f"Storing as {where} rounds away {100 * (1 - surviving.share):.0f} % of what fusion changed; the network would be "
             "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
         )

@@ -154,12 +154,12 @@ def _read_orbax(path: str, like: Tree) -> tuple[dict[str, Any], Any]:
         with open(mark, encoding="utf-8") as file:
             fused = json.load(file).get("fused")
         with ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.restore(os.path.abspath(path))
+            tree = checkpointer.restore(os.path.abspath(path))
     except Exception as error:
         raise CheckpointError(
             f"The Orbax checkpoint {path} is damaged: {(str(error).splitlines() or [''])[0][:200]}"
         ) from error
-    return names_of(found), fused
+    return names_of(tree), fused
 
 
 def is_native(path: str) -> bool:

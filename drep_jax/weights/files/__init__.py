@@ -50,7 +50,7 @@ class ForeignFile:
       tensors: {name without wrappers and prefixes: array in the stored dtype}; read-only, and parts of the mapped file
         where possible, so the file must stay as it is while they are used.
       stored: {name in `tensors`: full name in the file}, entries of wrappers first, with "/" between.
-      found: what was recognised, as sentences.
+      notes: what was recognized, as sentences.
       fused: what an earlier export marked the file with, or None.
     """
 
@@ -58,7 +58,7 @@ class ForeignFile:
     kind: str
     tensors: dict[str, np.ndarray]
     stored: dict[str, str]
-    found: tuple[str, ...]
+    notes: tuple[str, ...]
     fused: Any
 
 
@@ -71,20 +71,20 @@ def read(path: str, *, state: str | None = None) -> ForeignFile:
         averaged weights (EMA, teacher) if there are any, else the usual names.
 
     Returns:
-      Its tensors by name, and what was recognised.
+      Its tensors by name, and what was recognized.
 
     Raises:
       CheckpointError: if it is absent, of another kind, damaged, or asks for anything but data; or if `state` is not there.
     """
     contents = _contents(path)
-    names, found = find_state(path, contents.views, state)
+    names, notes = find_state(path, contents.views, state)
     tensors = {name: contents.array(where) for name, where in names.items()}
     return ForeignFile(
         path=path,
         kind=contents.kind,
         tensors=tensors,
         stored={name: full_name(where) for name, where in names.items()},
-        found=(*found, *contents.notes, *_others(contents, names.values()), _dtypes(tensors)),
+        notes=(*notes, *contents.notes, *_others(contents, names.values()), _dtypes(tensors)),
         fused=_fused(contents),
     )
 
@@ -122,7 +122,7 @@ def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarr
     if lost or contents.kind != source.kind:
         raise CheckpointError(f"{source.path} has changed since it was read: read it again.")
     by_path = {paths[source.stored[name]]: np.asarray(value) for name, value in changed.items()}
-    kept = {paths[source.stored[name]]: array for name, array in source.tensors.items() if name not in changed}
+    unchanged = {paths[source.stored[name]]: array for name, array in source.tensors.items() if name not in changed}
     text = json.dumps({"fused": mark})
     rewrite = REWRITE[contents.kind]
 
@@ -133,7 +133,7 @@ def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarr
             if where in by_path:
                 wanted = cast(by_path[where], view, full_name(where), source.path)
             else:
-                wanted = kept[where] if where in kept else contents.array(where)
+                wanted = unchanged[where] if where in unchanged else contents.array(where)
             if not same_numbers(written.array(where), wanted):
                 raise CheckpointError(f'"{full_name(where)}" in {temporary} did not come back as it was written.')
 
@@ -160,8 +160,10 @@ def create(path: str, tensors: Mapping[str, np.ndarray], mark: Mapping[str, Any]
     text = json.dumps({"fused": mark})
 
     def verify(written: Contents) -> None:
-        found = {full_name(where): written.array(where) for where in written.views}
-        if found.keys() != arrays.keys() or not all(same_numbers(found[name], array) for name, array in arrays.items()):
+        stored = {full_name(where): written.array(where) for where in written.views}
+        if stored.keys() != arrays.keys() or not all(
+            same_numbers(stored[name], array) for name, array in arrays.items()
+        ):
             raise CheckpointError(f"{path}.tmp did not come back as it was written.")
 
     _publish(path, lambda: CREATE[suffix](f"{path}.tmp", arrays, text), verify)
@@ -250,9 +252,9 @@ def _fused(contents: Contents) -> Any:
     if contents.mark is None:
         return None
     try:
-        found = json.loads(contents.mark)
+        content = json.loads(contents.mark)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise CheckpointError(f"{contents.path} has a mark of this project that is no JSON: it is damaged.")
-    return found.get("fused")
+    return content.get("fused")

@@ -53,7 +53,7 @@ def find_state(where: str, paths: Iterable[Path], state: str | None) -> tuple[di
       state: the entry (or entries, with "/" between) of a wrapper, or the prefix, to take; None: the usual one.
 
     Returns:
-      {name without wrappers and prefix: path}, and sentences that say what was recognised.
+      {name without wrappers and prefix: path}, and sentences that say what was recognized.
 
     Raises:
       CheckpointError: if `state` is not there, or no entry or several could be meant.

@@ -17,7 +17,8 @@ import numpy as np
 from drep_jax.errors import CheckpointError
 from drep_jax.weights.files import zip_records
 from drep_jax.weights.files.contents import MARK, Block, Contents, Path, View, check_view, dense_strides
-from drep_jax.weights.files.unpickler import DTYPES, STORAGES, Storage, Tensor, Unpickled, unpickle
+from drep_jax.weights.files.pickled import DTYPES, STORAGES, Storage, Tensor
+from drep_jax.weights.files.unpickler import Unpickled, unpickle
 
 MAGIC_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the end of the pickle that every legacy file begins with
 ALIGNMENT = 64

@@ -49,12 +49,12 @@ def records(path: str, buffer: memoryview) -> tuple[dict[str, Record], bytes]:
             f"{path} ({len(buffer)} bytes) begins like a zip archive (.pth, .npz) and is incomplete or damaged: {error}. "
             "Is the download complete?"
         ) from error
-    found: dict[str, Record] = {}
+    by_name: dict[str, Record] = {}
     for info in infos:
-        if info.filename in found:
+        if info.filename in by_name:
             raise CheckpointError(f"{path} holds two records {info.filename!r}: it is damaged or malicious.")
-        found[info.filename] = Record(info, _start(path, buffer, info, directory))
-    return found, comment
+        by_name[info.filename] = Record(info, _start(path, buffer, info, directory))
+    return by_name, comment
 
 
 def _start(path: str, buffer: memoryview, info: zipfile.ZipInfo, directory: int) -> int:
