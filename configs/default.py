@@ -152,6 +152,7 @@ def get_default() -> ConfigDict:
             "clean_share": (0.75,),  # weight of the clean images; of several, the best on held-out images is taken
             "ridge": 1e-3,  # pull towards the identity, in units of a site's mean feature power
             "vectors": 400,  # feature vectors a site uses, in multiples of its width
+            "chunk": 64,  # images whose patches are held at once, at most; fewer take less memory (docs/own_model.md)
             "shortcut": True,  # whether layers answer for the noise of the shortcut that they are added to
         }
     )

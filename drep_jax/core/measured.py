@@ -44,7 +44,7 @@ from drep_jax.trees import set_in
 from drep_jax.typing import Path, Tree
 
 CHUNK = 64
-"""Images whose patches are held at once."""
+"""Images whose patches are held at once, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,7 @@ def measuring(
     ridge: float = 1e-3,
     vectors: int = 400,
     shortcut: bool = True,
+    chunk: int = CHUNK,
 ) -> Callable[[Sequence[float]], Measured]:
     """Returns a function of the streams' weights that solves every site in execution order; it compiles once.
 
@@ -94,6 +95,7 @@ def measuring(
       ridge: λ over the mean power of a site's features, above 0.
       vectors: feature vectors a site uses, in multiples of its width; of more than so many, an even sample.
       shortcut: whether layers answer for the noise of the shortcut that they are added to.
+      chunk: images whose patches are held at once, at most; fewer take less memory.
 
     Returns:
       weights ↦ `Measured`; one weight for each stream after the first, at least 0; only their ratios matter.
@@ -107,7 +109,7 @@ def measuring(
         raise DataError(
             f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
         )
-    spread = _Spread.of(images.shape[1])
+    spread = _Spread.of(images.shape[1], chunk)
     solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut, spread)
     program = devices.on_devices(lambda v, x, w: solver.run(backbone, v, x, w), in_axes=(None, 0, None))
     batch = spread.cut(np.asarray(images))
@@ -176,9 +178,9 @@ class _Spread(NamedTuple):
         return self.images // self.chunk
 
     @classmethod
-    def of(cls, images: int) -> "_Spread":
+    def of(cls, images: int, most: int = CHUNK) -> "_Spread":
         """Returns the division of so many images among the devices that there are."""
-        chunk = next(c for c in range(min(CHUNK, images), 0, -1) if images % c == 0)
+        chunk = next(c for c in range(min(most, images), 0, -1) if images % c == 0)
         each = -(-(images // chunk) // devices.device_count())
         alone = devices.host()[1] == 1
         return cls(images, chunk, each, -(-(images // chunk) // each) if alone else devices.local_device_count())

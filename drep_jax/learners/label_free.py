@@ -101,7 +101,7 @@ def by_measuring(task: Task) -> Learned:
     streams: Any = np.stack([task.setting.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
     candidates, errors = [], {}
     began = time.perf_counter()
-    how = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
+    how = {name: options[name] for name in ("ridge", "vectors", "shortcut", "chunk")}
     solve = measuring(task.setting.backbone, task.variables, task.setting.sites, streams, **how)
     for share in options["clean_share"]:
         found = solve([share, *[(1.0 - share) / len(corrupted)] * len(corrupted)])
@@ -181,7 +181,7 @@ def check_measuring(config: Config) -> None:
             _open_pairs(config)
     elif all(part.high == 0 for part in parse_spec(config["noise"])):
         raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
-    for name in ("draws", "vectors"):
+    for name in ("draws", "vectors", "chunk"):
         if options[name] < 1:
             raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
     if not options["clean_share"] or not all(0.0 <= share < 1.0 for share in options["clean_share"]):
