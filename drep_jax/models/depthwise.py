@@ -1,8 +1,8 @@
 """Depthwise convolution as a sum of shifted maps, y[p] = Σ_o k[o]·x[p + o], for `nn.Conv(conv_general_dilated=…)`.
 
-XLA has no fast depthwise convolution for CPUs: on (8, 56, 56, 96) with a 3x3 kernel and two cores its
-own operator takes 63 ms, forward and backward 200 ms; this takes 3 ms and 12 ms. A stride above 1 drops
-rows and columns of the same sum. `benchmarks/depthwise.py` measures both.
+XLA has no fast depthwise convolution for CPUs: on (8, 56, 56, 96) with a 3x3 kernel and two cores
+its own operator takes 63 ms, forward and backward 200 ms; this takes 3 ms and 12 ms. A stride above
+1 drops rows and columns of the same sum. `benchmarks/depthwise.py` measures both.
 """
 
 import functools
@@ -30,13 +30,14 @@ def depthwise_conv(x: Maps, kernel: Kernel, strides: Sequence[int], padding: Any
     >>> y.shape
     (2, 6, 5, 8)
 
-    The padding has to be given in pixels: "SAME" and "VALID" are left to `lax.conv_general_dilated`.
+    The padding has to be given in pixels: "SAME" and "VALID" are left to
+    `lax.conv_general_dilated`.
 
     Args:
       x: the maps.
       kernel: one window a channel.
-      strides, padding, **options: as for `lax.conv_general_dilated`; what is not depthwise, is dilated,
-        or is padded by name is left to it.
+      strides, padding, **options: as for `lax.conv_general_dilated`; what is not depthwise, is
+        dilated, or is padded by name is left to it.
     """
     groups, dilated = options.get("feature_group_count", 1), (options.get(f"{s}hs_dilation") or () for s in "lr")
     simple = (
@@ -58,7 +59,8 @@ def _every(y: Maps, strides: tuple[int, ...]) -> Maps:
     return lax.reduce_window(y, zero, lax.add, (1, 1, 1, 1), (1, *strides, 1), "VALID")
 
 
-# `drep_jax.core.layers` accepts layers that compute with a function marked like this: they are as linear as any convolution.
+# `drep_jax.core.layers` accepts layers that compute with a function marked like this: they are as
+# linear as any convolution.
 depthwise_conv.is_convolution = True  # type: ignore[attr-defined]
 
 
@@ -90,7 +92,8 @@ def _forward(padding: Padding, x: Maps, kernel: Kernel) -> tuple[Maps, tuple[Map
 def _backward(padding: Padding, saved: tuple[Maps, Kernel], dy: Maps) -> tuple[Maps, Kernel]:
     """Returns the gradients: dx is dy convolved with the flipped kernel; dk[o] = Σ_p x[p + o] dy[p]."""
     x, kernel = saved
-    # Barriers: XLA would else compute dy anew in each term, and all terms anew in each product of matrices that reads dx.
+    # Barriers: XLA would else compute dy anew in each term, and all terms anew in each product of
+    # matrices that reads dx.
     dy = lax.optimization_barrier(dy)
     rows, columns = kernel.shape[:2]
     back = tuple((n - 1 - low, n - 1 - high) for n, (low, high) in zip((rows, columns), padding, strict=True))

@@ -138,7 +138,8 @@ def abstract_variables(module: nn.Module, images: jax.ShapeDtypeStruct) -> Any:
       images: a batch of them.
 
     Raises:
-      ConfigError: if the module cannot be initialized on such images; names their shape and the error.
+      ConfigError: if the module cannot be initialized on such images; names their shape and the
+        error.
     """
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
     try:

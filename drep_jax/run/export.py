@@ -43,7 +43,8 @@ class Output:
       forms: further files: "same", or names of formats or of `PROGRAMS`.
       init_from: the file of the backbone's weights, if it is no longer where the run read it.
       init_names: its name table, likewise.
-      fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers before them.
+      fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers
+        before them.
     """
 
     directory: str
@@ -182,8 +183,10 @@ def write(
       The paths.
 
     Raises:
-      CheckpointError: if rounding would lose more than 10 % of the change, or the directory cannot be written.
-      ExportError: if BatchNorms cannot be folded, or a program computes something else than the network.
+      CheckpointError: if rounding would lose more than 10 % of the change, or the directory cannot
+        be written.
+      ExportError: if BatchNorms cannot be folded, or a program computes something else than the
+        network.
     """
     exact = fused if exact is None else exact
     if output.dtype is not None:

@@ -79,8 +79,8 @@ def write(
 ) -> str:
     """Writes variables as a file of the kind, names and types of a checkpoint, or as a new file of a format.
 
-    With a checkpoint whatever else was in its file stays as it was, and tensors whose numbers did not
-    change stay the same to the bit.
+    With a checkpoint whatever else was in its file stays as it was, and tensors whose numbers did
+    not change stay the same to the bit.
 
     Args:
       path: of the new file; nothing is there under that name until it is complete.

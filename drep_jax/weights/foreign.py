@@ -68,18 +68,19 @@ def load_foreign(
       module: the backbone.
       like: its variables, arrays or `jax.ShapeDtypeStruct`.
       format_name: of the format; "" recognizes it by the names in the file.
-      names: a name table instead of the built-in formats: a format, several, or the path of a file that
-        defines them, see `drep_jax.weights.formats.table`.
+      names: a name table instead of the built-in formats: a format, several, or the path of a file
+        that defines them, see `drep_jax.weights.formats.table`.
       state: which of several states in the file to take ("model", "model_ema", …).
-      allow: regular expressions over our paths and foreign names; what they match may be missing (then it stays as
-        initialized), left over, or of another shape (both).
+      allow: regular expressions over our paths and foreign names; what they match may be missing
+        (then it stays as initialized), left over, or of another shape (both).
       allow_fused: whether a file that carries a fusion already is accepted.
-      grid: (height, width) of the patches that the file's position embeddings are for; None: that of the format or, if
-        their number fits, of the backbone.
+      grid: (height, width) of the patches that the file's position embeddings are for; None: that
+        of the format or, if their number fits, of the backbone.
       fresh: makes initial variables, for what is allowed to be missing.
 
     Raises:
-      CheckpointError: if the file is damaged, of no known format, already fused, or does not fit; all names are listed.
+      CheckpointError: if the file is damaged, of no known format, already fused, or does not fit;
+        all names are listed.
       NonFiniteError: for NaN or Inf.
     """
     source = files.read(path, state=state)
@@ -161,7 +162,8 @@ def _with_positions(
       The account, and notes for the user.
 
     Raises:
-      CheckpointError: if `grid` was given and does not fit the file, or there is nothing that it could be of.
+      CheckpointError: if `grid` was given and does not fit the file, or there is nothing that it
+        could be of.
     """
     positions = fmt.positions(module) if fmt.positions else None
     piece = next((p for p in pieces if positions and p.ours == positions.leaf and p.theirs in tensors), None)
@@ -238,7 +240,8 @@ def write_back(foreign: Foreign, path: str, before: Tree, after: Tree, fusion: M
       Foreign names of the tensors that were replaced.
 
     Raises:
-      CheckpointError: if two leaves tied to one tensor differ, or the file written does not read back as it should.
+      CheckpointError: if two leaves tied to one tensor differ, or the file written does not read
+        back as it should.
     """
     old, new = names_of(before), names_of(after)
     changed = {n: np.asarray(new[n]) for n in new if not np.array_equal(np.asarray(old[n]), np.asarray(new[n]))}

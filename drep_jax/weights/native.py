@@ -1,7 +1,8 @@
 """Our own weight files: safetensors and Orbax, written whole or not at all, read against a known tree.
 
-Names are the paths of the variable tree, collection first, as in "params/encoderblock_0/mlp/fc1/kernel". Both forms carry
-what was fused into them, so that fused weights are never fused again by mistake.
+Names are the paths of the variable tree, collection first, as in
+"params/encoderblock_0/mlp/fc1/kernel". Both forms carry what was fused into them, so that fused
+weights are never fused again by mistake.
 """
 
 import hashlib
@@ -102,7 +103,8 @@ def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:
       The variables, in the structure and types of `like`.
 
     Raises:
-      CheckpointError: if it is absent, damaged or already fused, or if names or shapes differ; both lists are shown.
+      CheckpointError: if it is absent, damaged or already fused, or if names or shapes differ; both
+        lists are shown.
       NonFiniteError: for NaN or Inf.
     """
     if os.path.isdir(path):

@@ -1,7 +1,8 @@
 """Position embeddings of another grid of patches, resized the way their own project does it: P' = A_h P A_wᵀ.
 
-Every interpolation is separable, so it is one small matrix of weights along each axis: row i holds how much each old place
-contributes to the new place i. The grid that a file was made for is never guessed: a format fixes it, or the user says it.
+Every interpolation is separable, so it is one small matrix of weights along each axis: row i holds
+how much each old place contributes to the new place i. The grid that a file was made for is never
+guessed: a format fixes it, or the user says it.
 """
 
 import dataclasses

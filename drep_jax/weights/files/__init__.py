@@ -1,7 +1,7 @@
 """Checkpoint files of other projects: read as {foreign name: array}, and written again with some numbers changed.
 
-Nothing of a file is ever executed, and PyTorch is not needed. One module a container: `torch_file` (.pth, zip and legacy),
-`safetensors_file`, `npz_file`. What names mean is not decided here.
+Nothing of a file is ever executed, and PyTorch is not needed. One module a container: `torch_file`
+(.pth, zip and legacy), `safetensors_file`, `npz_file`. What names mean is not decided here.
 """
 
 import json
@@ -47,9 +47,10 @@ class ForeignFile:
     Attributes:
       path: where it lies.
       kind: "safetensors", "pth (zip)", "pth (legacy)" or "npz".
-      tensors: {name without wrappers and prefixes: array in the stored dtype}; read-only, and parts of the mapped file
-        where possible, so the file must stay as it is while they are used.
-      stored: {name in `tensors`: full name in the file}, entries of wrappers first, with "/" between.
+      tensors: {name without wrappers and prefixes: array in the stored dtype}; read-only, and parts
+        of the mapped file where possible, so the file must stay as it is while they are used.
+      stored: {name in `tensors`: full name in the file}, entries of wrappers first, with "/"
+        between.
       notes: what was recognized, as sentences.
       fused: what an earlier export marked the file with, or None.
     """
@@ -67,14 +68,16 @@ def read(path: str, *, state: str | None = None) -> ForeignFile:
 
     Args:
       path: a .pth of PyTorch (zip or legacy), .safetensors or .npz file.
-      state: which entry of a wrapper ("model", "state_dict_ema", "teacher", …) or which prefix of the names to take; None:
-        averaged weights (EMA, teacher) if there are any, else the usual names.
+      state: which entry of a wrapper ("model", "state_dict_ema", "teacher", …) or which prefix of
+        the names to take; None: averaged weights (EMA, teacher) if there are any, else the usual
+        names.
 
     Returns:
       Its tensors by name, and what was recognized.
 
     Raises:
-      CheckpointError: if it is absent, of another kind, damaged, or asks for anything but data; or if `state` is not there.
+      CheckpointError: if it is absent, of another kind, damaged, or asks for anything but data; or
+        if `state` is not there.
     """
     contents = _contents(path)
     names, notes = find_state(path, contents.views, state)
@@ -92,18 +95,20 @@ def read(path: str, *, state: str | None = None) -> ForeignFile:
 def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarray], mark: Mapping[str, Any]) -> None:
     """Writes the file again with other numbers in some tensors; all else stays as it was, byte for byte where it can.
 
-    The mark goes where the kind's own readers do not look: a record NAME/drep_jax.json (.pth, zip), behind the last storage
-    (.pth, legacy), the metadata (.safetensors), the archive's comment (.npz). An earlier mark is replaced.
+    The mark goes where the kind's own readers do not look: a record NAME/drep_jax.json (.pth, zip),
+    behind the last storage (.pth, legacy), the metadata (.safetensors), the archive's comment
+    (.npz). An earlier mark is replaced.
 
     Args:
       source: the file as `read` gave it.
       path: the new file, of the same kind. It appears when it is complete and has been read back.
-      changed: {name in `source.tensors`: array}, of the stored shape; any float dtype is cast to the stored one.
+      changed: {name in `source.tensors`: array}, of the stored shape; any float dtype is cast to
+        the stored one.
       mark: what `read` will give back as `fused`, as JSON.
 
     Raises:
-      CheckpointError: for an unknown name, another shape, numbers that do not fit the dtype, tensors that share numbers of
-        which only some are changed, or a path that cannot be written.
+      CheckpointError: for an unknown name, another shape, numbers that do not fit the dtype,
+        tensors that share numbers of which only some are changed, or a path that cannot be written.
     """
     for name in changed:
         if name not in source.tensors:

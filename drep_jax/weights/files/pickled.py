@@ -1,6 +1,7 @@
 """What the pickles inside PyTorch files may hold: values that stand for objects, and the names that are accepted.
 
-Nothing here is imported or called for a file's sake: a name such as "torch.FloatStorage" stays a name.
+Nothing here is imported or called for a file's sake: a name such as "torch.FloatStorage" stays a
+name.
 """
 
 from dataclasses import dataclass
@@ -83,8 +84,9 @@ STORAGES: dict[str, str] = {
     "UntypedStorage": "uint8",
 }
 
-# Names that are accepted and stay without effect. Configuration classes are accepted from any module, since projects copy
-# them into their own; nothing is imported, so what a module of that name would do is of no concern.
+# Names that are accepted and stay without effect. Configuration classes are accepted from any
+# module, since projects copy them into their own; nothing is imported, so what a module of that
+# name would do is of no concern.
 _CONFIGURATIONS = {
     "Namespace",
     "CfgNode",

@@ -1,9 +1,10 @@
 """Reads the pickles inside PyTorch files without running anything that they ask for.
 
-A pickle is a program for a small stack machine. This is such a machine, and it knows data only: it imports no module,
-calls no function of a pickle's choice and sets no attribute of any object. A name such as "torch.FloatStorage" stays a
-name; PyTorch's own few rebuilding functions are done here as data; configuration objects that training scripts save beside
-their weights become `Inert`. Every other name is refused. Opcodes are those of protocols 2 to 5 that torch.save writes.
+A pickle is a program for a small stack machine. This is such a machine, and it knows data only: it
+imports no module, calls no function of a pickle's choice and sets no attribute of any object. A
+name such as "torch.FloatStorage" stays a name; PyTorch's own few rebuilding functions are done here
+as data; configuration objects that training scripts save beside their weights become `Inert`. Every
+other name is refused. Opcodes are those of protocols 2 to 5 that torch.save writes.
 """
 
 import re

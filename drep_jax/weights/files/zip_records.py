@@ -1,6 +1,7 @@
 """Zip archives as the records of a mapped file: where each lies, and replacing the bytes of some in place.
 
-Everything that is not replaced keeps its place, padding included, so that PyTorch can still map the file.
+Everything that is not replaced keeps its place, padding included, so that PyTorch can still map the
+file.
 """
 
 import struct
@@ -98,7 +99,8 @@ def replace(file: BinaryIO, archive: zipfile.ZipFile, record: Record, data: byte
 
     Args:
       file: the archive's own stream, opened for reading and writing.
-      archive: the archive on that stream, opened with mode "a"; it writes its directory when it is closed.
+      archive: the archive on that stream, opened with mode "a"; it writes its directory when it is
+        closed.
       record: the record.
       data: as many bytes as it has.
     """

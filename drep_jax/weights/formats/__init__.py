@@ -67,7 +67,8 @@ def find_format(
 
     Raises:
       ConfigError: if there is no such format for this family of backbones.
-      CheckpointError: if the file is of none of the family's formats; says what it is, if that is known.
+      CheckpointError: if the file is of none of the family's formats; says what it is, if that is
+        known.
     """
     if name:
         return named_format(module, name, table)
