@@ -47,7 +47,7 @@ def get_default() -> ConfigDict:
     )
     config.model = ConfigDict(  # the backbone's architecture; further settings of it may be added (docs/models.md)
         {
-            "name": "vit",  # of the registry
+            "name": "vit",  # of the registry, or PACKAGE.MODULE:NAME or FILE.py:NAME of your own (docs/own_model.md)
             "num_classes": 0,  # 0: as many as the images have; -1: features, no head
         },
         type_safe=False,
@@ -73,7 +73,7 @@ def get_default() -> ConfigDict:
     init = {
         "init_from": "",  # file of trained weights, ours or foreign (docs/weights.md); or train from scratch with steps > 0
         "init_format": "",  # of a foreign file; "" recognizes it by its names
-        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/weights.md)
+        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/own_model.md)
         "init_state": "",  # which state in it, such as "model_ema"; "" takes the only one, or the averaged one
         "init_grid": (),  # (height, width) in patches of its position embeddings, where these are to be resized
         "init_allow": (),  # regular expressions over names that may be missing, left over or of another shape

@@ -2,8 +2,9 @@
 
 Every entry makes a module that is called as `module(x, train=False)` on normalized images (batch,
 height, width, channels) and returns logits (batch, num_classes), or features when `num_classes=0`;
-those for retrieval return features always, and from their method `outputs` what the losses of
-training read. To add a model, add a line to `MODELS`.
+those for retrieval always return features, and their method `outputs` returns what the training
+losses read. To add a model, add a line to `MODELS`. A module that is not in the registry is imported
+by name, see `imported`.
 """
 
 import fnmatch
@@ -139,7 +140,7 @@ def create_model(name: str, *, num_classes: int, image_size: tuple[int, int], **
 
     Args:
       name: an entry of `MODELS`, or `PACKAGE.MODULE:NAME` or `FILE.py:NAME` of any Linen module,
-        its class or a function that makes it (docs/models.md).
+        its class or a function that makes it (docs/own_model.md).
       num_classes: number of logits; 0 for features. Passed on if the module has such a field.
       image_size: (height, width) in pixels, likewise.
       **overrides: further fields of the module, such as `dtype`, or `depth` for a smaller ViT.

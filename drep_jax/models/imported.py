@@ -191,7 +191,7 @@ def _not_linen(name: str, kind: type) -> str:
     if "torch" in origins:
         return (
             f'Model "{name}" is a PyTorch module. Write the network with flax.linen, and read its weights through a name '
-            "table (docs/models.md)."
+            "table (docs/own_model.md)."
         )
     return f'Model "{name}" makes a {kind.__module__}.{kind.__qualname__}, which is no flax.linen.Module.'
 

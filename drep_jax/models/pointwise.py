@@ -24,7 +24,7 @@ def pointwise_conv(
     padding: Any,
     **options: Any,
 ) -> Float[Array, "batch height width outputs"]:
-    """Is `lax.conv_general_dilated`, with faster gradients where the window is one pixel (reverse mode only, no `jvp`).
+    """Computes `lax.conv_general_dilated`, with faster gradients where the window is one pixel (reverse mode only, no `jvp`).
 
     Args:
       x: the maps.
@@ -65,6 +65,6 @@ def _backward(
 
 _convolve.defvjp(_forward, _backward)
 
-# `drep_jax.core.sites` takes it for what it is: a layer that computes with it is as linear as any
-# convolution.
+# `drep_jax.core.layers` accepts layers that compute with a function marked like this: they are as
+# linear as any convolution.
 pointwise_conv.is_convolution = True  # type: ignore[attr-defined]

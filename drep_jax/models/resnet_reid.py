@@ -1,7 +1,7 @@
 """ResNets for re-identification: last stride 1, global average pooling and BNNeck; with one branch or two.
 
 One branch is the baseline of Luo et al. 2019 ("Bag of tricks",
-github.com/michuanhaohao/reid-strong-baseline), which vehicles are compared with as well. Two are
+github.com/michuanhaohao/reid-strong-baseline), the common baseline for vehicles as well. Two are
 the viewpoint-aware metric learning of Chu et al. 2019 (VANet), of which there is a description
 only: below a shared trunk one branch makes the feature for pairs seen from the same view, the other
 that for pairs seen from different views, and the distance of a pair is taken in the space that its

@@ -1,4 +1,4 @@
-"""What a fused backbone is written as: our own files, the kind of file that it came from, other formats, compiled programs."""
+"""Writes a fused backbone: as our own files, as the file that it came from, in other formats, as programs."""
 
 import dataclasses
 import os
@@ -90,7 +90,7 @@ def certificate_images(config: Config, setting: Setting) -> jax.Array:
 
 
 def open_original(config: Config, setting: Setting, variables: Tree, output: Output) -> weights.Foreign | None:
-    """Reads the foreign file that the backbone's weights are from, where an export asks for it; checks all forms asked for.
+    """Checks the requested forms, and reads the foreign file of the backbone's weights where one of them needs it.
 
     Args:
       config, setting: of the run.
@@ -142,12 +142,12 @@ def _table(where: str) -> tuple[weights.Format, ...]:
 
 
 def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
-    """Returns whether something is stored in another type than the parameters', so that it is to be rounded from float64."""
+    """Returns whether a file has another type than the parameters, so that it is rounded from float64."""
     return output.dtype is not None or (original is not None and original.rounds)
 
 
 def _forms(setting: Setting, table: Sequence[weights.Format]) -> list[str]:
-    """Returns the names of all exports that there are for a backbone."""
+    """Returns the names of all exports of a backbone."""
     return [SAME, *formats_of(setting.backbone, table), *PROGRAMS]
 
 
@@ -167,7 +167,7 @@ def write(
     original: weights.Foreign | None = None,
     images: jax.Array | None = None,
 ) -> list[str]:
-    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors` and whatever else was asked for.
+    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors` and the requested further files.
 
     Args:
       output: what to write.
@@ -217,7 +217,7 @@ def write(
             stem, suffix = os.path.splitext(os.path.basename(original.source.path))
             path = os.path.join(output.directory, f"{stem}_fused{suffix}")
             count = len(weights.write_back(original, path, variables, weights.stored_tree(original, full), fusion))
-            print(f"{path}: the file that the backbone came in, with {count} of its tensors replaced.")
+            print(f"{path}: the original file with {count} of its tensors replaced.")
         elif form in PROGRAMS:
             path = os.path.join(output.directory, f"fused.{form}")
             print(f"{path}: {PROGRAMS[form](setting.backbone, everything, setting.images.shape[1:3], path)}")

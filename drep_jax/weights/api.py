@@ -50,7 +50,7 @@ def read(
       module: called as `module(images)`.
       image_size: (height, width) in pixels that its variables are made for.
       names: a name table: a format, several, or the path of a Python file that defines them
-        (docs/weights.md); "" for the built-in formats, and for files with the module's own names.
+        (docs/own_model.md); "" for the built-in formats, and for files with the module's own names.
       channels: of the images.
       **options: further ones of `load_foreign`, such as `state` and `allow`.
 

@@ -30,8 +30,8 @@ class Foreign:
       source: the file.
       format: its format.
       pieces: where each leaf lies in it.
-      notes: what a user should know about how it was read, as sentences.
-      state: which of several states in the file was asked for.
+      notes: how it was read, in sentences for the user.
+      state: the requested one of several states in the file.
     """
 
     variables: Tree
@@ -134,7 +134,7 @@ def already_fused(path: str, fusion: Any) -> str:
 
 
 def _check_refused(fmt: Format, tensors: Mapping[str, np.ndarray], path: str) -> None:
-    """Refuses a file with names that only another network has, or with numbers where this one can have only zeros."""
+    """Refuses names that only another network has, and numbers where this one can have only zeros."""
     for pattern, reason in fmt.refused:
         seen = [name for name in tensors if matches((pattern,), fmt.canonical(name))]
         if seen:
@@ -156,7 +156,7 @@ def _with_positions(
     tensors: Mapping[str, np.ndarray],
     grid: tuple[int, int] | None,
 ) -> tuple[Account, list[str]]:
-    """Resizes position embeddings of another grid; where that is not known, says in the account how to tell it.
+    """Resizes position embeddings of another grid; where the grid is unknown, the account says how to give it.
 
     Returns:
       The account, and notes for the user.

@@ -1,7 +1,7 @@
 """Checkpoint files of other projects: read as {foreign name: array}, and written again with some numbers changed.
 
-Nothing of a file is ever executed, and PyTorch is not needed. One module a container: `torch_file`
-(.pth, zip and legacy), `safetensors_file`, `npz_file`. What names mean is not decided here.
+No part of a file is ever executed, and PyTorch is not needed. One module per container: `torch_file`
+(.pth, zip and legacy), `safetensors_file`, `npz_file`. The meaning of the names is decided in `formats`.
 """
 
 import json
@@ -64,7 +64,7 @@ class ForeignFile:
 
 
 def read(path: str, *, state: str | None = None) -> ForeignFile:
-    """Reads a checkpoint; which kind it is, its first bytes say.
+    """Reads a checkpoint; its first bytes say of which kind it is.
 
     Args:
       path: a .pth of PyTorch (zip or legacy), .safetensors or .npz file.

@@ -31,7 +31,7 @@ PLAIN = (
     "backbone",
     "student",
 )
-# Entries with tensors that are no weights of a network.
+# Entries whose tensors are not the weights of a network.
 BESIDES = re.compile(
     r"(.*_)?(optim\w*|sched\w*|lr_schedul\w*|scaler|amp|rng\w*|loss\w*|criterion|callbacks|loops)(_.*)?"
 )
