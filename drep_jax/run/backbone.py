@@ -13,7 +13,7 @@ from drep_jax.run.stages import key_of
 from drep_jax.typing import Config, Tree
 
 FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_allow")
-"""Settings of how a foreign file of weights is read."""
+"""Settings that say how a foreign file of weights is read."""
 
 
 def fresh_variables(run: Run) -> Tree:
@@ -38,6 +38,7 @@ def read_weights(run: Run, path: str, *, allow_fused: bool = False) -> Tree:
         variables = weights.load(path, run.setup.abstract, allow_fused=allow_fused)
         processes.check_same("backbone", {path: weights.digest(variables)})
         return variables
+<<<<<<< HEAD
     found = weights.load_foreign(
         path, run.setup.backbone, run.setup.abstract, fresh=lambda: fresh_variables(run), **init_options(run.config)
     )
@@ -56,3 +57,11 @@ def init_options(config: Config) -> dict[str, Any]:
         "allow": tuple(backbone["init_allow"]),
         "grid": tuple(backbone["init_grid"]) or None,
     }
+=======
+    foreign = weights.load_foreign(
+        path, setting.backbone, setting.abstract, fresh=lambda: fresh_variables(config, setting), **init_options(config)
+    )
+    print("\n".join(f"  {note}" for note in ("Weights read:", *foreign.notes)))
+    processes.check_same("backbone", {path: weights.digest(foreign.variables)})
+    return foreign.variables
+>>>>>>> h-own
