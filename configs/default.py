@@ -64,13 +64,8 @@ def get_default() -> ConfigDict:
     )
     config.model = ConfigDict(  # the backbone's architecture; models have further settings (docs/models.md)
         {
-<<<<<<< HEAD
-            "name": "vit",  # in the registry
+            "name": "vit",  # in the registry, or PACKAGE.MODULE:NAME or FILE.py:NAME of your own (docs/own_model.md)
             "num_classes": 0,  # 0: those of the images; -1: no head, the backbone gives features
-=======
-            "name": "vit",  # of the registry, or PACKAGE.MODULE:NAME or FILE.py:NAME of your own (docs/own_model.md)
-            "num_classes": 0,  # 0: as many as the images have; -1: features, no head
->>>>>>> h-own
         },
         type_safe=False,
     )
@@ -93,21 +88,12 @@ def get_default() -> ConfigDict:
         "label_smoothing": 0.0,  # fraction of the target spread over all classes
     }
     init = {
-<<<<<<< HEAD
         "init_from": "",  # file of trained weights (docs/weights.md); "" to train from scratch with steps > 0
         "init_format": "",  # of a foreign file; "" recognizes it by the names of its tensors
-        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/weights.md)
+        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/own_model.md)
         "init_state": "",  # state within the file, such as "model_ema"; "" for the only one, or the averaged one
         "init_grid": (),  # (height, width) in patches of its position embeddings, if they are to be resized
         "init_allow": (),  # regular expressions; names that may be missing, unused or of another shape
-=======
-        "init_from": "",  # file of trained weights, ours or foreign (docs/weights.md); or train from scratch with steps > 0
-        "init_format": "",  # of a foreign file; "" recognizes it by its names
-        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/own_model.md)
-        "init_state": "",  # which state in it, such as "model_ema"; "" takes the only one, or the averaged one
-        "init_grid": (),  # (height, width) in patches of its position embeddings, where these are to be resized
-        "init_allow": (),  # regular expressions over names that may be missing, left over or of another shape
->>>>>>> h-own
     }
     config.backbone = ConfigDict({**init, **stage})  # the network to denoise: read from a file, or trained with labels
     # control arm: the backbone trained on for the budget of the denoisers; none if steps is 0
@@ -181,18 +167,11 @@ def get_default() -> ConfigDict:
         {
             "images": 1500,  # training images used; 0 for all
             "draws": 1,  # corrupted versions of each image
-<<<<<<< HEAD
             "clean_share": (0.75,),  # weight of the clean images; of several, the best on held-out images is chosen
             "ridge": 1e-3,  # regularization towards the identity, in units of a site's mean feature power
             "vectors": 400,  # feature vectors per site, in multiples of its width
-            "shortcut": True,  # whether layers also remove the noise of the shortcut that they are added to
-=======
-            "clean_share": (0.75,),  # weight of the clean images; of several, the best on held-out images is taken
-            "ridge": 1e-3,  # pull towards the identity, in units of a site's mean feature power
-            "vectors": 400,  # feature vectors a site uses, in multiples of its width
             "chunk": 64,  # images whose patches are held at once, at most; fewer take less memory (docs/own_model.md)
-            "shortcut": True,  # whether layers answer for the noise of the shortcut that they are added to
->>>>>>> h-own
+            "shortcut": True,  # whether layers also remove the noise of the shortcut that they are added to
         }
     )
     config.wiener = ConfigDict(  # learner wiener

@@ -97,14 +97,9 @@ def measuring(
     ridge: float = 1e-3,
     vectors: int = 400,
     shortcut: bool = True,
-<<<<<<< HEAD
+    chunk: int = CHUNK,
 ) -> Callable[[Sequence[float] | np.ndarray], Measured]:
     """Returns a function of the streams' weights that solves every site; it compiles once.
-=======
-    chunk: int = CHUNK,
-) -> Callable[[Sequence[float]], Measured]:
-    """Returns a function of the streams' weights that solves every site in execution order; it compiles once.
->>>>>>> h-own
 
     Args:
       backbone, variables: the frozen backbone.
@@ -113,15 +108,10 @@ def measuring(
         images in the same order; one that is clean again preserves clean accuracy. All are held in
         memory at once, each image on one device.
       ridge: λ over the mean power of a site's features, above 0.
-<<<<<<< HEAD
       vectors: feature vectors to use at a site, in multiples of its width; if there are more, every
         n-th of them.
       shortcut: whether layers cancel the noise of the shortcut that they are added to.
-=======
-      vectors: feature vectors a site uses, in multiples of its width; of more than so many, an even sample.
-      shortcut: whether layers answer for the noise of the shortcut that they are added to.
       chunk: images whose patches are held at once, at most; fewer take less memory.
->>>>>>> h-own
 
     Returns:
       weights ↦ `Measured`. There is one weight for each stream after the first, at least 0; only
@@ -136,13 +126,8 @@ def measuring(
         raise DataError(
             f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
         )
-<<<<<<< HEAD
-    division = _Division.of(images.shape[1])
+    division = _Division.of(images.shape[1], chunk)
     solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut, division)
-=======
-    spread = _Spread.of(images.shape[1], chunk)
-    solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut, spread)
->>>>>>> h-own
     program = devices.on_devices(lambda v, x, w: solver.run(backbone, v, x, w), in_axes=(None, 0, None))
     batch = division.split(np.asarray(images))
 
@@ -213,15 +198,9 @@ class _Division(NamedTuple):
         return self.images // self.chunk
 
     @classmethod
-<<<<<<< HEAD
-    def of(cls, images: int) -> "_Division":
+    def of(cls, images: int, most: int = CHUNK) -> "_Division":
         """Divides a number of images among the devices of all hosts."""
-        chunk = next(c for c in range(min(CHUNK, images), 0, -1) if images % c == 0)
-=======
-    def of(cls, images: int, most: int = CHUNK) -> "_Spread":
-        """Returns the division of so many images among the devices that there are."""
         chunk = next(c for c in range(min(most, images), 0, -1) if images % c == 0)
->>>>>>> h-own
         each = -(-(images // chunk) // devices.device_count())
         single_host = devices.host()[1] == 1
         return cls(images, chunk, each, -(-(images // chunk) // each) if single_host else devices.local_device_count())

@@ -103,8 +103,7 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
     streams: Any = np.stack([setup.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
     candidates, errors = [], {}
     began = time.perf_counter()
-<<<<<<< HEAD
-    fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
+    fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut", "chunk")}
     solve = measuring(setup.backbone, inputs.variables, setup.sites, streams, **fitting)
     shares, name = options["clean_share"], f"measuring {len(setup.sites)} sites on {len(clean)} images"
     with pulsing(name, len(shares), "mixture", shown=config["progress"]) as steps:
@@ -116,15 +115,6 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
             steps.set_postfix_str(f"clean share {share:g}: mean error {before:.3f} → {after:.3f}", refresh=False)
             steps.update()
     return _chosen("measured", inputs, candidates, time.perf_counter() - began, len(clean), errors)
-=======
-    how = {name: options[name] for name in ("ridge", "vectors", "shortcut", "chunk")}
-    solve = measuring(task.setting.backbone, task.variables, task.setting.sites, streams, **how)
-    for share in options["clean_share"]:
-        found = solve([share, *[(1.0 - share) / len(corrupted)] * len(corrupted)])
-        candidates.append(Candidate(f"clean share {share:g}", found.denoise))
-        errors[candidates[-1].label] = {name: list(pair) for name, pair in found.errors.items()}
-    return _chosen("measured", task, candidates, time.perf_counter() - began, len(clean), errors)
->>>>>>> h-own
 
 
 def _chosen(
@@ -180,45 +170,3 @@ def pairs_of(config: Config) -> PairedSource:
     """Opens the pairs of images that `config.noise` names."""
     data = config["data"]
     return open_pairs(config["noise"].removeprefix(PAIRS), tuple(data["image_size"]), data["resize"])
-<<<<<<< HEAD
-=======
-
-
-def check_measuring(config: Config) -> None:
-    """Refuses settings of the learners that choose on held-out images, before any work.
-
-    Raises:
-      ConfigError: naming the setting.
-    """
-    options, select = config["measured"], config["select"]
-    if config["denoise"]["rank"]:
-        for name in (name for name in ("wiener", "measured") if name in (config["learner"], *config["compare"])):
-            raise ConfigError(
-                f'Learner "{name}" gives full matrices, so denoise.rank={config["denoise"]["rank"]} is not for it.'
-            )
-    if config["noise"].startswith(PAIRS):
-        if config["retrieval"]["side"]:
-            raise ConfigError(
-                f'retrieval.side="{config["retrieval"]["side"]}" is not known of the images in {config["noise"]}, so noise '
-                "cannot be measured on them. Name a corruption in config.noise."
-            )
-        if "measured" in (config["learner"], *config["compare"]):
-            _open_pairs(config)
-    elif all(part.high == 0 for part in parse_spec(config["noise"])):
-        raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
-    for name in ("draws", "vectors", "chunk"):
-        if options[name] < 1:
-            raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
-    if not options["clean_share"] or not all(0.0 <= share < 1.0 for share in options["clean_share"]):
-        raise ConfigError(f"measured.clean_share={options['clean_share']} are shares of clean images, each in [0, 1).")
-    if not options["ridge"] > 0:
-        raise ConfigError(
-            f"measured.ridge={options['ridge']} must be above 0: without it, few images have no solution."
-        )
-    if not config["wiener"]["ratios"] or not all(ratio > 0 for ratio in config["wiener"]["ratios"]):
-        raise ConfigError(f"wiener.ratios={config['wiener']['ratios']} are noise powers, each above 0.")
-    if not select["strengths"] or not all(np.isfinite(t) and t >= 0 for t in select["strengths"]):
-        raise ConfigError(f"select.strengths={select['strengths']} are strengths of fusion, each at least 0.")
-    for condition in select["conditions"]:
-        parse_spec(condition)
->>>>>>> h-own

@@ -38,13 +38,12 @@ def read_weights(run: Run, path: str, *, allow_fused: bool = False) -> Tree:
         variables = weights.load(path, run.setup.abstract, allow_fused=allow_fused)
         processes.check_same("backbone", {path: weights.digest(variables)})
         return variables
-<<<<<<< HEAD
-    found = weights.load_foreign(
+    foreign = weights.load_foreign(
         path, run.setup.backbone, run.setup.abstract, fresh=lambda: fresh_variables(run), **init_options(run.config)
     )
-    print("\n".join(f"  {note}" for note in ("Weights read:", *found.notes)))
-    processes.check_same("backbone", {path: weights.digest(found.variables)})
-    return found.variables
+    print("\n".join(f"  {note}" for note in ("Weights read:", *foreign.notes)))
+    processes.check_same("backbone", {path: weights.digest(foreign.variables)})
+    return foreign.variables
 
 
 def init_options(config: Config) -> dict[str, Any]:
@@ -57,11 +56,3 @@ def init_options(config: Config) -> dict[str, Any]:
         "allow": tuple(backbone["init_allow"]),
         "grid": tuple(backbone["init_grid"]) or None,
     }
-=======
-    foreign = weights.load_foreign(
-        path, setting.backbone, setting.abstract, fresh=lambda: fresh_variables(config, setting), **init_options(config)
-    )
-    print("\n".join(f"  {note}" for note in ("Weights read:", *foreign.notes)))
-    processes.check_same("backbone", {path: weights.digest(foreign.variables)})
-    return foreign.variables
->>>>>>> h-own

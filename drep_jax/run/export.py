@@ -82,27 +82,15 @@ def fuse_and_certify(run: Run, variables: Tree, denoise: Tree, *, rule: str, ste
     return fused, certificate
 
 
-<<<<<<< HEAD
 def certificate_images(run: Run) -> jax.Array:
-    """Returns the first few test images (training images if there is no test set), normalised."""
+    """Returns the first few test images (training images if there is no test set), normalized."""
     source = run.setup.test if run.setup.test is not None else run.setup.train
     count = min(run.config["evaluate"]["certificate_images"], len(source))
     return run.setup.inputs(read(source, np.arange(count)))
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:
-    """Reads the foreign file that the backbone's weights are from, where an export asks for it; checks all forms asked for.
-=======
-def certificate_images(config: Config, setting: Setting) -> jax.Array:
-    """Returns the first few test images (training images if there is no test set), normalized."""
-    source = setting.test if setting.test is not None else setting.train
-    count = min(config["evaluate"]["certificate_images"], len(source))
-    return setting.inputs(read(source, np.arange(count)))
-
-
-def open_original(config: Config, setting: Setting, variables: Tree, output: Output) -> weights.Foreign | None:
     """Checks the requested forms, and reads the foreign file of the backbone's weights where one of them needs it.
->>>>>>> h-own
 
     Args:
       run: a finished run.
@@ -158,15 +146,9 @@ def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
     return output.dtype is not None or (original is not None and original.rounds)
 
 
-<<<<<<< HEAD
 def _forms(setup: Setup, table: Sequence[weights.Format]) -> list[str]:
-    """Returns the names of all exports that there are for a backbone."""
-    return [SAME, *formats_of(setup.backbone, table), *PROGRAMS]
-=======
-def _forms(setting: Setting, table: Sequence[weights.Format]) -> list[str]:
     """Returns the names of all exports of a backbone."""
-    return [SAME, *formats_of(setting.backbone, table), *PROGRAMS]
->>>>>>> h-own
+    return [SAME, *formats_of(setup.backbone, table), *PROGRAMS]
 
 
 def _check_form(setup: Setup, form: str, table: Sequence[weights.Format]) -> None:
@@ -261,20 +243,11 @@ def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
 
 
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
-<<<<<<< HEAD
-    """Says what share of the change a storage type keeps, and refuses one that keeps less than 90 %."""
-    kept = survival(before, exact, stored)
-    print(f"Stored as {where}, {100 * kept.fraction:.1f} % of the change survives (worst: {kept.worst_layer}).")
-    if kept.fraction < 0.9 and not output.allow_rounding:
-        raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - kept.fraction):.0f} % of what fusion changed; the network would be "
-=======
     """Prints the fraction of the change that a storage type keeps, and refuses one that keeps less than 90 %."""
     surviving = survival(before, exact, stored)
-    print(f"Stored as {where}, {100 * surviving.share:.1f} % of the change survives (worst: {surviving.worst_layer}).")
-    if surviving.share < 0.9 and not output.allow_rounding:
+    print(f"Stored as {where}, {100 * surviving.fraction:.1f} % of the change survives (worst: {surviving.worst_layer}).")
+    if surviving.fraction < 0.9 and not output.allow_rounding:
         raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - surviving.share):.0f} % of what fusion changed; the network would be "
->>>>>>> h-own
+            f"Storing as {where} rounds away {100 * (1 - surviving.fraction):.0f} % of what fusion changed; the network would be "
             "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
         )

@@ -166,17 +166,11 @@ def create(path: str, tensors: Mapping[str, np.ndarray], mark: Mapping[str, Any]
     text = json.dumps({"fused": mark})
 
     def verify(written: Contents) -> None:
-<<<<<<< HEAD
-        found = {full_name(where): written.array(where) for where in written.views}
-        if found.keys() != arrays.keys() or not all(same_numbers(found[name], array) for name, array in arrays.items()):
-            raise CheckpointError(f"{temporary_of(path)} did not come back as it was written.")
-=======
         stored = {full_name(where): written.array(where) for where in written.views}
         if stored.keys() != arrays.keys() or not all(
             same_numbers(stored[name], array) for name, array in arrays.items()
         ):
-            raise CheckpointError(f"{path}.tmp did not come back as it was written.")
->>>>>>> h-own
+            raise CheckpointError(f"{temporary_of(path)} did not come back as it was written.")
 
     _publish(path, lambda place: CREATE[suffix](place, arrays, text), verify)
 
