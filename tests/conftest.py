@@ -31,7 +31,8 @@ import hypothesis
 import jax
 import pytest
 
-from tests.quick import leave_out_long, pytest_addoption, pytest_configure  # noqa: F401, two hooks of pytest
+from tests import medium
+from tests.medium import pytest_addoption, pytest_configure  # noqa: F401, hooks of pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
@@ -42,11 +43,12 @@ hypothesis.settings.load_profile("same")
 WHOLE_RUNS = ("tasks", "learners", "jobs", "core", "models", "evaluation", "run")
 
 
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
     """Files of long tests go first, so that the processes of pytest-xdist end together."""
     rank = {name: number for number, name in enumerate(WHOLE_RUNS)}
     items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
-    leave_out_long(config, items)
+    medium.mark(items)
 
 
 def pytest_collection_finish():

@@ -1,7 +1,7 @@
-"""`pytest --quick`: all tests but the long ones, in two minutes on two cores.
+"""The marker `medium`: what `make test` leaves out to take two minutes on two cores.
 
-`tests/long_tests.txt` lists what takes more than a second of a processor: tests, and fixtures, whose tests are all left
-out. What is not listed runs, so a new test does. `pytest --list-long` renews the list.
+`tests/medium.txt` lists what takes more than a second of a processor: tests, and fixtures, which mark all tests that use
+them. A test that is not listed has no marker. `pytest --list-medium` runs the tests and renews the list.
 """
 
 import os
@@ -9,36 +9,31 @@ import pathlib
 
 import pytest
 
-LIST = pathlib.Path(__file__).with_name("long_tests.txt")
+LIST = pathlib.Path(__file__).with_name("medium.txt")
 LIMIT = 1.0  # seconds
 TEST, FIXTURE = "test", "fixture"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help=f"leave out what tests/{LIST.name} lists")
-    parser.addoption("--list-long", action="store_true", help=f"write what takes more than {LIMIT:g} s to that list")
+    text = f"write to tests/{LIST.name} what takes more than {LIMIT:g} s of a processor"
+    parser.addoption("--list-medium", action="store_true", help=text)
 
 
 def pytest_configure(config):
-    if config.getoption("--list-long"):
-        config.pluginmanager.register(Measuring(), "measuring of long tests")
+    if config.getoption("--list-medium"):
+        config.pluginmanager.register(Measuring(), "measuring of medium tests")
         if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist
-            config.pluginmanager.register(Listing(), "listing of long tests")
+            config.pluginmanager.register(Listing(), "listing of medium tests")
 
 
-def leave_out_long(config, items):
-    """Deselects the long tests if --quick is given."""
-    if not config.getoption("--quick"):
-        return
+def mark(items):
+    """Marks the tests that the list names, or one of whose fixtures it names."""
     lines = {tuple(line.split()) for line in LIST.read_text(encoding="utf-8").splitlines()}
-
-    def is_long(item):
+    for item in items:
         places = (f"{item.nodeid.partition('::')[0]}::", "")
         used = {(FIXTURE, place + name) for place in places for name in item.fixturenames}
-        return (TEST, without_case(item.nodeid)) in lines or not lines.isdisjoint(used)
-
-    config.hook.pytest_deselected(items=[item for item in items if is_long(item)])
-    items[:] = [item for item in items if not is_long(item)]
+        if (TEST, without_case(item.nodeid)) in lines or not lines.isdisjoint(used):
+            item.add_marker("medium")
 
 
 def without_case(name):
@@ -46,7 +41,7 @@ def without_case(name):
     return name.partition("[")[0]
 
 
-# ---- measuring, if --list-long is given -------------------------------------------------------------------------------
+# ---- measuring, if --list-medium is given -------------------------------------------------------------------------------
 
 
 def processor_seconds():
