@@ -4,8 +4,8 @@ PYTHONPATH=. python benchmarks/sites.py                     # one line a backbon
 PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
 """
 
+import argparse
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,11 @@ def look(name, pattern=None):
 
 def main(arguments):
     """Prints the tables."""
-    if arguments:
-        sites, _, covered, _ = look(arguments[0], *arguments[1:2])
+    if arguments.model:
+        sites, _, covered, _ = look(arguments.model, arguments.pattern)
         rows = [[s.times[0], ", ".join(layer.name for layer in s.layers), s.kind, s.width, s.groups] for s in sites]
         print(tabulate(rows, ["t", "layers that share the denoiser", "kind", "d", "groups"], tablefmt="github"))
-        print(f"{len(sites)} sites, {100 * covered.kernel_share:.0f} % of the weights.")
+        print(f"\n{len(sites)} sites, {100 * covered.kernel_share:.0f} % of the weights.")
         return
     rows = []
     # The families themselves have sizes to be given.
@@ -51,20 +51,14 @@ def main(arguments):
         every = look(name, ".*")[0]
         millions = sum(leaf.size for leaf in jax.tree_util.tree_leaves(params)) / 1e6
         widths = ", ".join(map(str, sorted({site.width for site in sites})))
-        rows.append(
-            [name, f"{millions:.2f}", layers, len(sites), widths, f"{100 * covered.kernel_share:.0f} %", len(every)]
-        )
-    headers = [
-        "model",
-        "M parameters",
-        "layers",
-        "default sites = largest t",
-        "widths d",
-        "of the weights",
-        "all sites",
-    ]
+        percent = f"{100 * covered.kernel_share:.0f}"
+        rows.append([name, f"{millions:.2f}", layers, len(sites), widths, percent, len(every)])
+    headers = ["model", "M", "layers", "sites", "widths d", "weights, %", "all"]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="every site of this one; without it, one line a backbone")
+    parser.add_argument("pattern", nargs="?", help="regular expression over layers")
+    main(parser.parse_args())

@@ -44,11 +44,11 @@ BACKBONES = {
     "clip_reid": {
         "model": {"name": "clip_reid_b16"},
         "data": HALF,
-        "weighting": "sum",
+        "aggregate": "sum",
         "margin": 0.3,
         "id_weight": 0.25,
     },
-    "resnet50": {"model": {"name": "resnet50_reid"}, "data": IMAGENET, "margin": 0.3, "centre_weight": 0.0005},
+    "resnet50": {"model": {"name": "resnet50_reid"}, "data": IMAGENET, "margin": 0.3, "center_weight": 0.0005},
     "resnet50_views": {"model": {"name": "resnet50_vanet"}, "data": IMAGENET, "margin": 0.3, "views": True},
 }
 SIDE = {"veri": "camera+view", "vehicleid": ""}
@@ -96,7 +96,7 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
     config.data.update({"source": f"{'reid_folder' if dataset == 'folder' else dataset}:", **backbone["data"]})
     config.data.update({"image_size": size, "resize": "squash", "flip": True, "shift": 10, "erase": 0.5})
     config.model.update(backbone["model"])
-    chosen = ("weighting", "margin", "id_weight", "centre_weight", "views")
+    chosen = ("aggregate", "margin", "id_weight", "center_weight", "views")
     config.retrieval.update({key: backbone[key] for key in chosen if key in backbone})
     if name == "transreid_b":
         config.retrieval.side = SIDE.get(dataset, "camera")

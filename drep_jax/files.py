@@ -1,13 +1,81 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all.
 
+What is written goes to a temporary name in the same directory, and gets its own name when it is
+complete. A process that is killed in between leaves the earlier file untouched, and at most
+NAME.tmp, which the next attempt overwrites.
+"""
+
+import contextlib
 import json
 import os
-from typing import Any
+import shutil
+from collections.abc import Iterator
+from typing import IO, Any
+
+
+def temporary_of(path: str) -> str:
+    """Returns the name under which a file is written before it is complete.
+
+    >>> temporary_of("runs/digits/report.json")
+    'runs/digits/report.json.tmp'
+    """
+    return f"{path}.tmp"
+
+
+@contextlib.contextmanager
+def replacing(path: str, *, directory: bool = False) -> Iterator[str]:
+    """Gives a temporary path to write to; what is there when the block ends becomes `path`.
+
+    If the block raises, the temporary file is removed and an earlier `path` stays.
+
+    Args:
+      path: of a file, or of a directory.
+      directory: whether it is a directory. An earlier one is removed just before the new one takes
+        its name.
+    """
+    temporary = temporary_of(path)
+    if directory:
+        shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        if directory:
+            shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    except BaseException:
+        if directory:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                os.remove(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def whole(path: str, mode: str = "w") -> Iterator[IO[Any]]:
+    """Gives an open file that becomes `path` when the block ends; see `replacing`.
+
+    Args:
+      path: of the file.
+      mode: "w" for text in UTF-8, or "wb".
+    """
+    with replacing(path) as temporary, open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Writes bytes whole or not at all."""
+    with whole(path, "wb") as file:
+        file.write(content)
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes text in UTF-8 whole or not at all."""
+    with whole(path) as file:
+        file.write(text)
 
 
 def write_json(path: str, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    """Writes indented JSON whole or not at all."""
+    with whole(path) as file:
         json.dump(value, file, indent=2)
         file.write("\n")
-    os.replace(f"{path}.tmp", path)

@@ -30,10 +30,14 @@ os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")  # which 
 import hypothesis
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
+import tests.shapes  # noqa: F401  the hook finds its checker by this name
 from tests import medium
 from tests.medium import pytest_addoption, pytest_configure  # noqa: F401, hooks of pytest
 
+# Before anything imports it: the shapes that the annotations of the core state are checked at every call.
+install_import_hook("drep_jax.core", "tests.shapes.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -98,7 +102,7 @@ def finished(tmp_path_factory):
             told.write_bytes(pickle.dumps(train.run(config, str(made))))
     directory = str(made if alone else shutil.copytree(made, place / "run", symlinks=True))
     report = pickle.loads(told.read_bytes())
-    _, setting, variables, denoise = fuse.load_run(directory)
+    run, variables, denoise = fuse.load_run(directory)
     backbone = str(place / "backbone.safetensors")
     weights.save_safetensors(backbone, variables)
-    return Finished(config, directory, report, setting, variables, denoise, backbone)
+    return Finished(config, directory, report, run.setup, variables, denoise, backbone)

@@ -3,7 +3,8 @@
 import functools
 from collections.abc import Callable
 
-from drep_jax.data import decode, digits, folder, idx_source, list_file, npz_source, random_images, splits, tfds_source
+from drep_jax.data import digits, folder, idx_source, list_file, npz_source, random_images, splits, tfds_source
+from drep_jax.data.fits import parse_fit
 from drep_jax.data.reid import open_reid
 from drep_jax.data.source import Source
 from drep_jax.errors import ConfigError, lookup
@@ -11,7 +12,8 @@ from drep_jax.errors import ConfigError, lookup
 __all__ = ["SOURCES", "Source", "open_source"]
 
 
-# Another source is one opener: (what follows the colon, split, (height, width), resize, data_dir) -> Source.
+# Another source is one opener: (what follows the colon, split, (height, width), resize, data_dir)
+# -> Source.
 SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source]] = {
     "cuhk03": functools.partial(open_reid, "cuhk03"),
     "digits": digits.open_digits,
@@ -38,15 +40,19 @@ def open_source(
     """Opens a data set for reading.
 
     Args:
-      spec: `digits`, `folder:DIR`, `idx:DIR`, `list:FILE`, `npz:NAME`, `npz:FILE.npz`, `tfds:NAME[/config]`,
-        `random:COUNT[:CLASSES]`, or a data set for re-identification: `market1501:DIR` (duke, msmt17, cuhk03, vehicleid,
-        veri), `reid_folder:DIR`, `reid_npz:FILE` or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`.
+      spec: `digits`, `folder:DIR`, `idx:DIR`, `list:FILE`, `npz:NAME`, `npz:FILE.npz`,
+        `tfds:NAME[/config]`, `random:COUNT[:CLASSES]`, or a data set for re-identification:
+        `market1501:DIR` (duke, msmt17, cuhk03, vehicleid, veri), `reid_folder:DIR`, `reid_npz:FILE`
+        or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`.
       split: `train`, `validation` or `test`.
-      image_size: (height, width) in pixels of every image that the source returns.
-      resize: `crop` (short side to the target, then the centre), `crop:0.875` (so that 87.5 % of the short side is kept),
-        `squash` (both sides) or `exact` (refuse other sizes).
-      data_dir: where data sets are kept; None means TFDS_DATA_DIR or ~/tensorflow_datasets (tfds), DREP_DATA (npz), or
-        that the directory is given in full (idx).
+      image_size: (height, width) in pixels of every image that the source gives.
+      resize: `crop` (short side to the target, then the center), `crop:0.875` (so that 87.5 % of
+        the short side is kept), `squash` (both sides), `exact` (refuse other sizes), or `pad` (so
+        that the image fits, padded at the bottom and on the right). With `keep` every image keeps
+        its own size, for evaluation in buckets (`drep_jax.data.buckets`); with `keep:32` it is
+        padded up to multiples of 32. See `drep_jax.data.fits`.
+      data_dir: where data sets are kept; None means TFDS_DATA_DIR or ~/tensorflow_datasets (tfds),
+        DREP_DATA (npz), or that the directory is given in full (idx).
 
     Raises:
       ConfigError: for an unknown source, split or way of resizing.
@@ -55,7 +61,7 @@ def open_source(
     kind, _, argument = spec.partition(":")
     opener = lookup(SOURCES, kind, "data source")
     splits.check_split(split)
-    decode.parse_fit(resize)
+    parse_fit(resize)
     if len(image_size) != 2 or min(image_size) < 1:
         raise ConfigError(f"The image size is (height, width), both at least 1; got {tuple(image_size)}.")
     height, width = image_size

@@ -1,55 +1,221 @@
-"""Batches of images of given numbers: reading, random resized crops, and what stands in for images that cannot be read."""
+"""Batches: reading images by index, and collating them with labels and padding."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from drep_jax.data.augment import Augmentation
 from drep_jax.data.augment.flip_crop import crop_box, crop_numbers
-from drep_jax.data.decode import as_rgb, decode_box, resized_box
-from drep_jax.data.source import Source, image_size_of, raw_item
+from drep_jax.data.columns import Column, Columns, by_name, follow, geometric
+from drep_jax.data.decode import as_rgb, decode_box, fitted, resized_box
+from drep_jax.data.geometry import ROW, Transform
+from drep_jax.data.source import Source, fit_of, image_size_of, raw_item
+from drep_jax.data.steps import Size
 from drep_jax.data.unreadable import Tolerant
 from drep_jax.errors import DataError, UnreadableError
 from drep_jax.typing import Batch
 
 Item = dict[str, Any]
+Load = Callable[[int], Item]
 
 
-def read(source: Source, indices: np.ndarray) -> Batch:
+def collate(items: Sequence[Item], columns: Columns = (), shape: Size | None = None, where: str = "The batch") -> Batch:
+    """Stacks images and labels, padded where their sizes differ; the batch says what is padding.
+
+    Args:
+      items: with "image", uint8 (h, w, C), and the same labels each; "transform" where labels have
+        followed the image.
+      columns: label columns that the task declares; any other holds one int32 an image.
+      shape: (H, W) that images and maps are padded to, at the bottom and on the right; None for
+        images of one size.
+      where: what to call them in messages.
+
+    Returns:
+      A batch of n images with these columns:
+        "image": uint8 (n, H, W, C), padded with 0.
+        "size": int32 (n, 2), height and width without padding; with a `shape` only. `valid_pixels`
+        makes a mask of it.
+        Labels: of their dtype, (n, …); maps (n, H, W, …) and ragged columns (n, capacity, …) are
+        padded with their `fill`.
+        "objects_valid": bool (n, capacity), true where ragged columns have an object.
+        "transform": int32 (n, 42), where labels have followed the image. `Transform.from_row` makes
+        it the transform from the image as it was decoded to the one in the batch, padding included;
+        its inverse takes predictions back.
+        "original_size": int32 (n, 2), height and width of the image as it was decoded.
+
+    Raises:
+      DataError: for images of several sizes without a `shape`, those that it does not hold, and
+        labels that differ.
+    """
+    table = by_name(columns)
+    names = items[0].keys()
+    if any(item.keys() != names for item in items):
+        raise DataError(f"{where} has images with different columns: {sorted({tuple(item) for item in items})}.")
+    sizes = [item["image"].shape[:2] for item in items]
+    if shape is None and len(set(sizes)) > 1:
+        raise DataError(
+            f"{where} gives images of several sizes: {sorted(set(sizes))}. Fit them to one size (data.resize=crop, squash or "
+            "pad), or evaluate them in buckets (drep_jax.data.buckets)."
+        )
+    canvas = shape or sizes[0]
+    if max(height for height, _ in sizes) > canvas[0] or max(width for _, width in sizes) > canvas[1]:
+        raise DataError(f"{where} has images of {max(sizes)} pixels (height, width), which {canvas} does not hold.")
+    batch = {"image": _padded([item["image"] for item in items], canvas, 0)}
+    ragged = {}
+    for name in names - {"image", "transform"}:
+        column = table.get(name)
+        if column is None:
+            batch[name] = _scalars(name, [item[name] for item in items], sizes[0], where)
+            continue
+        values = [column.value(item[name], size, where) for item, size in zip(items, sizes, strict=True)]
+        if column.ragged:
+            ragged[name] = values
+        else:
+            batch[name] = _padded(values, canvas, column.fill) if column.geometry == "mask" else np.stack(values)
+    batch |= _objects(ragged, table)
+    if shape is not None:
+        batch["size"] = np.array(sizes, np.int32).reshape(-1, 2)
+    if "transform" in names:
+        batch |= _transforms([item["transform"] for item in items], canvas)
+    return batch
+
+
+def uncollate(batch: Batch, columns: Columns = ()) -> list[Item]:
+    """Returns the items of a batch without their padding: what `collate` was given.
+
+    Args:
+      batch: of `collate`; other columns, such as "index" and "mask", are handed out row by row.
+      columns: as for `collate`.
+
+    Returns:
+      One item an image. "size" and "original_size" are left out, as the image and the transform
+      have them.
+    """
+    table = by_name(columns)
+    items = []
+    for place, image in enumerate(batch["image"]):
+        height, width = batch["size"][place].tolist() if "size" in batch else image.shape[:2]
+        item: Item = {}
+        for name in batch.keys() - {"size", "original_size", "objects_valid"}:
+            value = batch[name][place]
+            column = table.get(name, Column(name))
+            if name == "image" or column.geometry == "mask":
+                value = value[:height, :width]
+            elif name == "transform":
+                transform = Transform.from_row(value)
+                padded = transform.size_out != (height, width)
+                value = Transform(transform.size_in, transform.steps[:-1]) if padded else transform
+            elif column.ragged:
+                value = value[batch["objects_valid"][place]]
+            item[name] = value
+        items.append(item)
+    return items
+
+
+def valid_pixels(size: Any, shape: Size) -> Any:
+    """Returns which pixels of padded images belong to the image.
+
+    Args:
+      size: (n, 2), the column "size" of a batch, of NumPy or of JAX.
+      shape: (H, W) of the padded images, or of a feature map whose sizes are given.
+
+    Returns:
+      bool (n, H, W).
+
+    >>> valid_pixels(np.array([[1, 2]]), (2, 3))[0].tolist()
+    [[True, True, False], [False, False, False]]
+    """
+    rows, columns = np.arange(shape[0], dtype=np.int32), np.arange(shape[1], dtype=np.int32)
+    return (rows[None, :, None] < size[:, 0, None, None]) & (columns[None, None, :] < size[:, 1, None, None])
+
+
+def read(source: Source, indices: np.ndarray, columns: Columns = ()) -> Batch:
     """Returns images, with the next readable one in the place of any that cannot be read.
 
     Args:
       source: the images.
-      indices: their numbers, (n,).
+      indices: which, (n,).
+      columns: label columns that the task declares.
 
     Returns:
-      `{"image": uint8 (n, H, W, C), "label": int32 (n,), "index": int32 (n,)}`; "index" is that of the image that was
-      read, and "label" is left out when the source is unlabelled.
+      A batch of `collate` with "index", int32 (n,), of the images that were read. Where nothing is
+      declared: `{"image": uint8 (n, H, W, C), "label": int32 (n,), "index": int32 (n,)}`, without
+      "label" if the source is unlabeled.
 
     Raises:
       DataError: for an image that cannot be read, unless the source tolerates it.
     """
-    return _stacked(source, [_instead(source, int(index), source.__getitem__) for index in indices])
+    load = functools.partial(item_of, source, columns=columns)
+    return _with_index(source, [_instead(source, int(index), load) for index in indices], columns)
 
 
-def read_or_mask(source: Source, indices: np.ndarray) -> Batch:
-    """Returns images as `read` does, with "mask", bool (n,): false, with zeros as image, where one cannot be read."""
-    found = [_tried(source, int(index), source.__getitem__) for index in indices]
-    mask = np.array([item is not None for item in found])
-    if mask.all():
-        return {**_stacked(source, [(i, item) for i, item in zip(indices, found, strict=True) if item]), "mask": mask}
-    good = _instead(source, int(indices[0]), source.__getitem__)[1]  # for the form of what is masked out
-    empty = {name: np.zeros_like(value) for name, value in good.items()}
-    pairs = [(i, item or empty) for i, item in zip(indices, found, strict=True)]
-    return {**_stacked(source, pairs), "mask": mask}
-
-
-def read_cropped(
-    source: Source, indices: np.ndarray, augmentation: Augmentation, *, seed: int, first_position: int
+def read_or_mask(
+    source: Source, indices: np.ndarray, rows: int, columns: Columns = (), shape: Size | None = None
 ) -> Batch:
-    """Returns images as `read` does, each a random resized crop as its place in the stream says."""
+    """Returns a batch of `rows` images, the first of which are these, with "mask", bool (rows,).
+
+    Args:
+      source: the images.
+      indices: which, at most `rows`.
+      rows: size of the batch.
+      columns: label columns that the task declares.
+      shape: that images are padded to; None for images of one size.
+
+    Returns:
+      A batch of `collate` with "index", int32 (rows,), and "mask": false on padding and on images
+      that cannot be read where the source tolerates that. Their index is -1, their image 0, and
+      their labels as of an image without any.
+    """
+    load = functools.partial(item_of, source, columns=columns)
+    items = [_tried(source, int(index), load) for index in indices]
+    items += [None] * (rows - len(items))
+    form = next((item for item in items if item is not None), None)
+    if form is None:
+        form = _instead(source, int(indices[0]) if len(indices) else 0, load)[1]
+    empty = _empty(form, columns, padded=shape is not None)
+    mask = np.array([item is not None for item in items])
+    batch = collate([item or empty for item in items], columns, shape, source.name)
+    places = np.append(np.asarray(indices, np.int32), np.zeros(rows - len(indices), np.int32))
+    return {**batch, "index": np.where(mask, places, -1).astype(np.int32), "mask": mask}
+
+
+def read_augmented(
+    source: Source,
+    indices: np.ndarray,
+    augmentation: Augmentation,
+    columns: Columns = (),
+    *,
+    seed: int,
+    first_position: int,
+) -> Batch:
+    """Returns images as `read` does, augmented by their position in the stream; labels follow."""
+    where = {"seed": seed, "first_position": first_position}
+    if augmentation.crop_scale:
+        pairs = _read_cropped(source, indices, augmentation, columns, **where)
+    else:
+        load = functools.partial(item_of, source, columns=columns)
+        pairs = [_instead(source, int(index), load) for index in indices]
+    if geometric(columns):
+        moves = augmentation.transforms([item["image"].shape[:2] for _, item in pairs], **where)
+        pairs = [
+            (index, follow(item, move, columns, source.name)) for (index, item), move in zip(pairs, moves, strict=True)
+        ]
+    return augmentation(_with_index(source, pairs, columns), **where)
+
+
+def item_of(source: Source, index: int, columns: Columns = ()) -> Item:
+    """Returns an item, whose labels follow its image from the stored one if `columns` say so."""
+    if not geometric(columns):
+        return source[index]
+    return fitted(raw_item(source, index), image_size_of(source), fit_of(source), columns)
+
+
+def _read_cropped(
+    source: Source, indices: np.ndarray, augmentation: Augmentation, columns: Columns, *, seed: int, first_position: int
+) -> list[tuple[int, Item]]:
+    """Returns random resized crops of the stored images."""
     scale, ratio = augmentation.crop_scale, augmentation.crop_ratio
     size = image_size_of(source)
 
@@ -57,19 +223,24 @@ def read_cropped(
         def choose(height: int, width: int) -> Any:
             return crop_box(numbers, height, width, (scale[0], scale[1]), (ratio[0], ratio[1]))
 
-        raw = raw_item(source, index)
+        raw = dict(raw_item(source, index))
         stored, where = raw.pop("image"), raw.pop("where")
         if isinstance(stored, np.ndarray):
-            return {**raw, "image": resized_box(as_rgb(stored, where), choose, size)}
-        return {**raw, "image": decode_box(stored, where, choose, size)}
+            image, transform = resized_box(as_rgb(stored, where), choose, size)
+        else:
+            image, transform = decode_box(stored, where, choose, size)
+        item = {**raw, "image": image}
+        return follow(item, transform, columns, where) if geometric(columns) else item
 
-    draws = crop_numbers(seed, first_position, len(indices))
-    pairs = zip(indices, draws, strict=True)
-    return _stacked(source, [_instead(source, int(i), functools.partial(cropped, numbers)) for i, numbers in pairs])
+    numbers = crop_numbers(seed, first_position, len(indices))
+    return [
+        _instead(source, int(index), functools.partial(cropped, row))
+        for index, row in zip(indices, numbers, strict=True)
+    ]
 
 
-def _instead(source: Source, index: int, load: Callable[[int], Item]) -> tuple[int, Item]:
-    """Returns the image of this number, or the next one that can be read, and its number."""
+def _instead(source: Source, index: int, load: Load) -> tuple[int, Item]:
+    """Returns the image at this index, or the next one that can be read, and its index."""
     for step in range(len(source)):
         place = (index + step) % len(source)
         item = _tried(source, place, load)
@@ -78,7 +249,7 @@ def _instead(source: Source, index: int, load: Callable[[int], Item]) -> tuple[i
     raise DataError(f"None of the {len(source)} images of {source.name} can be read.")
 
 
-def _tried(source: Source, index: int, load: Callable[[int], Item]) -> Item | None:
+def _tried(source: Source, index: int, load: Load) -> Item | None:
     """Returns an image, or None where it cannot be read and the source tolerates that."""
     if not isinstance(source, Tolerant):
         return load(index)
@@ -91,14 +262,71 @@ def _tried(source: Source, index: int, load: Callable[[int], Item]) -> Item | No
         return None
 
 
-def _stacked(source: Source, pairs: list[tuple[int, Item]]) -> Batch:
-    items = [item for _, item in pairs]
-    shapes = {item["image"].shape for item in items}
-    if len(shapes) > 1:
-        raise DataError(f"{source.name} gives images of several sizes: {sorted(shapes)}.")
-    batch = {name: np.array([item[name] for item in items], np.int32) for name in items[0] if name != "image"}
-    return {
-        **batch,
-        "image": np.stack([item["image"] for item in items]),
-        "index": np.array([i for i, _ in pairs], np.int32),
-    }
+def _with_index(source: Source, pairs: list[tuple[int, Item]], columns: Columns) -> Batch:
+    batch = collate([item for _, item in pairs], columns, where=source.name)
+    return {**batch, "index": np.array([index for index, _ in pairs], np.int32)}
+
+
+def _empty(form: Item, columns: Columns, *, padded: bool) -> Item:
+    """Returns an item of this form that shows nothing: no pixels if they are padded, no objects."""
+    table = by_name(columns)
+    image = form["image"][:0, :0] if padded else np.zeros_like(form["image"])
+    item: Item = {"image": image}
+    for name in form.keys() - {"image"}:
+        column = table.get(name, Column(name))
+        fill = column.fill if column.geometry == "mask" else 0
+        item[name] = np.full(column.value_shape(image.shape[:2], 0), fill, column.dtype)
+    return {**item, "transform": None} if "transform" in form else item
+
+
+def _padded(arrays: Sequence[np.ndarray], shape: Size, fill: float) -> np.ndarray:
+    """Returns arrays (h, w, …) in one array (n, H, W, …)."""
+    if all(array.shape[:2] == tuple(shape) for array in arrays):
+        return np.stack(arrays)
+    out = np.full((len(arrays), *shape, *arrays[0].shape[2:]), fill, arrays[0].dtype)
+    for place, array in zip(out, arrays, strict=True):
+        place[: array.shape[0], : array.shape[1]] = array
+    return out
+
+
+def _scalars(name: str, values: Sequence[Any], size: Size, where: str) -> np.ndarray:
+    """Returns a column that no task declares, int32 (n,)."""
+    try:
+        array = np.array(values, np.int32)
+        if array.shape == (len(values),):
+            return array
+    except (TypeError, ValueError):
+        pass  # one of the values is refused below, with its shape or type
+    return np.stack([Column(name).value(value, size, where) for value in values])
+
+
+def _objects(ragged: Mapping[str, Sequence[np.ndarray]], table: Mapping[str, Column]) -> Batch:
+    """Returns ragged columns padded to their capacity, and which places hold an object."""
+    if not ragged:
+        return {}
+    first, *others = ragged
+    counts = [len(values) for values in ragged[first]]
+    for name in others:
+        if [len(values) for values in ragged[name]] != counts:
+            raise DataError(f'"{first}" and "{name}" speak of different numbers of objects in the same images.')
+    capacity = table[first].capacity or 1 << max(max(counts) - 1, 0).bit_length()
+    if max(counts) > capacity:
+        raise DataError(
+            f'An image has {max(counts)} objects, but the column "{first}" is declared for {capacity}. Raise its capacity.'
+        )
+    batch = {"objects_valid": np.arange(capacity) < np.array(counts)[:, None]}
+    for name, rows in ragged.items():
+        column = table[name]
+        batch[name] = np.full((len(rows), capacity, *column.shape), column.fill, column.dtype)
+        for place, values in zip(batch[name], rows, strict=True):
+            place[: len(values)] = values
+    return batch
+
+
+def _transforms(transforms: Sequence[Transform | None], canvas: Size) -> Batch:
+    """Returns transforms, each followed by the padding, as rows; zeros where there is none."""
+    rows = np.zeros((len(transforms), ROW), np.int32)
+    for row, transform in zip(rows, transforms, strict=True):
+        if transform is not None:
+            row[:] = transform.window(0, 0, *canvas).row()
+    return {"transform": rows, "original_size": rows[:, :2].copy()}

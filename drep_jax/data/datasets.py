@@ -1,7 +1,7 @@
-"""The images that `config.data` asks for: one source or several merged, what is held out, and what is tested on."""
+"""The images of `config.data`: one source or several merged, held-out images, and test images."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import numpy as np
 from drep_jax.data import Source, open_source
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.merged import MergedSource, epoch_counts
-from drep_jax.data.metadata import table_of
 from drep_jax.data.source import Subset
 from drep_jax.data.unreadable import tolerating
 from drep_jax.errors import ConfigError
@@ -19,12 +18,13 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A labelled source that no head speaks for: its test images are classified by their nearest neighbour.
+    """A labeled source whose classes no head knows: test images get their nearest neighbor's.
 
     Attributes:
       name: of the source.
-      gallery: training images, whose classes are known; None of a source whose test images are queries and their gallery.
-      test: images to classify.
+      gallery: training images of known classes; None where the test images are scored by
+        themselves.
+      test: images to assign to a class.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Labelled:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """What is learned from and tested on.
+    """The images of a run.
 
     Attributes:
-      train: images to learn from, unlabelled where several sources are merged.
-      held_out: images to choose on, likewise.
-      num_classes: of `data.source`, which the backbone's head speaks for; None when it is unlabelled.
+      train: images to learn from; unlabeled where several sources are merged.
+      held_out: images to choose hyper-parameters on; likewise.
+      num_classes: of `data.source`, which the backbone's head knows; None when it is unlabeled.
       test: images of `data.source` to evaluate the head on, or None.
-      others: labelled sources to evaluate by nearest neighbours.
+      others: labeled sources to evaluate by nearest neighbors.
     """
 
     train: Source
@@ -51,7 +51,15 @@ class Images:
     others: tuple[Labelled, ...]
 
 
-def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int, retrieval: bool = False) -> Images:
+def open_images(
+    data: Mapping[str, Any],
+    *,
+    head: bool,
+    gallery: int,
+    seed: int,
+    test_needs_head: bool = True,
+    check_test: Callable[[Source], None] = lambda source: None,
+) -> Images:
     """Opens the images of a run.
 
     Args:
@@ -59,7 +67,9 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
       head: whether the backbone has one.
       gallery: how many training images of each further source its test images are compared with.
       seed: of the choice of those.
-      retrieval: whether test images are queries and their gallery; no head is needed for them.
+      test_needs_head: whether test images can be scored only by a head that knows their labels; of
+        others each source's test images are scored by themselves.
+      check_test: raises for test images that cannot be scored.
 
     Raises:
       ConfigError: for sources or weights that cannot be merged.
@@ -75,22 +85,22 @@ def open_images(data: Mapping[str, Any], *, head: bool, gallery: int, seed: int,
     trains = [open_source(spec, TRAIN, **options) for spec in specs]
     held = [open_source(spec, VALIDATION, **options) for spec in specs]
     others = []
-    for spec, train in list(zip(specs, trains, strict=True))[1 if head or retrieval else 0 :]:
-        if retrieval:
-            others.append(Labelled(train.name, None, tolerating(_queries(spec, options), allowed)))
+    for spec, train in list(zip(specs, trains, strict=True))[1 if head or not test_needs_head else 0 :]:
+        if not test_needs_head:
+            others.append(Labelled(train.name, None, tolerating(_checked_test(spec, options, check_test), allowed)))
         elif specs[1:] and train.num_classes:
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
-            theirs = tolerating(open_source(spec, TEST, **options), allowed)
-            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), theirs))
-    labelled = bool(trains[0].num_classes)
+            other_test = tolerating(open_source(spec, TEST, **options), allowed)
+            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), other_test))
+    labeled = bool(trains[0].num_classes)
     # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
     choosing = [(part, weight) for part, weight in zip(held, weights, strict=True) if len(part)] or [
         (held[0], weights[0])
     ]
     test: Source | None = None
-    if retrieval:
-        test = tolerating(_queries(specs[0], options), allowed)
-    elif labelled and head:
+    if not test_needs_head:
+        test = tolerating(_checked_test(specs[0], options, check_test), allowed)
+    elif labeled and head:
         test = tolerating(open_source(specs[0], TEST, **options), allowed)
     return Images(
         train=tolerating(_one(trains, weights), allowed),
@@ -127,18 +137,9 @@ def sources_of(data: Mapping[str, Any]) -> tuple[list[str], list[float]]:
     return specs, [data.get("weight", 1.0), *(entry[1] for entry in merge)]
 
 
-def _queries(spec: str, options: Mapping[str, Any]) -> Source:
-    """Opens a test split of queries and gallery.
-
-    Raises:
-      ConfigError: for a source that has none.
-    """
+def _checked_test(spec: str, options: Mapping[str, Any], check: Callable[[Source], None]) -> Source:
     test = open_source(spec, TEST, **options)
-    if not {"label", "query", "gallery"} <= table_of(test).keys():
-        raise ConfigError(
-            f'Task "retrieval" needs test images that are queries and a gallery, and {test.name} has none. Take a source for '
-            "re-identification, such as reid_folder:DIR (docs/data.md)."
-        )
+    check(test)
     return test
 
 

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to uint8 RGB of one size, with Pillow."""
+"""From the bytes of an image file to uint8 RGB, fitted to a size, with Pillow."""
 
 import contextlib
 import io
@@ -6,14 +6,18 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from drep_jax.data.augment.flip_crop import Box
-from drep_jax.errors import ConfigError, DataError, UnreadableError, did_you_mean
+from drep_jax.data.augment.flip_crop import Box, transform_of_crop
+from drep_jax.data.columns import Columns, follow, geometric
+from drep_jax.data.fits import KEEP, parse_fit, transform_of_fit
+from drep_jax.data.geometry import Transform
+from drep_jax.data.steps import Size
+from drep_jax.errors import DataError, UnreadableError
 
 # What Pillow raises on damaged files, depending on the format.
 UNREADABLE = (
@@ -42,14 +46,14 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 GAP = 2
-"""How many times larger than wanted a box that is decoded at less than its size must still be: less would show."""
+"""Least ratio of a box that is decoded at reduced size to the wanted size; below it, it shows."""
 
 
 def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
     """Decodes one image file, of the first frame when there are several.
 
-    Grey, palette and CMYK images become RGB; transparency is composited on white; 16-bit grey is scaled by 255 / 65535;
-    the EXIF orientation is applied.
+    Gray, palette and CMYK images become RGB; transparency is composited on white; 16-bit gray is
+    scaled by 255 / 65535; the EXIF orientation is applied.
 
     Args:
       encoded: the file's bytes, or its path.
@@ -67,11 +71,12 @@ def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
 
 
 def decode_box(
-    encoded: bytes | str | os.PathLike, where: str, choose: Callable[[int, int], Box], size: tuple[int, int]
-) -> np.ndarray:
+    encoded: bytes | str | os.PathLike, where: str, choose: Callable[[int, int], Box], size: Size
+) -> tuple[np.ndarray, Transform]:
     """Decodes a box of one image file and gives it the wanted size: what random resized crops need.
 
-    A JPEG is decoded at a half, a quarter or an eighth of its size where the box is then still twice as large as wanted.
+    A JPEG is decoded at a half, a quarter or an eighth of its size where the box is then still
+    twice as large as wanted.
 
     Args:
       encoded, where: as for `decode`.
@@ -79,7 +84,7 @@ def decode_box(
       size: (height, width) in pixels.
 
     Returns:
-      uint8 (height, width, 3).
+      uint8 (height, width, 3), and what it is of the upright image.
 
     Raises:
       UnreadableError: as for `decode`.
@@ -93,25 +98,68 @@ def decode_box(
         image.draft(None, enough)
         across, down = image.width / width, image.height / height
         box = (left * across, top * down, (left + columns) * across, (top + rows) * down)
-        return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+        pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+        return pixels, transform_of_crop((height, width), (top, left, rows, columns), size)
 
 
-def resized_box(image: np.ndarray, choose: Callable[[int, int], Box], size: tuple[int, int]) -> np.ndarray:
+def resized_box(image: np.ndarray, choose: Callable[[int, int], Box], size: Size) -> tuple[np.ndarray, Transform]:
     """Returns a box of a decoded image, uint8 (H, W, 3), at the wanted size; see `decode_box`."""
-    top, left, rows, columns = choose(*image.shape[:2])
-    return _resize(image[top : top + rows, left : left + columns], *size)
+    height, width = image.shape[:2]
+    transform = transform_of_crop((height, width), choose(height, width), size)
+    return transform.image(image), transform
 
 
-def fitted(raw: dict[str, Any], size: tuple[int, int], how: str) -> dict[str, Any]:
-    """Returns what a source's `raw` hands out, decoded and given its size: `{"image": uint8, "label": if there is one}`."""
+def fitted(raw: Mapping[str, Any], size: Size, how: str, columns: Columns = ()) -> dict[str, Any]:
+    """Returns an item of a source's `raw`, decoded and fitted, with the labels that follow.
+
+    Args:
+      raw: "image" as it is stored, "where", and labels that fit the stored image once it is
+        upright.
+      size: (height, width) that is wanted.
+      how: a way of `drep_jax.data.fits.transform_of_fit`.
+      columns: label columns that follow the image; with none, the labels are left alone.
+
+    Returns:
+      The labels, "image", uint8 (height, width, 3), and, with columns that follow it, "transform".
+    """
     stored, where = raw["image"], raw["where"]
     image = as_rgb(stored, where) if isinstance(stored, np.ndarray) else decode(stored, where)
     item = {name: value for name, value in raw.items() if name != "where"}
-    return {**item, "image": fit(image, size, how, where)}
+    transform = transform_of_fit(image.shape[:2], size, how, where)
+    item["image"] = transform.image(image)
+    return follow(item, transform, columns, where) if geometric(columns) else item
+
+
+def fitted_size(raw: Mapping[str, Any], size: Size, how: str) -> Size:
+    """Returns the size of the image that `fitted` gives, without decoding it.
+
+    Raises:
+      UnreadableError: for a file that is absent or not an image.
+    """
+    if parse_fit(how)[0] != KEEP:
+        return size
+    stored, where = raw["image"], raw["where"]
+    upright = stored.shape[:2] if isinstance(stored, np.ndarray) else stored_size(stored, where)
+    return transform_of_fit(upright, size, how, where).size_out
+
+
+def stored_size(encoded: bytes | str | os.PathLike, where: str) -> Size:
+    """Returns (height, width) of the upright image in a file, from its header.
+
+    Raises:
+      UnreadableError: for a file that is absent or not an image.
+    """
+    with _reading(where), Image.open(_opened(encoded)) as image:
+        width, height = image.size
+        # Pillow decodes a whole PNG to find EXIF behind the pixels; the names of the chunks tell
+        # whether there is any.
+        if image.format == "PNG" and "exif" not in image.info and not _has_late_text(encoded):
+            return height, width
+        return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
-    """Turns a decoded image, (H, W) or (H, W, 1, 3 or 4) of uint8 or uint16 grey, into uint8 (H, W, 3)."""
+    """Returns a decoded image, (H, W) or (H, W, 1, 3 or 4), gray or RGB, as uint8 (H, W, 3)."""
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     try:
         return _rgb(Image.fromarray(array), where)
@@ -121,45 +169,19 @@ def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
         ) from error
 
 
-def fit(image: np.ndarray, size: tuple[int, int], how: str, where: str = "image") -> np.ndarray:
-    """Gives an image the wanted size.
+def fit(image: np.ndarray, size: Size, how: str, where: str = "image") -> np.ndarray:
+    """Gives an image the wanted size, with Pillow's antialiased bicubic filter.
 
     Args:
       image: uint8 (H, W, 3).
       size: (height, width) in pixels.
-      how: `crop` scales until the image just covers the target (bicubic, antialiased) and cuts out the centre;
-        `crop:S` does so for a target 1/S times as large, so that S of the short side is kept (`crop:0.875`: 256 to 224);
-        `squash` scales both sides; `exact` refuses any other size.
+      how: a way of `drep_jax.data.fits.transform_of_fit`.
       where: what to call the image in messages.
 
     Returns:
       uint8 (height, width, 3).
     """
-    name, share = parse_fit(how)
-    return FITS[name](image, size, where, share)
-
-
-def parse_fit(how: str) -> tuple[str, float]:
-    """Returns the way of resizing and the share of the short side that is kept.
-
-    Raises:
-      ConfigError: for what is none.
-    """
-    name, _, number = how.partition(":")
-    if name not in FITS:
-        raise ConfigError(f'Unknown way of resizing "{how}".{did_you_mean(name, FITS)}')
-    if name == how:
-        return name, 1.0
-    try:
-        share = float(number)
-    except ValueError:
-        share = 0.0
-    if name != "crop" or not 0 < share <= 1:
-        raise ConfigError(
-            f'Unknown way of resizing "{how}": only "crop" takes a number, the share of the short side that is kept, in '
-            '(0, 1], as in "crop:0.875".'
-        )
-    return name, share
+    return transform_of_fit(image.shape[:2], size, how, where).image(image)
 
 
 @contextlib.contextmanager
@@ -169,12 +191,23 @@ def _reading(where: str) -> Iterator[None]:
     except UNREADABLE as error:
         if isinstance(error, UnreadableError):
             raise
-        told = (
-            str(error)
-            if isinstance(error, DataError)
-            else f"Cannot read the image {where}: {error}. Repair or remove it."
-        )
-        raise UnreadableError(told, where) from error
+        known = isinstance(error, DataError)
+        message = str(error) if known else f"Cannot read the image {where}: {error}. Repair or remove it."
+        raise UnreadableError(message, where) from error
+
+
+def _has_late_text(encoded: bytes | str | os.PathLike) -> bool:
+    """Returns whether a PNG has text or EXIF behind its pixels."""
+    with io.BytesIO(encoded) if isinstance(encoded, bytes) else open(encoded, "rb") as file:
+        file.seek(8)
+        behind = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if behind and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            behind = behind or kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 def _opened(encoded: bytes | str | os.PathLike) -> Any:
@@ -206,47 +239,10 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _sixteen_bit(grey: np.ndarray, where: str) -> np.ndarray:
-    if grey.min() < 0 or grey.max() > 65535:
+def _sixteen_bit(gray: np.ndarray, where: str) -> np.ndarray:
+    if gray.min() < 0 or gray.max() > 65535:
         raise DataError(
-            f"{where} has pixels from {grey.min()} to {grey.max()}, beyond 16 bits. Save it with 8 or 16 bits."
+            f"{where} has pixels from {gray.min()} to {gray.max()}, beyond 16 bits. Save it with 8 or 16 bits."
         )
-    eight_bit = np.round(grey.astype(np.float32) / 257).astype(np.uint8)
+    eight_bit = np.round(gray.astype(np.float32) / 257).astype(np.uint8)
     return np.repeat(eight_bit[:, :, None], 3, axis=2)
-
-
-def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    if image.shape[:2] == (height, width):
-        return image
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _crop(image: np.ndarray, size: tuple[int, int], where: str, share: float) -> np.ndarray:
-    del where
-    height, width = size
-    scale = max(height / image.shape[0], width / image.shape[1]) / share
-    resized = _resize(image, max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale)))
-    top, left = (resized.shape[0] - height) // 2, (resized.shape[1] - width) // 2
-    return resized[top : top + height, left : left + width]
-
-
-def _squash(image: np.ndarray, size: tuple[int, int], where: str, share: float) -> np.ndarray:
-    del where, share
-    return _resize(image, *size)
-
-
-def _exact(image: np.ndarray, size: tuple[int, int], where: str, share: float) -> np.ndarray:
-    del share
-    if image.shape[:2] != tuple(size):
-        raise DataError(
-            f"{where} is {image.shape[0]} x {image.shape[1]} pixels (height x width), but {size[0]} x {size[1]} is "
-            'wanted. Resize the images, or choose "crop" or "squash" instead of "exact".'
-        )
-    return image
-
-
-FITS: dict[str, Callable[[np.ndarray, tuple[int, int], str, float], np.ndarray]] = {
-    "crop": _crop,
-    "squash": _squash,
-    "exact": _exact,
-}

@@ -1,4 +1,7 @@
-"""Batches of a source, read ahead by grain: batch n depends on (source, seed, n) alone, so that runs can be resumed."""
+"""Batches of a source, read ahead by grain.
+
+Batch n depends on (source, seed, n) alone, so that runs can be resumed.
+"""
 
 import dataclasses
 import functools
@@ -12,7 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float32, Num
 
 from drep_jax.data.augment import OFF, Augmentation
-from drep_jax.data.collate import read, read_cropped, read_or_mask
+from drep_jax.data.buckets import Bucket
+from drep_jax.data.collate import read, read_augmented, read_or_mask
+from drep_jax.data.columns import Columns, by_name
 from drep_jax.data.source import Source
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.typing import Batch
@@ -25,8 +30,8 @@ class Order:
     """The order of the images in each epoch.
 
     Attributes:
-      length: places of an epoch.
-      at: epoch ↦ the image at each place, int32 (length,).
+      length: images an epoch.
+      at: epoch ↦ the images in their order, int32 (length,).
     """
 
     length: int
@@ -43,28 +48,35 @@ def training_batches(
     augmentation: Augmentation = OFF,
     shard: tuple[int, int] = (0, 1),
     order: Order | None = None,
+    columns: Columns = (),
 ) -> Iterator[Batch]:
-    """Yields batches for ever: each epoch in a new order, and flowing into the next, so that no image is dropped.
+    """Yields batches for ever: epochs in new orders, one flowing into the next, so none is cut.
 
     Args:
-      source: the images.
+      source: images, all fitted to one size.
       batch_size: images a step, over all hosts.
       seed: of the order and the augmentation, at least 0.
-      start_step: the number of the first batch; the same as skipping that many.
-      num_threads: threads that read and decode, each a whole batch, which is also how many batches are read ahead. None
-        means 8, or 0 for a source that is in memory.
-      augmentation: what is done to the images, drawn anew for each place in the endless stream.
-      shard: (which, of how many) equal slices of every batch to read, for one host among several.
+      start_step: index of the first batch; the same as skipping that many.
+      num_threads: threads that read and decode, each a whole batch, and number of batches read
+        ahead. None means 8, or 0 for a source that is in memory.
+      augmentation: of the images, drawn anew for each position in the endless stream. Labels follow
+        its geometry.
+      shard: (index, count) of the equal slices of every batch, one of which each host reads.
       order: of the images in each epoch; None for a permutation of all of them.
+      columns: label columns that the task declares; any other holds one int32 an image.
 
     Returns:
-      An iterator over `{"image": uint8 (B, H, W, 3), "label": int32 (B,), "index": int32 (B,)}`; "index" is the image's
-      place in the source, and "label" is left out when the source is unlabelled. Mixup and cutmix add "label2", int32
-      (B,), and "share", float32 (B,): the weight of "label", 1 − share being that of "label2".
+      An iterator over batches of `drep_jax.data.collate.collate` with "index", int32 (B,), the
+      image's index in the source. Where nothing is declared:
+      `{"image": uint8 (B, H, W, 3), "label": int32 (B,), "index": int32 (B,)}`, without "label" if
+      the source is unlabeled. Mixup and cutmix add "label2", int32 (B,), and "share", float32 (B,):
+      the weight of "label", 1 − share being that of "label2".
 
     Raises:
-      ConfigError: for batches that cannot be cut or mixed so, and for mixing images without labels.
-      DataError: when the source has fewer images than a batch; and, while reading, for an image that cannot be read.
+      ConfigError: for a batch that cannot be divided so; for mixing images without labels; and for
+        augmentation that labels cannot follow.
+      DataError: when the source has fewer images than a batch; and, while reading, for an image
+        that cannot be read.
     """
     rows = _rows(batch_size, shard)
     if len(source) < batch_size:
@@ -72,6 +84,8 @@ def training_batches(
     if not 0 <= seed < 2**64 or start_step < 0:
         raise ConfigError(f"seed and start_step must be at least 0; got {seed} and {start_step}.")
     augmentation.check_batch(rows.stop - rows.start, "batch_size" if shard[1] == 1 else "each host's part of a batch")
+    augmentation.check_columns(columns)
+    _check_capacity(columns, shard)
     if augmentation.mixes and source.num_classes is None:
         raise ConfigError(f"Mixup and cutmix mix labels, too, but {source.name} has none. Set both to 0.")
     if order is None:
@@ -82,10 +96,7 @@ def training_batches(
         positions = step * batch_size + np.arange(rows.start, rows.stop)
         epochs, places = np.divmod(positions, length)
         indices = np.concatenate([order_at(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
-        where = {"seed": seed, "first_position": int(positions[0])}
-        cropped = augmentation.crop_scale
-        batch = read_cropped(source, indices, augmentation, **where) if cropped else read(source, indices)
-        return augmentation(batch, **where)
+        return read_augmented(source, indices, augmentation, columns, seed=seed, first_position=int(positions[0]))
 
     if num_threads is None and augmentation.slow:
         num_threads = READING_THREADS
@@ -93,37 +104,54 @@ def training_batches(
 
 
 def evaluation_batches(
-    source: Source, batch_size: int, *, num_threads: int | None = None, shard: tuple[int, int] = (0, 1)
+    source: Source,
+    batch_size: int,
+    *,
+    num_threads: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    columns: Columns = (),
+    buckets: Sequence[Bucket] | None = None,
 ) -> Iterator[Batch]:
-    """Yields every image once, in order; the last batch is padded with zero images.
+    """Yields every image once, in order or bucket by bucket; last batches are padded.
 
     Args:
-      source: the images.
+      source: images, of one size unless there are buckets.
       batch_size: images a step, over all hosts.
       num_threads: as for `training_batches`.
       shard: as for `training_batches`.
+      columns: as for `training_batches`.
+      buckets: of `drep_jax.data.buckets.make_buckets`, for images of several sizes: the images of
+        one bucket after those of another, padded to its shape.
+        `drep_jax.data.buckets.restore_order` puts results in the order of the source.
 
     Returns:
-      An iterator over batches as `training_batches` gives, with "mask", bool (B,): false on padding and on images
-      that cannot be read where the source tolerates that; their index is -1 and their label 0.
+      An iterator over batches as `training_batches` gives, with "mask", bool (B,): false on padding
+      and on images that cannot be read where the source tolerates that; their index is -1, their
+      image and scalar labels are 0. With buckets also "size", int32 (B, 2), the height and width of
+      each image without padding.
     """
     rows = _rows(batch_size, shard)
+    _check_capacity(columns, shard)
+    count = rows.stop - rows.start
+    everything = Bucket((0, 0), np.arange(len(source), dtype=np.int32))
+    steps = [
+        (None if buckets is None else bucket.shape, indices)
+        for bucket in ([everything] if buckets is None else buckets)
+        for indices in bucket.steps(batch_size)
+    ]
 
     def load(step: int) -> Batch:
-        indices = step * batch_size + np.arange(rows.start, rows.stop)
-        mask = indices < len(source)
-        real = read_or_mask(source, indices[mask] if mask.any() else np.array([0]))
-        batch = {name: _pad(values[: mask.sum()], len(mask)) for name, values in real.items()}
-        return {**batch, "index": np.where(batch["mask"], indices, -1).astype(np.int32)}
+        shape, indices = steps[step]
+        return read_or_mask(source, indices[rows], count, columns, shape)
 
-    return _read_ahead(range(-(-len(source) // batch_size)), load, source, num_threads)
+    return _read_ahead(range(len(steps)), load, source, num_threads)
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the permutation of `range(size)`, int32, of one epoch.
 
-    It sorts a bit generator's raw words, because NumPy promises that those stay the same from one release to the next;
-    it does not promise this of `Generator.permutation`.
+    It sorts a bit generator's raw words, because NumPy promises that those stay the same from one
+    release to the next; it does not promise this of `Generator.permutation`.
     """
     words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     return np.argsort(words, kind="stable").astype(np.int32)
@@ -132,7 +160,7 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
 def normalize(
     images: Num[Array | np.ndarray, "*b c"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[Array, "*b c"]:
-    """Returns (images / 255 - mean) / std in float32.
+    """Returns (images / 255 − mean) / std in float32.
 
     Args:
       images: (..., C), uint8 or float, from 0 to 255.
@@ -145,12 +173,12 @@ def normalize(
             f"Expected {channels} means and {channels} positive standard deviations; got {mean} and {std}."
         )
     shape = (1,) * (images.ndim - 1) + (-1,)
-    centre, spread = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))
-    return (jnp.asarray(images, jnp.float32) / 255 - centre) / spread
+    center, spread = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))
+    return (jnp.asarray(images, jnp.float32) / 255 - center) / spread
 
 
 def read_images(source: Source, indices: np.ndarray) -> np.ndarray:
-    """Returns the images of those numbers, uint8 (n, H, W, C), all in memory."""
+    """Returns the images at these indices, uint8 (n, H, W, C), all in memory."""
     return read(source, indices)["image"]
 
 
@@ -163,14 +191,19 @@ def _rows(batch_size: int, shard: tuple[int, int]) -> slice:
     which, count = shard
     if batch_size < 1 or not 0 <= which < count or batch_size % count:
         raise ConfigError(
-            f"A batch of {batch_size} images cannot be cut into {count} equal parts of which part {which} is read."
+            f"A batch of {batch_size} images cannot be divided into {count} equal parts, of which part {which} is read."
         )
-    share = batch_size // count
-    return slice(which * share, (which + 1) * share)
+    part = batch_size // count
+    return slice(which * part, (which + 1) * part)
 
 
-def _pad(values: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1))
+def _check_capacity(columns: Columns, shard: tuple[int, int]) -> None:
+    """Raises ConfigError unless every host pads ragged columns to the same length."""
+    open_ended = [column.name for column in by_name(columns).values() if column.ragged and not column.capacity]
+    if open_ended and shard[1] > 1:
+        raise ConfigError(
+            f"Several hosts pad ragged columns to one length, but {', '.join(open_ended)} is declared without a capacity."
+        )
 
 
 def _read_ahead(

@@ -1,4 +1,4 @@
-"""What a source of images is."""
+"""`Source`: images with random access, and what is known of them without decoding."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -8,21 +8,27 @@ import numpy as np
 
 @runtime_checkable
 class Source(Protocol):
-    """A sequence of equally large RGB images.
+    """A sequence of RGB images, of one size unless they are opened with `resize="keep"`.
 
     Attributes:
-      name: what the user asked for, used in messages and reports.
-      num_classes: the number of classes; None when the images are unlabelled.
+      name: as the user gave it, for messages and reports.
+      num_classes: number of classes; None when the images are unlabeled.
       class_names: one name a class, in the order of the labels; None when there are none.
-      note: what the user should know about how the images were found or split; None when there is nothing to say.
+      note: what the user should know about how the images were found or split; None when there is
+        nothing to say.
 
-    A source whose images need no reading or decoding may also have a true `in_memory`: it is then read without threads.
-    One whose images are files or encoded may have `raw(index)`, which returns an image as it is stored (bytes, a path, or a
-    decoded array) with "where", what to call it, and "label", and `image_size`: random resized crops are then taken of the
-    whole image, not of what was fitted to the size.
+    Optional, for what a source can do besides:
+      in_memory: true where images need no reading or decoding; they are then read without threads.
+      raw(index): the item as it is stored: "image" is bytes, a path, or a decoded array; "where" is
+        what to call it; labels with geometry fit the stored image once it is upright. With it go
+        `image_size`, (height, width), and `resize`, a way of `drep_jax.data.fits`. Random resized
+        crops are taken of the whole stored image, and labels follow the geometry from there.
+      size_of(index): (height, width) of the item's image without decoding it, where sizes differ;
+        (0, 0) where it cannot be read.
 
-    One for re-identification also has `table`, which holds the columns of its items but the images, int32 (n,) by name, without
-    decoding; `protocol`, how it is evaluated; and `cameras` and `views`, how many its data set has.
+    A source for re-identification also has `table`, the columns of its items without the images,
+    int32 (n,) by name, without decoding; `protocol`, how it is evaluated; and `cameras` and
+    `views`, the numbers of those in its data set.
     """
 
     name: str
@@ -35,35 +41,53 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns `{"image": uint8 (H, W, 3), "label": int32 scalar}`, without "label" when unlabelled."""
+        """Returns `{"image": uint8 (H, W, 3), "label": int32 scalar}`; "label" is optional.
+
+        Labels of another form are those that a task declares, see `drep_jax.data.columns`.
+        """
         ...
 
 
 def raw_item(source: Any, index: int) -> dict[str, Any]:
-    """Returns an image as it is stored, with "where" and "label"; of sources that fit their images, the fitted one."""
+    """Returns an item as it is stored, with "where"; the fitted one if a source has no other."""
     if hasattr(source, "raw"):
         return source.raw(index)
     return {**source[index], "where": f"{source.name}, image {index}"}
 
 
 def image_size_of(source: Any) -> tuple[int, int]:
-    """Returns (height, width) of the images that a source gives."""
+    """Returns (height, width) that the images of a source are fitted to."""
     if hasattr(source, "image_size"):
         return source.image_size
     height, width = source[0]["image"].shape[:2]
     return height, width
 
 
+def fit_of(source: Any) -> str:
+    """Returns how stored images of a source are fitted; "keep" where they are stored fitted."""
+    return getattr(source, "resize", "keep")
+
+
+def size_of(source: Any, index: int) -> tuple[int, int]:
+    """Returns (height, width) of an image without decoding it; (0, 0) if it cannot be read."""
+    return source.size_of(index) if hasattr(source, "size_of") else image_size_of(source)
+
+
+def sizes_of(source: Any) -> np.ndarray:
+    """Returns the sizes of all images as the source gives them, without decoding, int32 (n, 2)."""
+    return np.array([size_of(source, index) for index in range(len(source))], np.int32).reshape(-1, 2)
+
+
 OF_THE_SET = ("protocol", "cameras", "views")
 
 
 def pass_on(source: Any, wrapper: Any, indices: Sequence[int] | None = None) -> None:
-    """Gives a wrapper of a source for re-identification what such a source has besides images.
+    """Copies what a source for re-identification has besides images to a source that wraps it.
 
     Args:
-      source: the images; of other sources nothing is passed on.
-      wrapper: what wraps them.
-      indices: which of them, None for all.
+      source: the images; nothing is copied from any other source.
+      wrapper: the source that wraps it.
+      indices: which images the wrapper has; None for all.
     """
     if not hasattr(source, "table"):
         return
@@ -78,14 +102,14 @@ class Subset:
 
     Args:
       source: the images.
-      indices: their numbers, in the order wanted.
+      indices: which, in the order wanted.
     """
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.name, self.note = source.name, source.note
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.in_memory = getattr(source, "in_memory", False)
-        self.image_size = image_size_of(source)
+        self.image_size, self.resize = image_size_of(source), fit_of(source)
         self._source = source
         self._indices = [int(index) for index in indices]
         pass_on(source, self, self._indices)
@@ -97,5 +121,9 @@ class Subset:
         return self._source[self._indices[index]]
 
     def raw(self, index: int) -> dict[str, Any]:
-        """Returns an image as it is stored."""
+        """Returns an item as it is stored."""
         return raw_item(self._source, self._indices[index])
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image without decoding it."""
+        return size_of(self._source, self._indices[index])

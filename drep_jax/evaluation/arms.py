@@ -1,78 +1,149 @@
-"""Scores several networks of one shape on the same test images under the same corruptions, so that they can be paired."""
+"""Several networks of one shape on the same test images under the same corruptions, so that they can be paired.
 
-from collections.abc import Callable, Mapping, Sequence
+Statistics are computed on the devices, batch by batch: the host holds one row an image, never the outputs of a test set.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from drep_jax.data import Source
-from drep_jax.data.corruptions import corrupt
+from drep_jax.data.buckets import Bucket, restore_order
+from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.parallel import devices
-from drep_jax.typing import Scores, Tree
+from drep_jax.progress import bar
+from drep_jax.run.setup import Setup
+from drep_jax.tasks import Items, Task
+from drep_jax.typing import Tree
+
+Network = Callable[[Tree, Any], Any]
+"""(variables, images) ↦ outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What arms have given under one condition.
+
+    Attributes:
+      index: (n,) the images that were read.
+      columns: their scalar label columns, such as "label", (n,) each.
+      statistics: arm ↦ tree with one row an image.
+    """
+
+    index: np.ndarray
+    columns: dict[str, np.ndarray]
+    statistics: dict[str, Tree]
 
 
 def score_arms(
-    backbone: nn.Module,
+    setup: Setup,
     arms: Mapping[str, Tree],
     source: Source,
     conditions: Sequence[str],
-    scores: Callable[[np.ndarray, Scores], Scores],
     *,
     batch_size: int,
-    inputs: Callable[[Mapping[str, Any]], Any],
     seed: int,
-    networks: Mapping[str, Callable[[Tree, Any], Any]] = MappingProxyType({}),
-) -> dict[str, dict[str, Scores]]:
-    """Runs every arm on every condition.
+    networks: Mapping[str, Network] = MappingProxyType({}),
+    buckets: Sequence[Bucket] | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[str, Scored]]:
+    """Yields each condition with the task's statistics of every image by every arm.
 
     Args:
-      backbone: the one architecture of all arms.
+      setup: the backbone, the task and how images become inputs.
       arms: name ↦ variables.
-      source: labelled test images.
-      conditions: corruption specs, see `drep_jax.data.corruptions`.
-      scores: (outputs, columns of the images, such as "label" and "index") ↦ {name: (n, …)}.
+      source: test images with their labels.
+      conditions: corruption specs, see `drep_jax.data.corruptions`; the task says which images they corrupt.
       batch_size: over all hosts, a multiple of the number of their devices.
-      inputs: batch ↦ images as the backbone gets them.
       seed: of the corruptions; every arm sees the same images.
-      networks: name ↦ (variables, images) ↦ outputs, of arms that are not the backbone itself.
+      networks: of arms that are not the backbone itself.
+      buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`: one program a bucket.
+      progress: whether to show a bar.
 
     Returns:
-      {condition: {arm: {name: (n, …)}}}, of all images on every host. The last batch is padded, and what is padding is
-      left out, so the scores are exact for any number of images.
+      Of all images on every host, one condition after the other. The last batch is padded, and what is padding is left
+      out, so the statistics are exact for any number of images.
     """
     devices.check_batch(batch_size, "evaluate.batch_size")
+    task = setup.task
+    programs = {
+        name: devices.on_devices(_network_statistics(task, networks[name]))
+        if name in networks
+        else backbone_program(task, setup.backbone)
+        for name in arms
+    }
     everywhere = {name: devices.replicate(variables) for name, variables in arms.items()}
-    plain = devices.on_devices(backbone.apply)
-    apply = {name: devices.on_devices(networks[name]) if name in networks else plain for name in arms}
-    prepare = devices.on_devices(inputs)
-    result: dict[str, dict[str, Scores]] = {}
+    prepare = devices.on_devices(setup.inputs)
     for condition in conditions:
-        outputs: dict[str, list[np.ndarray]] = {name: [] for name in arms}
-        columns: dict[str, list[np.ndarray]] = {}
-        for batch in evaluation_batches(source, batch_size, shard=devices.host()):
-            told = {name: column for name, column in batch.items() if name != "image"}
-            noisy = corrupt(batch["image"], batch["index"], condition, seed)
-            images = prepare(devices.shard({**told, "image": noisy}))
-            for name, column in told.items():
-                columns.setdefault(name, []).append(column)
+        corrupted = None if condition == CLEAN else task.corrupted_rows(source)
+        rows: dict[str, list[Tree]] = {name: [] for name in arms}
+        scalars: dict[str, list[np.ndarray]] = {}
+        batches = evaluation_batches(source, batch_size, shard=devices.host(), columns=task.columns, buckets=buckets)
+        total = sum(len(bucket.steps(batch_size)) for bucket in buckets or ()) or -(-len(source) // batch_size)
+        name = f"evaluation, {condition}"
+        for batch in bar(batches, name, total, "batch", shown=progress):
+            labels = {name: column for name, column in batch.items() if name != "image"}
+            seen = corrupt(batch["image"], batch["index"], condition, seed, batch.get("size"))
+            if corrupted is not None:
+                seen = np.where(corrupted[batch["index"]][:, None, None, None], seen, batch["image"])
+            labels_there = devices.shard(labels)
+            images = prepare({**labels_there, "image": devices.shard(seen)})
             for name, variables in everywhere.items():
-                outputs[name].append(devices.unshard(apply[name](variables, images)))
-        batches = len(columns["mask"])
-        all_columns = {name: np.concatenate(parts) for name, parts in columns.items()}
-        own = {name: scores(np.concatenate(rows), all_columns) for name, rows in outputs.items()}
-        mask = in_order(all_columns["mask"], batches)
-        result[condition] = {
-            name: {metric: in_order(values, batches)[mask] for metric, values in found.items()}
-            for name, found in own.items()
-        }
-    return result
+                rows[name].append(devices.unshard(programs[name](variables, images, labels_there)))
+            for name, column in labels.items():
+                if column.ndim == 1:
+                    scalars.setdefault(name, []).append(column)
+        yield condition, _gathered(rows, scalars)
+
+
+@functools.lru_cache(maxsize=8)
+def backbone_program(task: Task, backbone: nn.Module) -> Callable[..., Any]:
+    """Returns (variables, images, labels) ↦ the task's statistics, compiled once for all devices and all its callers."""
+
+    def statistics(variables: Tree, images: Any, labels: Tree) -> Tree:
+        return task.statistics(task.predict(backbone, variables, images, labels), labels)
+
+    return devices.on_devices(statistics)
+
+
+def _network_statistics(task: Task, network: Network) -> Callable[..., Any]:
+    return lambda variables, images, labels: task.statistics(network(variables, images), labels)
+
+
+def _gathered(rows: Mapping[str, list[Tree]], scalars: dict[str, list[np.ndarray]]) -> Scored:
+    """Returns the rows of all batches and hosts in the order of the source, without padding."""
+    batches = len(scalars["index"])
+
+    def everyone(*parts: np.ndarray) -> np.ndarray:
+        return in_order(np.concatenate(parts), batches)
+
+    index = everyone(*scalars["index"])
+
+    def whole(*parts: np.ndarray) -> np.ndarray:
+        return restore_order(index, everyone(*parts))
+
+    columns = {name: whole(*parts) for name, parts in scalars.items() if name not in ("index", "mask")}
+    statistics = {name: jax.tree_util.tree_map(whole, *parts) for name, parts in rows.items()}
+    return Scored(restore_order(index, index), columns, statistics)
+
+
+def items_of(setup: Setup, source: Source, scored: Scored, condition: str) -> dict[str, Items]:
+    """Returns the items of every arm, such as its queries, from the statistics of the images."""
+    return {
+        arm: setup.task.items(rows, source, scored.index, f"Arm {arm} on {condition} images")
+        for arm, rows in scored.statistics.items()
+    }
 
 
 def in_order(rows: np.ndarray, batches: int) -> np.ndarray:
-    """Returns the rows of all hosts in the order of the source, on every host.
+    """Returns the rows of all hosts in the order in which batches were made, on every host.
 
     Args:
       rows: this host's, (batches · its part of a batch, …): every host has an equal slice of each batch.

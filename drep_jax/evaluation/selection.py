@@ -1,50 +1,67 @@
 """Choice among denoisers and strengths on held-out images, in one program; the unchanged backbone is always among them.
 
 Every candidate is a `denoise` subtree for rule "affine"; a point of the grid is a candidate and a strength τ. With labels a
-point is scored by accuracy; without, by *agreement*: the share of images, corrupted, on which the fused network says what the
-unfused backbone says of the clean image. Where backbone and label agree, so do the two criteria; hence they differ by at most
-the backbone's clean error. A backbone without a head says which of the held-out images it sees: the one whose clean feature
-is nearest (cosine).
-
-For retrieval, labels give the mean average precision of the held-out identities. Without labels, the images that the unfused
-backbone finds nearest to each clean image count as right ones: a criterion that, unlike one image found again, changes as
-soon as rankings do.
+point is scored by the task's headline metric; without, by *agreement*: the same metric against the task's pseudo-labels,
+which are what the unfused backbone makes of the clean image. Where backbone and label agree, so do the two criteria; for
+accuracy they hence differ by at most the backbone's clean error.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from drep_jax.core.fusion import fuse
-from drep_jax.core.sites import Site
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import epoch_order
-from drep_jax.data.metadata import table_of
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
-from drep_jax.evaluation import scoring
+from drep_jax.evaluation.summary import value_of
 from drep_jax.parallel import devices
-from drep_jax.run.setup import Setting
-from drep_jax.tasks import Retrieval
-from drep_jax.typing import Tree
+from drep_jax.progress import bar
+from drep_jax.run.setup import Setup
+from drep_jax.tasks import Items, Task
+from drep_jax.typing import Batch, Tree
 
 SELECTION_SEED = 2
 """Added to the run's seed for the corruption of held-out images."""
 
 
-NEIGHBOURS = 5
-"""Nearest images of each that a network for retrieval should go on finding."""
-
+AGREEMENT = "agreement"
+"""The criterion of choices without labels."""
 
 STACK_BYTES = 2**30
 """Memory for the candidates that are on the device at once; of more, one stack after the other is taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How to choose.
+
+    Attributes:
+      strengths: of fusion, to choose from; 0, the unchanged backbone, is always among them.
+      conditions: corruptions of the held-out images; clean is always among them.
+      images: how many held-out images, 0 for all.
+      labels: whether labels are used where there are any.
+      max_clean_loss: points that may be lost on clean images.
+      batch_size: images at once, over all hosts.
+      seed: of the choice of images and of the corruptions.
+      progress: whether to show a bar.
+    """
+
+    strengths: tuple[float, ...]
+    conditions: tuple[str, ...]
+    images: int = 0
+    labels: bool = True
+    max_clean_loss: float = 1.0
+    batch_size: int = 200
+    seed: int = 0
+    progress: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +95,7 @@ class Choice:
     Attributes:
       points: the first is the unchanged backbone.
       chosen: its number.
-      criterion: "accuracy", "mAP" or "agreement".
+      criterion: what the points were scored by, the task's own or "agreement".
       conditions: clean first.
       images, seconds: how many held-out images, and how long it took.
     """
@@ -106,40 +123,47 @@ class Choice:
         }
 
 
-def scaled(denoise: Tree, strength: float) -> Tree:
-    """Returns denoisers for rule "affine" whose full fusion is that of `denoise` with this strength."""
-    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf * np.asarray(strength, leaf.dtype)), denoise)
-
-
-def grid_outputs(
-    backbone: nn.Module,
+def grid_statistics(
+    setup: Setup,
     variables: Tree,
-    sites: Sequence[Site],
-    schedule: Any,
     candidates: Sequence[Candidate],
     points: Sequence[tuple[int, float]],
+    *,
+    against_labels: bool,
 ) -> Any:
-    """Returns a compiled function of a batch that gives every point's outputs, (points, batch, …), on all devices.
+    """Returns a compiled function of a batch that gives every point's statistics, on all devices.
 
     Args:
-      backbone, variables, sites, schedule: of the unfused network.
+      setup: the unfused network and the task.
+      variables: its.
       candidates: their trees are stacked, so that one program serves all, in several stacks of one form if they are large.
       points: (number of the candidate, strength).
+      against_labels: whether statistics are wanted against the labels of the images.
+
+    Returns:
+      (images, their columns, pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics, "finite": bool}, each with axes
+      (points, images, …). "labels" is {} unless asked for; "pseudo" is {} where there are no pseudo-labels.
     """
     size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(candidates[0].denoise))
     per_stack = min(len(candidates), max(1, STACK_BYTES // max(1, size)))
     rows: dict[int, list[int]] = {}
     for row, (number, _) in enumerate(points):
         rows.setdefault(number // per_stack, []).append(row)
-    longest = max(len(found) for found in rows.values())
+    longest = max(len(members) for members in rows.values())
+    task = setup.task
 
-    def run(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any) -> Any:
+    def run(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any, batch: Tree, pseudo: Tree) -> Any:
         def one(point: Any) -> Any:
             # No map at all where the strength is 0, since 0 times what has overflowed would not be 0.
             denoise = jax.tree_util.tree_map(lambda leaf: jnp.where(point[1] == 0, 0, leaf[point[0]]), stacked)
             params = {"backbone": variables["params"], "denoise": denoise}
-            fused = fuse(params, sites, schedule, rule="affine", steps=1, strength=point[1])
-            return backbone.apply({**variables, "params": fused}, images)
+            fused = fuse(params, setup.sites, setup.schedule, rule="affine", steps=1, strength=point[1])
+            outputs = task.predict(setup.backbone, {**variables, "params": fused}, images, batch)
+            return {
+                "labels": task.statistics(outputs, batch) if against_labels else {},
+                "pseudo": task.statistics(outputs, {**batch, **pseudo}) if pseudo else {},
+                "finite": _finite(outputs, len(images)),
+            }
 
         return jax.lax.map(one, (which, strengths))
 
@@ -148,83 +172,105 @@ def grid_outputs(
     def stack(number: int) -> Any:
         first = number * per_stack
         trees = [candidates[min(first + i, len(candidates) - 1)].denoise for i in range(per_stack)]
-        chosen = [points[row] for row in rows[number]]
-        chosen += [(first, 0.0)] * (longest - len(chosen))
-        which = np.array([candidate - first for candidate, _ in chosen], np.int32)
-        strengths = np.array([strength for _, strength in chosen], np.float32)
+        members = [points[row] for row in rows[number]]
+        members += [(first, 0.0)] * (longest - len(members))
+        which = np.array([candidate - first for candidate, _ in members], np.int32)
+        strengths = np.array([strength for _, strength in members], np.float32)
         return devices.replicate((jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees), which, strengths))
 
     everywhere = devices.replicate(dict(variables))
     kept = stack(next(iter(rows))) if len(rows) == 1 else None
+    order = np.argsort(np.concatenate(list(rows.values())))
 
-    def outputs(images: Any) -> np.ndarray:
-        batch = devices.shard(_padded(np.asarray(images), devices.local_device_count()))
+    def statistics(images: Any, columns: Tree, pseudo: Tree) -> Tree:
+        batch = [_on_devices(tree) for tree in (images, columns, pseudo)]
         parts = []
-        for number, found in rows.items():
-            values = np.asarray(program(everywhere, *(stack(number) if kept is None else kept), batch))
-            by_point = np.swapaxes(values, 0, 1).reshape(longest, -1, *values.shape[3:])
-            parts.append(by_point[: len(found), : len(images)])
-        order = np.argsort(np.concatenate(list(rows.values())))
-        return np.concatenate(parts)[order]
+        for number, members in rows.items():
+            values = program(everywhere, *(stack(number) if kept is None else kept), *batch)
 
-    return outputs
+            def by_point(leaf: Any, members: Sequence[int] = members) -> np.ndarray:
+                leaf = np.asarray(leaf)
+                return np.swapaxes(leaf, 0, 1).reshape(longest, -1, *leaf.shape[3:])[: len(members), : len(images)]
+
+            parts.append(jax.tree_util.tree_map(by_point, values))
+        return jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves)[order], *parts)
+
+    return statistics
 
 
-def choose(config: Mapping[str, Any], setting: Setting, variables: Tree, candidates: Sequence[Candidate]) -> Choice:
+def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], options: Selection) -> Choice:
     """Scores every candidate at every strength on held-out images and picks the best.
 
-    Best is the highest mean over the conditions among the points that lose at most `select.max_clean_loss` points on
-    clean images against the unchanged backbone; ties go to the smaller change. Each host looks at its part of the images,
-    and all get the same answers.
+    Best is the highest mean over the conditions among the points that lose at most `max_clean_loss` points on clean images
+    against the unchanged backbone; ties go to the smaller change. Each host looks at its part of the images, and all get
+    the same answers.
 
     Raises:
       DataError: if no images can be held out.
       NonFiniteError: if the backbone itself gives NaN or Inf on them.
     """
     began = time.perf_counter()
-    options = config["select"]
-    conditions = tuple(dict.fromkeys((CLEAN, *(options["conditions"] or config["evaluate"]["conditions"]))))
-    strengths = sorted({float(value) for value in options["strengths"]} - {0.0})
+    conditions = tuple(dict.fromkeys((CLEAN, *options.conditions)))
+    strengths = sorted({float(value) for value in options.strengths} - {0.0})
     grid = [(0, 0.0), *((number, tau) for number in range(len(candidates)) for tau in strengths)]
-    outputs = grid_outputs(setting.backbone, variables, setting.sites, setting.schedule, candidates, grid)
-    source = setting.held_out
+    source = setup.held_out
     if not len(source):
         raise DataError(f"{source.name} has no images to choose on; give a validation split.")
-    count = min(options["images"] or len(source), len(source))
-    index = np.sort(epoch_order(len(source), config["seed"], 0)[:count])
+    count = min(options.images or len(source), len(source))
+    index = np.sort(epoch_order(len(source), options.seed, 0)[:count])
     which, hosts = devices.host()
     part = -(-count // hosts)
     mine = index[(which * part + np.arange(part)) % count]
-    found = read(source, mine)
-    batch = min(max(1, config["evaluate"]["batch_size"] // hosts), part)
-
-    def shown(condition: str, change: Any = None) -> np.ndarray:
-        """Returns what every point says of all images, (points, images, …), changed batch by batch."""
-        corrupted = corrupt(found["image"], mine, condition, config["seed"] + SELECTION_SEED)
-        inputs = setting.inputs({**found, "image": corrupted})
-        return _of_all_hosts(_every_output(outputs, inputs, batch, change), 1, count)
-
-    if isinstance(setting.task, Retrieval):
-        labelled = options["labels"] and "label" in table_of(source)  # merged sources have none
-        criterion = "mAP" if labelled else "agreement"
-        kept = _of_all_hosts(found["index"], 0, count) if labelled else None  # of the images that could be read
-        agreed, right = _by_neighbours(setting.task, source, kept, conditions, shown)
-    else:
-        labels = found.get("label") if options["labels"] and not setting.features else None
-        criterion = "agreement" if labels is None else "accuracy"
-        truth = None if labels is None else _of_all_hosts(labels, 0, count)
-        agreed, right = _by_answers(setting.features, truth, conditions, shown)
-    if not math.isfinite(agreed[CLEAN][0]):
+    images = read(source, mine, setup.task.columns)
+    batch_size = min(max(1, options.batch_size // hosts), part)
+    task = setup.task
+    labeled = options.labels and "label" in images and not (task.test_needs_head and setup.features)
+    pseudo = _pseudo_labels(setup, variables, images, batch_size)
+    statistics = grid_statistics(setup, variables, candidates, grid, against_labels=labeled or not pseudo)
+    columns = {name: column for name, column in images.items() if name != "image"}
+    total = len(conditions) * -(-part // batch_size)
+    everyone = {name: _of_all_hosts(column, 0, count) for name, column in images.items() if column.ndim == 1}
+    reference: Tree = None
+    agreement: Percents = {}
+    accuracy: Percents = {}
+    with bar(None, "choosing", total, "batch", shown=options.progress) as steps:
+        for condition in conditions:
+            corrupted = corrupt(images["image"], mine, condition, options.seed + SELECTION_SEED)
+            inputs = np.asarray(setup.inputs({**images, "image": corrupted}))
+            parts = []
+            for start in range(0, part, batch_size):
+                rows = (_padded(_cut(tree, start, batch_size), batch_size) for tree in (inputs, columns, pseudo))
+                parts.append(statistics(*rows))
+                steps.update()
+            whole = jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves, axis=1)[:, :part], *parts)
+            rows = jax.tree_util.tree_map(lambda leaf: _of_all_hosts(leaf, 1, count), whole)
+            against = rows["pseudo"] if pseudo else rows["labels"]
+            if reference is None:
+                reference = _point(against, 0)
+            finite = rows["finite"].all(axis=1)
+            agreement[condition] = [
+                _percent(task, task.agreement(_point(against, number), reference)) if finite[number] else math.nan
+                for number in range(len(grid))
+            ]
+            if labeled:
+                accuracy[condition] = [
+                    _percent(task, task.held_out_items(_point(rows["labels"], number), source, everyone["index"]))
+                    if finite[number]
+                    else math.nan
+                    for number in range(len(grid))
+                ]
+    if not math.isfinite(agreement[CLEAN][0]):
         raise NonFiniteError(f"The unchanged backbone gives NaN or Inf on images of {source.name}.")
     sizes = [_size(candidate.denoise) for candidate in candidates]
     points = []
     for number, (candidate, tau) in enumerate(grid):
-        accuracy = {c: right[c][number] for c in conditions} if right else None
-        agreement = {c: agreed[c][number] for c in conditions}
+        scores = {c: accuracy[c][number] for c in conditions} if accuracy else None
+        agreed = {c: agreement[c][number] for c in conditions}
         label = candidates[candidate].label if number else "backbone"
-        points.append(Point(label, candidate, tau, tau * sizes[candidate] if tau else 0.0, accuracy, agreement))
-    chosen = best_point(points, criterion, options["max_clean_loss"])
-    return Choice(tuple(points), chosen, criterion, conditions, count, time.perf_counter() - began)
+        points.append(Point(label, candidate, tau, tau * sizes[candidate] if tau else 0.0, scores, agreed))
+    criterion = task.criterion if labeled else AGREEMENT
+    best = best_point(points, criterion, options.max_clean_loss)
+    return Choice(tuple(points), best, criterion, conditions, count, time.perf_counter() - began)
 
 
 def best_point(points: Sequence[Point], criterion: str, max_clean_loss: float) -> int:
@@ -255,103 +301,70 @@ def _size(denoise: Tree) -> float:
 
 
 def _scores(point: Point, criterion: str) -> dict[str, float]:
-    return point.agreement if criterion == "agreement" or point.accuracy is None else point.accuracy
+    return point.agreement if criterion == AGREEMENT or point.accuracy is None else point.accuracy
 
 
-Found = dict[str, list[float]]
-"""Per cent of every point by condition."""
+Percents = dict[str, list[float]]
+"""Percent of every point by condition."""
 
 
-def _by_answers(featured: bool, truth: np.ndarray | None, conditions: Sequence[str], shown: Any) -> tuple[Found, Found]:
-    """Returns how often each point answers as the first one does on clean images, and as the labels say if there are any.
+def _pseudo_labels(setup: Setup, variables: Tree, images: Batch, batch_size: int) -> dict[str, np.ndarray]:
+    """Returns the labels that the unfused backbone's clean outputs stand for, (n, …) each; {} of a task without."""
+    task, inputs = setup.task, np.asarray(setup.inputs(images))
 
-    The answer is the class, or where there are features the number of the image whose clean feature is nearest.
-    """
-    known = _unit(shown(CLEAN, lambda found: found[:1])[0]) if featured else None
+    columns = {name: column for name, column in images.items() if name != "image"}
 
-    def answer(found: np.ndarray) -> np.ndarray:
-        scores = found if known is None else _unit(found) @ known.T
-        return np.where(np.isfinite(found).all(axis=-1), scores.argmax(axis=-1), -1)
+    def label(variables: Tree, images: Any, batch: Tree) -> Any:
+        return task.pseudo_labels(task.predict(setup.backbone, variables, images, batch))
 
-    said = {condition: shown(condition, answer) for condition in conditions}
-    agreed = {condition: [_share(own, said[CLEAN][0]) for own in answers] for condition, answers in said.items()}
-    if truth is None:
-        return agreed, {}
-    return agreed, {condition: [_share(own, truth) for own in answers] for condition, answers in said.items()}
-
-
-def _by_neighbours(
-    task: Retrieval, source: Any, index: np.ndarray | None, conditions: Sequence[str], shown: Any
-) -> tuple[Found, Found]:
-    """Returns how each point agrees with the neighbours that the first one finds among clean images, and its mAP.
-
-    Args:
-      task, source: of the held-out images.
-      index: their numbers; None for no mAP, which takes labels.
-      conditions: clean first.
-      shown: condition ↦ features (points, images, width).
-    """
-    agreed: Found = {}
-    right: Found = {}
-    nearest = None
-    for condition in conditions:
-        features = shown(condition)
-        if nearest is None:
-            nearest = _order(features[0])[:, :NEIGHBOURS]
-        agreed[condition] = [neighbour_agreement(rows, nearest) for rows in features]
-        if index is not None:
-            right[condition] = [scoring.held_out_map(task, source, index, rows) for rows in features]
-    return agreed, right
+    if not jax.eval_shape(label, variables, inputs[:1], _cut(columns, 0, 1)):
+        return {}
+    program = devices.on_devices(label)
+    everywhere = devices.replicate(dict(variables))
+    parts = []
+    for start in range(0, len(inputs), batch_size):
+        rows = [_on_devices(_padded(_cut(tree, start, batch_size), batch_size)) for tree in (inputs, columns)]
+        labels = devices.unshard(program(everywhere, *rows))
+        parts.append({name: column[:batch_size] for name, column in labels.items()})
+    return {name: np.concatenate([labels[name] for labels in parts])[: len(inputs)] for name in parts[0]}
 
 
-def neighbour_agreement(features: np.ndarray, nearest: np.ndarray) -> float:
-    """Returns the mean average precision, in per cent, at which images find those that they should; NaN for such features.
-
-    Args:
-      features: (images, width).
-      nearest: (images, k), the numbers of those that count as right for each.
-    """
-    if not np.isfinite(features).all():
-        return float("nan")
-    marks = np.zeros((len(features), len(features)), bool)
-    np.put_along_axis(marks, nearest, True, axis=1)
-    right = np.take_along_axis(marks, _order(features), axis=1)
-    precision = np.cumsum(right, axis=1) / np.arange(1, right.shape[1] + 1)
-    return 100.0 * float(np.mean(np.sum(precision * right, axis=1) / right.sum(axis=1)))
+def _percent(task: Task, items: Items) -> float:
+    """Returns the headline metric in percent."""
+    return 100.0 * value_of(next(iter(task.metrics.values())), items)
 
 
-def _order(features: np.ndarray) -> np.ndarray:
-    """Returns for each image all others, that of the nearest feature (cosine) first, (images, images − 1)."""
-    unit = _unit(features)
-    similar = unit @ unit.T
-    np.fill_diagonal(similar, -np.inf)
-    return np.argsort(-similar, axis=1, kind="stable")[:, :-1]
+def _finite(outputs: Tree, count: int) -> Any:
+    """Returns for each image whether all that the network gives for it is finite, (count,)."""
+    rows = [jnp.isfinite(leaf).reshape(count, -1).all(axis=1) for leaf in jax.tree_util.tree_leaves(outputs)]
+    return jnp.stack(rows).all(axis=0)
 
 
-def _every_output(outputs: Any, images: Any, batch: int, change: Any = None) -> np.ndarray:
-    """Returns the outputs, changed batch by batch, for all images, (points, images, …)."""
-    padded = _padded(np.asarray(images), batch)
-    found = []
-    for start in range(0, len(padded), batch):
-        values = np.asarray(outputs(padded[start : start + batch]))
-        found.append(values if change is None else change(values))
-    return np.concatenate(found, axis=1)[:, : len(images)]
+def _point(statistics: Tree, number: int) -> Tree:
+    return jax.tree_util.tree_map(lambda leaf: leaf[number], statistics)
 
 
-def _padded(images: np.ndarray, multiple: int) -> np.ndarray:
-    return np.pad(images, [(0, -len(images) % multiple)] + [(0, 0)] * (images.ndim - 1))
+def _cut(tree: Tree, start: int, count: int) -> Tree:
+    return jax.tree_util.tree_map(lambda leaf: leaf[start : start + count], tree)
+
+
+def _padded(tree: Tree, count: int) -> Tree:
+    """Returns the rows of a batch, padded with zeros to `count`."""
+    return jax.tree_util.tree_map(
+        lambda leaf: np.pad(leaf, [(0, count - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)), tree
+    )
+
+
+def _on_devices(tree: Tree) -> Tree:
+    """Returns rows divided among this host's devices, padded with zeros to a multiple of their number."""
+    number = devices.local_device_count()
+    return devices.shard(
+        jax.tree_util.tree_map(
+            lambda leaf: np.pad(leaf, [(0, -len(leaf) % number)] + [(0, 0)] * (np.ndim(leaf) - 1)), tree
+        )
+    )
 
 
 def _of_all_hosts(values: np.ndarray, axis: int, count: int) -> np.ndarray:
-    """Returns what all hosts have found for their parts of the images, which lie along `axis`, without repetitions."""
+    """Returns what all hosts have for their parts of the images, which lie along `axis`, without repetitions."""
     return np.take(np.concatenate(devices.gather(values), axis=axis), np.arange(count), axis=axis)
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nan_to_num(features / np.linalg.norm(features, axis=-1, keepdims=True))
-
-
-def _share(answers: np.ndarray, truth: np.ndarray) -> float:
-    """Returns the percentage of equal answers; NaN if any output overflowed."""
-    return float("nan") if (answers < 0).any() else 100.0 * float(np.mean(answers == truth))

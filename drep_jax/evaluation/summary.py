@@ -1,4 +1,4 @@
-"""Scores of all arms as the report's `metrics`: means, paired differences, intervals, McNemar's test."""
+"""What all arms have scored as the report's `metrics`: values in percent, paired differences, intervals, McNemar's test."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,66 +6,113 @@ from typing import Any
 import numpy as np
 
 from drep_jax.errors import DataError
-from drep_jax.evaluation.intervals import mcnemar, paired_interval
-from drep_jax.typing import Scores
+from drep_jax.evaluation.intervals import Bootstrap, mcnemar
+from drep_jax.metrics.reducers import Metric
+from drep_jax.tasks.base import Items
 
 
 def summarize(
-    results: Mapping[str, Mapping[str, Scores]],
+    results: Mapping[str, Mapping[str, Items]],
+    metrics: Mapping[str, Metric],
     *,
     controls: Sequence[str],
     resamples: int,
     seed: int,
-    clusters: np.ndarray | None = None,
+    exact_test: str | None = None,
 ) -> dict[str, Any]:
-    """Turns scores into the report's `metrics`: means in per cent, paired differences, 95 % intervals, McNemar.
+    """Turns the items of all arms into the report's `metrics`.
 
     Args:
-      results: {condition: {arm: {metric: (n,)}}}; arms other than `baseline` and the controls are denoised networks.
+      results: {condition: {arm: items}}; arms other than `baseline` and the controls are denoised networks. All arms of a
+        condition have the same items in the same order.
+      metrics: name ↦ metric, in fractions.
       controls: arms that show what comes about without denoising.
-      resamples, seed: of the bootstrap.
-      clusters: (n,) numbers of what is resampled as a whole, such as the persons of the queries; None for each item by itself.
+      resamples, seed: of the bootstrap, one set of resamples for all arms and metrics.
+      exact_test: the metric of right or wrong that McNemar's test is for, a statistic of the same name; None for none.
 
     Returns:
       By condition, what docs/report.md describes. Every denoised arm is compared with the baseline and with every
       control, and every control with the baseline.
 
     Raises:
-      DataError: where the baseline or a control has no scores.
+      DataError: where the baseline or a control has no scores, arms have different items, or a metric is not finite.
     """
-    table = {}
-    for condition, arms in results.items():
-        for name in ("baseline", *controls):
-            if name not in arms:
-                raise DataError(f"No scores of the arm {name!r} under {condition}; there are: {', '.join(arms)}.")
-        percent = {name: {m: 100.0 * float(v.mean()) for m, v in scores.items()} for name, scores in arms.items()}
-        entry: dict[str, Any] = {
-            "n": len(next(iter(arms["baseline"].values()))),
-            "baseline": percent["baseline"],
-            "control": {name: percent[name] for name in controls},
-            "denoised": {name: percent[name] for name in arms if name not in ("baseline", *controls)},
-            "difference": {},
-            "interval": {},
-            "mcnemar": {},
+    return {
+        condition: _entry(condition, arms, metrics, controls, resamples, seed, exact_test)
+        for condition, arms in results.items()
+    }
+
+
+def _entry(
+    condition: str,
+    arms: Mapping[str, Items],
+    metrics: Mapping[str, Metric],
+    controls: Sequence[str],
+    resamples: int,
+    seed: int,
+    exact_test: str | None,
+) -> dict[str, Any]:
+    for name in ("baseline", *controls):
+        if name not in arms:
+            raise DataError(f"No scores of the arm {name!r} under {condition}; there are: {', '.join(arms)}.")
+    count = count_of(arms["baseline"])
+    for name, items in arms.items():
+        if count_of(items) != count:
+            raise DataError(f"The arms baseline and {name} have {count} and {count_of(items)} items under {condition}.")
+    values = {arm: {name: value_of(metric, items) for name, metric in metrics.items()} for arm, items in arms.items()}
+    for arm, row in values.items():
+        if bad := [name for name, value in row.items() if not np.isfinite(value)]:
+            raise DataError(f"{bad[0]} of the arm {arm} under {condition} is {row[bad[0]]}; expected a finite number.")
+    percent = {arm: {name: 100.0 * value for name, value in row.items()} for arm, row in values.items()}
+    clusters = arms["baseline"].clusters
+    bootstrap = Bootstrap(count, clusters=clusters, resamples=resamples, seed=seed)
+    resampled = (
+        bootstrap.values(
+            {(arm, name): (metric, arms[arm].statistics) for arm in arms for name, metric in metrics.items()}
+        )
+        if bootstrap.conclusive
+        else {}
+    )
+    entry: dict[str, Any] = {
+        "n": count,
+        "baseline": percent["baseline"],
+        "control": {name: percent[name] for name in controls},
+        "denoised": {name: percent[name] for name in arms if name not in ("baseline", *controls)},
+        "difference": {},
+        "interval": {},
+        "mcnemar": {},
+    }
+    for ours, theirs in pairs_of(entry):
+        pair = f"{ours} - {theirs}"
+        intervals = {
+            name: bootstrap.interval(
+                values[ours][name] - values[theirs][name],
+                resampled[ours, name] - resampled[theirs, name] if resampled else np.zeros(0),
+            )
+            for name in metrics
         }
-        for ours, theirs in pairs_of(entry):
-            name = f"{ours} - {theirs}"
-            found = {
-                m: paired_interval(v, arms[theirs][m], resamples=resamples, seed=seed, clusters=clusters)
-                for m, v in arms[ours].items()
-            }
-            entry["difference"][name] = {m: 100.0 * i.difference for m, i in found.items()}
-            entry["interval"][name] = {m: [100.0 * i.low, 100.0 * i.high] for m, i in found.items()}
-            for metric in TESTED & arms[ours].keys():
-                values = arms[ours][metric], arms[theirs][metric]
-                if clusters is None and np.isin(values, (0, 1)).all():  # not means over several galleries
-                    entry["mcnemar"][name] = mcnemar(*values)
-        table[condition] = entry
-    return table
+        entry["difference"][pair] = {name: 100.0 * i.difference for name, i in intervals.items()}
+        entry["interval"][pair] = {name: [100.0 * i.low, 100.0 * i.high] for name, i in intervals.items()}
+        if exact_test in metrics and clusters is None:
+            right = [np.asarray(arms[arm].statistics[exact_test], np.float64) for arm in (ours, theirs)]
+            if np.isin(right, (0, 1)).all():  # not means over several galleries
+                entry["mcnemar"][pair] = mcnemar(*right)
+    if exact_test in metrics:
+        entry["tested"] = exact_test
+    return entry
 
 
-TESTED = frozenset({"acc@1", "rank1"})
-"""Metrics of right or wrong that McNemar's test is for; no result has both."""
+def value_of(metric: Metric, items: Items) -> float:
+    """Returns a metric on all items, a fraction."""
+    return float(metric(items.statistics, np.ones(count_of(items))))
+
+
+def count_of(items: Items) -> int:
+    """Returns the number of items."""
+    leaf: Any = items.statistics
+    while isinstance(leaf, Mapping):
+        leaf = next(iter(leaf.values()))
+    return len(leaf)
 
 
 def arms_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:

@@ -4,16 +4,19 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
 from drep_jax.evaluation import cost
 from drep_jax.learners.losses import denoising_objective
+from drep_jax.models import takes_classes
 from drep_jax.parallel import devices
+from drep_jax.run.backbone import fresh_variables
+from drep_jax.run.run import Run
 from drep_jax.run.setup import build
-from drep_jax.run.stages import key_of, prepare, starting
+from drep_jax.run.stages import prepare, starting
+from drep_jax.tasks import DEFAULT
 from drep_jax.training.state import make_step
 from drep_jax.typing import Config, Tree
 
@@ -22,43 +25,44 @@ def dry_run(config: Config) -> str:
     """Takes two label-free steps of the full-size job on random images and returns what it needs, as text."""
     if config["dry_run_batch"] < 1:
         raise ConfigError(f"dry_run_batch={config['dry_run_batch']} must be at least 1.")
-    classes = max(0, config["model"].get("num_classes", 0)) or 1000  # a backbone without a head has -1
+    # A backbone without a head has -1, and one without a field for it the classes that it has.
+    unknown = 1000 if takes_classes(config["model"]["name"]) else 1
+    classes = max(0, config["model"].get("num_classes", 0)) or unknown
     size = devices.device_count() * config["dry_run_batch"]
     data = {**config["data"], "source": f"random:{max(64, size)}:{classes}", "merge": ()}
-    # Random images are no queries and were seen by no camera; without labels the task makes no difference.
-    config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}, "task": "classification"}
+    # Random images have no columns but a class; without labels the task makes no difference.
+    config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}, "task": DEFAULT}
     config["model"] = {name: value for name, value in config["model"].items() if name != "side_info"}
-    setting = build(config)
-    variables = jax.jit(setting.backbone.init)(key_of(config, "init"), jnp.zeros(setting.images.shape))
+    setup = build(config)
+    run = Run(config, setup, directory="")
+    variables = fresh_variables(run)
     total = {n: sum(x.size for x in jax.tree_util.tree_leaves(t)) for n, t in dict(variables).items()}
-    added = sum(x.size for x in jax.tree_util.tree_leaves(init_denoise(setting.sites)))
+    added = sum(x.size for x in jax.tree_util.tree_leaves(init_denoise(setup.sites)))
     lines = [
-        f"Model {config['model']['name']}, {total['params']:,} parameters; {added:,} more in {len(setting.sites)} denoisers "
+        f"Model {config['model']['name']}, {total['params']:,} parameters; {added:,} more in {len(setup.sites)} denoisers "
         f"while learning, none after fusion.",
-        f"Sites cover {setting.covered.layers} of {setting.covered.candidates} linear layers, "
-        f"{100 * setting.covered.kernel_share:.0f} % of the weights.",
+        f"Sites cover {setup.covered.layers} of {setup.covered.candidates} linear layers, "
+        f"{100 * setup.covered.kernel_share:.0f} % of the weights.",
         "",
     ]
     lines += [
         f"  t={','.join(map(str, site.times)):>5s}  {site.kind:9s} d={site.width:<5d} {', '.join(x.name for x in site.layers)}"
-        for site in setting.sites
+        for site in setup.sites
     ]
     text = "\n".join(lines)
     print(text, flush=True)
 
     options = config["denoise"]
-    params, others = starting(config, setting, "algorithm1", dict(variables))
-    state, frozen, optimizers = prepare(config, "algorithm1", params, others)
+    params, others = starting(run, "algorithm1", dict(variables))
+    state, frozen, optimizers = prepare(run, "algorithm1", params, others)
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
-        return denoising_objective(setting, options, params, others, batch, key)
+        return denoising_objective(setup, options, params, others, batch, key)
 
     step = make_step(loss_fn, optimizers[("denoise",)], accumulate=options["accumulate"])
     state, kept = devices.replicate(state), devices.replicate(frozen)
     seconds = []
-    for number, batch in zip(
-        range(2), training_batches(setting.train, size, seed=0, shard=devices.host()), strict=False
-    ):
+    for number, batch in zip(range(2), training_batches(setup.train, size, seed=0, shard=devices.host()), strict=False):
         began = time.perf_counter()
         state, metrics = step(state, kept, devices.shard(batch))
         loss = float(devices.unreplicate(metrics)["loss"])

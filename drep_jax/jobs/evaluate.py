@@ -10,25 +10,24 @@ from typing import Any
 from drep_jax import report, weights
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.errors import CheckpointError, ConfigError, DataError
-from drep_jax.evaluation import scoring, summary
 from drep_jax.jobs.checks import agree, check_evaluation
-from drep_jax.learners import EXPLICIT, rule_and_steps
+from drep_jax.jobs.scores import compared, scores_of
+from drep_jax.learners import LEARNERS, rule_and_steps
 from drep_jax.parallel import processes
 from drep_jax.run import lock, workdir
 from drep_jax.run.backbone import read_weights
 from drep_jax.run.checkpoints import last_saved
 from drep_jax.run.environment import environment
-from drep_jax.run.setup import Setting, build
+from drep_jax.run.run import Run
+from drep_jax.run.setup import build
+from drep_jax.tasks import make_task
 from drep_jax.typing import Config, Tree
 
 FOLDER = "evaluations"
 
 
-RANKING = tuple(f"retrieval.{name}" for name in ("metric", "rerank", "noisy", "interval"))
-
-
-FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_classes", *RANKING)
-"""Settings in which an evaluation may differ from the run: on which images, and how."""
+FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_classes")
+"""Settings in which an evaluation may differ from the run: on which images, and how; those of the task come with them."""
 
 
 def configuration(given: Config, directory: str, *, overrides: Mapping[str, Any], explicit: bool) -> dict[str, Any]:
@@ -43,17 +42,17 @@ def configuration(given: Config, directory: str, *, overrides: Mapping[str, Any]
     Raises:
       CheckpointError: if a setting differs that the evaluation cannot change.
     """
-    theirs = _config_there(directory)
-    if theirs is None:
+    saved = _config_there(directory)
+    if saved is None:
         return dict(given)
-    ours = dict(given) if explicit else _changed(theirs, overrides)
-    if other := workdir.differences(theirs, ours, FREE):
+    wanted = dict(given) if explicit else _changed(saved, overrides)
+    scoring = make_task(saved).evaluation_settings
+    if other := workdir.differences(saved, wanted, (*FREE, *scoring)):
         raise CheckpointError(
             f"{directory} holds a run with another configuration, of which --eval_only can change the conditions and images of "
-            f"the evaluation only (evaluate.…, data.source, data.data_dir, model.num_classes, "
-            f"{', '.join(RANKING)}):\n{workdir.listed(other)}"
+            f"the evaluation only ({', '.join(['evaluate.…', *FREE[-3:], *scoring])}):\n{workdir.listed(other)}"
         )
-    return ours
+    return wanted
 
 
 def _config_there(directory: str) -> dict[str, Any] | None:
@@ -89,15 +88,16 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
       DataError: without labelled test images.
       CheckpointError: without anything to evaluate, or if it does not fit.
     """
-    setting = build(config)
-    if setting.test is None:
+    setup = build(config)
+    if setup.test is None:
         raise DataError(
-            "There are no labelled test images, or the backbone has no head, so there is nothing to evaluate."
+            "There are no labeled test images, or the backbone has no head, so there is nothing to evaluate."
         )
     check_evaluation(config)
-    agree(config, setting)
+    agree(config, setup)
+    run = Run(config, setup, directory)
     with lock.reading(directory) if processes.primary() else contextlib.nullcontext():
-        arms, told = _of_run(config, setting, directory)
+        arms, described = _of_run(run)
     given = [_named(file) for file in files]
     if not arms and config["backbone"]["init_from"]:
         given.insert(0, ("baseline", config["backbone"]["init_from"]))
@@ -105,8 +105,8 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         label = name if arms else "baseline"
         if label in arms:
             raise ConfigError(f"There is an arm {label} already; give {path} another name: --weights=NAME={path}.")
-        arms[label] = read_weights(config, setting, path, allow_fused=True)
-        told[label] = {"weights": os.path.abspath(path), "digest": weights.digest(arms[label])}
+        arms[label] = read_weights(run, path, allow_fused=True)
+        described[label] = {"weights": os.path.abspath(path), "digest": weights.digest(arms[label])}
     if not arms:
         raise CheckpointError(
             f"There is nothing to evaluate: {directory} holds no checkpoint of a backbone, and neither --weights=FILE nor "
@@ -114,48 +114,46 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         )
     folder = processes.from_primary(lambda: _new_folder(os.path.join(directory, FOLDER)))
     controls = [name for name in ("continued",) if name in arms]
-    scored = scoring.score(config, setting, setting.test, arms, config["evaluate"]["conditions"])
-    resamples = config["evaluate"]["resamples"]
+    results = scores_of(config, setup, setup.test, arms, config["evaluate"]["conditions"])
     content = {
         "config": config,
         "environment": environment(),
-        "arms": told,
-        "metrics": summary.summarize(
-            scored.scores, controls=controls, resamples=resamples, seed=config["seed"], clusters=scored.clusters
-        ),
+        "arms": described,
+        "metrics": compared(config, setup, results, controls),
     }
     if processes.primary():
         report.write_evaluation(content, folder)
     return content, folder
 
 
-def _of_run(config: Config, setting: Setting, directory: str) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
+def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
     """Returns the arms that a run has saved, and of each where its training stands."""
+    config, setup = run.config, run.setup
     arms: dict[str, Tree] = {}
-    told: dict[str, dict[str, Any]] = {}
+    described: dict[str, dict[str, Any]] = {}
 
     def add(name: str, variables: Tree, **facts: Any) -> None:
-        arms[name], told[name] = variables, {**facts, "digest": weights.digest(variables)}
+        arms[name], described[name] = variables, {**facts, "digest": weights.digest(variables)}
 
-    if _config_there(directory) is None:
-        return arms, told
+    if _config_there(run.directory) is None:
+        return arms, described
     if path := config["backbone"]["init_from"]:
-        add("baseline", read_weights(config, setting, path), weights=os.path.abspath(path))
-    elif found := last_saved(config, setting, directory, "backbone"):
-        add("baseline", found.variables, step=found.step, steps=found.steps)
-    if found := last_saved(config, setting, directory, "control"):
-        add("continued", found.variables, step=found.step, steps=found.steps)
-    for name in dict.fromkeys([*config["compare"], config["learner"]]):
+        add("baseline", read_weights(run, path), weights=os.path.abspath(path))
+    elif saved := last_saved(run, "backbone"):
+        add("baseline", saved.variables, step=saved.step, steps=saved.steps)
+    if saved := last_saved(run, "control"):
+        add("continued", saved.variables, step=saved.step, steps=saved.steps)
+    for name in run.learners:
         if name in arms:  # the control arm as a learner
             continue
-        found = None if name in EXPLICIT else last_saved(config, setting, directory, name)
-        if found is None:
+        saved = None if LEARNERS[name].explicit else last_saved(run, name)
+        if saved is None:
             print(f"  {name}: nothing saved, so it is left out.")
             continue
-        params = {"backbone": found.variables["params"], "denoise": found.denoise}
-        fused = fuse_exact(params, setting.sites, setting.schedule, **rule_and_steps(name, config))
-        add(name, {**found.variables, "params": fused}, step=found.step, steps=found.steps)
-    return arms, told
+        params = {"backbone": saved.variables["params"], "denoise": saved.denoise}
+        fused = fuse_exact(params, setup.sites, setup.schedule, **rule_and_steps(name, config))
+        add(name, {**saved.variables, "params": fused}, step=saved.step, steps=saved.steps)
+    return arms, described
 
 
 def _named(file: str) -> tuple[str, str]:

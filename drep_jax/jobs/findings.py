@@ -10,45 +10,116 @@ import numpy as np
 
 from drep_jax.core import closed_form
 from drep_jax.core.explicit import explicit_apply
-from drep_jax.core.fusion import composed_maps
+from drep_jax.core.fusion import composed_maps, fuse_exact
+from drep_jax.core.moments import Moments
+from drep_jax.data import Source
+from drep_jax.data.collate import read
+from drep_jax.data.corruptions import corrupt
 from drep_jax.evaluation import cost
+from drep_jax.evaluation.arms import Network, Scored, score_arms
 from drep_jax.learners import Learned
-from drep_jax.run.moments import MOMENTS, moments_of
-from drep_jax.run.setup import Setting
-from drep_jax.trees import get_in
-from drep_jax.typing import Config, Tree
+from drep_jax.run.moments import MOMENTS, kept_moments, moments_of
+from drep_jax.run.run import Run
+from drep_jax.run.setup import Setup
+from drep_jax.tasks import Exhibit
+from drep_jax.trees import get_in, set_in
+from drep_jax.typing import Path, Tree
 
 
-def spectra(
-    config: Config,
-    setting: Setting,
-    variables: Tree,
-    directory: str,
-    params: Tree,
-    *,
-    trained: bool,
-    rule: str,
-    steps: int,
-) -> dict[str, Any]:
+def spectra(job: Run, variables: Tree, learned: Learned) -> dict[str, Any] | None:
     """Returns the report's `spectra`: how much of each principal axis of a site's features its denoiser keeps.
 
-    Moments of a backbone that was `trained` beside its denoisers are taken anew, and kept apart from the run's.
+    They need the moments of the features. Those are taken for them alone only where `evaluate.spectra` asks for it: else
+    None where no learner has needed the moments, and for a backbone that was trained beside its denoisers, whose features
+    the run's moments do not describe.
     """
-    path = os.path.join(directory, "trained_moments.npz" if trained else MOMENTS)
-    moments = moments_of(config, setting, variables, path)
-    maps = composed_maps(params, setting.sites, setting.schedule, rule=rule, steps=steps)
+    trained = learned.variables is not None
+    moments: Mapping[Path, Moments] | None
+    if job.config["evaluate"]["spectra"]:
+        path = os.path.join(job.directory, "trained_moments.npz" if trained else MOMENTS)
+        moments = moments_of(job, variables, path)
+    elif trained or (moments := kept_moments(job, variables)) is None:
+        return None
+    sites, schedule = job.setup.sites, job.setup.schedule
+    params = {"backbone": variables["params"], "denoise": learned.denoise}
+    maps = composed_maps(params, sites, schedule, rule=learned.rule, steps=learned.steps)
     return {
         site.name: closed_form.spectrum(
             moments[site.path], np.eye(site.width) + np.swapaxes(np.asarray(maps[site.path]["matrix"]), -1, -2)
         )
-        for site in setting.sites
+        for site in sites
     }
 
 
-def describe_sites(setting: Setting, before: Tree, after: Tree) -> list[dict[str, Any]]:
+def exhibit_of(
+    job: Run,
+    source: Source,
+    arms: Mapping[str, Tree],
+    condition: str,
+    scored: Scored,
+    variables: Tree,
+    fused: Tree,
+    learned: Learned,
+) -> Exhibit:
+    """Returns what the task may show of single test images.
+
+    Args:
+      job: the run.
+      source: its test images.
+      arms: the unchanged backbone, then the exported network.
+      condition: the one under which they differ most.
+      scored: what they have given there.
+      variables, fused, learned: the backbone that was fused, its fused parameters, and the exported learner's result.
+    """
+    config, setup = job.config, job.setup
+    described = describe_sites(setup, variables["params"], fused)
+    order = sorted(described, key=lambda site: -max(site["relative_change"]))
+    exported = list(arms)[1]
+    by_name = {site.name: site for site in setup.sites}
+    corrupted = setup.task.corrupted_rows(source)
+
+    def look(networks: Mapping[str, Tree]) -> dict[str, Tree]:
+        reading = {
+            "batch_size": config["evaluate"]["batch_size"],
+            "seed": config["seed"],
+            "progress": config["progress"],
+        }
+        ((_, further),) = score_arms(setup, networks, source, (condition,), **reading)
+        return further.statistics
+
+    def picture(index: int) -> np.ndarray:
+        batch = read(source, np.array([index]))
+        if corrupted is not None and not corrupted[index]:
+            return batch["image"][0]
+        return np.rint(corrupt(batch["image"], batch["index"], condition, config["seed"])[0])
+
+    def alone(name: str | None) -> Tree:
+        params = variables["params"]
+        if name is not None:
+            site = by_name[name]
+            denoise = set_in({}, site.path, get_in(learned.denoise, site.path))
+            given = {"backbone": params, "denoise": denoise}
+            params = fuse_exact(given, (site,), setup.schedule, rule=learned.rule, steps=learned.steps)
+        return {**arms[exported], "params": params}
+
+    return Exhibit(
+        source=source,
+        condition=condition,
+        arms=arms,
+        index=scored.index,
+        statistics={arm: scored.statistics[arm] for arm in arms},
+        look=look,
+        picture=picture,
+        sites=[site["path"] for site in order],
+        alone=alone,
+        seed=config["seed"],
+    )
+
+
+def describe_sites(setup: Setup, before: Tree, after: Tree) -> list[dict[str, Any]]:
     """Returns the report's list of sites with the relative change ‖W' − W‖ / ‖W‖ of each (largest over its layers)."""
     rows = []
-    for site in setting.sites:
+    for site in setup.sites:
         changes = []
         for layer in site.layers:
             old, new = (np.asarray(get_in(tree, layer.path)["kernel"], np.float64) for tree in (before, after))
@@ -70,21 +141,17 @@ def describe_sites(setting: Setting, before: Tree, after: Tree) -> list[dict[str
 
 
 def measure_cost(
-    config: Config,
-    setting: Setting,
-    variables: Tree,
-    fused: Tree,
-    learned: Learned,
-    others: Mapping[str, Any],
+    job: Run, variables: Tree, fused: Tree, learned: Learned, others: Mapping[str, Network]
 ) -> dict[str, Any]:
     """Measures FLOPs and interleaved latency of baseline, fused and explicit network, and of others, on one batch."""
+    config, setup = job.config, job.setup
     batch = config["evaluate"]["latency_batch"]
-    images = jax.random.normal(jax.random.key(0), (batch, *setting.images.shape[1:]))
-    backbone = setting.backbone
+    images = jax.random.normal(jax.random.key(0), (batch, *setup.images.shape[1:]))
+    backbone = setup.backbone
     plain = jax.jit(lambda v, x: backbone.apply(v, x))
     explicit = jax.jit(
         lambda v, d, x: explicit_apply(
-            backbone, v, d, setting.sites, setting.schedule, x, rule=learned.rule, steps=learned.steps
+            backbone, v, d, setup.sites, setup.schedule, x, rule=learned.rule, steps=learned.steps
         )
     )
     after = jax.device_put({**variables, "params": fused})

@@ -1,5 +1,6 @@
 """A finished run fused again: other strength, rule, steps or time steps, without training and without images."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping
@@ -11,41 +12,42 @@ import numpy as np
 from drep_jax import files
 from drep_jax.core import closed_form
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.denoisers import sample_noise, site_steps
+from drep_jax.core.denoisers import as_affine, sample_noise, scaled
 from drep_jax.core.fusion import fuse_exact
-from drep_jax.core.recipes import WIENER, Recipe, as_affine, check_rule
+from drep_jax.core.recipes import WIENER, Recipe, check_rule
+from drep_jax.core.reverse_map import site_steps
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from drep_jax.evaluation.selection import scaled
-from drep_jax.learners import DIRECT, rule_and_steps
+from drep_jax.learners import LEARNERS, rule_and_steps
 from drep_jax.parallel import processes
 from drep_jax.run import workdir
 from drep_jax.run.checkpoints import last_saved
 from drep_jax.run.export import Output, certificate_images, fuse_and_certify, needs_exact, open_original, write
-from drep_jax.run.moments import saved_moments
-from drep_jax.run.setup import Setting, build, respaced
+from drep_jax.run.moments import run_moments
+from drep_jax.run.run import Run
+from drep_jax.run.setup import build
 from drep_jax.trees import check_finite
-from drep_jax.typing import Config, Tree
+from drep_jax.typing import Tree
 
 
-def load_run(directory: str) -> tuple[Config, Setting, Tree, Tree]:
-    """Returns configuration, setting, backbone variables and denoisers of a finished run.
+def load_run(directory: str) -> tuple[Run, Tree, Tree]:
+    """Returns a finished run, its backbone's variables and its denoisers.
 
     Raises:
       CheckpointError: if the run is absent, not finished, or damaged.
     """
     config = processes.from_primary(lambda: workdir.read_config(directory))
-    setting = build(config)
-    found = last_saved(config, setting, directory, config["learner"])
-    if found is None:
+    run = Run(config, build(config), directory)
+    saved = last_saved(run, config["learner"])
+    if saved is None:
         raise CheckpointError(
             f"{directory} holds no learned denoisers yet; run train.py with --workdir={directory} first."
         )
-    if found.step < found.steps:
+    if saved.step < saved.steps:
         raise CheckpointError(
-            f"The denoisers in {directory} are at step {found.step} of {found.steps}; finish the run first: "
+            f"The denoisers in {directory} are at step {saved.step} of {saved.steps}; finish the run first: "
             f"train.py with --workdir={directory}."
         )
-    return config, setting, found.variables, found.denoise
+    return run, saved.variables, saved.denoise
 
 
 def fuse_run(
@@ -64,7 +66,7 @@ def fuse_run(
     """Fuses a finished run again, without training, writes weights and certificate, and returns it and the files' paths.
 
     A denoiser belongs to its time step. Where the run took Algorithm 1's minimum (learner `closed_form`), or with
-    `resolve`, it is solved anew for what is asked, from the run's moments and without images; what was trained can be
+    `resolve`, it is solved anew for what is requested, from the run's moments and without images; what was trained can be
     fused by another rule or with fewer steps only.
 
     Args:
@@ -80,39 +82,42 @@ def fuse_run(
         raise ConfigError(f'Unknown noise "{noise}"; it is "zero" or "sample".')
     if not (np.isfinite(strength) and strength >= 0):
         raise ConfigError(f"The strength must be a number of at least 0, got {strength}.")
-    config, setting, variables, denoise = load_run(directory)
+    run, variables, denoise = load_run(directory)
+    config, setup = run.config, run.setup
     check_finite({"backbone": variables, "denoise": denoise}, "Refusing to fuse")
-    asked = {"rule": rule, "steps": steps, "time_scale": time_scale, "beta_end": beta_end}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if resolve or (asked and config["learner"] == "closed_form"):
-        setting, denoise, how = solve_again(directory, config, setting, variables, asked)
+    requested = {"rule": rule, "steps": steps, "time_scale": time_scale, "beta_end": beta_end}
+    requested = {name: value for name, value in requested.items() if value is not None}
+    if resolve or (requested and config["learner"] == "closed_form"):
+        run, denoise, how = solve_again(run, variables, requested)
+        setup = run.setup
     else:
-        how = _as_learned(directory, config, asked, noise)
+        how = _as_learned(run, requested, noise)
     recorded = {"rule": how["rule"], "steps": how["steps"], "strength": strength}
     if how["rule"].startswith(WIENER):
         how = {"rule": "affine", "steps": 1}
         if noise == "sample":
             raise ConfigError(f"Rule {recorded['rule']} is one step without noise, so --noise=sample does not apply.")
     if noise == "sample":
-        denoise = sample_noise(denoise, setting.sites, jax.random.key(seed))
+        denoise = sample_noise(denoise, setup.sites, jax.random.key(seed))
     if strength != 1.0:
-        denoise = scaled(as_affine(denoise, setting.sites, setting.schedule, **how), strength)
+        denoise = scaled(as_affine(denoise, setup.sites, setup.schedule, **how), strength)
         how = {"rule": "affine", "steps": 1}
-    return fuse_and_export(config, setting, variables, denoise, output, how, recorded)
+    return fuse_and_export(run, variables, denoise, output, how, recorded)
 
 
-def _as_learned(directory: str, config: Config, asked: Mapping[str, Any], noise: str) -> dict[str, Any]:
+def _as_learned(run: Run, requested: Mapping[str, Any], noise: str) -> dict[str, Any]:
     """Returns rule and steps for the denoisers that the run learned, or refuses what they were not learned for."""
-    direct = config["learner"] in DIRECT
+    config, directory = run.config, run.directory
+    direct = LEARNERS[config["learner"]].direct
     own = {**config["denoise"], "beta_end": config["schedule"]["beta_end"], **rule_and_steps(config["learner"], config)}
     resolve = "Add --resolve to take the closed form from the run's moments instead."
-    changed = [name for name, value in asked.items() if value != own[name]]
+    changed = [name for name, value in requested.items() if value != own[name]]
     if direct and (changed or noise == "sample"):
         raise ConfigError(
             f"The run in {directory} learned its maps directly ({config['learner']}): they are one step without noise, so "
             f"--rule, --steps, --time_scale, --beta_end and --noise=sample do not apply. {resolve}"
         )
-    rule, steps = asked.get("rule", own["rule"]), asked.get("steps", own["steps"])
+    rule, steps = requested.get("rule", own["rule"]), requested.get("steps", own["steps"])
     if moved := [name for name in changed if name in ("time_scale", "beta_end")]:
         raise ConfigError(
             f"The run in {directory} trained its denoisers at {' and '.join(f'{name}={own[name]:g}' for name in moved)}, and "
@@ -132,73 +137,69 @@ def _as_learned(directory: str, config: Config, asked: Mapping[str, Any], noise:
     return {"rule": rule, "steps": steps}
 
 
-def solve_again(
-    directory: str, config: Config, setting: Setting, variables: Tree, asked: Mapping[str, Any]
-) -> tuple[Setting, Tree, dict[str, Any]]:
+def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tuple[Run, Tree, dict[str, Any]]:
     """Solves Algorithm 1's minimum, or a Wiener filter, from the moments of a run, for other time steps, schedule or rule.
 
     Args:
-      directory, config, setting, variables: of the run.
-      asked: any of rule, steps, time_scale and beta_end; the run's own for the others.
+      run, variables: a finished run and its backbone.
+      requested: any of rule, steps, time_scale and beta_end; the run's own for the others.
 
     Returns:
-      The setting with these time steps, the denoisers, and their rule and steps.
+      The run with these time steps, the denoisers, and their rule and steps.
     """
     began = time.perf_counter()
-    own = config["denoise"]
-    rule = asked.get("rule", own["rule"])
-    check_rule(rule, setting.schedule)
-    moments = saved_moments(config, setting, variables, directory)
+    setup, learned_at = run.setup, run.config["denoise"]
+    rule = requested.get("rule", learned_at["rule"])
+    check_rule(rule, setup.schedule)
+    moments = run_moments(run, variables)
     if (ratio := Recipe(rule).ratio) is not None:
-        if useless := [f"--{name}" for name in asked if name != "rule"]:
+        if useless := [f"--{name}" for name in requested if name != "rule"]:
             raise ConfigError(f"Rule {rule} has no time steps, so {', '.join(useless)} would change nothing.")
         steps, where = 1, f"noise of {ratio:g} times each site's feature power"
-        denoise = closed_form.wiener_maps(moments, setting.sites, ratio)
+        denoise = closed_form.wiener_maps(moments, setup.sites, ratio)
     else:
-        steps = asked.get("steps", own["steps"])
-        scale = asked.get("time_scale", own["time_scale"])
-        setting = respaced(setting, steps=steps, time_scale=scale, beta_end=asked.get("beta_end"))
-        site_steps(setting.sites, setting.schedule, rule, steps)
-        times = [t for site in setting.sites for t in site.times]
+        steps = requested.get("steps", learned_at["steps"])
+        scale = requested.get("time_scale", learned_at["time_scale"])
+        setup = setup.respaced(steps=steps, time_scale=scale, beta_end=requested.get("beta_end"))
+        site_steps(setup.sites, setup.schedule, rule, steps)
+        times = [t for site in setup.sites for t in site.times]
         where = f"t = {max(times)}…{min(times)}"
-        denoise = closed_form.closed_form(moments, setting.sites, setting.schedule)
+        denoise = closed_form.closed_form(moments, setup.sites, setup.schedule)
     seconds = time.perf_counter() - began
-    print(f"Denoisers solved anew for {where} from the run's moments, without images, in {seconds:.1f} s.")
-    return setting, denoise, {"rule": rule, "steps": steps}
+    print(f"Denoisers solved anew for {where} from the run's moments in {seconds:.1f} s.")
+    return dataclasses.replace(run, setup=setup), denoise, {"rule": rule, "steps": steps}
 
 
 def fuse_and_export(*args: Any) -> tuple[Certificate, list[str]]:
     """Fuses in float64, certifies and writes weights and certificate; of several processes the first one does it.
 
     Args:
-      *args: configuration, setting, variables, denoisers and output; how they are fused (rule, steps); what is written down
-        about it.
+      *args: run, variables, denoisers and output; how they are fused (rule, steps); what is written down about it.
     """
     return processes.from_primary(lambda: _fuse_and_export(*args))
 
 
 def _fuse_and_export(
-    config: Config,
-    setting: Setting,
+    run: Run,
     variables: Tree,
     denoise: Tree,
     output: Output,
     how: Mapping[str, Any],
     recorded: Mapping[str, Any],
 ) -> tuple[Certificate, list[str]]:
-    original = open_original(config, setting, variables, output)
-    fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
+    original = open_original(run, variables, output)
+    fused, certificate = fuse_and_certify(run, variables, denoise, **how)
     exact = None
     if needs_exact(output, original):
         params = {"backbone": variables["params"], "denoise": denoise}
-        exact = fuse_exact(params, setting.sites, setting.schedule, round_back=False, **how)
+        exact = fuse_exact(params, run.setup.sites, run.setup.schedule, round_back=False, **how)
     if not all(np.isfinite(figure.error) for figure in certificate.end_to_end.values()):
         told = f"rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g}"
         raise NonFiniteError(
             f"With {told} the fused network gives NaN or Inf on real images; nothing was written. Take a smaller "
             "strength or time steps."
         )
-    images = certificate_images(config, setting)
-    paths = write(output, setting, variables, fused, recorded, exact=exact, original=original, images=images)
+    images = certificate_images(run)
+    paths = write(output, run.setup, variables, fused, recorded, exact=exact, original=original, images=images)
     files.write_json(os.path.join(output.directory, "certificate.json"), certificate.to_json())
     return certificate, paths

@@ -1,6 +1,7 @@
 """The best of a grid of isotropic denoisers for a finished run: solved from its moments, chosen on held-out images.
 
-Nothing is trained, and no image but the held-out ones is read until the choice is made; the test images are then looked at
+Nothing is trained, and no image but the held-out ones is read until the choice is made (and, if the run has
+kept no moments, the training images once); the test images are then looked at
 once, for the chosen point alone.
 """
 
@@ -15,22 +16,23 @@ from tabulate import tabulate
 
 from drep_jax import files, report
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.denoisers import init_denoise, scaled
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.recipes import Grid, make_grid, solve
 from drep_jax.data.corruptions import CLEAN
 from drep_jax.errors import ConfigError
-from drep_jax.evaluation import scoring, summary
 from drep_jax.evaluation.placebo import placebo_denoisers
-from drep_jax.evaluation.selection import Candidate, Choice, Point, choose, scaled
+from drep_jax.evaluation.selection import Candidate, Choice, Point, choose
 from drep_jax.jobs.fuse import fuse_and_export, load_run
+from drep_jax.jobs.scores import compared, scores_of
+from drep_jax.learners.base import selection_of
 from drep_jax.parallel import processes
 from drep_jax.report.formatting import fixed
 from drep_jax.report.lines import NO_METRICS
 from drep_jax.run.environment import environment
 from drep_jax.run.export import Output
-from drep_jax.run.moments import saved_moments
-from drep_jax.run.setup import Setting, respaced
+from drep_jax.run.moments import run_moments
+from drep_jax.run.run import Run
 from drep_jax.run.stages import key_of
 from drep_jax.trees import check_finite
 from drep_jax.typing import Config, Tree
@@ -91,44 +93,45 @@ def sweep(
     """
     if images is not None and images < 0:
         raise ConfigError(f"The number of held-out images must be 0 (all of them) or more, got {images}.")
-    config, setting, variables, _ = load_run(directory)
+    run, variables, _ = load_run(directory)
+    config, setup = run.config, run.setup
     check_finite(variables, "Refusing to fuse")
     if beta_end is not None:
-        own = config["denoise"]
-        setting = respaced(setting, steps=own["steps"], time_scale=own["time_scale"], beta_end=beta_end)
+        learned_at = config["denoise"]
+        setup = setup.respaced(steps=learned_at["steps"], time_scale=learned_at["time_scale"], beta_end=beta_end)
     options = _narrowed(config["sweep"], rule=rule, steps=steps, scale=time_scale, strength=strength)
-    grid = make_grid(options, setting.sites, setting.schedule)
+    settings = {name: options[name] for name in ("rules", "steps", "scales", "strengths")}
+    grid = make_grid(setup.sites, setup.schedule, **settings)
     if grid.dropped:
         print(f"Left out, since they do not fit in the schedule: {'; '.join(grid.dropped)}.")
     began = time.perf_counter()
-    moments = saved_moments(config, setting, variables, directory)
-    trees = solve(grid.recipes, moments, setting.sites, setting.schedule)
+    moments = run_moments(run, variables)
+    trees = solve(grid.recipes, moments, setup.sites, setup.schedule)
     candidates = [Candidate(recipe.label, tree) for recipe, tree in zip(grid.recipes, trees, strict=True)]
     solving = time.perf_counter() - began
-    print(
-        f"{len(candidates)} maps a site solved from the run's moments, without images, in {solving:.1f} s.", flush=True
-    )
-    select = {**config["select"], "strengths": options["strengths"]}
-    select["images"] = select["images"] if images is None else images
-    choice = choose({**config, "select": select}, setting, variables, candidates)
-    print(f"\n{table(choice, select['max_clean_loss'])}\n")
+    print(f"{len(candidates)} maps a site solved from the run's moments in {solving:.1f} s.", flush=True)
+    count = config["select"]["images"] if images is None else images
+    selection = selection_of(config, strengths=options["strengths"], images=count)
+    choice = choose(setup, variables, candidates, selection)
+    print(f"\n{table(choice, selection.max_clean_loss)}\n")
 
     point = choice.points[choice.chosen]
     recipe = grid.recipes[point.candidate]
     if recipe.ratio is None:
-        setting = respaced(setting, steps=recipe.steps, time_scale=recipe.scale)
-    denoise = scaled(trees[point.candidate], point.strength) if choice.chosen else init_denoise(setting.sites)
+        setup = setup.respaced(steps=recipe.steps, time_scale=recipe.scale)
+    denoise = scaled(trees[point.candidate], point.strength) if choice.chosen else init_denoise(setup.sites)
     recorded = {"rule": recipe.rule, "steps": recipe.steps, "strength": point.strength}
     how: dict[str, Any] = {"rule": "affine", "steps": 1}
-    certificate, paths = fuse_and_export(config, setting, variables, denoise, output, how, recorded)
-    metrics = tested(config, setting, variables, denoise, choice)
+    run = dataclasses.replace(run, setup=setup)
+    certificate, paths = fuse_and_export(run, variables, denoise, output, how, recorded)
+    metrics = tested(run, variables, denoise, choice)
     lines = [report.verdict(condition, entry, ARM) for condition, entry in metrics.items()]
     print("\n".join(["On the test images, looked at once:", *lines]) if lines else NO_METRICS)
-    found = Swept(choice, grid, certificate, metrics, paths)
+    swept = Swept(choice, grid, certificate, metrics, paths)
     if processes.primary():
-        content = to_json(found, directory, solving, select["max_clean_loss"])
+        content = to_json(swept, directory, solving, selection.max_clean_loss)
         files.write_json(os.path.join(output.directory, FILE), content)
-    return found
+    return swept
 
 
 def _narrowed(
@@ -143,25 +146,20 @@ def _narrowed(
     return {**options, **{name: value for name, value in given.items() if value is not None}}
 
 
-def tested(config: Config, setting: Setting, variables: Tree, denoise: Tree, choice: Choice) -> dict[str, Any]:
+def tested(run: Run, variables: Tree, denoise: Tree, choice: Choice) -> dict[str, Any]:
     """Returns the chosen network's metrics on the test images beside the backbone and a placebo; {} without labels."""
-    if setting.test is None:
+    config, setup = run.config, run.setup
+    if setup.test is None:
         return {}
     params = {"backbone": variables["params"], "denoise": denoise}
-    how: dict[str, Any] = {"rule": "affine", "steps": 1}
-    placebo = placebo_denoisers(params, setting.sites, setting.schedule, key_of(config, "placebo"), **how)
-    trees = {"placebo": placebo, ARM: denoise}
-    arms = {"baseline": variables} | {
-        name: {
-            **variables,
-            "params": fuse_exact({**params, "denoise": tree}, setting.sites, setting.schedule, **how),
-        }
-        for name, tree in trees.items()
-    }
-    evaluate = config["evaluate"]
-    found = scoring.score(config, setting, setting.test, arms, choice.conditions)
-    told = {"resamples": evaluate["resamples"], "seed": config["seed"], "clusters": found.clusters}
-    return summary.summarize(found.scores, controls=["placebo"], **told)
+    direct: dict[str, Any] = {"rule": "affine", "steps": 1}
+    placebo = placebo_denoisers(params, setup.sites, setup.schedule, key_of(config, "placebo"), **direct)
+    arms = {"baseline": variables}
+    for name, tree in (("placebo", placebo), (ARM, denoise)):
+        fused = fuse_exact({**params, "denoise": tree}, setup.sites, setup.schedule, **direct)
+        arms[name] = {**variables, "params": fused}
+    results = scores_of(config, setup, setup.test, arms, choice.conditions)
+    return compared(config, setup, results, ["placebo"])
 
 
 def table(choice: Choice, max_clean_loss: float) -> str:

@@ -5,30 +5,31 @@ backbone → control arm (backbone trained on) → denoisers → fusion, certifi
 """
 
 import contextlib
+import dataclasses
 import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from drep_jax import report
+from drep_jax.core.certificate import Certificate
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.data import unreadable
 from drep_jax.data.datasets import Labelled
-from drep_jax.evaluation import knn, rankings, scoring, summary
+from drep_jax.evaluation import knn, summary
+from drep_jax.evaluation.arms import Network, Scored, items_of, score_arms
 from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.jobs.checks import agree, check
-from drep_jax.jobs.findings import describe_sites, measure_cost, spectra
-from drep_jax.learners import Learned, Task, learn, train_labelled
+from drep_jax.jobs.findings import describe_sites, exhibit_of, measure_cost, spectra
+from drep_jax.jobs.scores import compared, reading, scores_of
+from drep_jax.learners import Learned, LearnerInputs, learn, train_labeled
 from drep_jax.parallel import processes
-from drep_jax.parallel.processes import on_primary
 from drep_jax.run import workdir
 from drep_jax.run.backbone import fresh_variables, read_weights
 from drep_jax.run.environment import environment
 from drep_jax.run.export import Output, fuse_and_certify, write
-from drep_jax.run.moments import take_moments
-from drep_jax.run.setup import Setting, build
+from drep_jax.run.run import Run
+from drep_jax.run.setup import build
 from drep_jax.run.stages import key_of
-from drep_jax.tasks import Retrieval
 from drep_jax.training.logging import MetricWriter
 from drep_jax.typing import Config, Tree
 
@@ -39,24 +40,22 @@ def run(config: Config, directory: str) -> dict[str, Any]:
     Of several processes each calls this; the first one writes the directory and returns the report, the others return its
     `{"certificate": {"passed": …}}` alone.
     """
-    setting = build(config)
-    check(config, setting)
-    agree(config, setting)
+    setup = build(config)
+    check(config, setup)
+    agree(config, setup)
     directory = os.path.abspath(directory)
     primary = processes.primary()
     if not primary:
         config = {**config, "progress": False}
     with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
-        with contextlib.closing(on_primary(lambda: MetricWriter(directory, config))) as writer:
+        with contextlib.closing(processes.on_primary(lambda: MetricWriter(directory, config))) as writer:
             if primary:
-                unreadable.keep_records(directory, setting.parts)
-            variables = make_backbone(config, setting, directory, writer)
-            arms, continued = {"baseline": variables}, None
-            if config["control"]["steps"]:
-                continued = train_labelled(config, setting, "control", variables, directory, writer)
-                arms["continued"] = continued[0]
-            learned = learn_all(config, setting, variables, directory, writer, continued)
-        return finish(config, setting, directory, arms, learned)
+                unreadable.keep_records(directory, setup.parts)
+            job = Run(config, setup, directory, writer)
+            variables = make_backbone(job)
+            continued = train_labeled(job, "control", variables) if config["control"]["steps"] else None
+            learned = learn_all(job, variables, continued)
+        return finish(job, variables, continued, learned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,98 +63,56 @@ def run(config: Config, directory: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_backbone(config: Config, setting: Setting, directory: str, writer: MetricWriter) -> Tree:
-    """Loads the backbone's weights, or trains them from scratch."""
-    path = config["backbone"]["init_from"]
-    if path:
-        return read_weights(config, setting, path)
-    return train_labelled(config, setting, "backbone", fresh_variables(config, setting), directory, writer)[0]
+def make_backbone(job: Run) -> Tree:
+    """Returns the backbone's variables, read from a file or trained from scratch."""
+    path = job.config["backbone"]["init_from"]
+    return read_weights(job, path) if path else train_labeled(job, "backbone", fresh_variables(job))[0]
 
 
-def learn_all(
-    config: Config,
-    setting: Setting,
-    variables: Tree,
-    directory: str,
-    writer: MetricWriter,
-    continued: tuple[Tree, float] | None = None,
-) -> dict[str, Learned]:
+def learn_all(job: Run, variables: Tree, continued: tuple[Tree, float] | None = None) -> dict[str, Learned]:
     """Learns by every learner asked for, the exported one last; `continued` is the control arm, and its seconds."""
-    began = time.perf_counter()
-    moments = take_moments(config, setting, variables, directory)
-    task = Task(config, setting, variables, moments, time.perf_counter() - began, directory, writer, continued)
-    names = dict.fromkeys([*(name for name in config["compare"] if name != config["learner"]), config["learner"]])
-    return {name: learn(name, task) for name in names}
+    inputs = LearnerInputs(job, variables, continued)
+    return {name: learn(name, inputs) for name in job.learners}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fusion and what is said about it
+# Fusion, evaluation, report
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """The networks that a run compares.
+
+    Attributes:
+      variables: by name, in the order of the tables; baseline and placebo first.
+      networks: of those that are not the backbone itself but an explicit path.
+      controls: names of the arms that show what comes about without denoising.
+    """
+
+    variables: dict[str, Tree]
+    networks: dict[str, Network]
+    controls: list[str]
+
+    @property
+    def fusible(self) -> dict[str, Tree]:
+        """Those that are weights of the backbone; the others need its head."""
+        return {name: tree for name, tree in self.variables.items() if name not in self.networks}
 
 
 def finish(
-    config: Config, setting: Setting, directory: str, arms: dict[str, Tree], learned: Mapping[str, Learned]
+    job: Run, baseline: Tree, continued: tuple[Tree, float] | None, learned: Mapping[str, Learned]
 ) -> dict[str, Any]:
     """Fuses, certifies, exports, evaluates all arms and writes the report."""
+    config, setup = job.config, job.setup
     exported = learned[config["learner"]]
-    denoise, variables = exported.denoise, exported.variables or arms["baseline"]
-    how: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
-    params = {"backbone": variables["params"], "denoise": denoise}
-    certificate = None
-    if processes.primary():
-        fused, certificate = fuse_and_certify(config, setting, variables, denoise, **how)
-        write(Output(os.path.join(directory, "fused")), setting, variables, fused, {**how, "strength": 1.0})
-    else:
-        fused = fuse_exact(params, setting.sites, setting.schedule, **how)
-    random_maps = placebo_denoisers(params, setting.sites, setting.schedule, key_of(config, "placebo"), **how)
-    placebo = fuse_exact({**params, "denoise": random_maps}, setting.sites, setting.schedule, rule="affine", steps=1)
-    arms = {
-        "baseline": arms["baseline"],
-        "placebo": {**variables, "params": placebo},
-        **{name: tree for name, tree in arms.items() if name != "baseline"},
-    }
-    controls = [name for name in arms if name not in ("baseline", config["learner"])]
-    explicit = {}
-    for name, found in learned.items():
-        own = found.variables or arms["baseline"]
-        if found.network is not None:
-            explicit[name], arms[name] = found.network, own
-        elif found is exported:
-            arms[name] = {**own, "params": fused}
-        elif name not in arms:  # the control arm as a learner is that very arm
-            other = {"backbone": own["params"], "denoise": found.denoise}
-            numbers = fuse_exact(other, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
-            arms[name] = {**own, "params": numbers}
-    conditions = config["evaluate"]["conditions"]
-    told = {"controls": controls, "resamples": config["evaluate"]["resamples"], "seed": config["seed"]}
+    variables = exported.variables or baseline
+    fused, certificate = fuse_exported(job, variables, exported)
+    arms = arms_of(job, baseline, continued, learned, fused)
     processes.barrier("evaluation")
-    metrics = {}
-    if setting.test is not None:
-        scored = scoring.score(config, setting, setting.test, arms, conditions, explicit)
-        metrics = summary.summarize(scored.scores, **told, clusters=scored.clusters)
-    fusible = {name: tree for name, tree in arms.items() if name not in explicit}  # the others need the head
-    sources = {part.name: score_other(config, setting, part, fusible, told) for part in setting.others}
-    described = describe_sites(setting, variables["params"], fused)
-    ranked = None
-    if (
-        isinstance(setting.task, Retrieval)
-        and setting.test is not None
-        and (setting.task.shown or setting.task.attributed)
-    ):
-        two = {"baseline": arms["baseline"], config["learner"]: arms[config["learner"]]}
-        most = sorted(described, key=lambda site: -max(site["relative_change"]))[: setting.task.attributed]
-        ranked = rankings.ranked(
-            config,
-            setting,
-            setting.task,
-            setting.test,
-            two,
-            rankings.most_changed(metrics, config["learner"]),
-            params,
-            [site["path"] for site in most],
-            **how,
-        )
-    kept = spectra(config, setting, variables, directory, params, trained=exported.variables is not None, **how)
+    metrics, shown = evaluate_arms(job, arms, variables, fused, exported)
+    sources = {part.name: score_other(job, part, arms) for part in setup.others}
+    kept = spectra(job, variables, exported)
     passed = processes.from_primary(lambda: certificate is not None and certificate.passed)
     if certificate is None:
         return {"certificate": {"passed": passed}}
@@ -163,32 +120,98 @@ def finish(
         "schema": report.SCHEMA,
         "config": config,
         "environment": environment(),
-        "sites": described,
-        "coverage": vars(setting.covered),
-        "learning": {name: found.section for name, found in learned.items()},
+        "sites": describe_sites(setup, variables["params"], fused),
+        "coverage": vars(setup.covered),
+        "learning": {name: result.section for name, result in learned.items()},
         "exported": config["learner"],
+        "items": {"are": setup.task.items_are, "resampled": setup.task.resampled},
         "metrics": metrics,
         "sources": sources or None,
-        "unreadable": unreadable.summary(setting.parts),
+        "unreadable": unreadable.summary(setup.parts),
         "certificate": certificate.to_json(),
-        "cost": measure_cost(config, setting, variables, fused, exported, explicit),
+        "cost": measure_cost(job, variables, fused, exported, arms.networks),
         "spectra": kept,
         "front": exported.choice.front() if exported.choice else None,
-        "ranked": ranked,
+        **shown,
     }
-    report.write_report(content, directory)
+    report.write_report(content, job.directory)
     return content
 
 
-def score_other(
-    config: Config, setting: Setting, part: Labelled, arms: Mapping[str, Tree], told: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the report's metrics of a further source: by its own queries, or by nearest neighbours in its gallery."""
+def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, Certificate | None]:
+    """Returns the exported learner's fused parameters and, on the process that writes them, their certificate."""
+    fusing: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
+    if not processes.primary():
+        params = {"backbone": variables["params"], "denoise": exported.denoise}
+        return fuse_exact(params, job.setup.sites, job.setup.schedule, **fusing), None
+    fused, certificate = fuse_and_certify(job, variables, exported.denoise, **fusing)
+    write(Output(os.path.join(job.directory, "fused")), job.setup, variables, fused, {**fusing, "strength": 1.0})
+    return fused, certificate
+
+
+def arms_of(
+    job: Run, baseline: Tree, continued: tuple[Tree, float] | None, learned: Mapping[str, Learned], fused: Tree
+) -> Arms:
+    """Returns all arms: the baseline, a placebo of the exported denoisers, the control arm, and one a learner."""
+    setup, name = job.setup, job.config["learner"]
+    exported = learned[name]
+    variables = exported.variables or baseline
+    params = {"backbone": variables["params"], "denoise": exported.denoise}
+    fusing: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
+    key = key_of(job.config, "placebo")
+    random_maps = placebo_denoisers(params, setup.sites, setup.schedule, key, **fusing)
+    placebo = fuse_exact({**params, "denoise": random_maps}, setup.sites, setup.schedule, rule="affine", steps=1)
+    arms: dict[str, Tree] = {"baseline": baseline, "placebo": {**variables, "params": placebo}}
+    if continued is not None:
+        arms["continued"] = continued[0]
+    controls = [arm for arm in arms if arm not in ("baseline", name)]
+    networks: dict[str, Network] = {}
+    for learner, result in learned.items():
+        backbone = result.variables or baseline
+        if result.network is not None:
+            networks[learner], arms[learner] = result.network, backbone
+        elif result is exported:
+            arms[learner] = {**backbone, "params": fused}
+        elif learner not in arms:  # the control arm as a learner is that very arm
+            mixed = {"backbone": backbone["params"], "denoise": result.denoise}
+            numbers = fuse_exact(mixed, setup.sites, setup.schedule, rule=result.rule, steps=result.steps)
+            arms[learner] = {**backbone, "params": numbers}
+    return Arms(arms, networks, controls)
+
+
+def evaluate_arms(
+    job: Run, arms: Arms, variables: Tree, fused: Tree, exported: Learned
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the report's `metrics` of all arms on the test images, and what the task shows of single ones."""
+    config, setup = job.config, job.setup
+    if setup.test is None:
+        return {}, {}
+    pair = ("baseline", config["learner"])
+    headline = next(iter(setup.task.metrics.values()))
+    conditions = config["evaluate"]["conditions"]
+    results, largest = {}, -1.0
+    shown: tuple[str, Scored] | None = None  # of the images, only what one condition has given is kept
+    for condition, scored in score_arms(
+        setup, arms.variables, setup.test, conditions, networks=arms.networks, **reading(config)
+    ):
+        results[condition] = items_of(setup, setup.test, scored, condition)
+        before, after = (summary.value_of(headline, results[condition][arm]) for arm in pair)
+        if abs(after - before) > largest:
+            largest, shown = abs(after - before), (condition, scored)
+    metrics = compared(config, setup, results, arms.controls)
+    if shown is None:
+        return metrics, {}
+    two = {arm: arms.variables[arm] for arm in pair}
+    return metrics, setup.task.examples(exhibit_of(job, setup.test, two, *shown, variables, fused, exported))
+
+
+def score_other(job: Run, part: Labelled, arms: Arms) -> dict[str, Any]:
+    """Returns the report's metrics of a further source: by its own test split, or by nearest neighbors in its gallery."""
+    config, setup = job.config, job.setup
     conditions = config["evaluate"]["conditions"]
     if part.gallery is None:
-        scored, size = scoring.score(config, setting, part.test, arms, conditions), None
-    else:
-        how = scoring.options(config, setting)
-        scored = scoring.Scored(knn.score_by_neighbors(setting.headless, arms, part, conditions, **how), None)
-        size = len(part.gallery)
-    return {"gallery": size, "metrics": summary.summarize(scored.scores, **told, clusters=scored.clusters)}
+        results = scores_of(config, setup, part.test, arms.fusible, conditions)
+        return {"gallery": None, "metrics": compared(config, setup, results, arms.controls)}
+    results = knn.score_by_neighbors(setup, arms.fusible, part, conditions, **reading(config))
+    metrics = compared(config, setup, results, arms.controls, metrics=knn.METRICS, exact_test=knn.METRIC)
+    return {"gallery": len(part.gallery), "metrics": metrics}

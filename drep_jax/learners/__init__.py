@@ -1,66 +1,58 @@
-"""Learners: every way to denoisers has the same arguments and returns a `Learned`. One line here adds another."""
+"""Learners: every way to denoisers is a row of one table, with the same arguments, and returns a `Learned`."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from drep_jax.errors import lookup
-from drep_jax.learners.base import Learned, Task
-from drep_jax.learners.label_free import by_algorithm1, by_closed_form, by_measuring, by_wiener, check_measuring
-from drep_jax.learners.labelled import (
-    EXPLICIT,
-    LABELLED,
-    by_continuing,
-    by_final_feature,
-    by_labels,
-    by_turns,
-    check_labelled,
-    train_labelled,
+from drep_jax.learners.base import Learned, Learner, LearnerInputs
+from drep_jax.learners.label_free import (
+    learn_algorithm1,
+    learn_closed_form,
+    learn_measured,
+    learn_wiener,
 )
+from drep_jax.learners.labeled import (
+    learn_alternating,
+    learn_continued,
+    learn_final_only,
+    learn_label_augmented,
+    train_labeled,
+)
+from drep_jax.typing import Config
 
 __all__ = [
-    "CHOOSING",
-    "DIRECT",
-    "EXPLICIT",
-    "LABELLED",
     "LEARNERS",
     "Learned",
-    "Task",
-    "check_labelled",
-    "check_measuring",
+    "Learner",
+    "LearnerInputs",
     "learn",
     "rule_and_steps",
-    "train_labelled",
+    "train_labeled",
 ]
 
-LEARNERS: dict[str, Callable[[Task], Learned]] = {
-    "algorithm1": by_algorithm1,
-    "closed_form": by_closed_form,
-    "wiener": by_wiener,
-    "measured": by_measuring,
-    "label_augmented": by_labels,
-    "alternating": by_turns,
-    "continued": by_continuing,
-    "final_only": by_final_feature,
+LEARNERS: dict[str, Learner] = {
+    "algorithm1": Learner(learn_algorithm1),
+    "closed_form": Learner(learn_closed_form),
+    "wiener": Learner(learn_wiener, chooses=True, direct=True),
+    "measured": Learner(learn_measured, chooses=True, direct=True),
+    "label_augmented": Learner(learn_label_augmented, labeled=True),
+    "alternating": Learner(learn_alternating, labeled=True),
+    "continued": Learner(learn_continued, labeled=True, direct=True),
+    "final_only": Learner(learn_final_only, explicit=True),
 }
-
-CHOOSING = ("wiener", "measured")
-"""Learners that choose the strength of fusion on held-out images."""
-
-DIRECT = ("wiener", "measured", "continued")
-"""Learners whose denoisers are maps given directly, fused by rule "affine"."""
+"""By name, as `config.learner` and `config.compare` give it."""
 
 
-def rule_and_steps(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def rule_and_steps(name: str, config: Config) -> dict[str, Any]:
     """Returns by which rule, and in how many steps, a learner's denoisers are fused."""
-    if name in DIRECT:
+    if LEARNERS[name].direct:
         return {"rule": "affine", "steps": 1}
     return {"rule": config["denoise"]["rule"], "steps": config["denoise"]["steps"]}
 
 
-def learn(name: str, task: Task) -> Learned:
+def learn(name: str, inputs: LearnerInputs) -> Learned:
     """Learns by the learner of that name and keeps the result in `checkpoints/<name>`, from where a later call takes it.
 
     Raises:
       ConfigError: for an unknown learner.
     """
-    return lookup(LEARNERS, name, "learner")(task)
+    return lookup(LEARNERS, name, "learner").learn(inputs)

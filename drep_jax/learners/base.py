@@ -1,18 +1,21 @@
 """What every learner gets and gives."""
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from drep_jax.core import closed_form
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.moments import Moments
-from drep_jax.evaluation.selection import Choice
+from drep_jax.evaluation.selection import Choice, Selection
 from drep_jax.parallel import processes
-from drep_jax.run.setup import Setting
+from drep_jax.run.moments import run_moments
+from drep_jax.run.run import Run
 from drep_jax.run.stages import prepare, run_training, split_variables, starting
 from drep_jax.training.checkpoint import folder_of, open_checkpoints
-from drep_jax.training.logging import MetricWriter, lines_of
+from drep_jax.training.logging import lines_of
 from drep_jax.typing import Config, Path, Tree
 
 
@@ -38,68 +41,119 @@ class Learned:
     network: Callable[[Tree, Any], Any] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What every learner gets; `continued` is the control arm, if there is one, and the seconds that it was trained."""
+class LearnerInputs:
+    """What every learner gets.
 
-    config: Config
-    setting: Setting
-    variables: Tree
-    moments: Mapping[Path, Moments]
-    moment_seconds: float
-    directory: str
-    writer: MetricWriter
-    continued: tuple[Tree, float] | None = None
+    Attributes:
+      run: configuration, setup, directory and log.
+      variables: the frozen backbone's.
+      continued: the control arm and the seconds that it was trained, or None.
+    """
+
+    def __init__(self, run: Run, variables: Tree, continued: tuple[Tree, float] | None = None) -> None:
+        self.run, self.variables, self.continued = run, variables, continued
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run."""
+        return self.run.config
+
+    @property
+    def setup(self) -> Any:
+        """What the run works on."""
+        return self.run.setup
+
+    @property
+    def moments(self) -> Mapping[Path, Moments]:
+        """The moments of the features at the sites, taken when a learner first asks for them."""
+        return self._moments[0]
+
+    @property
+    def moment_seconds(self) -> float:
+        """How long taking or reading the moments took."""
+        return self._moments[1]
+
+    @functools.cached_property
+    def _moments(self) -> tuple[Mapping[Path, Moments], float]:
+        began = time.perf_counter()
+        return run_moments(self.run, self.variables), time.perf_counter() - began
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A way to denoisers.
+
+    Attributes:
+      learn: the function.
+      labeled: whether it trains with labels, beside a control arm of the same budget.
+      chooses: whether it chooses the strength of fusion on held-out images.
+      direct: whether its denoisers are maps given directly, fused by rule "affine".
+      explicit: whether its result stays beside the network and cannot be fused or exported.
+    """
+
+    learn: Callable[[LearnerInputs], Learned]
+    labeled: bool = False
+    chooses: bool = False
+    direct: bool = False
+    explicit: bool = False
 
 
 def train(
-    task: Task, stage: str, loss_fn: Any, probe: Callable[[Tree], dict[str, float]] | None = None
+    inputs: LearnerInputs, stage: str, loss_fn: Any, log_extra: Callable[[Tree], dict[str, float]] | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """Runs or resumes a stage; returns its final state, and what the report says of every stage that is trained.
 
     Args:
-      task: of the learner.
+      inputs: of the learner.
       stage: its name.
-      loss_fn, probe: see `run_training`.
+      loss_fn, log_extra: see `run_training`.
     """
-    config, setting = task.config, task.setting
-    params, others = starting(config, setting, stage, task.variables)
-    state, seconds = run_training(
-        config, setting.train, stage, params, others, loss_fn, task.directory, task.writer, probe
-    )
-    return state, trained_section(task, stage, int(state.step), seconds)
+    params, others = starting(inputs.run, stage, inputs.variables)
+    state, seconds = run_training(inputs.run, stage, params, others, loss_fn, log_extra)
+    return state, trained_section(inputs.run, stage, int(state.step), seconds)
 
 
-def trained_section(task: Task, stage: str, steps: int, seconds: float) -> dict[str, Any]:
+def trained_section(run: Run, stage: str, steps: int, seconds: float) -> dict[str, Any]:
     """Returns what the report says of every stage that is trained."""
-    return {"steps": steps, "seconds": seconds, "loss": logged(task, stage), "images": len(task.setting.train)}
+    lines = lines_of(run.directory, stage) if processes.primary() else ()  # which writes the report
+    loss = [[line["step"], line["loss"]] for line in lines]
+    return {"steps": steps, "seconds": seconds, "loss": loss, "images": len(run.setup.train)}
 
 
-def keep(name: str, task: Task, learned: Learned) -> None:
+def keep(name: str, inputs: LearnerInputs, learned: Learned) -> None:
     """Writes what was solved, not trained, to `checkpoints/<name>`, in the form that a trained stage has there."""
-    backbone, others = split_variables(learned.variables or task.variables)
+    backbone, others = split_variables(learned.variables or inputs.variables)
     params = {"backbone": backbone, "denoise": learned.denoise}
-    state, frozen, _ = prepare(task.config, name, params, others)
-    checkpointer = open_checkpoints(folder_of(task.directory, name))
+    state, frozen, _ = prepare(inputs.run, name, params, others)
+    checkpointer = open_checkpoints(folder_of(inputs.run.directory, name))
     try:
         checkpointer.save(state, frozen, {"stage": name})
     finally:
         checkpointer.close()
 
 
-def logged(task: Task, stage: str) -> list[list[float]]:
-    """Returns [step, loss] of every line that a stage has logged, on the process that writes the report."""
-    lines = lines_of(task.directory, stage) if processes.primary() else ()
-    return [[line["step"], line["loss"]] for line in lines]
-
-
-def against_optimum(task: Task, denoise: Tree) -> dict[str, Any]:
+def against_optimum(inputs: LearnerInputs, denoise: Tree) -> dict[str, Any]:
     """Returns the report's exact losses of denoisers of the run's backbone, beside the least possible."""
-    sites, schedule = task.setting.sites, task.setting.schedule
-    start = closed_form.expected_losses(task.moments, sites, schedule, init_denoise(sites))
-    final = closed_form.expected_losses(task.moments, sites, schedule, denoise)
+    sites, schedule = inputs.setup.sites, inputs.setup.schedule
+    start = closed_form.expected_losses(inputs.moments, sites, schedule, init_denoise(sites))
+    final = closed_form.expected_losses(inputs.moments, sites, schedule, denoise)
     return {
         "per_site": {name: [start[name], final[name]] for name in start},
-        "optimum": closed_form.expected_losses(task.moments, sites, schedule),
-        "moment_seconds": task.moment_seconds,
+        "optimum": closed_form.expected_losses(inputs.moments, sites, schedule),
+        "moment_seconds": inputs.moment_seconds,
     }
+
+
+def selection_of(config: Config, **changes: Any) -> Selection:
+    """Returns how a run chooses on held-out images: `config.select`, with changes such as other strengths."""
+    select, evaluate = {**config["select"], **changes}, config["evaluate"]
+    return Selection(
+        strengths=tuple(select["strengths"]),
+        conditions=tuple(select["conditions"] or evaluate["conditions"]),
+        images=select["images"],
+        labels=select["labels"],
+        max_clean_loss=select["max_clean_loss"],
+        batch_size=evaluate["batch_size"],
+        seed=config["seed"],
+        progress=config["progress"],
+    )

@@ -19,17 +19,19 @@ import jax
 import numpy as np
 
 from drep_jax.core import closed_form
+from drep_jax.core.denoisers import scaled
 from drep_jax.core.measured import measuring
 from drep_jax.data.collate import read
-from drep_jax.data.corruptions import corrupt, parse_spec
+from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.pairs import PairedSource, open_pairs
-from drep_jax.errors import ConfigError, DataError
-from drep_jax.evaluation.selection import Candidate, choose, scaled
-from drep_jax.learners.base import Learned, Task, against_optimum, keep, train
+from drep_jax.errors import DataError
+from drep_jax.evaluation.selection import Candidate, choose
+from drep_jax.learners.base import Learned, LearnerInputs, against_optimum, keep, selection_of, train
 from drep_jax.learners.losses import denoising_objective
+from drep_jax.progress import pulsing
 from drep_jax.run.moments import moment_images
-from drep_jax.run.setup import Setting
+from drep_jax.run.setup import Setup
 from drep_jax.typing import Config, Tree
 
 PAIRS = "pairs:"
@@ -42,37 +44,37 @@ CORRUPTION_SEED = 1
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def by_algorithm1(task: Task) -> Learned:
+def learn_algorithm1(inputs: LearnerInputs) -> Learned:
     """Trains the denoisers by Algorithm 1 (Eq. 11)."""
-    setting, options = task.setting, task.config["denoise"]
-    least = sum(closed_form.expected_losses(task.moments, setting.sites, setting.schedule).values())
+    setup, options = inputs.setup, inputs.config["denoise"]
+    least = sum(closed_form.expected_losses(inputs.moments, setup.sites, setup.schedule).values())
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
-        return denoising_objective(setting, options, params, others, batch, key)
+        return denoising_objective(setup, options, params, others, batch, key)
 
     def gap(params: Tree) -> dict[str, float]:
-        now = closed_form.expected_losses(task.moments, setting.sites, setting.schedule, params["denoise"])
+        now = closed_form.expected_losses(inputs.moments, setup.sites, setup.schedule, params["denoise"])
         return {"gap": sum(now.values()) - least}
 
-    state, section = train(task, "algorithm1", loss_fn, gap)
+    state, section = train(inputs, "algorithm1", loss_fn, gap)
     denoise = state.averaged["denoise"]
-    return Learned(denoise, options["rule"], options["steps"], {**section, **against_optimum(task, denoise)})
+    return Learned(denoise, options["rule"], options["steps"], {**section, **against_optimum(inputs, denoise)})
 
 
-def by_closed_form(task: Task) -> Learned:
+def learn_closed_form(inputs: LearnerInputs) -> Learned:
     """Solves for Algorithm 1's minimum."""
     began = time.perf_counter()
-    solved = closed_form.closed_form(task.moments, task.setting.sites, task.setting.schedule)
-    seconds = task.moment_seconds + time.perf_counter() - began
+    solved = closed_form.closed_form(inputs.moments, inputs.setup.sites, inputs.setup.schedule)
+    seconds = inputs.moment_seconds + time.perf_counter() - began
     section = {
         "steps": 0,
         "seconds": seconds,
         "loss": [],
-        "images": moment_images(task.config, task.setting),
-        **against_optimum(task, solved),
+        "images": moment_images(inputs.run),
+        **against_optimum(inputs, solved),
     }
-    learned = Learned(solved, task.config["denoise"]["rule"], task.config["denoise"]["steps"], section)
-    keep("closed_form", task, learned)
+    learned = Learned(solved, inputs.config["denoise"]["rule"], inputs.config["denoise"]["steps"], section)
+    keep("closed_form", inputs, learned)
     return learned
 
 
@@ -81,39 +83,49 @@ def by_closed_form(task: Task) -> Learned:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def by_wiener(task: Task) -> Learned:
+def learn_wiener(inputs: LearnerInputs) -> Learned:
     """Solves for the Wiener filter of each noise power, and chooses one on held-out images."""
-    options = task.config["wiener"]
+    options = inputs.config["wiener"]
     began = time.perf_counter()
     candidates = [
-        Candidate(f"noise power {ratio:g}", closed_form.wiener_maps(task.moments, task.setting.sites, ratio))
+        Candidate(f"noise power {ratio:g}", closed_form.wiener_maps(inputs.moments, inputs.setup.sites, ratio))
         for ratio in options["ratios"]
     ]
-    solving = task.moment_seconds + time.perf_counter() - began
-    return _chosen("wiener", task, candidates, solving, moment_images(task.config, task.setting), {})
+    solving = inputs.moment_seconds + time.perf_counter() - began
+    return _chosen("wiener", inputs, candidates, solving, moment_images(inputs.run), {})
 
 
-def by_measuring(task: Task) -> Learned:
+def learn_measured(inputs: LearnerInputs) -> Learned:
     """Solves for the noise that a corruption makes at each site, and chooses the strength on held-out images."""
-    options = task.config["measured"]
-    batch, corrupted = measuring_images(task.config, task.setting)
+    config, setup, options = inputs.config, inputs.setup, inputs.config["measured"]
+    batch, corrupted = measuring_images(config, setup)
     clean = batch["image"]
-    streams: Any = np.stack([task.setting.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
+    streams: Any = np.stack([setup.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
     candidates, errors = [], {}
     began = time.perf_counter()
-    how = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
-    solve = measuring(task.setting.backbone, task.variables, task.setting.sites, streams, **how)
-    for share in options["clean_share"]:
-        found = solve([share, *[(1.0 - share) / len(corrupted)] * len(corrupted)])
-        candidates.append(Candidate(f"clean share {share:g}", found.denoise))
-        errors[candidates[-1].label] = {name: list(pair) for name, pair in found.errors.items()}
-    return _chosen("measured", task, candidates, time.perf_counter() - began, len(clean), errors)
+    fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
+    solve = measuring(setup.backbone, inputs.variables, setup.sites, streams, **fitting)
+    shares, name = options["clean_share"], f"measuring {len(setup.sites)} sites on {len(clean)} images"
+    with pulsing(name, len(shares), "mixture", shown=config["progress"]) as steps:
+        for share in shares:
+            measured = solve([share, *[(1.0 - share) / len(corrupted)] * len(corrupted)])
+            candidates.append(Candidate(f"clean share {share:g}", measured.denoise))
+            errors[candidates[-1].label] = {name: list(pair) for name, pair in measured.errors.items()}
+            before, after = (sum(pair[i] for pair in measured.errors.values()) / len(measured.errors) for i in (0, 1))
+            steps.set_postfix_str(f"clean share {share:g}: mean error {before:.3f} → {after:.3f}", refresh=False)
+            steps.update()
+    return _chosen("measured", inputs, candidates, time.perf_counter() - began, len(clean), errors)
 
 
 def _chosen(
-    name: str, task: Task, candidates: Sequence[Candidate], seconds: float, images: int, errors: Mapping[str, Any]
+    name: str,
+    inputs: LearnerInputs,
+    candidates: Sequence[Candidate],
+    seconds: float,
+    images: int,
+    errors: Mapping[str, Any],
 ) -> Learned:
-    choice = choose(task.config, task.setting, task.variables, candidates)
+    choice = choose(inputs.setup, inputs.variables, candidates, selection_of(inputs.config))
     point = choice.points[choice.chosen]
     denoise = scaled(candidates[point.candidate].denoise, point.strength)
     section = {
@@ -128,11 +140,11 @@ def _chosen(
         "selection_seconds": choice.seconds,
     }
     learned = Learned(denoise, "affine", 1, section, choice)
-    keep(name, task, learned)
+    keep(name, inputs, learned)
     return learned
 
 
-def measuring_images(config: Config, setting: Setting) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+def measuring_images(config: Config, setup: Setup) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """Returns the images to learn from, as a batch, and `measured.draws` corrupted versions of them, float32 (n, h, w, c).
 
     Raises:
@@ -140,59 +152,21 @@ def measuring_images(config: Config, setting: Setting) -> tuple[dict[str, np.nda
     """
     options, noise = config["measured"], config["noise"]
     if noise.startswith(PAIRS):
-        pairs = _open_pairs(config)
+        pairs = pairs_of(config)
         count = min(options["images"] or len(pairs), len(pairs))
-        found = [pairs[i] for i in range(count)]
-        clean = {"image": np.stack([p["clean"] for p in found])}
-        return clean, [np.stack([p["corrupted"] for p in found]).astype(np.float32)]
-    count = min(options["images"] or len(setting.train), len(setting.train))
+        chosen = [pairs[i] for i in range(count)]
+        clean = {"image": np.stack([pair["clean"] for pair in chosen])}
+        return clean, [np.stack([pair["corrupted"] for pair in chosen]).astype(np.float32)]
+    count = min(options["images"] or len(setup.train), len(setup.train))
     if not count:
-        raise DataError(f"{setting.train.name} has no training images to measure the noise on.")
-    index = np.sort(epoch_order(len(setting.train), config["seed"], 0)[:count])
-    clean = read(setting.train, index)
+        raise DataError(f"{setup.train.name} has no training images to measure the noise on.")
+    index = np.sort(epoch_order(len(setup.train), config["seed"], 0)[:count])
+    clean = read(setup.train, index)
     seeds = [config["seed"] + CORRUPTION_SEED + draw * 7919 for draw in range(options["draws"])]
     return clean, [corrupt(clean["image"], index, noise, seed) for seed in seeds]
 
 
-def _open_pairs(config: Config) -> PairedSource:
+def pairs_of(config: Config) -> PairedSource:
+    """Opens the pairs of images that `config.noise` names."""
     data = config["data"]
     return open_pairs(config["noise"].removeprefix(PAIRS), tuple(data["image_size"]), data["resize"])
-
-
-def check_measuring(config: Config) -> None:
-    """Refuses settings of the learners that choose on held-out images, before any work.
-
-    Raises:
-      ConfigError: naming the setting.
-    """
-    options, select = config["measured"], config["select"]
-    if config["denoise"]["rank"]:
-        for name in (name for name in ("wiener", "measured") if name in (config["learner"], *config["compare"])):
-            raise ConfigError(
-                f'Learner "{name}" gives full matrices, so denoise.rank={config["denoise"]["rank"]} is not for it.'
-            )
-    if config["noise"].startswith(PAIRS):
-        if config["retrieval"]["side"]:
-            raise ConfigError(
-                f'retrieval.side="{config["retrieval"]["side"]}" is not known of the images in {config["noise"]}, so noise '
-                "cannot be measured on them. Name a corruption in config.noise."
-            )
-        if "measured" in (config["learner"], *config["compare"]):
-            _open_pairs(config)
-    elif all(part.high == 0 for part in parse_spec(config["noise"])):
-        raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
-    for name in ("draws", "vectors"):
-        if options[name] < 1:
-            raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
-    if not options["clean_share"] or not all(0.0 <= share < 1.0 for share in options["clean_share"]):
-        raise ConfigError(f"measured.clean_share={options['clean_share']} are shares of clean images, each in [0, 1).")
-    if not options["ridge"] > 0:
-        raise ConfigError(
-            f"measured.ridge={options['ridge']} must be above 0: without it, few images have no solution."
-        )
-    if not config["wiener"]["ratios"] or not all(ratio > 0 for ratio in config["wiener"]["ratios"]):
-        raise ConfigError(f"wiener.ratios={config['wiener']['ratios']} are noise powers, each above 0.")
-    if not select["strengths"] or not all(np.isfinite(t) and t >= 0 for t in select["strengths"]):
-        raise ConfigError(f"select.strengths={select['strengths']} are strengths of fusion, each at least 0.")
-    for condition in select["conditions"]:
-        parse_spec(condition)

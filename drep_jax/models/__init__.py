@@ -8,21 +8,36 @@ always, and from their method `outputs` what the losses of training read. To add
 
 import fnmatch
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from drep_jax.errors import ConfigError, did_you_mean, lookup
+from drep_jax.errors import ConfigError, lookup
+from drep_jax.models import imported
+from drep_jax.models.backbone import Backbone, BatchNormBackbone
 from drep_jax.models.clip_reid import CLIPReID
+from drep_jax.models.depthwise import depthwise_conv
+from drep_jax.models.imported import abstract_variables, output_shape
 from drep_jax.models.resnet import ResNet
 from drep_jax.models.resnet_reid import ResNetReID
 from drep_jax.models.swin import SwinV2
 from drep_jax.models.transreid import TransReID
 from drep_jax.models.vit import ViT
 from drep_jax.models.vmamba import VMamba
+
+__all__ = [
+    "MODELS",
+    "Backbone",
+    "BatchNormBackbone",
+    "abstract_variables",
+    "create_model",
+    "depthwise_conv",
+    "list_models",
+    "output_shape",
+    "takes_classes",
+]
 
 _vit_ti = functools.partial(ViT, width=192, depth=12, num_heads=3, mlp_dim=768)
 _vit_s = functools.partial(ViT, width=384, depth=12, num_heads=6, mlp_dim=1536)
@@ -116,41 +131,51 @@ def list_models(pattern: str = "*") -> list[str]:
 def create_model(name: str, *, num_classes: int, image_size: tuple[int, int], **overrides: Any) -> nn.Module:
     """Makes a backbone by name.
 
+    >>> create_model("resnet20_cifar", num_classes=10, image_size=(32, 32)).stage_sizes
+    (3, 3, 3)
+
     Args:
-      name: an entry of `MODELS`.
-      num_classes: number of logits; 0 for features.
-      image_size: (height, width) in pixels; backbones that take any size make no use of it.
-      **overrides: further attributes of the module, such as `dtype`, or `depth` for a smaller ViT.
+      name: an entry of `MODELS`, or `PACKAGE.MODULE:NAME` or `FILE.py:NAME` of any Linen module, its class or a
+        function that makes it (docs/models.md).
+      num_classes: number of logits; 0 for features. Passed on if the module has such a field.
+      image_size: (height, width) in pixels, likewise.
+      **overrides: further fields of the module, such as `dtype`, or `depth` for a smaller ViT.
 
     Returns:
-      The module, without parameters.
+      The module, without parameters, called as `module(x, train=False)`.
 
     Raises:
-      ConfigError: for an unknown name or override, an attribute left unset, or a value that cannot work.
+      ConfigError: for an unknown name or option, a module that cannot be imported or is no Linen module, a field
+        left unset, or a value that cannot work.
     """
-    entry = lookup(MODELS, name, "model")
-    known = _attributes(entry)
-    for key in overrides:
-        if key not in known:
-            raise ConfigError(f'Model "{name}" has no option "{key}".{did_you_mean(key, known)}')
+    entry = _entry(name)
+    known, any_other = imported.options_of(entry)
+    imported.check_options(name, overrides, known, any_other)
     for key in {"dtype", "param_dtype"} & overrides.keys():
         _check_dtype(key, overrides[key])
-    given: dict[str, Any] = {**overrides, "num_classes": num_classes}
-    if "image_size" in known:
-        given["image_size"] = image_size
+    given: dict[str, Any] = {**overrides}
+    for key, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if key in known:
+            given.setdefault(key, value)
     # Configuration files give lists; these would make the module unhashable, so that jit could not take it as static.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     missing = [key for key, required in known.items() if required and key not in given]
     if missing:
-        raise ConfigError(f'Model "{name}" needs {", ".join(missing)}; pass them as further options.')
-    return entry(**given)
+        raise ConfigError(f'Model "{name}" needs {", ".join(missing)}; give each of them as --config.model.NAME=VALUE.')
+    return imported.make(name, entry, given) if imported.is_imported(name) else entry(**given)
 
 
-def _attributes(entry: Callable[..., nn.Module]) -> dict[str, bool]:
-    """Returns the attributes that an entry can be given, each with whether it must be."""
-    parameters = inspect.signature(entry).parameters.values()
-    # `parent` and `name` are Flax's own.
-    return {p.name: p.default is p.empty for p in parameters if p.name not in ("parent", "name")}
+def takes_classes(name: str) -> bool:
+    """Returns whether a model has a field `num_classes`; of another its output says how many classes there are.
+
+    Raises:
+      ConfigError: for an unknown name, or a module that cannot be imported.
+    """
+    return "num_classes" in imported.options_of(_entry(name))[0]
+
+
+def _entry(name: str) -> Callable[..., nn.Module]:
+    return imported.import_entry(name) if imported.is_imported(name) else lookup(MODELS, name, "model")
 
 
 def _check_dtype(key: str, value: Any) -> None:

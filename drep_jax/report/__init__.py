@@ -1,7 +1,7 @@
-"""The report of a run: report.json as given, report.md, report.html and the final console table to read, and plots.
+"""The report of a run: report.json, report.md, report.html, the plots and the console table.
 
-Everything is made from one plain dict, whose keys docs/report.md describes. Differences are printed with their paired
-interval and one word: "higher", "lower" or "not significant".
+All are made from one plain dict, whose keys docs/report.md describes. A difference is printed with
+its paired confidence interval and one word: "higher", "lower" or "not significant".
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from drep_jax.errors import CheckpointError
+from drep_jax.files import write_bytes
 from drep_jax.report.as_html import html
 from drep_jax.report.as_markdown import markdown
 from drep_jax.report.comparisons import verdict
@@ -35,7 +36,9 @@ __all__ = [
 
 
 def write_report(report: Mapping[str, Any], workdir: str) -> None:
-    """Writes report.json, report.md, report.html and plots/*.png; each appears whole or not at all, report.json last.
+    """Writes report.json, report.md, report.html and plots/*.png.
+
+    Each appears whole or not at all, report.json last.
 
     Args:
       report: what docs/report.md describes; NumPy numbers are fine, NaN and Inf become null.
@@ -52,7 +55,7 @@ def write_report(report: Mapping[str, Any], workdir: str) -> None:
         path = os.path.join(workdir, "plots", f"{name}.png")
         if name in plots:
             _write(path, plots[name])
-        else:  # an earlier run's picture next to this report would mislead
+        else:  # left by an earlier report, it would mislead
             _remove(path)
     _write(os.path.join(workdir, "report.md"), markdown(report, plots).encode())
     _write(os.path.join(workdir, "report.html"), html(report, plots).encode())
@@ -77,16 +80,9 @@ def write_evaluation(content: Mapping[str, Any], folder: str) -> None:
 
 
 def _write(path: str, content: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames, so that a reader never sees half a file."""
-    temporary = f"{path}.tmp{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        finally:
-            _remove(temporary)
+        write_bytes(path, content)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {path}: {error.strerror}. Free some space or make the place writable, then give the same command "

@@ -2,14 +2,13 @@
 
 import dataclasses
 import os
-from typing import Any
 
 import jax
 import numpy as np
 
 from drep_jax.parallel import processes
-from drep_jax.run.setup import Setting
-from drep_jax.run.stages import prepare, starting, training_steps
+from drep_jax.run.run import Run
+from drep_jax.run.stages import prepare, stage_of, starting
 from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.typing import Tree
 
@@ -31,18 +30,18 @@ class Saved:
     denoise: Tree | None
 
 
-def last_saved(config: Any, setting: Setting, directory: str, stage: str) -> Saved | None:
+def last_saved(run: Run, stage: str) -> Saved | None:
     """Returns the last checkpoint of a stage or learner, or None if it has not saved any.
 
     Raises:
       CheckpointError: if it is damaged, or of another model or set of sites.
     """
-    folder = folder_of(directory, stage)
+    folder = folder_of(run.directory, stage)
     if not processes.from_primary(lambda: os.path.isdir(folder)):
         return None
-    empty = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(setting.abstract))
-    params, others = starting(config, setting, stage, empty)
-    state, frozen, _ = prepare(config, stage, params, others)
+    empty = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(run.setup.abstract))
+    params, others = starting(run, stage, empty)
+    state, frozen, _ = prepare(run, stage, params, others)
     checkpointer = open_checkpoints(folder, read_only=True)
     try:
         if checkpointer.latest() is None:
@@ -53,7 +52,7 @@ def last_saved(config: Any, setting: Setting, directory: str, stage: str) -> Sav
     learned = {**frozen, **state.averaged}
     return Saved(
         step=int(state.step),
-        steps=training_steps(config, stage),
+        steps=stage_of(stage).steps(run.config),
         variables={**state.others, "params": learned["backbone"]},
         denoise=learned.get("denoise"),
     )

@@ -1,4 +1,7 @@
-"""`configs/default.py` as data: the default of every setting and what its comment says, for old runs and for `--help`."""
+"""`configs/default.py` as data: defaults and new names of settings, for old runs.
+
+Meanings, for `--help`.
+"""
 
 import ast
 import functools
@@ -6,12 +9,17 @@ import importlib.util
 import io
 import itertools
 import os
+import pathlib
+import sys
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-SOURCE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "default.py")
-"""Beside the package in a checkout; the package alone, installed without the scripts, has no defaults."""
+SOURCE = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "default.py")
+"""In a checkout, beside the package.
+
+The package alone, installed without the scripts, has no defaults.
+"""
 
 
 @functools.cache
@@ -30,12 +38,47 @@ def defaults() -> dict[str, Any]:
     return module.get_default().to_dict() if module else {}
 
 
+def new_names() -> dict[str, str]:
+    """Returns {old name: new name} of the settings that earlier releases called otherwise."""
+    module = _module()
+    return module.RENAMED if module else {}
+
+
+def renamed(config: Mapping[str, Any], keep: Container[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """Returns a configuration with current names of settings, and the old names that were in it.
+
+    Args:
+      config: nested settings. If both names of a setting are there, the old one counts: the new one
+        is the default.
+      keep: new names, as "a.b", that count in any case, such as those given on the command line.
+    """
+    current, old_names = dict(config), []
+    for old, new in new_names().items():
+        section, _, key = old.rpartition(".")
+        settings = current.get(section)
+        if isinstance(settings, Mapping) and key in settings:
+            old_names.append(old)
+            current[section] = {name: value for name, value in settings.items() if name != key}
+            if new not in keep:
+                current[section][new.rpartition(".")[2]] = settings[key]
+    return current, old_names
+
+
+@functools.cache
+def announce(old: str) -> None:
+    """Prints the new name of a setting, once a process."""
+    print(f'Setting "{old}" is now called "{new_names()[old]}".', file=sys.stderr)
+
+
 def completed(config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns a configuration with the defaults of the settings that it lacks: it is of a run from before there were any."""
-    base = defaults() if base is None else base
+    """Returns an older run's configuration with current names and defaults for missing settings."""
+    return _merged(renamed(config)[0], defaults() if base is None else base)
+
+
+def _merged(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**base, **config}
     return {
-        name: completed(value, base[name])
+        name: _merged(value, base[name])
         if isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
         else value
         for name, value in merged.items()
@@ -43,24 +86,27 @@ def completed(config: Mapping[str, Any], base: Mapping[str, Any] | None = None) 
 
 
 def meanings() -> dict[str, str]:
-    """Returns {"a.b": comment} of all settings and sections in the order of the source; "" where there is no comment."""
+    """Returns {"a.b": comment} of all settings and sections, in the order of the source.
+
+    "" without a comment.
+    """
     if _module() is None:
         return {}
     with open(SOURCE, encoding="utf-8") as file:
         text = file.read()
     comments = _Comments(text)
     dicts: dict[str, ast.Dict] = {}
-    found: dict[str, str] = {}
+    meaning: dict[str, str] = {}
     for node in sorted(ast.walk(ast.parse(text)), key=lambda node: getattr(node, "lineno", 0)):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target, value = node.targets[0], _dict_in(node.value)
             if isinstance(target, ast.Name) and isinstance(value, ast.Dict):
                 dicts[target.id] = value  # settings that several sections share
             elif isinstance(target, ast.Attribute):
-                found[target.attr] = comments.on(node)
+                meaning[target.attr] = comments.on(node)
                 if value is not None:
-                    found |= dict(_entries(value, f"{target.attr}.", dicts, comments))
-    return found
+                    meaning |= dict(_entries(value, f"{target.attr}.", dicts, comments))
+    return meaning
 
 
 class _Comments:
@@ -68,18 +114,18 @@ class _Comments:
 
     def __init__(self, text: str) -> None:
         tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
-        alone = [not token.line[: token.start[1]].strip() for token in tokens]
-        self._above, self._beside = (
-            {t.start[0]: t.string.lstrip("# ") for t, own in zip(tokens, alone, strict=True) if own is kind}
-            for kind in (True, False)
-        )
+        self._lines: dict[int, str] = {}  # comments that are lines of their own
+        self._trailing: dict[int, str] = {}  # comments behind code
+        for token in tokens:
+            behind_code = bool(token.line[: token.start[1]].strip())
+            (self._trailing if behind_code else self._lines)[token.start[0]] = token.string.lstrip("# ")
 
     def on(self, node: ast.stmt | ast.expr) -> str:
-        """Returns what the lines just above a node and the comment on its first or last line say."""
-        above = itertools.takewhile(lambda line: line in self._above, range(node.lineno - 1, 0, -1))
-        parts = [self._above[line] for line in above][::-1]
-        beside = self._beside.get(node.lineno) or self._beside.get(node.end_lineno or 0)
-        return " ".join([*parts, beside] if beside else parts)
+        """Returns the comment lines above a node, and the comment on its first or last line."""
+        above = itertools.takewhile(lambda line: line in self._lines, range(node.lineno - 1, 0, -1))
+        parts = [self._lines[line] for line in above][::-1]
+        trailing = self._trailing.get(node.lineno) or self._trailing.get(node.end_lineno or 0)
+        return " ".join([*parts, trailing] if trailing else parts)
 
 
 def _dict_in(node: ast.expr) -> ast.expr | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,10 @@ from drep_jax.exporting.fold_batchnorm import find_folds, fold_batchnorm
 from drep_jax.exporting.fold_certificate import certify_folds
 from drep_jax.exporting.onnx_file import export_onnx
 from drep_jax.exporting.stablehlo import export_stablehlo
-from drep_jax.run.setup import Setting, init_options
-from drep_jax.typing import Config, Tree
+from drep_jax.run.backbone import init_options
+from drep_jax.run.run import Run
+from drep_jax.run.setup import Setup
+from drep_jax.typing import Tree
 from drep_jax.weights.formats import formats_of
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -44,6 +46,7 @@ class Output:
       allow_rounding: write even if less than 90 % of the change survives a storage type.
       forms: further files: "same", or names of formats or of `PROGRAMS`.
       init_from: the file of the backbone's weights, if it is no longer where the run read it.
+      init_names: its name table, likewise.
       fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers before them.
     """
 
@@ -52,6 +55,7 @@ class Output:
     allow_rounding: bool = False
     forms: tuple[str, ...] = ()
     init_from: str | None = None
+    init_names: str | None = None
     fold_batchnorm: bool = False
 
     def __post_init__(self) -> None:
@@ -60,19 +64,17 @@ class Output:
             raise ConfigError(f'Unknown storage type "{self.dtype}".{did_you_mean(self.dtype, DTYPES)}')
 
 
-def fuse_and_certify(
-    config: Config, setting: Setting, variables: Tree, denoise: Tree, *, rule: str, steps: int
-) -> tuple[Tree, Certificate]:
+def fuse_and_certify(run: Run, variables: Tree, denoise: Tree, *, rule: str, steps: int) -> tuple[Tree, Certificate]:
     """Returns the fused parameters, rounded once to their own types, and their certificate on real images."""
     params = {"backbone": variables["params"], "denoise": denoise}
-    fused = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps)
-    images = certificate_images(config, setting)
+    fused = fuse_exact(params, run.setup.sites, run.setup.schedule, rule=rule, steps=steps)
+    images = certificate_images(run)
     certificate = certify(
-        setting.backbone,
+        run.setup.backbone,
         variables,
         denoise,
-        setting.sites,
-        setting.schedule,
+        run.setup.sites,
+        run.setup.schedule,
         images,
         rule=rule,
         steps=steps,
@@ -81,18 +83,18 @@ def fuse_and_certify(
     return fused, certificate
 
 
-def certificate_images(config: Config, setting: Setting) -> jax.Array:
+def certificate_images(run: Run) -> jax.Array:
     """Returns the first few test images (training images if there is no test set), normalised."""
-    source = setting.test if setting.test is not None else setting.train
-    count = min(config["evaluate"]["certificate_images"], len(source))
-    return setting.inputs(read(source, np.arange(count)))
+    source = run.setup.test if run.setup.test is not None else run.setup.train
+    count = min(run.config["evaluate"]["certificate_images"], len(source))
+    return run.setup.inputs(read(source, np.arange(count)))
 
 
-def open_original(config: Config, setting: Setting, variables: Tree, output: Output) -> weights.Foreign | None:
+def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:
     """Reads the foreign file that the backbone's weights are from, where an export asks for it; checks all forms asked for.
 
     Args:
-      config, setting: of the run.
+      run: a finished run.
       variables: the run's backbone.
       output: what is to be written.
 
@@ -100,28 +102,44 @@ def open_original(config: Config, setting: Setting, variables: Tree, output: Out
       ConfigError: for an unknown form, or "same" where there is no foreign file.
       CheckpointError: if the file does not hold the run's backbone.
     """
+    if (output.init_from or output.init_names) and not output.forms:
+        option = (
+            "--init_from names the file to write again" if output.init_from else "--init_names names its name table"
+        )
+        raise ConfigError(f"{option}, so it goes with --export only.")
+    options = init_options(run.config)
+    options["names"] = output.init_names or options["names"]
+    table = _table(options["names"]) if output.forms else ()
     for form in output.forms:
         if form != SAME:
-            _check_form(setting, form)
-    path = output.init_from or config["backbone"]["init_from"]
+            _check_form(run.setup, form, table)
+    path = output.init_from or run.config["backbone"]["init_from"]
     foreign = bool(path) and not weights.is_native(path)
-    if output.init_from and not output.forms:
-        raise ConfigError("--init_from names the file to write again, so it goes with --export only.")
     if SAME in output.forms and not foreign:
         raise ConfigError(
             "This run's backbone is from no foreign file, so --export=same has nothing to write again; name a format: "
-            f"{', '.join(_forms(setting))}."
+            f"{', '.join(_forms(run.setup, table))}."
         )
     if not output.forms or not foreign:
         return None
-    found = weights.load_foreign(
-        path, setting.backbone, setting.abstract, fresh=lambda: variables, **init_options(config)
+    original = weights.load_foreign(
+        path, run.setup.backbone, run.setup.abstract, fresh=lambda: variables, **{**options, "names": table}
     )
-    if weights.digest(found.variables) != weights.digest(variables):
+    if weights.digest(original.variables) != weights.digest(variables):
         raise CheckpointError(
             f"The weights in {path} are not the backbone of this run; give the file that it was read from with --init_from."
         )
-    return found
+    return original
+
+
+def _table(where: str) -> tuple[weights.Format, ...]:
+    """Returns the formats of a run's name table."""
+    if not where:
+        return ()
+    try:
+        return weights.read_table(where)
+    except ConfigError as error:
+        raise ConfigError(f"{error} This is the name table of the run's weights: give it with --init_names.") from error
 
 
 def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
@@ -129,19 +147,19 @@ def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
     return output.dtype is not None or (original is not None and original.rounds)
 
 
-def _forms(setting: Setting) -> list[str]:
+def _forms(setup: Setup, table: Sequence[weights.Format]) -> list[str]:
     """Returns the names of all exports that there are for a backbone."""
-    return [SAME, *formats_of(setting.backbone), *PROGRAMS]
+    return [SAME, *formats_of(setup.backbone, table), *PROGRAMS]
 
 
-def _check_form(setting: Setting, form: str) -> None:
-    if form not in _forms(setting):
-        raise ConfigError(f'There is no export "{form}" for this backbone.{did_you_mean(form, _forms(setting))}')
+def _check_form(setup: Setup, form: str, table: Sequence[weights.Format]) -> None:
+    if form not in (forms := _forms(setup, table)):
+        raise ConfigError(f'There is no export "{form}" for this backbone.{did_you_mean(form, forms)}')
 
 
 def write(
     output: Output,
-    setting: Setting,
+    setup: Setup,
     variables: Tree,
     fused: Tree,
     fusion: Mapping[str, Any],
@@ -154,7 +172,7 @@ def write(
 
     Args:
       output: what to write.
-      setting: of the run.
+      setup: of the run.
       variables: the unfused backbone's.
       fused: fused parameters.
       fusion: how they were fused; recorded in the files.
@@ -179,13 +197,13 @@ def write(
         _check_survival(output, original.source.path, variables["params"], exact, kept)
     full = {**variables, "params": exact}
     if output.fold_batchnorm:
-        full = _folded(setting, {**variables, "params": fused}, full, images)
+        full = _folded(setup, {**variables, "params": fused}, full, images)
     everything = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), full, dict(variables))
     if output.dtype is not None:
         everything["params"] = jax.tree_util.tree_map(
             lambda leaf: np.asarray(leaf).astype(output.dtype), full["params"]
         )
-    fusion = {**fusion, "sites": {site.name: [*site.times] for site in setting.sites}}
+    fusion = {**fusion, "sites": {site.name: [*site.times] for site in setup.sites}}
     try:
         os.makedirs(output.directory, exist_ok=True)
     except OSError as error:
@@ -201,18 +219,18 @@ def write(
             print(f"{path}: the file that the backbone came in, with {count} of its tensors replaced.")
         elif form in PROGRAMS:
             path = os.path.join(output.directory, f"fused.{form}")
-            print(f"{path}: {PROGRAMS[form](setting.backbone, everything, setting.images.shape[1:3], path)}")
+            print(f"{path}: {PROGRAMS[form](setup.backbone, everything, setup.images.shape[1:3], path)}")
         else:
             path = os.path.join(output.directory, f"fused_{form}")
-            path = weights.write_new(setting.backbone, everything, form, path, fusion)
+            path = weights.write_new(setup.backbone, everything, form, path, fusion)
         paths.append(path)
     return paths
 
 
-def _folded(setting: Setting, fused: Tree, exact: Tree, images: Any) -> Tree:
+def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
     """Returns exact variables with BatchNorms folded, and prints the certificate of that for those that are rounded."""
-    folds = find_folds(setting.backbone, images)
-    certificate = certify_folds(setting.backbone, fused, folds, images)
+    folds = find_folds(setup.backbone, images)
+    certificate = certify_folds(setup.backbone, fused, folds, images)
     print(certificate)
     if not certificate.passed:
         raise ExportError("Folding BatchNorm changes what the network computes here; nothing was written.")
@@ -226,9 +244,9 @@ def _folded(setting: Setting, fused: Tree, exact: Tree, images: Any) -> Tree:
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
     """Says what share of the change a storage type keeps, and refuses one that keeps less than 90 %."""
     kept = survival(before, exact, stored)
-    print(f"Stored as {where}, {100 * kept.share:.1f} % of the change survives (worst: {kept.worst_layer}).")
-    if kept.share < 0.9 and not output.allow_rounding:
+    print(f"Stored as {where}, {100 * kept.fraction:.1f} % of the change survives (worst: {kept.worst_layer}).")
+    if kept.fraction < 0.9 and not output.allow_rounding:
         raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - kept.share):.0f} % of what fusion changed; the network would be "
+            f"Storing as {where} rounds away {100 * (1 - kept.fraction):.0f} % of what fusion changed; the network would be "
             "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
         )

@@ -7,18 +7,21 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
-import tqdm
 
 from drep_jax import weights
-from drep_jax.core.moments import NEAR, Moments, collect_moments, passes
+from drep_jax.core.moments import SHIFT_IMAGES, Moments, collect_moments, passes
 from drep_jax.core.sites import Site
 from drep_jax.data.collate import read
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.errors import CheckpointError
+from drep_jax.files import whole
 from drep_jax.parallel import devices, processes
-from drep_jax.run.setup import Setting
-from drep_jax.typing import Config, Path, Tree
+from drep_jax.progress import bar
+from drep_jax.run.run import Run
+from drep_jax.run.setup import Setup
+from drep_jax.typing import Path, Tree
 
 MOMENTS = "moments.npz"
 """Name of the file in a run directory."""
@@ -37,9 +40,8 @@ def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens:
     for where, known in moments.items():
         for field in dataclasses.fields(known):
             arrays[f"{'/'.join(where)}:{field.name}"] = np.asarray(getattr(known, field.name))
-    with open(f"{path}.tmp", "wb") as file:
+    with whole(path, "wb") as file:
         np.savez(file, **arrays)
-    os.replace(f"{path}.tmp", path)
 
 
 def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1.0) -> dict[Path, Moments]:
@@ -86,64 +88,72 @@ def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1
     return moments
 
 
-def take_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
-    """Returns the moments of the sites' features over the training images, from the run's own file if it has them."""
-    return moments_of(config, setting, variables, os.path.join(directory, MOMENTS))
+def run_moments(run: Run, variables: Tree) -> dict[Path, Moments]:
+    """Returns the moments of a run's sites over its training images, from its directory if they are there."""
+    return moments_of(run, variables, os.path.join(run.directory, MOMENTS))
 
 
-def saved_moments(config: Config, setting: Setting, variables: Tree, directory: str) -> dict[Path, Moments]:
-    """Returns the moments that a run has kept.
+def kept_moments(run: Run, variables: Tree) -> dict[Path, Moments] | None:
+    """Returns the moments that are in a run's directory; None where nothing has asked for them yet.
 
     Raises:
-      CheckpointError: if there are none, or they are of another backbone, image size, share of the tokens or choice of sites.
+      CheckpointError: if they are of another backbone, image size, fraction of the tokens or choice of sites.
     """
-    path, tokens = os.path.join(directory, MOMENTS), config["denoise"]["moment_tokens"]
-    owner = owner_of(setting, variables)
-    return processes.from_primary(lambda: load_moments(path, setting.sites, owner, tokens))
+    path, tokens = os.path.join(run.directory, MOMENTS), run.config["denoise"]["moment_tokens"]
+    owner = owner_of(run.setup, variables)
+
+    def load() -> dict[Path, Moments] | None:
+        return load_moments(path, run.setup.sites, owner, tokens) if os.path.exists(path) else None
+
+    return processes.from_primary(load)
 
 
-def moment_images(config: Config, setting: Setting) -> int:
+def moment_images(run: Run) -> int:
     """Returns how many images moments are taken of."""
-    return min(config["denoise"]["moment_images"] or len(setting.train), len(setting.train))
+    count = len(run.setup.train)
+    return min(run.config["denoise"]["moment_images"] or count, count)
 
 
 def moments_of(
-    config: Config, setting: Setting, variables: Tree, path: str, sites: Sequence[Site] | None = None
+    run: Run, variables: Tree, path: str, sites: Sequence[Site] | None = None, backbone: nn.Module | None = None
 ) -> dict[Path, Moments]:
-    """Returns the moments of a backbone's features over the training images, from a file of the run if they are there.
+    """Returns the moments of a backbone's features over the training images, from a file if they are there.
 
     Args:
-      config, setting: of the run.
-      variables: the backbone.
-      path: of the file.
+      run: whose images.
+      variables: the backbone's.
+      path: of the file, from which they are read, or to which they are written.
       sites: where; None for the run's own.
+      backbone: the module; None for the run's own.
     """
-    sites = setting.sites if sites is None else tuple(sites)
+    config, setup = run.config, run.setup
+    sites = setup.sites if sites is None else tuple(sites)
     tokens = config["denoise"]["moment_tokens"]
-    owner = owner_of(setting, variables)
+    owner = owner_of(setup, variables)
     kept = processes.from_primary(lambda: load_moments(path, sites, owner, tokens) if os.path.exists(path) else None)
     if kept is not None:
         return kept
     batch = config["denoise"]["batch_size"]
-    count = -(-moment_images(config, setting) // batch)
-    near = setting.inputs(read(setting.train, np.arange(min(NEAR, len(setting.train)))))
+    count = -(-moment_images(run) // batch)
+    shift_images = setup.inputs(read(setup.train, np.arange(min(SHIFT_IMAGES, len(setup.train)))))
     limit = config["denoise"]["moment_gib"] * 2**30
     groups = passes(sites, limit) if limit else [sites]
     moments: dict[Path, Moments] = {}
     for number, group in enumerate(groups):
-        first = itertools.islice(evaluation_batches(setting.train, batch, shard=devices.host()), count)
+        first = itertools.islice(evaluation_batches(setup.train, batch, shard=devices.host()), count)
         name = "moments" if len(groups) == 1 else f"moments, pass {number + 1} of {len(groups)}"
-        bar = tqdm.tqdm(first, name, count, unit="batch", disable=not config["progress"])
-        batches = ((setting.inputs(b), b["mask"].astype(np.float32)) for b in bar)
+        steps = bar(first, name, count, "batch", shown=config["progress"])
+        batches = ((setup.inputs(b), b["mask"].astype(np.float32)) for b in steps)
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
         sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
-        moments |= collect_moments(setting.backbone, variables, group, batches, near=near, **sampling)
+        module = setup.backbone if backbone is None else backbone
+        moments |= collect_moments(module, variables, group, batches, shift_images=shift_images, **sampling)
     if processes.primary():
         save_moments(path, moments, owner, tokens)
     return moments
 
 
-def owner_of(setting: Setting, variables: Tree) -> str:
-    """Names whose features moments describe: a convolutional backbone alone does not tell the image size."""
-    height, width = setting.images.shape[1:3]
+def owner_of(setup: Setup, variables: Tree) -> str:
+    """Returns whose features moments describe: a convolutional backbone alone does not tell the image size."""
+    height, width = setup.images.shape[1:3]
     return f"{weights.digest(variables)} {height}x{width}"

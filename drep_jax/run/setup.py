@@ -1,8 +1,8 @@
-"""Builds model, images and sites from a configuration: besides the scripts, the only module that reads one."""
+"""What a run works on, from its configuration: images, backbone, sites, schedule and task."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,20 +20,19 @@ from drep_jax.data.loader import normalize
 from drep_jax.data.metadata import table_of
 from drep_jax.data.source import image_size_of
 from drep_jax.errors import ConfigError
-from drep_jax.models import create_model
-from drep_jax.tasks import Retrieval, Task, make_task
-from drep_jax.typing import Tree
+from drep_jax.models import abstract_variables, create_model, output_shape, takes_classes
+from drep_jax.tasks import Task, make_task
+from drep_jax.typing import Config, Tree
 
 FEATURES = -1
 """The `model.num_classes` of a backbone without a head."""
-
 
 GALLERY = 2000
 """The `evaluate.gallery` of configurations that have none."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Setup:
     """What a run works on.
 
     Attributes:
@@ -44,13 +43,13 @@ class Setting:
       covered: how much of the backbone they cover.
       train: images to learn from.
       held_out: images to choose on, of the split "validation".
-      test: labelled images to evaluate on, or None.
+      test: labeled images to evaluate on, or None.
       features: whether the backbone has no head: it gives features, not logits.
-      mean, std: normalisation of the images, on the scale 0 to 1.
-      others: labelled sources, merged with the first, that are evaluated by nearest neighbours of their features.
-      headless: the backbone without its head, which gives those.
+      mean, std: normalization of the images, on the scale 0 to 1.
+      others: labeled sources, merged with the first, that are evaluated by themselves.
+      headless: the backbone without its head.
       task: what outputs and labels mean.
-      side: columns of the images that the backbone is told, with how many values each has; see `inputs`.
+      side: columns of the images that the backbone is given, with their cardinalities; see `inputs`.
     """
 
     backbone: nn.Module
@@ -84,8 +83,8 @@ class Setting:
     def inputs(self, batch: Mapping[str, Any]) -> jax.Array:
         """Returns images as the backbone gets them, float32 (batch, height, width, channels).
 
-        They are normalised; where the backbone is told more than the image, a fourth channel holds the number of that, the
-        same at every pixel: view + views · camera.
+        They are normalized; where the backbone is given side information, a fourth channel holds its number, the same at
+        every pixel: with columns a and b, a · (cardinality of b) + b.
 
         Args:
           batch: "image", from 0 to 255, and the columns of `side`; one that is missing counts as 0.
@@ -99,15 +98,29 @@ class Setting:
         plane = jnp.broadcast_to(number[:, None, None, None], (*images.shape[:3], 1))
         return jnp.concatenate([images, plane], axis=-1)
 
+    def without_head(self) -> "Setup":
+        """Returns the same with features in the place of outputs."""
+        return dataclasses.replace(self, backbone=self.headless, task=self.task.without_head())
 
-def build(config: Mapping[str, Any]) -> Setting:
+    def respaced(self, *, steps: int, time_scale: float, beta_end: float | None = None) -> "Setup":
+        """Returns the same with other time steps; denoisers learned at the old ones do not belong to it.
+
+        Args:
+          steps, time_scale: see `drep_jax.core.sites.assign_times`.
+          beta_end: other end of the noise schedule; None for the same.
+        """
+        schedule = self.schedule if beta_end is None else dataclasses.replace(self.schedule, beta_end=beta_end)
+        sites = assign_times(self.sites, timesteps=schedule.timesteps, steps=steps, time_scale=time_scale)
+        return dataclasses.replace(self, schedule=schedule, sites=sites)
+
+
+def build(config: Config) -> Setup:
     """Opens the images, makes the backbone and finds its sites.
 
     Raises:
       DrepError: its subclasses name the setting that cannot be used.
     """
     data, denoise = config["data"], config["denoise"]
-    size = tuple(data["image_size"])
     schedule = Schedule(**config["schedule"])
     reverse_steps(schedule, schedule.timesteps, 1, denoise["rule"])  # an unknown rule is refused before any work
     if denoise["rule"] == "affine":
@@ -115,121 +128,125 @@ def build(config: Mapping[str, Any]) -> Setting:
             f'denoise.rule "affine" is for maps given directly; choose among {sorted(RULES.keys() - {"affine"})}.'
         )
     task = make_task(config)
-    augmentation = augmentation_of(data)
-    for stage in ("backbone", "control"):
-        if config[stage]["steps"]:
-            augmentation.check_batch(config[stage]["batch_size"], f"{stage}.batch_size")
+    _check_augmentation(config, task)
     features = config["model"].get("num_classes") == FEATURES
     gallery = config["evaluate"].get("gallery", GALLERY)
-    found = open_images(
-        data, head=not features, gallery=gallery, seed=config["seed"], retrieval=isinstance(task, Retrieval)
+    images = open_images(
+        data,
+        head=not features,
+        gallery=gallery,
+        seed=config["seed"],
+        test_needs_head=task.test_needs_head,
+        check_test=task.check_test,
     )
-    if isinstance(task, Retrieval):
-        check_noisy(task, found)
-    classes = 0 if features else int(config["model"].get("num_classes") or found.num_classes or 0)
-    if not classes and not features:
-        raise ConfigError(
-            "The images are unlabelled, so say how many classes the backbone has: --config.model.num_classes=…, or "
-            f"{FEATURES} if it has no head and gives features."
-        )
-    # Rankings need no class of an image; stages that do are checked for it, see `drep_jax.jobs.checks.check_retrieval`.
-    if found.num_classes and not features and found.num_classes > classes and not isinstance(task, Retrieval):
-        raise ConfigError(f"model.num_classes={classes}, but {data['source']} has {found.num_classes} classes.")
-    overrides = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
-    side = side_of(task.side, found) if isinstance(task, Retrieval) else ()
-    if side:
-        overrides = {"side_info": math.prod(count for _, count in side), **overrides}
-    backbone, headless = (
-        create_model(config["model"]["name"], num_classes=number, image_size=size, **overrides)
-        for number in (classes, 0)
-    )
-    images = jax.ShapeDtypeStruct((1, *size, 4 if side else 3), jnp.float32)
-    abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
-    chosen = select_sites(
-        find_layers(backbone, images), config["sites"]["pattern"] or None, kind=config["sites"]["kind"]
-    )
-    sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"])
-    if denoise["rank"] < 0:
-        raise ConfigError(f"denoise.rank={denoise['rank']} must be 0, for full matrices, or more.")
-    sites = with_rank(sites, denoise["rank"])
-    return Setting(
+    side = _side_information(task, images)
+    backbone, headless = _backbones(config, images, task, side)
+    one_image = jax.ShapeDtypeStruct((1, *data["image_size"], 4 if side else 3), jnp.float32)
+    abstract = abstract_variables(backbone, one_image)
+    if not features and not takes_classes(config["model"]["name"]):
+        _check_outputs(config, output_shape(backbone, abstract, one_image)[-1], images, task)
+    sites = _sites(config, backbone, one_image, schedule)
+    return Setup(
         backbone=backbone,
         abstract=abstract,
         schedule=schedule,
         sites=sites,
         covered=coverage(sites, abstract["params"]),
-        train=found.train,
-        held_out=found.held_out,
-        test=found.test,
+        train=images.train,
+        held_out=images.held_out,
+        test=images.test,
         features=features,
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
-        others=found.others,
+        others=images.others,
         headless=headless,
         task=task,
         side=side,
     )
 
 
-def check_noisy(task: Retrieval, found: Images) -> None:
-    """Refuses to corrupt queries or gallery alone where an image is both, of which there is one feature.
+def _check_augmentation(config: Config, task: Task) -> None:
+    augmentation = augmentation_of(config["data"])
+    for stage in ("backbone", "control"):
+        if config[stage]["steps"]:
+            augmentation.check_batch(config[stage]["batch_size"], f"{stage}.batch_size")
+    if augmentation.mixes and not task.mixes:
+        raise ConfigError(f"data.mixup and data.cutmix mix labels, which task {task.name} cannot use; set both to 0.")
+
+
+def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, schedule: Schedule) -> tuple[Site, ...]:
+    options, denoise = config["sites"], config["denoise"]
+    chosen = select_sites(find_layers(backbone, images), options["pattern"] or None, kind=options["kind"])
+    sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"])
+    if denoise["rank"] < 0:
+        raise ConfigError(f"denoise.rank={denoise['rank']} must be 0, for full matrices, or more.")
+    return with_rank(sites, denoise["rank"])
+
+
+def _backbones(
+    config: Config, images: Images, task: Task, side: tuple[tuple[str, int], ...]
+) -> tuple[nn.Module, nn.Module]:
+    """Returns the backbone, with a head for the classes of the images, and the same without."""
+    given = config["model"].get("num_classes")
+    fixed = not takes_classes(config["model"]["name"])  # its own output says how many
+    classes = 0 if given == FEATURES else int(given or images.num_classes or 0)
+    if not classes and given != FEATURES and not fixed:
+        raise ConfigError(
+            "The images are unlabeled, so say how many classes the backbone has: --config.model.num_classes=…, or "
+            f"{FEATURES} if it has no head and gives features."
+        )
+    # What is scored without a head needs no class of an image; stages that do are checked by the task.
+    if given != FEATURES and not fixed and task.test_needs_head and (images.num_classes or 0) > classes:
+        raise ConfigError(
+            f"model.num_classes={classes}, but {config['data']['source']} has {images.num_classes} classes."
+        )
+    options = {name: value for name, value in config["model"].items() if name not in ("name", "num_classes")}
+    if side:
+        options = {"side_info": math.prod(count for _, count in side), **options}
+    size = tuple(config["data"]["image_size"])
+    backbone, headless = (
+        create_model(config["model"]["name"], num_classes=number, image_size=size, **options) for number in (classes, 0)
+    )
+    return backbone, headless
+
+
+def _check_outputs(config: Config, outputs: int, images: Images, task: Task) -> None:
+    """Refuses images of more classes than a backbone without a field `num_classes` has outputs.
 
     Raises:
-      ConfigError: naming the source.
+      ConfigError: naming both numbers.
     """
-    if task.noisy == "both":
-        return
-    for source in (found.test, *(other.test for other in found.others)):
-        if source is not None and (count := int(np.sum(table_of(source)["query"] & table_of(source)["gallery"]))):
-            raise ConfigError(
-                f'retrieval.noisy="{task.noisy}", but {count} of the {len(source)} test images of {source.name} are both '
-                'queries and in the gallery. Take "both".'
-            )
+    name, given = config["model"]["name"], config["model"].get("num_classes")
+    if given and given != outputs:
+        raise ConfigError(
+            f"{name} has {outputs} outputs and no field num_classes, so model.num_classes={given} cannot be."
+        )
+    if images.num_classes and images.num_classes > outputs and task.test_needs_head:
+        raise ConfigError(
+            f"{name} has {outputs} outputs, but {config['data']['source']} has {images.num_classes} classes. If the outputs "
+            "are features and no logits, set --config.model.num_classes=-1."
+        )
 
 
-def side_of(names: Sequence[str], found: Images) -> tuple[tuple[str, int], ...]:
-    """Returns the columns that the backbone is told, with how many values each has in the data set.
+def _side_information(task: Task, images: Images) -> tuple[tuple[str, int], ...]:
+    """Returns the side-information columns and their cardinalities.
 
     Raises:
       ConfigError: for images that have no such column.
     """
     result = []
-    for name in names:
+    for name in task.side_columns:
         counts = []
-        for source in (found.train, found.held_out, found.test):
+        for source in (images.train, images.held_out, images.test):
             if source is None or not len(source):
                 continue
             column = table_of(source).get(name)
             if column is None or np.min(column) < 0:
                 raise ConfigError(
-                    f'retrieval.side names "{name}", which {source.name} does not tell of every image. '
+                    f'{task.name}.side names "{name}", which {source.name} does not give for every image. '
                     "Leave it out, or give it (veri:DIR?views=known leaves out the images without)."
                 )
             counts.append(int(np.max(column)) + 1)
             counts.append(int(getattr(source, f"{name}s", 0)))  # of the whole data set, if that is known
         result.append((name, max(counts)))
     return tuple(result)
-
-
-def init_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns how a foreign file of weights is to be read; see `drep_jax.weights.load_foreign`."""
-    backbone = config["backbone"]
-    return {
-        "format_name": backbone["init_format"],
-        "state": backbone["init_state"] or None,
-        "allow": tuple(backbone["init_allow"]),
-        "grid": tuple(backbone["init_grid"]) or None,
-    }
-
-
-def respaced(setting: Setting, *, steps: int, time_scale: float, beta_end: float | None = None) -> Setting:
-    """Returns the setting with other time steps; denoisers learned at the old ones do not belong to it.
-
-    Args:
-      setting: as built.
-      steps, time_scale: see `drep_jax.core.sites.assign_times`.
-      beta_end: other end of the noise schedule; None for the same.
-    """
-    schedule = setting.schedule if beta_end is None else dataclasses.replace(setting.schedule, beta_end=beta_end)
-    sites = assign_times(setting.sites, timesteps=schedule.timesteps, steps=steps, time_scale=time_scale)
-    return dataclasses.replace(setting, schedule=schedule, sites=sites)

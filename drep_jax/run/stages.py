@@ -1,116 +1,135 @@
-"""A training stage from its configuration: state, optimiser, batches, checkpoints."""
+"""The training stages of a run, as rows of a table, and how each is prepared and run from the configuration."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import optax
 
 from drep_jax.core.denoisers import init_denoise
-from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
-from drep_jax.data.loader import Order, training_batches
-from drep_jax.data.metadata import table_of
-from drep_jax.data.reid.sampler import epoch_length, identity_order
+from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
 from drep_jax.parallel import devices, processes
-from drep_jax.run.setup import Setting
+from drep_jax.run.run import Run
 from drep_jax.training.checkpoint import folder_of, open_checkpoints
-from drep_jax.training.logging import MetricWriter
 from drep_jax.training.loop import run_stage
 from drep_jax.training.profile import parse_profile
-from drep_jax.training.state import beside_of, create_state, held, make_optimizer, make_step, partitioned, split
+from drep_jax.training.state import (
+    create_state,
+    extra_params,
+    frozen_state,
+    make_optimizer,
+    make_step,
+    partitioned,
+    split,
+)
 from drep_jax.typing import Config, Tree
 
 
-def split_variables(variables: Tree) -> tuple[Tree, Tree]:
-    """Returns a backbone's parameters and its other collections."""
-    return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a run; each keeps its checkpoints in `checkpoints/<name>` and draws from a key of its own.
+
+    Attributes:
+      name: of the stage, or of a learner that solves instead of training.
+      section: of its settings.
+      trains: names of the subtrees that it trains. What a task trains beside them is trained in every labeled stage.
+      labeled: whether it sees labels.
+      stream: which order of the images it sees; all that train with labels beside the control arm see its images.
+      steps_setting: section and name of the number of its optimizer steps; None of what solves.
+      batch_section: the section that holds its batch size; whole backbones are trained on batches of the control arm's.
+    """
+
+    name: str
+    section: str
+    trains: tuple[str, ...]
+    labeled: bool
+    stream: int
+    steps_setting: tuple[str, str] | None
+    batch_section: str
+
+    def steps(self, config: Config) -> int:
+        """Returns its optimizer steps; 0 of what solves."""
+        if self.steps_setting is None:
+            return 0
+        section, name = self.steps_setting
+        return config[section][name]
+
+    def batch_size(self, config: Config) -> int:
+        """Returns its images a step, over all devices."""
+        return config[self.batch_section]["batch_size"]
+
+    @property
+    def in_phases(self) -> bool:
+        """Whether it trains several subtrees in turn (appendix A)."""
+        return len(self.trains) > 1
 
 
-def starting(config: Config, setting: Setting, stage: str, variables: Tree) -> tuple[Tree, Tree]:
-    """Returns what a stage or learner starts from: {subtree: parameters}, and the backbone's other collections."""
-    backbone, others = split_variables(variables)
-    params = {"backbone": backbone}
-    if TRAINED.get(stage) != ("backbone",):
-        params["denoise"] = init_denoise(setting.sites)
-    if stage in LABELLED_STAGES:
-        key = key_of(config, "beside")
-        params |= setting.task.start(setting.backbone, setting.abstract, setting.images, key)
-    return params, others
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("backbone", "backbone", ("backbone",), True, 0, ("backbone", "steps"), "backbone"),
+        Stage("control", "control", ("backbone",), True, 1, ("control", "steps"), "control"),
+        Stage("algorithm1", "denoise", ("denoise",), False, 2, ("denoise", "train_steps"), "denoise"),
+        Stage("label_augmented", "denoise", ("denoise",), True, 1, ("denoise", "train_steps"), "denoise"),
+        Stage("alternating", "denoise", ("denoise", "backbone"), True, 1, ("alternate", "steps"), "control"),
+    )
+}
+
+KEYS = {
+    "init": 0,
+    "backbone": 1,
+    "control": 2,
+    "algorithm1": 3,
+    "placebo": 4,
+    "noise": 5,
+    "closed_form": 6,
+    "wiener": 7,
+    "measured": 8,
+    "label_augmented": 9,
+    "alternating": 10,
+    "continued": 11,
+    "extra": 12,
+}
+"""What random keys are drawn for, each with the number that is folded into the seed; a number is never given twice."""
 
 
-STAGES = ("backbone", "control", "algorithm1", "label_augmented", "alternating")
-"""Training stages; each keeps its checkpoints in `checkpoints/<stage>` and draws from a key of its own."""
-
-
-TRAINED = {"backbone": ("backbone",), "control": ("backbone",), "alternating": ("denoise", "backbone")}
-"""Names of the subtrees that a stage trains; the denoisers alone in those that are not listed. What a task trains beside
-them, such as centres, is trained in every labelled stage."""
-
-
-LABELLED_STAGES = ("backbone", "control", "label_augmented", "alternating")
-"""Stages that see labels."""
-
-
-PURPOSES = (
-    *("init", "backbone", "control", "algorithm1", "placebo", "noise", "closed_form", "wiener", "measured"),
-    *("label_augmented", "alternating", "continued", "beside"),
-)
-"""What random keys are drawn for; the place in the list decides the key, so new ones come last."""
-
-
-STREAMS = {"backbone": 0, "control": 1, "algorithm1": 2, "label_augmented": 1, "alternating": 1}
-"""Which order of the images a stage sees; all that train with labels beside the control arm see its images."""
-
-
-def section_of(stage: str) -> str:
-    """Returns the name of the settings of a stage; every learner of denoisers has those of `denoise`."""
-    return stage if stage in ("backbone", "control") else "denoise"
-
-
-def training_steps(config: Config, stage: str) -> int:
-    """Returns the optimiser steps of a stage; 0 for learners that solve instead of training."""
-    if stage in ("backbone", "control"):
-        return config[stage]["steps"]
-    if stage == "alternating":
-        return config["alternate"]["steps"]
-    return config["denoise"]["train_steps"] if stage in ("algorithm1", "label_augmented") else 0
-
-
-def batch_size_of(config: Config, stage: str) -> int:
-    """Returns the images a step of a stage; whole backbones are trained on batches of the control arm's size."""
-    return config["control" if stage == "alternating" else section_of(stage)]["batch_size"]
+def stage_of(name: str) -> Stage:
+    """Returns the stage of that name, or for a learner that solves the stage that its result is stored as."""
+    return STAGES.get(name) or Stage(name, "denoise", ("denoise",), False, 0, None, "denoise")
 
 
 def key_of(config: Config, purpose: str) -> jax.Array:
     """Returns the random key of a purpose."""
-    return jax.random.fold_in(jax.random.key(config["seed"]), PURPOSES.index(purpose))
+    return jax.random.fold_in(jax.random.key(config["seed"]), KEYS[purpose])
 
 
-def turn(config: Config, number: int) -> str:
+def phase_of(config: Config, number: int) -> str:
     """Returns which subtree step `number` (the first is 1) of alternating fine-tuning trains (appendix A)."""
     order = config["alternate"]["order"]
     return order[(number - 1) // config["alternate"]["period"] % len(order)]
 
 
-def optimizer_of(config: Config, stage: str) -> Any:
-    """Returns a stage's optimiser; of the alternating stage {subtree: optimiser}, each with its own number of steps.
+def optimizer_of(config: Config, name: str) -> Any:
+    """Returns a stage's optimizer; of a stage in phases {subtree: optimizer}, each with its own number of steps.
 
     Raises:
       ConfigError: naming the stage.
     """
-    steps, divided = training_steps(config, stage), config[section_of(stage)]["divide_optimizer"]
-    if stage != "alternating":
-        return _optimizer(config[section_of(stage)], section_of(stage), steps, divided)
-    turns = [turn(config, number) for number in range(1, steps + 1)]
+    stage = stage_of(name)
+    steps, sharded = stage.steps(config), config[stage.section]["divide_optimizer"]
+    if not stage.in_phases:
+        return _optimizer(config[stage.section], stage.section, steps, sharded)
+    phases = [phase_of(config, number) for number in range(1, steps + 1)]
     sections = {"denoise": "denoise", "backbone": "control"}
     return {
-        name: _optimizer(config[section], section, turns.count(name), divided) for name, section in sections.items()
+        subtree: _optimizer(config[section], section, phases.count(subtree), sharded)
+        for subtree, section in sections.items()
     }
 
 
-def _optimizer(options: Config, section: str, steps: int, divided: bool) -> Any:
+def _optimizer(options: Config, section: str, steps: int, sharded: bool) -> Any:
     try:
         return make_optimizer(
             options["optimizer"],
@@ -119,94 +138,85 @@ def _optimizer(options: Config, section: str, steps: int, divided: bool) -> Any:
             warmup=options["warmup"] if steps else 0,
             weight_decay=options["weight_decay"],
             clip=options["clip"],
-            divided=divided,
+            sharded=sharded,
         )
     except ConfigError as error:
         raise ConfigError(f"{section}: {error}") from error
 
 
-def prepare(config: Config, stage: str, params: Tree, others: Tree) -> Any:
-    """Returns the state before a stage's first step, its frozen parameters and its steps by the subtrees they train.
+def split_variables(variables: Tree) -> tuple[Tree, Tree]:
+    """Returns a backbone's parameters and its other collections."""
+    return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+
+
+def starting(run: Run, name: str, variables: Tree) -> tuple[Tree, Tree]:
+    """Returns what a stage or learner starts from: {subtree: parameters}, and the backbone's other collections."""
+    stage, setup = stage_of(name), run.setup
+    backbone, others = split_variables(variables)
+    params = {"backbone": backbone}
+    if stage.trains != ("backbone",):
+        params["denoise"] = init_denoise(setup.sites)
+    if stage.labeled:
+        key = key_of(run.config, "extra")
+        params |= setup.task.extra_params(setup.backbone, setup.abstract, setup.images, key)
+    return params, others
+
+
+def prepare(run: Run, name: str, params: Tree, others: Tree) -> Any:
+    """Returns the state before a stage's first step, its frozen parameters and its optimizers by the subtrees they train.
 
     Args:
-      config: of the run.
-      stage: its name, or that of a learner that solves.
+      run: with its configuration and task.
+      name: of the stage, or of a learner that solves.
       params: {"backbone": tree}, or with "denoise" beside it, and what the task trains beside them.
       others: other variable collections of the backbone.
 
     Returns:
-      (state, frozen, {active subtrees: optimiser}).
+      (state, frozen, {active subtrees: optimizer}).
     """
-    beside = {name: _plain_descent(config) for name in beside_of(params)}
-    trainable = (*TRAINED.get(stage, ("denoise",)), *beside)
-    chosen, frozen = split(params, trainable)
-    optimizer = optimizer_of(config, stage)
+    config, stage = run.config, stage_of(name)
+    optimizers = run.setup.task.extra_optimizers()
+    extra = {subtree: optimizers[subtree] for subtree in extra_params(params)}
+    trainable = (*stage.trains, *extra)
+    trained, frozen = split(params, trainable)
+    optimizer = optimizer_of(config, name)
     averaged = ("denoise",) if "denoise" in trainable and config["denoise"]["ema"] else ()
-    key = key_of(config, stage)
-    if stage != "alternating":
-        own = {name: optimizer for name in trainable if name not in beside} | beside
-        tx = partitioned(own if beside else optimizer, trainable)
-        return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, {trainable: tx}
-    by_turn: dict[tuple[str, ...], Any] = {
-        (name, *beside): partitioned(
-            {n: tx if n == name else held(tx) for n, tx in optimizer.items()} | beside, trainable
+    key = key_of(config, name)
+    if not stage.in_phases:
+        each = {subtree: optimizer for subtree in stage.trains} | extra
+        tx = partitioned(each if extra else optimizer, trainable)
+        return create_state(trained, others, tx, frozen, key, averaged=averaged), frozen, {trainable: tx}
+    by_phase: dict[tuple[str, ...], Any] = {
+        (subtree, *extra): partitioned(
+            {other: tx if other == subtree else frozen_state(tx) for other, tx in optimizer.items()} | extra, trainable
         )
-        for name in optimizer
+        for subtree in optimizer
     }
-    tx = by_turn[(trainable[0], *beside)]
-    return create_state(chosen, others, tx, frozen, key, averaged=averaged), frozen, by_turn
-
-
-def _plain_descent(config: Config) -> optax.GradientTransformation:
-    """Returns the optimiser of centres, whose rate does not depend on the weight of their loss."""
-    options = config["retrieval"]
-    return optax.chain(optax.scale(1.0 / options["centre_weight"]), optax.sgd(options["centre_rate"]))
-
-
-def order_of(config: Config, source: Source, stage: str, seed: int) -> Order | None:
-    """Returns the order in which a stage sees the images: for retrieval with labels, P identities of K images a batch.
-
-    Raises:
-      DrepError: its subclasses say which images make no such batches.
-    """
-    options = config["retrieval"]
-    if config["task"] != "retrieval" or stage not in LABELLED_STAGES or not options["instances"]:
-        return None
-    labels = table_of(source)["label"]
-    block = options["identities"], options["instances"]
-    how: dict[str, Any] = {"lonely": options["lonely"], "names": source.class_names}
-    length = epoch_length(labels, *block, **how)
-    return Order(length, lambda epoch: identity_order(labels, *block, seed, epoch, **how))
+    tx = by_phase[(trainable[0], *extra)]
+    return create_state(trained, others, tx, frozen, key, averaged=averaged), frozen, by_phase
 
 
 def run_training(
-    config: Config,
-    source: Source,
-    stage: str,
-    params: Tree,
-    others: Tree,
-    loss_fn: Any,
-    directory: str,
-    writer: MetricWriter,
-    probe: Any = None,
-) -> Any:
+    run: Run, name: str, params: Tree, others: Tree, loss_fn: Any, log_extra: Any = None
+) -> tuple[Any, float]:
     """Runs or resumes a stage; returns its final state and the seconds it took.
 
-    `loss_fn` is as `make_step` takes it; of the alternating stage {subtree: loss_fn}.
+    `loss_fn` is as `make_step` takes it; of a stage in phases {subtree: loss_fn}.
     """
-    options = config[section_of(stage)]
-    state, frozen, optimizers = prepare(config, stage, params, others)
-    seed = config["seed"] * 3 + STREAMS[stage]
-    augmentation = augmentation_of(config["data"], labelled=stage != "algorithm1")
-    order = order_of(config, source, stage, seed)
+    config, stage, source = run.config, stage_of(name), run.setup.train
+    options = config[stage.section]
+    state, frozen, optimizers = prepare(run, name, params, others)
+    seed = config["seed"] * 3 + stage.stream
+    augmentation = augmentation_of(config["data"], labelled=stage.labeled)
+    order = run.setup.task.order(source, seed) if stage.labeled else None
+    columns = run.setup.task.columns if stage.labeled else ()
 
     def batches(start: int) -> Iterator[dict[str, Any]]:
-        size, host = batch_size_of(config, stage), devices.host()
-        return training_batches(
-            source, size, seed=seed, start_step=start, augmentation=augmentation, shard=host, order=order
-        )
+        size, host = stage.batch_size(config), devices.host()
+        options: dict[str, Any] = {"augmentation": augmentation, "shard": host, "order": order, "columns": columns}
+        return training_batches(source, size, seed=seed, start_step=start, **options)
 
-    divided = options["divide_optimizer"]
+    sharded = options["divide_optimizer"]
     steps = {
         active: make_step(
             loss_fn[active[0]] if isinstance(loss_fn, Mapping) else loss_fn,
@@ -214,29 +224,29 @@ def run_training(
             active=active,
             accumulate=options["accumulate"],
             ema=config["denoise"]["ema"],
-            divided=divided,
+            sharded=sharded,
         )
         for active, tx in optimizers.items()
     }
-    by_name = {active[0]: step for active, step in steps.items()}
+    by_subtree = {active[0]: step for active, step in steps.items()}
     only = next(iter(steps.values()))
-    checkpointer = open_checkpoints(folder_of(directory, stage))
+    checkpointer = open_checkpoints(folder_of(run.directory, name))
     try:
         return run_stage(
-            stage,
+            name,
             state,
             frozen,
-            (lambda number: by_name[turn(config, number)]) if stage == "alternating" else (lambda number: only),
+            (lambda number: by_subtree[phase_of(config, number)]) if stage.in_phases else (lambda number: only),
             batches,
-            steps=training_steps(config, stage),
+            steps=stage.steps(config),
             checkpointer=checkpointer,
-            writer=writer,
+            writer=run.writer,
             log_every=config["log_every"],
             checkpoint_every=config["checkpoint_every"],
             progress=config["progress"],
-            probe=probe,
-            divided=divided,
-            profile=parse_profile(config["profile"], directory) if processes.primary() else None,
+            log_extra=log_extra,
+            sharded=sharded,
+            profile=parse_profile(config["profile"], run.directory) if processes.primary() else None,
         )
     finally:
         checkpointer.close()

@@ -1,26 +1,28 @@
-"""Tasks: what a backbone's outputs and a label mean. Another one is a file here and a line in `TASKS`."""
+"""Tasks: what labels and outputs mean, one file a task. Another is a file here, a line in `TASKS`, and its metrics."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from drep_jax.errors import lookup
-from drep_jax.tasks.classification import Classification
-from drep_jax.tasks.retrieval import Retrieval, make_retrieval
+from drep_jax.tasks.base import Exhibit, Items, StagePlan, Task
+from drep_jax.tasks.classification import make_classification
+from drep_jax.tasks.retrieval import make_retrieval
+from drep_jax.typing import Config
 
-__all__ = ["TASKS", "Classification", "Retrieval", "Task", "make_task"]
+__all__ = ["DEFAULT", "TASKS", "Exhibit", "Items", "StagePlan", "Task", "make_task"]
 
-Task = Classification | Retrieval
-
-TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
-    "classification": lambda config: Classification(),
+TASKS: dict[str, Callable[[Config], Task]] = {
+    "classification": make_classification,
     "retrieval": make_retrieval,
 }
 
+DEFAULT = "classification"
+"""The task of configurations that name none, and of dry runs, where labels make no difference."""
 
-def make_task(config: Mapping[str, Any]) -> Task:
+
+def make_task(config: Config) -> Task:
     """Returns the task that a configuration asks for.
 
     Raises:
       ConfigError: for an unknown task, or settings of it that cannot be.
     """
-    return lookup(TASKS, config.get("task", "classification"), "task")(config)
+    return lookup(TASKS, config.get("task", DEFAULT), "task")(config)

@@ -1,60 +1,127 @@
-"""Image classification: cross-entropy, acc@1 and acc@5."""
+"""Image classification: cross-entropy, acc@1 and acc@5; without a head, which image a feature is nearest to."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float
+import numpy as np
 
-from drep_jax.typing import Tree
+from drep_jax.metrics import classification
+from drep_jax.metrics.nearest import nearest
+from drep_jax.metrics.pictures import small
+from drep_jax.metrics.reducers import Metric
+from drep_jax.tasks.base import Exhibit, Items, Task
+from drep_jax.tasks.losses import cross_entropy
+from drep_jax.typing import Config, Tree
+
+SHOWN = 8
+"""Test images that a report shows."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
-    """A backbone gives logits."""
+class Classification(Task):
+    """A backbone gives logits.
 
-    def start(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
-        """Returns what is trained beside the backbone, {name: tree}: nothing."""
-        del backbone, abstract, images, key
-        return {}
-
-    def outputs(self, backbone: nn.Module, variables: Tree, images: Any, **how: Any) -> Any:
-        """Returns the logits, and with `mutable` among the arguments the changed collections."""
-        return backbone.apply(variables, images, **how)
-
-    def loss(
-        self, logits: Any, batch: Mapping[str, Any], smoothing: float, beside: Mapping[str, Tree]
-    ) -> tuple[Any, dict[str, Any]]:
-        """Returns the mean loss of this device's images and what is to be logged.
-
-        Args:
-          logits: (batch, classes).
-          batch: see the function `loss`.
-          smoothing: of the labels.
-          beside: what is trained beside the backbone.
-        """
-        del beside
-        hits = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
-        return loss(logits, batch, smoothing), {"accuracy": hits}
-
-
-def loss(logits: Float[Array, "batch classes"], batch: Mapping[str, Any], smoothing: float = 0.0) -> Float[Array, ""]:
-    """Returns the mean cross-entropy, in nats; of images mixed in shares s and 1 − s, s·loss("label") + (1 − s)·loss("label2").
-
-    Args:
-      logits: (batch, classes).
-      batch: "label", int (batch,); where images were mixed also "label2", int (batch,), and "share", float (batch,).
-      smoothing: of the labels.
+    Attributes:
+      headless: whether it gives features instead. Then nothing can be scored against labels, and two networks agree on an
+        image if the feature of one is nearest to that of the other, among all images.
     """
 
-    def each(labels: Any) -> Any:
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-        return optax.softmax_cross_entropy(logits, targets)
+    headless: bool = False
 
-    if "share" not in batch:
-        return jnp.mean(each(batch["label"]))
-    return jnp.mean(batch["share"] * each(batch["label"]) + (1.0 - batch["share"]) * each(batch["label2"]))
+    name: ClassVar[str] = "classification"
+    metrics: ClassVar[Mapping[str, Metric]] = classification.METRICS
+    exact_test: ClassVar[str | None] = "acc@1"
+    mixes: ClassVar[bool] = True
+
+    def loss(
+        self, outputs: Any, batch: Mapping[str, Any], smoothing: float, extra: Mapping[str, Tree]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Returns the mean cross-entropy of this device's images, in nats, and their accuracy."""
+        del extra
+        accuracy = jnp.mean(jnp.argmax(outputs, -1) == batch["label"])
+        return cross_entropy(outputs, batch, smoothing), {"accuracy": accuracy}
+
+    def without_head(self) -> "Classification":
+        """Returns the task of features."""
+        return dataclasses.replace(self, headless=True)
+
+    def statistics(self, outputs: Any, batch: Mapping[str, Any]) -> Tree:
+        """Returns hits, answer and confidence of each image; of a backbone without a head, its feature."""
+        if self.headless:
+            return {"feature": outputs.reshape(len(outputs), -1)}
+        return {**classification.hits(outputs, batch["label"]), **classification.answers(outputs)}
+
+    def pseudo_labels(self, outputs: Any) -> dict[str, Any]:
+        """Returns the classes that the backbone answers with."""
+        return {} if self.headless else {"label": jnp.argmax(outputs, axis=-1)}
+
+    def agreement(self, statistics: Tree, reference: Tree) -> Items:
+        """Returns the hits against the pseudo-labels, or whether each image's own clean feature is the nearest one."""
+        if not self.headless:
+            return Items(statistics)
+        rows = nearest(reference["feature"], statistics["feature"])
+        return Items({"acc@1": (rows == np.arange(len(rows))).astype(np.float64)})
+
+    def examples(self, exhibit: Exhibit) -> dict[str, Any]:
+        """Returns the report's `examples`: test images with both arms' answers, those whose answer changed first.
+
+        Of the images whose answer changed, those on which the two arms are most confident come first, by turns lost and
+        gained; then images drawn at random from the others, as many as are left of the places.
+        """
+        before, after = (exhibit.statistics[arm] for arm in exhibit.arms)
+        if not len(before["answer"]):
+            return {}
+        gain = after["acc@1"] - before["acc@1"]
+        confidence = before["confidence"] + after["confidence"]
+        kinds = {
+            "corrected": np.flatnonzero(gain > 0),
+            "broken": np.flatnonzero(gain < 0),
+            "changed": np.flatnonzero((gain == 0) & (before["answer"] != after["answer"])),
+        }
+        ranked = {kind: rows[np.argsort(-confidence[rows], kind="stable")].tolist() for kind, rows in kinds.items()}
+        changed: list[tuple[int, str]] = []
+        while any(ranked.values()) and len(changed) < SHOWN - 2:
+            changed += [(ranked[kind].pop(0), kind) for kind in kinds if ranked[kind]]
+        changed = changed[: SHOWN - 2]
+        others = np.flatnonzero(before["answer"] == after["answer"])
+        drawn = np.random.default_rng(exhibit.seed).permutation(others)[: SHOWN - len(changed)]
+        rows = [*changed, *((int(row), "drawn at random") for row in drawn)]
+        names = exhibit.source.class_names
+
+        def called(label: int) -> str:
+            return names[label] if names and 0 <= label < len(names) else str(label)
+
+        images = []
+        for row, why in rows:
+            item = exhibit.source[int(exhibit.index[row])]
+            answers = {
+                arm: {"answer": called(int(own["answer"][row])), "confidence": float(own["confidence"][row])}
+                for arm, own in zip(exhibit.arms, (before, after), strict=True)
+            }
+            images.append(
+                {
+                    "index": int(exhibit.index[row]),
+                    "why": why,
+                    "label": called(int(item["label"])),
+                    "clean": small(item["image"]),
+                    "corrupted": small(exhibit.picture(int(exhibit.index[row]))),
+                    "answers": answers,
+                }
+            )
+        counts = {kind: len(kinds[kind]) for kind in ("corrected", "broken", "changed")}
+        return {
+            "examples": {
+                "condition": exhibit.condition,
+                "arms": list(exhibit.arms),
+                "counts": counts,
+                "of": len(gain),
+                "images": images,
+            }
+        }
+
+
+def make_classification(config: Config) -> Classification:
+    """Returns the task; a model of −1 classes has no head."""
+    return Classification(headless=config["model"].get("num_classes") == -1)

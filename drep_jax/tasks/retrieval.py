@@ -1,100 +1,186 @@
-"""Retrieval, as in re-identification: identity loss, triplets of a batch (Hermans et al. 2017) and centres (Wen et al. 2016).
+"""Retrieval, as in re-identification: identity loss, triplets and centers; rankings of a gallery for each query.
 
-A backbone for retrieval gives one feature an image; its `outputs` give what these losses see, see `drep_jax.models.neck`.
-On several devices each has triplets with the images of all of them, so the loss does not depend on their number.
+A backbone for retrieval gives one feature an image; its `outputs` give what the losses see, see `drep_jax.models.neck`.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+import optax
 
-from drep_jax.errors import ConfigError, did_you_mean
+from drep_jax.data.loader import Order
+from drep_jax.data.metadata import protocol_of, table_of
+from drep_jax.data.reid.sampler import epoch_length, identity_order
+from drep_jax.data.source import Source
+from drep_jax.errors import ConfigError, NonFiniteError, did_you_mean
+from drep_jax.metrics.reducers import Metric, mean_of
+from drep_jax.metrics.retrieval import examples
+from drep_jax.metrics.retrieval.evaluate import Result, evaluate
+from drep_jax.metrics.retrieval.neighbors import neighbor_precision
 from drep_jax.metrics.retrieval.rerank import Rerank
-from drep_jax.parallel import devices
-from drep_jax.tasks import classification
-from drep_jax.typing import Tree
+from drep_jax.tasks.base import Exhibit, Items, StagePlan, Task
+from drep_jax.tasks.losses import center_loss, cross_entropy, triplet_loss, view_triplet_loss
+from drep_jax.tasks.retrieval_checks import check_run, check_stage
+from drep_jax.typing import Config, Tree
 
-CENTRES = "centres"
-"""Name of the parameters that the centre loss trains beside the backbone."""
+CENTERS = "centres"
+"""Name of the parameters that the center loss trains beside the backbone; checkpoints have it."""
 
-WEIGHTINGS = ("half", "sum", "mean")
-METRICS = ("cosine", "euclidean")
-NOISY = ("both", "query", "gallery")
+NEIGHBORS = 5
+"""Nearest clean images of each that a network should go on finding."""
+
+PLACES = (1, 5, 10)
+"""Of the cumulative match characteristic: rank1, rank5, rank10."""
+
+AGGREGATES = ("half", "sum", "mean")
+DISTANCES = ("cosine", "euclidean")
+CORRUPTED = ("both", "query", "gallery")
 SIDES = {"": (), "camera": ("camera",), "view": ("view",), "camera+view": ("camera", "view")}
 """Which columns of the images make the number of their side information."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Task):
     """A backbone gives features, whose distances rank a gallery for each query.
 
     Attributes:
       metric: "cosine" or "euclidean".
       rerank: (k1, k2, λ) of k-reciprocal re-ranking, or None.
-      noisy: which images of the test split a condition corrupts: "both", "query" or "gallery".
-      side: columns that the backbone is told beside the image, see `SIDES`.
-      identities, instances: of a batch of the labelled stages, P × K; 0 for batches of any images.
-      lonely: what becomes of identities of one image there: "refuse" or "drop".
-      id_weight, triplet_weight, centre_weight: of the losses' sum.
+      corrupted: which images of the test split a condition corrupts: "both", "query" or "gallery".
+      side: columns that the backbone is given beside the image, see `SIDES`.
+      identities, instances: of a batch of the labeled stages, P × K; 0 for batches of any images.
+      singletons: what becomes of identities of one image there: "refuse" or "drop".
+      id_weight, triplet_weight, center_weight: of the losses' sum.
       margin: of the triplets; 0 for the soft margin.
-      centre_rate: learning rate of the centres, by plain gradient descent.
-      weighting: of a backbone's several features and logits: "half" (the first one half, the others together the other half,
+      center_lr: learning rate of the centers, by plain gradient descent.
+      aggregate: of a backbone's several features and logits: "half" (the first one half, the others together the other half,
         as TransReID), "sum" (as CLIP-ReID) or "mean".
-      interval: what intervals resample, "query" or "identity" (with all its queries, which are not independent).
-      shown: queries of each kind whose ranked results a report shows.
+      bootstrap_unit: what intervals resample, "query" or "identity" (with all its queries, which are not independent).
+      examples_each: queries of each kind whose ranked results a report shows.
       attributed: sites whose own effect on the ranking is measured.
       views: whether triplets are those of viewpoint-aware metric learning, for backbones with two branches.
     """
 
     metric: str = "cosine"
     rerank: tuple[int, int, float] | None = None
-    noisy: str = "both"
+    corrupted: str = "both"
     side: tuple[str, ...] = ()
     identities: int = 16
     instances: int = 4
-    lonely: str = "refuse"
+    singletons: str = "refuse"
     id_weight: float = 1.0
     triplet_weight: float = 1.0
-    centre_weight: float = 0.0
+    center_weight: float = 0.0
     margin: float = 0.0
-    centre_rate: float = 0.5
-    weighting: str = "half"
+    center_lr: float = 0.5
+    aggregate: str = "half"
     views: bool = False
-    interval: str = "query"
-    shown: int = 2
+    bootstrap_unit: str = "query"
+    examples_each: int = 2
     attributed: int = 0
+
+    name: ClassVar[str] = "retrieval"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        name: mean_of(name) for name in ("mAP", *(f"rank{k}" for k in PLACES), "mINP")
+    }
+    criterion: ClassVar[str] = "mAP"
+    exact_test: ClassVar[str | None] = "rank1"
+    items_are: ClassVar[str] = "queries"
+    test_needs_head: ClassVar[bool] = False
+    evaluation_settings: ClassVar[tuple[str, ...]] = (
+        "retrieval.metric",
+        "retrieval.rerank",
+        "retrieval.corrupted",
+        "retrieval.bootstrap_unit",
+    )
+
+    @property
+    def resampled(self) -> str:
+        """What the intervals resample, in the report."""
+        return "identities, each with all its queries" if self.bootstrap_unit == "identity" else "queries"
+
+    @property
+    def side_columns(self) -> tuple[str, ...]:
+        """Columns that the backbone is given beside the image."""
+        return self.side
 
     @property
     def branches(self) -> int:
         """Number of spaces that the two halves, or the whole, of a feature are."""
         return 2 if self.views else 1
 
-    def start(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
-        """Returns the centres of the training identities, for each feature of the backbone, drawn from N(0, 1)."""
-        if not self.centre_weight:
+    # -----------------------------------------------------------------------------------------------------------------
+    # Images
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def check_test(self, source: Source) -> None:
+        """Refuses test images that are not queries and a gallery, or that are both where one kind alone is corrupted."""
+        table = table_of(source)
+        if not {"label", "query", "gallery"} <= table.keys():
+            raise ConfigError(
+                f'Task "retrieval" needs test images that are queries and a gallery, and {source.name} has none. Take a '
+                "source for re-identification, such as reid_folder:DIR (docs/data.md)."
+            )
+        if self.corrupted != "both" and (both := int(np.sum(table["query"] & table["gallery"]))):
+            raise ConfigError(
+                f'retrieval.corrupted="{self.corrupted}", but {both} of the {len(source)} test images of {source.name} are '
+                'both queries and in the gallery. Take "both".'
+            )
+
+    def corrupted_rows(self, source: Source) -> np.ndarray | None:
+        """Returns the images that are queries, or in the gallery, where a condition corrupts those alone."""
+        return None if self.corrupted == "both" else table_of(source)[self.corrupted] == 1
+
+    def order(self, source: Source, seed: int) -> Order | None:
+        """Returns the order of the images in batches of P identities of K images; None for batches of any images.
+
+        Raises:
+          DrepError: its subclasses say which images make no such batches.
+        """
+        if not self.instances:
+            return None
+        labels, block = table_of(source)["label"], (self.identities, self.instances)
+        options: dict[str, Any] = {"singletons": self.singletons, "names": source.class_names}
+        length = epoch_length(labels, *block, **options)
+        return Order(length, lambda epoch: identity_order(labels, *block, seed, epoch, **options))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def extra_params(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
+        """Returns the centers of the training identities, for each feature of the backbone, drawn from N(0, 1)."""
+        if not self.center_weight:
             return {}
-        found = jax.eval_shape(lambda v, x: backbone.apply(v, x, method="outputs"), abstract, images)
+        outputs = jax.eval_shape(lambda v, x: backbone.apply(v, x, method="outputs"), abstract, images)
         classes = getattr(backbone, "num_classes", 0)
-        keys = jax.random.split(key, len(found["features"]))
+        keys = jax.random.split(key, len(outputs["features"]))
         return {
-            CENTRES: {
+            CENTERS: {
                 str(i): jax.random.normal(keys[i], (classes, feature.shape[-1]))
-                for i, feature in enumerate(found["features"])
+                for i, feature in enumerate(outputs["features"])
             }
         }
 
-    def outputs(self, backbone: nn.Module, variables: Tree, images: Any, **how: Any) -> Any:
-        """Returns {"features": …, "logits": …}, and with `mutable` among the arguments the changed collections."""
-        return backbone.apply(variables, images, method="outputs", **how)
+    def extra_optimizers(self) -> dict[str, optax.GradientTransformation]:
+        """Returns the optimizer of the centers, whose rate does not depend on the weight of their loss."""
+        if not self.center_weight:
+            return {}
+        return {CENTERS: optax.chain(optax.scale(1.0 / self.center_weight), optax.sgd(self.center_lr))}
+
+    def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
+        """Returns {"features": …, "logits": …}, and with `mutable` among the options the changed collections."""
+        del batch
+        return backbone.apply(variables, images, method="outputs", **options)
 
     def loss(
-        self, outputs: Mapping[str, Any], batch: Mapping[str, Any], smoothing: float, beside: Mapping[str, Tree]
+        self, outputs: Mapping[str, Any], batch: Mapping[str, Any], smoothing: float, extra: Mapping[str, Tree]
     ) -> tuple[Any, dict[str, Any]]:
         """Returns this device's share of the mean loss over all images, and what is to be logged.
 
@@ -102,122 +188,126 @@ class Retrieval:
           outputs: "features", (batch, width) each, and "logits", (batch, identities) each.
           batch: "label", int (batch,), and for `views` "view".
           smoothing: of the labels.
-          beside: the centres, if there are any.
+          extra: the centers, if there are any.
         """
         features, logits = outputs["features"], outputs["logits"]
-        hits = jnp.mean(jnp.argmax(logits[0], -1) == batch["label"])
-        parts = {"id_loss": self._weighted([classification.loss(each, batch, smoothing) for each in logits])}
+        accuracy = jnp.mean(jnp.argmax(logits[0], -1) == batch["label"])
+        parts = {"id_loss": self._aggregated([cross_entropy(each, batch, smoothing) for each in logits])}
         if self.triplet_weight:
             parts["triplet_loss"] = self._triplets(features, batch)
-        if self.centre_weight:
-            centres = beside[CENTRES]
-            distances = [centre_loss(f, batch["label"], centres[str(i)]) for i, f in enumerate(features)]
-            parts["centre_loss"] = self._weighted(distances)
+        if self.center_weight:
+            centers = extra[CENTERS]
+            distances = [center_loss(f, batch["label"], centers[str(i)]) for i, f in enumerate(features)]
+            parts["center_loss"] = self._aggregated(distances)
         weights = {
             "id_loss": self.id_weight,
             "triplet_loss": self.triplet_weight,
-            "centre_loss": self.centre_weight,
+            "center_loss": self.center_weight,
         }
-        return sum(weights[name] * value for name, value in parts.items()), {"accuracy": hits, **parts}
+        return sum(weights[name] * value for name, value in parts.items()), {"accuracy": accuracy, **parts}
 
-    def _weighted(self, losses: Sequence[Any]) -> Any:
-        if self.weighting == "sum" or len(losses) == 1:
+    def _aggregated(self, losses: Sequence[Any]) -> Any:
+        if self.aggregate == "sum" or len(losses) == 1:
             return sum(losses)
-        if self.weighting == "mean":
+        if self.aggregate == "mean":
             return sum(losses) / len(losses)
         return 0.5 * losses[0] + 0.5 * sum(losses[1:]) / (len(losses) - 1)
 
     def _triplets(self, features: Sequence[Any], batch: Mapping[str, Any]) -> Any:
         labels = batch["label"]
         if not self.views:
-            return self._weighted([triplet_loss(each, labels, self.margin) for each in features])
+            return self._aggregated([triplet_loss(each, labels, self.margin) for each in features])
         same, different = features
         return view_triplet_loss(same, different, labels, batch["view"], self.margin)
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation
+    # -----------------------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------------------
+    def statistics(self, outputs: Any, batch: Mapping[str, Any]) -> Tree:
+        """Returns the feature of each image."""
+        del batch
+        return {"feature": outputs.reshape(len(outputs), -1)}
+
+    def items(self, statistics: Tree, source: Source, index: np.ndarray, what: str) -> Items:
+        """Returns mAP, mINP and the CMC of each query that has a match, by the protocol of the split."""
+        if not np.isfinite(statistics["feature"]).all():
+            raise NonFiniteError(
+                f"{what} gives features with NaN or Inf, which cannot be ranked. Leave it out of --config.compare, or train "
+                "it with a smaller learning rate; what the run has learned is kept."
+            )
+        result = self.result(statistics, source, index)
+        return Items(result.scores, result.identity if self.bootstrap_unit == "identity" else None)
+
+    def result(self, statistics: Tree, source: Source, index: np.ndarray) -> Result:
+        """Returns how well features of a test split rank, by its own protocol."""
+        options: dict[str, Any] = {"branches": self.branches, "rerank": self.rerank, "ks": PLACES}
+        table = table_of(source, index)
+        return evaluate(statistics["feature"], table, protocol_of(source), metric=self.metric, **options)
+
+    def held_out_items(self, statistics: Tree, source: Source, index: np.ndarray) -> Items:
+        """Returns the average precision of held-out images; each is a query and, for the others, in the gallery."""
+        features = statistics["feature"]
+        if not np.isfinite(features).all():
+            return Items({"mAP": np.full(len(index), np.nan)})
+        everything = np.ones(len(index), np.int32)
+        table = table_of(source, index) | {"query": everything, "gallery": everything}
+        options: dict[str, Any] = {"metric": self.metric, "branches": self.branches}
+        return Items(evaluate(features, table, protocol_of(source), **options).scores)
+
+    def agreement(self, statistics: Tree, reference: Tree) -> Items:
+        """Returns how precisely each image finds the images that the unfused backbone finds nearest to its clean feature.
+
+        One image found again would be the simpler question; this one changes as soon as rankings do.
+        """
+        return Items({"mAP": neighbor_precision(statistics["feature"], reference["feature"], NEIGHBORS)})
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Report and checks
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def examples(self, exhibit: Exhibit) -> dict[str, Any]:
+        """Returns the report's `ranked`: examples of what two arms find, and what each of some sites does by itself."""
+        if not (self.examples_each or self.attributed):
+            return {}
+        named = exhibit.sites[: self.attributed]
+        alone = {f"site {name}": exhibit.alone(name) for name in named}
+        others = exhibit.look({"unfused": exhibit.alone(None), **alone}) if alone else {}
+        results = {
+            name: self.result(rows, exhibit.source, exhibit.index)
+            for name, rows in {**exhibit.statistics, **others}.items()
+        }
+        ranked = examples.ranked(
+            {arm: exhibit.statistics[arm]["feature"] for arm in exhibit.arms},
+            {arm: results[arm] for arm in exhibit.arms},
+            table_of(exhibit.source, exhibit.index),
+            protocol_of(exhibit.source),
+            lambda row: exhibit.picture(int(exhibit.index[row])),
+            condition=exhibit.condition,
+            metric=self.metric,
+            branches=self.branches,
+            each=self.examples_each,
+            seed=exhibit.seed,
+        )
+        ranked["sites"] = [{"path": name, **_effect(results[f"site {name}"], results["unfused"])} for name in named]
+        return {"ranked": ranked}
+
+    def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
+        """Refuses settings, images or backbones that this task cannot use; see `drep_jax.tasks.retrieval_checks`."""
+        check_run(self, config, setup, chooses=chooses)
+        for plan in plans:
+            check_stage(self, config, setup, plan)
 
 
-def triplet_loss(
-    features: Float[Array, "batch width"], labels: Int[Array, " batch"], margin: float
-) -> Float[Array, ""]:
-    """Returns the batch-hard triplet loss: each image against its farthest positive and its nearest negative.
-
-    mean over anchors a of [max_p d(a, p) − min_n d(a, n) + m]₊, or with m = 0 of log(1 + exp(max_p d − min_n d)), the soft
-    margin (Hermans et al. 2017, Eq. 5), d Euclidean. An image is no positive of its own; anchors that lack a positive or a
-    negative are left out of the mean.
-
-    Args:
-      features: of this device's images; positives and negatives are sought on all devices.
-      labels: their identities.
-      margin: m, in units of the features.
-    """
-    distances, equal, self_pair = _pairs(features, labels)
-    return _hardest([(distances, equal & ~self_pair)], [(distances, ~equal)], margin)
-
-
-def view_triplet_loss(
-    same: Float[Array, "batch width"],
-    different: Float[Array, "batch width"],
-    labels: Int[Array, " batch"],
-    views: Int[Array, " batch"],
-    margin: float,
-) -> Float[Array, ""]:
-    """Returns the triplet losses of viewpoint-aware metric learning (Chu et al. 2019), batch-hard.
-
-    Pairs of one view are compared in the first space, S, pairs of different views in the second, D. Within a space,
-    positives have to be nearer than negatives; across, positives of another view (in D) nearer than negatives of the same
-    view (in S), which look more alike: L = L_S + L_D + L_cross.
-
-    Args:
-      same, different: features of the two branches.
-      labels, views: of the images.
-      margin: see `triplet_loss`.
-    """
-    in_s, equal, self_pair = _pairs(same, labels)
-    in_d = _pairs(different, labels)[0]
-    one_view = views[:, None] == devices.gathered(views)[None]
-    positive, negative = equal & ~self_pair, ~equal
-    return (
-        _hardest([(in_s, positive & one_view)], [(in_s, negative & one_view)], margin)
-        + _hardest([(in_d, positive & ~one_view)], [(in_d, negative & ~one_view)], margin)
-        + _hardest([(in_d, positive & ~one_view)], [(in_s, negative & one_view)], margin)
-    )
-
-
-def centre_loss(
-    features: Float[Array, "batch width"], labels: Int[Array, " batch"], centres: Float[Array, "classes width"]
-) -> Float[Array, ""]:
-    """Returns the mean squared distance of features from the centres of their identities (Wen et al. 2016, twice Eq. 2)."""
-    return jnp.mean(jnp.sum((features - centres[labels]) ** 2, axis=-1))
-
-
-def _pairs(
-    features: Float[Array, "batch width"], labels: Int[Array, " batch"]
-) -> tuple[Float[Array, "batch all"], Bool[Array, "batch all"], Bool[Array, "batch all"]]:
-    """Returns distances from this device's images to all devices', where identities are equal, and where images are."""
-    everyone, theirs = devices.gathered(features), devices.gathered(labels)
-    squares = jnp.sum(features**2, -1)[:, None] + jnp.sum(everyone**2, -1)[None]
-    squares = squares - 2 * jnp.matmul(features, everyone.T, precision=jax.lax.Precision.HIGHEST)
-    # The root has no derivative at 0.
-    distances = jnp.sqrt(jnp.maximum(squares, 1e-12))
-    first = devices.device_index() * len(features)
-    own = (first + jnp.arange(len(features)))[:, None] == jnp.arange(len(everyone))[None]
-    return distances, labels[:, None] == theirs[None], own
-
-
-def _hardest(positives: Sequence[Any], negatives: Sequence[Any], margin: float) -> Float[Array, ""]:
-    """Returns the mean over all devices' anchors, as this device's share of it."""
-    far = jnp.max(jnp.concatenate([jnp.where(mask, d, -jnp.inf) for d, mask in positives], axis=1), axis=1)
-    near = jnp.min(jnp.concatenate([jnp.where(mask, d, jnp.inf) for d, mask in negatives], axis=1), axis=1)
-    complete = jnp.isfinite(far) & jnp.isfinite(near)
-    gap = jnp.where(complete, far, 0.0) - jnp.where(complete, near, 0.0)
-    each = jax.nn.softplus(gap) if margin == 0 else jax.nn.relu(gap + margin)
-    count = devices.total(jnp.sum(complete))
-    # The step takes the mean over devices.
-    return devices.axis_size() * jnp.sum(jnp.where(complete, each, 0.0)) / jnp.maximum(count, 1)
+def _effect(after: Result, before: Result) -> dict[str, Any]:
+    """Returns how rankings differ: mean change, and how many queries gained and lost."""
+    change = after.scores["mAP"] - before.scores["mAP"]
+    return {
+        "mAP": 100.0 * float(np.mean(change)),
+        "gained": int(np.sum(change > 0)),
+        "lost": int(np.sum(change < 0)),
+        "queries": len(change),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,7 +315,7 @@ def _hardest(positives: Sequence[Any], negatives: Sequence[Any], margin: float) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
+def make_retrieval(config: Config) -> Retrieval:
     """Returns the task as `config.retrieval` asks for it.
 
     Raises:
@@ -233,12 +323,12 @@ def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
     """
     options = config["retrieval"]
     for name, known in (
-        ("metric", METRICS),
-        ("noisy", NOISY),
+        ("metric", DISTANCES),
+        ("corrupted", CORRUPTED),
         ("side", SIDES),
-        ("weighting", WEIGHTINGS),
-        ("lonely", ("refuse", "drop")),
-        ("interval", ("query", "identity")),
+        ("aggregate", AGGREGATES),
+        ("singletons", ("refuse", "drop")),
+        ("bootstrap_unit", ("query", "identity")),
     ):
         if options[name] not in known:
             raise ConfigError(f'Unknown retrieval.{name} "{options[name]}".{did_you_mean(options[name], known)}')
@@ -251,12 +341,14 @@ def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
         except ConfigError as error:
             raise ConfigError(f"retrieval.rerank={rerank}: {error}") from error
         if options["views"]:
-            raise ConfigError("retrieval.rerank compares neighbours in one space, and retrieval.views makes two.")
-    for name in ("id_weight", "triplet_weight", "centre_weight", "margin", "centre_rate", "shown", "attributed"):
+            raise ConfigError("retrieval.rerank compares neighbors in one space, and retrieval.views makes two.")
+    for name in ("id_weight", "triplet_weight", "center_weight", "margin", "center_lr", "examples", "attributed"):
         if not (math.isfinite(options[name]) and options[name] >= 0):
             raise ConfigError(f"retrieval.{name}={options[name]} must be a number of at least 0.")
     if not options["id_weight"] and not options["triplet_weight"]:
-        raise ConfigError("retrieval.id_weight and retrieval.triplet_weight are both 0, so labels would teach nothing.")
+        raise ConfigError(
+            "retrieval.id_weight and retrieval.triplet_weight are both 0, so there is nothing to train; set one above 0."
+        )
     if (
         options["instances"] < 0
         or options["instances"] == 1
@@ -268,4 +360,6 @@ def make_retrieval(config: Mapping[str, Any]) -> Retrieval:
         )
     fields = {field.name for field in dataclasses.fields(Retrieval)}
     given = {name: value for name, value in options.items() if name in fields}
-    return Retrieval(**{**given, "rerank": rerank, "side": SIDES[options["side"]]})
+    return Retrieval(
+        **{**given, "rerank": rerank, "side": SIDES[options["side"]], "examples_each": options["examples"]}
+    )

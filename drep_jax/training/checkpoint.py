@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax, written in the background: everything that a stage of a run needs to go on with the same bits."""
+"""Orbax checkpoints, written in the background: all that a stage needs to resume bit for bit."""
 
 import dataclasses
 import json
@@ -21,24 +21,24 @@ from drep_jax.typing import Tree
 
 FOLDER = "checkpoints"
 OLD_STAGES = {"algorithm1": "denoise"}
-"""What a stage's folder was called by the first release."""
+"""Names of stages' folders in the first release."""
 _STORED_AS = {"key": "rng"}
-"""Fields of the state that have another name in a checkpoint."""
+"""Names in a checkpoint of the state's fields, where they differ."""
 
 
 def folder_of(workdir: str, stage: str) -> str:
-    """Returns where a stage keeps its checkpoints: `checkpoints/<stage>`, or the old name's folder if only that is there."""
+    """Returns the folder of a stage's checkpoints, under its old name if only that is there."""
     folder = os.path.join(workdir, FOLDER, stage)
     old = os.path.join(workdir, FOLDER, OLD_STAGES.get(stage, stage))
     return old if os.path.isdir(old) and not os.path.isdir(folder) else folder
 
 
 def _to_tree(state: TrainState, frozen: Tree) -> Tree:
-    """Returns what is stored: every field of the state, of which those that are empty take no place."""
+    """Returns the tree that is stored: all non-empty fields of the state."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     tree = {"params": {**frozen, **fields.pop("params")}, "others": fields.pop("others")}
-    kept = {_STORED_AS.get(name, name): value for name, value in fields.items() if jax.tree_util.tree_leaves(value)}
-    return {**tree, **kept}
+    stored = {_STORED_AS.get(name, name): value for name, value in fields.items() if jax.tree_util.tree_leaves(value)}
+    return {**tree, **stored}
 
 
 def abstract(tree: Tree) -> Tree:
@@ -50,10 +50,10 @@ def abstract(tree: Tree) -> Tree:
 
 
 class Checkpointer:
-    """Saves and restores one stage below `directory`, keeping the last two checkpoints.
+    """Saves and restores one stage in `directory`, keeping the last two checkpoints.
 
-    Saving refuses parameters that are not finite, and an earlier checkpoint is deleted only when a later one is complete, so
-    the last checkpoint is always a good one.
+    Saving refuses parameters that are not finite, and an earlier checkpoint is deleted only when a
+    later one is complete. So the last checkpoint is always a good one.
     """
 
     def __init__(self, directory: str, *, read_only: bool = False) -> None:
@@ -61,12 +61,16 @@ class Checkpointer:
 
         Args:
           directory: of the stage.
-          read_only: makes, cleans up and deletes nothing; otherwise what a killed run left half written is deleted.
+          read_only: whether to change nothing there; if not, unfinished writes of a killed run are
+            deleted.
+
+        Raises:
+          CheckpointError: if the folder cannot be made.
         """
         self.directory = os.path.abspath(directory)
         self._writing: int | None = None  # step of the write in the background
-        self._failed: tuple[int, BaseException] | None = None  # step and error of one that nobody has been told of
-        alone = jax.process_count() == 1  # Orbax makes the folder only where no other process has a say
+        self._failed: tuple[int, BaseException] | None = None  # step and error, until raised
+        alone = jax.process_count() == 1  # Orbax makes the folder only when one process runs
         keeping: dict[str, Any] = {"max_to_keep": 2, "create": alone, "cleanup_tmp_directories": True}
         try:
             if not read_only:
@@ -81,26 +85,27 @@ class Checkpointer:
             raise CheckpointError(f"Cannot keep checkpoints in {self.directory}: {error.strerror or error}.") from error
 
     def save(self, state: TrainState, frozen: Tree, meta: dict[str, Any], *, wait: bool = True) -> None:
-        """Writes a checkpoint of the given state (one device's copy), which nothing may change afterwards.
+        """Writes a checkpoint of one device's copy of the state, which must not change afterwards.
 
         Args:
-          state, frozen: what is saved; arrays of their own, not views of buffers that a next step is given.
-          meta: what else a resumed stage needs to know, as JSON.
-          wait: whether to wait until it is on disk. If not, an error is raised by the next `save` or `wait`.
+          state, frozen: copies, not views of buffers that the next step overwrites.
+          meta: JSON values that a resumed stage needs besides.
+          wait: whether to wait until it is on disk. If not, an error is raised by the next `save`
+            or `wait`.
 
         Raises:
           NonFiniteError: if a trained parameter is NaN or Inf.
           CheckpointError: if this checkpoint, or the one before, cannot be written.
         """
-        self.wait()  # one at a time: Orbax would pass over a save while another is under way
+        self.wait()  # Orbax skips a save while another is in progress
         step = int(state.step)
         if step not in self._manager.all_steps():
-            kept = f"the last good checkpoint (step {self.latest() or 0}) in {self.directory} is kept"
-            check_finite(state.params, f"Not saving step {step} ({kept})")
+            last_good = f"the last good checkpoint (step {self.latest() or 0}) in {self.directory} is kept"
+            check_finite(state.params, f"Not saving step {step} ({last_good})")
             tree = jax.tree_util.tree_map(np.asarray, _to_tree(state, frozen))
-            meta = json.loads(json.dumps({**meta, "step": step}))  # a copy: the caller goes on with its lists
-            told = ocp.args.JsonSave({**meta, "checksum": _checksum(meta)})
-            args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=told)
+            meta = json.loads(json.dumps({**meta, "step": step}))  # a copy
+            signed = ocp.args.JsonSave({**meta, "checksum": _checksum(meta)})
+            args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=signed)
             try:
                 self._writing = step
                 self._manager.save(step, args=args)
@@ -125,75 +130,82 @@ class Checkpointer:
             ) from error
 
     def _settle(self) -> None:
-        """Waits for the write in the background and keeps its error for later."""
+        """Waits for the write in the background; its error is raised by `wait`."""
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # noqa: BLE001 (whatever a thread of Orbax met; `wait` raises it)
+        except Exception as error:  # noqa: BLE001 (`wait` raises it)
             self._note_failure(error)
         self._writing = None
 
     def _note_failure(self, error: Exception) -> None:
         self._failed = (self._writing or 0, error)
-        self._manager.reload()  # it had already forgotten the checkpoint that this one was to replace
+        self._manager.reload()  # Orbax had dropped the checkpoint that this one was to replace
 
     def latest(self) -> int | None:
-        """Returns the last step that is saved completely, or None; waits for a write under way."""
+        """Returns the last step with a complete checkpoint, or None.
+
+        Waits for a write in progress.
+        """
         self._settle()
         return self._manager.latest_step()
 
     def restore(self, state: TrainState, frozen: Tree) -> tuple[TrainState, Tree, dict[str, Any]]:
-        """Restores the last checkpoint into the structure of `state` and `frozen`, whatever devices it was saved on.
+        """Restores the last checkpoint, from any number of devices, into the given structure.
 
         Returns:
           The state, the frozen parameters and the metadata saved with them.
 
         Raises:
-          CheckpointError: if it is truncated, or belongs to another model, optimiser or set of sites.
+          CheckpointError: if it is truncated, or belongs to another model, optimizer or set of
+            sites.
         """
         step = self.latest()
         if step is None:
             raise CheckpointError(f"There is no checkpoint in {self.directory}.")
-        wanted = _to_tree(state, frozen)
-        self._check_structure(step, wanted)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract(wanted)), meta=ocp.args.JsonRestore())
+        expected = _to_tree(state, frozen)
+        self._check_structure(step, expected)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract(expected)), meta=ocp.args.JsonRestore())
         try:
-            found = self._manager.restore(step, args=args)
-            meta = dict(found["meta"])
-            if meta.pop("checksum", None) not in (None, _checksum(meta)):  # the first release had none
+            restored = self._manager.restore(step, args=args)
+            meta = dict(restored["meta"])
+            if meta.pop("checksum", None) not in (None, _checksum(meta)):  # first release: none
                 raise ValueError("the checksum of its metadata is wrong")
-        except Exception as error:  # Orbax raises many kinds for damaged files; all mean the same to the user
+        except Exception as error:  # Orbax raises many kinds for damaged files
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is damaged or was written by something else "
-                f"({type(error).__name__}: {reason_of(error)}). Delete {os.path.join(self.directory, str(step))} to go on from "
-                "an earlier checkpoint, if there is one."
+                f"({type(error).__name__}: {reason_of(error)}). Delete {os.path.join(self.directory, str(step))} "
+                "to go on from an earlier checkpoint, if there is one."
             ) from error
-        tree = found["state"]
+        tree = restored["state"]
         params = {name: tree["params"][name] for name in state.params}
         frozen = {name: tree["params"][name] for name in frozen}
-        held = {f.name: _STORED_AS.get(f.name, f.name) for f in dataclasses.fields(state)}
-        fields = {name: tree[stored] for name, stored in held.items() if stored in tree}  # those not stored are empty
+        names = {f.name: _STORED_AS.get(f.name, f.name) for f in dataclasses.fields(state)}
+        # Empty fields are not stored.
+        fields = {name: tree[stored] for name, stored in names.items() if stored in tree}
         return state.replace(**{**fields, "params": params}), frozen, meta
 
-    def _check_structure(self, step: int, wanted: Tree) -> None:
-        """Compares names and shapes of the parameters before reading them, so that the error can list both sides."""
+    def _check_structure(self, step: int, expected: Tree) -> None:
+        """Compares names and shapes of the parameters before reading them; the error lists both."""
         folder = os.path.join(self.directory, str(step))
         try:
-            kept = self._metadata(step)
+            saved = self._metadata(step)
         except Exception as error:  # as above
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is incomplete or no checkpoint of ours "
                 f"({type(error).__name__}). Delete {folder} to go on from an earlier checkpoint, if there is one."
             ) from error
-        found, expected = _leaves(kept["params"]), _leaves(wanted["params"])
-        if found != expected:
+        there, here = _leaves(saved["params"]), _leaves(expected["params"])
+        if there != here:
             raise CheckpointError(
                 f"The checkpoint in {self.directory} belongs to another model or set of sites."
-                f"\n  only in the checkpoint: {_some(found - expected)}\n  only in this run:       {_some(expected - found)}"
+                f"\n  only in the checkpoint: {_some(there - here)}"
+                f"\n  only in this run:       {_some(here - there)}"
             )
-        if kept.keys() != wanted.keys():
+        if saved.keys() != expected.keys():
             raise CheckpointError(
-                f"The checkpoint in {self.directory} was made with other settings of training: it holds "
-                f"{', '.join(sorted(kept))}, and this run needs {', '.join(sorted(wanted))}."
+                f"The checkpoint in {self.directory} was made with other training settings: it holds "
+                f"{', '.join(sorted(saved))}, and this run needs {', '.join(sorted(expected))}. Choose another --workdir, "
+                "or the settings of that run."
             )
 
     def _metadata(self, step: int) -> Tree:
@@ -202,7 +214,10 @@ class Checkpointer:
             return reader.metadata(os.path.join(self.directory, str(step), "state")).item_metadata.tree
 
     def close(self) -> None:
-        """Ends Orbax's background work; an error that nobody asked for is printed, since another may be under way."""
+        """Ends Orbax's background work.
+
+        An error not raised before is printed, since another may be on its way up.
+        """
         self._settle()
         if self._failed is not None:
             step, error = self._failed
@@ -228,38 +243,44 @@ def _some(leaves: set[tuple[str, tuple[int, ...]]]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same files, as every process of a run sees them
+# Checkpoints of a run with several processes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class SharedCheckpointer:
-    """A `Checkpointer` of process 0; restoring gives every process the same state, wherever the files are."""
+    """The `Checkpointer` of process 0.
+
+    Every process restores the same state, even without access to the files.
+    """
 
     def __init__(self, directory: str, **options: Any) -> None:
         self.directory = os.path.abspath(directory)
-        self._own: Any = on_primary(lambda: Checkpointer(directory, **options))
+        self._primary: Any = on_primary(lambda: Checkpointer(directory, **options))
 
     def latest(self) -> int | None:
         """Returns the last saved step, or None."""
-        return processes.from_primary(self._own.latest)
+        return processes.from_primary(self._primary.latest)
 
     def restore(self, state: Any, frozen: Tree) -> tuple[Any, Tree, dict[str, Any]]:
-        """Restores the last checkpoint on process 0 and hands it to all."""
+        """Restores the last checkpoint on process 0 and sends it to all.
+
+        See `Checkpointer.restore`.
+        """
         form = jax.tree_util.tree_structure((state, frozen))
 
         def read() -> tuple[list[np.ndarray], dict[str, Any]]:
-            *found, meta = self._own.restore(state, frozen)
-            return [np.asarray(leaf) for leaf in jax.tree_util.tree_leaves(tuple(found))], meta
+            *restored, meta = self._primary.restore(state, frozen)
+            return [np.asarray(leaf) for leaf in jax.tree_util.tree_leaves(tuple(restored))], meta
 
         leaves, meta = processes.from_primary(read)
         return *jax.tree_util.tree_unflatten(form, leaves), meta
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else is done with checkpoints, process 0 alone does."""
-        return getattr(self._own, name)
+        """Everything else is done by process 0 alone."""
+        return getattr(self._primary, name)
 
 
 def open_checkpoints(directory: str, **options: Any) -> Checkpointer:
-    """Returns the `Checkpointer` of a stage's directory, or among several processes what acts as one on all of them."""
+    """Returns the checkpoints of a stage's directory, shared where a run has several processes."""
     kind: Any = Checkpointer if processes.alone() else SharedCheckpointer
     return kind(directory, **options)

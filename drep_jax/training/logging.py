@@ -1,4 +1,4 @@
-"""Metrics as JSON lines and TensorBoard events in the work directory, and as a run of Weights & Biases if asked for."""
+"""Metrics as JSON lines, TensorBoard events and, optionally, a run of Weights & Biases."""
 
 import json
 import os
@@ -12,17 +12,20 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
 from drep_jax.errors import CheckpointError, ConfigError, lookup
+from drep_jax.files import whole, write_text
 from drep_jax.training.checkpoint import OLD_STAGES
 
 FILE = "metrics.jsonl"
 CLOCK = ("seconds", "images_per_second")
-"""What is different each time that the same run is made."""
+"""Values that differ when the same run is repeated."""
 
 
 class MetricWriter:
-    """Writes scalars of a stage; a resumed stage first drops what it logged beyond the step it resumes from.
+    """Writes the scalars of stages.
 
-    Every line is written when it is given, in the caller's thread, so that a full disk is noticed there and then.
+    A resumed stage first drops its lines after the step it resumes from.
+
+    Every line is written at once, in the caller's thread, so a full disk is noticed immediately.
     """
 
     def __init__(self, workdir: str, config: Mapping[str, Any] | None = None) -> None:
@@ -30,15 +33,15 @@ class MetricWriter:
 
         Args:
           workdir: of the run.
-          config: the run's configuration, whose section `wandb` is followed; None for no Weights & Biases.
+          config: of the run; its section `wandb` configures Weights & Biases. None for none.
 
         Raises:
           CheckpointError: if they cannot be written.
-          ConfigError: if Weights & Biases is asked for and does not start.
+          ConfigError: if Weights & Biases is configured and does not start.
         """
         self._path = os.path.join(workdir, FILE)
         self._folder = os.path.join(workdir, "tensorboard")
-        self._elsewhere = _WeightsAndBiases(workdir, config) if config and config["wandb"]["project"] else None
+        self._wandb = _WeightsAndBiases(workdir, config) if config and config["wandb"]["project"] else None
         try:
             os.makedirs(self._folder, exist_ok=True)
             self._board = EventsWriter(os.path.join(self._folder, "events"), f".{os.getpid()}")
@@ -46,7 +49,7 @@ class MetricWriter:
             raise _not_written(self._folder, error) from error
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line {"stage", "step", …values}.
+        """Appends one line: {"stage", "step", …values}.
 
         Raises:
           CheckpointError: if it cannot be written.
@@ -60,32 +63,30 @@ class MetricWriter:
             self._board.flush()
         except OSError as error:
             raise _not_written(self._path, error) from error
-        if self._elsewhere:
-            self._elsewhere.write(stage, step, values)
+        if self._wandb:
+            self._wandb.write(stage, step, values)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets the lines of `stage` after `step`.
+        """Drops the lines of `stage` after `step`.
 
         Raises:
           CheckpointError: if the file cannot be written.
         """
-        known = _names(stage)
-        lines = [{**line, "stage": stage} if line["stage"] in known else line for line in read_metrics(self._path)]
-        if self._elsewhere:
-            self._elsewhere.rewind(stage, [line["step"] for line in lines if line["stage"] == stage])
-        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
-        temporary = self._path + ".tmp"
+        names = _names(stage)
+        lines = [{**line, "stage": stage} if line["stage"] in names else line for line in read_metrics(self._path)]
+        if self._wandb:
+            self._wandb.rewind(stage, [line["step"] for line in lines if line["stage"] == stage])
+        remaining = [line for line in lines if line["stage"] != stage or line["step"] <= step]
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
-            os.replace(temporary, self._path)
+            with whole(self._path) as file:
+                file.writelines(json.dumps(line) + "\n" for line in remaining)
         except OSError as error:
             raise _not_written(self._path, error) from error
 
     def close(self) -> None:
         """Closes the event file and ends the run of Weights & Biases."""
-        if self._elsewhere:
-            self._elsewhere.close()
+        if self._wandb:
+            self._wandb.close()
         try:
             self._board.close()
         except OSError as error:
@@ -100,7 +101,7 @@ def _not_written(path: str, error: OSError) -> CheckpointError:
 
 
 def read_metrics(path: str) -> Iterable[dict[str, Any]]:
-    """Returns the lines of a metrics file; an incomplete last line, left by a crash, is passed over."""
+    """Returns the lines of a metrics file; an incomplete last line, left by a crash, is skipped."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as file:
@@ -108,7 +109,7 @@ def read_metrics(path: str) -> Iterable[dict[str, Any]]:
 
 
 def lines_of(workdir: str, stage: str) -> list[dict[str, Any]]:
-    """Returns what a stage has logged, in whichever release."""
+    """Returns the lines of a stage, also of one logged by the first release under another name."""
     return [line for line in read_metrics(os.path.join(workdir, FILE)) if line["stage"] in _names(stage)]
 
 
@@ -117,23 +118,23 @@ def _names(stage: str) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights & Biases, which nothing needs
+# Weights & Biases (optional)
 # ---------------------------------------------------------------------------------------------------------------------
 
 MODES = {"online": "online", "offline": "offline"}
 
 
 def check_wandb(options: Mapping[str, Any]) -> None:
-    """Refuses settings of `wandb` that cannot be followed.
+    """Checks the settings of `wandb`.
 
     Raises:
-      ConfigError: naming the setting, or the package that is missing.
+      ConfigError: naming the setting, or the missing package.
     """
     lookup(MODES, options["mode"], "wandb.mode")
-    useless = [name for name in ("entity", "name", "group", "tags") if options[name]]
-    if not options["project"] and useless:
+    ignored = [name for name in ("entity", "name", "group", "tags") if options[name]]
+    if not options["project"] and ignored:
         raise ConfigError(
-            f"{', '.join(f'wandb.{name}' for name in useless)} would change nothing without --config.wandb.project=NAME."
+            f"{', '.join(f'wandb.{name}' for name in ignored)} would have no effect: give --config.wandb.project=NAME too."
         )
     if options["project"]:
         _package()
@@ -150,7 +151,7 @@ def _package() -> Any:
 
 
 class _WeightsAndBiases:
-    """One run there for one work directory, however often it is resumed."""
+    """One run there for one work directory, also when it is resumed."""
 
     def __init__(self, workdir: str, config: Mapping[str, Any]) -> None:
         options = config["wandb"]
@@ -175,7 +176,10 @@ class _WeightsAndBiases:
         self._sent: dict[str, int] = {}
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Sends a line, with a step of each stage's own; what was sent before a crash is not sent again."""
+        """Sends a line, with a step axis per stage.
+
+        Lines sent before a crash are not sent again.
+        """
         if step <= self._sent.get(stage, 0):
             return
         if stage not in self._sent:
@@ -184,7 +188,7 @@ class _WeightsAndBiases:
         self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
 
     def rewind(self, stage: str, logged: list[int]) -> None:
-        """Notes which steps of a stage were sent by an earlier start of the run."""
+        """Records the steps of a stage that an earlier start of the run has sent."""
         if logged:
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
             self._sent[stage] = max(logged)
@@ -195,13 +199,14 @@ class _WeightsAndBiases:
 
 
 def _identity(workdir: str) -> str:
-    """Returns the name of the run at Weights & Biases, which is drawn once and kept."""
+    """Returns the run's identifier at Weights & Biases.
+
+    Drawn once, then read from the work directory.
+    """
     path = os.path.join(workdir, "wandb_id.txt")
     try:
         if not os.path.exists(path):
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-                file.write(uuid.uuid4().hex[:16] + "\n")
-            os.replace(f"{path}.tmp", path)
+            write_text(path, uuid.uuid4().hex[:16] + "\n")
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
     except OSError as error:

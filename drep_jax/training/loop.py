@@ -1,4 +1,4 @@
-"""The training loop of one stage: progress, logs, checkpoints, resuming, NaN, signals and profiling."""
+"""The training loop of a stage: progress, logs, checkpoints, resuming, NaN, signals, traces."""
 
 import math
 import signal
@@ -33,41 +33,44 @@ def run_stage(
     log_every: int,
     checkpoint_every: int,
     progress: bool = True,
-    probe: Callable[[Tree], dict[str, float]] | None = None,
+    log_extra: Callable[[Tree], dict[str, float]] | None = None,
     profile: Profile | None = None,
-    divided: bool = False,
+    sharded: bool = False,
 ) -> tuple[TrainState, float]:
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
-    Order: restore state and data position, drop log lines beyond it, then step; at every multiple of `log_every` the
-    losses of all steps since are checked and their mean is logged; at every multiple of `checkpoint_every`, at the end
-    and at a signal the state is saved, after that check, so a saved state is always a good one. Training goes on while a
-    checkpoint is written: from copies, since the step overwrites its own buffers.
+    Order: restore the state and the data position, drop log lines beyond it, then step. At every
+    multiple of `log_every` the losses of all steps since the last line are checked and their mean
+    is logged. At every multiple of `checkpoint_every`, at the end and at a signal the state is
+    checked and saved, so a saved state is always a good one. Training goes on while a checkpoint is
+    written; what is written is a copy, since a step overwrites its buffers.
 
     Args:
       name: of the stage, in logs and messages.
-      state: fresh state, not replicated.
+      state: the initial state, not replicated.
       frozen: the parameters that are not trained.
-      step_of: number of a step, the first is 1 ↦ the step, from `make_step`.
-      batches: first step number ↦ endless iterator of batches from that step on.
-      steps: how many in all.
+      step_of: number of a step, from 1 ↦ its function, made by `make_step`.
+      batches: number of steps taken ↦ endless iterator of the batches after them.
+      steps: total number of steps.
       checkpointer, writer: of this stage and run.
       log_every, checkpoint_every: in steps.
       progress: whether to show a bar.
-      probe: trained parameters ↦ further numbers for the log and the bar, such as the gap to a known optimum.
-      profile: which steps are traced, if any.
-      divided: whether the optimiser's state is divided among the devices, as `make_step` was told.
+      log_extra: trained parameters ↦ further numbers for the log and the bar, such as the gap to a
+        known optimum.
+      profile: the steps to trace, if any.
+      sharded: whether the optimizer's state is sharded, as in `make_step`.
 
     Returns:
-      The final state (one copy) and the seconds spent in all, earlier parts of a resumed stage included.
+      The final state (one copy) and the total seconds, earlier parts of a resumed stage included.
 
     Raises:
-      NonFiniteError: naming the step and what was not finite; the last checkpoint stays as it was.
-      CheckpointError: if a checkpoint cannot be written, at the next one at the latest; names its step.
+      NonFiniteError: naming the step and the value that is not finite; the last checkpoint stays.
+      CheckpointError: if a checkpoint cannot be written, raised by the next one at the latest;
+        names its step.
       Interrupted: at a signal, after saving.
     """
     spent = 0.0
-    unlogged: list[dict[str, float]] = []  # what each step returned since the last line of the log
+    unlogged: list[dict[str, float]] = []  # the metrics of every step since the last log line
     if checkpointer.latest() is not None:
         state, _, meta = checkpointer.restore(state, frozen)
         spent, unlogged = float(meta["seconds"]), list(meta.get("unlogged", ()))
@@ -75,19 +78,19 @@ def run_stage(
     if start >= steps:
         return state, spent
     writer.rewind(name, start)
-    many, kept = placed(state, divided=divided), devices.replicate(frozen)
+    current, replicated = placed(state, sharded=sharded), devices.replicate(frozen)
     began = time.perf_counter()
     waiting: list[tuple[int, dict[str, Any]]] = []
     pace = _Pace()
     bar = tqdm.tqdm(total=steps, initial=start, desc=name, disable=not progress, unit="step", mininterval=0.5)
 
     def check() -> None:
-        """Fetches what the steps since the last check returned, and stops at the first number that is not finite."""
+        """Fetches the metrics since the last check; raises at the first that is not finite."""
         for number, metrics in waiting:
             values = {key: float(value) for key, value in devices.unreplicate(metrics).items()}
             bad = [key for key, value in values.items() if not math.isfinite(value)]
             if bad:
-                sites = [key for key in bad if key != "loss"] or bad  # their sum says nothing if one of them is known
+                sites = [key for key in bad if key != "loss"] or bad  # not the total
                 more = f" (and {len(sites) - 1} more: {', '.join(sites[1:6])})" if sites[1:] else ""
                 raise NonFiniteError(
                     f"Stage {name}: {sites[0]}{more} became {values[sites[0]]} at step {number}. Training stopped; the last "
@@ -100,13 +103,15 @@ def run_stage(
     def log(number: int) -> None:
         check()
         speed = pace.images_per_second()
-        names = dict.fromkeys(key for values in unlogged for key in values)  # steps in turn report different things
+        names = dict.fromkeys(
+            key for values in unlogged for key in values
+        )  # alternating steps report different metrics
         scalars = {key: statistics.fmean(values[key] for values in unlogged if key in values) for key in names}
         unlogged.clear()
-        extra = probe(devices.unreplicate(many.params)) if probe else {}
+        extra = log_extra(devices.unreplicate(current.params)) if log_extra else {}
         clock = {"seconds": spent + time.perf_counter() - began, "images_per_second": speed}
-        known = {key: value for key, value in clock.items() if value is not None}
-        writer.write(name, number, {**scalars, **extra, **known})
+        measured = {key: value for key, value in clock.items() if value is not None}
+        writer.write(name, number, {**scalars, **extra, **measured})
         text = {key: f"{value:.4f}" for key, value in {"loss": scalars["loss"], **extra}.items()}
         if speed is not None:
             text["images/s"] = f"{speed:.0f}"
@@ -116,12 +121,12 @@ def run_stage(
     def save(*, wait: bool) -> None:
         check()
         checkpointer.wait()  # before another copy of the state is made
-        one = collected(many, state, divided=divided)
+        one = collected(current, state, sharded=sharded)
         seconds = spent + time.perf_counter() - began
         meta = {"stage": name, "seconds": seconds, "data_position": int(one.step), "unlogged": unlogged}
         checkpointer.save(one, frozen, meta, wait=wait)
 
-    anyone = devices.AnyHost()
+    any_host = devices.AnyHost()
     traced = profile.of_stage(name, start, steps) if profile else None
     with bar, hearing_signals() as stop:
         iterator = batches(start)
@@ -131,7 +136,7 @@ def run_stage(
                     traced.before(number)
                 batch = next(iterator)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    many, metrics = step_of(number)(many, kept, devices.shard(batch))
+                    current, metrics = step_of(number)(current, replicated, devices.shard(batch))
                 waiting.append((number, metrics))
                 pace.count(batch)
                 if traced:
@@ -139,11 +144,12 @@ def run_stage(
                 bar.update()
                 if number % log_every == 0 or number in (1, steps):
                     log(number)
-                asked = anyone(stop.raised, last=number == steps)  # once: what comes while saving is for the next step
-                if number % checkpoint_every == 0 or number == steps or asked:
-                    save(wait=number == steps or asked)
-                if asked or (number == steps and stop.raised and processes.alone()):
-                    processes.barrier("stopping")  # all have saved what they have to
+                # Asked once per step: a signal that arrives while saving counts at the next step.
+                stopping = any_host(stop.raised, last=number == steps)
+                if number % checkpoint_every == 0 or number == steps or stopping:
+                    save(wait=number == steps or stopping)
+                if stopping or (number == steps and stop.raised and processes.alone()):
+                    processes.barrier("stopping")  # all processes have saved
                     by = "a signal to another process" if stop.number is None else NAMES[stop.number]
                     raise Interrupted(
                         f"Stopped by {by} in stage {name} after step {number} of {steps}; the state is saved.",
@@ -152,27 +158,27 @@ def run_stage(
         finally:
             if traced:
                 traced.close()
-    return collected(many, state, divided=divided), spent + time.perf_counter() - began
+    return collected(current, state, sharded=sharded), spent + time.perf_counter() - began
 
 
 class _Pace:
-    """Images per second since the last line of the log; the step that compiles does not count."""
+    """Images per second since the last log line; the step that compiles does not count."""
 
     def __init__(self) -> None:
         self._began: float | None = None
         self._images = 0
 
     def count(self, batch: dict[str, Any]) -> None:
-        """Notes a step."""
+        """Counts the images of a step."""
         if self._began is not None:
             self._images += len(jax.tree_util.tree_leaves(batch)[0]) * devices.host()[1]
 
     def images_per_second(self) -> float | None:
-        """Returns the number, or None if there is none yet."""
+        """Returns images per second, or None before the second step."""
         if self._began is None or not self._images:
             return None
         return self._images / (time.perf_counter() - self._began)
 
     def restart(self) -> None:
-        """Begins anew."""
+        """Starts counting again."""
         self._began, self._images = time.perf_counter(), 0

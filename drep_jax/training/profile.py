@@ -1,4 +1,4 @@
-"""Traces of some training steps, written by JAX's profiler for TensorBoard: `--config.profile=FIRST:COUNT`."""
+"""JAX profiler traces of some training steps, for TensorBoard: `--config.profile=FIRST:COUNT`."""
 
 import dataclasses
 import os
@@ -14,12 +14,13 @@ FOLDER = "profile"
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Which steps of every stage are traced.
+    """The steps of every stage that are traced.
 
     Attributes:
-      first: number of the first step, from 1. The first ones compile, and are not what one wants to see.
-      count: how many.
-      workdir: where `profile/<stage>` is made.
+      first: number of the first step, from 1. Choose a later one: the first steps of a stage
+        compile.
+      count: number of steps.
+      workdir: directory in which `profile/<stage>` is made.
     """
 
     first: int
@@ -27,7 +28,10 @@ class Profile:
     workdir: str
 
     def of_stage(self, name: str, start: int, steps: int) -> "Trace | None":
-        """Returns the trace of a stage that goes from step `start` to `steps`, or None, saying so, if it has no such step."""
+        """Returns the trace of a stage that runs from step `start` to `steps`.
+
+        None, with a message, if it lacks the step.
+        """
         if start >= self.first or self.first > steps:
             reason = f"goes on from step {start}" if start >= self.first else f"has {steps} steps"
             print(f"Stage {name} {reason}, so there is no trace from step {self.first} on.")
@@ -36,19 +40,23 @@ class Profile:
 
 
 def parse_profile(text: str, workdir: str) -> Profile | None:
-    """Reads FIRST:COUNT; "" is no profile.
+    """Reads FIRST:COUNT; "" gives None.
+
+    >>> parse_profile("10:3", "runs/digits")
+    Profile(first=10, count=3, workdir='runs/digits')
 
     Raises:
       ConfigError: for anything else.
     """
     if not text:
         return None
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or not int(found[1]) or not int(found[2]):
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not int(match[1]) or not int(match[2]):
         raise ConfigError(
-            f'profile="{text}" is not FIRST:COUNT, the number of the first step to trace, from 1, and how many: "10:3".'
+            f'profile="{text}" is not FIRST:COUNT, the number of the first step to trace, from 1, and the number of '
+            'steps, such as "10:3".'
         )
-    return Profile(int(found[1]), int(found[2]), workdir)
+    return Profile(int(match[1]), int(match[2]), workdir)
 
 
 class Trace:
@@ -74,7 +82,7 @@ class Trace:
         self._on = True
 
     def after(self, number: int, results: Any) -> None:
-        """Ends the trace if this was its last step, whose results are waited for."""
+        """Waits for the results of a step and ends the trace, if it was the last step."""
         if self._on and number == self._last:
             jax.block_until_ready(results)
             self.close()

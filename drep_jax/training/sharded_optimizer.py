@@ -1,9 +1,11 @@
-"""The optimiser's state divided among the devices (ZeRO, stage 1, Rajbhandari et al. 2020): each updates its own slice.
+"""Sharded optimizer state: each device keeps and updates one slice.
 
-A leaf of n numbers is padded and cut into as many slices as there are devices. A step adds up each slice's gradients on its own
-device only (reduce-scatter), updates that slice of the parameters, and gathers the slices on all devices: the bytes of one
-all-reduce, and of Adam's two averages each device keeps its share. Scalars are kept whole. Checkpoints hold the state in one
-piece, so a run goes on with another number of devices, divided or not.
+This is stage 1 of ZeRO (Rajbhandari et al. 2020). A leaf of n numbers is padded and cut into one
+slice per device. A step sums the gradients of each slice on its device (reduce-scatter), updates
+that slice of the parameters, and gathers the slices on all devices. This moves the bytes of one
+all-reduce, and each device holds its slice of Adam's two averages instead of the whole. Scalars are
+not cut. Checkpoints hold the state in one piece, so a run can resume on another number of devices,
+sharded or not.
 """
 
 from typing import Any
@@ -22,12 +24,12 @@ def _flat(leaf: Any) -> Any:
 
 
 def _formed(flat: Any, rank: int) -> Any:
-    """Gives a slice two axes where its leaf had several: optimisers tell matrices from vectors by that."""
+    """Gives a slice of a matrix two axes: optimizers tell matrices from vectors by their rank."""
     return flat[:, None] if rank > 1 else flat
 
 
-def own(tree: Tree) -> Tree:
-    """Returns this device's slice of every leaf of a tree that all devices have; inside `on_devices`."""
+def local_slice(tree: Tree) -> Tree:
+    """Returns this device's slice of every leaf of a replicated tree; inside `on_devices`."""
 
     def one(leaf: Any) -> Any:
         if leaf.ndim == 0:
@@ -38,8 +40,8 @@ def own(tree: Tree) -> Tree:
     return jax.tree_util.tree_map(one, tree)
 
 
-def mean_own(tree: Tree) -> Tree:
-    """Returns this device's slice of the devices' mean of a tree; inside `on_devices`."""
+def mean_slice(tree: Tree) -> Tree:
+    """Returns this device's slice of the mean of a tree over all devices; inside `on_devices`."""
 
     def one(leaf: Any) -> Any:
         if leaf.ndim == 0:
@@ -49,32 +51,39 @@ def mean_own(tree: Tree) -> Tree:
     return jax.tree_util.tree_map(one, tree)
 
 
-def whole(slices: Tree, like: Tree) -> Tree:
-    """Puts all devices' slices together, in the shapes of `like`; inside `on_devices`."""
+def gathered(slices: Tree, like: Tree) -> Tree:
+    """Joins the slices of all devices, in the shapes of `like`; inside `on_devices`."""
 
-    def one(mine: Any, like: Any) -> Any:
+    def one(local: Any, like: Any) -> Any:
         shape = np.shape(like)
         if not shape:
-            return mine
-        return devices.gathered(mine.reshape(-1))[: int(np.prod(shape))].reshape(shape)
+            return local
+        return devices.gathered(local.reshape(-1))[: int(np.prod(shape))].reshape(shape)
 
     return jax.tree_util.tree_map(one, slices, like)
 
 
-def divide(opt_state: Tree) -> Tree:
-    """Returns an optimiser's state, given in one piece on the host, with its slices on the devices."""
-    cut = devices.on_devices(lambda _, same: own(same), in_axes=(0, None))
-    return cut(np.arange(devices.local_device_count()), opt_state)
+def shard_state(opt_state: Tree) -> Tree:
+    """Moves an optimizer's state from the host to the devices, one slice on each."""
+    shard = devices.on_devices(lambda _, same: local_slice(same), in_axes=(0, None))
+    return shard(np.arange(devices.local_device_count()), opt_state)
 
 
-def collect(opt_state: Tree, like: Tree) -> Tree:
-    """Inverse of `divide`, in the shapes of `like`, as NumPy arrays; with several hosts each has to call it."""
+def gather_state(opt_state: Tree, like: Tree) -> Tree:
+    """Inverse of `shard_state`: NumPy arrays in the shapes of `like`.
+
+    Every host of a run must call it.
+    """
     shapes = jax.tree_util.tree_map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), like)
-    return devices.unreplicate(devices.on_devices(lambda slices: whole(slices, shapes))(opt_state))
+    return devices.unreplicate(devices.on_devices(lambda slices: gathered(slices, shapes))(opt_state))
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Returns `optax.clip_by_global_norm` for gradients of which every device has a slice; scalars are on all of them."""
+    """Returns `optax.clip_by_global_norm` for gradients in slices; scalars are on all devices.
+
+    Args:
+      limit: largest norm, in units of the gradient.
+    """
 
     def update(grads: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Any]:
         del params

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first asks to stop after the current step and save; a second one ends the process at once."""
+"""Ctrl-C and SIGTERM: the first one stops training after the current step and saves.
+
+A second one ends the process.
+"""
 
 import contextlib
 import signal
@@ -9,31 +12,41 @@ from typing import Any
 from drep_jax.errors import DrepError
 
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-"""The signals that are heard, as they are called in messages."""
+"""The signals that are handled, with their names in messages."""
 
 
 class Interrupted(DrepError):
-    """A signal asked to stop, and the state was saved first."""
+    """Training was stopped by a signal, after the state was saved.
+
+    Attributes:
+      number: of the signal.
+    """
 
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
-        """Takes the message and the signal's number."""
         super().__init__(message)
         self.number = number
 
 
 class Terminated(BaseException):
-    """SIGTERM outside of training, where nothing is to be saved; to SIGTERM what `KeyboardInterrupt` is to Ctrl-C."""
+    """SIGTERM outside training, where there is nothing to save.
+
+    What `KeyboardInterrupt` is to Ctrl-C.
+    """
 
 
 class StopRequest:
-    """Remembers the first signal; the second one is left to the system, which ends the process wherever it is."""
+    """Records the first signal. The system handles the second one: it ends the process at once.
+
+    Attributes:
+      number: of the signal, or None.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     @property
     def raised(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal arrived."""
         return self.number is not None
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -44,7 +57,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def hearing_signals() -> Iterator[StopRequest]:
-    """Installs a `StopRequest` for as long as the block runs (in the main thread; others get no signals)."""
+    """Installs a `StopRequest` for as long as the block runs (in the main thread.
+
+    Others get no signals).
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -59,7 +75,7 @@ def hearing_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def raising_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM a `Terminated` while the block runs, so that what is open is closed and the exit status is ours."""
+    """Raises `Terminated` at SIGTERM while the block runs, so that open files are closed."""
 
     def handle(number: int, frame: Any) -> None:
         _leave_to_the_system()

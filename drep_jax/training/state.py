@@ -1,8 +1,9 @@
-"""Training state, and masks by which only one subtree of the parameters is trained.
+"""The training state and the training step, which changes some subtrees of the parameters.
 
-Parameters are {"backbone": …, "denoise": …}. Gradients are taken with respect to the trainable subtree alone, so frozen
-parameters cost no backward pass; the optimiser is partitioned over the same labels and holds nothing for them. Where two
-subtrees are trained in turn, each has its own optimiser, which is `held` while the other one moves.
+Parameters are {"backbone": …, "denoise": …}. Gradients are taken with respect to the trainable
+subtrees alone, so frozen parameters cost no backward pass. The optimizer is partitioned over the
+same names and has no state for them. Where two subtrees are trained in alternating phases, each has
+its own optimizer, whose state is frozen during the other's phase.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +29,9 @@ class TrainState(flax.struct.PyTreeNode):
       step: steps taken so far.
       params: the trainable subtree, {name: tree}.
       others: other variable collections of the backbone, such as batch statistics.
-      opt_state: the optimiser's, over the trainable parameters.
+      opt_state: of the optimizer, over the trainable parameters.
       key: random key of the stage as raw data; step n uses `fold_in(key, n)`.
-      ema: exponential moving averages of some of `params`, or {} where none is kept.
+      ema: exponential moving averages of some of `params`; {} for none.
     """
 
     step: Any
@@ -42,7 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def averaged(self) -> Tree:
-        """The trained parameters, with the moving average of those of which one is kept."""
+        """The trained parameters, with moving averages in place of last values, if any."""
         return {**self.params, **self.ema}
 
 
@@ -77,18 +78,21 @@ def make_optimizer(
     warmup: int = 0,
     weight_decay: float = 0.0,
     clip: float = 0.0,
-    divided: bool = False,
+    sharded: bool = False,
 ) -> optax.GradientTransformation:
-    """Returns an optimiser with linear warm-up and cosine decay to zero over `steps`.
+    """Returns an optimizer with linear warm-up and cosine decay to zero over `steps`.
 
     Args:
       name: "adam", "adamw" or "sgd" (Nesterov momentum 0.9).
-      learning_rate: its peak.
+      learning_rate: the peak.
       steps: total number of steps.
       warmup: steps of linear warm-up.
       weight_decay: for adamw and sgd.
       clip: largest global gradient norm; 0 for none.
-      divided: whether it is given slices of the gradients, see `drep_jax.training.sharded_optimizer`.
+      sharded: whether its state is sharded, see `drep_jax.training.sharded_optimizer`.
+
+    Raises:
+      ConfigError: for an unknown name, weight decay with adam, or a warm-up as long as the stage.
     """
     build = lookup(OPTIMIZERS, name, "optimizer")
     if name == "adam" and weight_decay:
@@ -99,17 +103,17 @@ def make_optimizer(
     if not warmup:
         rate = optax.cosine_decay_schedule(learning_rate, max(steps, 1))
     tx = build(rate, weight_decay)
-    clipping = sharded_optimizer.clip_by_global_norm if divided else optax.clip_by_global_norm
+    clipping = sharded_optimizer.clip_by_global_norm if sharded else optax.clip_by_global_norm
     return optax.chain(clipping(clip), tx) if clip else tx
 
 
 def partitioned(
     tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation], trainable: Sequence[str]
 ) -> optax.GradientTransformation:
-    """Returns an optimiser over {name: tree} that updates the subtrees named in `trainable`, and keeps no state for others.
+    """Returns an optimizer over {name: tree} that updates trainable subtrees only.
 
     Args:
-      tx: of all of them together, or one for each of their names.
+      tx: one optimizer for all trainable subtrees together, or {name: optimizer}.
       trainable: names of subtrees.
     """
     several = isinstance(tx, Mapping)
@@ -124,13 +128,17 @@ def partitioned(
     return optax.partition({**parts, "freeze": optax.set_to_zero()}, labels)
 
 
-def beside_of(params: Tree) -> dict[str, Tree]:
-    """Returns what is trained beside the backbone and its denoisers, such as the centres of identities."""
+def extra_params(params: Tree) -> dict[str, Tree]:
+    """Returns the parameters of neither backbone nor denoisers, such as those of a loss.
+
+    >>> extra_params({"backbone": {}, "denoise": {}, "scale": {"log": 0.5}})
+    {'scale': {'log': 0.5}}
+    """
     return {name: tree for name, tree in params.items() if name not in ("backbone", "denoise")}
 
 
-def held(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns a transformation with the state of `tx` that changes neither it nor the parameters."""
+def frozen_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns a transformation with the state of `tx` that changes nothing."""
 
     def update(grads: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         del params
@@ -140,7 +148,11 @@ def held(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def split(params: Tree, trainable: Sequence[str]) -> tuple[Tree, Tree]:
-    """Returns the trainable and the frozen part of {name: tree}."""
+    """Returns the trainable and the frozen part of {name: tree}.
+
+    >>> split({"backbone": {"w": 1}, "denoise": {"w": 2}}, ["denoise"])
+    ({'denoise': {'w': 2}}, {'backbone': {'w': 1}})
+    """
     if missing := set(trainable) - set(params):
         raise ConfigError(f"There is no parameter subtree {sorted(missing)}; there are {sorted(params)}.")
     chosen = {name: tree for name, tree in params.items() if name in trainable}
@@ -161,10 +173,10 @@ def create_state(
     Args:
       params: the trainable subtrees.
       others: other variable collections.
-      tx: a `partitioned` optimiser over trainable and frozen parameters.
+      tx: a `partitioned` optimizer over trainable and frozen parameters.
       frozen: the subtrees that are not trained.
       key: of the stage.
-      averaged: names of trainable subtrees of which a moving average is kept.
+      averaged: names of trainable subtrees that have a moving average.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -183,22 +195,25 @@ def make_step(
     active: Sequence[str] | None = None,
     accumulate: int = 1,
     ema: float = 0.0,
-    divided: bool = False,
+    sharded: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Returns the training step, compiled for all local devices.
 
     Args:
-      loss_fn: (params, others, batch, key) ↦ (loss, (metrics, others)), with all of {"backbone", "denoise"} in params.
-      tx: a `partitioned` optimiser.
-      active: names of the trainable subtrees that this step differentiates; the gradients of the others are zero. None: all.
-      accumulate: parts that a device's share of the batch is cut into, one after the other: the memory of one part, the
-        gradient of all (batch statistics are those of a part).
-      ema: decay of the moving averages that the state keeps; in the first steps at most (1 + n) / (10 + n).
-      divided: whether the optimiser's state is divided among the devices, see `placed`.
+      loss_fn: (params, others, batch, key) ↦ (loss, (metrics, others)), with all of {"backbone",
+        "denoise"} in params.
+      tx: a `partitioned` optimizer.
+      active: names of the trainable subtrees that this step changes; None for all.
+      accumulate: number of microbatches that each device's part of the batch is cut into. They run
+        one after the other: the memory of one, the mean gradient of all. Batch statistics are those
+        of a microbatch.
+      ema: decay of the moving averages in the state; at step n at most (1 + n) / (10 + n).
+      sharded: whether the optimizer's state is sharded, as in `placed`.
 
     Returns:
-      (state, frozen, batch) ↦ (state, metrics), everything with a leading axis of devices; loss, gradients, metrics and
-      other collections are averaged over them. The state given is donated: use the one returned.
+      (state, frozen, batch) ↦ (state, metrics), all with a leading axis of devices. Loss,
+      gradients, metrics and other collections are averaged over the devices. The input state is
+      donated: use the returned one.
     """
 
     def step(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, dict[str, Any]]:
@@ -214,16 +229,16 @@ def make_step(
 
         others, (grads, metrics) = _accumulated(gradients, state.others, batch, accumulate)
         others, metrics = devices.mean((others, metrics))
-        grads, mine = (
-            (sharded_optimizer.mean_own(grads), sharded_optimizer.own(moving))
-            if divided
+        grads, local = (
+            (sharded_optimizer.mean_slice(grads), sharded_optimizer.local_slice(moving))
+            if sharded
             else (devices.mean(grads), moving)
         )
         fixed = {**frozen, **{name: tree for name, tree in state.params.items() if name not in moving}}
-        nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: those leaves are masked or held
-        updates, opt_state = tx.update({**grads, **nothing}, state.opt_state, {**state.params, **frozen, **mine})
-        moved = optax.apply_updates(mine, {name: updates[name] for name in moving})
-        params = {**state.params, **(sharded_optimizer.whole(moved, moving) if divided else moved)}
+        nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: masked or frozen
+        updates, opt_state = tx.update({**grads, **nothing}, state.opt_state, {**state.params, **frozen, **local})
+        moved = optax.apply_updates(local, {name: updates[name] for name in moving})
+        params = {**state.params, **(sharded_optimizer.gathered(moved, moving) if sharded else moved)}
         decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
         now = {name: params[name] for name in state.ema}
         average = optax.incremental_update(now, state.ema, 1.0 - decay)
@@ -234,23 +249,31 @@ def make_step(
     return devices.on_devices(step, donate_argnums=0)
 
 
-def placed(state: TrainState, *, divided: bool = False) -> TrainState:
-    """Returns a state on every device, or with its optimiser's part divided among them."""
-    if not divided:
+def placed(state: TrainState, *, sharded: bool = False) -> TrainState:
+    """Returns a state replicated on every device.
+
+    With `sharded`, each device holds a slice of the optimizer's part.
+    """
+    if not sharded:
         return devices.replicate(state)
-    return devices.replicate(state.replace(opt_state=())).replace(opt_state=sharded_optimizer.divide(state.opt_state))
+    return devices.replicate(state.replace(opt_state=())).replace(
+        opt_state=sharded_optimizer.shard_state(state.opt_state)
+    )
 
 
-def collected(many: TrainState, like: TrainState, *, divided: bool = False) -> TrainState:
-    """Inverse of `placed`, as NumPy arrays; `like` has the shapes."""
-    if not divided:
-        return devices.unreplicate(many)
-    one = devices.unreplicate(many.replace(opt_state=()))
-    return one.replace(opt_state=sharded_optimizer.collect(many.opt_state, like.opt_state))
+def collected(placed_state: TrainState, like: TrainState, *, sharded: bool = False) -> TrainState:
+    """Inverse of `placed`: NumPy arrays in the shapes of `like`."""
+    if not sharded:
+        return devices.unreplicate(placed_state)
+    one = devices.unreplicate(placed_state.replace(opt_state=()))
+    return one.replace(opt_state=sharded_optimizer.gather_state(placed_state.opt_state, like.opt_state))
 
 
 def _accumulated(gradients: Callable[..., Any], others: Tree, batch: Tree, parts: int) -> Any:
-    """Runs `gradients(others, part) ↦ (others, values)` over the parts of a batch and returns the mean of the values."""
+    """Runs `gradients(others, part) ↦ (others, values)` over the parts of a batch.
+
+    Returns the last others and mean values.
+    """
     if parts == 1:
         return gradients(others, batch)
     cut = jax.tree_util.tree_map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)

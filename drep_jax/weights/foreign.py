@@ -15,6 +15,7 @@ from drep_jax.trees import check_finite
 from drep_jax.typing import Tree
 from drep_jax.weights import files
 from drep_jax.weights.formats import find_format, named_format
+from drep_jax.weights.formats.table import read_table
 from drep_jax.weights.native import names_of
 from drep_jax.weights.positions import CLASS_TOKEN, resize, source_grid
 from drep_jax.weights.translation import Account, Format, Piece, account, find_pieces, matches, put_back, some
@@ -53,6 +54,7 @@ def load_foreign(
     like: Tree,
     *,
     format_name: str = "",
+    names: str | Format | Sequence[Format] = "",
     state: str | None = None,
     allow: Sequence[str] = (),
     allow_fused: bool = False,
@@ -65,7 +67,9 @@ def load_foreign(
       path: of the file.
       module: the backbone.
       like: its variables, arrays or `jax.ShapeDtypeStruct`.
-      format_name: None of the names in the file need be recognised if this says what they are.
+      format_name: of the format; "" recognizes it by the names in the file.
+      names: a name table instead of the built-in formats: a format, several, or the path of a file that
+        defines them, see `drep_jax.weights.formats.table`.
       state: which of several states in the file to take ("model", "model_ema", …).
       allow: regular expressions over our paths and foreign names; what they match may be missing (then it stays as
         initialised), left over, or of another shape (both).
@@ -81,8 +85,8 @@ def load_foreign(
     source = files.read(path, state=state)
     if source.fused and not allow_fused:
         raise CheckpointError(already_fused(path, source.fused))
-    fmt = find_format(module, source.tensors.keys(), path, format_name)
     wanted = names_of(like)
+    fmt = find_format(module, wanted.keys(), source.tensors.keys(), path, format_name, _table(names))
     shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
     _check_refused(fmt, source.tensors, path)
     pieces = find_pieces(fmt, module, shapes, source.tensors)
@@ -104,6 +108,12 @@ def load_foreign(
     variables = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves)
     check_finite(variables, path)
     return Foreign(variables, source, fmt, tuple(pieces), tuple(notes), state)
+
+
+def _table(names: str | Format | Sequence[Format]) -> tuple[Format, ...]:
+    if isinstance(names, str):
+        return read_table(names) if names else ()
+    return (names,) if isinstance(names, Format) else tuple(names)
 
 
 def _left_as_initialised(absent: Sequence[str], fmt: Format) -> list[str]:
@@ -261,20 +271,22 @@ def stored_tree(foreign: Foreign, variables: Tree) -> Tree:
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(variables), leaves)
 
 
-def write_new(module: nn.Module, variables: Tree, format_name: str, path: str, fusion: Mapping[str, Any]) -> str:
+def write_new(
+    module: nn.Module, variables: Tree, format_name: str | Format, path: str, fusion: Mapping[str, Any]
+) -> str:
     """Writes a backbone's variables as a new file of a foreign format.
 
     Args:
       module: the backbone.
       variables: its variables.
-      format_name: of the format.
+      format_name: of the format, or the format itself.
       path: without suffix.
       fusion: recorded in the file where it can hold that.
 
     Returns:
       The path written, with the format's usual suffix.
     """
-    fmt = named_format(module, format_name)
+    fmt = named_format(module, format_name) if isinstance(format_name, str) else format_name
     arrays = {name: np.asarray(leaf) for name, leaf in names_of(variables).items()}
     pieces = find_pieces(fmt, module, {name: a.shape for name, a in arrays.items()})
     files.create(path + fmt.suffix, put_back(pieces, arrays), fusion)

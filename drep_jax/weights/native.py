@@ -7,7 +7,6 @@ what was fused into them, so that fused weights are never fused again by mistake
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import safetensors
 import safetensors.flax
 
 from drep_jax.errors import CheckpointError, reason_of
+from drep_jax.files import replacing
 from drep_jax.parallel.processes import orbax_options
 from drep_jax.trees import check_finite
 from drep_jax.typing import Tree
@@ -53,10 +53,9 @@ def save_safetensors(path: str, variables: Tree, fusion: Mapping[str, Any] | Non
     check_finite(variables, f"Not writing {path}")
     # In C order, because safetensors writes the memory of an array as it lies.
     tensors: Any = {name: np.asarray(leaf, order="C") for name, leaf in names_of(variables).items()}
-    temporary = f"{path}.tmp"
     try:
-        safetensors.flax.save_file(tensors, temporary, metadata={MARK: json.dumps({"fused": fusion})})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            safetensors.flax.save_file(tensors, temporary, metadata={MARK: json.dumps({"fused": fusion})})
     except (OSError, safetensors.SafetensorError) as error:
         raise _not_written(path, error) from error
 
@@ -70,15 +69,12 @@ def save_orbax(directory: str, variables: Tree, fusion: Mapping[str, Any] | None
     """
     check_finite(variables, f"Not writing {directory}")
     directory = os.path.abspath(directory)
-    temporary = f"{directory}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with ocp.StandardCheckpointer(**orbax_options()) as checkpointer:
-            checkpointer.save(temporary, jax.tree_util.tree_map(np.asarray, dict(variables)))
-        with open(os.path.join(temporary, ORBAX_MARK), "w", encoding="utf-8") as file:
-            json.dump({"fused": fusion}, file)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
+        with replacing(directory, directory=True) as temporary:
+            with ocp.StandardCheckpointer(**orbax_options()) as checkpointer:
+                checkpointer.save(temporary, jax.tree_util.tree_map(np.asarray, dict(variables)))
+            with open(os.path.join(temporary, ORBAX_MARK), "w", encoding="utf-8") as file:
+                json.dump({"fused": fusion}, file)
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
         raise _not_written(directory, error) from error
 

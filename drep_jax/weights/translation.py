@@ -1,7 +1,8 @@
 """Foreign names and layouts as data: one table of rules a format, read in both directions.
 
-A rule says where a leaf of our variable tree lies in a foreign file. Importing looks every leaf up; exporting puts it back in
-the same place. Layouts are transposes and reshapes, parts are slices: nothing is computed, so both ways are exact to the bit.
+A rule says where a leaf of our variable tree lies in a foreign file. Importing looks every leaf up;
+exporting puts it back in the same place. Layouts are transposes and reshapes, parts are slices:
+nothing is computed, so both ways are exact to the bit.
 """
 
 import dataclasses
@@ -46,51 +47,67 @@ def reshaped(ours: Sequence[int], theirs: Sequence[int]) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where leaves lie in the foreign file.
+    r"""Where leaves lie in the foreign file.
+
+    >>> rule = Rule(r"block(\d+)/conv", lambda match: f"features.{int(match[1]) + 1}.0")
+    >>> rule.place("block3/conv")
+    'features.4.0'
 
     Attributes:
-      ours: regular expression that matches all of a leaf's path without its collection ("encoderblock_3/attn/query/kernel"),
-        or of its module's path ("encoderblock_3/attn/query"). The first rule that matches counts.
-      theirs: template for `re.Match.expand`: the tensor's name if `ours` matched the leaf, the module's name otherwise, which
-        PyTorch's name of the leaf is then added to.
-      part: (i, n) if ours is the i-th of n equal parts of theirs along their first axis.
+      ours: regular expression that matches all of a leaf's path without its collection
+        ("encoderblock_3/attn/query/kernel"), or of its module's path ("encoderblock_3/attn/query").
+        The first rule that matches counts.
+      theirs: template for `re.Match.expand`, or a function of the match: the tensor's name if `ours`
+        matched the leaf, the module's name otherwise, to which PyTorch's name of the leaf is added.
+      part: (i, n) if our leaf is the i-th of n equal parts of their tensor along its first axis.
       layout: None for the usual one of a kernel with 2 or 4 axes, and no change for all else.
     """
 
     ours: str
-    theirs: str
+    theirs: str | Callable[[re.Match[str]], str]
     part: tuple[int, int] | None = None
     layout: Layout | None = None
+
+    def place(self, path: str) -> str | None:
+        """Returns the foreign name of a path, or None if the rule is not for it."""
+        match = re.fullmatch(self.ours, path)
+        if match is None:
+            return None
+        return match.expand(self.theirs) if isinstance(self.theirs, str) else self.theirs(match)
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
     """How one kind of foreign checkpoint names and lays out the parameters of one family of backbones.
 
+    A table of names of a user's own is such a format, and needs `name` and `rules` only.
+
     Attributes:
       name: what users call it.
       family: class of the backbones.
       marks: regular expressions; a file is of this format if each matches one of its names.
-      rules: for a backbone of the family.
-      ignored: regular expressions over foreign names that hold nothing trained, such as buffers of indices, or nothing of the
-        backbone, such as the projection head of self-supervised training.
+      rules: the rules, or a function that makes them for a backbone of the family.
+      ignored: regular expressions over foreign names that hold nothing trained, such as buffers of
+        indices, or nothing of the backbone, such as the projection head of self-supervised training.
       suffix: of a new file.
-      canonical: foreign name ↦ the name that marks and rules use, where files of one kind name the same tensor in several
-        ways; no two names of a file may become one.
-      refused: (regular expression over canonical names, reason) of what makes a file one of another network.
-      unused: (backbone, the file's canonical names) ↦ regular expressions over these of what the backbone makes no use of;
-        as `ignored`, but not the same for each.
-      zeros: regular expressions over canonical names that are left out if they hold nothing but zeros, as shifts that were
-        never trained; else the file is refused.
-      fresh: regular expressions over our paths of what files of the format have not, and a new task begins with; it stays as
-        initialised, and this is said.
-      positions: of a backbone's position embeddings, so that those of another grid of patches can be read.
+      canonical: foreign name ↦ the name that marks and rules use, where files of one kind name the
+        same tensor in several ways; no two names of a file may become one.
+      refused: (regular expression over canonical names, reason) of what only another network's files
+        have.
+      unused: (backbone, the file's canonical names) ↦ regular expressions over the canonical names
+        that this backbone does not read; as `ignored`, but depending on the backbone.
+      zeros: regular expressions over canonical names that are left out if they hold nothing but
+        zeros, as shifts that were never trained; else the file is refused.
+      fresh: regular expressions over our paths of what files of the format lack and a new task begins
+        with; it stays as initialized, and a note says so.
+      positions: of a backbone's position embeddings, so that those of another grid of patches can be
+        read.
     """
 
     name: str
-    family: type[nn.Module]
-    marks: tuple[str, ...]
-    rules: Callable[[nn.Module], Sequence[Rule]]
+    family: type[nn.Module] = nn.Module
+    marks: tuple[str, ...] = ()
+    rules: Sequence[Rule] | Callable[[nn.Module], Sequence[Rule]] = ()
     ignored: tuple[str, ...] = ()
     suffix: str = ".pth"
     canonical: Callable[[str], str] = str
@@ -100,7 +117,11 @@ class Format:
     zeros: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
-    def recognises(self, names: Collection[str]) -> bool:
+    def rules_of(self, module: nn.Module) -> Sequence[Rule]:
+        """Returns the rules for a backbone."""
+        return self.rules(module) if callable(self.rules) else self.rules
+
+    def recognizes(self, names: Collection[str]) -> bool:
         """Returns whether names as these are of this format."""
         known = [self.canonical(name) for name in names]
         return all(any(re.fullmatch(mark, name) for name in known) for mark in self.marks)
@@ -129,7 +150,8 @@ class Piece:
         return self.layout.read(tensor if self.part is None else np.split(tensor, self.part[1])[self.part[0]])
 
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+"""PyTorch's names of Flax's leaves."""
 
 
 def find_pieces(
@@ -146,33 +168,33 @@ def find_pieces(
     Raises:
       CheckpointError: naming the leaves that the format has no place for.
     """
-    rules = [(re.compile(rule.ours), rule) for rule in fmt.rules(module)]
+    rules = fmt.rules_of(module)
     actual = {fmt.canonical(name): name for name in names}
-    found, homeless = [], []
+    pieces, homeless = [], []
     for path, shape in shapes.items():
         piece = _place(path, len(shape), rules)
         if piece is None:
             homeless.append(path)
         else:
-            found.append(dataclasses.replace(piece, theirs=actual.get(piece.theirs, piece.theirs)))
+            pieces.append(dataclasses.replace(piece, theirs=actual.get(piece.theirs, piece.theirs)))
     if homeless:
         raise CheckpointError(
             f'Format "{fmt.name}" cannot express these parameters of this {type(module).__name__}: {some(homeless)}. '
-            "Choose options of the model that the format's own networks have."
+            "Choose options of the model that the format's own networks have; in a table of your own, add rules for them."
         )
-    return found
+    return pieces
 
 
-def _place(path: str, axes: int, rules: Iterable[tuple[re.Pattern[str], Rule]]) -> Piece | None:
+def _place(path: str, axes: int, rules: Iterable[Rule]) -> Piece | None:
     """Returns where the first rule that matches puts a leaf."""
     leaf = path.split("/", 1)[1]
     owner, _, last = leaf.rpartition("/")
-    for pattern, rule in rules:
+    for rule in rules:
         layout = rule.layout or ({2: DENSE, 4: CONV}.get(axes, SAME) if last == "kernel" else SAME)
-        if match := pattern.fullmatch(leaf):
-            return Piece(path, match.expand(rule.theirs), rule.part, layout)
-        if last in _LEAVES and (match := pattern.fullmatch(owner)):
-            return Piece(path, f"{match.expand(rule.theirs)}.{_LEAVES[last]}", rule.part, layout)
+        if (name := rule.place(leaf)) is not None:
+            return Piece(path, name, rule.part, layout)
+        if last in LEAVES and (name := rule.place(owner)) is not None:
+            return Piece(path, f"{name}.{LEAVES[last]}", rule.part, layout)
     return None
 
 

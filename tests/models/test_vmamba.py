@@ -345,7 +345,7 @@ def test_authors_outputs_from_the_authors_names():
 
 def test_export_is_the_inverse_of_import():
     module, _, pieces, tensors, arrays = golden_model()
-    assert VMAMBA.recognises(tensors) and VMAMBA.family is type(module)
+    assert VMAMBA.recognizes(tensors) and VMAMBA.family is type(module)
     back = put_back(pieces, arrays)
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_the_bar_and_the_log_say_how_fast_it_goes(tmp_path, step, capsys):
-    run(tmp_path, step, progress=True, probe=lambda params: {"gap": 0.25})
+    run(tmp_path, step, progress=True, log_extra=lambda params: {"gap": 0.25})
     shown = capsys.readouterr().err
     assert f"{STEPS}/{STEPS}" in shown and "gap=0.2500" in shown and "loss=" in shown and "images/s=" in shown
     first, *others = read_metrics(str(tmp_path / "metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""The optimiser's state divided among eight devices: the numbers of the undivided one, an eighth of its memory on each."""
+"""The optimizer's state sharded among eight devices: the numbers of the replicated one, an eighth of its memory on each."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from drep_jax.training.state import (
     OPTIMIZERS,
     collected,
     create_state,
-    held,
+    frozen_state,
     make_optimizer,
     make_step,
     partitioned,
@@ -37,16 +37,16 @@ def loss_fn(params, others, batch, key):
     return 30.0 * loss, ({}, others)
 
 
-def trained(name, divided, steps=3, start=None, **options):
-    own = make_optimizer(name, learning_rate=0.05, steps=10, divided=divided, **options)
+def trained(name, sharded, steps=3, start=None, **options):
+    own = make_optimizer(name, learning_rate=0.05, steps=10, sharded=sharded, **options)
     tx = partitioned(own, ("denoise",))
     frozen = {"backbone": PARAMS["backbone"]}
     state = create_state({"denoise": PARAMS["denoise"]}, {}, tx, frozen, jax.random.key(0), averaged=("denoise",))
-    many, kept = placed(start or state, divided=divided), devices.replicate(frozen)
-    step = make_step(loss_fn, tx, ema=0.5, divided=divided)
+    many, kept = placed(start or state, sharded=sharded), devices.replicate(frozen)
+    step = make_step(loss_fn, tx, ema=0.5, sharded=sharded)
     for _ in range(steps):
         many, _ = step(many, kept, devices.shard(BATCH))
-    return many, collected(many, state, divided=divided)
+    return many, collected(many, state, sharded=sharded)
 
 
 def close(one, other):
@@ -55,11 +55,11 @@ def close(one, other):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_divided_steps_are_the_undivided_ones(name, clip):
+def test_sharded_steps_are_the_replicated_ones(name, clip):
     options = {"clip": clip, "weight_decay": 0.0 if name == "adam" else 0.3}
-    (_, plain), (_, divided) = (trained(name, divided, **options) for divided in (False, True))
-    assert jax.tree_util.tree_structure(plain) == jax.tree_util.tree_structure(divided)
-    close(plain, divided)
+    (_, plain), (_, sharded) = (trained(name, sharded, **options) for sharded in (False, True))
+    assert jax.tree_util.tree_structure(plain) == jax.tree_util.tree_structure(sharded)
+    close(plain, sharded)
     assert np.abs(plain.params["denoise"]["kernel"] - PARAMS["denoise"]["kernel"]).max() > 0.01
 
 
@@ -71,20 +71,20 @@ def test_each_device_keeps_its_share():
 
 def test_what_is_saved_goes_on_divided_or_not():
     _, halfway = trained("adam", True, steps=2)
-    finals = [trained("adam", divided, steps=2, start=halfway)[1] for divided in (False, True)]
+    finals = [trained("adam", sharded, steps=2, start=halfway)[1] for sharded in (False, True)]
     close(*finals)
     close(finals[0], trained("adam", False, steps=4)[1])
-    many = placed(halfway, divided=True)
-    assert same_bits(collected(many, halfway, divided=True), jax.tree_util.tree_map(np.asarray, halfway))
+    many = placed(halfway, sharded=True)
+    assert same_bits(collected(many, halfway, sharded=True), jax.tree_util.tree_map(np.asarray, halfway))
 
 
 def test_the_subtree_that_is_held_stays():
-    each = {n: make_optimizer("adam", learning_rate=0.05, steps=10, divided=True) for n in PARAMS}
-    tx = partitioned({"denoise": each["denoise"], "backbone": held(each["backbone"])}, tuple(PARAMS))
+    each = {n: make_optimizer("adam", learning_rate=0.05, steps=10, sharded=True) for n in PARAMS}
+    tx = partitioned({"denoise": each["denoise"], "backbone": frozen_state(each["backbone"])}, tuple(PARAMS))
     state = create_state(PARAMS, {}, tx, {}, jax.random.key(0))
-    step = make_step(loss_fn, tx, active=("denoise",), divided=True)
-    many, _ = step(placed(state, divided=True), {}, devices.shard(BATCH))
-    after = collected(many, state, divided=True)
+    step = make_step(loss_fn, tx, active=("denoise",), sharded=True)
+    many, _ = step(placed(state, sharded=True), {}, devices.shard(BATCH))
+    after = collected(many, state, sharded=True)
     assert same_bits(after.params["backbone"], jax.tree_util.tree_map(np.asarray, PARAMS["backbone"]))
     assert not np.any(optax.tree_utils.tree_get(after.opt_state.inner_states["backbone"], "mu")["backbone"]["kernel"])
     assert np.any(after.params["denoise"]["kernel"] != PARAMS["denoise"]["kernel"])

@@ -1,4 +1,4 @@
-"""Masks: only the trainable subtree gets gradients and updates; optimisers against their first steps by hand."""
+"""Masks: only the trainable subtree gets gradients and updates; optimizers against their first steps by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -77,14 +77,14 @@ def test_every_step_has_a_key_of_its_own_and_the_run_can_be_repeated():
 
 
 def gradient_step(name, gradient, **options):
-    """The first update of leaves {"kernel", "bias"} by an optimiser, for gradients that are the same everywhere."""
+    """The first update of leaves {"kernel", "bias"} by an optimizer, for gradients that are the same everywhere."""
     tx = make_optimizer(name, **{"learning_rate": 0.1, "steps": 10, **options})
     params = PARAMS["denoise"]
     grads = jax.tree_util.tree_map(lambda leaf: jnp.full_like(leaf, gradient), params)
     return tx.update(grads, tx.init(params), params)[0]
 
 
-def test_first_steps_of_the_optimisers():
+def test_first_steps_of_the_optimizers():
     np.testing.assert_allclose(gradient_step("adam", 5.0)["kernel"], -0.1, rtol=1e-5)
     np.testing.assert_allclose(gradient_step("sgd", 5.0)["kernel"], -0.1 * 1.9 * 5.0, rtol=1e-5)  # Nesterov
     decayed = gradient_step("adamw", 5.0, weight_decay=0.5)

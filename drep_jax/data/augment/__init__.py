@@ -1,19 +1,24 @@
-"""What is done to training images: chosen in `config.data`, drawn for each image from its place in the stream alone.
+"""Augmentation of training images, chosen in `config.data`.
 
-Order: crop (before the image gets its size), flip, shift, RandAugment, erasing, then mixup or cutmix.
+Each image's draws depend on its position in the stream alone.
+
+Order: crop (before the image is fitted), flip, shift, RandAugment, erasing, then mixup or cutmix.
+Labels with geometry follow the first three; erasing leaves them as they are; RandAugment and mixing
+are refused with them.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from drep_jax.data.augment.erasing import erase
-from drep_jax.data.augment.flip_crop import flip_and_shift
+from drep_jax.data.augment.flip_crop import flip_and_shift, flip_and_shift_transforms
 from drep_jax.data.augment.mixing import mix
 from drep_jax.data.augment.randaugment import STRONGEST, randaugment
+from drep_jax.data.columns import Columns, geometric
+from drep_jax.data.geometry import Transform
+from drep_jax.data.steps import Size
 from drep_jax.errors import ConfigError
 from drep_jax.typing import Batch
 
@@ -24,21 +29,23 @@ def _number(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images; every default is off.
+    """Augmentation of training images; every default is off.
 
     Attributes:
-      flip: mirror every second image, on average, left to right.
-      shift: move by up to so many pixels both ways, filling with zeros.
-      crop_scale: smallest and largest share of the area of a random resized crop; () for the fitted image as it is.
+      flip: horizontal flip with probability 1/2.
+      shift: largest shift in pixels, vertical and horizontal, filled with zeros.
+      crop_scale: smallest and largest fraction of the area of a random resized crop; () for the
+        fitted image as it is.
       crop_ratio: smallest and largest width over height of that crop.
       randaugment: random operations an image.
-      randaugment_magnitude: how strong they are, from 0 to 30.
+      randaugment_magnitude: their strength, from 0 to 30.
       erase: probability that a box of the image becomes noise.
-      erase_fill: the colour that it becomes instead, three numbers from 0 to 1; () for noise.
-      mixup, cutmix: parameter a of the Beta(a, a) distributed share; 0 for neither. For labelled stages only.
+      erase_fill: color of such a box, three numbers from 0 to 1; () for noise.
+      mixup, cutmix: parameter a of the Beta(a, a) distributed weight; 0 for neither. For labeled
+        stages only.
 
     Raises:
-      ConfigError: naming the setting that cannot be.
+      ConfigError: for a setting out of range, by name.
     """
 
     flip: bool = False
@@ -56,7 +63,9 @@ class Augmentation:
         for name, whole in (("shift", True), ("randaugment", True), ("mixup", False), ("cutmix", False)):
             value = getattr(self, name)
             if not _number(value) or value < 0 or (whole and value != int(value)):
-                raise ConfigError(f"data.{name}={value!r}: expected {'a whole' if whole else 'a'} number, at least 0.")
+                raise ConfigError(
+                    f"data.{name}={value!r}: expected {'a whole' if whole else 'a'} number of at least 0."
+                )
         if not _number(self.erase) or not 0 <= self.erase <= 1:
             raise ConfigError(f"data.erase={self.erase!r} is a probability and lies in [0, 1].")
         if self.erase_fill and (
@@ -85,24 +94,46 @@ class Augmentation:
 
     @property
     def slow(self) -> bool:
-        """Whether it needs so much arithmetic that threads pay even where the images are in memory."""
+        """Whether it takes so long that threads pay off even for images in memory."""
         return bool(self.crop_scale or self.randaugment)
 
     def check_batch(self, size: int, what: str) -> None:
-        """Raises `ConfigError` unless a batch, or a host's part of it, holds whole pairs of images that are mixed."""
+        """Raises `ConfigError` unless a batch, or a host's part, holds whole pairs to mix."""
         if self.mixes and size % 2:
-            raise ConfigError(f"{what}={size} must be even: mixup and cutmix mix each image with its neighbour.")
+            raise ConfigError(f"{what}={size} must be even: mixup and cutmix mix each image with its neighbor.")
+
+    def check_columns(self, columns: Columns) -> None:
+        """Raises `ConfigError` for a setting whose effect labels with geometry cannot follow."""
+        followers = ", ".join(f'"{column.name}"' for column in geometric(columns))
+        for name in ("randaugment", "mixup", "cutmix"):
+            if followers and getattr(self, name):
+                why = "moves pixels" if name == "randaugment" else "mixes images"
+                raise ConfigError(
+                    f"data.{name}={getattr(self, name)!r} {why} in ways that the labels {followers} cannot follow. Set it to "
+                    "0; flips, shifts, crops and erasing remain."
+                )
+
+    def transforms(self, sizes: Sequence[Size], *, seed: int, first_position: int) -> list[Transform]:
+        """Returns what flip and shift do to each image of a batch, for its labels to follow.
+
+        Args:
+          sizes: (height, width) of each image.
+          seed, first_position: as for a call.
+        """
+        where = {"seed": seed, "first_position": first_position}
+        return flip_and_shift_transforms(sizes, **where, flip=self.flip, shift=self.shift)
 
     def __call__(self, batch: Batch, *, seed: int, first_position: int) -> Batch:
-        """Returns a batch of images, already cropped, changed as its place in the stream says.
+        """Returns a batch of images, already cropped, augmented as its position in the stream says.
 
         Args:
           batch: with "image", uint8 (B, H, W, C), and "label" if it is mixed.
           seed: of the stage.
-          first_position: place of the first image in the endless stream.
+          first_position: position of the first image in the endless stream.
 
         Returns:
-          The batch; with "label2" and "share" if it is mixed, see `drep_jax.data.augment.mixing.mix`.
+          The batch; with "label2" and "share" if it is mixed, see
+          `drep_jax.data.augment.mixing.mix`.
         """
         images = batch["image"]
         where = {"seed": seed, "first_position": first_position}
@@ -121,20 +152,21 @@ OFF = Augmentation()
 
 
 def augmentation_of(data: Mapping[str, Any], *, labelled: bool = True) -> Augmentation:
-    """Returns what the settings `config.data` ask for.
+    """Returns the augmentation of the settings `config.data`.
 
     Args:
       data: the settings; those that an older configuration lacks are off.
-      labelled: whether the stage learns from labels. One that does not never mixes images: denoisers are to learn what
-        real images look like inside the network, and a mixture's second label means nothing to them.
+      labelled: whether the stage learns from labels. A stage without labels never mixes images:
+        denoisers are to learn what real images look like inside the network, and a mixture's second
+        label means nothing to them.
 
     Raises:
-      ConfigError: naming the setting that cannot be.
+      ConfigError: for a setting out of range, by name.
     """
     fields = [field for field in dataclasses.fields(Augmentation) if field.name in data]
     given: dict[str, Any] = {
         field.name: tuple(data[field.name]) if isinstance(field.default, tuple) else data[field.name]
         for field in fields
     }
-    found = Augmentation(**given)
-    return found if labelled else dataclasses.replace(found, mixup=0.0, cutmix=0.0)
+    augmentation = Augmentation(**given)
+    return augmentation if labelled else dataclasses.replace(augmentation, mixup=0.0, cutmix=0.0)

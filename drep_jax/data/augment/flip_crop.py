@@ -1,10 +1,13 @@
-"""Mirroring and moving whole images, and the boxes of random resized crops."""
+"""Horizontal flips, shifts and random resized crops: of pixels, and as transforms for labels."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from drep_jax.data.augment.random_bits import CROP, MOVES, WORDS, uniform, words
+from drep_jax.data.augment.random_bits import CROP, FLIP_AND_SHIFT, WORDS, uniform, words
+from drep_jax.data.geometry import Transform
+from drep_jax.data.steps import Size
 
 ATTEMPTS = 10
 """Boxes that are tried for one image before the fallback."""
@@ -15,34 +18,50 @@ Box = tuple[int, int, int, int]
 
 
 def flip_and_shift(images: np.ndarray, *, seed: int, first_position: int, flip: bool, shift: int) -> np.ndarray:
-    """Mirrors and moves images at random, each as its position in the endless sequence of training images decides.
+    """Flips and shifts images at random, by their positions in the stream of training images.
 
     Args:
       images: uint8 (B, H, W, C), at consecutive positions.
       seed: of the augmentation.
       first_position: the position of the first image.
-      flip: mirror with probability 1/2.
-      shift: the largest move in pixels, up or down and left or right; what comes in is 0.
+      flip: flip horizontally with probability 1/2.
+      shift: largest shift in pixels, vertical and horizontal; what comes in is 0.
 
     Returns:
       uint8 (B, H, W, C).
     """
     count, height, width, channels = images.shape
-    raw = words(seed, MOVES, first_position, count)
+    flipped, down, right = _draws(seed, first_position, count, shift)
     if flip:
-        mirrored = raw[:, 0] % 2 == 1
         images = np.array(images, order="C")
-        pixels = images.view(f"V{channels}")  # whole pixels are moved three times as fast as their bytes
-        pixels[mirrored] = pixels[mirrored][:, :, ::-1]
+        pixels = images.view(f"V{channels}")  # whole pixels are copied three times as fast as their bytes
+        pixels[flipped] = pixels[flipped][:, :, ::-1]
     if shift:
-        top, left = ((raw[:, column] % (2 * shift + 1)).astype(int) for column in (1, 2))
+        top, left = shift - down, shift - right
         padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
         images = np.stack([padded[i, top[i] : top[i] + height, left[i] : left[i] + width] for i in range(count)])
     return images
 
 
+def flip_and_shift_transforms(
+    sizes: Sequence[Size], *, seed: int, first_position: int, flip: bool, shift: int
+) -> list[Transform]:
+    """Returns what `flip_and_shift` does to each image of a batch, for its labels to follow.
+
+    Args:
+      sizes: (height, width) of each image.
+      seed, first_position, flip, shift: as for `flip_and_shift`.
+    """
+    transforms = []
+    draws = _draws(seed, first_position, len(sizes), shift)
+    for size, flipped, down, right in zip(sizes, *draws, strict=True):
+        transform = Transform(size).flip() if flip and flipped else Transform(size)
+        transforms.append(transform.shift(int(down), int(right)))
+    return transforms
+
+
 def crop_numbers(seed: int, first_position: int, count: int) -> np.ndarray:
-    """Returns what `crop_box` needs for `count` positions in a row: float64 (count, attempts, 4) in [0, 1)."""
+    """Returns the numbers of `crop_box` for `count` positions, (count, attempts, 4) in [0, 1)."""
     return uniform(words(seed, CROP, first_position, count, ATTEMPTS)).reshape(count, ATTEMPTS, WORDS)
 
 
@@ -52,17 +71,18 @@ def crop_box(
     """Returns the box of a random resized crop: of random area and shape, anywhere in the image.
 
     Args:
-      numbers: (attempts, 4) in [0, 1): area, shape, place down and place to the right of each attempt.
+      numbers: (attempts, 4) in [0, 1): area, shape, vertical and horizontal place of each attempt.
       height, width: of the image in pixels.
-      scale: smallest and largest share of the image's area, drawn uniformly.
+      scale: smallest and largest fraction of the image's area, drawn uniformly.
       ratio: smallest and largest width over height, drawn uniformly in its logarithm.
 
     Returns:
-      The first attempt that fits into the image; if none does, the largest box in the middle whose shape is allowed.
+      The first attempt that fits into the image; if none does, the largest box in the center whose
+      shape is allowed.
     """
     low, high = (math.log(value) for value in ratio)
-    for share, shape, down, right in numbers:
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+    for fraction, shape, down, right in numbers:
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * fraction)
         aspect = math.exp(low + (high - low) * shape)
         box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < box_height <= height and 0 < box_width <= width:
@@ -73,3 +93,15 @@ def crop_box(
     box_height, box_width = min(height, round(width / aspect)), min(width, round(height * aspect))
     box_height, box_width = max(box_height, 1), max(box_width, 1)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def transform_of_crop(size: Size, box: Box, target: Size) -> Transform:
+    """Returns a resized crop: this box of an image of that size, scaled to the target."""
+    return Transform(size).crop(*box).resize(target)
+
+
+def _draws(seed: int, first_position: int, count: int, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns for each position whether it is flipped, and its shift down and to the right."""
+    raw = words(seed, FLIP_AND_SHIFT, first_position, count)
+    down, right = (shift - (raw[:, column] % (2 * shift + 1)).astype(int) for column in (1, 2))
+    return raw[:, 0] % 2 == 1, down, right

@@ -1,25 +1,17 @@
 """The ranked galleries that a report shows: which queries, and what two arms find for them."""
 
-import base64
-import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.metrics.pictures import small
 from drep_jax.metrics.protocol import Protocol
 from drep_jax.metrics.retrieval.evaluate import Result, pair_options, splits
 from drep_jax.metrics.retrieval.ranking import top
 
 GAINED, LOST, RANDOM = "largest gain", "largest loss", "drawn at random"
-
-
-_SIDE = 128
-
-
-_QUALITY = 85
 
 
 def choose(ours: np.ndarray, theirs: np.ndarray, *, each: int = 2, seed: int = 0) -> list[tuple[int, str]]:
@@ -122,12 +114,3 @@ def ranked(
         ],
         "images": {str(row): small(picture(row)) for row in sorted(needed)},
     }
-
-
-def small(image: np.ndarray) -> str:
-    """Returns an image of at most 128 pixels a side as JPEG in base64."""
-    drawn = Image.fromarray(np.asarray(image, np.uint8)).convert("RGB")
-    drawn.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    drawn.save(buffer, "JPEG", quality=_QUALITY)
-    return base64.b64encode(buffer.getvalue()).decode()

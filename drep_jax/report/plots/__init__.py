@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from drep_jax.report.plots.accuracy import plot_accuracy
+from drep_jax.report.plots.examples import plot_examples
 from drep_jax.report.plots.front import plot_front
 from drep_jax.report.plots.loss import plot_loss
 from drep_jax.report.plots.ranked import plot_ranked
@@ -16,6 +17,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
     "sites": plot_sites,
     "spectra": plot_spectra,
     "front": plot_front,
+    "examples": plot_examples,
     "ranked": plot_ranked,
 }
-"""By file name, what draws plots/NAME.png; None where there is nothing to show."""
+"""NAME ↦ function that draws plots/NAME.png, or returns None if there is nothing to show."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from drep_jax.errors import CheckpointError, did_you_mean
+from drep_jax.files import replacing, temporary_of
 from drep_jax.weights.files import npz_file, safetensors_file, torch_file, zip_records
 from drep_jax.weights.files.contents import (
     Contents,
@@ -108,7 +109,7 @@ def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarr
     for name in changed:
         if name not in source.tensors:
             raise CheckpointError(f'{source.path} has no tensor "{name}".{did_you_mean(name, source.tensors)}')
-    temporary = f"{path}.tmp"
+    temporary = temporary_of(path)
     for target in (path, temporary):
         if os.path.realpath(target) == os.path.realpath(source.path) or (
             os.path.exists(target) and os.path.samefile(target, source.path)
@@ -137,7 +138,7 @@ def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarr
             if not same_numbers(written.array(where), wanted):
                 raise CheckpointError(f'"{full_name(where)}" in {temporary} did not come back as it was written.')
 
-    _publish(path, lambda: rewrite(contents, temporary, changed_blocks(contents, by_path), text), verify)
+    _publish(path, lambda place: rewrite(contents, place, changed_blocks(contents, by_path), text), verify)
 
 
 def create(path: str, tensors: Mapping[str, np.ndarray], mark: Mapping[str, Any]) -> None:
@@ -162,23 +163,19 @@ def create(path: str, tensors: Mapping[str, np.ndarray], mark: Mapping[str, Any]
     def verify(written: Contents) -> None:
         found = {full_name(where): written.array(where) for where in written.views}
         if found.keys() != arrays.keys() or not all(same_numbers(found[name], array) for name, array in arrays.items()):
-            raise CheckpointError(f"{path}.tmp did not come back as it was written.")
+            raise CheckpointError(f"{temporary_of(path)} did not come back as it was written.")
 
-    _publish(path, lambda: CREATE[suffix](f"{path}.tmp", arrays, text), verify)
+    _publish(path, lambda place: CREATE[suffix](place, arrays, text), verify)
 
 
-def _publish(path: str, write: Callable[[], None], verify: Callable[[Contents], None]) -> None:
-    """Calls `write`, which writes path.tmp, reads that back, and gives it its name; what fails leaves nothing behind."""
-    temporary = f"{path}.tmp"
+def _publish(path: str, write: Callable[[str], None], verify: Callable[[Contents], None]) -> None:
+    """Writes to a temporary path, reads that back, and gives it its name; what fails leaves nothing behind."""
     try:
-        write()
-        verify(_contents(temporary))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            write(temporary)
+            verify(_contents(temporary))
     except OSError as error:
         raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def _contents(path: str) -> Contents:

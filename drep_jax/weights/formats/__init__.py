@@ -1,6 +1,6 @@
 """Registry of foreign checkpoint formats; another one is a file here and a line in `FORMATS`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import flax.linen as nn
 
@@ -8,6 +8,7 @@ from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
 from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
 from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
 from drep_jax.weights.formats.dinov2 import DINOV2
+from drep_jax.weights.formats.generic import GENERIC, generic_format
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
 from drep_jax.weights.formats.swin import SWIN
 from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
@@ -46,47 +47,62 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
-def find_format(module: nn.Module, names: Collection[str], path: str, name: str = "") -> Format:
+def find_format(
+    module: nn.Module,
+    leaves: Collection[str],
+    names: Collection[str],
+    path: str,
+    name: str = "",
+    table: Sequence[Format] = (),
+) -> Format:
     """Returns the format of a file.
 
     Args:
       module: the backbone that it is to be read into.
+      leaves: paths of its variables with their collections.
       names: of the file's tensors.
       path: of the file, for messages.
-      name: of the format, if the user said it; else it is recognised by the names.
+      name: of the format, if the user gave it; else it is recognized by the names.
+      table: formats to choose among instead of `FORMATS`; of a single one no mark is required.
 
     Raises:
       ConfigError: if there is no such format for this family of backbones.
       CheckpointError: if the file is of none of the family's formats; says what it is, if that is known.
     """
     if name:
-        return named_format(module, name)
-    for fmt in FORMATS:
-        if isinstance(module, fmt.family) and fmt.recognises(names):
+        return named_format(module, name, table)
+    if len(table) == 1:
+        return table[0]
+    for fmt in table or FORMATS:
+        if isinstance(module, fmt.family) and fmt.recognizes(names):
             return fmt
-    own = formats_of(module)
-    others = [fmt for fmt in FORMATS if fmt.recognises(names)]
+    if not table and (generic := generic_format(module, leaves, names)):
+        return generic
+    others = [fmt for fmt in FORMATS if fmt.recognizes(names)]
     if others:
         seen = f"It holds a {others[0].family.__name__} in the format {others[0].name}: choose a model of that family."
     else:
-        seen = f"Its first names are: {some(sorted(names), 5)}."
-    raise CheckpointError(
-        f"{path} is in none of the formats known for a {type(module).__name__} ({', '.join(own) or 'none'}). {seen}"
-    )
+        seen = (
+            f"Its first names are: {some(sorted(names), 5)}. Those of the module are: {some(sorted(leaves), 5)}. Say how they "
+            "correspond in a name table, --config.backbone.init_names=FILE.py (docs/weights.md)."
+        )
+    known = ", ".join(sorted({fmt.name for fmt in table or FORMATS if isinstance(module, fmt.family)})) or "none"
+    raise CheckpointError(f"{path} is in none of the formats known for a {type(module).__name__} ({known}). {seen}")
 
 
-def formats_of(module: nn.Module) -> list[str]:
-    """Returns the names of the formats for a family of backbones."""
-    return sorted({fmt.name for fmt in FORMATS if isinstance(module, fmt.family)})
+def formats_of(module: nn.Module, table: Sequence[Format] = ()) -> list[str]:
+    """Returns the names of the formats for a family of backbones, those of a user's table included."""
+    return sorted({fmt.name for fmt in (*table, *FORMATS, *GENERIC) if isinstance(module, fmt.family)})
 
 
-def named_format(module: nn.Module, name: str) -> Format:
-    """Returns the format called `name` for this family of backbones.
+def named_format(module: nn.Module, name: str, table: Sequence[Format] = ()) -> Format:
+    """Returns the format called `name` for this family of backbones, a user's table first.
 
     Raises:
       ConfigError: if there is none; names those that there are.
     """
-    own = {fmt.name: fmt for fmt in FORMATS if isinstance(module, fmt.family)}
-    if name not in own:
-        raise ConfigError(f'There is no format "{name}" for a {type(module).__name__}.{did_you_mean(name, own)}')
-    return own[name]
+    for fmt in (*table, *FORMATS, *GENERIC):
+        if fmt.name == name and isinstance(module, fmt.family):
+            return fmt
+    known = formats_of(module, table)
+    raise ConfigError(f'There is no format "{name}" for a {type(module).__name__}.{did_you_mean(name, known)}')

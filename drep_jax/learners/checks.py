@@ -1,0 +1,94 @@
+"""What learners refuse before any work: settings, images or a budget that they cannot use."""
+
+import numpy as np
+
+from drep_jax.data.corruptions import parse_spec
+from drep_jax.errors import ConfigError
+from drep_jax.learners import LEARNERS
+from drep_jax.learners.label_free import PAIRS, pairs_of
+from drep_jax.run.setup import Setup
+from drep_jax.run.stages import stage_of
+from drep_jax.typing import Config
+
+
+def check_labeled(config: Config, setup: Setup) -> None:
+    """Refuses learners that the images, the backbone or the budget do not allow, before any work.
+
+    Raises:
+      ConfigError: naming the learner and the setting.
+    """
+    requested = (config["learner"], *config["compare"])
+    alternate = config["alternate"]
+    order = tuple(alternate["order"])
+    if sorted(order) != ["backbone", "denoise"] or alternate["period"] < 1:
+        raise ConfigError(
+            f"alternate.order={order} has to name denoise and backbone once each, and alternate.period="
+            f"{alternate['period']} has to be at least 1 step."
+        )
+    if LEARNERS[config["learner"]].explicit:
+        raise ConfigError(
+            f'Learner "{config["learner"]}" is evaluated on the explicit path and leaves nothing to fuse or export; put it in '
+            "--config.compare, beside another learner."
+        )
+    if "final_only" in requested and setup.features and setup.task.test_needs_head:
+        raise ConfigError('Learner "final_only" denoises the input of the head, and this backbone has none.')
+    if not 0.0 <= config["denoise"]["label_lambda"] <= 1.0:
+        raise ConfigError(
+            f"denoise.label_lambda={config['denoise']['label_lambda']} is λ of Eq. 12 and lies in [0, 1]."
+        )
+    for name in (name for name in requested if LEARNERS[name].labeled):
+        if setup.features or setup.train.num_classes is None:
+            what = "the backbone has no head" if setup.features else f"{setup.train.name} has none"
+            raise ConfigError(f'Learner "{name}" trains with labels, but {what}. Choose a label-free learner.')
+        stage = stage_of("control" if name == "continued" else name)
+        steps, control = stage.steps(config), config["control"]["steps"]
+        if not steps:
+            where = {"alternating": "alternate.steps", "continued": "control.steps"}.get(name, "denoise.train_steps")
+            raise ConfigError(f'Learner "{name}" would take no step; set --config.{where}=N.')
+        budget = (steps, stage.batch_size(config))
+        if control and budget != (control, config["control"]["batch_size"]):
+            raise ConfigError(
+                f'Learner "{name}" takes {budget[0]} steps of {budget[1]} images and the control arm {control} of '
+                f"{config['control']['batch_size']}: with another budget it is no control. Make them equal, or leave the arm "
+                "out with --config.control.steps=0."
+            )
+
+
+def check_choosing(config: Config, setup: Setup) -> None:
+    """Refuses settings of the learners that choose on held-out images, before any work.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    options, select = config["measured"], config["select"]
+    if config["denoise"]["rank"]:
+        for name in (name for name in ("wiener", "measured") if name in (config["learner"], *config["compare"])):
+            raise ConfigError(
+                f'Learner "{name}" gives full matrices, so denoise.rank={config["denoise"]["rank"]} is not for it.'
+            )
+    if config["noise"].startswith(PAIRS):
+        if setup.side:
+            columns = ", ".join(name for name, _ in setup.side)
+            raise ConfigError(
+                f"The backbone is given side information ({columns}), which is not known of the images in "
+                f"{config['noise']}, so noise cannot be measured on them. Name a corruption in config.noise."
+            )
+        if "measured" in (config["learner"], *config["compare"]):
+            pairs_of(config)
+    elif all(part.high == 0 for part in parse_spec(config["noise"])):
+        raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
+    for name in ("draws", "vectors"):
+        if options[name] < 1:
+            raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
+    if not options["clean_share"] or not all(0.0 <= share < 1.0 for share in options["clean_share"]):
+        raise ConfigError(f"measured.clean_share={options['clean_share']} are shares of clean images, each in [0, 1).")
+    if not options["ridge"] > 0:
+        raise ConfigError(
+            f"measured.ridge={options['ridge']} must be above 0: without it, few images have no solution."
+        )
+    if not config["wiener"]["ratios"] or not all(ratio > 0 for ratio in config["wiener"]["ratios"]):
+        raise ConfigError(f"wiener.ratios={config['wiener']['ratios']} are noise powers, each above 0.")
+    if not select["strengths"] or not all(np.isfinite(t) and t >= 0 for t in select["strengths"]):
+        raise ConfigError(f"select.strengths={select['strengths']} are strengths of fusion, each at least 0.")
+    for condition in select["conditions"]:
+        parse_spec(condition)

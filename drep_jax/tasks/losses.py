@@ -1,0 +1,114 @@
+"""Losses of labels: cross-entropy, batch-hard triplets (Hermans et al. 2017), centers (Wen et al. 2016).
+
+On several devices each has triplets with the images of all of them, so the loss does not depend on their number.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from drep_jax.parallel import devices
+
+
+def cross_entropy(
+    logits: Float[Array, "batch classes"], batch: Mapping[str, Any], smoothing: float = 0.0
+) -> Float[Array, ""]:
+    """Returns the mean cross-entropy in nats; of images mixed as s and 1 − s, s·loss("label") + (1 − s)·loss("label2").
+
+    Args:
+      logits: (batch, classes).
+      batch: "label", int (batch,); where images were mixed also "label2", int (batch,), and "share", float (batch,).
+      smoothing: fraction of the target that is spread over all classes.
+    """
+
+    def each(labels: Any) -> Any:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+        return optax.softmax_cross_entropy(logits, targets)
+
+    if "share" not in batch:
+        return jnp.mean(each(batch["label"]))
+    return jnp.mean(batch["share"] * each(batch["label"]) + (1.0 - batch["share"]) * each(batch["label2"]))
+
+
+def triplet_loss(
+    features: Float[Array, "batch width"], labels: Int[Array, " batch"], margin: float
+) -> Float[Array, ""]:
+    """Returns the batch-hard triplet loss: each image against its farthest positive and its nearest negative.
+
+    mean over anchors a of [max_p d(a, p) − min_n d(a, n) + m]₊, or with m = 0 of log(1 + exp(max_p d − min_n d)), the soft
+    margin (Hermans et al. 2017, Eq. 5), d Euclidean. An image is no positive of its own; anchors that lack a positive or a
+    negative are left out of the mean.
+
+    Args:
+      features: of this device's images; positives and negatives are sought on all devices.
+      labels: their identities.
+      margin: m, in units of the features.
+    """
+    distances, equal, self_pair = _pairs(features, labels)
+    return _hardest([(distances, equal & ~self_pair)], [(distances, ~equal)], margin)
+
+
+def view_triplet_loss(
+    same: Float[Array, "batch width"],
+    different: Float[Array, "batch width"],
+    labels: Int[Array, " batch"],
+    views: Int[Array, " batch"],
+    margin: float,
+) -> Float[Array, ""]:
+    """Returns the triplet losses of viewpoint-aware metric learning (Chu et al. 2019), batch-hard.
+
+    Pairs of one view are compared in the first space, S, pairs of different views in the second, D. Within a space,
+    positives have to be nearer than negatives; across, positives of another view (in D) nearer than negatives of the same
+    view (in S), which look more alike: L = L_S + L_D + L_cross.
+
+    Args:
+      same, different: features of the two branches.
+      labels, views: of the images.
+      margin: see `triplet_loss`.
+    """
+    in_s, equal, self_pair = _pairs(same, labels)
+    in_d = _pairs(different, labels)[0]
+    one_view = views[:, None] == devices.gathered(views)[None]
+    positive, negative = equal & ~self_pair, ~equal
+    return (
+        _hardest([(in_s, positive & one_view)], [(in_s, negative & one_view)], margin)
+        + _hardest([(in_d, positive & ~one_view)], [(in_d, negative & ~one_view)], margin)
+        + _hardest([(in_d, positive & ~one_view)], [(in_s, negative & one_view)], margin)
+    )
+
+
+def center_loss(
+    features: Float[Array, "batch width"], labels: Int[Array, " batch"], centers: Float[Array, "classes width"]
+) -> Float[Array, ""]:
+    """Returns the mean squared distance of features from the centers of their identities (Wen et al. 2016, twice Eq. 2)."""
+    return jnp.mean(jnp.sum((features - centers[labels]) ** 2, axis=-1))
+
+
+def _pairs(
+    features: Float[Array, "batch width"], labels: Int[Array, " batch"]
+) -> tuple[Float[Array, "batch all"], Bool[Array, "batch all"], Bool[Array, "batch all"]]:
+    """Returns distances from this device's images to all devices', where identities are equal, and where images are."""
+    everyone, identities = devices.gathered(features), devices.gathered(labels)
+    squares = jnp.sum(features**2, -1)[:, None] + jnp.sum(everyone**2, -1)[None]
+    squares = squares - 2 * jnp.matmul(features, everyone.T, precision=jax.lax.Precision.HIGHEST)
+    # The root has no derivative at 0.
+    distances = jnp.sqrt(jnp.maximum(squares, 1e-12))
+    first = devices.device_index() * len(features)
+    itself = (first + jnp.arange(len(features)))[:, None] == jnp.arange(len(everyone))[None]
+    return distances, labels[:, None] == identities[None], itself
+
+
+def _hardest(positives: Sequence[Any], negatives: Sequence[Any], margin: float) -> Float[Array, ""]:
+    """Returns the mean over all devices' anchors, as this device's share of it."""
+    far = jnp.max(jnp.concatenate([jnp.where(mask, d, -jnp.inf) for d, mask in positives], axis=1), axis=1)
+    near = jnp.min(jnp.concatenate([jnp.where(mask, d, jnp.inf) for d, mask in negatives], axis=1), axis=1)
+    complete = jnp.isfinite(far) & jnp.isfinite(near)
+    gap = jnp.where(complete, far, 0.0) - jnp.where(complete, near, 0.0)
+    each = jax.nn.softplus(gap) if margin == 0 else jax.nn.relu(gap + margin)
+    count = devices.total(jnp.sum(complete))
+    # The step takes the mean over devices.
+    return devices.axis_size() * jnp.sum(jnp.where(complete, each, 0.0)) / jnp.maximum(count, 1)
