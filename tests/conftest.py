@@ -44,13 +44,13 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 
-WHOLE_RUNS = ("tasks", "learners", "jobs", "core", "models", "evaluation", "run")
+LONG_FIRST = ("tasks", "learners", "jobs", "core", "models", "evaluation", "run")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Files of long tests go first, so that the processes of pytest-xdist end together."""
-    rank = {name: number for number, name in enumerate(WHOLE_RUNS)}
+    rank = {name: number for number, name in enumerate(LONG_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
     medium.mark(items)
 
@@ -95,13 +95,13 @@ def finished(tmp_path_factory):
     place = tmp_path_factory.mktemp("finished")
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     common = place if alone else tmp_path_factory.getbasetemp().parent
-    made, told = common / "finished_run", common / "finished_report"
+    made, report_file = common / "finished_run", common / "finished_report"
     with open(common / "finished_lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not told.exists():
-            told.write_bytes(pickle.dumps(train.run(config, str(made))))
+        if not report_file.exists():
+            report_file.write_bytes(pickle.dumps(train.run(config, str(made))))
     directory = str(made if alone else shutil.copytree(made, place / "run", symlinks=True))
-    report = pickle.loads(told.read_bytes())
+    report = pickle.loads(report_file.read_bytes())
     run, variables, denoise = fuse.load_run(directory)
     backbone = str(place / "backbone.safetensors")
     weights.save_safetensors(backbone, variables)
