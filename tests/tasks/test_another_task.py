@@ -24,6 +24,7 @@ from tests.command import call, same_bits
 from tests.tiny_config import get_config
 
 QUADRANTS = 4
+BITS = np.arange(QUADRANTS, dtype=np.int32)[None]
 
 
 def iou(statistics, weights):
@@ -49,7 +50,7 @@ class Quadrants(Task):
         return {"counts": jnp.stack([lit & right, lit | right], axis=-1).astype(jnp.int32)}
 
     def pseudo_labels(self, outputs):
-        return {"label": jnp.sum((outputs[:, :QUADRANTS] > 0) * 2 ** jnp.arange(QUADRANTS), axis=-1)}
+        return {"label": jnp.sum((outputs[:, :QUADRANTS] > 0) * 2**BITS, axis=-1)}
 
     def examples(self, exhibit):
         before, after = (np.asarray(exhibit.statistics[arm]["counts"]).sum(axis=1) for arm in exhibit.arms)
@@ -58,7 +59,7 @@ class Quadrants(Task):
 
 
 def mask_of(batch):
-    return (batch["label"][:, None] >> jnp.arange(QUADRANTS)) & 1 == 1
+    return (batch["label"][:, None] >> BITS) & 1 == 1
 
 
 @pytest.fixture(scope="module")
