@@ -17,7 +17,7 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """A labelled source that no head speaks for: its test images are classified by their nearest neighbour.
 
     Attributes:
@@ -47,7 +47,7 @@ class Images:
     held_out: Source
     num_classes: int | None
     test: Source | None
-    others: tuple[Labelled, ...]
+    others: tuple[Labeled, ...]
 
 
 def open_images(
@@ -86,11 +86,11 @@ def open_images(
     others = []
     for spec, train in list(zip(specs, trains, strict=True))[1 if head or not test_needs_head else 0 :]:
         if not test_needs_head:
-            others.append(Labelled(train.name, None, tolerating(_checked_test(spec, options, check_test), allowed)))
+            others.append(Labeled(train.name, None, tolerating(_checked_test(spec, options, check_test), allowed)))
         elif specs[1:] and train.num_classes:
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
             theirs = tolerating(open_source(spec, TEST, **options), allowed)
-            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), theirs))
+            others.append(Labeled(train.name, tolerating(Subset(train, chosen), allowed), theirs))
     labelled = bool(trains[0].num_classes)
     # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
     choosing = [(part, weight) for part, weight in zip(held, weights, strict=True) if len(part)] or [

@@ -14,7 +14,7 @@ from drep_jax import report
 from drep_jax.core.certificate import Certificate
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.data import unreadable
-from drep_jax.data.datasets import Labelled
+from drep_jax.data.datasets import Labeled
 from drep_jax.evaluation import knn, summary
 from drep_jax.evaluation.arms import Network, Scored, items_of, score_arms
 from drep_jax.evaluation.placebo import placebo_denoisers
@@ -205,7 +205,7 @@ def evaluate_arms(
     return metrics, setup.task.examples(exhibit_of(job, setup.test, two, *shown, variables, fused, exported))
 
 
-def score_other(job: Run, part: Labelled, arms: Arms) -> dict[str, Any]:
+def score_other(job: Run, part: Labeled, arms: Arms) -> dict[str, Any]:
     """Returns the report's metrics of a further source: by its own test split, or by nearest neighbors in its gallery."""
     config, setup = job.config, job.setup
     conditions = config["evaluate"]["conditions"]

@@ -15,7 +15,7 @@ from drep_jax.core.schedule import RULES, Schedule, reverse_steps
 from drep_jax.core.sites import Coverage, Site, assign_times, coverage, select_sites, with_rank
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
-from drep_jax.data.datasets import TEST, TRAIN, VALIDATION, Images, Labelled, open_images
+from drep_jax.data.datasets import TEST, TRAIN, VALIDATION, Images, Labeled, open_images
 from drep_jax.data.loader import normalize
 from drep_jax.data.metadata import table_of
 from drep_jax.data.source import image_size_of
@@ -63,7 +63,7 @@ class Setup:
     features: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    others: tuple[Labelled, ...]
+    others: tuple[Labeled, ...]
     headless: nn.Module
     task: Task
     side: tuple[tuple[str, int], ...]
