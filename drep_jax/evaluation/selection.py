@@ -179,14 +179,14 @@ def grid_statistics(
         return devices.replicate((jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees), which, strengths))
 
     everywhere = devices.replicate(dict(variables))
-    kept = stack(next(iter(rows))) if len(rows) == 1 else None
+    single_stack = stack(next(iter(rows))) if len(rows) == 1 else None
     order = np.argsort(np.concatenate(list(rows.values())))
 
     def statistics(images: Any, labels: Tree, pseudo: Tree) -> Tree:
         batch = [_on_devices(tree) for tree in (images, labels, pseudo)]
         parts = []
         for number, members in rows.items():
-            values = program(everywhere, *(stack(number) if kept is None else kept), *batch)
+            values = program(everywhere, *(stack(number) if single_stack is None else stacked_once), *batch)
 
             def by_point(leaf: Any, members: Sequence[int] = members) -> np.ndarray:
                 leaf = np.asarray(leaf)
