@@ -203,20 +203,20 @@ def evaluate_arms(
     headline = next(iter(setup.task.metrics.values()))
     conditions = config["evaluate"]["conditions"]
     results, largest = {}, -1.0
-    largest_change: tuple[str, Scored] | None = None  # only one condition's statistics are held
+    most_changed: tuple[str, Scored] | None = None  # only one condition's statistics are held
     for condition, scored in score_arms(
         setup, arms.variables, setup.test, conditions, networks=arms.networks, **reading(config)
     ):
         results[condition] = items_of(setup, setup.test, scored, condition)
         before, after = (summary.value_of(headline, results[condition][arm]) for arm in pair)
         if abs(after - before) > largest:
-            largest, largest_change = abs(after - before), (condition, scored)
+            largest, most_changed = abs(after - before), (condition, scored)
     metrics = compared(config, setup, results, arms.controls)
-    if largest_change is None:
+    if most_changed is None:
         return metrics, {}
     compared_arms = {arm: arms.variables[arm] for arm in pair}
     return metrics, setup.task.examples(
-        exhibit_of(job, setup.test, compared_arms, *largest_change, variables, fused, exported)
+        exhibit_of(job, setup.test, compared_arms, *most_changed, variables, fused, exported)
     )
 
 

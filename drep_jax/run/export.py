@@ -1,4 +1,4 @@
-"""What a fused backbone is written as: our own files, the kind of file that it came from, other formats, compiled programs."""
+"""Export of fused backbones: files of this project, the format of the original, others, programs."""
 
 import dataclasses
 import os
@@ -33,21 +33,21 @@ SAME = "same"
 
 
 PROGRAMS: dict[str, Callable[..., Comparison]] = {"stablehlo": export_stablehlo, "onnx": export_onnx}
-"""Exports of the network itself, weights inside; another is a line here."""
+"""Exports of the network with its weights; add one by a line here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What is to be written.
+    """What to write, and where.
 
     Attributes:
       directory: made if absent.
-      dtype: storage type of our own and of new files; None keeps each parameter's own.
-      allow_rounding: write even if less than 90 % of the change survives a storage type.
-      forms: further files: "same", or names of formats or of `PROGRAMS`.
-      init_from: the file of the backbone's weights, if it is no longer where the run read it.
-      init_names: its name table, likewise.
-      fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers before them.
+      dtype: storage type of new files; None keeps the type of each parameter.
+      allow_rounding: whether to write even if less than 90 % of the change survives the storage type.
+      forms: further files: "same", names of formats, or names of `PROGRAMS`.
+      init_from: the file of the backbone's weights, if it moved since the run.
+      init_names: its name table, if it moved.
+      fold_batchnorm: whether to fold scale and shift of BatchNorms into the layers before them.
     """
 
     directory: str
@@ -84,22 +84,22 @@ def fuse_and_certify(run: Run, variables: Tree, denoise: Tree, *, rule: str, ste
 
 
 def certificate_images(run: Run) -> jax.Array:
-    """Returns the first few test images (training images if there is no test set), normalised."""
+    """Returns the first test images (training images without a test set), normalized."""
     source = run.setup.test if run.setup.test is not None else run.setup.train
     count = min(run.config["evaluate"]["certificate_images"], len(source))
     return run.setup.inputs(read(source, np.arange(count)))
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:
-    """Reads the foreign file that the backbone's weights are from, where an export asks for it; checks all forms asked for.
+    """Reads the foreign file of the backbone's weights if an export needs it; checks all requested forms.
 
     Args:
       run: a finished run.
-      variables: the run's backbone.
-      output: what is to be written.
+      variables: of the run's backbone.
+      output: what to write.
 
     Raises:
-      ConfigError: for an unknown form, or "same" where there is no foreign file.
+      ConfigError: for an unknown form, or "same" without a foreign file.
       CheckpointError: if the file does not hold the run's backbone.
     """
     if (output.init_from or output.init_names) and not output.forms:
@@ -143,12 +143,12 @@ def _table(where: str) -> tuple[weights.Format, ...]:
 
 
 def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
-    """Returns whether something is stored in another type than the parameters', so that it is to be rounded from float64."""
+    """Returns whether a storage type differs from the parameters', so that float64 weights are needed."""
     return output.dtype is not None or (original is not None and original.rounds)
 
 
 def _forms(setup: Setup, table: Sequence[weights.Format]) -> list[str]:
-    """Returns the names of all exports that there are for a backbone."""
+    """Returns the names of all exports of a backbone."""
     return [SAME, *formats_of(setup.backbone, table), *PROGRAMS]
 
 
@@ -168,33 +168,34 @@ def write(
     original: weights.Foreign | None = None,
     images: jax.Array | None = None,
 ) -> list[str]:
-    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors` and whatever else was asked for.
+    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors`, requested exports.
 
     Args:
       output: what to write.
       setup: of the run.
-      variables: the unfused backbone's.
+      variables: of the unfused backbone.
       fused: fused parameters.
-      fusion: how they were fused; recorded in the files.
-      exact: fused parameters in float64; needed where a storage type is narrower.
-      original: the foreign file that the backbone came in.
-      images: that the folding of BatchNorms is certified on.
+      fusion: rule, steps and strength of fusion; recorded in the files.
+      exact: fused parameters in float64; needed if a storage type is narrower.
+      original: the foreign file of the backbone.
+      images: on which the folding of BatchNorms is certified.
 
     Returns:
       The paths.
 
     Raises:
-      CheckpointError: if rounding would lose more than 10 % of the change, or the directory cannot be written.
-      ExportError: if BatchNorms cannot be folded, or a program computes something else than the network.
+      CheckpointError: if rounding would lose more than 10 % of the change, or the directory is not
+        writable.
+      ExportError: if BatchNorms cannot be folded, or the outputs of a program differ from the network's.
     """
     exact = fused if exact is None else exact
     if output.dtype is not None:
-        kept = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
-        _check_survival(output, output.dtype, variables["params"], exact, kept)
+        stored = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
+        _check_survival(output, output.dtype, variables["params"], exact, stored)
     again = original is not None and any(form in (SAME, original.format.name) for form in output.forms)
     if original is not None and again and original.rounds:
-        kept = weights.stored_tree(original, {**variables, "params": exact})["params"]
-        _check_survival(output, original.source.path, variables["params"], exact, kept)
+        stored = weights.stored_tree(original, {**variables, "params": exact})["params"]
+        _check_survival(output, original.source.path, variables["params"], exact, stored)
     full = {**variables, "params": exact}
     if output.fold_batchnorm:
         full = _folded(setup, {**variables, "params": fused}, full, images)
@@ -228,13 +229,13 @@ def write(
 
 
 def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
-    """Returns exact variables with BatchNorms folded, and prints the certificate of that for those that are rounded."""
+    """Returns exact variables with BatchNorms folded; prints the certificate for the rounded variables."""
     folds = find_folds(setup.backbone, images)
     certificate = certify_folds(setup.backbone, fused, folds, images)
     print(certificate)
     if not certificate.passed:
         raise ExportError("Folding BatchNorm changes what the network computes here; nothing was written.")
-    # The statistics are constants that are exact in their own type only.
+    # The statistics become constants, which are exact in their own type only.
     return {
         **fold_batchnorm(exact, folds, round_back=False),
         "batch_stats": fold_batchnorm(fused, folds)["batch_stats"],
@@ -242,11 +243,11 @@ def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
 
 
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
-    """Says what share of the change a storage type keeps, and refuses one that keeps less than 90 %."""
-    kept = survival(before, exact, stored)
-    print(f"Stored as {where}, {100 * kept.share:.1f} % of the change survives (worst: {kept.worst_layer}).")
-    if kept.share < 0.9 and not output.allow_rounding:
+    """Prints the fraction of the change that a storage type preserves; refuses less than 90 %."""
+    surviving = survival(before, exact, stored)
+    print(f"Stored as {where}, {100 * surviving.share:.1f} % of the change survives (worst: {surviving.worst_layer}).")
+    if surviving.share < 0.9 and not output.allow_rounding:
         raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - kept.share):.0f} % of what fusion changed; the network would be "
+            f"Storing as {where} rounds away {100 * (1 - surviving.share):.0f} % of what fusion changed; the network would be "
             "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
         )
