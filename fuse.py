@@ -2,9 +2,9 @@
 
     python fuse.py --workdir=runs/digits
     python fuse.py --workdir=runs/digits --rule=paper --noise=sample --seed=1 --out=weights
-    python fuse.py --workdir=runs/digits --resolve --steps=10 --time_scale=10       # other time steps, without training
-    python fuse.py --workdir=runs/digits --sweep                                    # the best of many, on held-out images
-    python fuse.py --workdir=runs/resnet50 --export=same                            # a file like the one the backbone came in
+    python fuse.py --workdir=runs/digits --resolve --steps=10 --time_scale=10   # other time steps
+    python fuse.py --workdir=runs/digits --sweep               # the best of a grid, on held-out images
+    python fuse.py --workdir=runs/resnet50 --export=same       # the file format of the backbone
 
 Exit status: 0 if the certificate holds, 3 if it fails, 1 for bad input.
 """
@@ -53,13 +53,13 @@ HOSTS = define_flags()
 
 
 def main(argv: list[str]) -> int:
-    """Fuses again; returns the exit status."""
+    """Fuses a run; returns the exit status."""
     with processes.joined(HOSTS()), lock.reading(WORKDIR.value) if processes.primary() else nullcontext():
         return fuse_again()
 
 
 def fuse_again() -> int:
-    """Does what the flags say; returns the exit status."""
+    """Fuses, prints the certificate and returns the exit status."""
     from drep_jax.run.export import Output
 
     output = Output(
@@ -84,14 +84,14 @@ def fuse_again() -> int:
 
 
 def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """Fuses by the command line; returns the certificate and the paths of what was written."""
+    """Fuses as the flags request; returns the certificate and the paths of the files."""
     from drep_jax.jobs import fuse, sweep
 
     if SWEEP.value:
         if NOISE.value != "zero":
             raise flags.Error("--sweep compares without noise, so --noise does not go with it.")
-        found = sweep.sweep(WORKDIR.value, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
-        return found.certificate, found.paths
+        swept = sweep.sweep(WORKDIR.value, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
+        return swept.certificate, swept.paths
     if SWEEP_IMAGES.value is not None:
         raise flags.Error("--sweep_images goes with --sweep only.")
     strength = 1.0 if STRENGTH.value is None else STRENGTH.value

@@ -3,12 +3,12 @@
     python train.py                                          # the embedded data set: UCI handwritten digits
     python train.py --config=configs/vit_s_imagenet.py      # ViT-S/16 on ImageNet
     python train.py --config=… --config.data.source=folder:DIR --workdir=runs/mine
-    python train.py --eval_only --workdir=runs/mine          # the arms of that run on the test conditions, without training
+    python train.py --eval_only --workdir=runs/mine          # evaluates the arms of that run, without training
     python train.py --eval_only --weights=plain.safetensors,fused.safetensors
 
-A run that was interrupted goes on where it stopped when the same command is given again.
+The same command resumes an interrupted run.
 Exit status: 0; 1 for bad input or a full disk; 3 if the certificate fails; 75 after SIGTERM and 130 after
-Ctrl-C, both saved; 4 if another process of the run is gone (docs/scaling.md).
+Ctrl-C, both after saving; 4 if another process of the run is lost (docs/scaling.md).
 """
 
 import os
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> int:
         )
     with processes.joined(HOSTS()):
         if EVAL_ONLY.value:
-            how = {"overrides": CONFIG.overrides, "explicit": CONFIG.explicit}
+            options = {"overrides": CONFIG.overrides, "explicit": CONFIG.explicit}
             content, folder = evaluate.evaluate(
-                evaluate.configuration(config, directory, **how), directory, WEIGHTS.value
+                evaluate.configuration(config, directory, **options), directory, WEIGHTS.value
             )
             print(f"{report.evaluation_text(content)}\n\nEvaluation: {os.path.join(folder, 'evaluation.md')}")
             return 0

@@ -25,7 +25,7 @@ class Classification(Task):
 
     Attributes:
       headless: whether the backbone outputs features instead. Then nothing is scored against labels, and two
-        networks agree on an image if each feature of one is nearest to the other's feature of that image.
+        networks agree on an image if, among all images, its features by the two are nearest to each other.
     """
 
     headless: bool = False
