@@ -1,10 +1,10 @@
-"""Fuses the denoisers of a finished run into the plain backbone's weights, certifies, and writes them.
+"""Fuses the denoisers of a finished run into its backbone, certifies and writes the weights.
 
     python fuse.py --workdir=runs/digits
     python fuse.py --workdir=runs/digits --rule=paper --noise=sample --seed=1 --out=weights
-    python fuse.py --workdir=runs/digits --resolve --steps=10 --time_scale=10   # other time steps
-    python fuse.py --workdir=runs/digits --sweep               # the best of a grid, on held-out images
-    python fuse.py --workdir=runs/resnet50 --export=same       # the file format of the backbone
+    python fuse.py --workdir=runs/digits --resolve --steps=10 --time_scale=10   # without training
+    python fuse.py --workdir=runs/digits --sweep                  # the best on held-out images
+    python fuse.py --workdir=runs/resnet50 --export=same          # in the backbone's file format
 
 Exit status: 0 if the certificate holds, 3 if it fails, 1 for bad input.
 """
@@ -30,15 +30,17 @@ RULE = flags.DEFINE_string(
 STEPS = flags.DEFINE_integer("steps", None, "Reverse steps a site; default: the run's.")
 TIME_SCALE = flags.DEFINE_float("time_scale", None, "Scale of the time steps; default: the run's.")
 BETA_END = flags.DEFINE_float("beta_end", None, "End of the noise schedule; default: the run's.")
-STRENGTH = flags.DEFINE_float("strength", None, "How much of the fusion to take, 0 for the backbone; default: 1.")
-RESOLVE = flags.DEFINE_bool("resolve", False, "Take Algorithm 1's minimum from the run's moments, not what it learned.")
-SWEEP = flags.DEFINE_bool("sweep", False, "Choose among the run's grid of rules, steps, scales and strengths.")
+STRENGTH = flags.DEFINE_float("strength", None, "Strength of fusion: 0 gives the backbone, 1 full fusion; default: 1.")
+RESOLVE = flags.DEFINE_bool(
+    "resolve", False, "Use Algorithm 1's minimum, from the run's moments, instead of the learned denoisers."
+)
+SWEEP = flags.DEFINE_bool("sweep", False, "Choose from the run's grid of rules, steps, scales and strengths.")
 SWEEP_IMAGES = flags.DEFINE_integer("sweep_images", None, "Held-out images of --sweep, 0 for all; default: the run's.")
 NOISE = flags.DEFINE_string("noise", "zero", 'The noise z: "zero", or "sample" to draw it once from --seed.')
 SEED = flags.DEFINE_integer("seed", 0, "Seed of --noise=sample.")
 OUT = flags.DEFINE_string("out", None, "Where to write; default: WORKDIR/fused, or WORKDIR/sweep.")
 DTYPE = flags.DEFINE_string("dtype", None, "Storage type, such as bfloat16; default: the backbone's own.")
-ALLOW_ROUNDING = flags.DEFINE_bool("allow_rounding", False, "Write even if the type rounds most of the change away.")
+ALLOW_ROUNDING = flags.DEFINE_bool("allow_rounding", False, "Write even if the type rounds away most of the change.")
 EXPORT = flags.DEFINE_list(
     "export",
     [],
@@ -84,14 +86,14 @@ def fuse_again() -> int:
 
 
 def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """Fuses as the flags request; returns the certificate and the paths of the files."""
+    """Fuses as the flags say; returns the certificate and the paths of the files."""
     from drep_jax.jobs import fuse, sweep
 
     if SWEEP.value:
         if NOISE.value != "zero":
             raise flags.Error("--sweep compares without noise, so --noise does not go with it.")
-        swept = sweep.sweep(WORKDIR.value, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
-        return swept.certificate, swept.paths
+        best = sweep.sweep(WORKDIR.value, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
+        return best.certificate, best.paths
     if SWEEP_IMAGES.value is not None:
         raise flags.Error("--sweep_images goes with --sweep only.")
     strength = 1.0 if STRENGTH.value is None else STRENGTH.value

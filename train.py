@@ -1,14 +1,14 @@
 """Learns DenoiseRep denoisers for a backbone without labels, fuses them, certifies and reports.
 
-    python train.py                                          # the embedded data set: UCI handwritten digits
-    python train.py --config=configs/vit_s_imagenet.py      # ViT-S/16 on ImageNet
+    python train.py                                      # the embedded data set: UCI digits
+    python train.py --config=configs/vit_s_imagenet.py   # ViT-S/16 on ImageNet
     python train.py --config=… --config.data.source=folder:DIR --workdir=runs/mine
-    python train.py --eval_only --workdir=runs/mine          # evaluates the arms of that run, without training
+    python train.py --eval_only --workdir=runs/mine      # only evaluate the arms of that run
     python train.py --eval_only --weights=plain.safetensors,fused.safetensors
 
 The same command resumes an interrupted run.
-Exit status: 0; 1 for bad input or a full disk; 3 if the certificate fails; 75 after SIGTERM and 130 after
-Ctrl-C, both after saving; 4 if another process of the run is lost (docs/scaling.md).
+Exit status: 0; 1 for bad input or a full disk; 3 if the certificate fails; 75 after SIGTERM and 130
+after Ctrl-C, both after saving; 4 if another process of the run is gone (docs/scaling.md).
 """
 
 import os
@@ -23,7 +23,9 @@ from drep_jax.parallel.hosts import define_flags
 
 CONFIG = define_config(default="configs/digits.py")
 EVAL_ONLY = flags.DEFINE_bool(
-    "eval_only", False, "Evaluate what the work directory holds, finished or not, and --weights; train nothing."
+    "eval_only",
+    False,
+    "Evaluate the networks in the work directory, finished or not, and those of --weights; train nothing.",
 )
 WEIGHTS = flags.DEFINE_list(
     "weights", [], "With --eval_only: files of weights of the same backbone, plain or fused, each FILE or NAME=FILE."

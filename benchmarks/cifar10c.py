@@ -21,13 +21,15 @@ import optax
 from tabulate import tabulate
 
 from configs import resnet20_cifar10
-from drep_jax import learners, weights
+from drep_jax import learners
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.data.corruptions import CIFAR10C, corrupt
 from drep_jax.data.loader import epoch_order, normalize, read_images, read_labels
 from drep_jax.evaluation.intervals import paired_interval
 from drep_jax.evaluation.placebo import placebo_denoisers
-from drep_jax.run.moments import take_moments
+from drep_jax.run.backbone import read_weights
+from drep_jax.run.moments import run_moments
+from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.training.logging import MetricWriter
 
@@ -53,7 +55,7 @@ class Arm:
     adapt: bool = False
 
 
-def fine_tune(setting, variables, images, targets, *, seconds=None, epochs=None, clean_share=0.5, rate=5e-4, batch=128):
+def fine_tune(setup, variables, images, targets, *, seconds=None, epochs=None, clean_share=0.5, rate=5e-4, batch=128):
     """Trains the whole backbone on images of which a share is clean, the others with Gaussian noise; batch norm frozen."""
     tx = optax.adam(rate)
     others = {name: tree for name, tree in variables.items() if name != "params"}
@@ -61,7 +63,7 @@ def fine_tune(setting, variables, images, targets, *, seconds=None, epochs=None,
     @jax.jit
     def step(params, state, x, t):
         def loss(p):
-            logits = setting.backbone.apply({**others, "params": p}, x)
+            logits = setup.backbone.apply({**others, "params": p}, x)
             return optax.softmax_cross_entropy(logits, t).mean()
 
         updates, state = tx.update(jax.grad(loss)(params), state)
@@ -77,7 +79,7 @@ def fine_tune(setting, variables, images, targets, *, seconds=None, epochs=None,
             noisy = corrupt(images[chosen], chosen, GAUSSIAN, SEED + done)
             keep = rng.random(batch) < clean_share
             noisy[keep] = images[chosen][keep]
-            params, state = step(params, state, normalize(noisy, setting.mean, setting.std), targets[chosen])
+            params, state = step(params, state, normalize(noisy, setup.mean, setup.std), targets[chosen])
             done += batch
             if seconds is not None:
                 jax.block_until_ready(params)
@@ -88,30 +90,32 @@ def fine_tune(setting, variables, images, targets, *, seconds=None, epochs=None,
 
 
 def make_arms(directory):
-    """Returns the setting and all arms by name."""
+    """Returns the setup and all arms by name."""
     config = resnet20_cifar10.get_config().unlock()
     config.progress = False
     config.measured.clean_share = (0.8,)
     config.select.images = 1000
-    setting = build(config)
-    variables = weights.load(config.backbone.init_from, setting.abstract)
+    setup = build(config)
+    writer = MetricWriter(directory)
+    run = Run(config, setup, directory, writer)
+    variables = read_weights(run, config.backbone.init_from)
     arms = {"backbone": Arm(variables, 0, 0.0), "bn adapted": Arm(variables, BATCH, 0.0, adapt=True)}
 
-    writer = MetricWriter(directory)
     began = time.perf_counter()
-    moments = take_moments(config, setting, variables, directory)
-    task = learners.Task(config, setting, variables, moments, time.perf_counter() - began, directory, writer)
+    run_moments(run, variables)  # kept in the directory, from where the learners take them
+    moment_seconds = time.perf_counter() - began
 
     def learn(arm, name, **changes):
         changed = config.copy_and_resolve_references().unlock()
         changed.update(changes)
         if name == "wiener":
             changed.select.max_clean_loss = 0.4
-        found = learners.learn(name, dataclasses.replace(task, config=changed))
+        found = learners.learn(name, learners.LearnerInputs(dataclasses.replace(run, config=changed), variables))
+        seconds = found.section["seconds"] + (moment_seconds if name in ("closed_form", "wiener") else 0.0)
         params = {"backbone": variables["params"], "denoise": found.denoise}
-        fused = fuse_exact(params, setting.sites, setting.schedule, rule=found.rule, steps=found.steps)
-        arms[arm] = Arm({**variables, "params": fused}, found.section["images"], found.section["seconds"])
-        print(f"{arm}: {found.section['seconds']:.0f} s {found.section.get('chosen', '')}", flush=True)
+        fused = fuse_exact(params, setup.sites, setup.schedule, rule=found.rule, steps=found.steps)
+        arms[arm] = Arm({**variables, "params": fused}, found.section["images"], seconds)
+        print(f"{arm}: {seconds:.0f} s {found.section.get('chosen', '')}", flush=True)
         return params
 
     learn("algorithm 1", "algorithm1")
@@ -121,39 +125,37 @@ def make_arms(directory):
     learn("measured mixed", "measured", noise=MIXED)
     writer.close()
 
-    maps = placebo_denoisers(params, setting.sites, setting.schedule, jax.random.key(3), rule="affine", steps=1)
-    fused = fuse_exact({**params, "denoise": maps}, setting.sites, setting.schedule, rule="affine", steps=1)
+    maps = placebo_denoisers(params, setup.sites, setup.schedule, jax.random.key(3), rule="affine", steps=1)
+    fused = fuse_exact({**params, "denoise": maps}, setup.sites, setup.schedule, rule="affine", steps=1)
     arms["placebo"] = Arm({**variables, "params": fused}, 0, 0.0)
 
-    index = np.sort(epoch_order(len(setting.train), config.seed, 0)[: config.measured.images])
-    images = read_images(setting.train, index)
-    apply = jax.jit(setting.backbone.apply)
-    own = [
-        apply(variables, normalize(images[i : i + 500], setting.mean, setting.std)) for i in range(0, len(images), 500)
-    ]
+    index = np.sort(epoch_order(len(setup.train), config.seed, 0)[: config.measured.images])
+    images = read_images(setup.train, index)
+    apply = jax.jit(setup.backbone.apply)
+    own = [apply(variables, normalize(images[i : i + 500], setup.mean, setup.std)) for i in range(0, len(images), 500)]
     targets = np.asarray(jax.nn.softmax(np.concatenate(own)))
     budget = arms["measured gaussian"].seconds
-    new, seconds = fine_tune(setting, variables, images, targets, seconds=budget)
+    new, seconds = fine_tune(setup, variables, images, targets, seconds=budget)
     arms["distilled"] = Arm(new, len(images), seconds)
     print(f"distilled: {seconds:.0f} s", flush=True)
 
-    index = np.sort(epoch_order(len(setting.train), config.seed, 1)[:20_000])
-    labels = np.eye(10, dtype=np.float32)[read_labels(setting.train, index)]
-    new, seconds = fine_tune(setting, variables, read_images(setting.train, index), labels, epochs=3)
+    index = np.sort(epoch_order(len(setup.train), config.seed, 1)[:20_000])
+    labels = np.eye(10, dtype=np.float32)[read_labels(setup.train, index)]
+    new, seconds = fine_tune(setup, variables, read_images(setup.train, index), labels, epochs=3)
     arms["labelled"] = Arm(new, len(index), seconds)
     print(f"labelled: {seconds:.0f} s", flush=True)
-    return setting, arms
+    return setup, arms
 
 
-def evaluate(setting, arms, count):
+def evaluate(setup, arms, count):
     """Returns {condition: {arm: hits of every image}}, "clean" first, then corruption:severity."""
     index = np.arange(count)
-    images, labels = read_images(setting.test, index), read_labels(setting.test, index)
-    plain = jax.jit(setting.backbone.apply)
-    adapted = jax.jit(lambda v, x: setting.backbone.apply(v, x, train=True, mutable=["batch_stats"])[0])
+    images, labels = read_images(setup.test, index), read_labels(setup.test, index)
+    plain = jax.jit(setup.backbone.apply)
+    adapted = jax.jit(lambda v, x: setup.backbone.apply(v, x, train=True, mutable=["batch_stats"])[0])
     hits = {}
     for name in ("clean", *(f"cifar10c:{name}:{severity}" for name in CIFAR10C for severity in range(1, 6))):
-        x = np.asarray(normalize(corrupt(images, index, name, SEED), setting.mean, setting.std))
+        x = np.asarray(normalize(corrupt(images, index, name, SEED), setup.mean, setup.std))
         hits[name] = {}
         for arm, known in arms.items():
             apply = adapted if known.adapt else plain
@@ -171,8 +173,8 @@ def main():
     if options.images % BATCH:
         parser.error(f"--images must be a multiple of {BATCH}")
     with tempfile.TemporaryDirectory() as directory:
-        setting, arms = make_arms(directory)
-    hits = evaluate(setting, arms, options.images)
+        setup, arms = make_arms(directory)
+    hits = evaluate(setup, arms, options.images)
 
     def of(names, arm):  # hits of every image, averaged over what is in the row
         return np.mean([hits[f"cifar10c:{n}:{s}"][arm] for n in names for s in range(1, 6)], axis=0)

@@ -36,19 +36,19 @@ from drep_jax.core.denoisers import init_denoise
 from drep_jax.models import create_model
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
-from drep_jax.tasks import classification
+from drep_jax.tasks.losses import cross_entropy
 from drep_jax.parallel import devices
-from drep_jax.core.moments import collect_moments, image_keys, nothing_yet, programs
+from drep_jax.core.moments import collect_moments, image_keys, initial_state, programs
 
 
 def one_batch(model, variables, sites, images, tokens):
     """Returns a function that adds one batch to the moments, as every batch does."""
-    centre, add, _ = programs(model, tuple(sites), tokens)
+    center, add, _ = programs(model, tuple(sites), tokens)
     everywhere = devices.replicate(variables)
     mask, keys = jnp.ones(len(images)), image_keys(jax.random.key(0), np.arange(len(images)))
     batch = tuple(devices.shard(part) for part in (images, mask, keys))
-    shifts = devices.replicate(centre(variables, images[:8], mask[:8], keys[:8]))
-    state = [nothing_yet(sites)]
+    shifts = devices.replicate(center(variables, images[:8], mask[:8], keys[:8]))
+    state = [initial_state(sites)]
 
     def run():
         state[0] = add(state[0], everywhere, shifts, *batch)
@@ -110,7 +110,7 @@ def trained_backbone(setting, steps):
 
     @jax.jit
     def step(variables, state, images, labels):
-        grads = jax.grad(lambda v: classification.loss(setting.backbone.apply(v, images), {"label": labels}))(variables)
+        grads = jax.grad(lambda v: cross_entropy(setting.backbone.apply(v, images), {"label": labels}))(variables)
         updates, state = tx.update(grads, state, variables)
         return optax.apply_updates(variables, updates), state
 
@@ -200,7 +200,7 @@ def solving():
         known = moments.Moments(64, np.zeros(width), x @ x.T / 64)
         site = dataclasses.replace(lone, width=width, times=(10,))
         began = time.perf_counter()
-        closed_form.minimiser(site, known, Schedule())
+        closed_form.minimizer(site, known, Schedule())
         rows.append([width, time.perf_counter() - began, 8 * width**2 / 2**20])
     print("\nSolving one site on the host (one core)")
     print(tabulate(rows, ["d", "s", "MiB of one d × d matrix"], floatfmt=("", ".2f", ".0f"), tablefmt="github"))

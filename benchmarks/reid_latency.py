@@ -20,7 +20,7 @@ from drep_jax.core.layers import find_layers
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import assign_times, select_sites
 from drep_jax.evaluation import cost
-from drep_jax.learners.labelled import WithFinal
+from drep_jax.learners.labeled import WithFinal
 from drep_jax.models import create_model
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from tabulate import tabulate
 
 from drep_jax.core.denoisers import init_denoise
-from drep_jax.core.moments import no_sums
+from drep_jax.core.moments import zero_sums
 from drep_jax.core.sites import find_sites
 from drep_jax.models import create_model
 
@@ -85,7 +85,7 @@ def measure(name, pattern):
     return {
         "backbone": numbers(jax.eval_shape(model.init, jax.random.key(0), shape)["params"]),
         "denoise": numbers(jax.eval_shape(lambda: init_denoise(sites))),
-        "sums": sum(numbers(no_sums(site)) for site in sites),
+        "sums": sum(numbers(zero_sums(site)) for site in sites),
         "widest": max(site.width for site in sites),
         "sites": len(sites),
         "read": read,

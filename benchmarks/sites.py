@@ -4,8 +4,8 @@ PYTHONPATH=. python benchmarks/sites.py                     # one line a backbon
 PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
 """
 
+import argparse
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,8 @@ def look(name, pattern=None):
 
 def main(arguments):
     """Prints the tables."""
-    if arguments:
-        sites, _, covered, _ = look(arguments[0], *arguments[1:2])
+    if arguments.model:
+        sites, _, covered, _ = look(arguments.model, arguments.pattern)
         rows = [[s.times[0], ", ".join(layer.name for layer in s.layers), s.kind, s.width, s.groups] for s in sites]
         print(tabulate(rows, ["t", "layers that share the denoiser", "kind", "d", "groups"], tablefmt="github"))
         print(f"\n{len(sites)} sites, {100 * covered.kernel_share:.0f} % of the weights.")
@@ -58,4 +58,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="every site of this one; without it, one line a backbone")
+    parser.add_argument("pattern", nargs="?", help="regular expression over layers")
+    main(parser.parse_args())

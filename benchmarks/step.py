@@ -29,6 +29,7 @@ from tabulate import tabulate
 from configs import vit_s_imagenet
 from drep_jax.core import closed_form
 from drep_jax.evaluation import cost
+from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.data import open_source
 from drep_jax.data.loader import evaluation_batches, normalize, training_batches
@@ -120,10 +121,10 @@ def modes(arguments):
     }
     sides = {}
     for name, (mode, changes) in cases.items():
-        setting, step, state, frozen, batch, floor, operations = mode_step(arguments, mode, changes)
+        setup, step, state, frozen, batch, floor, operations = mode_step(arguments, mode, changes)
         if forward_operations is None:
             forward_operations = operations
-            model, variables = setting.backbone, {"params": state.params["backbone"]}
+            model, variables = setup.backbone, {"params": state.params["backbone"]}
             images = jnp.zeros((arguments.batch, arguments.pixels, arguments.pixels, 3))
             plain = jax.jit(model.apply)
             programs["forward"] = plain.lower(variables, images).compile().memory_analysis(), 1.0
@@ -156,7 +157,7 @@ def _bytes(analysis):
 
 
 def mode_step(arguments, mode, changes):
-    """Returns (setting, step, state, frozen, batch, floor, forward operations) of one mode."""
+    """Returns (setup, step, state, frozen, batch, floor, forward operations) of one mode."""
     config = vit_s_imagenet.get_config()
     config.data.update({"source": f"random:{arguments.batch}:1000", "image_size": (arguments.pixels,) * 2})
     config.sites.pattern = LINEARS
@@ -167,43 +168,43 @@ def mode_step(arguments, mode, changes):
     )
     config.alternate.update({"steps": 100, "period": 50})
     config = config.to_dict()
-    setting = build(config)
-    variables = dict(jax.jit(setting.backbone.init)(jax.random.key(0), jnp.zeros(setting.images.shape)))
-    params = {"backbone": variables["params"], "denoise": init_denoise(setting.sites)}
+    setup = build(config)
+    variables = dict(jax.jit(setup.backbone.init)(jax.random.key(0), jnp.zeros(setup.images.shape)))
+    params = {"backbone": variables["params"], "denoise": init_denoise(setup.sites)}
     tuning = {**config["control"], **{name: config["denoise"][name] for name in ("rule", "steps", "loss", "tokens")}}
     learning = {**config["denoise"], "label_smoothing": 0.0}
 
     def loss_fn(params, others, batch, key):
         if mode == "control":
-            return label_objective(setting, tuning, params["backbone"], others, batch, key, train=True)
+            return label_objective(setup, tuning, params["backbone"], others, batch, key, train=True)
         if mode == "algorithm1":
-            return denoising_objective(setting, learning, params, others, batch, key)
+            return denoising_objective(setup, learning, params, others, batch, key)
         options, weight = (tuning, 0.0) if mode == "backbone turn" else (learning, learning["label_lambda"])
         train = mode == "backbone turn"
-        return augmented_objective(setting, options, params, others, batch, key, weight=weight, train=train)
+        return augmented_objective(setup, options, params, others, batch, key, weight=weight, train=train)
 
     stage, active = {"backbone turn": ("alternating", ("backbone",)), "control": ("control", ("backbone",))}.get(
         mode, (mode, ("denoise",))
     )
     if mode == "control":
         del params["denoise"]
-    state, frozen, optimizers = prepare(config, stage, params, {})
+    state, frozen, optimizers = prepare(Run(config, setup, ""), stage, params, {})
     step = training_step(loss_fn, optimizers[active], active=active)
-    batch = next(training_batches(setting.train, arguments.batch, seed=0))
-    forward = cost.flops(setting.backbone.apply, variables, jnp.zeros((arguments.batch, *setting.images.shape[1:])))
+    batch = next(training_batches(setup.train, arguments.batch, seed=0))
+    forward = cost.flops(setup.backbone.apply, variables, jnp.zeros((arguments.batch, *setup.images.shape[1:])))
     vectors = arguments.batch * ((arguments.pixels // 16) ** 2 + 1)
-    return setting, step, state, frozen, batch, floor_of(mode, setting, learning, vectors, forward), forward
+    return setup, step, state, frozen, batch, floor_of(mode, setup, learning, vectors, forward), forward
 
 
-def floor_of(mode, setting, options, vectors, forward):
+def floor_of(mode, setup, options, vectors, forward):
     """Operations that a step cannot do without, see above."""
     learned = forward
-    for site in setting.sites:
+    for site in setup.sites:
         size = 2 * site.width * site.rank if site.rank else site.width**2
         learned += 4.0 * vectors * options["tokens"] * size
     if mode in ("control", "algorithm1"):
         return 3 * forward if mode == "control" else learned
-    layers = [(site, layer) for site in setting.sites for layer in site.layers]
+    layers = [(site, layer) for site in setup.sites for layer in site.layers]
     kernels = sum(2.0 * vectors * layer.kernel_size for _, layer in layers)
     fusions = sum(2.0 * (2 * site.rank if site.rank else site.width) * layer.kernel_size for site, layer in layers)
     if mode == "backbone turn":

@@ -50,8 +50,7 @@ def get_default() -> ConfigDict:
             "resize": "crop",  # crop, crop:FRACTION of the short side, squash or exact
             "mean": (0.5, 0.5, 0.5),  # of the normalization, on the scale 0 to 1, as the weights expect
             "std": (0.5, 0.5, 0.5),  # of the normalization
-            # augmentation of training images (docs/data.md), off by default
-            "flip": False,  # horizontal flip with probability 1/2
+            "flip": False,  # augmentation: horizontal flip with probability 1/2 (docs/data.md)
             "shift": 0,  # largest translation, in pixels
             "crop_scale": (),  # (smallest, largest) fraction of the area of a random resized crop, such as (0.08, 1.0)
             "crop_ratio": (3 / 4, 4 / 3),  # smallest and largest aspect ratio (width / height) of that crop

@@ -2,7 +2,7 @@
 
 from drep_jax.core.algorithm1 import algorithm1_losses
 from drep_jax.core.certificate import Certificate, certify
-from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.denoisers import Denoisers, init_denoise
 from drep_jax.core.explicit import explicit_apply
 from drep_jax.core.fusion import fuse, fuse_exact
 from drep_jax.core.layers import find_layers
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "DenoiseRep",
+    "Denoisers",
     "DrepError",
     "Measured",
     "Schedule",

@@ -1,6 +1,7 @@
-"""Errors that a user can act on: each says what was given, what was expected, where, and what to do.
+"""Errors that a user can act on: they say what was given, what was expected, where, and what to do.
 
-`train.py` and `fuse.py` print a `DrepError` as one message without a traceback; anything else is a bug of ours.
+`train.py` and `fuse.py` print a `DrepError` as one message without a traceback. Any other exception
+is a bug.
 """
 
 import difflib
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 
 class DrepError(Exception):
-    """Base class of every error that bad input can cause."""
+    """Base class of all errors caused by bad input."""
 
 
 class ConfigError(DrepError, ValueError):
@@ -26,18 +27,18 @@ class SiteError(DrepError, ValueError):
 
 
 class FusionError(DrepError, ValueError):
-    """Denoisers and backbone that do not fit together, or that must not be fused."""
+    """Denoisers and a backbone that do not fit together, or must not be fused."""
 
 
 class DataError(DrepError, ValueError):
-    """Images or labels that are absent, unreadable or of the wrong form."""
+    """Images or labels that are missing, unreadable or malformed."""
 
 
 class UnreadableError(DataError):
-    """One image that cannot be read, where others can.
+    """A single image that cannot be read.
 
     Attributes:
-      where: which image.
+      where: path or index of the image.
     """
 
     def __init__(self, message: str, where: str) -> None:
@@ -46,11 +47,11 @@ class UnreadableError(DataError):
 
 
 class CheckpointError(DrepError, ValueError):
-    """A checkpoint or work directory that is absent, damaged, foreign or not writable."""
+    """A checkpoint or work directory that is missing, damaged, foreign or not writable."""
 
 
 class ExportError(DrepError, ValueError):
-    """A network that cannot be written in the form asked for, or that would not compute the same there."""
+    """A network that cannot be exported in a format, or would compute something else there."""
 
 
 class NonFiniteError(DrepError, FloatingPointError):
@@ -58,7 +59,11 @@ class NonFiniteError(DrepError, FloatingPointError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the first line of an error's text, without TensorStore's account of the files around it."""
+    """Returns the reason of an error in a few words, without TensorStore's list of files.
+
+    >>> reason_of(OSError(28, "No space left on device"))
+    'No space left on device'
+    """
     text = (str(error).splitlines() or [type(error).__name__])[0]
     for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
         if re.search(rf"os_error_code='{number}'|os error {number}\b|\[Errno {number}\]", text):
@@ -67,7 +72,13 @@ def reason_of(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Returns ` Did you mean "x"?` for the nearest of `options`, or the whole list when none is near."""
+    """Returns ` Did you mean "x"?` with the nearest option, or the list of options.
+
+    >>> did_you_mean("digit", ["digits", "folder"])
+    ' Did you mean "digits"?'
+    >>> did_you_mean("x", ["digits", "folder"])
+    ' Known: digits, folder.'
+    """
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if near:
@@ -78,8 +89,13 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """Returns `table[name]`.
 
+    Args:
+      table: of named things.
+      name: as the user gave it.
+      what: the kind of thing, for the message.
+
     Raises:
-      ConfigError: when there is no such entry; the message names the nearest one.
+      ConfigError: if there is no such entry; names the nearest one.
     """
     if name not in table:
         raise ConfigError(f'Unknown {what} "{name}".{did_you_mean(name, table)}')

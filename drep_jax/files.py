@@ -1,7 +1,8 @@
 """Files that are written whole or not at all.
 
-What is written goes to a temporary name in the same directory, and gets its own name when it is complete. A process that is
-killed in between leaves the earlier file untouched, and at most NAME.tmp, which the next attempt overwrites.
+What is written goes to a temporary name in the same directory, and gets its own name when it is
+complete. A process that is killed in between leaves the earlier file untouched, and at most
+NAME.tmp, which the next attempt overwrites.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ def replacing(path: str, *, directory: bool = False) -> Iterator[str]:
 
     Args:
       path: of a file, or of a directory.
-      directory: whether it is a directory. An earlier one is removed just before the new one takes its name.
+      directory: whether it is a directory. An earlier one is removed just before the new one takes
+        its name.
     """
     temporary = temporary_of(path)
     if directory:
@@ -43,7 +45,7 @@ def replacing(path: str, *, directory: bool = False) -> Iterator[str]:
         if directory:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 os.remove(temporary)
         raise
 

@@ -11,7 +11,11 @@ from drep_jax.typing import Path, Tree
 
 
 def get_in(tree: Tree, path: Path) -> Tree:
-    """Returns the node at `path`, or None."""
+    """Returns the node at `path`, or None.
+
+    >>> get_in({"mlp": {"fc1": {"bias": 3}}}, ("mlp", "fc1")), get_in({}, ("mlp", "fc1"))
+    ({'bias': 3}, None)
+    """
     for name in path:
         if not isinstance(tree, Mapping) or name not in tree:
             return None
@@ -20,7 +24,11 @@ def get_in(tree: Tree, path: Path) -> Tree:
 
 
 def set_in(tree: Tree, path: Path, value: Tree) -> dict[str, Any]:
-    """Returns a copy of a nested mapping with `value` at `path`; the rest is shared."""
+    """Returns a copy of a nested mapping with `value` at `path`; all else is shared.
+
+    >>> set_in({"mlp": {"fc1": 1}}, ("mlp", "fc2"), 2)
+    {'mlp': {'fc1': 1, 'fc2': 2}}
+    """
     head, *rest = path
     below = set_in(tree.get(head, {}), tuple(rest), value) if rest else value
     return {**tree, head: below}
@@ -29,7 +37,7 @@ def set_in(tree: Tree, path: Path, value: Tree) -> dict[str, Any]:
 def check_finite(tree: Tree, what: str) -> None:
     """Raises `NonFiniteError` naming the first leaf of `tree` that holds NaN or Inf."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        with jax.ensure_compile_time_eval():  # concrete numbers can be looked at even while something else is traced
+        with jax.ensure_compile_time_eval():  # so that concrete numbers can be read inside a trace
             value = jnp.asarray(leaf)
             finite = not jnp.issubdtype(value.dtype, jnp.inexact) or bool(jnp.isfinite(value).all())
         if not finite:

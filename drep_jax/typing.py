@@ -1,9 +1,13 @@
-"""Names of types that many modules share, each defined once."""
+"""Types that many modules share, each defined once."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+
+AnyArray = jax.Array | np.ndarray
+"""An array of JAX or NumPy."""
 
 Tree = Any
 """A nested dict of arrays: parameters, variables, a `denoise` subtree."""
@@ -12,10 +16,10 @@ Config = Mapping[str, Any]
 """A configuration, or a section of it, as nested mappings."""
 
 Path = tuple[str, ...]
-"""Where something is in a tree: `("block_0", "mlp", "fc1")`."""
+"""The keys that lead to a node of a tree: `("block_0", "mlp", "fc1")`."""
 
 Scores = dict[str, np.ndarray]
-"""Metric ↦ one number an item, (n,)."""
+"""Metric ↦ one number per item, (n,)."""
 
 Batch = dict[str, np.ndarray]
 """Column ↦ values, first axis (batch,)."""

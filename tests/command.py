@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from absl import app, flags
 
+from drep_jax.run.run import Run
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 
@@ -25,10 +27,15 @@ class Finished(NamedTuple):
     config: dict[str, Any]
     directory: str
     report: dict[str, Any]
-    setting: Any
+    setup: Any
     variables: Any
     denoise: Any
     backbone: str
+
+    @property
+    def run(self):
+        """The run as jobs take it."""
+        return Run(self.config, self.setup, self.directory)
 
 
 class Ended(NamedTuple):

@@ -21,7 +21,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import hypothesis
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
+import tests.shapes  # noqa: F401  the hook finds its checker by this name
+
+# Before anything imports it: the shapes that the annotations of the core state are checked at every call.
+install_import_hook("drep_jax.core", "tests.shapes.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -39,7 +44,7 @@ def finished(tmp_path_factory):
     config = get_config().to_dict()
     directory = str(tmp_path_factory.mktemp("finished") / "run")
     report = train.run(config, directory)
-    _, setting, variables, denoise = fuse.load_run(directory)
+    run, variables, denoise = fuse.load_run(directory)
     backbone = os.path.join(os.path.dirname(directory), "backbone.safetensors")
     weights.save_safetensors(backbone, variables)
-    return Finished(config, directory, report, setting, variables, denoise, backbone)
+    return Finished(config, directory, report, run.setup, variables, denoise, backbone)

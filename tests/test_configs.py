@@ -20,7 +20,7 @@ from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.learners import LEARNERS
 from drep_jax.models import create_model
-from drep_jax.run.stages import batch_size_of, training_steps
+from drep_jax.run.stages import stage_of
 from drep_jax.tasks import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def test_every_way_of_training_has_a_control_of_the_same_budget(mode, backbone):
     assert config["name"] == f"cifar10_{mode}_{backbone}"
     budgets = {(config["control"]["steps"], config["control"]["batch_size"])}
     for learner in {config["learner"], *config["compare"]} - {"closed_form", "final_only", "continued"}:
-        budgets.add((training_steps(config, learner), batch_size_of(config, learner)))
+        budgets.add((stage_of(learner).steps(config), stage_of(learner).batch_size(config)))
     assert len(budgets) == 1 and min(budgets)[0] > 0
 
 
@@ -87,7 +87,7 @@ def test_every_cell_of_the_tables_on_re_identification_can_be_asked_for(choice):
             {(config["control"]["steps"], config["control"]["batch_size"])} if config["control"]["steps"] else set()
         )
         for learner in {config["learner"], *config["compare"]} & {"algorithm1", "label_augmented", "alternating"}:
-            budgets.add((training_steps(config, learner), batch_size_of(config, learner)))
+            budgets.add((stage_of(learner).steps(config), stage_of(learner).batch_size(config)))
         assert len(budgets) <= 1 and all(size == task.identities * task.instances for _, size in budgets)
         assert mode not in reid.LABELLED or config["control"]["steps"]
         model = {**config["model"], "num_classes": 5}

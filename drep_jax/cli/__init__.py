@@ -1,1 +1,1 @@
-"""What `train.py` and `fuse.py` share: flags, help, errors as messages."""
+"""Shared by `train.py` and `fuse.py`: flags, help, and errors as messages."""

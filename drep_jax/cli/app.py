@@ -1,4 +1,4 @@
-"""What `train.py` and `fuse.py` share: flags with near names for typing errors, and errors as messages."""
+"""Shared by `train.py` and `fuse.py`: flags, and errors as messages that name the nearest option."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
-from drep_jax.cli.help import ASKED, usage
+from drep_jax.cli.help import HELP, usage
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
 from drep_jax.imports import import_module
 from drep_jax.run.config import announce, new_names, renamed
@@ -23,7 +23,7 @@ EXIT_ERROR = 1
 
 
 EXIT_PREEMPTED = 75
-"""After SIGTERM: run the same command again. It is sysexits.h's "try again", and not what a shell says of a killed process."""
+"""Exit status after SIGTERM, "try again" in sysexits.h: the same command resumes the run."""
 
 
 EXIT_INTERRUPTED = 130
@@ -33,13 +33,14 @@ class Flags:
     """The configuration and the work directory of the command line.
 
     Attributes:
-      default: configuration file where none is named.
-      explicit: whether one is named.
+      default: configuration file if the command line names none.
+      explicit: whether the command line names one.
     """
 
     def __init__(self, default: str) -> None:
         self.default = default
-        # Without a default of its own the flag is parsed with the others, so that errors in it can be explained.
+        # Without a default the flag is parsed with the others, so that errors in it can be
+        # explained.
         self._config = config_flags.DEFINE_config_file(
             "config",
             None,
@@ -50,7 +51,7 @@ class Flags:
         self._workdir = flags.DEFINE_string(
             "workdir",
             None,
-            "Where everything is written and resumed from; by default runs/<name of the configuration>.",
+            "Directory of the run, written to and resumed from; by default runs/<name of the configuration>.",
         )
         self.explicit = any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:])
         if not self.explicit:
@@ -77,7 +78,7 @@ class Flags:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The single settings that were given, {"a.b": value}."""
+        """The settings given on the command line, {"a.b": value}."""
         return config_flags.get_override_values(flags.FLAGS["config"])
 
     def check_overrides(self) -> None:
@@ -116,12 +117,15 @@ class Flags:
 
 
 def define_config(default: str) -> Flags:
-    """Defines --config, whose default lies beside the script, and --workdir."""
+    """Defines --workdir, and --config with a default relative to the script."""
     return Flags(os.path.join(os.path.dirname(sys.argv[0]), default))
 
 
 def with_new_names(arguments: list[str]) -> list[str]:
-    """Returns command-line arguments with the current names of settings; prints a line for every old name."""
+    """Returns command-line arguments with the current names of settings.
+
+    Prints a line for every old name.
+    """
 
     def current(argument: str) -> str:
         option, equals, value = argument.partition("=")
@@ -135,12 +139,15 @@ def with_new_names(arguments: list[str]) -> list[str]:
 
 
 def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | None = None) -> int:
-    """Runs `main` under absl; bad input becomes a message on standard error and exit status 1, Ctrl-C 130, SIGTERM 75.
+    """Runs `main` under absl, with errors as messages on standard error.
 
     Args:
-      main: gets what is left of the command line.
-      resume: the command that goes on with an interrupted run.
-      config: of a script that has one, for --help.
+      main: function of the remaining command line that returns the exit status.
+      resume: the command that resumes an interrupted run.
+      config: flags of a script with a configuration, for --help.
+
+    Returns:
+      The exit status: that of `main`, 1 for bad input, 130 after Ctrl-C, 75 after SIGTERM.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
         import jax
@@ -149,7 +156,8 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
         jax.config.update("jax_compilation_cache_dir", cache)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
 
-    logging.set_verbosity(logging.FATAL)  # Orbax reports every save at length, and with tracebacks what we report
+    # Orbax logs every save, and tracebacks of errors that are reported here.
+    logging.set_verbosity(logging.FATAL)
 
     def guarded(argv: list[str]) -> int:
         try:
@@ -170,8 +178,8 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EDQUOT):
                 where = error.filename or "while writing"
                 return _say(
-                    f"Error: {error.strerror}: {where}. What was complete is untouched; free some space or make the place "
-                    "writable, then give the same command again.",
+                    f"Error: {error.strerror}: {where}. Complete files are untouched. Free some space or make the "
+                    "place writable, then give the same command again.",
                     EXIT_ERROR,
                 )
             raise
@@ -185,18 +193,18 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
         except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
             sys.exit(_say(f"Error: {_explain(error)}", EXIT_ERROR))
 
-    if asked := [argument for argument in sys.argv[1:] if argument in ASKED]:
+    if help_arguments := [argument for argument in sys.argv[1:] if argument in HELP]:
         doc = main.__globals__["__doc__"]
         if config is None:
             print(usage(doc, None))
             return 0
-        parse([argument for argument in sys.argv if argument not in asked])
+        parse([argument for argument in sys.argv if argument not in help_arguments])
         try:
             print(usage(doc, config.value.to_dict(), config.source))
         except DrepError as error:
             return _say(f"Error: {error}", EXIT_ERROR)
         return 0
-    _leave_out_late_reports()
+    _hide_late_reports()
     try:
         app.run(guarded, flags_parser=parse)
     except SystemExit as end:
@@ -204,24 +212,27 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
     return 0
 
 
-def _leave_out_late_reports() -> None:
-    """Hushes what Orbax's readers and writers still report, until the process ends, to an event loop that a failure closed."""
+def _hide_late_reports() -> None:
+    """Hides reports of Orbax's threads to an event loop that a failure has closed."""
     report = sys.unraisablehook
-    if getattr(report, "__name__", "") == "_unless_late":  # by an earlier call
+    if getattr(report, "__name__", "") == "_unless_late":  # hidden by an earlier call
         return
 
-    def _unless_late(found: Any) -> None:
-        if "Event loop is closed" not in str(found.exc_value):
-            report(found)
+    def _unless_late(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
 
     sys.unraisablehook = _unless_late
 
 
 def _explain(error: BaseException) -> str:
-    """Returns what is wrong with the command line; ml_collections wraps its text in several layers of quotes."""
+    """Returns the error in the command line.
+
+    Ml_collections wraps its text in several layers of quotes.
+    """
     text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\n", " ").replace("\\", "")
-    if own := re.search(r"drep_jax\.errors\.\w+: (.*)$", text):  # raised by the configuration file itself
-        return own.group(1).strip()
+    if raised := re.search(r"drep_jax\.errors\.\w+: (.*)$", text):  # by the configuration
+        return raised.group(1).strip()
     if isinstance(error, (KeyError, AttributeError)):
         name = re.search(r"['\"](\w+)['\"]", text)
         near = re.search(r'Did you mean "(\w+)"', text)

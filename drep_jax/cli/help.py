@@ -1,4 +1,4 @@
-"""`--help`: a script's own options first, then every setting with its value and meaning, read from `configs/default.py`."""
+"""`--help`: the options of a script, then all settings with their values and meanings."""
 
 import json
 import sys
@@ -14,23 +14,23 @@ from drep_jax.run.workdir import flatten
 WIDTH = 120
 
 
-ASKED = ("--help", "-h", "-help", "--helpshort")
-"""What asks for it; absl's --helpfull is left to absl."""
+HELP = ("--help", "-h", "-help", "--helpshort")
+"""Arguments that ask for help; absl handles --helpfull itself."""
 
 
 def usage(doc: str, config: Mapping[str, Any] | None, source: str = "") -> str:
-    """Returns the whole text.
+    """Returns the help text.
 
     Args:
-      doc: of the script.
-      config: the configuration whose values are shown; None of a script that has none.
-      source: its file.
+      doc: docstring of the script.
+      config: the configuration with the values to show; None for a script without one.
+      source: path of the configuration file.
     """
     lines = [doc.strip(), "", "Options:"]
-    for flag in _own_flags():
+    for flag in _project_flags():
         value = "" if flag.boolean else f"={flag.name.upper() if flag.name != 'config' else 'FILE'}"
         lines += _row(f"  --{flag.name}{value}", flag.help or "", 26)
-    lines += _row("  --helpfull", "The options of absl and of the libraries, too.", 26)
+    lines += _row("  --helpfull", "All options, also those of absl and the libraries.", 26)
     if config is not None:
         lines += ["", f"Settings, given as --config.NAME=VALUE; the values are those of {source}:"]
         lines += _settings(flatten(config), meanings())
@@ -38,13 +38,13 @@ def usage(doc: str, config: Mapping[str, Any] | None, source: str = "") -> str:
 
 
 def _settings(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str]:
-    """Returns a line for every setting, in the order of the source; those of a section stay together."""
+    """Returns a line for every setting, section by section in the order of the source."""
     lines, last = [], ""
-    place = {name: number for number, name in enumerate(meaning)}
+    rank = {name: number for number, name in enumerate(meaning)}
 
     def order(name: str) -> tuple[bool, int, int]:
         section = name.partition(".")[0]
-        return "." in name, place.get(section, len(place)), place.get(name, len(place))
+        return "." in name, rank.get(section, len(rank)), rank.get(name, len(rank))
 
     for name in sorted(values, key=order):
         section, dot, _ = name.partition(".")
@@ -56,14 +56,14 @@ def _settings(values: Mapping[str, Any], meaning: Mapping[str, str]) -> list[str
     return lines
 
 
-def _own_flags() -> list[Any]:
-    """Returns the options that this project defines, those that the scripts share first."""
+def _project_flags() -> list[Any]:
+    """Returns the options that this project defines, the shared ones first."""
     names = ("drep_jax.cli.app", "drep_jax.parallel.hosts", "__main__", sys.argv[0])
-    ours = [name for name in flags.FLAGS.flags_by_module_dict() if name in names]
-    found = [flag for name in sorted(ours, key=lambda n: n != "drep_jax.cli.app") for flag in _flags_of(name)]
-    if "config" in flags.FLAGS:  # ml_collections defines it in its own name
-        found.insert(0, flags.FLAGS["config"])
-    return list({flag.name: flag for flag in found}.values())
+    modules = [name for name in flags.FLAGS.flags_by_module_dict() if name in names]
+    defined = [flag for name in sorted(modules, key=lambda n: n != "drep_jax.cli.app") for flag in _flags_of(name)]
+    if "config" in flags.FLAGS:  # defined by ml_collections
+        defined.insert(0, flags.FLAGS["config"])
+    return list({flag.name: flag for flag in defined}.values())
 
 
 def _flags_of(module: str) -> list[Any]:
@@ -77,7 +77,7 @@ def _shown(value: Any) -> str:
 
 
 def _row(left: str, right: str, column: int) -> list[str]:
-    """Returns a line of two columns, or two lines where the left one is too long."""
+    """Returns a row of two columns; a long left column stands on a line of its own."""
     wrapped = textwrap.wrap(" ".join(right.split()), WIDTH - column) or [""]
     if len(left) + 2 > column:
         return [left] + [" " * column + text for text in wrapped if text]

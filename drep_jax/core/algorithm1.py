@@ -1,4 +1,4 @@
-"""Algorithm 1's loss (Eq. 11): a denoiser predicts the noise that was added to the features of the frozen backbone."""
+"""Algorithm 1's loss (Eq. 11): a denoiser predicts the noise added to the backbone's features."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,80 +8,95 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from drep_jax.core.denoisers import dtype_of, predict
+from drep_jax.core.denoisers import Denoisers, resolve
 from drep_jax.core.explicit import floating
 from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
+from drep_jax.core.linear_denoiser import dtype_of, predict
 from drep_jax.core.matrix_form import features
 from drep_jax.core.sampling import draw, systematic, threefry
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.errors import ConfigError, did_you_mean
 from drep_jax.trees import get_in
-from drep_jax.typing import Tree
+from drep_jax.typing import AnyArray, Tree
 
 LOSSES: dict[str, Callable[[Any], Any]] = {
     "l2": lambda residual: jnp.mean(jnp.square(residual)),
     "l1": lambda residual: jnp.mean(jnp.abs(residual)),
     "l1+l2": lambda residual: jnp.mean(jnp.abs(residual)) + jnp.mean(jnp.square(residual)),
 }
+"""Name ↦ loss of the residuals ε − D(X_t)."""
 
 
 def algorithm1_losses(
     backbone: nn.Module,
     variables: Tree,
-    denoise: Tree,
+    denoise: Tree | Denoisers,
     sites: Sequence[Site],
     schedule: Schedule,
     key: jax.Array,
-    index: Int[Array, " batch"],
+    index: Int[AnyArray, " batch"],
     *args: Any,
     loss: str = "l2",
     tokens: float = 1.0,
     **kwargs: Any,
-) -> dict[str, Array]:
-    """Computes every site's denoising loss in one forward pass of the frozen backbone (Algorithm 1, Eq. 11).
+) -> dict[str, Float[Array, "..."]]:
+    """Computes every site's denoising loss in one forward pass (Algorithm 1, Eq. 11).
 
-    At each site, with its input features F and its own t:  X_t = √ᾱ_t·F + √(1−ᾱ_t)·ε,  loss = mean (ε − D(X_t))² over all
-    numbers (l2), mean |ε − D(X_t)| (l1), or their sum. Predicting no noise gives 1 (l2). No gradient flows through the
-    backbone. ε depends on (key, example index, site) only, so neither the batch's order nor the number of devices matter.
+    At each site, with its input features F and its own t:
+
+        X_t = √ᾱ_t·F + √(1−ᾱ_t)·ε        ε ~ N(0, I)
+        loss = mean (ε − D(X_t))²  (l2),  mean |ε − D(X_t)|  (l1),  or their sum  (l1+l2)
+
+    The mean is over all entries. A denoiser that predicts no noise has the l2 loss 1. The backbone
+    is frozen: no gradient flows through it. ε is a function of (key, example index, site) only, so neither the
+    order of the batch nor the number of devices matters.
 
     Args:
-      backbone, variables: the frozen backbone.
-      denoise: the denoisers.
-      sites, schedule: where, and at which t.
-      key: the step's key.
-      index: global number of each example, (batch,).
-      *args: the batch, first axis (batch,); the rest for the backbone.
+      backbone: an unbound Linen module.
+      variables: its variables, which stay frozen.
+      denoise: a `denoise` subtree or a `Denoisers`.
+      sites: where to denoise, with time steps.
+      schedule: the noise schedule.
+      key: of the training step.
+      index: global index of each example.
+      *args: inputs of the backbone, the batch first, (batch, …).
       loss: "l2", "l1" or "l1+l2".
-      tokens: share of the feature vectors of each example to use, drawn anew by systematic sampling; the loss is an
-        expectation over them, so a sample of them gives an unbiased gradient for less work.
+      tokens: fraction of each example's feature vectors to use, in (0, 1]. They are drawn anew at
+        every step by systematic sampling. The loss is a mean over feature vectors, so the gradient
+        stays unbiased and costs less.
       **kwargs: for the backbone.
 
     Returns:
-      {site name: loss}, a scalar each or one number a stacked copy.
+      {site name: loss}, a scalar or one number for each stacked copy.
+
+    Raises:
+      ConfigError: for an unknown loss, or `tokens` outside (0, 1].
+      SiteError: if `nn.scan` hides the collection "denoise"; names the line to add.
     """
     if loss not in LOSSES:
         raise ConfigError(f'Unknown loss "{loss}".{did_you_mean(loss, LOSSES)}')
     if not 0.0 < tokens <= 1.0:
-        raise ConfigError(f"tokens is the share of feature vectors to use and lies in (0, 1], got {tokens!r}.")
+        raise ConfigError(f"tokens is the fraction of feature vectors to use and lies in (0, 1], got {tokens!r}.")
+    denoise, _, _ = resolve(denoise)
     key = threefry(key)
-    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(index)
+    keys = jax.vmap(lambda example: jax.random.fold_in(key, example))(index)
     extras, slot = {}, 0
     for site in sites:
-        count = site.stack or 1
+        copies = site.stack or 1
         bars = np.array([schedule.alpha_bar(t) for t in site.times])
-        numbers = {
+        leaves = {
             "signal": floating(np.sqrt(bars)),
             "noise": floating(np.sqrt(1.0 - bars)),
-            "slot": jnp.arange(slot, slot + count, dtype=jnp.int32),
+            "slot": jnp.arange(slot, slot + copies, dtype=jnp.int32),
         }
-        slot += count
+        slot += copies
         if site.stack is None:
-            numbers = {name: value[0] for name, value in numbers.items()}
-        extras[site.path] = {"denoiser": dict(get_in(denoise, site.path)), **numbers}
+            leaves = {name: leaf[0] for name, leaf in leaves.items()}
+        extras[site.path] = {"denoiser": dict(get_in(denoise, site.path)), **leaves}
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
         if layer.path == site.path:  # the other layers of a site read the same tensor
@@ -94,14 +109,26 @@ def algorithm1_losses(
     _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
     losses = {}
     for site in sites:
-        leaves = get_in(collected, site.path)
-        value = leaves["loss"] / leaves["calls"]
-        # What is left after the stack are the calls of one layer that nn.scan repeats or nn.vmap spreads.
+        sums = get_in(collected, site.path)
+        value = sums["loss"] / sums["calls"]
+        # Axes after the stack are calls of one layer that nn.scan repeats or nn.vmap spreads.
         losses[site.name] = value.mean(axis=tuple(range(0 if site.stack is None else 1, value.ndim)))
     return losses
 
 
-def _site_loss(clean: Any, site: Site, extra: Tree, key: Any, keys: Any, loss: Any, tokens: float) -> Any:
+def _site_loss(
+    clean: Float[AnyArray, "*positions d"], site: Site, extra: Tree, key: Any, keys: Any, loss: Any, tokens: float
+) -> Float[Array, ""]:
+    """Returns the loss at one site (one stacked copy).
+
+    Args:
+      clean: F, feature vectors.
+      site: gives the width and the groups.
+      extra: {"denoiser", "signal": √ᾱ, "noise": √(1−ᾱ), "slot": index of the site's copy}.
+      key, keys: of the step, and of each example.
+      loss: of the residuals.
+      tokens: fraction of each example's vectors.
+    """
     shape = (site.width,) if site.groups == 1 else (site.groups, site.width)
     batch = keys.shape[0]
     if clean.ndim > len(shape) and clean.shape[0] % batch == 0:
@@ -111,8 +138,8 @@ def _site_loss(clean: Any, site: Site, extra: Tree, key: Any, keys: Any, loss: A
         clean = clean.reshape(1, -1, *shape)
         keys = jax.random.fold_in(key, extra["slot"])[None]
     if tokens < 1.0:
-        pick = jax.vmap(lambda k: systematic(jax.random.fold_in(k, 1), clean.shape[1], tokens))(keys)
-        clean = jnp.take_along_axis(clean, pick.reshape(*pick.shape, *(1,) * len(shape)), axis=1)
+        picks = jax.vmap(lambda k: systematic(jax.random.fold_in(k, 1), clean.shape[1], tokens))(keys)
+        clean = jnp.take_along_axis(clean, picks.reshape(*picks.shape, *(1,) * len(shape)), axis=1)
     dtype = jnp.promote_types(clean.dtype, dtype_of(extra["denoiser"]))
     noise = draw(keys, clean.shape[1:], dtype)
     noisy = extra["signal"].astype(dtype) * clean.astype(dtype) + extra["noise"].astype(dtype) * noise
@@ -120,8 +147,13 @@ def _site_loss(clean: Any, site: Site, extra: Tree, key: Any, keys: Any, loss: A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _regression(loss: Any, denoiser: Tree, noisy: Any, noise: Any) -> Any:
-    """Returns loss(ε − D(X_t)); its gradient is taken on the spot, so X_t and ε need not be kept for a backward pass."""
+def _regression(
+    loss: Any, denoiser: Tree, noisy: Float[AnyArray, "*batch d"], noise: Float[AnyArray, "*batch d"]
+) -> Float[Array, ""]:
+    """Returns loss(ε − D(X_t)).
+
+    The gradient is computed in the forward pass, so X_t and ε need not be kept for a backward pass.
+    """
     return loss(noise - predict(denoiser, noisy))
 
 
@@ -129,8 +161,8 @@ def _regression_forward(loss: Any, denoiser: Tree, noisy: Any, noise: Any) -> An
     return jax.value_and_grad(lambda d: loss(noise - predict(d, noisy)))(denoiser)
 
 
-def _regression_backward(loss: Any, gradient: Tree, weight: Any) -> Any:
-    return jax.tree_util.tree_map(lambda leaf: (weight * leaf).astype(leaf.dtype), gradient), None, None
+def _regression_backward(loss: Any, gradient: Tree, cotangent: Any) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: (cotangent * leaf).astype(leaf.dtype), gradient), None, None
 
 
 _regression.defvjp(_regression_forward, _regression_backward)

@@ -1,11 +1,11 @@
-"""The certificate: fused against explicit, per site and end to end, measured on the *change* that denoising makes.
+"""The certificate: fused against explicit, at every layer and end to end, measured on the *change*.
 
-At small t the whole change is a few thousandths of the output, so a tolerance on the output itself would pass a fusion
-that does nothing. The figure is
+At small t denoising changes the output by a few thousandths. A tolerance on the output itself would
+pass a fusion that does nothing. So the error is relative to the change, and so is the bound, which
+is what arithmetic of precision ε allows:
 
     error = ‖(fused − base) − (explicit − base)‖ / ‖explicit − base‖
-
-and the bound is what arithmetic with unit round-off ε allows, 32·ε·(‖base‖ + ‖explicit‖) / ‖explicit − base‖.
+    bound = 32·ε·(‖base‖ + ‖explicit‖) / ‖explicit − base‖
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
+from drep_jax.core.denoisers import Denoisers, resolve
 from drep_jax.core.explicit import call_denoised, explicit_apply, explicit_extras
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.intercept import sow, visit_sites
@@ -25,14 +27,16 @@ from drep_jax.core.layers import Layer
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.trees import get_in
-from drep_jax.typing import Tree
+from drep_jax.typing import AnyArray, Tree
 
 SAFETY = 32.0
-"""Factor on ε in the bound; rounding in a deep network accumulates over layers and sums."""
+"""Factor on ε in the bound: in a deep network rounding errors accumulate over layers and sums."""
 
 
 NO_CHANGE = 4 * SAFETY * float(np.finfo(np.float64).eps)
-"""Relative change that float64 cannot tell from none: a patch denoiser that does nothing still sums in another order."""
+"""Relative change below which float64 cannot tell it from none.
+
+Even a patch denoiser that does nothing sums in another order than the layer itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +44,13 @@ class Figure:
     """One comparison of fused with explicit.
 
     Attributes:
-      error: ‖fused − explicit‖ / ‖explicit − base‖; relative to ‖base‖ when denoising changes nothing at all.
-      bound: what arithmetic allows for that ratio.
+      error: ‖fused − explicit‖ / ‖explicit − base‖; relative to ‖base‖ if denoising changes
+        nothing.
+      bound: what arithmetic allows for the error.
       change: ‖explicit − base‖ / ‖base‖.
+
+    >>> figure([1.0, 1.0, 1e-4, 1e-12], epsilon=2.0**-23)  # squares of norms
+    Figure(error=0.0001, bound=0.000762939453125, change=0.01)
     """
 
     error: float
@@ -56,7 +64,7 @@ class Figure:
 
     @property
     def decisive(self) -> bool:
-        """Whether the bound lies below the change itself; in too coarse a type any fusion would pass."""
+        """Whether the bound is below 1, which is the error of a fusion that does nothing."""
         return self.bound < 1.0
 
     def to_json(self) -> dict[str, Any]:
@@ -65,7 +73,12 @@ class Figure:
 
 
 def figure(squares: Any, epsilon: float) -> Figure:
-    """Makes a `Figure` of the sums of squares of (base, explicit, explicit − base, fused − explicit)."""
+    """Makes a `Figure` of four norms.
+
+    Args:
+      squares: sums of squares of base, explicit, explicit − base and fused − explicit.
+      epsilon: ε of the type that the outputs are computed in.
+    """
     base, explicit, change, error = (math.sqrt(float(value)) for value in squares)
     if change == 0.0:
         scale = base or 1.0
@@ -79,7 +92,14 @@ def figure(squares: Any, epsilon: float) -> Figure:
 
 @dataclasses.dataclass(frozen=True)
 class SiteFigure:
-    """The comparison at one layer of a site (one stacked copy), on the features that reach it in the unchanged backbone."""
+    """The comparison at one layer of a site, on its features in the unchanged backbone.
+
+    Attributes:
+      path: of the layer, as text.
+      copy: index of its stacked copy; 0 if not stacked.
+      times: t of each reverse step.
+      figure: error, bound and change of the layer's output.
+    """
 
     path: str
     copy: int
@@ -89,15 +109,19 @@ class SiteFigure:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What `certify` found; `passed` needs every figure within its bound and the float64 ones decisive.
+    """The result of `certify`.
+
+    It is passed if every error is within its bound, every float64 bound is decisive, and the
+    structure is the backbone's.
 
     Attributes:
       rule: the reverse-step rule.
-      steps: reverse steps a site.
-      end_to_end: by precision ("float64", then the type the weights are stored in), the figure of the outputs.
-      sites: by precision, the figures of the layers.
-      structure: "same_tree" and "same_dtypes" of the parameters, and "same_program": the optimised program compiled for
-        the fused weights is, to the letter, the backbone's own.
+      steps: reverse steps at each site.
+      end_to_end: {precision: figure of the outputs}, "float64" and the type the weights are stored
+        in.
+      sites: {precision: figures of the layers}.
+      structure: {"same_tree", "same_dtypes"} of the parameters, and "same_program": whether the
+        optimized program compiled for the fused weights is the backbone's own, to the letter.
     """
 
     rule: str
@@ -154,30 +178,35 @@ class Certificate:
 def certify(
     backbone: nn.Module,
     variables: Tree,
-    denoise: Tree,
+    denoise: Tree | Denoisers,
     sites: Sequence[Site],
     schedule: Schedule,
     *args: Any,
-    rule: str = "ddpm",
+    rule: str | None = None,
     steps: int | None = None,
     fused: Tree | None = None,
     **kwargs: Any,
 ) -> Certificate:
-    """Compares the fused network with the explicit one on real input, in float64 and in the stored precision.
+    """Compares the fused network with the explicit one, in float64 and in the stored precision.
 
     Args:
       backbone: an unbound Linen module.
-      variables: its own variables, {"params": …, …}.
-      denoise: the denoisers.
+      variables: its variables, {"params": …, …}.
+      denoise: a `denoise` subtree or a `Denoisers`.
       sites, schedule, rule, steps: see `drep_jax.core.fusion.fuse`.
-      *args: input for the backbone; use real images.
-      fused: the weights that are deployed; by default fused here in float64 and rounded once. In float64 they are
-        measured with the rounding to their type undone, so that a wrong leaf shows in whatever type it is stored.
-      **kwargs: passed on to the backbone.
+      *args: inputs of the backbone; use real images.
+      fused: the weights that are deployed; by default they are fused here in float64 and rounded
+        once. For the comparison in float64 their rounding is undone, see `undo_rounding`, so that a
+        wrong leaf shows whatever type it is stored in.
+      **kwargs: for the backbone.
 
     Returns:
-      A `Certificate`; look at `passed`.
+      A `Certificate`; its `passed` is the verdict.
+
+    Raises:
+      FusionError, NonFiniteError, ConfigError: see `drep_jax.core.fusion.fuse`.
     """
+    denoise, rule, steps = resolve(denoise, rule, steps)
     params = {"backbone": variables["params"], "denoise": denoise}
     exact = fuse_exact(params, sites, schedule, rule=rule, steps=steps, round_back=False)
     stored = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), exact, variables["params"])
@@ -202,12 +231,19 @@ def certify(
 
 
 def undo_rounding(exact: Tree, stored: Tree, deployed: Tree, base: Tree) -> Tree:
-    """Returns `deployed` with every leaf that is `exact` but for rounding replaced by `exact`.
+    """Returns `deployed` with `exact` in place of every leaf that differs from it by rounding only.
 
-    Rounding is ‖deployed − exact‖ ≤ ‖stored − exact‖ + 32·ε·(‖base‖ + ‖exact‖), with ε of the arithmetic of `fuse`.
+    Rounding is ‖deployed − exact‖ ≤ ‖stored − exact‖ + 32·ε·(‖base‖ + ‖exact‖), with ε of the
+    arithmetic of `fuse`.
+
+    Args:
+      exact: fused weights in float64.
+      stored: `exact`, rounded once to the types of `base`.
+      deployed: the weights to look at.
+      base: the backbone's weights.
     """
     if not (_same_tree(stored, deployed) and _forms(stored) == _forms(deployed)):
-        return exact  # `structure` refuses these
+        return exact  # `structure_kept` refuses these
 
     def choose(exact: Any, stored: Any, deployed: Any, base: Any) -> Any:
         if not jnp.issubdtype(stored.dtype, jnp.floating):
@@ -230,7 +266,7 @@ def _forms(tree: Tree) -> list[Any]:
 
 
 def wide_leaf(leaf: Any) -> Any:
-    """Returns a leaf in float64 if it is floating, as NumPy."""
+    """Returns a leaf as NumPy array, in float64 if it is floating."""
     array = np.asarray(leaf)
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
@@ -238,17 +274,18 @@ def wide_leaf(leaf: Any) -> Any:
 def _measure(
     settings: Any, variables: Tree, denoise: Tree, fused: Tree, args: Any
 ) -> tuple[Figure, tuple[SiteFigure, ...]]:
+    """Returns the figures of the outputs and of all layers, in the arguments' precision."""
     backbone, sites, schedule, rule, steps, kwargs = settings
     types: dict[str, Any] = {}
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
-        own = {name: leaf for name, leaf in module.variables["params"].items() if name in ("kernel", "bias")}
+        weights = {name: leaf for name, leaf in module.variables["params"].items() if name in ("kernel", "bias")}
 
         def run(weights: Tree, x: Any) -> Any:
             return module.clone(parent=None, name=None).apply({"params": weights}, x)
 
         base = call(x)
-        explicit = call_denoised(site, layer, module, extra, x, lambda clean: run(own, clean))
+        explicit = call_denoised(site, layer, module, extra, x, lambda clean: run(weights, clean))
         types[layer.name] = base.dtype
         sow(module, layer, "squares", _squares(base, explicit, run(extra["fused"], x)))
         return base
@@ -273,12 +310,12 @@ def _measure(
     for site in sites:
         for layer in site.layers:
             values = np.asarray(get_in(collected, layer.path)["squares"])
-            values = values.reshape(site.stack or 1, -1, 4).sum(axis=1)  # of all calls, if a scan repeats one layer
-            for copy, value in enumerate(values):
+            values = values.reshape(site.stack or 1, -1, 4).sum(axis=1)  # over all calls, if a scan repeats one layer
+            for copy, squares in enumerate(values):
                 times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
                 epsilon = float(jnp.finfo(types[layer.name]).eps)
-                rows.append(SiteFigure(layer.name, copy, times, figure(value, epsilon)))
-    # The coarsest type on the way decides what the output can resolve.
+                rows.append(SiteFigure(layer.name, copy, times, figure(squares, epsilon)))
+    # The coarsest type in the network decides what the output can resolve.
     epsilon = max(float(jnp.finfo(dtype).eps) for dtype in types.values())
     return figure(np.asarray(end), epsilon), tuple(rows)
 
@@ -288,25 +325,32 @@ def floating_leaves(tree: Tree) -> list[Any]:
     return [leaf for leaf in jax.tree_util.tree_leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-def _squares(base: Any, explicit: Any, fused: Any) -> Any:
+def _squares(
+    base: Float[AnyArray, "*shape"], explicit: Float[AnyArray, "*shape"], fused: Float[AnyArray, "*shape"]
+) -> Float[Array, "4"]:
     wide = jnp.promote_types(base.dtype, jnp.float32)
     base, explicit, fused = (value.astype(wide) for value in (base, explicit, fused))
     return jnp.stack([jnp.sum(jnp.square(v)) for v in (base, explicit, explicit - base, fused - explicit)])
 
 
 def structure_kept(backbone: nn.Module, before: Tree, after: Tree, args: Any, kwargs: Any) -> dict[str, bool]:
-    """Returns whether two sets of variables have the same tree and types, and compile to the same program to the letter."""
+    """Compares the structure of two sets of variables of a backbone.
+
+    Returns:
+      "same_tree", "same_dtypes" (shapes included), and "same_program": whether they compile to the
+      same optimized program, to the letter.
+    """
     same_tree, same_dtypes = _same_tree(before, after), _forms(before) == _forms(after)
     same_program = False
     if same_tree and same_dtypes:
         apply = jax.jit(lambda variables, args: backbone.apply(variables, *args, **kwargs))
 
-        def shapes(tree: Tree) -> Tree:  # where an array lies is no property of the network
+        def shapes(tree: Tree) -> Tree:  # without the device that an array is on
             return jax.tree_util.tree_map(
                 lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree
             )
 
-        # One line for both, because the text of a program names the line that asked for it.
+        # Both in one line: the text of a program names the source line that compiled it.
         one, two = (apply.lower(shapes(variables), shapes(args)).compile().as_text() for variables in (before, after))
         same_program = one is not None and one == two
     return {"same_tree": same_tree, "same_dtypes": same_dtypes, "same_program": same_program}

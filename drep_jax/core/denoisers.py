@@ -1,11 +1,17 @@
-"""The `denoise` subtree: its form, its checks, its fixed noise z, and the reverse-step triples that go with it.
+"""Denoisers of all sites: the `denoise` subtree, and `Denoisers`, which also says how to use it.
 
-For a site at path a/b the subtree holds `denoise["a"]["b"] = {"kernel": W_Dᵀ, "bias": b_D, "z": …}` in Flax layout, so that
-`D(x) = x @ kernel + bias`. Shapes are ([stack], [groups], d, d), ([stack], [groups], d) and, only if noise was sampled,
-([stack], steps, [groups], d). `bias` and `z` are absent where a site may have no constant; a site with a `rank` has the factors
-of `drep_jax.core.denoisers` in place of `kernel`.
+For a site at path a/b the subtree holds
+
+    denoise["a"]["b"] = {"kernel": W_Dᵀ, "bias": b_D, "z": …}
+
+in Flax layout, so that D(x) = x·kernel + bias. The shapes are ([stack], [groups], d, d) and
+([stack], [groups], d). If noise was sampled, z has shape ([stack], steps, [groups], d). `bias` and
+`z` are absent where a site may have no constant. A site with a `rank` has three factors in place of
+`kernel`, see `drep_jax.core.linear_denoiser`.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,23 +21,151 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax.core.matrix_form import affine
-from drep_jax.core.schedule import Schedule, reverse_steps
+from drep_jax.core.linear_denoiser import FACTORS, dtype_of, has_matrix
+from drep_jax.core.reverse_map import compose_steps
+from drep_jax.core.schedule import Schedule, is_single_step
 from drep_jax.core.sites import Site
-from drep_jax.errors import FusionError
+from drep_jax.errors import ConfigError, FusionError
 from drep_jax.trees import get_in, set_in
-from drep_jax.typing import Path, Tree
+from drep_jax.typing import Tree
+
+DEFAULT_RULE = "ddpm"
+"""Rule of a plain `denoise` subtree unless another is given."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The value
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("tree",), meta_fields=("rule", "steps"))
+@dataclasses.dataclass(frozen=True)
+class Denoisers:
+    """A `denoise` subtree with its reverse-step rule and its number of steps.
+
+    A pytree whose only dynamic part is `tree`; rule and steps are static under `jit`. Every
+    function that takes a `denoise` subtree also takes this value, and then needs no `rule=` and
+    `steps=`.
+
+    Attributes:
+      tree: the `denoise` subtree.
+      rule: see `drep_jax.core.schedule.reverse_step`.
+      steps: reverse steps at each site; None for the number that the sites were given, or 1 for a
+        rule that is a single step.
+
+    Raises:
+      ConfigError: for an unknown rule, or several steps of a rule that is a single step.
+
+    >>> tree = {"fc": {"kernel": jnp.array([[0.5]])}}
+    >>> maps = Denoisers(tree, "affine")
+    >>> maps.keywords
+    {'rule': 'affine', 'steps': 1}
+    >>> maps.scaled(0.5).tree["fc"]["kernel"].tolist()
+    [[0.25]]
+    """
+
+    tree: Tree
+    rule: str = DEFAULT_RULE
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not is_single_step(self.rule):
+            return
+        if self.steps is None:
+            object.__setattr__(self, "steps", 1)
+        elif self.steps != 1:
+            raise ConfigError(f'Rule "{self.rule}" is one single step; it cannot be taken {self.steps} times.')
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Rule and steps as keyword arguments, for functions given the plain tree."""
+        return {"rule": self.rule, "steps": self.steps}
+
+    def check(self, backbone: Tree, sites: Sequence[Site]) -> None:
+        """Checks that every denoiser fits its site and the backbone, see `check_params`."""
+        check_params({"backbone": backbone, "denoise": self.tree}, sites)
+
+    def as_affine(self, sites: Sequence[Site], schedule: Schedule) -> "Denoisers":
+        """Returns the same maps for rule "affine": the steps of each site composed."""
+        return Denoisers(as_affine(self.tree, sites, schedule, **self.keywords), "affine", 1)
+
+    def scaled(self, strength: float) -> "Denoisers":
+        """Returns denoisers whose full fusion is the fusion of these with strength τ.
+
+        Raises:
+          ConfigError: unless the rule is "affine", where x̂ = x − D(x) is linear in the denoiser.
+        """
+        if self.rule != "affine":
+            raise ConfigError(
+                f'Only maps of rule "affine" scale with the strength, and these are for rule "{self.rule}". '
+                "Compose them first: denoisers.as_affine(sites, schedule).scaled(strength)."
+            )
+        return dataclasses.replace(self, tree=scaled(self.tree, strength))
+
+    def with_noise(self, sites: Sequence[Site], key: jax.Array) -> "Denoisers":
+        """Returns the same denoisers with a fixed z for each step, see `sample_noise`."""
+        return dataclasses.replace(self, tree=sample_noise(self.tree, sites, key))
+
+
+def resolve(
+    denoise: Tree | Denoisers, rule: str | None = None, steps: int | None = None
+) -> tuple[Tree, str, int | None]:
+    """Returns the plain subtree, the rule and the steps that a function is to use.
+
+    This is the one place that decides between a `Denoisers` value and the keywords `rule=` and
+    `steps=` beside it.
+
+    Args:
+      denoise: a `denoise` subtree or a `Denoisers`.
+      rule: keyword of the caller; None for the value's own, or `DEFAULT_RULE` for a subtree.
+      steps: keyword of the caller; None for the value's own.
+
+    Raises:
+      ConfigError: if a keyword differs from what a `Denoisers` says.
+    """
+    if not isinstance(denoise, Denoisers):
+        return denoise, DEFAULT_RULE if rule is None else rule, steps
+    for name, keyword in (("rule", rule), ("steps", steps)):
+        value = getattr(denoise, name)
+        if keyword is not None and keyword != value:
+            raise ConfigError(
+                f"The denoisers are for {name}={value!r}, but the call says {name}={keyword!r}. Leave the keyword out, "
+                f"or use dataclasses.replace(denoisers, {name}={keyword!r})."
+            )
+    return denoise.tree, denoise.rule, denoise.steps
+
+
+def resolve_params(params: Tree, rule: str | None = None, steps: int | None = None) -> tuple[Tree, str, int | None]:
+    """Returns {"backbone": …, "denoise": plain subtree} with rule and steps, see `resolve`."""
+    denoise = params.get("denoise") if isinstance(params, Mapping) else None
+    tree, rule, steps = resolve(denoise, rule, steps)
+    if isinstance(denoise, Denoisers):
+        params = {**params, "denoise": tree}
+    return params, rule, steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The subtree
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def init_denoise(sites: Sequence[Site], dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Returns zero denoisers, which predict no noise: Algorithm 1's loss starts at 1, its value without a denoiser."""
+    """Returns denoisers that predict no noise: zeros, for which Algorithm 1's l2 loss is 1.
+
+    Args:
+      sites: from `find_sites`.
+      dtype: type of the leaves.
+
+    Returns:
+      The `denoise` subtree.
+    """
     tree: dict[str, Any] = {}
-    for number, site in enumerate(sites):
+    for index, site in enumerate(sites):
         shapes = leaf_shapes(site)
         names = FACTORS if site.rank else ("kernel",)
         leaves = {name: jnp.zeros(shapes[name], dtype) for name in (*names, *(("bias",) if site.bias else ()))}
-        if site.rank:  # with both factors zero neither would ever get a gradient; which start is taken does not matter
-            key = jax.random.fold_in(jax.random.key(0), number)
+        if site.rank:  # with both factors zero neither would get a gradient; any other start will do
+            key = jax.random.fold_in(jax.random.key(0), index)
             leaves["down"] = jax.random.normal(key, shapes["down"], dtype) / math.sqrt(site.width)
         tree = set_in(tree, site.path, leaves)
     return tree
@@ -53,29 +187,77 @@ def noise_shape(site: Site) -> tuple[int, ...]:
 
 
 def sample_noise(denoise: Tree, sites: Sequence[Site], key: jax.Array) -> dict[str, Any]:
-    """Returns the subtree with a fixed z ~ N(0, I) for each reverse step, drawn once, so that fusing twice is the same.
+    """Returns the subtree with a fixed z ~ N(0, I) for each reverse step.
+
+    It is drawn once and kept, so that fusing twice gives the same weights.
+
+    Args:
+      denoise: the `denoise` subtree.
+      sites: the sites to draw for, each with a bias.
+      key: of the draw.
 
     Raises:
-      FusionError: if a site may have no constant: it has nowhere to put W z; or if it has no denoiser.
+      FusionError: if a site has no denoiser, or may have no constant to put W z in.
     """
-    for number, site in enumerate(sites):
+    for index, site in enumerate(sites):
         if not site.bias:
             raise FusionError(
                 f"{site.name}: sampled noise is a constant, and this site may not have one. Use zero noise."
             )
-        leaves = get_in(denoise, site.path)
-        if not _has_matrix(leaves):
-            raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.")
-        z = jax.random.normal(jax.random.fold_in(key, number), noise_shape(site), dtype_of(leaves))
+        leaves = _leaves_of(denoise, site)
+        z = jax.random.normal(jax.random.fold_in(key, index), noise_shape(site), dtype_of(leaves))
         denoise = set_in(denoise, site.path, {**leaves, "z": z})
     return denoise
+
+
+def scaled(denoise: Tree, strength: float) -> Tree:
+    """Returns maps of rule "affine" whose full fusion is the fusion of `denoise` with strength τ.
+
+    W'(τ) = W + τ·(W A − W) with A = I − W_D, so it is enough to scale W_D and b_D by τ.
+    """
+    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf * np.asarray(strength, leaf.dtype)), denoise)
+
+
+def as_affine(
+    denoise: Tree | Denoisers,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    *,
+    rule: str | None = None,
+    steps: int | None = None,
+) -> Tree:
+    """Returns the subtree for rule "affine" that is the same map as `steps` steps of `rule`.
+
+    Args:
+      denoise: a `denoise` subtree or a `Denoisers`.
+      sites, schedule, rule, steps: see `drep_jax.core.fusion.fuse`.
+
+    Returns:
+      {"kernel": (I − A)ᵀ, "bias": −c} at each site, composed in float64 and rounded once to
+      float32.
+    """
+    denoise, rule, steps = resolve(denoise, rule, steps)
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        wide = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), denoise)
+        maps = compose_steps(wide, sites, schedule, rule, steps)
+    tree: Tree = {}
+    for site in sites:
+        leaves = {"kernel": maps[site.path]["matrix"], "bias": maps[site.path].get("constant")}
+        narrow = {name: -np.asarray(leaf, np.float32) for name, leaf in leaves.items() if leaf is not None}
+        tree = set_in(tree, site.path, narrow)
+    return tree
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_params(params: Tree, sites: Sequence[Site]) -> None:
     """Checks that `params` is {"backbone", "denoise"} and that every denoiser fits its layers.
 
     Raises:
-      FusionError: names the site, what was found and what was expected.
+      FusionError: names the site or leaf, its shape and the expected shape.
     """
     if not isinstance(params, Mapping) or "denoise" not in params or "backbone" not in params:
         raise FusionError(
@@ -93,106 +275,31 @@ def check_params(params: Tree, sites: Sequence[Site]) -> None:
         if (names := tuple(str(getattr(k, "key", k)) for k in path)) not in known:
             raise FusionError(f"denoise/{'/'.join(names)}: no selected site has such a leaf.")
     for site in sites:
-        leaves = get_in(denoise, site.path)
-        if not _has_matrix(leaves):
-            raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.")
-        expected = leaf_shapes(site)
-        for name, leaf in leaves.items():
-            if name in ("bias", "z") and not site.bias:
-                raise FusionError(
-                    f"{site.name}: the denoiser has a constant ({name}), but the site has nowhere to put it: a layer "
-                    "without bias, or zeros padded after a pointwise denoiser. Learn it through the origin."
-                )
-            if tuple(leaf.shape) != expected[name]:
-                raise FusionError(
-                    f"{site.name}: the denoiser's {name} has shape {tuple(leaf.shape)}, expected {expected[name]}."
-                )
+        _check_denoiser(site, _leaves_of(denoise, site))
         for layer in site.layers:
             node = get_in(backbone, layer.path)
-            shape = (() if layer.stack is None else (layer.stack,)) + layer.kernel_shape
-            found = tuple(node["kernel"].shape) if isinstance(node, Mapping) and "kernel" in node else None
-            if found != shape:
-                raise FusionError(f"{layer.name}: the backbone's kernel has shape {found}, expected {shape}.")
+            expected = (() if layer.stack is None else (layer.stack,)) + layer.kernel_shape
+            shape = tuple(node["kernel"].shape) if isinstance(node, Mapping) and "kernel" in node else None
+            if shape != expected:
+                raise FusionError(f"{layer.name}: the backbone's kernel has shape {shape}, expected {expected}.")
 
 
-def _has_matrix(leaves: Any) -> bool:
-    """Returns whether a denoiser has a full matrix or all factors of one, not both."""
-    if not isinstance(leaves, Mapping):
-        return False
-    factors = [name in leaves for name in FACTORS]
-    return not any(factors) if "kernel" in leaves else all(factors)
+def _leaves_of(denoise: Tree, site: Site) -> Mapping[str, Any]:
+    leaves = get_in(denoise, site.path)
+    if not has_matrix(leaves):
+        raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.")
+    return leaves
 
 
-def site_steps(
-    sites: Sequence[Site], schedule: Schedule, rule: str, steps: int | None = None
-) -> dict[Path, np.ndarray]:
-    """Returns each site's triples, float64 ([stack], k, 3), for k reverse steps down from its own t.
-
-    Args:
-      sites: with time steps.
-      schedule: the one the denoisers were learned on.
-      rule: see `drep_jax.core.schedule.reverse_step`.
-      steps: k; at most the number the sites were given, since a denoiser is tied to the t it was learned at.
-
-    Raises:
-      FusionError: for more steps than that.
-      ConfigError: for an unknown rule or a t outside the schedule.
-    """
-    table = {}
-    for site in sites:
-        if not site.times:
-            raise FusionError(f"{site.name} has no time step yet: call `assign_times` on the selected sites.")
-        k = site.steps if steps is None else steps
-        if k > site.steps:
+def _check_denoiser(site: Site, leaves: Mapping[str, Any]) -> None:
+    expected = leaf_shapes(site)
+    for name, leaf in leaves.items():
+        if name in ("bias", "z") and not site.bias:
             raise FusionError(
-                f"{k} steps a site would need denoisers learned at other time steps (t falls by {k} from site to site; "
-                f"these were learned with {site.steps}). Learn them again with steps={k}."
+                f"{site.name}: the denoiser has a constant ({name}), but the site has nowhere to put it: a layer "
+                "without bias, or zeros padded after a pointwise denoiser. Learn it through the origin."
             )
-        rows = np.stack([reverse_steps(schedule, t, k, rule) for t in site.times])
-        table[site.path] = rows[0] if site.stack is None else rows
-    return table
-
-
-FACTORS = ("scale", "down", "up")
-
-
-def is_low_rank(denoiser: Mapping[str, Any]) -> bool:
-    """Returns whether a denoiser is given by its factors."""
-    return "down" in denoiser
-
-
-def dtype_of(denoiser: Mapping[str, Any]) -> Any:
-    """Returns the type of a denoiser's matrix."""
-    return denoiser["down" if is_low_rank(denoiser) else "kernel"].dtype
-
-
-def predict(denoiser: Mapping[str, Any], x: Any) -> Any:
-    """Returns D(x) of feature vectors (…, [groups], d) by a denoiser without the axis of a stack."""
-    if not is_low_rank(denoiser):
-        return affine(x, denoiser["kernel"], denoiser.get("bias"))
-    scale = denoiser["scale"]
-    own = x * scale.reshape((1,) * (x.ndim - 1 - scale.ndim) + scale.shape + (1,))
-    return own + affine(affine(x, denoiser["down"]), denoiser["up"], denoiser.get("bias"))
-
-
-def dense(denoiser: Mapping[str, Any]) -> Any:
-    """Returns the matrix of a denoiser, (…, d, d), as NumPy or JAX array like its leaves."""
-    if not is_low_rank(denoiser):
-        return denoiser["kernel"]
-    scale = denoiser["scale"]
-    return (
-        scale[..., None, None] * np.eye(denoiser["up"].shape[-1], dtype=scale.dtype) + denoiser["down"] @ denoiser["up"]
-    )
-
-
-def times_kernel(denoiser: Mapping[str, Any], groups: int, kernel: Any) -> Any:
-    """Returns the denoiser's matrix, in Flax layout, times K (groups, d, columns); a low rank costs 2·r·d·columns."""
-
-    def product(a: Any, b: Any) -> Any:
-        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-    parts = {name: denoiser[name] for name in (*FACTORS, "kernel") if name in denoiser}
-    parts = {name: leaf if groups > 1 else leaf[None] for name, leaf in parts.items()}
-    if not is_low_rank(denoiser):
-        return product(parts["kernel"], kernel)
-    return parts["scale"][:, None, None] * kernel + product(parts["down"], product(parts["up"], kernel))
+        if tuple(leaf.shape) != expected[name]:
+            raise FusionError(
+                f"{site.name}: the denoiser's {name} has shape {tuple(leaf.shape)}, expected {expected[name]}."
+            )

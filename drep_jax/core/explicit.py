@@ -1,4 +1,4 @@
-"""The explicit path (Eq. 5): every site's input denoised in plain sight, which is what fusion has to reproduce."""
+"""The explicit path (Eq. 5): every site's input is denoised in a step of its own."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,22 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from drep_jax.core.denoisers import dtype_of, predict, site_steps
+from drep_jax.core.denoisers import Denoisers, resolve
 from drep_jax.core.intercept import visit_sites
 from drep_jax.core.layers import Layer
+from drep_jax.core.linear_denoiser import dtype_of, predict
 from drep_jax.core.matrix_form import affine, features, input_from_features, kernel_matrix
+from drep_jax.core.reverse_map import site_steps
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.trees import get_in
-from drep_jax.typing import Path, Tree
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Explicit path
-# ---------------------------------------------------------------------------------------------------------------------
+from drep_jax.typing import AnyArray, Path, Tree
 
 
-def denoise_features(denoiser: Tree, triples: Float[Array, "k 3"], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Applies k reverse steps x̂ = s·x − g·D(x) + σ·z to feature vectors (…, [groups], d), largest t first (Eq. 5)."""
+def denoise_features(
+    denoiser: Tree, triples: Float[AnyArray, "k 3"], x: Float[AnyArray, "*batch d"]
+) -> Float[AnyArray, "*batch d"]:
+    """Applies k reverse steps x̂ = s·x − g·D(x) + σ·z to feature vectors, largest t first (Eq. 5).
+
+    Args:
+      denoiser: of one layer, without the axis of a stack.
+      triples: (s, g, σ) of each step.
+      x: (…, d), or (…, groups, d) for a grouped denoiser.
+    """
     dtype = jnp.promote_types(x.dtype, dtype_of(denoiser))
     x, triples = x.astype(dtype), triples.astype(dtype)
     for j in range(triples.shape[0]):
@@ -38,7 +44,10 @@ def denoise_features(denoiser: Tree, triples: Float[Array, "k 3"], x: Float[Arra
 
 
 def call_denoised(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Callable[[Any], Any]) -> Any:
-    """Calls a layer on its denoised input; a patch denoiser works on the windows, after padding."""
+    """Calls a layer on its denoised input; a patch denoiser works on the windows, after padding.
+
+    A visitor for `drep_jax.core.intercept.visit_sites`, with extras from `explicit_extras`.
+    """
     vectors = denoise_features(extra["denoiser"], extra["triples"], features(layer, site.kind, x))
     if site.kind != "patch":
         return call(input_from_features(layer, vectors, x))
@@ -51,9 +60,14 @@ def call_denoised(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: A
 
 
 def explicit_extras(
-    denoise: Tree, sites: Sequence[Site], schedule: Schedule, rule: str, steps: int | None = None
+    denoise: Tree | Denoisers,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    rule: str | None = None,
+    steps: int | None = None,
 ) -> dict[Path, Tree]:
-    """Returns what `call_denoised` needs at every layer: the site's denoiser and its reverse-step triples."""
+    """Returns what `call_denoised` needs at every layer: denoiser and reverse-step triples."""
+    denoise, rule, steps = resolve(denoise, rule, steps)
     table = site_steps(sites, schedule, rule, steps)
     return {
         layer.path: {"denoiser": dict(get_in(denoise, site.path)), "triples": floating(table[site.path])}
@@ -62,7 +76,7 @@ def explicit_extras(
     }
 
 
-def floating(values: np.ndarray) -> Array:
+def floating(values: Float[np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
     """Returns numbers in the widest floating type that JAX has switched on."""
     return jnp.asarray(values, jax.dtypes.canonicalize_dtype(np.float64))
 
@@ -70,22 +84,31 @@ def floating(values: np.ndarray) -> Array:
 def explicit_apply(
     backbone: nn.Module,
     variables: Tree,
-    denoise: Tree,
+    denoise: Tree | Denoisers,
     sites: Sequence[Site],
     schedule: Schedule,
     *args: Any,
-    rule: str = "ddpm",
+    rule: str | None = None,
     steps: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Runs the backbone with every site's input denoised in plain sight: what `fuse` has to reproduce, at extra cost.
+    """Runs the backbone with the input of every site denoised (Eq. 5).
+
+    The outputs are those of the network that `fuse` returns, up to rounding, at extra cost.
 
     Args:
       backbone: an unbound Linen module.
-      variables: the backbone's own, {"params": …, …}.
-      denoise: the denoisers, see `drep_jax.core.denoisers`.
+      variables: its variables, {"params": …, …}.
+      denoise: a `denoise` subtree or a `Denoisers`.
       sites, schedule, rule, steps: see `drep_jax.core.fusion.fuse`.
       *args, **kwargs: for the backbone.
+
+    Returns:
+      The backbone's outputs.
+
+    Raises:
+      FusionError: if k needs denoisers learned at another t.
+      ConfigError: if `rule` or `steps` differ from those of a `Denoisers`.
     """
     extras = explicit_extras(denoise, sites, schedule, rule, steps)
     return visit_sites(backbone, variables, sites, extras, call_denoised, *args, **kwargs)

@@ -1,27 +1,32 @@
-"""Fusion (Eq. 7, Algorithm 2): the reverse steps at a layer's input become part of the layer, (W, b, W_D, t) ↦ (W', b').
+"""Fusion (Eq. 7, Algorithm 2): the reverse steps at a layer's input become part of the layer.
 
-One reverse step is `x̂ = A x + c` with `A = s·I − g·W_D` and `c = σ·z − g·b_D`; k steps compose, the largest t first. The
-layer `y = W x̂ + b` is then `W' = W A_k⋯A_1` and `b' = b + W Σ_j A_k⋯A_{j+1} c_j`. Walking from the last step to the first
-needs no product of two d×d matrices: with the Flax kernel K = Wᵀ and D(x) = x·K_D + b_D,
+(W, b, W_D, t) ↦ (W', b'). One reverse step is x̂ = A x + c with A = s·I − g·W_D and
+c = σ·z − g·b_D. With k steps, the largest t first, the layer y = W x̂ + b becomes
 
-    b ← b + Kᵀ c_j        K ← s_j·K − g_j·K_D·K        for j = k … 1.
+    W' = W A_k⋯A_1            b' = b + W Σ_j A_k⋯A_{j+1} c_j
+
+and with strength τ it becomes (1 − τ) W + τ W', and likewise for b. `drep_jax.core.reverse_map`
+computes W' and b' without a product of two d×d matrices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from drep_jax.core.denoisers import check_params, dtype_of, site_steps, times_kernel
+from drep_jax.core.denoisers import check_params, resolve_params
 from drep_jax.core.layers import Layer
+from drep_jax.core.linear_denoiser import dtype_of
 from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.core.reverse_map import carry_through_steps, compose_steps, site_steps
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.errors import FusionError
 from drep_jax.trees import check_finite, get_in
-from drep_jax.typing import Path, Tree
+from drep_jax.typing import AnyArray, Path, Tree
 
 
 def fuse(
@@ -29,22 +34,26 @@ def fuse(
     sites: Sequence[Site],
     schedule: Schedule,
     *,
-    rule: str = "ddpm",
+    rule: str | None = None,
     steps: int | None = None,
-    strength: Any = 1.0,
+    strength: float | Float[AnyArray, ""] = 1.0,
 ) -> Tree:
-    """Fuses every denoiser into its layers and returns the backbone's parameters with other numbers in them.
+    """Fuses every denoiser into its layers; the result is a parameter tree for the plain backbone.
 
-    W'(τ) = W + τ·(W A_k⋯A_1 − W) and likewise for b: strength τ = 1 is the paper's fusion, τ = 0 the unchanged backbone.
-    Pure, and fit for `jit` (everything but `params` and `strength` static), `vmap` over strength, `grad` and `pmap`.
-    Computes in the wider of float32 and the parameters' type with `Precision.HIGHEST`.
+    W'(τ) = (1 − τ) W + τ W A_k⋯A_1 and likewise for b (Eq. 7). τ = 1 is the paper's fusion; τ = 0
+    gives the backbone bit for bit.
+
+    The function is pure. It works under `jit` (static: everything but `params` and `strength`),
+    under `vmap` over the strength, `grad` and `pmap`. It computes with `Precision.HIGHEST` in
+    float32, or in the parameters' type if that is wider.
 
     Args:
-      params: {"backbone": tree, "denoise": tree}, see `drep_jax.core.denoisers`.
+      params: {"backbone": tree, "denoise": `denoise` subtree or `Denoisers`}.
       sites: from `find_sites`.
       schedule: the one the denoisers were learned on.
-      rule: "ddpm" (Eq. 5), "paper" (Eq. 7 as printed), "ddim", "ddim:r" or "affine".
-      steps: reverse steps k a site; None for the number the sites were given.
+      rule: "ddpm" (Eq. 5), "paper" (Eq. 7 as printed), "ddim", "ddim:r" or "affine". None for the
+        rule of a `Denoisers`, or "ddpm" for a subtree.
+      steps: reverse steps k at each site; None for the number the sites were given.
       strength: τ, a scalar.
 
     Returns:
@@ -53,22 +62,35 @@ def fuse(
     Raises:
       FusionError: if denoisers and backbone do not fit, or k needs denoisers learned at another t.
       NonFiniteError: for NaN or Inf, when called with concrete values.
+      ConfigError: if `rule` or `steps` differ from those of a `Denoisers`.
+
+    A denoiser K_D = 0.1·I of rule "affine" is the map x̂ = 0.9 x:
+
+    >>> import flax.linen as nn
+    >>> from drep_jax import Schedule, find_sites
+    >>> sites = find_sites(nn.Sequential([nn.Dense(1)]), jnp.zeros((1, 2)))
+    >>> backbone = {"layers_0": {"kernel": jnp.array([[1.0], [2.0]]), "bias": jnp.array([3.0])}}
+    >>> denoise = {"layers_0": {"kernel": 0.1 * jnp.eye(2), "bias": jnp.zeros(2)}}
+    >>> fused = fuse({"backbone": backbone, "denoise": denoise}, sites, Schedule(), rule="affine")
+    >>> [round(float(w), 3) for w in fused["layers_0"]["kernel"].ravel()]
+    [0.9, 1.8]
     """
     sites = tuple(sites)
+    params, rule, steps = resolve_params(params, rule, steps)
     check_params(params, sites)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(params)):
         check_finite(params, "Refusing to fuse")
     table = site_steps(sites, schedule, rule, steps)
-    new: dict[Path, Any] = {}
+    fused_leaves: dict[Path, Any] = {}
     for site in sites:
+        denoiser = get_in(params["denoise"], site.path)
         for layer in site.layers:
-            node = get_in(params["backbone"], layer.path)
-            triples = table[site.path]
-            fused = fuse_layer(layer, site, node, get_in(params["denoise"], site.path), triples, strength)
-            new.update({(*layer.path, name): leaf for name, leaf in fused.items()})
+            weights = get_in(params["backbone"], layer.path)
+            fused = fuse_layer(layer, site, weights, denoiser, table[site.path], strength)
+            fused_leaves.update({(*layer.path, name): leaf for name, leaf in fused.items()})
 
     def replace(path: tuple[Any, ...], leaf: Any) -> Any:
-        return new.get(tuple(getattr(key, "key", key) for key in path), leaf)
+        return fused_leaves.get(tuple(getattr(key, "key", key) for key in path), leaf)
 
     return jax.tree_util.tree_map_with_path(replace, params["backbone"])
 
@@ -76,89 +98,77 @@ def fuse(
 def fuse_layer(
     layer: Layer,
     site: Site,
-    node: Any,
-    denoiser: Any,
-    triples: np.ndarray,
+    weights: Mapping[str, Any],
+    denoiser: Mapping[str, Any],
+    triples: Float[np.ndarray, "*stack k 3"],
     strength: Any,
     *,
     stacked: bool | None = None,
 ) -> dict[str, Any]:
-    """Returns a layer's fused kernel and bias; `stacked` says whether they have the axis of `nn.scan` (None: as the site)."""
-    weights = {name: node[name] for name in ("kernel", "bias") if name in node}
-    if layer.bias != ("bias" in weights):
+    """Fuses a site's denoiser into one of its layers.
+
+    Args:
+      layer, site: the layer and the site it belongs to.
+      weights: the layer's parameters; only kernel and bias are used.
+      denoiser: the site's.
+      triples: of the site, see `drep_jax.core.reverse_map.site_steps`.
+      strength: τ.
+      stacked: whether weights, denoiser and triples have the axis of `nn.scan`; None if the site is
+        stacked.
+
+    Returns:
+      The fused kernel and bias, in the types of the weights.
+
+    Raises:
+      FusionError: if a bias is missing, or one is there that the layer does not have.
+    """
+    affine = {name: weights[name] for name in ("kernel", "bias") if name in weights}
+    if layer.bias != ("bias" in affine):
         raise FusionError(
             f"{layer.name}: expected {'a' if layer.bias else 'no'} bias leaf in the backbone's parameters."
         )
-    wide = jnp.promote_types(weights["kernel"].dtype, jnp.float32)
+    wide = jnp.promote_types(affine["kernel"].dtype, jnp.float32)
     wide = jnp.promote_types(wide, dtype_of(denoiser))
 
-    def one(weights: Any, denoiser: Any, triples: Any) -> Any:
-        cast = jax.tree_util.tree_map(lambda leaf: leaf.astype(wide), (weights, denoiser))
-        fused = _compose(layer, site, cast[0], cast[1], triples.astype(wide))
+    def fuse_copy(weights: Any, denoiser: Any, triples: Any) -> Any:
+        base, denoiser = jax.tree_util.tree_map(lambda leaf: leaf.astype(wide), (weights, denoiser))
+        fused = _compose(layer, site, base, denoiser, triples.astype(wide))
         tau = jnp.asarray(strength, wide)
-        mix = {name: (1 - tau) * leaf + tau * fused[name] for name, leaf in cast[0].items()}  # exact at τ = 0 and 1
+        mix = {name: (1 - tau) * leaf + tau * fused[name] for name, leaf in base.items()}  # exact at τ = 0 and 1
         return {name: leaf.astype(weights[name].dtype) for name, leaf in mix.items()}
 
-    run = jax.vmap(one) if (site.stack is not None if stacked is None else stacked) else one
-    return run(weights, dict(denoiser), jnp.asarray(triples, wide))
+    run = jax.vmap(fuse_copy) if (site.stack is not None if stacked is None else stacked) else fuse_copy
+    return run(affine, dict(denoiser), jnp.asarray(triples, wide))
 
 
 def _compose(layer: Layer, site: Site, weights: Any, denoiser: Any, triples: Any) -> dict[str, Any]:
-    kernel, constant = _walk(site, kernel_matrix(layer, site.kind, weights["kernel"]), denoiser, triples)
-    fused = {"kernel": kernel_from_matrix(layer, site.kind, kernel)}
+    matrix = kernel_matrix(layer, site.kind, weights["kernel"])
+    matrix, constant = carry_through_steps(site, matrix, denoiser, triples)
+    fused = {"kernel": kernel_from_matrix(layer, site.kind, matrix)}
     if "bias" in weights:
         fused["bias"] = weights["bias"] + bias_from_columns(layer, site.kind, constant)
     return fused
 
 
-def _walk(site: Site, kernel: Any, denoiser: Any, triples: Any) -> tuple[Any, Any]:
-    """Carries K (groups, d, columns) through the steps, last one first; returns K' and what they add to the bias."""
-
-    def columns(vector: Any) -> Any:  # Kᵀ v for each group
-        vector = vector.reshape(site.groups, site.width)
-        return jnp.einsum("gdc,gd->gc", kernel, vector, precision=jax.lax.Precision.HIGHEST)
-
-    constant = jnp.zeros((kernel.shape[0], kernel.shape[2]), kernel.dtype)
-    for j in reversed(range(triples.shape[0])):
-        scale, gain, sigma = triples[j]
-        if "bias" in denoiser:
-            constant = constant - gain * columns(denoiser["bias"])
-        if "z" in denoiser:
-            constant = constant + sigma * columns(denoiser["z"][j])
-        kernel = scale * kernel - gain * times_kernel(denoiser, site.groups, kernel)
-    return kernel, constant
-
-
 def composed_maps(
-    params: Tree, sites: Sequence[Site], schedule: Schedule, *, rule: str = "ddpm", steps: int | None = None
-) -> dict[Path, Tree]:
-    """Returns each site's k steps as one map x̂ = x + x·matrix + constant, in the denoiser's own shapes.
+    params: Tree, sites: Sequence[Site], schedule: Schedule, *, rule: str | None = None, steps: int | None = None
+) -> dict[Path, dict[str, Any]]:
+    """Returns each site's k steps as one map x̂ = x + x·matrix + constant.
 
-    matrix = (A_k⋯A_1 − I)ᵀ and constant = Σ_j A_k⋯A_{j+1} c_j, which is absent where a site may have none.
+    Args:
+      params: {"denoise": `denoise` subtree or `Denoisers`}; anything else in it is not looked at.
+      sites, schedule, rule, steps: see `fuse`.
+
+    Returns:
+      {site path: {"matrix", "constant"}}, see `drep_jax.core.reverse_map.compose_steps`.
     """
-    table = site_steps(sites, schedule, rule, steps)
-    maps = {}
-    for site in sites:
-
-        def one(denoiser: Any, triples: Any, site: Site = site) -> Any:
-            form = site.denoiser_shape[0 if site.stack is None else 1 :]
-            eye = jnp.eye(site.width, dtype=dtype_of(denoiser))[None]
-            matrix, constant = _walk(site, jnp.repeat(eye, site.groups, axis=0), denoiser, triples)
-            out = {"matrix": (matrix - eye).reshape(form)}
-            return {**out, "constant": constant.reshape(form[:-1])} if site.bias else out
-
-        denoiser = dict(get_in(params["denoise"], site.path))
-        triples = jnp.asarray(table[site.path], dtype_of(denoiser))
-        maps[site.path] = (one if site.stack is None else jax.vmap(one))(denoiser, triples)
-    return maps
+    params, rule, steps = resolve_params(params, rule, steps)
+    return compose_steps(params["denoise"], sites, schedule, rule, steps)
 
 
-class Survival(NamedTuple):
-    """How much of the change of the weights a storage type keeps; 1 is all of it."""
-
-    share: float
-    worst: float
-    worst_layer: str
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def fuse_exact(
@@ -166,7 +176,7 @@ def fuse_exact(
     sites: Sequence[Site],
     schedule: Schedule,
     *,
-    rule: str = "ddpm",
+    rule: str | None = None,
     steps: int | None = None,
     strength: float = 1.0,
     round_back: bool = True,
@@ -175,7 +185,11 @@ def fuse_exact(
 
     Args:
       params, sites, schedule, rule, steps, strength: see `fuse`.
-      round_back: cast once at the end to the backbone's own types; False leaves the fused leaves in float64.
+      round_back: whether to round once, at the end, to the backbone's own types; False leaves the
+        fused leaves in float64.
+
+    Raises:
+      FusionError, NonFiniteError, ConfigError: see `fuse`.
     """
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         wide = jax.tree_util.tree_map(_float64, params)
@@ -192,10 +206,32 @@ def _float64(leaf: Any) -> Any:
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-def survival(base: Tree, fused64: Tree, stored: Tree) -> Survival:
-    """Measures what rounding to the storage type leaves of the change: 1 − ‖stored − fused64‖ / ‖fused64 − base‖, at least 0.
+class Survival(NamedTuple):
+    """The fraction of the change of the weights that a storage type keeps, in 0…1.
 
-    At small t fusion changes W by a few thousandths, less than bfloat16 resolves. Only leaves that change count.
+    Attributes:
+      fraction: of all changed leaves together.
+      worst: of the leaf that keeps least.
+      worst_layer: path of that leaf, or "" if no leaf changes.
+    """
+
+    fraction: float
+    worst: float
+    worst_layer: str
+
+
+def survival(base: Tree, fused64: Tree, stored: Tree) -> Survival:
+    """Measures what rounding to a storage type leaves of the change of the weights.
+
+    fraction = 1 − ‖stored − fused64‖ / ‖fused64 − base‖, at least 0.
+
+    At small t fusion changes W by a few thousandths, less than bfloat16 resolves. Only leaves that
+    change count.
+
+    Args:
+      base: the backbone's parameters.
+      fused64: fused in float64.
+      stored: the fused parameters as stored.
     """
     flat = [
         ("/".join(str(getattr(key, "key", key)) for key in path), *map(_float64, leaves))
@@ -205,11 +241,11 @@ def survival(base: Tree, fused64: Tree, stored: Tree) -> Survival:
             strict=True,
         )
     ]
-    changed = [(name, np.sum((kept - new) ** 2), np.sum((new - old) ** 2)) for name, old, new, kept in flat]
-    changed = [(name, lost, size) for name, lost, size in changed if size > 0]
+    squares = [(name, np.sum((kept - new) ** 2), np.sum((new - old) ** 2)) for name, old, new, kept in flat]
+    changed = [(name, lost, change) for name, lost, change in squares if change > 0]
     if not changed:
         return Survival(1.0, 1.0, "")
-    shares = {name: max(0.0, 1.0 - float(np.sqrt(lost / size))) for name, lost, size in changed}
-    worst = min(shares, key=lambda name: shares[name])
-    total = np.sqrt(sum(lost for _, lost, _ in changed) / sum(size for *_, size in changed))
-    return Survival(max(0.0, 1.0 - float(total)), shares[worst], worst)
+    fractions = {name: max(0.0, 1.0 - float(np.sqrt(lost / change))) for name, lost, change in changed}
+    worst = min(fractions, key=lambda name: fractions[name])
+    total = np.sqrt(sum(lost for _, lost, _ in changed) / sum(change for *_, change in changed))
+    return Survival(max(0.0, 1.0 - float(total)), fractions[worst], worst)

@@ -1,7 +1,8 @@
-"""Runs a backbone with its sites handed to a visitor, under `nn.intercept_methods`: the backbone never mentions denoising.
+"""Runs a backbone and hands its sites to a visitor, under `nn.intercept_methods`.
 
-What a site needs (its denoiser, its numbers) travels as extra leaves next to the layer's own parameters, because under
-`nn.scan` only those are sliced for each copy.
+The backbone itself never mentions denoising. What a visitor needs at a layer (the denoiser, numbers
+of the schedule) travels as an extra leaf beside the layer's own parameters, because under `nn.scan`
+only those are sliced for each copy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ from drep_jax.trees import set_in
 from drep_jax.typing import Path, Tree
 
 Visit = Callable[[Site, Layer, nn.Module, Any, Any, Callable[[Any], Any]], Any]
+"""(site, layer, bound module, extra, input, call) ↦ output; `call(x)` is the layer itself."""
 
 
 EXTRA = "denoise"
-"""Name of the leaves that travel beside a layer's kernel and bias while a backbone is visited."""
+"""Name of the extra leaf beside a layer's kernel and bias."""
 
 
 def visit_sites(
@@ -33,16 +35,21 @@ def visit_sites(
     collect: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Runs `backbone` and hands every selected layer to `visit` instead of calling it.
+    """Runs `backbone`, with `visit` in place of the call of every layer of the sites.
 
     Args:
       backbone: an unbound Linen module.
       variables: its variables, {"params": …, …}.
-      sites: the sites to visit.
-      extras: for each layer path, a tree that the visit gets; leaves of stacked layers have the stack as first axis.
-      visit: called as `visit(site, layer, module, extra, x, call)`, where `call(x)` is the layer itself; returns its output.
+      sites: whose layers are visited.
+      extras: {layer path: tree for the visitor}; for stacked layers, with the stack as first axis
+        of every leaf.
+      visit: called as `visit(site, layer, module, extra, x, call)`, where `call(x)` is the layer
+        itself; returns the layer's output.
       *args, **kwargs: for the backbone.
-      collect: whether the collection "denoise" may be written; the result is then (outputs, collection).
+      collect: whether visitors may write to the collection "denoise", see `sow`.
+
+    Returns:
+      The backbone's outputs, or (outputs, collection) with `collect`.
     """
     table = {layer.path: (site, layer) for site in sites for layer in site.layers}
     params = variables["params"]
@@ -57,17 +64,18 @@ def visit_sites(
         return visit(*table[module.path], module, module.get_variable("params", EXTRA), x, next_fun)
 
     with nn.intercept_methods(intercept):
-        out = backbone.apply(
+        outputs = backbone.apply(
             {**variables, "params": params}, *args, mutable=[COLLECTION] if collect else False, **kwargs
         )
-    return (out[0], out[1].get(COLLECTION, {})) if collect else out
+    return (outputs[0], outputs[1].get(COLLECTION, {})) if collect else outputs
 
 
 def sow(module: nn.Module, layer: Layer, name: str, value: Any) -> None:
-    """Adds `value` to the collection "denoise" at this layer.
+    """Adds `value` to what the collection "denoise" holds as `name` at this layer.
 
     Raises:
-      SiteError: under an `nn.scan` or `nn.vmap` that does not lift the collection; names the line to add.
+      SiteError: under an `nn.scan` or `nn.vmap` that does not lift the collection; names the line
+        to add.
     """
     if not module.is_mutable_collection(COLLECTION):
         raise SiteError(

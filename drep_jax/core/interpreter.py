@@ -1,10 +1,12 @@
-"""A backbone as a flat list of equations in which its layers can be recognised, and what is added to a layer's output.
+"""A backbone as equations with its layers marked, and an interpreter that visits them.
 
-`trace` runs a Flax module abstractly and marks every selected layer as one equation (a jitted call named after the layer),
-whatever else the module does. `walk` then evaluates the equations and hands each marked layer to a visitor, which may answer
-with another output. Between them stands `find_junctions`: in a residual network the output y of a block's last layer meets
-the shortcut q in a sum, z = L(y) ± q, where L scales channels and moves numbers about (batch normalisation at inference,
-layer scale, reshapes). What disturbs q can then be answered by y.
+- `trace` runs a Flax module abstractly and marks every selected layer as one equation, a jitted
+  call named after the layer.
+- `walk` evaluates the equations. It hands each marked layer to a visitor, which may return another
+  output.
+- `find_junctions` finds residual sums: the output y of a block's last layer meets the shortcut q in
+  z = L(y) ± q. L scales channels and rearranges entries (batch normalization at inference, layer
+  scale, reshapes). A change of y can then cancel noise in q.
 """
 
 import dataclasses
@@ -24,15 +26,23 @@ from drep_jax.errors import SiteError
 from drep_jax.typing import Path, Tree
 
 Visitor = Callable[["Call"], Any]
+"""Call ↦ (output of the layer, tree of arrays to record or None)."""
 
 
 MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p", "convert_element_type", "neg")
-"""Primitives that only move numbers about, or change their sign or type."""
+"""Primitives that only rearrange entries, or change their sign or type."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Junction:
-    """Where a layer's output y becomes z = L(y) + sign·q."""
+    """A residual sum: a layer's output y becomes z = L(y) + sign·q.
+
+    Attributes:
+      chain: indices of the equations of L, in order.
+      end: variable that holds L(y).
+      other: variable that holds q.
+      sign: 1 or −1.
+    """
 
     chain: tuple[int, ...]
     end: Any
@@ -42,15 +52,16 @@ class Junction:
 
 @dataclasses.dataclass
 class Call:
-    """A marked layer about to be evaluated.
+    """A marked layer that is about to be evaluated.
 
     Attributes:
       path: of the layer.
       x: its input.
       leaves: its kernel and bias.
       apply: (leaves, x) ↦ output.
-      leaves_of: {layer path: leaves} of the marked layers at this level, for sites of several layers.
-      correction: None, or a function of y and the arithmetic that a visitor applies to q; see `_correction`.
+      leaves_of: layer path ↦ leaves, of any marked layer at this level; for sites of several
+        layers.
+      correction: None, or (y, change) ↦ δ as returned by `_correction`.
     """
 
     path: Path
@@ -62,9 +73,18 @@ class Call:
 
 
 def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: Any) -> core.ClosedJaxpr:
-    """Returns the equations of `backbone.apply(variables, images)`, with every layer of `sites` as a single marked one.
+    """Returns the equations of a backbone, with every layer of `sites` marked.
 
-    Nested calls are written out, except those of loops. Inputs are the leaves of (variables, images), in tree order.
+    Nested calls are inlined, except loops.
+
+    Args:
+      backbone: an unbound Linen module.
+      variables: its variables.
+      sites: whose layers are marked.
+      images: the batch.
+
+    Returns:
+      The program. Its inputs are the leaves of (variables, images), in tree order.
     """
 
     def mark(site: Site, layer: Layer, module: nn.Module, extra: Any, x: Any, call: Any) -> Any:
@@ -81,78 +101,92 @@ def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: A
 
         return marked(layer.name, run)(leaves, x)
 
-    empty = {layer.path: jnp.zeros(()) for site in sites for layer in site.layers}
-
     def forward(variables: Tree, images: Any) -> Any:
-        extras = {path: zero for path, zero in empty.items() if path not in stacked}
-        extras.update({path: jnp.zeros(stack) for path, stack in stacked.items()})
+        # The visitor needs no extras. But every layer must have one, and with a stack its axis.
+        layers = [layer for site in sites for layer in site.layers]
+        extras = {layer.path: jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
         return visit_sites(backbone, variables, sites, extras, mark, images)
 
-    stacked = {layer.path: layer.stack for site in sites for layer in site.layers if layer.stack is not None}
     return inline(jax.make_jaxpr(forward)(variables, images))
 
 
 def _path(eqn: Any) -> Path | None:
-    """Returns the path of the layer that an equation is, or None."""
+    """Returns the path of the layer that an equation computes, or None."""
     name = mark_of(eqn)
     return None if name is None else tuple(name.split("/"))
 
 
 def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
-    """Returns, by equation number of a marked layer, where its output is added to something that does not depend on it.
+    """Finds the residual sums in which a layer's output meets something that does not depend on it.
 
-    Layers whose output goes elsewhere first (a nonlinearity, two users, a norm that mixes channels) have none. Where two layers
-    meet in one sum (a block's last convolution and a projected shortcut), the first one answers for the other.
+    A layer has none if its output first goes elsewhere: to a nonlinearity, to two users, to a norm
+    that mixes channels. Where the outputs of two layers are added (a block's last convolution and a
+    projected shortcut), the junction belongs to the first layer.
+
+    Args:
+      jaxpr: from `trace`.
+      varying: variables that depend on the images, see `drep_jax.core.jaxpr.varying_vars`.
+
+    Returns:
+      {equation index of a marked layer: its junction}.
     """
     users: dict[Any, list[int]] = {}
-    for number, eqn in enumerate(jaxpr.eqns):
+    for index, eqn in enumerate(jaxpr.eqns):
         for var in {v for v in eqn.invars if not isinstance(v, core.Literal)}:
-            users.setdefault(var, []).append(number)
-    ends = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    found: dict[int, Junction] = {}
-    answered: set[int] = set()
-    for number, eqn in enumerate(jaxpr.eqns):
+            users.setdefault(var, []).append(index)
+    outputs = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    junctions: dict[int, Junction] = {}
+    claimed: set[int] = set()  # sums that are some layer's junction
+    for index, eqn in enumerate(jaxpr.eqns):
         if mark_of(eqn) is None:
             continue
         var = eqn.outvars[0]
         chain: list[int] = []
-        behind = reach(jaxpr, {var})
-        while var not in ends and len(users.get(var, ())) == 1:
-            after = jaxpr.eqns[users[var][0]]
-            name = after.primitive.name
-            others = [v for v in after.invars if v is not var]
+        downstream = reach(jaxpr, {var})
+        while var not in outputs and len(users.get(var, ())) == 1:
+            user = users[var][0]
+            following = jaxpr.eqns[user]
+            name = following.primitive.name
+            others = [v for v in following.invars if v is not var]
             fixed = [isinstance(v, core.Literal) or v not in varying for v in others]
             if (
                 name in MOVES
                 or (name in ("mul", "add", "add_any", "sub") and fixed == [True])
-                or (name == "div" and fixed == [True] and after.invars[0] is var)
+                or (name == "div" and fixed == [True] and following.invars[0] is var)
             ):
                 pass
-            elif name in ("add", "add_any", "sub") and len(others) == 1 and others[0] not in behind:
-                if users[var][0] not in answered:
+            elif name in ("add", "add_any", "sub") and len(others) == 1 and others[0] not in downstream:
+                if user not in claimed:
                     sign = 1.0 if name != "sub" else -1.0
-                    found[number] = Junction(tuple(chain), var, others[0], sign)
-                    answered.add(users[var][0])
+                    junctions[index] = Junction(tuple(chain), var, others[0], sign)
+                    claimed.add(user)
                 break
             else:
                 break
-            chain.append(users[var][0])
-            var = after.outvars[0]
-    return found
+            chain.append(user)
+            var = following.outvars[0]
+    return junctions
 
 
 def _correction(
     jaxpr: Any, junction: Junction, start: Any, read: Callable[[Any], Any], other: Any
 ) -> Callable[[Any, Callable[[Any], Any]], Any]:
-    """Returns (y, change) ↦ δ with L(y + δ) ± q = L(y) ± (q + change(q)) where L can: channels that L mutes get 0.
+    """Returns (y, change) ↦ δ, so that L(y + δ) ± q = L(y) ± (q + change(q)).
 
-    L is a scaling by a and a rearrangement, so its inverse is Lᵀ(· / a²).
+    L scales by a and rearranges, so its inverse is Lᵀ(· / a²). Channels that L mutes get δ = 0.
+
+    Args:
+      jaxpr: the program.
+      junction: of the layer.
+      start: variable that holds y.
+      read: variable ↦ value.
+      other: q.
     """
 
     def chain(y: Any) -> Any:
         env = {start: y}
-        for number in junction.chain:
-            eqn = jaxpr.eqns[number]
+        for index in junction.chain:
+            eqn = jaxpr.eqns[index]
             values = [v.val if isinstance(v, core.Literal) else env[v] if v in env else read(v) for v in eqn.invars]
             env[eqn.outvars[0]] = bind(eqn, values)[0]
         return env[junction.end]
@@ -160,10 +194,10 @@ def _correction(
     def correct(y: Any, change: Callable[[Any], Any]) -> Any:
         _, scale = jax.jvp(chain, (y,), (jnp.ones_like(y),))
         size = jnp.abs(scale)
-        heard = size > 1e-3 * size.max()
-        wanted = junction.sign * change(other)
-        _, back = jax.vjp(chain, y)
-        return back(jnp.where(heard, wanted / jnp.where(heard, scale, 1.0) ** 2, 0.0).astype(scale.dtype))[0]
+        passed = size > 1e-3 * size.max()
+        target = junction.sign * change(other)
+        _, transpose = jax.vjp(chain, y)
+        return transpose(jnp.where(passed, target / jnp.where(passed, scale, 1.0) ** 2, 0.0).astype(scale.dtype))[0]
 
     return correct
 
@@ -173,117 +207,117 @@ def _correction(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def walk(closed: core.ClosedJaxpr, args: Sequence[Any], varying: Sequence[bool], visit: Visitor) -> Any:
-    """Evaluates the equations, handing each marked layer that depends on the images to `visit`.
+def walk(
+    closed: core.ClosedJaxpr, args: Sequence[Any], varying: Sequence[bool], visit: Visitor
+) -> tuple[list[Any], dict[Path, Any]]:
+    """Evaluates the equations, with `visit` in place of marked layers that depend on the images.
 
     Args:
       closed: from `trace`.
       args: its inputs.
-      varying: which of them are the images.
-      visit: Call ↦ (output of the layer, what is to be kept of it: a tree of arrays or None).
+      varying: which of them are images.
+      visit: Call ↦ (output of the layer, tree of arrays to record or None).
 
     Returns:
-      (outputs, {layer path: what was kept}); layers inside a loop are kept stacked.
+      (outputs, {layer path: record}). Records of layers inside a loop are stacked.
 
     Raises:
       SiteError: for a marked layer inside a branch or a `while` loop.
     """
     jaxpr = closed.jaxpr
-    moving = varying_vars(jaxpr, varying)
-    junctions = find_junctions(jaxpr, moving)
-    producer = {var: number for number, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
+    varying_here = varying_vars(jaxpr, varying)
+    junctions = find_junctions(jaxpr, varying_here)
+    producer = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
     layers = {path: eqn for eqn in jaxpr.eqns if (path := _path(eqn)) is not None}
     env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-    done: set[int] = set()
-    kept: dict[Path, Any] = {}
+    evaluated: set[int] = set()
+    records: dict[Path, Any] = {}
 
     def read(atom: Any) -> Any:
         if isinstance(atom, core.Literal):
             return atom.val
         if atom not in env:
-            need(atom)
+            evaluate_up_to(atom)
         return env[atom]
 
-    def need(var: Any) -> None:
-        """Evaluates what `var` needs and has not been evaluated yet, in order."""
-        wanted, seen = [producer[var]], set()
-        while wanted:
-            number = wanted.pop()
-            if number in done or number in seen:
+    def evaluate_up_to(var: Any) -> None:
+        """Evaluates, in order, the equations that `var` still needs."""
+        pending, needed = [producer[var]], set()
+        while pending:
+            index = pending.pop()
+            if index in evaluated or index in needed:
                 continue
-            seen.add(number)
-            wanted += [
-                producer[v] for v in jaxpr.eqns[number].invars if not isinstance(v, core.Literal) and v not in env
+            needed.add(index)
+            pending += [
+                producer[v] for v in jaxpr.eqns[index].invars if not isinstance(v, core.Literal) and v not in env
             ]
-        for number in sorted(seen):
-            evaluate(number)
+        for index in sorted(needed):
+            evaluate(index)
 
     def leaves_of(path: Path) -> Tree:
-        eqn = layers[path]
-        *leaves, _ = [read(v) for v in eqn.invars]
-        return _unflatten(eqn, leaves)
+        *leaves, _ = [read(v) for v in layers[path].invars]
+        return _unflatten(leaves)
 
-    def evaluate(number: int) -> None:
-        if number in done:
+    def evaluate(index: int) -> None:
+        if index in evaluated:
             return
-        done.add(number)
-        eqn = jaxpr.eqns[number]
+        evaluated.add(index)
+        eqn = jaxpr.eqns[index]
         values = [read(v) for v in eqn.invars]
-        if (path := _path(eqn)) is not None and eqn.invars[-1] in moving:
+        if (path := _path(eqn)) is not None and eqn.invars[-1] in varying_here:
             *leaves, x = values
             correction = None
-            if number in junctions:
-                junction = junctions[number]
+            if index in junctions:
+                junction = junctions[index]
                 correction = _correction(jaxpr, junction, eqn.outvars[0], read, read(junction.other))
 
             def apply(tree: Tree, x: Any) -> Any:
-                inner = eqn.params["jaxpr"]
                 flat = [tree[name] for name in sorted(tree)]
-                return jax.jit(core.jaxpr_as_fun(inner))(*flat, x)[0]
+                return jax.jit(core.jaxpr_as_fun(eqn.params["jaxpr"]))(*flat, x)[0]
 
-            out, keep = visit(Call(path, x, _unflatten(eqn, leaves), apply, leaves_of, correction))
-            outs = [out]
-            if keep is not None:
-                kept[path] = keep
-        elif (inner := body_of(eqn)) is not None and holds_mark(inner.jaxpr):
-            outs, below = _walk_loop(eqn, values, [_moves(v, moving) for v in eqn.invars], visit)
-            kept.update(below)
+            output, record = visit(Call(path, x, _unflatten(leaves), apply, leaves_of, correction))
+            outs = [output]
+            if record is not None:
+                records[path] = record
+        elif (body := body_of(eqn)) is not None and holds_mark(body.jaxpr):
+            outs, inner_records = _walk_loop(eqn, values, [_is_in(v, varying_here) for v in eqn.invars], visit)
+            records.update(inner_records)
         else:
             outs = bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
 
-    for number in range(len(jaxpr.eqns)):
-        evaluate(number)
-    return [read(v) for v in jaxpr.outvars], kept
+    for index in range(len(jaxpr.eqns)):
+        evaluate(index)
+    return [read(v) for v in jaxpr.outvars], records
 
 
-def _moves(atom: Any, moving: set[Any]) -> bool:
-    return not isinstance(atom, core.Literal) and atom in moving
+def _is_in(atom: Any, variables: set[Any]) -> bool:
+    return not isinstance(atom, core.Literal) and atom in variables
 
 
-def _unflatten(eqn: Any, leaves: Sequence[Any]) -> Tree:
-    names = ("kernel",) if len(leaves) == 1 else ("bias", "kernel")  # the order in which a tree is flattened
-    del eqn
+def _unflatten(leaves: Sequence[Any]) -> Tree:
+    names = ("kernel",) if len(leaves) == 1 else ("bias", "kernel")  # as a tree is flattened
     return dict(zip(names, leaves, strict=True))
 
 
 def _walk_loop(
     eqn: Any, values: Sequence[Any], varying: Sequence[bool], visit: Visitor
 ) -> tuple[list[Any], Mapping[Path, Any]]:
-    """Walks the body of a `scan` in a scan of its own; what is kept comes out stacked."""
+    """Walks the body of a `scan` in a scan of its own; its records come out stacked."""
     if eqn.primitive.name != "scan":
         raise SiteError(
             f"A selected layer runs inside {eqn.primitive.name}, where its features cannot be followed; narrow sites.pattern."
         )
-    p = eqn.params
-    fixed, carried = p["num_consts"], p["num_carry"]
-    consts, start, xs = values[:fixed], values[fixed : fixed + carried], values[fixed + carried :]
-    body = inline(p["jaxpr"])
-    flags = [*varying[:fixed], *[True] * carried, *varying[fixed + carried :]]
+    params = eqn.params
+    const_count, carry_count = params["num_consts"], params["num_carry"]
+    first_x = const_count + carry_count
+    consts, start, xs = values[:const_count], values[const_count:first_x], values[first_x:]
+    body = inline(params["jaxpr"])
+    flags = [*varying[:const_count], *[True] * carry_count, *varying[first_x:]]
 
     def step(carry: Any, x: Any) -> Any:
-        outs, kept = walk(body, [*consts, *carry, *x], flags, visit)
-        return outs[:carried], (outs[carried:], kept)
+        outs, records = walk(body, [*consts, *carry, *x], flags, visit)
+        return outs[:carry_count], (outs[carry_count:], records)
 
-    carry, (ys, kept) = jax.lax.scan(step, start, xs, length=p["length"], reverse=p["reverse"])
-    return [*carry, *ys], kept
+    carry, (ys, records) = jax.lax.scan(step, start, xs, length=params["length"], reverse=params["reverse"])
+    return [*carry, *ys], records

@@ -1,7 +1,8 @@
-"""Traced programs: marking equations, writing out nested calls, and which values depend on which inputs.
+"""Traced programs (jaxprs): marks on equations, inlining, and which values depend on which inputs.
 
-A mark is a jitted call with a name of ours. It survives tracing under scan, remat and jit, so an equation of a Flax module can be
-recognized in the program that it is traced to, whatever else the module does.
+A mark is a jitted call with a name of ours. It survives tracing under scan, remat and jit. So an
+equation of a Flax module can be recognized in the program that it is traced to, whatever else the
+module does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,11 @@ import jax
 from jax.extend import core
 
 PREFIX = "drep:"
+"""Beginning of the names of marked calls."""
+
 
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
-"""Calls that `inline` writes out; loops and branches stay."""
+"""Primitives of calls that `inline` replaces by their bodies; loops and branches stay."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -22,7 +25,7 @@ INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "c
 
 
 def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function as one equation called `name`, which `mark_of` recognizes in a traced program."""
+    """Returns the function as one equation with a name that `mark_of` recognizes."""
 
     def call(*args: Any) -> Any:
         return function(*args)
@@ -31,18 +34,23 @@ def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(call)
 
 
-def mark_of(eqn: Any) -> str | None:
-    """Returns the name that `marked` gave an equation, or None.
-
-    Flax traces the body of a scan once more to find what does not change in it, and drops the outputs of that trace: an equation
-    without outputs is no mark.
-    """
+def name_of(eqn: Any) -> str | None:
+    """Returns the name of a marked equation, or None."""
     name = str(eqn.params.get("name", ""))
-    return name[len(PREFIX) :] if name.startswith(PREFIX) and eqn.outvars else None
+    return name[len(PREFIX) :] if name.startswith(PREFIX) else None
+
+
+def mark_of(eqn: Any) -> str | None:
+    """Returns the name of a marked equation that computes something, or None.
+
+    Flax traces the body of a scan once more to find what does not change in it, and drops the
+    outputs of that trace. What is left of a mark is an equation without outputs.
+    """
+    return name_of(eqn) if eqn.outvars else None
 
 
 def holds_mark(jaxpr: Any) -> bool:
-    """Returns whether a program has a marked equation, at any depth."""
+    """Returns whether a program contains a marked equation, at any depth."""
     return any(mark_of(eqn) is not None or any(map(holds_mark, bodies(eqn))) for eqn in jaxpr.eqns)
 
 
@@ -52,7 +60,7 @@ def holds_mark(jaxpr: Any) -> bool:
 
 
 def inline(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Writes out nested calls other than marked ones."""
+    """Replaces nested calls by their bodies, except marked ones."""
 
     def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
@@ -85,7 +93,7 @@ def body_of(eqn: Any) -> core.ClosedJaxpr | None:
 
 
 def bodies(eqn: Any) -> list[Any]:
-    """Returns the programs inside an equation: of a loop, its branches, a nested call."""
+    """Returns the programs inside an equation: bodies of loops and calls, and branches."""
 
     def is_jaxpr(value: Any) -> bool:
         return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
@@ -95,7 +103,7 @@ def bodies(eqn: Any) -> list[Any]:
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation as it stands."""
+    """Evaluates one equation."""
     out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 
@@ -125,49 +133,66 @@ def mark(name: str, value: Any) -> Any:
 
 
 def independent(function: Callable[..., Any], fixed: Any, *args: Any) -> set[str]:
-    """Traces `function(fixed, *args)` abstractly and returns the names of the marked values that none of `args` reaches.
+    """Returns the names of the marked values of `function(fixed, *args)` that ignore `args`.
 
-    What cannot be followed counts as dependent: only a value that certainly is the same for all inputs is told apart.
+    The function is traced abstractly. A value counts as dependent unless it is certain that it is
+    the same for all `args`.
+
+    >>> import jax.numpy as jnp
+    >>> def function(w, x):
+    ...     return mark("weights", 2 * w) + mark("features", w * x)
+    >>> independent(function, jnp.ones(()), jnp.ones(()))
+    {'weights'}
     """
     closed = jax.make_jaxpr(function)(fixed, *args)
-    constant = len(jax.tree_util.tree_leaves(fixed))
+    fixed_count = len(jax.tree_util.tree_leaves(fixed))
     reached: dict[str, bool] = {}
-    _follow(closed.jaxpr, [i >= constant for i in range(len(closed.jaxpr.invars))], reached)
-    return {name for name, flag in reached.items() if not flag}
+    _follow(closed.jaxpr, [index >= fixed_count for index in range(len(closed.jaxpr.invars))], reached)
+    return {name for name, depends in reached.items() if not depends}
 
 
 def _follow(jaxpr: Any, inputs: Sequence[bool], reached: dict[str, bool]) -> list[bool]:
-    """Returns which outputs depend on the inputs so flagged, and notes the marks."""
+    """Follows a program's equations from the inputs that are flagged as dependent.
+
+    Args:
+      jaxpr: the program.
+      inputs: flag of each input.
+      reached: {name of a mark: whether any of its equations depends}, updated in place.
+
+    Returns:
+      The flag of each output.
+    """
     flags = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def flag(atom: Any) -> bool:
         return not isinstance(atom, core.Literal) and flags.get(atom, False)
 
     for eqn in jaxpr.eqns:
-        given = [flag(atom) for atom in eqn.invars]
-        outs = [any(given)] * len(eqn.outvars)
-        if (name := mark_of(eqn)) is not None:
-            reached[name] = reached.get(name, False) or any(given)
+        in_flags = [flag(atom) for atom in eqn.invars]
+        out_flags = [any(in_flags)] * len(eqn.outvars)
+        # Marks without outputs count too: `jax.grad` leaves no others of the forward pass.
+        if (name := name_of(eqn)) is not None:
+            reached[name] = reached.get(name, False) or any(in_flags)
         else:
             inner = list(_parts(eqn))
-            if len(inner) == 1 and len(inner[0].invars) == len(given) and len(inner[0].outvars) == len(outs):
-                outs = _call(eqn, inner[0], given, reached)
+            if len(inner) == 1 and len(inner[0].invars) == len(in_flags) and len(inner[0].outvars) == len(out_flags):
+                out_flags = _follow_call(eqn, inner[0], in_flags, reached)
             else:
                 for body in inner:
-                    _follow(body, [any(given)] * len(body.invars), reached)
-        flags.update(zip(eqn.outvars, outs, strict=True))
+                    _follow(body, [any(in_flags)] * len(body.invars), reached)
+        flags.update(zip(eqn.outvars, out_flags, strict=True))
     return [flag(atom) for atom in jaxpr.outvars]
 
 
-def _call(eqn: Any, body: Any, given: list[bool], reached: dict[str, bool]) -> list[bool]:
-    """Follows a call, or a scan until what it carries no longer changes."""
-    outs = _follow(body, given, reached)
+def _follow_call(eqn: Any, body: Any, in_flags: list[bool], reached: dict[str, bool]) -> list[bool]:
+    """Follows a call, or a scan until the flags of its carry no longer change."""
+    out_flags = _follow(body, in_flags, reached)
     if eqn.primitive.name == "scan":
         first, count = eqn.params["num_consts"], eqn.params["num_carry"]
-        carried = [a or b for a, b in zip(given[first : first + count], outs, strict=False)]
-        if carried != given[first : first + count]:
-            return _call(eqn, body, [*given[:first], *carried, *given[first + count :]], reached)
-    return outs
+        carry = [before or after for before, after in zip(in_flags[first : first + count], out_flags, strict=False)]
+        if carry != in_flags[first : first + count]:
+            return _follow_call(eqn, body, [*in_flags[:first], *carry, *in_flags[first + count :]], reached)
+    return out_flags
 
 
 def _parts(eqn: Any) -> Iterator[Any]:

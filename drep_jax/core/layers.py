@@ -1,6 +1,7 @@
-"""Finds the linear layers of any Flax Linen module by tracing it abstractly, in execution order; nothing is computed.
+"""Finds the linear layers of any Flax Linen module, in execution order (Algorithm 2).
 
-A *layer* is one `nn.Dense`, `nn.DenseGeneral` or `nn.Conv`.
+A *layer* is one `nn.Dense`, `nn.DenseGeneral` or `nn.Conv`. The module is traced abstractly;
+nothing is computed.
 """
 
 import dataclasses
@@ -13,14 +14,15 @@ import flax.linen as nn
 import jax
 
 from drep_jax.core.jaxpr import independent, mark
+from drep_jax.trees import get_in
 from drep_jax.typing import Path
 
 COLLECTION = "denoise"
-"""Variable collection that sites write to; a module that lifts layers with `nn.scan` has to declare it."""
+"""Variable collection that sites write to; `nn.scan` around layers has to declare it."""
 
 
 NO_IMAGES = "what it reads is the same for all images, so it holds no feature of theirs to denoise"
-"""Refusal of a layer that works on a constant or on parameters, such as one that computes position biases."""
+"""Refusal of a layer whose input does not depend on the images (position biases)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,10 @@ class Window:
 
     @property
     def fills_with_zeros(self) -> bool:
-        """Whether zeros can stand where a pointwise denoiser would have put its constant: padding or input dilation."""
+        """Whether a window can contain zeros that are no pixels: by padding or input dilation.
+
+        A pointwise denoiser acts before they are filled in, so its constant would be missing there.
+        """
         if any(d > 1 for d in self.input_dilation):
             return True
         if isinstance(self.padding, str):
@@ -51,20 +56,20 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One linear layer of a backbone, as the trace saw it.
+    """One linear layer of a backbone.
 
     Attributes:
-      path: where its parameters are, as in `params[path[0]][path[1]]…["kernel"]`.
+      path: of its parameters, as in `params[path[0]][path[1]]…["kernel"]`.
       kind: "dense" or "conv".
-      kernel_shape: shape of the kernel as the layer sees it (without the axis that `nn.scan` stacks).
-      inputs: how many leading (Dense) axes of the kernel are contracted.
-      axes: which axes of the input are contracted, counted from the end.
-      window: for a convolution, how it reads its input.
-      bias: whether it has one.
+      kernel_shape: of one copy, without the axis that `nn.scan` stacks.
+      inputs: number of leading kernel axes that are contracted; 0 for a convolution.
+      axes: the contracted axes of the input, counted from the end.
+      window: how a convolution reads its input; None for a Dense layer.
+      bias: whether it has a bias.
       stack: number of stacked copies under `nn.scan`, or None.
       scan: path of the module that `nn.scan` repeats, or None.
-      reads: number of the tensor it reads; equal numbers are the very same tensor.
-      order: position in execution order.
+      reads: index of its input tensor; layers with equal indices read the very same tensor.
+      order: index in execution order.
       writable: whether the collection "denoise" can be written where the layer is called.
       refusal: why it cannot be a site, or None.
     """
@@ -90,17 +95,18 @@ class Layer:
 
     @property
     def kernel_size(self) -> int:
-        """Numbers in its kernel, all stacked copies counted."""
+        """Number of entries of its kernel, over all stacked copies."""
         return math.prod(self.kernel_shape) * (self.stack or 1)
 
 
 def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Finds the linear layers of `module` in the order in which they run.
 
-    The module is traced abstractly, once to initialise and once to apply. Layers inside `nn.remat`, `nn.jit` and
-    `nn.scan` are found at their parameters' path. A layer that is called several times is one layer. What looks like a
-    layer but cannot be fused exactly (masked kernels, an overridden `__call__`, transformed weights, …), or reads
-    nothing that depends on the inputs, is listed with the reason in `refusal`.
+    The module is traced abstractly, once to initialize it and once to apply it. Layers inside
+    `nn.remat`, `nn.jit` and `nn.scan` are found at the path of their parameters. A layer that is
+    called several times is one layer. A layer that cannot be fused exactly is listed with the
+    reason in `refusal`: masked kernels, an overridden `__call__`, transformed weights, an input
+    that does not depend on the images, ….
 
     Args:
       module: an unbound Flax Linen module.
@@ -108,22 +114,28 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
       **kwargs: passed on unchanged, not traced.
 
     Returns:
-      The layers; layer `reads` numbers say which ones read the very same tensor.
+      The layers. Layers with equal `reads` read the very same tensor.
+
+    >>> net = nn.Sequential([nn.Dense(4), nn.Dense(2)])
+    >>> for layer in find_layers(net, jax.ShapeDtypeStruct((1, 3), "float32")):
+    ...     print(layer.name, layer.kind, layer.kernel_shape, layer.refusal)
+    layers_0 dense (3, 4) None
+    layers_1 dense (4, 2) None
     """
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
-    variables = nn.unbox(jax.eval_shape(lambda *a: module.init(keys, *a, **kwargs), *args))
+    variables = nn.unbox(jax.eval_shape(lambda *inputs: module.init(keys, *inputs, **kwargs), *args))
     params = variables.get("params", {})
-    found: dict[Path, Layer] = {}
-    tensors: list[Any] = []  # keeps every traced input alive, so that identities stay unique
+    layers: dict[Path, Layer] = {}
+    inputs: list[Any] = []  # keeps every traced input alive, so that identities stay unique
 
     def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
         if isinstance(layer, (nn.Dense, nn.DenseGeneral, nn.Conv)) and context.method_name == "__call__":
             x = args[0] if args else kwargs["inputs"]
-            if layer.path not in found:
-                reads = next((i for i, tensor in enumerate(tensors) if tensor is x), len(tensors))
-                tensors.append(x)
-                found[layer.path] = _describe(layer, x, _lookup(params, layer.path), reads, len(found))
+            if layer.path not in layers:
+                reads = next((index for index, tensor in enumerate(inputs) if tensor is x), len(inputs))
+                inputs.append(x)
+                layers[layer.path] = _describe(layer, x, get_in(params, layer.path), reads, len(layers))
             marked = mark("/".join(layer.path), x)
             args, kwargs = ((marked, *args[1:]), kwargs) if args else (args, {**kwargs, "inputs": marked})
         return next_fun(*args, **kwargs)
@@ -135,16 +147,8 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
     constant = independent(trace, variables, *args)
     return tuple(
         dataclasses.replace(layer, refusal=NO_IMAGES) if layer.name in constant and not layer.refusal else layer
-        for layer in found.values()
+        for layer in layers.values()
     )
-
-
-def _lookup(tree: Any, path: Path) -> Any:
-    for name in path:
-        if not isinstance(tree, Mapping) or name not in tree:
-            return None
-        tree = tree[name]
-    return tree
 
 
 def _tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
@@ -166,22 +170,23 @@ def _window(layer: nn.Conv) -> Window:
     )
 
 
-def _describe(layer: nn.Module, x: Any, outer: Any, reads: int, order: int) -> Layer:
+def _describe(layer: nn.Module, x: Any, params: Any, reads: int, order: int) -> Layer:
+    """Describes a bound layer that reads `x`; `params` is its node of the whole tree, or None."""
     kernel: Any = layer.get_variable("params", "kernel")
     scope: Any = layer.scope
     lifts = [re.findall(r"(\w+)\(", part) for part in scope.debug_path]  # as in "remat(scan(encoder))"
     transforms = [name for names in lifts for name in names]
     scans = [depth for depth, names in enumerate(lifts) if "scan" in names]
-    outer_shape: Any = getattr(outer.get("kernel"), "shape", None) if isinstance(outer, Mapping) else None
+    outer_shape: Any = getattr(params.get("kernel"), "shape", None) if isinstance(params, Mapping) else None
     stacked = outer_shape is not None and outer_shape != kernel.shape
 
     if isinstance(layer, nn.Conv):
         kind, window, axes, inputs = "conv", _window(layer), (-1,), 0
     else:
         kind, window = "dense", None
-        given = getattr(layer, "axis", -1)
-        given = (given,) if isinstance(given, int) else tuple(given)
-        axes = tuple(sorted(a if a < 0 else a - x.ndim for a in given))
+        axis = getattr(layer, "axis", -1)
+        contracted = (axis,) if isinstance(axis, int) else tuple(axis)
+        axes = tuple(sorted(a if a < 0 else a - x.ndim for a in contracted))
         inputs = len(axes)
     return Layer(
         path=layer.path,
@@ -203,6 +208,15 @@ def _describe(layer: nn.Module, x: Any, outer: Any, reads: int, order: int) -> L
 def _refusal(
     layer: Any, shape: tuple[int, ...], outer: tuple[int, ...] | None, transforms: list[str], stacked: bool
 ) -> str | None:
+    """Returns why a layer cannot be a site, or None.
+
+    Args:
+      layer: bound.
+      shape: of its kernel where it is called.
+      outer: of its kernel in the parameter tree, or None if it is not at the layer's path.
+      transforms: names of the Flax transformations around the layer, outermost first.
+      stacked: whether the two shapes differ.
+    """
     owner = next(cls for cls in type(layer).__mro__ if "__call__" in vars(cls))
     if vars(owner)["__call__"].__module__ != nn.linear.__name__:
         return f"{type(layer).__name__} overrides __call__, so it need not be a linear map"
@@ -217,8 +231,8 @@ def _refusal(
     if getattr(layer, "batch_dims", ()):
         return "it has batch_dims, so every batch row has a kernel of its own"
     custom = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
-    given = [f for f in (getattr(layer, name, None) for name in custom) if f is not None]
-    if not all(getattr(f, "is_convolution", False) for f in given):
+    products = [f for f in (getattr(layer, name, None) for name in custom) if f is not None]
+    if not all(getattr(f, "is_convolution", False) for f in products):
         return "it replaces the matrix product, which then need not be linear (if it is, say f.is_convolution = True)"
     if stacked and "vmap" in transforms:
         return "nn.vmap stacks its kernel: its copies run side by side and have no order in time"

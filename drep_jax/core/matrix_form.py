@@ -1,8 +1,12 @@
-"""A Dense or Conv layer as what it is: a matrix on feature vectors, `y = M ᵀ f + b` for each group.
+"""A Dense or Conv layer as a matrix on feature vectors: y = Mᵀ f + b for each group.
 
-The *features* of a layer are the vectors that its matrix multiplies: the contracted axes of a Dense layer, the window
-(channel-major C, kh, kw; padding included) of a convolution, or the channels of each pixel for a pointwise denoiser.
-This is the only place that knows how kernels and inputs are laid out.
+The *feature vectors* f of a layer are what its matrix multiplies:
+
+- Dense: the contracted axes of the input;
+- convolution, kind "patch": the window, channel-major (C, kh, kw), padding included;
+- convolution, kind "pointwise": the channels of each pixel.
+
+Only this file knows how kernels and inputs are laid out.
 """
 
 import math
@@ -14,10 +18,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from drep_jax.core.layers import Layer, Window
+from drep_jax.typing import AnyArray
 
 
-def kernel_matrix(layer: Layer, kind: str, kernel: Float[Array, "..."]) -> Float[Array, "groups width columns"]:
-    """Returns the kernel as one matrix a group, rows in the order of `features`."""
+def kernel_matrix(
+    layer: Layer, kind: str, kernel: Float[AnyArray, "*kernel_shape"]
+) -> Float[AnyArray, "groups width columns"]:
+    """Returns a layer's kernel as one matrix for each group.
+
+    Args:
+      layer: gives the kernel's shape.
+      kind: of the site, "dense", "patch" or "pointwise".
+      kernel: of one copy, shaped `layer.kernel_shape`.
+
+    Returns:
+      M, with rows in the order of `features`. The columns are the outputs of a group; for
+      "pointwise", the outputs of each pixel of the window.
+    """
     if layer.window is None:
         width = math.prod(layer.kernel_shape[: layer.inputs])
         return kernel.reshape(1, width, -1)
@@ -29,9 +46,11 @@ def kernel_matrix(layer: Layer, kind: str, kernel: Float[Array, "..."]) -> Float
     return grouped.reshape(groups, channels if kind == "pointwise" else channels * math.prod(size), -1)
 
 
-def kernel_from_matrix(layer: Layer, kind: str, matrix: Float[Array, "groups width columns"]) -> Float[Array, "..."]:
+def kernel_from_matrix(
+    layer: Layer, kind: str, matrix: Float[AnyArray, "groups width columns"]
+) -> Float[AnyArray, "*kernel_shape"]:
     """Inverse of `kernel_matrix`."""
-    del kind  # both forms flatten the same array
+    del kind  # both kinds flatten the same array
     if layer.window is None:
         return matrix.reshape(layer.kernel_shape)
     *size, channels, outputs = layer.kernel_shape
@@ -41,8 +60,10 @@ def kernel_from_matrix(layer: Layer, kind: str, matrix: Float[Array, "groups wid
     return jnp.moveaxis(grouped, (0, 1), (rank + 1, rank)).reshape(layer.kernel_shape)
 
 
-def bias_from_columns(layer: Layer, kind: str, columns: Float[Array, "groups columns"]) -> Float[Array, "..."]:
-    """Returns what `Mᵀ c` adds to the bias; a pointwise constant meets every pixel of the window once."""
+def bias_from_columns(
+    layer: Layer, kind: str, columns: Float[AnyArray, "groups columns"]
+) -> Float[AnyArray, "*bias_shape"]:
+    """Returns what Mᵀ c adds to the bias; a pointwise c is added at every pixel of the window."""
     if layer.window is None:
         return columns.reshape(layer.kernel_shape[layer.inputs :])
     if kind == "pointwise":
@@ -50,8 +71,17 @@ def bias_from_columns(layer: Layer, kind: str, columns: Float[Array, "groups col
     return columns.reshape(-1)
 
 
-def features(layer: Layer, kind: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the feature vectors of input `x`: (…, width), or (…, groups, width) for a grouped convolution."""
+def features(layer: Layer, kind: str, x: Float[AnyArray, "*input_shape"]) -> Float[AnyArray, "*positions width"]:
+    """Returns the feature vectors of a layer's input.
+
+    Args:
+      layer: the layer.
+      kind: of the site, "dense", "patch" or "pointwise".
+      x: input of the layer.
+
+    Returns:
+      (…, width), or (…, groups, width) for a grouped convolution.
+    """
     if layer.window is None:
         moved = jnp.moveaxis(x, layer.axes, range(-layer.inputs, 0))
         return moved.reshape(*moved.shape[: -layer.inputs], -1)
@@ -61,19 +91,34 @@ def features(layer: Layer, kind: str, x: Float[Array, "..."]) -> Float[Array, ".
     return x if groups == 1 else x.reshape(*x.shape[:-1], groups, -1)
 
 
-def input_from_features(layer: Layer, vectors: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Inverse of `features` for Dense layers and pointwise denoisers; `like` is the layer's input."""
+def input_from_features(
+    layer: Layer, vectors: Float[AnyArray, "*positions width"], like: Float[AnyArray, "*input_shape"]
+) -> Float[AnyArray, "*input_shape"]:
+    """Inverse of `features`, except for patches; `like` is the layer's input."""
     if layer.window is None:
         moved_shape = jnp.moveaxis(like, layer.axes, range(-layer.inputs, 0)).shape
         return jnp.moveaxis(vectors.reshape(moved_shape), range(-layer.inputs, 0), layer.axes)
     return vectors.reshape(like.shape)
 
 
-def patches(window: Window, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Gathers the windows of a convolution after padding: (*batch, *outputs, C·∏kernel_size), channel-major."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows of a convolution
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def patches(window: Window, x: Float[AnyArray, "*pixels channels"]) -> Float[Array, "*windows width"]:
+    """Gathers the windows of a convolution, padding included.
+
+    Args:
+      window: how the convolution reads its input.
+      x: (*batch, *pixels, C).
+
+    Returns:
+      (*batch, *outputs, C·∏kernel_size), channel-major.
+    """
     rank = len(window.kernel_size)
     batch = x.shape[: -rank - 1]
-    x, padding = _wrapped(window, x.reshape(-1, *x.shape[-rank - 1 :]))
+    x, padding = _pad_by_copies(window, x.reshape(-1, *x.shape[-rank - 1 :]))
     spatial = "DHW"[-rank:] if rank <= 3 else "".join(chr(ord("a") + i) for i in range(rank))
     out = jax.lax.conv_general_dilated_patches(
         x,
@@ -83,18 +128,24 @@ def patches(window: Window, x: Float[Array, "..."]) -> Float[Array, "..."]:
         lhs_dilation=window.input_dilation,
         rhs_dilation=window.kernel_dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=jax.lax.Precision.HIGHEST,  # a copy must stay one where the default product rounds its operands
+        precision=jax.lax.Precision.HIGHEST,  # a lower one would round what is copied
     )
     return out.reshape(*batch, *out.shape[1:])
 
 
 def _reach(window: Window) -> list[int]:
-    """Pixels from the first to the last that a window touches, along each axis."""
+    """Returns the extent of a window along each axis, in pixels of its dilated input."""
     return [(k - 1) * d + 1 for k, d in zip(window.kernel_size, window.kernel_dilation, strict=True)]
 
 
-def _wrapped(window: Window, x: Float[Array, "batch *pixels c"]) -> tuple[Any, Any]:
-    """Fills what is not padded with zeros, and returns the padding that is left for the convolution to do."""
+def _pad_by_copies(
+    window: Window, x: Float[AnyArray, "batch *pixels channels"]
+) -> tuple[Float[AnyArray, "batch *padded channels"], Any]:
+    """Pads what a convolution does not pad with zeros on both sides.
+
+    Returns:
+      The images, and the padding that is left to the convolution.
+    """
     reach = _reach(window)
     if window.padding in ("CIRCULAR", "REFLECT"):
         sides = [(0, 0), *(((r - 1) // 2, r // 2) for r in reach), (0, 0)]
@@ -105,30 +156,33 @@ def _wrapped(window: Window, x: Float[Array, "batch *pixels c"]) -> tuple[Any, A
 
 
 def sampled_features(
-    layer: Layer, kind: str, x: Float[Array, "..."], picks: Int[Array, "batch picked"]
-) -> Float[Array, "batch picked ..."]:
-    """Returns some feature vectors of every example; of a convolution's windows only those are gathered.
+    layer: Layer, kind: str, x: Float[AnyArray, "rows *row_shape"], picks: Int[AnyArray, "batch picks"]
+) -> Float[Array, "batch picks *groups width"]:
+    """Returns some feature vectors of every example; no other windows are gathered.
 
     Args:
-      layer, kind, x: as for `features`; the first axis of x holds the examples, or a fixed number of rows of each.
+      layer, kind: as for `features`.
+      x: input of the layer; its first axis holds the examples, or an equal number of rows of each.
       picks: positions among an example's feature vectors, in the order of `features`.
 
     Returns:
-      (batch, picked, width), or (batch, picked, groups, width) for a grouped convolution.
+      (batch, picks, width), or (batch, picks, groups, width) for a grouped convolution.
     """
     groups = 1 if layer.window is None else layer.window.groups
     if kind == "patch":
-        vectors = _sampled_patches(layer.window, x, picks)
-        return vectors if groups == 1 else vectors.reshape(*vectors.shape[:-1], groups, -1)
+        windows = _sampled_patches(layer.window, x, picks)
+        return windows if groups == 1 else windows.reshape(*windows.shape[:-1], groups, -1)
     vectors = features(layer, kind, x)
-    flat = vectors.reshape(picks.shape[0], -1, *vectors.shape[-1 if groups == 1 else -2 :])
-    return flat.at[jnp.arange(picks.shape[0])[:, None], picks].get(mode="promise_in_bounds")
+    by_example = jnp.asarray(vectors).reshape(picks.shape[0], -1, *vectors.shape[-1 if groups == 1 else -2 :])
+    return by_example.at[jnp.arange(picks.shape[0])[:, None], picks].get(mode="promise_in_bounds")
 
 
-def _sampled_patches(window: Any, x: Float[Array, "..."], picks: Int[Array, "batch picked"]) -> Float[Array, "..."]:
-    """Gathers the windows of `patches` at the given positions of every example: (batch, picked, C·∏kernel_size)."""
-    rank, count, channels = len(window.kernel_size), picks.shape[0], x.shape[-1]
-    x, padding = _wrapped(window, x.reshape(-1, *x.shape[-rank - 1 :]))
+def _sampled_patches(
+    window: Any, x: Float[AnyArray, "rows *row_shape"], picks: Int[AnyArray, "batch picks"]
+) -> Float[Array, "batch picks width"]:
+    """Gathers the windows of `patches` at some positions of every example, width C·∏kernel_size."""
+    rank, batch, channels = len(window.kernel_size), picks.shape[0], x.shape[-1]
+    x, padding = _pad_by_copies(window, x.reshape(-1, *x.shape[-rank - 1 :]))
     reach = _reach(window)
     if isinstance(padding, str):  # never together with a dilated input
         padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, window.strides, padding)
@@ -136,23 +190,33 @@ def _sampled_patches(window: Any, x: Float[Array, "..."], picks: Int[Array, "bat
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
     pixels = x.shape[1:-1]
     outputs = [(n - r) // s + 1 for n, r, s in zip(pixels, reach, window.strides, strict=True)]
-    # A window's pixels, numbered over all images: those of its first one, which depends on where the window is, plus a
-    # constant.
+    # Index of a window's pixel among those of all images: that of the window's first pixel, which
+    # depends on where the window is, plus an offset that does not.
     pitch = np.cumprod([1, *pixels[:0:-1]])[::-1]
     taps = np.indices(window.kernel_size).reshape(rank, -1)
-    apart = (pitch * np.asarray(window.kernel_dilation)) @ taps
-    image, *corner = jnp.unravel_index(picks, (x.shape[0] // count, *outputs))
-    image = image + jnp.arange(count)[:, None] * (x.shape[0] // count)
+    offsets = (pitch * np.asarray(window.kernel_dilation)) @ taps
+    image, *corner = jnp.unravel_index(picks, (x.shape[0] // batch, *outputs))
+    image = image + jnp.arange(batch)[:, None] * (x.shape[0] // batch)
     start = image * math.prod(pixels) + sum(
         place * int(step * p) for place, step, p in zip(corner, window.strides, pitch, strict=True)
     )
-    flat = start[..., None] + jnp.asarray(apart, start.dtype)[None, None, :]
-    found = x.reshape(-1, channels).at[flat].get(mode="promise_in_bounds")
-    return jnp.swapaxes(found, -1, -2).reshape(*picks.shape, -1)
+    index = start[..., None] + jnp.asarray(offsets, start.dtype)[None, None, :]
+    windows = x.reshape(-1, channels).at[index].get(mode="promise_in_bounds")
+    return jnp.swapaxes(windows, -1, -2).reshape(*picks.shape, -1)
 
 
-def affine(x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Any = None, precision: Any = None) -> Any:
-    """Returns `x @ kernel + bias`, per group if `kernel` is (groups, in, out)."""
+def affine(
+    x: Float[AnyArray, "*batch inputs"],
+    kernel: Float[AnyArray, "*groups inputs outputs"],
+    bias: Float[AnyArray, "*groups outputs"] | None = None,
+    precision: Any = None,
+) -> Float[AnyArray, "*batch outputs"]:
+    """Returns x·kernel + bias; for each group if `kernel` is (groups, inputs, outputs).
+
+    >>> x, kernel = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0], [0.0, 10.0]])
+    >>> affine(x, kernel, jnp.array([0.5, 0.5])).tolist()
+    [[1.5, 20.5]]
+    """
     if kernel.ndim == 2:
         y = jnp.matmul(x, kernel, precision=precision)
     else:

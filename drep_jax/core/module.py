@@ -4,29 +4,31 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from drep_jax.core.algorithm1 import algorithm1_losses
 from drep_jax.core.denoisers import check_params, init_denoise
 from drep_jax.core.explicit import explicit_apply
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
-from drep_jax.typing import Tree
+from drep_jax.typing import AnyArray, Tree
 
 
 class DenoiseRep(nn.Module):
-    """A backbone with a denoiser before every selected layer; parameters {"backbone": its own tree, "denoise": …}.
+    """A backbone with a denoiser before every selected layer.
 
-    Calling it takes the explicit path; `denoising_losses` gives Algorithm 1's; `drep_jax.fuse(params, sites, schedule)`
-    returns weights with which the plain backbone computes the same. Other collections of the backbone (batch statistics)
-    are kept under their own names and are read, not updated.
+    Its parameters are {"backbone": the backbone's own tree, "denoise": the `denoise` subtree}.
+    Calling it takes the explicit path (Eq. 5); the method `denoising_losses` returns the losses of
+    Algorithm 1. `drep_jax.fuse(params, sites, schedule)` returns weights with which the plain
+    backbone computes the same. Other collections of the backbone (batch statistics) keep their
+    names; they are read, not updated.
 
     Attributes:
       backbone: any Linen module.
       sites: from `find_sites`.
       schedule: the noise schedule.
       rule: reverse-step rule, see `drep_jax.core.schedule.reverse_step`.
-      steps: reverse steps a site; None for the number the sites were given.
+      steps: reverse steps at each site; None for the number the sites were given.
     """
 
     backbone: nn.Module
@@ -44,8 +46,16 @@ class DenoiseRep(nn.Module):
         )
 
     @nn.compact
-    def denoising_losses(self, key: jax.Array, index: Any, *args: Any, **kwargs: Any) -> dict[str, Array]:
-        """Returns `algorithm1_losses` of this module's own parameters."""
+    def denoising_losses(
+        self, key: jax.Array, index: Int[AnyArray, " batch"], *args: Any, **kwargs: Any
+    ) -> dict[str, Array]:
+        """Returns `algorithm1_losses` of this module's own parameters.
+
+        Args:
+          key: of the step.
+          index: global index of each example, (batch,).
+          *args, **kwargs: for the backbone; `loss` and `tokens` as in `algorithm1_losses`.
+        """
         options = {name: kwargs.pop(name) for name in ("loss", "tokens") if name in kwargs}
         backbone, variables, denoise = self._parts(*args, **kwargs)
         return algorithm1_losses(
@@ -54,11 +64,11 @@ class DenoiseRep(nn.Module):
 
     def _parts(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Tree, Tree]:
         if self.is_initializing():
-            self.backbone(*args, **kwargs)  # as a plain submodule, so that its variables are made where it expects them
+            self.backbone(*args, **kwargs)  # as a submodule: its variables are made at its own paths
             denoise = self.param("denoise", lambda _: init_denoise(self.sites))
         else:
             denoise = self.get_variable("params", "denoise")
         variables = self.backbone.variables
-        given = {"backbone": variables.get("params"), "denoise": denoise}
-        check_params({name: tree for name, tree in given.items() if tree is not None}, self.sites)
+        subtrees = {"backbone": variables.get("params"), "denoise": denoise}
+        check_params({name: tree for name, tree in subtrees.items() if tree is not None}, self.sites)
         return self.backbone.clone(parent=None), variables, denoise

@@ -1,6 +1,7 @@
-"""Means and covariances of the features at every site, in one pass over unlabeled images on all devices of all hosts.
+"""Means and covariances of the features at every site, in one pass over unlabeled images.
 
-The devices say nothing to each other until the last image has been seen; then their sums are added up in one all-reduce.
+The pass runs on all devices of all hosts. They do not communicate until the last image has been
+seen; then their sums are added in one all-reduce.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float, Num, UInt32
 
 from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
@@ -23,7 +24,7 @@ from drep_jax.core.sites import Site
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.parallel import devices
 from drep_jax.trees import get_in
-from drep_jax.typing import Path, Tree
+from drep_jax.typing import AnyArray, Path, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,12 @@ class Moments:
 
     Attributes:
       count: number of feature vectors.
-      mean: (…, d).
-      covariance: (…, d, d), of the population (divided by the count).
+      mean: m = E F.
+      covariance: Σ = E[(F − m)(F − m)ᵀ], of the population (divided by the count).
+
+    >>> moments = Moments(4, mean=np.array([1.0, 2.0]), covariance=np.eye(2))
+    >>> moments.second.tolist()
+    [[2.0, 2.0], [2.0, 5.0]]
     """
 
     count: int
@@ -42,25 +47,32 @@ class Moments:
 
     @property
     def second(self) -> Float[np.ndarray, "*lead d d"]:
-        """E[F Fᵀ]."""
+        """E[F Fᵀ] = Σ + m mᵀ."""
         return self.covariance + self.mean[..., :, None] * self.mean[..., None, :]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums over one batch
+# ---------------------------------------------------------------------------------------------------------------------
+
 ROW_BLOCKS = 4
-"""F Fᵀ is symmetric: its rows are summed in at most so many blocks, each from the diagonal on, for 5/8 of the operations."""
+"""Largest number of row blocks of Σ (F − shift)(F − shift)ᵀ, which is symmetric.
+
+Only the part of each block from the diagonal on is summed. With four blocks that is 5/8 of all
+operations."""
 
 
 LEAST_BLOCK = 192
-"""Rows in a block at least: smaller products lose more speed than they save operations."""
+"""Least number of rows in a block; smaller products lose more speed than they save operations."""
 
 
 def _blocks(width: int) -> list[tuple[int, int]]:
-    """Returns the first and the end row of every block of a symmetric matrix."""
+    """Returns (first row, end row) of every block of a symmetric matrix."""
     rows = max(LEAST_BLOCK, -(-width // ROW_BLOCKS))
     return [(first, min(first + rows, width)) for first in range(0, width, rows)]
 
 
-def no_sums(site: Site) -> dict[str, np.ndarray]:
+def zero_sums(site: Site) -> dict[str, Float[np.ndarray, "..."]]:
     """Returns a site's sums before the first batch, laid out as in `batch_sums`."""
     *lead, _, width = site.denoiser_shape
     stack = () if site.stack is None else (site.stack,)
@@ -70,12 +82,20 @@ def no_sums(site: Site) -> dict[str, np.ndarray]:
 
 
 def sum_bytes(site: Site) -> int:
-    """Returns the bytes that a site takes during a pass: its sums, what rounding dropped, one batch's sums, and the total."""
-    return 4 * sum(leaf.nbytes for leaf in no_sums(site).values())
+    """Returns the bytes that a site takes during a pass.
+
+    They hold its sums, their rounding errors, the sums of one batch, and the total over devices.
+    """
+    return 4 * sum(leaf.nbytes for leaf in zero_sums(site).values())
 
 
 def passes(sites: Sequence[Site], limit: float) -> list[tuple[Site, ...]]:
-    """Cuts sites, in their order, into groups of at most `limit` bytes of sums each, or of one site if that is more."""
+    """Divides sites, in their order, into groups that each fit into memory.
+
+    Args:
+      sites: to take moments of.
+      limit: bytes of sums in a group; a site that needs more is a group of its own.
+    """
     groups: list[list[Site]] = []
     free = 0.0
     for site in sites:
@@ -89,28 +109,30 @@ def batch_sums(
     backbone: nn.Module,
     variables: Tree,
     sites: Sequence[Site],
-    shifts: Mapping[str, Any],
-    mask: Any,
+    shifts: Mapping[str, Float[AnyArray, "..."]],
+    mask: Num[AnyArray, " batch"],
     *args: Any,
     tokens: float = 1.0,
     keys: Any = None,
     first_slot: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Returns, for each site, the sums over one batch of (F − shift), (F − shift)(F − shift)ᵀ and 1.
+) -> dict[str, dict[str, Float[Array, "..."]]]:
+    """Returns each site's sums over one batch: of F − shift, (F − shift)(F − shift)ᵀ and 1.
 
     Args:
       backbone, variables: the frozen backbone.
-      sites: where to look.
-      shifts: {site name: ([stack], [groups], d)}, float32, near the mean, so that float32 loses nothing to cancellation.
-      mask: (batch,) 1 for real images, 0 for padding, which counts for nothing.
-      *args: for the backbone, the batch first.
-      tokens: share of each image's feature vectors to use, a systematic sample of its own at every site.
-      keys: (batch,) threefry keys of the images, needed if `tokens` is below 1: others, mapped over, draw for the batch.
-      first_slot: number of sites and stacked copies before these, where all sites are taken in several passes.
+      sites: to take sums at.
+      shifts: {site name: ([stack], [groups], d)}, float32, near the mean of F, so that float32
+        loses nothing to cancellation.
+      mask: 1 for images, 0 for padding, which is not counted.
+      *args: inputs of the backbone, the batch first.
+      tokens: fraction of each image's feature vectors to use, by a systematic sample at every site.
+      keys: (batch,) threefry keys of the images, needed if `tokens` < 1. Other generators mapped
+        over keys draw for the whole batch, not for each key.
+      first_slot: number of sites, stacked copies counted, in earlier passes; see `passes`.
 
     Returns:
-      {site name: {"count", "first", "second0", "second1", …}}; the last are the blocks of rows of the symmetric matrix, from
-      the diagonal on (`moments_from_sums` puts them together).
+      {site name: {"count", "first", "second0", "second1", …}}. The last are the row blocks of the
+      symmetric matrix, each from the diagonal on; `moments_from_sums` joins them.
     """
     batch = mask.shape[0]
     extras: dict[Path, Tree] = {}
@@ -123,38 +145,42 @@ def batch_sums(
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
         if layer.path == site.path:  # the other layers of a site read the same tensor
             shift = extra["shift"]
-            form = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
-            each = len(form) > shift.ndim and form[0] % batch == 0  # else a table, the same for every image
-            if each and tokens < 1.0:
-                total = math.prod(form[: -shift.ndim]) // batch
-                own = jax.vmap(lambda k: jax.random.fold_in(k, extra["slot"]))(keys)
-                vectors = sampled_features(layer, site.kind, x, jax.vmap(lambda k: systematic(k, total, tokens))(own))
+            shape = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
+            by_image = len(shape) > shift.ndim and shape[0] % batch == 0  # else a table for all images
+            if by_image and tokens < 1.0:
+                total = math.prod(shape[: -shift.ndim]) // batch
+                site_keys = jax.vmap(lambda k: jax.random.fold_in(k, extra["slot"]))(keys)
+                picks = jax.vmap(lambda k: systematic(k, total, tokens))(site_keys)
+                vectors: Any = sampled_features(layer, site.kind, x, picks)
             else:
                 vectors = features(layer, site.kind, x)
             vectors = vectors.reshape(-1, *shift.shape)
-            real = jnp.repeat(mask > 0, vectors.shape[0] // batch) if each else jnp.ones(vectors.shape[0], bool)
-            for name, value in _sums(vectors, real, shift).items():
+            count = vectors.shape[0]
+            counted = jnp.repeat(mask > 0, count // batch) if by_image else jnp.ones(count, bool)
+            for name, value in _sums(vectors, counted, shift).items():
                 sow(module, layer, name, value)
         return call(x)
 
     _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True)
-    return {site.name: _own_axes(site, get_in(collected, site.path)) for site in sites}
+    return {site.name: _sum_calls(site, get_in(collected, site.path)) for site in sites}
 
 
-def _sums(vectors: Any, real: Any, shift: Any) -> dict[str, Any]:
-    """Sums of vectors (n, [groups], d) around `shift` where `real`."""
-    wide = real.reshape(-1, *(1,) * shift.ndim)
-    centred = jnp.where(wide, vectors.astype(shift.dtype) - shift[None], 0.0)
-    square = "nd,ne->de" if shift.ndim == 1 else "ngd,nge->gde"
-    sums = {"count": jnp.sum(real, dtype=centred.dtype), "first": jnp.sum(centred, axis=0)}
-    for number, (first, end) in enumerate(_blocks(shift.shape[-1])):
-        rows, rest = centred[..., first:end], centred[..., first:]
-        sums[f"second{number}"] = jnp.einsum(square, rows, rest, precision=jax.lax.Precision.HIGHEST)
+def _sums(
+    vectors: Float[AnyArray, "n *groups d"], counted: Bool[AnyArray, " n"], shift: Float[AnyArray, "*groups d"]
+) -> dict[str, Float[Array, "..."]]:
+    """Returns the sums of the counted vectors around `shift`."""
+    selected = counted.reshape(-1, *(1,) * shift.ndim)
+    centered = jnp.where(selected, vectors.astype(shift.dtype) - shift[None], 0.0)
+    product = "nd,ne->de" if shift.ndim == 1 else "ngd,nge->gde"
+    sums = {"count": jnp.sum(counted, dtype=centered.dtype), "first": jnp.sum(centered, axis=0)}
+    for index, (first, end) in enumerate(_blocks(shift.shape[-1])):
+        rows, columns = centered[..., first:end], centered[..., first:]
+        sums[f"second{index}"] = jnp.einsum(product, rows, columns, precision=jax.lax.Precision.HIGHEST)
     return sums
 
 
-def _own_axes(site: Site, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds up the calls of one layer that `nn.scan` repeats or `nn.vmap` spreads, which are axes after that of the stack."""
+def _sum_calls(site: Site, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Sums over calls of a layer that `nn.scan` repeats or `nn.vmap` spreads: axes after the stack."""
     vector = len(site.denoiser_shape) - 1
     stack = 0 if site.stack is None else 1
 
@@ -165,8 +191,10 @@ def _own_axes(site: Site, leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {name: add(name, value) for name, value in leaves.items()}
 
 
-def moments_from_sums(site: Site, sums: Mapping[str, np.ndarray], shift: np.ndarray) -> Moments:
-    """Turns sums around `shift`, float64, into moments.
+def moments_from_sums(
+    site: Site, sums: Mapping[str, Float[np.ndarray, "..."] | np.floating], shift: Float[np.ndarray, "*lead d"]
+) -> Moments:
+    """Returns the moments of a site from its sums around `shift`, in float64.
 
     Raises:
       NonFiniteError: for NaN or Inf in the features, naming the site.
@@ -180,18 +208,22 @@ def moments_from_sums(site: Site, sums: Mapping[str, np.ndarray], shift: np.ndar
     if count.min() < 1:
         raise DataError(f"{site.name}: no feature vector was seen.")
 
-    def mean(total: np.ndarray) -> np.ndarray:
+    def mean(total: Any) -> np.ndarray:
         return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
 
     offset, upper = mean(sums["first"]), np.zeros(site.denoiser_shape)
-    for number, (first, end) in enumerate(_blocks(site.width)):
-        upper[..., first:end, first:] = mean(sums[f"second{number}"])
+    for index, (first, end) in enumerate(_blocks(site.width)):
+        upper[..., first:end, first:] = mean(sums[f"second{index}"])
     upper = np.triu(upper - offset[..., :, None] * offset[..., None, :])
     return Moments(int(count.max()), shift + offset, upper + np.swapaxes(np.triu(upper, 1), -1, -2))
 
 
-NEAR = 8
-"""Images whose mean feature is near enough to that of all."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHIFT_IMAGES = 8
+"""Number of images whose mean feature is near enough to the mean of all."""
 
 
 def collect_moments(
@@ -200,80 +232,91 @@ def collect_moments(
     sites: Sequence[Site],
     batches: Iterable[tuple[Any, Any]],
     *,
-    near: Any = None,
+    shift_images: Any = None,
     tokens: float = 1.0,
     seed: int = 0,
     first_slot: int = 0,
 ) -> dict[Path, Moments]:
-    """Accumulates the moments of every site; memory does not depend on the number of images.
+    """Takes the moments of every site in one pass; memory does not depend on the number of images.
 
-    Each device sums in float32 around the mean of some images, which every host computes for itself, and carries what
-    rounding drops from one batch to the next (compensated summation). The sums of all devices and hosts are added once,
-    at the end, with what was dropped.
+    Each device sums in float32 around the mean feature of a few images, and carries rounding errors
+    from one batch to the next (compensated summation). The sums and errors of all devices and hosts
+    are added once, at the end.
 
     Args:
       backbone, variables: the frozen backbone.
-      sites: where to look.
-      batches: (images, mask), normalised, (batch, …) and (batch,) with 0 for padding; with several hosts, each one's equal
-        part of every batch.
-      near: some of the images, normalised, and the same on every host: their mean feature is where sums are taken from.
+      sites: to take moments at.
+      batches: (images, mask), normalized, (batch, …) and (batch,) with 0 for padding. With several
+        hosts: each host's equal part of every batch.
+      shift_images: images whose mean feature is the shift, normalized, the same on every host.
         Needed with several hosts; by default the first images of the first batch.
-      tokens: share of each image's feature vectors to use, in (0, 1]; which ones depends on the seed, the site and the
-        image's place in the stream only. Neighbouring tokens are so alike that a quarter tells almost as much as all.
-      seed: of that sample.
-      first_slot: number of sites and stacked copies before these, where all sites are taken in several passes.
+      tokens: fraction of each image's feature vectors to use, in (0, 1]. Which ones depends only on
+        the seed, the site and the image's index in the stream. Neighboring tokens are so similar
+        that a quarter of them gives nearly the same moments.
+      seed: of the sample.
+      first_slot: number of sites, stacked copies counted, in earlier passes; see `passes`.
+
+    Returns:
+      {site path: moments}.
 
     Raises:
-      ConfigError: for a share outside (0, 1].
+      ConfigError: for `tokens` outside (0, 1], or several hosts without `shift_images`.
       DataError: if there is no image.
       NonFiniteError: for NaN or Inf in the features, naming the site.
     """
     if not 0.0 < tokens <= 1.0:
-        raise ConfigError(f"tokens is the share of feature vectors to use and lies in (0, 1], got {tokens!r}.")
-    centre, add, everyone = programs(backbone, tuple(sites), tokens, first_slot)
-    # Other generators, mapped over keys, draw for the batch and not for each key.
+        raise ConfigError(f"tokens is the fraction of feature vectors to use and lies in (0, 1], got {tokens!r}.")
+    center, add, total = programs(backbone, tuple(sites), tokens, first_slot)
+    # Other generators, mapped over keys, draw for the whole batch and not for each key.
     key, seen = jax.random.key(seed, impl="threefry2x32"), 0
-    which, hosts = devices.host()
-    shifts: Any = (
-        None if near is None else centre(variables, near, np.ones(len(near), np.float32), _first_keys(key, near))
-    )
-    everywhere = devices.replicate(variables)
+    host, host_count = devices.host()
+
+    def mean_feature(images: Any, mask: Any) -> Any:
+        return center(variables, images, mask, image_keys(key, np.arange(len(images), dtype=np.int32)))
+
+    shifts: Any = None
+    if shift_images is not None:
+        shifts = mean_feature(shift_images, np.ones(len(shift_images), np.float32))
+    replicated = devices.replicate(variables)
     state: Any = None
-    shifted: Any = None
+    replicated_shifts: Any = None
     for images, mask in batches:
-        place = seen + which * len(mask) + np.arange(len(mask), dtype=np.int32)
-        seen += hosts * len(mask)
+        index = seen + host * len(mask) + np.arange(len(mask), dtype=np.int32)
+        seen += host_count * len(mask)
         if state is None:
             if shifts is None:
-                if hosts > 1:
-                    raise ConfigError("With several hosts, moments need images that all of them have: give `near`.")
-                few = images[:NEAR]
-                shifts = centre(variables, few, np.asarray(mask[:NEAR]), _first_keys(key, few))
-            state, shifted = nothing_yet(sites), devices.replicate(shifts)
-        batch = tuple(devices.shard(part) for part in (images, mask, image_keys(key, place)))
-        state = add(state, everywhere, shifted, *batch)
+                if host_count > 1:
+                    raise ConfigError(
+                        "With several hosts, moments need images that all of them have: give `shift_images`."
+                    )
+                shifts = mean_feature(images[:SHIFT_IMAGES], np.asarray(mask[:SHIFT_IMAGES]))
+            state, replicated_shifts = initial_state(sites), devices.replicate(shifts)
+        batch = tuple(devices.shard(part) for part in (images, mask, image_keys(key, index)))
+        state = add(state, replicated, replicated_shifts, *batch)
     if state is None:
         raise DataError("There are no images to take moments of.")
-    high, low = everyone(*state)
+    high, low = total(*state)
     moments = {}
-    for site in sites:  # one by one: in float64 all of them would take far more memory than the pass
-        exact = {part: devices.unreplicate(leaf).astype(np.float64) for part, leaf in high[site.name].items()}
+    for site in sites:  # one by one: all of them in float64 would take more memory than the pass
+        sums = {part: devices.unreplicate(leaf).astype(np.float64) for part, leaf in high[site.name].items()}
         for part, leaf in low[site.name].items():
-            exact[part] += devices.unreplicate(leaf)
+            sums[part] += devices.unreplicate(leaf)
         shift = np.asarray(shifts[site.name], np.float64)
-        moments[site.path] = moments_from_sums(site, exact, shift)
+        moments[site.path] = moments_from_sums(site, sums, shift)
     return moments
 
 
 def programs(
     backbone: nn.Module, sites: tuple[Site, ...], tokens: float, first_slot: int = 0
 ) -> tuple[Callable[..., Any], ...]:
-    """Returns the compiled functions of a pass, the same ones for the same arguments.
+    """Returns the compiled functions of a pass, the same ones for equal arguments.
 
     Returns:
-      centre: (variables, images, mask, keys) ↦ each site's mean over some images, on one device.
-      add: (state, variables, shifts, images, mask, keys) ↦ state on every device; the old state is used up.
-      everyone: (total, lost) ↦ (high, low), the sums of all devices and hosts in two float32 numbers; likewise.
+      center: (variables, images, mask, keys) ↦ each site's mean feature, on one device.
+      add: (state, variables, shifts, images, mask, keys) ↦ state on every device; donates the
+        state.
+      total: (sums, errors) ↦ (high, low), the sums over all devices and hosts in two float32
+        numbers; donates both.
     """
     try:
         return _programs(backbone, sites, tokens, first_slot)
@@ -292,37 +335,33 @@ def _programs(
         sampling = {"tokens": tokens, "keys": keys, "first_slot": first_slot}
         return batch_sums(backbone, variables, sites, shifts, mask, images, **sampling)
 
-    def centre(variables: Tree, *batch: Any) -> Any:
+    def center(variables: Tree, *batch: Any) -> Any:
         sums = sums_of(variables, origin, *batch)
         return {name: s["first"] / _like(jnp.maximum(s["count"], 1.0), s["first"]) for name, s in sums.items()}
 
     def add(state: Any, variables: Tree, shifts: Any, *batch: Any) -> Any:
-        total, lost = state
-        new = jax.tree_util.tree_map(jnp.subtract, sums_of(variables, shifts, *batch), lost)
-        after = jax.tree_util.tree_map(jnp.add, total, new)
-        return after, jax.tree_util.tree_map(lambda a, t, n: (a - t) - n, after, total, new)
+        sums, errors = state
+        new = jax.tree_util.tree_map(jnp.subtract, sums_of(variables, shifts, *batch), errors)
+        after = jax.tree_util.tree_map(jnp.add, sums, new)
+        return after, jax.tree_util.tree_map(lambda a, s, n: (a - s) - n, after, sums, new)
 
-    def everyone(total: Any, lost: Any) -> Any:
-        return devices.exact_total(total, jax.tree_util.tree_map(jnp.negative, lost))
+    def total(sums: Any, errors: Any) -> Any:
+        return devices.exact_total(sums, jax.tree_util.tree_map(jnp.negative, errors))
 
     on_devices = devices.on_devices
-    return jax.jit(centre), on_devices(add, donate_argnums=(0,)), on_devices(everyone, donate_argnums=(0, 1))
+    return jax.jit(center), on_devices(add, donate_argnums=(0,)), on_devices(total, donate_argnums=(0, 1))
 
 
-def nothing_yet(sites: Sequence[Site]) -> Any:
-    """Returns the state before the first batch: the sums, and what rounding has dropped from them, on every device."""
-    zeros = {site.name: no_sums(site) for site in sites}
+def initial_state(sites: Sequence[Site]) -> Any:
+    """Returns the state before the first batch, on every device: sums and rounding errors."""
+    zeros = {site.name: zero_sums(site) for site in sites}
     return devices.replicate((zeros, zeros))
 
 
 @jax.jit
-def image_keys(key: Any, places: Any) -> Any:
-    """Returns the raw random key of each image, (batch, 2)."""
-    return jax.random.key_data(jax.vmap(lambda place: jax.random.fold_in(key, place))(places))
-
-
-def _first_keys(key: Any, images: Any) -> Any:
-    return image_keys(key, np.arange(len(images), dtype=np.int32))
+def image_keys(key: jax.Array, index: Any) -> UInt32[Array, "batch 2"]:
+    """Returns the raw random key of each image from its index in the stream."""
+    return jax.random.key_data(jax.vmap(lambda i: jax.random.fold_in(key, i))(index))
 
 
 def _like(count: Any, array: Any) -> Any:

@@ -1,41 +1,44 @@
-"""Isotropic denoisers for any rule, number of steps and time steps, solved from the moments of a finished run.
+"""Recipes: denoisers against isotropic noise for any rule, number of steps and time steps.
 
-A *recipe* says which noise is assumed at the sites and how it is taken away. Whatever it says, what comes of it is one affine
-map a site, x̂ = A x + c: k reverse steps of a rule with Algorithm 1's minimum compose (`drep_jax.core.fusion.composed_maps`), and
-`wiener:r` is a single map by itself. So recipes can be compared, mixed with the backbone by a strength and fused alike.
+A *recipe* says which noise is assumed at the sites and how it is removed. Its result is one affine
+map a site, x̂ = A x + c, solved from the moments of a finished run without images. For a rule of
+the schedule, k reverse steps with Algorithm 1's minimum are composed; `wiener:r` is a single map by
+itself. So all recipes can be compared, interpolated by a strength, and fused alike.
 """
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
 from drep_jax.core.closed_form import closed_form, wiener_maps
-from drep_jax.core.denoisers import site_steps
-from drep_jax.core.fusion import composed_maps
+from drep_jax.core.denoisers import as_affine
 from drep_jax.core.moments import Moments
+from drep_jax.core.reverse_map import site_steps
 from drep_jax.core.schedule import RULES, Schedule, reverse_step
 from drep_jax.core.sites import Site, assign_times
 from drep_jax.errors import ConfigError, lookup
-from drep_jax.trees import set_in
 from drep_jax.typing import Path, Tree
 
 WIENER = "wiener:"
-"""Prefix of rules whose noise is a share of each site's own feature power."""
+"""Prefix of rules whose noise power is a fraction of each site's own feature power."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the sites of a network are denoised.
+    """Which noise is assumed at the sites, and how it is removed.
 
     Attributes:
-      rule: of the schedule (`ddpm`, `paper`, `ddim`, `ddim:r`), or `wiener:r` with the noise power r·tr E[F Fᵀ]/d.
-      steps: k, the reverse steps a site.
-      scale: of the time steps, see `drep_jax.core.sites.assign_times`; without meaning for `wiener:r`.
+      rule: a rule of the schedule (`ddpm`, `paper`, `ddim`, `ddim:r`), or `wiener:r` for noise of
+        power r·tr E[F Fᵀ]/d.
+      steps: reverse steps k at each site.
+      scale: factor on the time steps, see `drep_jax.core.sites.assign_times`; not used by
+        `wiener:r`.
+
+    >>> Recipe("ddpm", 5, 10.0).label, Recipe("wiener:0.1").ratio
+    ('ddpm, k 5, t ×10', 0.1)
     """
 
     rule: str
@@ -58,11 +61,11 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Recipes, and those that were left out with the reason.
+    """Recipes that fit into the schedule, and those that do not.
 
     Attributes:
       recipes: in the order of the settings.
-      dropped: {label: why it does not fit}.
+      dropped: {label of a recipe: why it does not fit}.
     """
 
     recipes: tuple[Recipe, ...]
@@ -70,15 +73,16 @@ class Grid:
 
 
 def is_single(rule: str) -> bool:
-    """Returns whether a rule is one jump, which cannot be repeated."""
+    """Returns whether a rule of a recipe is one map or jump, which cannot be repeated."""
     return ":" in rule
 
 
 def check_rule(rule: str, schedule: Schedule) -> None:
-    """Refuses what is no rule that can be solved from moments.
+    """Checks that denoisers for a rule can be solved from moments.
 
     Raises:
-      ConfigError: naming the nearest rule.
+      ConfigError: for an unknown rule, naming the nearest one; for `affine`, which predicts no
+        noise; for a target outside the schedule.
     """
     if rule.startswith(WIENER) or rule == WIENER.rstrip(":"):
         try:
@@ -98,41 +102,70 @@ def check_rule(rule: str, schedule: Schedule) -> None:
         )
 
 
-def check_grid(options: Mapping[str, Any], schedule: Schedule) -> None:
-    """Refuses settings of the sweep that no grid can be made of.
+def check_grid(
+    schedule: Schedule,
+    *,
+    rules: Sequence[str],
+    steps: Sequence[int],
+    scales: Sequence[float],
+    strengths: Sequence[float],
+) -> None:
+    """Checks the settings `sweep.*` of a grid of recipes and strengths.
+
+    Args:
+      schedule: the noise schedule.
+      rules: of `Recipe`.
+      steps: numbers of reverse steps, each at least 1.
+      scales: factors on the time steps, each above 0.
+      strengths: τ of the fusion, each at least 0.
 
     Raises:
       ConfigError: naming the setting.
     """
-    for name in ("rules", "steps", "scales", "strengths"):
-        if not options[name]:
+    settings: dict[str, Sequence[object]] = {"rules": rules, "steps": steps, "scales": scales, "strengths": strengths}
+    for name, values in settings.items():
+        if not values:
             raise ConfigError(f"sweep.{name} is empty; give at least one.")
-    for rule in options["rules"]:
+    for rule in rules:
         check_rule(rule, schedule)
-    if not all(not isinstance(k, bool) and int(k) == k and k >= 1 for k in options["steps"]):
-        raise ConfigError(f"sweep.steps={options['steps']} are numbers of reverse steps, each at least 1.")
-    if not all(math.isfinite(scale) and scale > 0 for scale in options["scales"]):
-        raise ConfigError(f"sweep.scales={options['scales']} are scales of the time steps, each above 0.")
-    if not all(math.isfinite(tau) and tau >= 0 for tau in options["strengths"]):
-        raise ConfigError(f"sweep.strengths={options['strengths']} are strengths of fusion, each at least 0.")
+    if not all(not isinstance(k, bool) and int(k) == k and k >= 1 for k in steps):
+        raise ConfigError(f"sweep.steps={steps} are numbers of reverse steps, each at least 1.")
+    if not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise ConfigError(f"sweep.scales={scales} are scales of the time steps, each above 0.")
+    if not all(math.isfinite(tau) and tau >= 0 for tau in strengths):
+        raise ConfigError(f"sweep.strengths={strengths} are strengths of fusion, each at least 0.")
 
 
-def make_grid(options: Mapping[str, Any], sites: Sequence[Site], schedule: Schedule) -> Grid:
-    """Returns every recipe of rules × steps × scales; single jumps have one step, `wiener:r` no scale either.
+def make_grid(
+    sites: Sequence[Site],
+    schedule: Schedule,
+    *,
+    rules: Sequence[str],
+    steps: Sequence[int],
+    scales: Sequence[float],
+    strengths: Sequence[float] = (1.0,),
+) -> Grid:
+    """Returns every recipe of rules × steps × scales.
+
+    Single jumps are taken with one step; `wiener:r` has neither steps nor a scale.
+
+    Args:
+      sites: to place the time steps on.
+      schedule, rules, steps, scales, strengths: see `check_grid`; strengths are only checked.
 
     Raises:
-      ConfigError: for settings that cannot be used, or if nothing fits into the schedule.
+      ConfigError: for settings that cannot be used, or if no recipe fits into the schedule.
     """
-    check_grid(options, schedule)
-    wanted: list[Recipe] = []
-    for rule in options["rules"]:
+    check_grid(schedule, rules=rules, steps=steps, scales=scales, strengths=strengths)
+    candidates: list[Recipe] = []
+    for rule in rules:
         if rule.startswith(WIENER):
-            wanted.append(Recipe(rule))
+            candidates.append(Recipe(rule))
             continue
-        steps = (1,) if is_single(rule) else options["steps"]
-        wanted += [Recipe(rule, int(k), float(scale)) for k in steps for scale in options["scales"]]
+        counts = (1,) if is_single(rule) else steps
+        candidates += [Recipe(rule, int(k), float(scale)) for k in counts for scale in scales]
     recipes, dropped = [], {}
-    for recipe in dict.fromkeys(wanted):
+    for recipe in dict.fromkeys(candidates):
         try:
             if recipe.ratio is None:
                 site_steps(_respaced(recipe, sites, schedule), schedule, recipe.rule)
@@ -147,47 +180,34 @@ def make_grid(options: Mapping[str, Any], sites: Sequence[Site], schedule: Sched
 def solve(
     recipes: Sequence[Recipe], moments: Mapping[Path, Moments], sites: Sequence[Site], schedule: Schedule
 ) -> list[Tree]:
-    """Returns each recipe's maps as a `denoise` subtree for rule "affine"; equal time steps are solved once.
+    """Solves recipes from moments; those with the same time steps share one closed form.
 
     Args:
-      recipes: of which those with the same t are solved together.
-      moments: of the sites' features.
+      recipes: in any order.
+      moments: {site path: moments of its features}.
       sites: whose own time steps do not matter.
       schedule: the noise schedule.
 
     Returns:
-      {"kernel": (I − A)ᵀ, "bias": −c} a site, computed in float64 and rounded once to float32.
+      For each recipe the `denoise` subtree for rule "affine", {"kernel": (I − A)ᵀ, "bias": −c} a
+      site, computed in float64 and rounded once to float32.
     """
-    found: dict[Recipe, Tree] = {}
+    solutions: dict[Recipe, Tree] = {}
 
-    def times(recipe: Recipe) -> tuple[tuple[int, ...], ...]:
+    def times_of(recipe: Recipe) -> tuple[tuple[int, ...], ...]:
         return () if recipe.ratio is not None else tuple(s.times for s in _respaced(recipe, sites, schedule))
 
-    for when, alike in itertools.groupby(sorted(recipes, key=times), key=times):
-        if not when:
-            found.update({recipe: wiener_maps(moments, sites, recipe.ratio or 0.0) for recipe in alike})
+    for times, group in itertools.groupby(sorted(recipes, key=times_of), key=times_of):
+        if not times:
+            solutions.update({recipe: wiener_maps(moments, sites, recipe.ratio or 0.0) for recipe in group})
             continue
         denoise: Tree = None
-        for recipe in alike:
+        for recipe in group:
             placed = _respaced(recipe, sites, schedule)
             if denoise is None:
                 denoise = closed_form(moments, placed, schedule, dtype=np.float64)
-            found[recipe] = as_affine(denoise, placed, schedule, rule=recipe.rule, steps=recipe.steps)
-    return [found[recipe] for recipe in recipes]
-
-
-def as_affine(denoise: Tree, sites: Sequence[Site], schedule: Schedule, *, rule: str, steps: int) -> Tree:
-    """Returns the `denoise` subtree for rule "affine" that is the same map as `steps` steps of `rule`, in float32."""
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        wide = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), denoise)
-        maps = composed_maps({"denoise": wide}, sites, schedule, rule=rule, steps=steps)
-    tree: Tree = {}
-    for site in sites:
-        leaves = {"kernel": maps[site.path]["matrix"], "bias": maps[site.path].get("constant")}
-        tree = set_in(
-            tree, site.path, {n: -np.asarray(leaf, np.float32) for n, leaf in leaves.items() if leaf is not None}
-        )
-    return tree
+            solutions[recipe] = as_affine(denoise, placed, schedule, rule=recipe.rule, steps=recipe.steps)
+    return [solutions[recipe] for recipe in recipes]
 
 
 def _respaced(recipe: Recipe, sites: Sequence[Site], schedule: Schedule) -> tuple[Site, ...]:

@@ -1,8 +1,8 @@
-"""Finds the embedding layers of any Flax Linen module and makes them denoising sites with time steps (Algorithm 2).
+"""Denoising sites: which layers are denoised, and at which time steps (Algorithm 2).
 
-A *layer* is one `nn.Dense`, `nn.DenseGeneral` or `nn.Conv`. A *site* is what one denoiser serves: one layer, or several
-that read the very same tensor through the same window (separate query, key and value projections). Layers are found by
-tracing the module abstractly, in execution order; nothing is computed.
+A *layer* is one `nn.Dense`, `nn.DenseGeneral` or `nn.Conv`, see `drep_jax.core.layers`. A *site* is
+the place of one denoiser: the input of one layer, or of several layers that read the very same
+tensor through the same window (separate query, key and value projections).
 """
 
 import dataclasses
@@ -16,27 +16,30 @@ import jax
 
 from drep_jax.core.layers import NO_IMAGES, Layer, find_layers
 from drep_jax.errors import ConfigError, SiteError, did_you_mean
-from drep_jax.typing import Path
+from drep_jax.typing import Path, Tree
 
 MAX_PATCH_WIDTH = 2304
-"""Widest patch (k²C per group) that kind "auto" denoises as a whole; wider layers get a pointwise denoiser."""
+"""Largest patch width (k²C per group) for which kind "auto" takes a patch denoiser."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One denoiser's place: the layers it serves, the form of its matrix and its time steps.
+    """The place of one denoiser: its layers, the shape of its matrix and its time steps.
 
     Attributes:
-      path: path of its first layer, and of the denoiser in the `denoise` tree.
-      layers: the layers whose input it denoises.
-      kind: "dense", "patch" (a convolution's whole window) or "pointwise" (a convolution's channels).
-      width: d, the side of its matrix W_D (per group).
-      groups: number of independent matrices, one for each group of a grouped convolution.
-      bias: whether it may have a constant: every layer has a bias to put it in, and no border is padded after it.
+      path: of its first layer, and of its denoiser in the `denoise` subtree.
+      layers: the layers whose input is denoised.
+      kind: "dense", "patch" (a convolution's whole window) or "pointwise" (a convolution's
+        channels).
+      width: d, the number of rows and columns of its matrix W_D (per group).
+      groups: number of matrices, one for each group of a grouped convolution.
+      bias: whether the denoiser may have a constant. It may if every layer has a bias to put it in,
+        and no zeros are padded after it.
       stack: number of stacked copies under `nn.scan`, or None.
-      times: the time step it was learned at, one for each copy (one number if not stacked).
-      steps: reverse steps each copy takes: t, t − 1, …, t − steps + 1.
-      rank: of the matrix but for a multiple of the identity, see `drep_jax.core.denoisers`; None for a full matrix.
+      times: t of each copy, one number if not stacked; () before `assign_times`.
+      steps: reverse steps of each copy: t, t − 1, …, t − steps + 1.
+      rank: rank of the matrix minus a multiple of the identity, see
+        `drep_jax.core.linear_denoiser`; None for a full matrix.
     """
 
     path: Path
@@ -57,13 +60,23 @@ class Site:
 
     @property
     def denoiser_shape(self) -> tuple[int, ...]:
-        """Shape of the denoiser's kernel: ([stack], [groups], width, width)."""
+        """Shape of a full denoiser's kernel: ([stack], [groups], width, width)."""
         lead = () if self.stack is None else (self.stack,)
         return lead + (() if self.groups == 1 else (self.groups,)) + (self.width, self.width)
 
 
 def with_rank(sites: Sequence[Site], rank: int) -> tuple[Site, ...]:
-    """Returns the sites with low-rank denoisers where that takes fewer numbers; rank 0 keeps full matrices."""
+    """Returns the sites with low-rank denoisers where these have fewer parameters.
+
+    Args:
+      sites: from `select_sites`.
+      rank: r; 0 for full matrices everywhere.
+
+    >>> import flax.linen as nn
+    >>> sites = find_sites(nn.Sequential([nn.Dense(3)]), jax.ShapeDtypeStruct((1, 6), "float32"))
+    >>> [with_rank(sites, rank)[0].rank for rank in (0, 2, 3)]
+    [None, 2, None]
+    """
     return tuple(dataclasses.replace(site, rank=rank if 0 < 2 * rank < site.width else None) for site in sites)
 
 
@@ -73,7 +86,7 @@ def with_rank(sites: Sequence[Site], rank: int) -> tuple[Site, ...]:
 
 
 def default_pattern(layers: Sequence[Layer]) -> str:
-    """Returns the paper's choice: the linears inside each transformer block's MLP, or every layer if there is no MLP."""
+    """Returns the paper's choice: the layers inside each MLP, or every layer without any MLP."""
     mlp = r"(?i).*mlp[^/]*/[^/]+"
     return mlp if any(re.fullmatch(mlp, layer.name) and not layer.refusal for layer in layers) else ".*"
 
@@ -86,23 +99,26 @@ def select_sites(
     bias: bool = True,
     max_patch_width: int = MAX_PATCH_WIDTH,
 ) -> tuple[Site, ...]:
-    """Turns the layers that match `pattern` into sites, without time steps yet.
+    """Makes sites of the layers that match `pattern`, without time steps yet.
 
     Args:
       layers: from `find_layers`.
-      pattern: regular expression, or several, that must match a layer's whole path, as in `".*/mlp/fc[12]"`; None takes
-        `default_pattern` and passes over layers that cannot be sites. Layers that read nothing of the images are passed
-        over too, except by a pattern that matches no others.
-      kind: for convolutions, "patch" denoises the whole window (exact at borders), "pointwise" its channels; "auto" is
-        patch up to `max_patch_width` numbers a group.
-      bias: False learns every denoiser through the origin.
-      max_patch_width: see `kind`.
+      pattern: a regular expression, or several, that must match a layer's whole path, as in
+        `".*/mlp/fc[12]"`. None takes `default_pattern` and skips layers that cannot be sites.
+        Layers whose input does not depend on the images are skipped too, unless a pattern matches
+        no others.
+      kind: for convolutions: "patch" denoises the whole window (exact at borders), "pointwise" the
+        channels of each pixel; "auto" is patch up to `max_patch_width`.
+      bias: whether denoisers may have a constant; False learns all of them through the origin.
+      max_patch_width: k²C per group.
 
     Returns:
       Sites in execution order of their first layers.
 
     Raises:
-      SiteError: if no layer matches, a chosen one cannot be a site, or the pattern is no regular expression.
+      SiteError: if no layer matches, a matching one cannot be a site, or the pattern is no regular
+        expression.
+      ConfigError: for an unknown kind.
     """
     if kind not in ("auto", "patch", "pointwise"):
         raise ConfigError(f'Unknown kind of denoiser "{kind}".{did_you_mean(kind, ("auto", "patch", "pointwise"))}')
@@ -115,40 +131,42 @@ def select_sites(
     if pattern is None:
         matched = [[layer for layer in group if not layer.refusal] for group in matched]
     matched = [[layer for layer in group if layer.refusal != NO_IMAGES] or group for group in matched]
-    chosen = [layer for layer in layers if any(layer in group for group in matched)]
-    if not chosen:
+    selected = [layer for layer in layers if any(layer in group for group in matched)]
+    if not selected:
         names = [layer.name for layer in layers]
-        shown = ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
+        listing = ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
         raise SiteError(
-            f"Pattern {patterns} selects no layer. It must match a whole path; the layers are: {shown or 'none'}."
+            f"Pattern {patterns} selects no layer. It must match a whole path; the layers are: {listing or 'none'}."
         )
-    if refused := [layer for layer in chosen if layer.refusal]:
+    if refused := [layer for layer in selected if layer.refusal]:
         lines = "\n".join(f"  {layer.name}: {layer.refusal}" for layer in refused)
         raise SiteError(f"These selected layers cannot be denoising sites; narrow the pattern {patterns}:\n{lines}")
 
-    shared: dict[Any, list[Layer]] = {}
-    for layer in chosen:
-        shared.setdefault((layer.reads, layer.scan, layer.kind, layer.axes, layer.window), []).append(layer)
-    return tuple(_site(tuple(group), kind, bias, max_patch_width) for group in shared.values())
+    by_input: dict[Any, list[Layer]] = {}
+    for layer in selected:
+        by_input.setdefault((layer.reads, layer.scan, layer.kind, layer.axes, layer.window), []).append(layer)
+    return tuple(_site(tuple(group), kind, bias, max_patch_width) for group in by_input.values())
 
 
 def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int) -> Site:
+    """Makes the site of layers that read the same tensor through the same window."""
     first = layers[0]
     groups = 1
     if first.window is None:
-        form, width = "dense", math.prod(first.kernel_shape[: first.inputs])
+        site_kind, width = "dense", math.prod(first.kernel_shape[: first.inputs])
     else:
         window = first.window
-        channels, patch = first.kernel_shape[-2], math.prod(first.kernel_shape[:-1])
-        whole = kind == "patch" or (kind == "auto" and patch <= max_patch_width)
+        channels, patch_width = first.kernel_shape[-2], math.prod(first.kernel_shape[:-1])
+        is_patch = kind == "patch" or (kind == "auto" and patch_width <= max_patch_width)
         if window.single and not window.fills_with_zeros:
-            whole = False  # the window is the pixel: the same denoiser, without gathering patches
-        form, width, groups = ("patch", patch, window.groups) if whole else ("pointwise", channels, window.groups)
-        bias = bias and not (form == "pointwise" and window.fills_with_zeros)
+            is_patch = False  # the same denoiser, without gathering
+        site_kind, width = ("patch", patch_width) if is_patch else ("pointwise", channels)
+        groups = window.groups
+        bias = bias and not (site_kind == "pointwise" and window.fills_with_zeros)
     return Site(
         path=first.path,
         layers=layers,
-        kind=form,
+        kind=site_kind,
         width=width,
         groups=groups,
         bias=bias and all(layer.bias for layer in layers),
@@ -156,15 +174,34 @@ def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int
     )
 
 
-def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_scale: float = 1.0) -> tuple[Site, ...]:
-    """Gives the i-th of N sites in execution order the time step t = time_scale·steps·(N − i + 1), rounded (Alg. 2).
+# ---------------------------------------------------------------------------------------------------------------------
+# Time steps
+# ---------------------------------------------------------------------------------------------------------------------
 
-    Every slice of a stacked site counts as one of the N; slices of one `nn.scan` interleave as they run. A site then
-    takes the reverse steps t, t − 1, …, t − steps + 1, so with time_scale 1 (the paper's) the last site ends at t = 1. A
-    larger scale assumes more noise at every site; t is never below `steps`.
+
+def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_scale: float = 1.0) -> tuple[Site, ...]:
+    """Gives site i of N, in execution order, its time step t (Algorithm 2).
+
+    t = time_scale·steps·(N − i + 1), rounded, and at least `steps`.
+
+    Every copy of a stacked site counts as one of the N, and the copies of one `nn.scan` interleave
+    as they run. A site takes the reverse steps t, t − 1, …, t − steps + 1. With time_scale 1, as in
+    the paper, the last site ends at t = 1. A larger scale assumes more noise at every site.
+
+    Args:
+      sites: from `select_sites`.
+      timesteps: T of the schedule.
+      steps: reverse steps k at each site.
+      time_scale: factor on t.
 
     Raises:
-      ConfigError: if the chain does not fit into `timesteps`, or for `steps` < 1 or a scale that is no number above 0.
+      ConfigError: if the largest t exceeds `timesteps`, `steps` < 1, or the scale is not above 0.
+
+    >>> import flax.linen as nn
+    >>> net = nn.Sequential([nn.Dense(3), nn.Dense(3), nn.Dense(3)])
+    >>> sites = find_sites(net, jax.ShapeDtypeStruct((1, 6), "float32"), steps=2)
+    >>> [site.times for site in sites]
+    [(6,), (4,), (2,)]
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ConfigError(f"The number of steps per site must be a whole number of at least 1, got {steps!r}.")
@@ -174,25 +211,25 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_
     for site in sites:
         if (scan := site.layers[0].scan) is not None:
             first_in_scan[scan] = min(first_in_scan.get(scan, site.layers[0].order), site.layers[0].order)
-    slots = []
-    for number, site in enumerate(sites):
+    slots = []  # (start of the layer or its scan, copy, order of the layer, index of the site)
+    for index, site in enumerate(sites):
         layer = site.layers[0]
         start = layer.order if layer.scan is None else first_in_scan[layer.scan]
-        slots += [(start, copy, layer.order, number) for copy in range(site.stack or 1)]
+        slots += [(start, copy, layer.order, index) for copy in range(site.stack or 1)]
     total = len(slots)
     largest = max(steps, round(time_scale * steps * total))
     if largest > timesteps:
-        scaled, less = ("", "") if time_scale == 1 else (f" at time scale {time_scale:g}", "a smaller scale, ")
+        scaled, smaller = ("", "") if time_scale == 1 else (f" at time scale {time_scale:g}", "a smaller scale, ")
         raise ConfigError(
             f"{total} sites of {steps} step(s) each need {largest} time steps{scaled}, but the schedule has "
-            f"{timesteps}; take fewer sites or steps, {less}or a longer schedule."
+            f"{timesteps}; take fewer sites or steps, {smaller}or a longer schedule."
         )
     times: dict[tuple[int, int], int] = {}
-    for position, (_, copy, _, number) in enumerate(sorted(slots)):
-        times[number, copy] = max(steps, round(time_scale * steps * (total - position)))
+    for rank, (_, copy, _, index) in enumerate(sorted(slots)):
+        times[index, copy] = max(steps, round(time_scale * steps * (total - rank)))
     return tuple(
-        dataclasses.replace(site, steps=steps, times=tuple(times[number, copy] for copy in range(site.stack or 1)))
-        for number, site in enumerate(sites)
+        dataclasses.replace(site, steps=steps, times=tuple(times[index, copy] for copy in range(site.stack or 1)))
+        for index, site in enumerate(sites)
     )
 
 
@@ -207,7 +244,28 @@ def find_sites(
     bias: bool = True,
     **kwargs: Any,
 ) -> tuple[Site, ...]:
-    """Finds, selects and orders the sites of `module`: `find_layers`, `select_sites` and `assign_times` in one call."""
+    """Finds the sites of a network: `find_layers`, `select_sites` and `assign_times` in one call.
+
+    Args:
+      module: an unbound Flax Linen module.
+      *args: its inputs, as arrays or `jax.ShapeDtypeStruct`.
+      pattern, kind, bias: see `select_sites`.
+      timesteps, steps, time_scale: see `assign_times`.
+      **kwargs: for the module, not traced.
+
+    Returns:
+      Sites in execution order.
+
+    Raises:
+      SiteError, ConfigError: see `select_sites` and `assign_times`.
+
+    >>> import flax.linen as nn
+    >>> net = nn.Sequential([nn.Dense(4), nn.Dense(2)])
+    >>> for site in find_sites(net, jax.ShapeDtypeStruct((1, 3), "float32")):
+    ...     print(site.name, site.kind, site.denoiser_shape, site.times)
+    layers_0 dense (3, 3) (2,)
+    layers_1 dense (4, 4) (1,)
+    """
     return assign_times(
         select_sites(find_layers(module, *args, **kwargs), pattern, kind=kind, bias=bias),
         timesteps=timesteps,
@@ -216,26 +274,37 @@ def find_sites(
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Coverage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """How much of a backbone the sites cover."""
+    """How much of a backbone the sites cover.
+
+    Attributes:
+      layers: layers that are denoised.
+      candidates: parameter leaves called `kernel`.
+      kernel_share: fraction of all entries of such leaves that belong to denoised layers.
+    """
 
     layers: int
     candidates: int
     kernel_share: float
 
 
-def coverage(sites: Sequence[Site], params: Any) -> Coverage:
-    """Returns how many linear layers are denoised and their share of all numbers in leaves called `kernel`."""
+def coverage(sites: Sequence[Site], params: Tree) -> Coverage:
+    """Returns how much of a backbone with parameters `params` the sites cover."""
     kernels = {
         tuple(key.key for key in path): leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if getattr(path[-1], "key", None) == "kernel"
     }
-    covered = {(*layer.path, "kernel") for site in sites for layer in site.layers}
+    denoised = {(*layer.path, "kernel") for site in sites for layer in site.layers}
     total = sum(kernels.values())
     return Coverage(
-        layers=len(covered),
+        layers=len(denoised),
         candidates=len(kernels),
-        kernel_share=sum(size for path, size in kernels.items() if path in covered) / total if total else 0.0,
+        kernel_share=sum(size for path, size in kernels.items() if path in denoised) / total if total else 0.0,
     )

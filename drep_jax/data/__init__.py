@@ -12,7 +12,8 @@ from drep_jax.errors import ConfigError, lookup
 __all__ = ["SOURCES", "Source", "open_source"]
 
 
-# Another source is one opener: (what follows the colon, split, (height, width), resize, data_dir) -> Source.
+# Another source is one opener: (what follows the colon, split, (height, width), resize, data_dir)
+# -> Source.
 SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source]] = {
     "cuhk03": functools.partial(open_reid, "cuhk03"),
     "digits": digits.open_digits,
@@ -39,17 +40,19 @@ def open_source(
     """Opens a data set for reading.
 
     Args:
-      spec: `digits`, `folder:DIR`, `idx:DIR`, `list:FILE`, `npz:NAME`, `npz:FILE.npz`, `tfds:NAME[/config]`,
-        `random:COUNT[:CLASSES]`, or a data set for re-identification: `market1501:DIR` (duke, msmt17, cuhk03, vehicleid,
-        veri), `reid_folder:DIR`, `reid_npz:FILE` or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`.
+      spec: `digits`, `folder:DIR`, `idx:DIR`, `list:FILE`, `npz:NAME`, `npz:FILE.npz`,
+        `tfds:NAME[/config]`, `random:COUNT[:CLASSES]`, or a data set for re-identification:
+        `market1501:DIR` (duke, msmt17, cuhk03, vehicleid, veri), `reid_folder:DIR`, `reid_npz:FILE`
+        or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`.
       split: `train`, `validation` or `test`.
       image_size: (height, width) in pixels of every image that the source gives.
-      resize: `crop` (short side to the target, then the center), `crop:0.875` (so that 87.5 % of the short side is kept),
-        `squash` (both sides), `exact` (refuse other sizes), or `pad` (so that the image fits, padded at the bottom and on
-        the right). With `keep` every image keeps its own size, for evaluation in buckets (`drep_jax.data.buckets`); with
-        `keep:32` it is padded up to multiples of 32. See `drep_jax.data.fits`.
-      data_dir: where data sets are kept; None means TFDS_DATA_DIR or ~/tensorflow_datasets (tfds), DREP_DATA (npz), or
-        that the directory is given in full (idx).
+      resize: `crop` (short side to the target, then the center), `crop:0.875` (so that 87.5 % of
+        the short side is kept), `squash` (both sides), `exact` (refuse other sizes), or `pad` (so
+        that the image fits, padded at the bottom and on the right). With `keep` every image keeps
+        its own size, for evaluation in buckets (`drep_jax.data.buckets`); with `keep:32` it is
+        padded up to multiples of 32. See `drep_jax.data.fits`.
+      data_dir: where data sets are kept; None means TFDS_DATA_DIR or ~/tensorflow_datasets (tfds),
+        DREP_DATA (npz), or that the directory is given in full (idx).
 
     Raises:
       ConfigError: for an unknown source, split or way of resizing.

@@ -1,4 +1,4 @@
-"""Buckets: a few padded shapes for images of several sizes, so that a network is compiled a few times only.
+"""Buckets: a few padded shapes for images of several sizes, with one compilation each.
 
 The buckets are a function of the sizes alone, so every host makes the same ones.
 """
@@ -35,18 +35,19 @@ class Bucket:
 def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LIMIT) -> tuple[Bucket, ...]:
     """Returns the buckets of images of these sizes.
 
-    Each size is rounded up to multiples. While there are more shapes than the limit, two of them are merged into the
-    smallest shape that holds both: those two whose images get the fewest pixels more. Every image then goes to the
-    smallest bucket that holds it.
+    Each size is rounded up to multiples. While there are more shapes than the limit, two of them
+    are merged into the smallest shape that holds both: those two whose images get the fewest pixels
+    more. Every image then goes to the smallest bucket that holds it.
 
     Args:
-      sizes: (n, 2), height and width of each image, as `drep_jax.data.source.sizes_of` gives them; (0, 0) of an image
-        that cannot be read, which goes to the smallest bucket.
+      sizes: (n, 2), height and width of each image, as `drep_jax.data.source.sizes_of` gives them;
+        (0, 0) of an image that cannot be read, which goes to the smallest bucket.
       multiple: of pixels, which the sides of each shape are; the largest stride of the network.
       limit: how many shapes at most.
 
     Returns:
-      Buckets, the largest first, so that too little memory shows at once. Each image is in exactly one.
+      Buckets, the largest first, so that too little memory shows at once. Each image is in exactly
+      one.
 
     Raises:
       ConfigError: for a multiple or a limit below 1.
@@ -76,7 +77,7 @@ def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LI
 
 
 def padding_of(buckets: tuple[Bucket, ...], sizes: np.ndarray) -> float:
-    """Returns the pixels that are padding over those that are not, of all images in these buckets."""
+    """Returns the number of padding pixels over that of image pixels, in these buckets."""
     padded = sum(bucket.shape[0] * bucket.shape[1] * len(bucket.indices) for bucket in buckets)
     pixels = int(np.asarray(sizes, np.int64).prod(axis=1).sum())
     return padded / max(pixels, 1) - 1

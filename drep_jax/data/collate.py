@@ -1,4 +1,4 @@
-"""Batches from items: reading images by their index, and collating them with their labels, padded where sizes differ."""
+"""Batches: reading images by index, and collating them with labels and padding."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -22,26 +22,32 @@ Load = Callable[[int], Item]
 
 
 def collate(items: Sequence[Item], columns: Columns = (), shape: Size | None = None, where: str = "The batch") -> Batch:
-    """Stacks images and labels, padded where their sizes differ; the padding is told in the batch.
+    """Stacks images and labels, padded where their sizes differ; the batch says what is padding.
 
     Args:
-      items: with "image", uint8 (h, w, C), and the same labels each; "transform" where labels have followed the image.
+      items: with "image", uint8 (h, w, C), and the same labels each; "transform" where labels have
+        followed the image.
       columns: label columns that the task declares; any other holds one int32 an image.
-      shape: (H, W) that images and maps are padded to, at the bottom and on the right; None for images of one size.
+      shape: (H, W) that images and maps are padded to, at the bottom and on the right; None for
+        images of one size.
       where: what to call them in messages.
 
     Returns:
-      A batch of n images:
+      A batch of n images with these columns:
         "image": uint8 (n, H, W, C), padded with 0.
-        "size", with a `shape`: int32 (n, 2), height and width without padding; see `valid_pixels`.
-        Labels: of their dtype, (n, …); maps (n, H, W, …) and ragged columns (n, capacity, …) padded with their `fill`.
-        "objects_valid", with ragged columns: bool (n, capacity), true where there is an object.
-        "transform", with labels that have followed the image: int32 (n, 42), the row of a `Transform` from the image as
-          it was decoded to the one in the batch, with its padding; its inverse takes predictions back.
-        "original_size", with the transform: int32 (n, 2), height and width of the image as it was decoded.
+        "size": int32 (n, 2), height and width without padding; with a `shape` only. `valid_pixels`
+        makes a mask of it.
+        Labels: of their dtype, (n, …); maps (n, H, W, …) and ragged columns (n, capacity, …) are
+        padded with their `fill`.
+        "objects_valid": bool (n, capacity), true where ragged columns have an object.
+        "transform": int32 (n, 42), where labels have followed the image. `Transform.from_row` makes
+        it the transform from the image as it was decoded to the one in the batch, padding included;
+        its inverse takes predictions back.
+        "original_size": int32 (n, 2), height and width of the image as it was decoded.
 
     Raises:
-      DataError: for images of several sizes without a `shape`, those that it does not hold, and labels that differ.
+      DataError: for images of several sizes without a `shape`, those that it does not hold, and
+        labels that differ.
     """
     table = by_name(columns)
     names = items[0].keys()
@@ -56,22 +62,19 @@ def collate(items: Sequence[Item], columns: Columns = (), shape: Size | None = N
     canvas = shape or sizes[0]
     if max(height for height, _ in sizes) > canvas[0] or max(width for _, width in sizes) > canvas[1]:
         raise DataError(f"{where} has images of {max(sizes)} pixels (height, width), which {canvas} does not hold.")
-    labels = {
-        name: [
-            table.get(name, Column(name)).value(item[name], size, where)
-            for item, size in zip(items, sizes, strict=True)
-        ]
-        for name in names
-        if name not in ("image", "transform")
-    }
     batch = {"image": _padded([item["image"] for item in items], canvas, 0)}
-    batch |= _objects({name: labels[name] for name in labels if name in table and table[name].ragged}, table)
-    for name, values in labels.items():
-        column = table.get(name, Column(name))
-        if column.geometry == "mask":
-            batch[name] = _padded(values, canvas, column.fill)
-        elif not column.ragged:
-            batch[name] = np.stack(values)
+    ragged = {}
+    for name in names - {"image", "transform"}:
+        column = table.get(name)
+        if column is None:
+            batch[name] = _scalars(name, [item[name] for item in items], sizes[0], where)
+            continue
+        values = [column.value(item[name], size, where) for item, size in zip(items, sizes, strict=True)]
+        if column.ragged:
+            ragged[name] = values
+        else:
+            batch[name] = _padded(values, canvas, column.fill) if column.geometry == "mask" else np.stack(values)
+    batch |= _objects(ragged, table)
     if shape is not None:
         batch["size"] = np.array(sizes, np.int32).reshape(-1, 2)
     if "transform" in names:
@@ -87,7 +90,8 @@ def uncollate(batch: Batch, columns: Columns = ()) -> list[Item]:
       columns: as for `collate`.
 
     Returns:
-      One item an image. "size" and "original_size" are left out, as the image and the transform have them.
+      One item an image. "size" and "original_size" are left out, as the image and the transform
+      have them.
     """
     table = by_name(columns)
     items = []
@@ -136,9 +140,9 @@ def read(source: Source, indices: np.ndarray, columns: Columns = ()) -> Batch:
       columns: label columns that the task declares.
 
     Returns:
-      A batch of `collate` with "index", int32 (n,), of the images that were read: `{"image": uint8 (n, H, W, C),
-      "label": int32 (n,), "index": int32 (n,)}` of a source that declares nothing else; "label" is left out when it is
-      unlabelled.
+      A batch of `collate` with "index", int32 (n,), of the images that were read. Where nothing is
+      declared: `{"image": uint8 (n, H, W, C), "label": int32 (n,), "index": int32 (n,)}`, without
+      "label" if the source is unlabeled.
 
     Raises:
       DataError: for an image that cannot be read, unless the source tolerates it.
@@ -160,8 +164,9 @@ def read_or_mask(
       shape: that images are padded to; None for images of one size.
 
     Returns:
-      A batch of `collate` with "index", int32 (rows,), and "mask": false on padding and on images that cannot be read
-      where the source tolerates that. Their index is -1, their image 0, and their labels as of an image without any.
+      A batch of `collate` with "index", int32 (rows,), and "mask": false on padding and on images
+      that cannot be read where the source tolerates that. Their index is -1, their image 0, and
+      their labels as of an image without any.
     """
     load = functools.partial(item_of, source, columns=columns)
     items = [_tried(source, int(index), load) for index in indices]
@@ -185,7 +190,7 @@ def read_augmented(
     seed: int,
     first_position: int,
 ) -> Batch:
-    """Returns images as `read` does, each augmented as its position in the stream says; labels follow the geometry."""
+    """Returns images as `read` does, augmented by their position in the stream; labels follow."""
     where = {"seed": seed, "first_position": first_position}
     if augmentation.crop_scale:
         pairs = _read_cropped(source, indices, augmentation, columns, **where)
@@ -201,7 +206,7 @@ def read_augmented(
 
 
 def item_of(source: Source, index: int, columns: Columns = ()) -> Item:
-    """Returns an item, whose labels have followed its image from the stored one where `columns` say so."""
+    """Returns an item, whose labels follow its image from the stored one if `columns` say so."""
     if not geometric(columns):
         return source[index]
     return fitted(raw_item(source, index), image_size_of(source), fit_of(source), columns)
@@ -263,7 +268,7 @@ def _with_index(source: Source, pairs: list[tuple[int, Item]], columns: Columns)
 
 
 def _empty(form: Item, columns: Columns, *, padded: bool) -> Item:
-    """Returns an item of the form of another one that shows nothing: no pixels if there is padding, no objects."""
+    """Returns an item of this form that shows nothing: no pixels if they are padded, no objects."""
     table = by_name(columns)
     image = form["image"][:0, :0] if padded else np.zeros_like(form["image"])
     item: Item = {"image": image}
@@ -282,6 +287,17 @@ def _padded(arrays: Sequence[np.ndarray], shape: Size, fill: float) -> np.ndarra
     for place, array in zip(out, arrays, strict=True):
         place[: array.shape[0], : array.shape[1]] = array
     return out
+
+
+def _scalars(name: str, values: Sequence[Any], size: Size, where: str) -> np.ndarray:
+    """Returns a column that no task declares, int32 (n,)."""
+    try:
+        array = np.array(values, np.int32)
+        if array.shape == (len(values),):
+            return array
+    except (TypeError, ValueError):
+        pass  # one of the values is refused below, with its shape or type
+    return np.stack([Column(name).value(value, size, where) for value in values])
 
 
 def _objects(ragged: Mapping[str, Sequence[np.ndarray]], table: Mapping[str, Column]) -> Batch:

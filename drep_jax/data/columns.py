@@ -1,4 +1,4 @@
-"""`Column`: what a label column of a task looks like, so that it can be moved with its image, padded and batched."""
+"""`Column`: the form of a label column, so that it can follow its image and be padded."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,22 @@ RESERVED = ("image", "index", "mask", "size", "original_size", "transform", "obj
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One label column that a task declares; a column that no task declares holds one int32 an image.
+    """One label column that a task declares. Any other column holds one int32 an image.
 
     Attributes:
       name: in items and batches.
       dtype: of the values.
-      shape: of one value: without (height, width) for a map, without the number of objects for a ragged column.
-      ragged: whether an image has any number of values, one for each of its objects. All ragged columns of an image
-        speak of the same objects in the same order.
-      geometry: how it follows the image: "mask" for a map of the image's pixels, moved by nearest neighbor; "boxes" for
-        x0, y0, x1, y1 in pixels, ragged, of shape (4,); None where it does not.
-      fill: value of padding.
-      capacity: number of objects that a ragged column is padded to in every batch; an image with more is refused. 0
-        takes the largest number in the batch, rounded up to a power of two: few shapes, but for one host only, since
-        other hosts see other images.
+      shape: of one value: without (height, width) for a map, without the number of objects for a
+        ragged column.
+      ragged: whether an image has any number of values, one for each of its objects. All ragged
+        columns of an image speak of the same objects in the same order.
+      geometry: how it follows the image: "mask" for a map of the image's pixels, moved by nearest
+        neighbor; "boxes" for x0, y0, x1, y1 in pixels, ragged, of shape (4,); None where it does
+        not.
+      fill: value of padding, of maps and ragged columns.
+      capacity: number of objects that a ragged column is padded to in every batch; an image with
+        more is refused. 0 takes the largest number in the batch, rounded up to a power of two: few
+        shapes, but for one host only, since other hosts see other images.
 
     Raises:
       ConfigError: for a declaration that contradicts itself.
@@ -58,13 +60,13 @@ class Column:
             raise ConfigError(f'Column "{self.name}": the capacity is at least 0, and for ragged columns only.')
 
     def value_shape(self, size: tuple[int, int], objects: int) -> tuple[int, ...]:
-        """Returns the shape of one image's values, of an image of this size with so many objects."""
+        """Returns the shape of the values of an image of this size with that many objects."""
         if self.ragged:
             return (objects, *self.shape)
         return (*size, *self.shape) if self.geometry == "mask" else self.shape
 
-    def value(self, value: Any, size: tuple[int, int], where: str) -> np.ndarray:
-        """Returns the values of one image as an array of the declared type.
+    def value(self, value: Any, size: tuple[int, int], where: str, dtype: Any = None) -> np.ndarray:
+        """Returns the values of one image as an array of the declared type, or of `dtype`.
 
         Raises:
           DataError: for values of another shape, naming the image.
@@ -79,7 +81,11 @@ class Column:
                 f'{where}: the column "{self.name}" has the shape {array.shape}; expected ({expected}), as it is declared. A '
                 "column that no task declares holds one number an image."
             )
-        return array.astype(self.dtype)
+        wanted = np.dtype(self.dtype if dtype is None else dtype)
+        try:
+            return array.astype(wanted)
+        except (TypeError, ValueError) as error:
+            raise DataError(f'{where}: the column "{self.name}" holds {array.dtype}; expected {wanted}.') from error
 
 
 Columns = Sequence[Column]
@@ -89,7 +95,8 @@ def by_name(columns: Columns) -> dict[str, Column]:
     """Returns declarations by name.
 
     Raises:
-      ConfigError: for a reserved name or one that is there twice, and for ragged columns with different capacities.
+      ConfigError: for a reserved name or one that is there twice, and for ragged columns with
+        different capacities.
     """
     reserved = next((column.name for column in columns if column.name in RESERVED), None)
     if reserved:
@@ -112,23 +119,32 @@ def geometric(columns: Columns) -> tuple[Column, ...]:
 
 
 def follow(item: Mapping[str, Any], transform: Transform, columns: Columns, where: str) -> dict[str, Any]:
-    """Returns an item whose labels have followed its image through a transform; the image itself is left alone.
+    """Returns an item whose labels have followed its image through a transform.
+
+    The image itself is left alone.
 
     Args:
-      item: labels, each of its column's type where it is declared, that fit an image of `transform.size_in`.
+      item: labels that fit an image of `transform.size_in`.
       transform: what is done to the image.
       columns: those that the task declares.
       where: what to call the image in messages.
 
     Returns:
-      The item. Objects whose box is empty by now are dropped from every ragged column; "transform" is all that has been
-      done to the image since it was decoded.
+      The item. Objects whose box is empty by now are dropped from every ragged column. Boxes are
+      float64, so that they are rounded once, by `collate`. "transform" is all that has been done to
+      the image since it was decoded.
 
     Raises:
-      DataError: for labels of another shape, and ragged columns that disagree about the number of objects.
+      DataError: for labels of another shape, and ragged columns that disagree about the number of
+        objects.
     """
     declared = [column for column in columns if column.name in item]
-    values = {column.name: column.value(item[column.name], transform.size_in, where) for column in declared}
+    values = {
+        column.name: column.value(
+            item[column.name], transform.size_in, where, np.float64 if column.geometry == "boxes" else None
+        )
+        for column in declared
+    }
     counts = {column.name: len(values[column.name]) for column in declared if column.ragged}
     if len(set(counts.values())) > 1:
         raise DataError(f"{where}: its ragged columns speak of different numbers of objects: {counts}.")
@@ -137,8 +153,8 @@ def follow(item: Mapping[str, Any], transform: Transform, columns: Columns, wher
         if column.geometry == "mask":
             values[column.name] = transform.mask(values[column.name], fill=column.fill)
         elif column.geometry == "boxes":
-            boxes, there = transform.boxes(values[column.name])
-            values[column.name], keep = boxes.astype(column.dtype), keep & there
+            values[column.name], there = transform.boxes(values[column.name])
+            keep = keep & there
     values |= {name: values[name][keep] for name in counts}
     done = item["transform"].then(transform) if "transform" in item else transform
     return {**item, **values, "transform": done}

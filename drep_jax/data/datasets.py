@@ -1,4 +1,4 @@
-"""The images that `config.data` asks for: one source or several merged, what is held out, and what is tested on."""
+"""The images of `config.data`: one source or several merged, held-out images, and test images."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +18,13 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 @dataclasses.dataclass(frozen=True)
 class Labeled:
-    """A labelled source that no head speaks for: its test images are classified by their nearest neighbour.
+    """A labeled source whose classes no head knows: test images get their nearest neighbor's.
 
     Attributes:
       name: of the source.
-      gallery: training images, whose classes are known; None of a source whose test images are scored by themselves.
-      test: images to classify.
+      gallery: training images of known classes; None where the test images are scored by
+        themselves.
+      test: images to assign to a class.
     """
 
     name: str
@@ -33,14 +34,14 @@ class Labeled:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """What is learned from and tested on.
+    """The images of a run.
 
     Attributes:
-      train: images to learn from, unlabelled where several sources are merged.
-      held_out: images to choose on, likewise.
-      num_classes: of `data.source`, which the backbone's head speaks for; None when it is unlabelled.
+      train: images to learn from; unlabeled where several sources are merged.
+      held_out: images to choose hyper-parameters on; likewise.
+      num_classes: of `data.source`, which the backbone's head knows; None when it is unlabeled.
       test: images of `data.source` to evaluate the head on, or None.
-      others: labelled sources to evaluate by nearest neighbours.
+      others: labeled sources to evaluate by nearest neighbors.
     """
 
     train: Source
@@ -66,8 +67,8 @@ def open_images(
       head: whether the backbone has one.
       gallery: how many training images of each further source its test images are compared with.
       seed: of the choice of those.
-      test_needs_head: whether test images can be scored only by a head that knows their labels; of others each source's
-        test images are scored by themselves.
+      test_needs_head: whether test images can be scored only by a head that knows their labels; of
+        others each source's test images are scored by themselves.
       check_test: raises for test images that cannot be scored.
 
     Raises:
@@ -89,9 +90,9 @@ def open_images(
             others.append(Labeled(train.name, None, tolerating(_checked_test(spec, options, check_test), allowed)))
         elif specs[1:] and train.num_classes:
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
-            theirs = tolerating(open_source(spec, TEST, **options), allowed)
-            others.append(Labeled(train.name, tolerating(Subset(train, chosen), allowed), theirs))
-    labelled = bool(trains[0].num_classes)
+            other_test = tolerating(open_source(spec, TEST, **options), allowed)
+            others.append(Labeled(train.name, tolerating(Subset(train, chosen), allowed), other_test))
+    labeled = bool(trains[0].num_classes)
     # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
     choosing = [(part, weight) for part, weight in zip(held, weights, strict=True) if len(part)] or [
         (held[0], weights[0])
@@ -99,7 +100,7 @@ def open_images(
     test: Source | None = None
     if not test_needs_head:
         test = tolerating(_checked_test(specs[0], options, check_test), allowed)
-    elif labelled and head:
+    elif labeled and head:
         test = tolerating(open_source(specs[0], TEST, **options), allowed)
     return Images(
         train=tolerating(_one(trains, weights), allowed),

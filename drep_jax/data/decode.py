@@ -46,14 +46,14 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 GAP = 2
-"""How many times larger than wanted a box that is decoded at less than its size must still be: less would show."""
+"""Least ratio of a box that is decoded at reduced size to the wanted size; below it, it shows."""
 
 
 def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
     """Decodes one image file, of the first frame when there are several.
 
-    Grey, palette and CMYK images become RGB; transparency is composited on white; 16-bit grey is scaled by 255 / 65535;
-    the EXIF orientation is applied.
+    Gray, palette and CMYK images become RGB; transparency is composited on white; 16-bit gray is
+    scaled by 255 / 65535; the EXIF orientation is applied.
 
     Args:
       encoded: the file's bytes, or its path.
@@ -75,7 +75,8 @@ def decode_box(
 ) -> tuple[np.ndarray, Transform]:
     """Decodes a box of one image file and gives it the wanted size: what random resized crops need.
 
-    A JPEG is decoded at a half, a quarter or an eighth of its size where the box is then still twice as large as wanted.
+    A JPEG is decoded at a half, a quarter or an eighth of its size where the box is then still
+    twice as large as wanted.
 
     Args:
       encoded, where: as for `decode`.
@@ -109,10 +110,11 @@ def resized_box(image: np.ndarray, choose: Callable[[int, int], Box], size: Size
 
 
 def fitted(raw: Mapping[str, Any], size: Size, how: str, columns: Columns = ()) -> dict[str, Any]:
-    """Returns what a source's `raw` gives, decoded and fitted, with the labels that follow its geometry.
+    """Returns an item of a source's `raw`, decoded and fitted, with the labels that follow.
 
     Args:
-      raw: "image" as it is stored, "where", and labels that fit the stored image once it is upright.
+      raw: "image" as it is stored, "where", and labels that fit the stored image once it is
+        upright.
       size: (height, width) that is wanted.
       how: a way of `drep_jax.data.fits.transform_of_fit`.
       columns: label columns that follow the image; with none, the labels are left alone.
@@ -149,14 +151,15 @@ def stored_size(encoded: bytes | str | os.PathLike, where: str) -> Size:
     """
     with _reading(where), Image.open(_opened(encoded)) as image:
         width, height = image.size
-        # Pillow decodes a whole PNG to find EXIF behind the pixels; the names of the chunks tell whether there is any.
+        # Pillow decodes a whole PNG to find EXIF behind the pixels; the names of the chunks tell
+        # whether there is any.
         if image.format == "PNG" and "exif" not in image.info and not _has_late_text(encoded):
             return height, width
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
-    """Turns a decoded image, (H, W) or (H, W, 1, 3 or 4) of uint8 or uint16 grey, into uint8 (H, W, 3)."""
+    """Returns a decoded image, (H, W) or (H, W, 1, 3 or 4), gray or RGB, as uint8 (H, W, 3)."""
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     try:
         return _rgb(Image.fromarray(array), where)
@@ -236,10 +239,10 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _sixteen_bit(grey: np.ndarray, where: str) -> np.ndarray:
-    if grey.min() < 0 or grey.max() > 65535:
+def _sixteen_bit(gray: np.ndarray, where: str) -> np.ndarray:
+    if gray.min() < 0 or gray.max() > 65535:
         raise DataError(
-            f"{where} has pixels from {grey.min()} to {grey.max()}, beyond 16 bits. Save it with 8 or 16 bits."
+            f"{where} has pixels from {gray.min()} to {gray.max()}, beyond 16 bits. Save it with 8 or 16 bits."
         )
-    eight_bit = np.round(grey.astype(np.float32) / 257).astype(np.uint8)
+    eight_bit = np.round(gray.astype(np.float32) / 257).astype(np.uint8)
     return np.repeat(eight_bit[:, :, None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""The UCI handwritten digits shipped in scikit-learn: 1,797 real 8 x 8 images, without a download."""
+"""The UCI handwritten digits of scikit-learn: 1,797 real 8 x 8 images, without a download."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ class DigitsSource:
     def __init__(self, split: str, image_size: tuple[int, int] = (8, 8), resize: str = "crop") -> None:
         from sklearn.datasets import load_digits  # takes a second to import
 
-        grey, labels = load_digits(return_X_y=True)
+        gray, labels = load_digits(return_X_y=True)
         chosen = split_indices(labels)[split]
-        images = np.round(grey[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8).repeat(3, axis=3)
+        images = np.round(gray[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8).repeat(3, axis=3)
         self.name = "digits"
         self.num_classes: int | None = 10
         self.class_names: tuple[str, ...] | None = tuple("0123456789")
@@ -37,7 +37,7 @@ class DigitsSource:
 
 
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns, for each split, which of the 1,797 digits it holds: disjoint, stratified by class, always the same."""
+    """Returns the indices of each split: disjoint, stratified by class, always the same."""
     from sklearn.model_selection import train_test_split
 
     everything = np.arange(len(labels))

@@ -15,15 +15,15 @@ def transform_of_fit(size: Size, target: Size, how: str, where: str = "image") -
     Args:
       size: (height, width) of the image in pixels.
       target: (height, width) that is wanted.
-      how: one of
-        `crop`: scales until the image just covers the target and cuts out the center;
-        `crop:S`: the same for a target 1/S times as large, so that the fraction S of the short side is kept
-        (`crop:0.875`: 256 to 224);
-        `squash`: scales both sides;
-        `exact`: refuses any other size;
-        `pad`: scales until the image just fits into the target, and pads it at the bottom and on the right;
-        `keep`: leaves the size, whatever the target;
-        `keep:M`: the same, padded at the bottom and on the right up to multiples of M pixels.
+      how: one of these.
+        `crop` scales until the image just covers the target, and cuts out the center.
+        `crop:S` does so for a target 1/S times as large, so that the fraction S of the short side
+        is kept (`crop:0.875`: 256 to 224).
+        `squash` scales both sides.
+        `exact` refuses any other size.
+        `pad` scales until the image just fits into the target, and pads it below and on the right.
+        `keep` leaves the size, whatever the target.
+        `keep:M` pads it below and on the right, up to multiples of M pixels.
       where: what to call the image in messages.
 
     Raises:
@@ -35,7 +35,7 @@ def transform_of_fit(size: Size, target: Size, how: str, where: str = "image") -
 
 
 def parse_fit(how: str) -> tuple[str, float]:
-    """Returns a way of fitting and its number: the fraction of the short side, or the multiple; 1 where none is given.
+    """Returns a way of fitting and its number: the fraction kept or the multiple, 1 by default.
 
     Raises:
       ConfigError: for an unknown way, or a number that it does not take.

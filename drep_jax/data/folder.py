@@ -17,7 +17,7 @@ LAYOUTS = "DIR/SPLIT/CLASS/IMAGE, DIR/CLASS/IMAGE, DIR/SPLIT/IMAGE or DIR/IMAGE"
 
 
 class FolderSource:
-    """One split of a folder of images, read when asked for."""
+    """One split of a folder of images, read on demand."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class FolderSource:
         return fitted_size(self.raw(index), self.image_size, self.resize)
 
     def raw(self, index: int) -> dict[str, Any]:
-        """Returns the file of an image instead of its pixels, with "where", what to call it, and "label"."""
+        """Returns an item with the file of its image, and "where", what to call it."""
         raw: dict[str, Any] = {"image": self.files[index], "where": str(self.files[index])}
         return raw if self._labels is None else {**raw, "label": self._labels[index]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What lies directly in a folder, in the order of the names, and how much was passed over."""
+    """Images and folders directly in a folder, by name, and the count of ignored entries."""
 
     images: list[Path]
     folders: list[Path]
@@ -70,7 +70,8 @@ def open_folder(
     """Opens `folder:DIR`.
 
     Raises:
-      DataError: when there is no such directory, no image in it, an empty class folder, or two layouts at once.
+      DataError: when there is no such directory, no image in it, an empty class folder, or two
+        layouts at once.
     """
     del data_dir
     if not argument:
@@ -82,7 +83,8 @@ def open_folder(
     part = plan(stored, split, str(root))
     base = stored[part.stored]
     images, ignored = list_images(base)
-    # Over all splits, so that a class which one of them lacks does not shift the labels of the others.
+    # Over all splits, so that a class which one of them lacks does not shift the labels of the
+    # others.
     class_names = tuple(sorted({name for folder in stored.values() for name in class_folders(folder)}))
     chosen = [(file, name) for file, name in images if part.start <= tenth(file.relative_to(base)) < part.stop]
     if not chosen:
@@ -103,46 +105,47 @@ def open_folder(
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Returns the folders of `root` that hold a split (`val` means validation); none when there are no such folders.
+    """Returns the folders of `root` that hold a split, by its name; `val` means validation.
 
     Raises:
-      DataError: when other images lie beside them, or a split is there twice.
+      DataError: when there are other images next to them, or a split is there twice.
     """
     listing = scan(root)
-    found: dict[str, Path] = {}
+    splits: dict[str, Path] = {}
     for folder in listing.folders:
         name = "validation" if folder.name == "val" else folder.name
-        if name in found:
+        if name in splits:
             raise DataError(f'{root} has both a "val" and a "validation" folder. Keep one of them.')
         if name in SPLITS:
-            found[name] = folder
-    if not found:
+            splits[name] = folder
+    if not splits:
         return {}
-    strangers = [folder for folder in listing.folders if folder not in found.values() and holds_images(folder)]
+    strangers = [folder for folder in listing.folders if folder not in splits.values() and holds_images(folder)]
     if listing.images or strangers:
         raise DataError(
-            f"{root} mixes two layouts: beside the split folders {', '.join(sorted(found))} there are images in "
+            f"{root} mixes two layouts: beside the split folders {', '.join(sorted(splits))} there are images in "
             f"{', '.join(path.name for path in [*listing.images, *strangers][:5])}. Use one of {LAYOUTS}."
         )
-    return found
+    return splits
 
 
 def list_images(base: Path) -> tuple[list[tuple[Path, str | None]], int]:
-    """Lists the images of a flat folder, or of a folder of class folders, in the order of their names.
+    """Lists the images of a flat folder or of a folder of class folders, ordered by name.
 
     Returns:
-      Pairs of the file and its class (None in a flat folder), and how many entries were passed over.
+      Pairs of the file and its class (None in a flat folder), and how many entries were ignored.
 
     Raises:
-      DataError: when there are none, when a class folder is empty, or when images lie beside class folders.
+      DataError: when there are none, when a class folder is empty, or when there are images next to
+        class folders.
     """
     listing = scan(base)
     if listing.images:
-        beside = [folder.name for folder in listing.folders if holds_images(folder)]
-        if beside:
+        mixed = [folder.name for folder in listing.folders if holds_images(folder)]
+        if mixed:
             raise DataError(
                 f"{base} mixes two layouts: {listing.images[0].name} lies beside folders of images "
-                f"({', '.join(beside[:5])}). Use one of {LAYOUTS}."
+                f"({', '.join(mixed[:5])}). Use one of {LAYOUTS}."
             )
         return [(file, None) for file in listing.images], listing.ignored + len(listing.folders)
     classes = [scan(folder) for folder in listing.folders]
@@ -166,14 +169,14 @@ def class_folders(base: Path) -> list[str]:
 
 
 def tenth(path: Path) -> int:
-    """Returns which tenth, 0 to 9, an image belongs to: by a hash of its path, so that new images move no old one."""
+    """Returns the tenth, 0 to 9, of an image by its path: new images move no old one."""
     return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") % 10
 
 
 def scan(folder: Path) -> Listing:
-    """Lists what lies directly in a folder; hidden entries and files that are not images are only counted."""
+    """Lists the images and folders directly in a folder; other entries are only counted."""
     images, folders, ignored = [], [], 0
-    with os.scandir(folder) as entries:  # it knows files from folders without one look-up an entry
+    with os.scandir(folder) as entries:  # tells files from folders without a system call an entry
         for entry in sorted(entries, key=lambda entry: entry.name):  # file systems list in any order
             if entry.name.startswith("."):
                 ignored += 1

@@ -1,12 +1,14 @@
-"""`Transform`: where every pixel of an image goes, as one value that is applied to the image and to its labels.
+"""`Transform`: where every pixel of an image goes, as one value for the image and its labels.
 
 Conventions:
 - Sizes are (height, width) in pixels.
 - The pixel in row i and column j covers [i, i + 1) × [j, j + 1); its center is at (i + ½, j + ½).
-- Boxes are (x0, y0, x1, y1) and points (x, y), in the same continuous coordinates: pixel j alone is the span [j, j + 1].
+- Boxes are (x0, y0, x1, y1) and points (x, y), in the same continuous coordinates: pixel j alone is
+  the span [j, j + 1].
 - An image is the upright one that `drep_jax.data.decode` returns; labels belong to that.
 
-A transform is a list of steps, see `drep_jax.data.steps`; its inverse is the list of the steps back.
+A transform is a list of steps, see `drep_jax.data.steps`; its inverse is the list of the steps
+back.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ IGNORED = 255
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Where the pixels of an image go: steps one after another, made once an image and applied to it and to its labels.
+    """Where the pixels of an image go: steps, made once an image, for it and for its labels.
 
     >>> t = Transform((4, 6)).resize((8, 12)).crop(0, 2, 8, 8).flip()
     >>> t.size_out
@@ -113,7 +115,7 @@ class Transform:
         return self.window(-top, -left, height + top + bottom, width + left + right)
 
     def shift(self, down: int, right: int) -> "Transform":
-        """Adds a shift by whole pixels: what leaves the image is lost, what comes in shows nothing."""
+        """Adds a shift by whole pixels; what leaves the image is lost, what comes in is fill."""
         return self.window(-down, -right, *self.size_out)
 
     def then(self, other: "Transform") -> "Transform":
@@ -131,8 +133,8 @@ class Transform:
     def inverse(self) -> "Transform":
         """Returns the way back, from what comes out to the image as it was.
 
-        Points and boxes come back exactly, up to the rounding of float64. Of maps, what a crop has cut away shows
-        nothing and gets the fill value; what a resize has taken is interpolated.
+        Points and boxes come back exactly, up to the rounding of float64. Of maps, what a crop has
+        cut away shows nothing and gets the fill value; what a resize has taken is interpolated.
         """
         back, size = [], self.size_in
         for step in self.steps:
@@ -204,12 +206,12 @@ class Transform:
 
         Args:
           boxes: (m, 4), x0, y0, x1, y1 with x0 ≤ x1 and y0 ≤ y1.
-          clip: whether boxes are cut at the borders of the image before and after each step; with False, what lies
-            outside stays, as `points` does it.
+          clip: whether boxes are cut at the borders of the image before and after each step; with
+            False, what lies outside stays, as `points` does it.
 
         Returns:
-          float64 (m, 4), all boxes; and bool (m,), true for those of positive width and height. What else is known of
-          the same objects is to be kept by the same mask.
+          float64 (m, 4), all boxes; and bool (m,), true for those of positive width and height.
+          What else is known of the same objects is to be kept by the same mask.
         """
         boxes, size = np.asarray(boxes, np.float64).reshape(-1, 4), self.size_in
         boxes = _clipped(boxes, size) if clip else boxes
@@ -222,10 +224,11 @@ class Transform:
     # As a row of a batch ----------------------------------------------------------------------------------------------
 
     def row(self) -> np.ndarray:
-        """Returns it as int32 (42,), from which `from_row` makes it again, so that it travels in a batch.
+        """Returns it as int32 (42,), which travels in a batch; `from_row` is the way back.
 
-        Whole numbers, since all of a transform's parameters are: a float64 column would be rounded to float32 on the way
-        through JAX. The first two are `size_in`; each step has five: its kind and its parameters.
+        Whole numbers, since all of a transform's parameters are: a float64 column would be rounded
+        to float32 on the way through JAX. The first two are `size_in`; each step has five: its kind
+        and its parameters.
 
         Raises:
           DataError: for more steps than fit.
@@ -241,14 +244,23 @@ class Transform:
 
     @classmethod
     def from_row(cls, row: Sequence[int] | np.ndarray) -> "Transform":
-        """Returns the transform that `row` describes; of a row of zeros, which is padding, one of a (0, 0) image."""
-        height, width, *rest = np.asarray(row).tolist()
+        """Returns the transform of a row; of zeros, which are padding, that of a (0, 0) image.
+
+        Raises:
+          DataError: for numbers that `row` does not give.
+        """
+        numbers = np.asarray(row).astype(np.int64)
+        kinds = set(numbers[2::STEP_NUMBERS].tolist()) if numbers.shape == (ROW,) else {-1}
+        if not kinds <= {0, *KINDS}:
+            raise DataError(
+                f"Expected {ROW} numbers, as `Transform.row` gives them; got an array of shape {numbers.shape}."
+            )
         steps = []
-        for kind, *values in np.reshape(rest, (MOST_STEPS, STEP_NUMBERS)).tolist():
+        for kind, *values in numbers[2:].reshape(MOST_STEPS, STEP_NUMBERS).tolist():
             if kind:
                 step = KINDS[kind]
                 steps.append(step(*values[: len(dataclasses.fields(step))]))
-        return cls((height, width), tuple(steps))
+        return cls((int(numbers[0]), int(numbers[1])), tuple(steps))
 
     def _and(self, step: Step) -> "Transform":
         return Transform(self.size_in, (*self.steps, step))

@@ -1,4 +1,4 @@
-"""Data sets in the IDX files of MNIST and Fashion-MNIST (`train-images-idx3-ubyte`, …), gzipped or not."""
+"""Data sets in the IDX files of MNIST and Fashion-MNIST (`train-images-idx3-ubyte`, …)."""
 
 import gzip
 import os
@@ -16,7 +16,7 @@ UBYTE = 0x08
 
 
 def open_idx(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> ArraySource:
-    """Opens `idx:DIR`, DIR absolute or inside `data_dir`; the last tenth of the training images serves as validation.
+    """Opens `idx:DIR`, DIR absolute or inside `data_dir`; validation is the last tenth of train.
 
     Raises:
       DataError: when a file is absent, damaged, or holds something else.
@@ -57,7 +57,7 @@ def read_idx(path: str, rank: int) -> np.ndarray:
         raise DataError(f"{path} cannot be read: {error}.") from error
     head = 4 + 4 * rank
     if len(content) < head or content[:4] != bytes([0, 0, UBYTE, rank]):
-        raise DataError(f"{path} is no IDX file of bytes with {rank} dimension(s).")
+        raise DataError(f"{path} is not an IDX file of bytes with {rank} dimension(s).")
     shape = struct.unpack(f">{rank}I", content[4:head])
     if len(content) != head + int(np.prod(shape)):
         raise DataError(f"{path} is truncated: {len(content) - head} bytes of data, expected {int(np.prod(shape))}.")

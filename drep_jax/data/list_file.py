@@ -1,4 +1,4 @@
-"""Images named in a text file: lines of `path label`, or CSV with a header `path,label,split`; labels are optional."""
+"""Images named in a text file: lines of `path label`, or CSV with a header `path,label,split`."""
 
 import csv
 import shlex
@@ -16,7 +16,7 @@ MOST_CLASSES = 1_000_000
 
 
 class Entry(NamedTuple):
-    """One line: where it stands, the image as written, its label and its split, if they are given."""
+    """One line: its number, the image as written, its label and its split, if they are given."""
 
     line: int
     path: str
@@ -27,9 +27,10 @@ class Entry(NamedTuple):
 def open_list(
     argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None
 ) -> FolderSource:
-    """Opens `list:FILE`; FILE, and the paths in it, are absolute or relative: FILE to `data_dir`, the paths to FILE.
+    """Opens `list:FILE`; FILE may be relative to `data_dir`, the paths in it to FILE.
 
-    Without a column of splits, 80 % are train, 10 % validation and 10 % test, by a hash of the path as written.
+    Without a column of splits, 80 % are train, 10 % validation and 10 % test, by a hash of the path
+    as written.
 
     Raises:
       DataError: naming the line that cannot be used.
@@ -38,7 +39,8 @@ def open_list(
         raise ConfigError('The data source "list" needs a file: "list:FILE".')
     file = Path(data_dir or "").expanduser() / Path(argument).expanduser()
     entries = read_list(file)
-    # Over all splits, so that a class which one of them lacks does not shift the labels of the others.
+    # Over all splits, so that a class which one of them lacks does not shift the labels of the
+    # others.
     class_names = _classes(file, entries)
     stored = {entry.split or "train" for entry in entries}
     part = plan(stored, split, str(file))
@@ -158,7 +160,7 @@ def _from_csv(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
 
 
 def _classes(file: Path, entries: Sequence[Entry]) -> tuple[str, ...] | None:
-    """Returns the class names in the order of the labels: numbers name themselves from 0 on, names are sorted."""
+    """Returns the class names in the order of the labels: the numbers from 0, or sorted names."""
     labels = {entry.label for entry in entries if entry.label is not None}
     if not labels:
         return None

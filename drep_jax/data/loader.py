@@ -1,4 +1,7 @@
-"""Batches of a source, read ahead by grain. Batch n depends on (source, seed, n) alone, so that runs can be resumed."""
+"""Batches of a source, read ahead by grain.
+
+Batch n depends on (source, seed, n) alone, so that runs can be resumed.
+"""
 
 import dataclasses
 import functools
@@ -47,30 +50,33 @@ def training_batches(
     order: Order | None = None,
     columns: Columns = (),
 ) -> Iterator[Batch]:
-    """Yields batches for ever: each epoch in a new order, and flowing into the next, so that no image is dropped.
+    """Yields batches for ever: epochs in new orders, one flowing into the next, so none is cut.
 
     Args:
       source: images, all fitted to one size.
       batch_size: images a step, over all hosts.
       seed: of the order and the augmentation, at least 0.
       start_step: index of the first batch; the same as skipping that many.
-      num_threads: threads that read and decode, each a whole batch, and number of batches read ahead. None means 8, or 0
-        for a source that is in memory.
-      augmentation: of the images, drawn anew for each position in the endless stream. Labels follow its geometry.
+      num_threads: threads that read and decode, each a whole batch, and number of batches read
+        ahead. None means 8, or 0 for a source that is in memory.
+      augmentation: of the images, drawn anew for each position in the endless stream. Labels follow
+        its geometry.
       shard: (index, count) of the equal slices of every batch, one of which each host reads.
       order: of the images in each epoch; None for a permutation of all of them.
       columns: label columns that the task declares; any other holds one int32 an image.
 
     Returns:
-      An iterator over batches of `drep_jax.data.collate.collate` with "index", int32 (B,), the image's index in the
-      source: `{"image": uint8 (B, H, W, 3), "label": int32 (B,), "index": int32 (B,)}` where nothing is declared. "label"
-      is left out when the source is unlabeled. Mixup and cutmix add "label2", int32 (B,), and "share", float32 (B,): the
-      weight of "label", 1 − share being that of "label2".
+      An iterator over batches of `drep_jax.data.collate.collate` with "index", int32 (B,), the
+      image's index in the source. Where nothing is declared:
+      `{"image": uint8 (B, H, W, 3), "label": int32 (B,), "index": int32 (B,)}`, without "label" if
+      the source is unlabeled. Mixup and cutmix add "label2", int32 (B,), and "share", float32 (B,):
+      the weight of "label", 1 − share being that of "label2".
 
     Raises:
-      ConfigError: for a batch that cannot be divided so; for mixing images without labels; and for augmentation that
-        labels cannot follow.
-      DataError: when the source has fewer images than a batch; and, while reading, for an image that cannot be read.
+      ConfigError: for a batch that cannot be divided so; for mixing images without labels; and for
+        augmentation that labels cannot follow.
+      DataError: when the source has fewer images than a batch; and, while reading, for an image
+        that cannot be read.
     """
     rows = _rows(batch_size, shard)
     if len(source) < batch_size:
@@ -106,7 +112,7 @@ def evaluation_batches(
     columns: Columns = (),
     buckets: Sequence[Bucket] | None = None,
 ) -> Iterator[Batch]:
-    """Yields every image once, in order, or bucket by bucket; the last batch, or that of each bucket, is padded.
+    """Yields every image once, in order or bucket by bucket; last batches are padded.
 
     Args:
       source: images, of one size unless there are buckets.
@@ -114,13 +120,15 @@ def evaluation_batches(
       num_threads: as for `training_batches`.
       shard: as for `training_batches`.
       columns: as for `training_batches`.
-      buckets: of `drep_jax.data.buckets.make_buckets`, for images of several sizes: the images of one bucket after those
-        of another, padded to its shape. `drep_jax.data.buckets.restore_order` puts results in the order of the source.
+      buckets: of `drep_jax.data.buckets.make_buckets`, for images of several sizes: the images of
+        one bucket after those of another, padded to its shape.
+        `drep_jax.data.buckets.restore_order` puts results in the order of the source.
 
     Returns:
-      An iterator over batches as `training_batches` gives, with "mask", bool (B,): false on padding and on images
-      that cannot be read where the source tolerates that; their index is -1, their image and scalar labels are 0. With
-      buckets also "size", int32 (B, 2), the height and width of each image without padding.
+      An iterator over batches as `training_batches` gives, with "mask", bool (B,): false on padding
+      and on images that cannot be read where the source tolerates that; their index is -1, their
+      image and scalar labels are 0. With buckets also "size", int32 (B, 2), the height and width of
+      each image without padding.
     """
     rows = _rows(batch_size, shard)
     _check_capacity(columns, shard)
@@ -142,8 +150,8 @@ def evaluation_batches(
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the permutation of `range(size)`, int32, of one epoch.
 
-    It sorts a bit generator's raw words, because NumPy promises that those stay the same from one release to the next;
-    it does not promise this of `Generator.permutation`.
+    It sorts a bit generator's raw words, because NumPy promises that those stay the same from one
+    release to the next; it does not promise this of `Generator.permutation`.
     """
     words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     return np.argsort(words, kind="stable").astype(np.int32)

@@ -11,15 +11,15 @@ from drep_jax.errors import ConfigError, DataError
 
 
 class MergedSource:
-    """A virtual epoch of several sources: every image at least once, sources in the proportion of their weights.
+    """A virtual epoch of several sources: every image at least once, sources by their weights.
 
-    Its images are unlabelled, since the classes of one source mean nothing in another; an item tells its "origin", the number
-    of its source. Places are laid out evenly, so that any stretch of them holds every source in its share, to within one
-    image of each.
+    Its images are unlabeled, since the classes of one source mean nothing in another. The column
+    "origin" is the index of an image's source. Sources alternate evenly: any stretch of the epoch
+    holds each in proportion, to within one image.
 
     Attributes:
-      sources: the parts, in the order of `origin`.
-      shares: of the virtual epoch, which are the weights up to rounding.
+      sources: in the order of "origin".
+      shares: fraction of the virtual epoch that each source has; the weights, up to rounding.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
@@ -51,7 +51,7 @@ class MergedSource:
         return {"image": self.sources[origin][place]["image"], "origin": np.int32(origin)}
 
     def raw(self, index: int) -> dict[str, Any]:
-        """Returns an image as its source stores it, with "where" and "origin"."""
+        """Returns an item as its source stores it, with "where" and "origin"."""
         origin, place = self._at(index)
         raw = raw_item(self.sources[origin], place)
         return {"image": raw["image"], "where": raw["where"], "origin": np.int32(origin)}
@@ -67,7 +67,7 @@ class MergedSource:
 
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Returns how many places of a virtual epoch each source has: the fewest that show every image and keep the weights.
+    """Returns each source's images a virtual epoch: the fewest with every image and the weights.
 
     Args:
       sizes: images of each source, at least 1.
@@ -77,7 +77,8 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
       Whole numbers, at least the sizes, each within one of weight / Σ weights of their sum.
 
     Raises:
-      ConfigError: for weights that are no positive numbers, or so uneven that a virtual epoch would not end.
+      ConfigError: for weights that are not positive numbers, or so uneven that a virtual epoch
+        would not end.
     """
     if len(weights) != len(sizes) or not all(
         isinstance(weight, int | float) and math.isfinite(weight) and weight > 0 for weight in weights
@@ -88,7 +89,7 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     if needed > MOST_PLACES:
         raise ConfigError(
             f"data.merge: with the weights {tuple(weights)} a pass over every one of {tuple(sizes)} images takes "
-            f"{needed:.3g} places, more than {MOST_PLACES:,}. Take weights that are less uneven."
+            f"{needed:.3g} steps, more than {MOST_PLACES:,}. Take weights that are less uneven."
         )
     length = math.ceil(needed - 1e-6)  # not one more for what rounding adds
     exact = [length * weight / total for weight in weights]
@@ -99,7 +100,7 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def layout(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, for each place of the virtual epoch, its source and the how-manieth of that source it is, both int32.
+    """Returns, for each place of an epoch, the index of its source and its rank within that source.
 
     The j-th of a source's n places lies at (j + ½) / n of the epoch.
     """
@@ -111,4 +112,4 @@ def layout(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 MOST_PLACES = 100_000_000
-"""Places of a virtual epoch, whose layout is held in memory."""
+"""Largest virtual epoch, since its layout is held in memory."""

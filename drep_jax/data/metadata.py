@@ -1,4 +1,4 @@
-"""What is known of a source's images without reading them: identity, camera, view, and what is a query and in the gallery."""
+"""Columns of a source that need no decoding, such as identity and camera; and its protocol."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from drep_jax.metrics.protocol import Protocol
 
 
 def table_of(source: Source, index: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Returns the columns of a source, {name: int32 (n,)}; none of a source that is not for re-identification.
+    """Returns the columns of a source for re-identification, {name: int32 (n,)}, or {}.
 
     Args:
       source: the images.
-      index: numbers of those that are wanted; None for all.
+      index: which images; None for all.
     """
     table = getattr(source, "table", {})
     return table if index is None else {name: column[index] for name, column in table.items()}

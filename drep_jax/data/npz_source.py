@@ -1,8 +1,8 @@
-"""Images in NumPy files, held in memory: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, or one `FILE.npz`.
+"""Images in NumPy files: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, or one `FILE.npz`.
 
-A file may have `labels` (N,), numbers from 0 or names, and has either `images`, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3),
-or pictures `webp_00`, `webp_01`, …, each a
-`grid` of (rows, columns) images in row-major order.
+A file has either `images`, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), or pictures `webp_00`,
+`webp_01`, …, each a `grid` of (rows, columns) images in row-major order. It may have `labels` (N,),
+numbers from 0 or names.
 """
 
 import os
@@ -55,22 +55,25 @@ def cut(
     image_size: tuple[int, int],
     resize: str,
 ) -> ArraySource:
-    """Returns the part of the stored arrays that serves as a split, resized; tenths are taken in stored order."""
+    """Returns the tenths of the stored arrays, in stored order, that serve as a split."""
     start, stop = (len(images) * tenth // 10 for tenth in (part.start, part.stop))
     chosen = images[start:stop]
     if chosen.shape[1:] != (*image_size, 3):
         chosen = np.stack(
             [fit(as_rgb(image, f"{name} {i}"), image_size, resize, f"{name} {i}") for i, image in enumerate(chosen)]
         )
-    kept = None if labels is None else labels[start:stop].astype(np.int32)
-    return ArraySource(name, chosen, kept, class_names, part.note)
+    chosen_labels = None if labels is None else labels[start:stop].astype(np.int32)
+    return ArraySource(name, chosen, chosen_labels, class_names, part.note)
 
 
 def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> ArraySource:
-    """Opens `npz:NAME`: NAME_train.npz, NAME_validation.npz, NAME_test.npz in `data_dir` or in $DREP_DATA; or NAME is a path.
+    """Opens `npz:NAME`, the files NAME_train.npz, NAME_validation.npz, NAME_test.npz.
 
-    `npz:FILE.npz` is one file, whose path may be relative to `data_dir`. Of ten images in a row the first eight are train,
-    then one is validation and one test, so that a file sorted by class has all classes in each.
+    They are in `data_dir` or in $DREP_DATA, or NAME is a path.
+
+    `npz:FILE.npz` is one file, whose path may be relative to `data_dir`. Of every ten images the
+    first eight are train, one is validation and one test, so that a file sorted by class has all
+    classes in each.
 
     Raises:
       DataError: when there is no such file, or it does not hold images and labels that fit.
@@ -108,12 +111,12 @@ def _open_file(
             f"{path} holds {len(images)} images, none of which falls into the {split} part. Give at least 10."
         )
     whole = Part(part.stored, note=part.note)
-    kept = None if labels is None else labels[chosen]
-    return cut(f"npz:{argument}", whole, images[chosen], kept, names, image_size, resize)
+    chosen_labels = None if labels is None else labels[chosen]
+    return cut(f"npz:{argument}", whole, images[chosen], chosen_labels, names, image_size, resize)
 
 
 def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
-    """Returns images, labels and class names of one part of a file; pictures outside the part are not decoded.
+    """Returns images, labels and class names of one part of a file; the rest is not decoded.
 
     Raises:
       DataError: naming the file and what is wrong with it.
@@ -164,8 +167,8 @@ def _numbered(
         return np.array([names.index(name) for name in labels.tolist()], np.int32), names
     most = MOST_CLASSES if classes is None else len(classes)
     if labels.dtype.kind not in "iu" or (count and not 0 <= labels.min() <= labels.max() < most):
-        found = f"{labels.dtype} from {labels.min()} to {labels.max()}" if count else f"{labels.dtype}"
-        raise DataError(f"{path}: labels are {found}; expected whole numbers from 0, below {most:,}, or names.")
+        actual = f"{labels.dtype} from {labels.min()} to {labels.max()}" if count else f"{labels.dtype}"
+        raise DataError(f"{path}: labels are {actual}; expected whole numbers from 0, below {most:,}, or names.")
     return labels, classes or tuple(map(str, range(int(labels.max()) + 1)))
 
 

@@ -1,4 +1,4 @@
-"""Pairs of a clean and a corrupted picture of the same scene: DIR/clean/NAME and DIR/corrupted/NAME."""
+"""Pairs of a clean and a corrupted image of a scene: DIR/clean/NAME and DIR/corrupted/NAME."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ SHOWN = 3
 
 
 class PairedSource:
-    """Pairs of images in the order of their names, read when asked for.
+    """Pairs of images in the order of their names, read on demand.
 
     Attributes:
-      name: what the user asked for.
+      name: as the user gave it.
       names: of the files, relative to the two folders.
     """
 
@@ -44,20 +44,21 @@ class PairedSource:
 
 
 def open_pairs(directory: str, image_size: tuple[int, int], resize: str = "crop") -> PairedSource:
-    """Opens a folder of pairs; the first pair is read at once, so that pairs that do not fit are found early.
+    """Opens a folder of pairs. The first pair is read at once, so that a wrong folder fails early.
 
     Args:
-      directory: has the folders `clean` and `corrupted`, which hold images of the same names, in the same folders
-        below them if any.
-      image_size: (height, width) in pixels of every image that the source returns.
-      resize: `crop`, `squash` or `exact`, see `drep_jax.data.decode.fit`; done to both of a pair alike.
+      directory: with the folders `clean` and `corrupted`, which hold images of the same names, in
+        the same subfolders.
+      image_size: (height, width) in pixels of every image that the source gives.
+      resize: a way of `drep_jax.data.fits.transform_of_fit`, the same for both images of a pair.
 
     Returns:
       A source of `{"clean": uint8 (height, width, 3), "corrupted": likewise}`.
 
     Raises:
-      ConfigError: for an image size or a way of resizing that does not exist.
-      DataError: when a folder is absent or empty, an image has no partner, or the first pair cannot be read.
+      ConfigError: for an image size below 1, or an unknown way of resizing.
+      DataError: when a folder is absent or empty, an image has no partner, or the first pair cannot
+        be read.
     """
     parse_fit(resize)
     if len(image_size) != 2 or min(image_size) < 1:

@@ -1,6 +1,7 @@
 """Prepares a data set for TFDS: `python -m drep_jax.data.prepare NAME`.
 
-Those of the TFDS catalogue need TensorFlow for it; those for re-identification are made from `--manual_dir` without.
+Data sets of the TFDS catalog need TensorFlow for it. Those for re-identification are made from
+`--manual_dir` without.
 """
 
 import argparse
@@ -17,19 +18,20 @@ from drep_jax.errors import ConfigError, DataError, DrepError, did_you_mean
 
 
 def prepare(argument: str, data_dir: str | None = None, manual_dir: str | None = None) -> str:
-    """Writes a data set as array_record, unless that has been done; those of the catalogue are downloaded for it.
+    """Writes a data set as array_record, unless it is there; those of the catalog are downloaded.
 
     Args:
-      argument: NAME or NAME/CONFIG in the catalogue, or of a data set for re-identification.
+      argument: NAME or NAME/CONFIG of a data set in the catalog or for re-identification.
       data_dir: where data sets are kept; None means TFDS_DATA_DIR or ~/tensorflow_datasets.
-      manual_dir: the unpacked original of a data set for re-identification; None for those of the catalogue.
+      manual_dir: the unpacked original of a data set for re-identification; None for the catalog.
 
     Returns:
-      What is there now, as text.
+      A text that says what is there now and how to read it.
 
     Raises:
-      ConfigError: for a name that is unknown.
-      DataError: without TensorFlow where it is needed, without files that must be put there by hand, or when preparing fails.
+      ConfigError: for an unknown name.
+      DataError: without TensorFlow where it is needed, without files that must be put there by
+        hand, or when preparing fails.
     """
     import tensorflow_datasets as tfds
 
@@ -40,12 +42,12 @@ def prepare(argument: str, data_dir: str | None = None, manual_dir: str | None =
     if name in READERS and not name.startswith("reid_"):
         return _prepare_reid(name, config, root, manual_dir)
     if manual_dir is not None:
-        raise ConfigError(f'--manual_dir is for data sets for re-identification; "{name}" is none of them.')
+        raise ConfigError(f'--manual_dir is for data sets for re-identification, which "{name}" is not.')
     if prepared_folder(root, name, config) is None:
-        catalogue = tfds.list_builders(with_community_datasets=False)
-        if name not in catalogue:
-            known = [*catalogue, *(reader for reader in READERS if not reader.startswith("reid_"))]
-            raise ConfigError(f'"{name}" is not in the TFDS catalogue.{did_you_mean(name, known)}')
+        catalog = tfds.list_builders(with_community_datasets=False)
+        if name not in catalog:
+            known = [*catalog, *(reader for reader in READERS if not reader.startswith("reid_"))]
+            raise ConfigError(f'"{name}" is not in the TFDS catalog.{did_you_mean(name, known)}')
         _check_files(name, root)
         if importlib.util.find_spec("tensorflow") is None:
             raise DataError(
@@ -56,7 +58,7 @@ def prepare(argument: str, data_dir: str | None = None, manual_dir: str | None =
             tfds.builder(argument, data_dir=str(root)).download_and_prepare(file_format=FORMAT)
         except Exception as error:  # TFDS, TensorFlow and the network raise their own kinds
             raise DataError(f'Preparing "{argument}" in {root} failed: {type(error).__name__}: {error}') from error
-    return _told(root, name, config, f"tfds:{argument}")
+    return _summary(root, name, config, f"tfds:{argument}")
 
 
 def _prepare_reid(name: str, config: str, root: Path, manual_dir: str | None) -> str:
@@ -78,15 +80,15 @@ def _prepare_reid(name: str, config: str, root: Path, manual_dir: str | None) ->
         made = builder(data_dir=str(root), config=config or None)
         made.download_and_prepare(download_config=download, file_format=FORMAT)
     argument = f"{name}/{config}" if config else name
-    return _told(root, name, config, f"reid_tfds:{argument}")
+    return _summary(root, name, config, f"reid_tfds:{argument}")
 
 
-def _told(root: Path, name: str, config: str, source: str) -> str:
+def _summary(root: Path, name: str, config: str, source: str) -> str:
     import tensorflow_datasets as tfds
 
     folder = prepared_folder(root, name, config)
     if folder is None:
-        raise DataError(f'TFDS prepared "{name}", but no version of it is to be found in {root / name}.')
+        raise DataError(f'TFDS prepared "{name}", but there is no version of it in {root / name}.')
     info = tfds.builder_from_directory(str(folder)).info
     splits = ", ".join(f"{split} {part.num_examples}" for split, part in info.splits.items())
     return (
@@ -107,7 +109,7 @@ def _check_files(name: str, root: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m drep_jax.data.prepare", description=__doc__)
-    parser.add_argument("name", help="NAME or NAME/CONFIG, such as cifar10 of the TFDS catalogue, or market1501")
+    parser.add_argument("name", help="NAME or NAME/CONFIG, such as cifar10 of the TFDS catalog, or market1501")
     parser.add_argument("--data_dir", default=None, help="by default TFDS_DATA_DIR or ~/tensorflow_datasets")
     parser.add_argument("--manual_dir", default=None, help="for re-identification: the unpacked original")
     options = parser.parse_args(arguments)

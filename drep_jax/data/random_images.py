@@ -1,4 +1,4 @@
-"""Random pixels and labels, made when asked for: for dry runs and timing only."""
+"""Random pixels and labels, made on demand: for dry runs and timing only."""
 
 import zlib
 from typing import Any
@@ -39,7 +39,7 @@ def open_random(
     argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None
 ) -> RandomSource:
     """Opens `random:COUNT[:CLASSES]`."""
-    del resize, data_dir  # images are made in the size asked for
+    del resize, data_dir  # images are made in the wanted size
     count, _, classes = argument.partition(":")
     numbers = [count, classes or str(DEFAULT_CLASSES)]
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):

@@ -1,4 +1,4 @@
-"""How pixels are read at another size: Pillow's filters for images, nearest for label maps, bilinear for predictions."""
+"""Resampling: Pillow's filters for images, nearest for label maps, bilinear for predictions."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ Resample = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 def bicubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes with Pillow's bicubic filter, antialiased where the image shrinks: how the project fits images.
+    """Resizes with Pillow's bicubic filter, antialiased where the image shrinks.
 
     Args:
       image: uint8 (H, W) or (H, W, 3).
@@ -30,8 +30,8 @@ def antialiased_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray
 def nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Gives each pixel the value of the input pixel that its center falls into.
 
-    Row i of `height` has its center at (i + ½) · H / height, so it reads row ⌊(2i + 1) · H / (2 · height)⌋. The
-    arithmetic is in integers, so the result is the same on every machine.
+    Row i of `height` has its center at (i + ½) · H / height, so it reads row ⌊(2i + 1) · H / (2 ·
+    height)⌋. The arithmetic is in integers, so the result is the same on every machine.
 
     Args:
       array: (H, W, …) of any dtype.
@@ -48,7 +48,7 @@ def nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def bilinear(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Interpolates between pixel centers, without antialiasing; beyond the outermost centers values are constant.
+    """Interpolates between pixel centers, without antialiasing; constant beyond the outermost.
 
     It is what PyTorch's `interpolate(..., mode="bilinear", align_corners=False)` computes.
 

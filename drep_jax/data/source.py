@@ -14,19 +14,21 @@ class Source(Protocol):
       name: as the user gave it, for messages and reports.
       num_classes: number of classes; None when the images are unlabeled.
       class_names: one name a class, in the order of the labels; None when there are none.
-      note: what the user should know about how the images were found or split; None when there is nothing to say.
+      note: what the user should know about how the images were found or split; None when there is
+        nothing to say.
 
     Optional, for what a source can do besides:
       in_memory: true where images need no reading or decoding; they are then read without threads.
-      raw(index): the item as it is stored: "image" is bytes, a path, or a decoded array; "where" is what to call it;
-        labels with geometry fit the stored image once it is upright. With it go `image_size`, (height, width), and
-        `resize`, a way of `drep_jax.data.fits`. Random resized crops are taken of the whole stored image, and labels
-        follow the geometry from there.
-      size_of(index): (height, width) of the item's image without decoding it, where sizes differ; (0, 0) where it cannot
-        be read.
+      raw(index): the item as it is stored: "image" is bytes, a path, or a decoded array; "where" is
+        what to call it; labels with geometry fit the stored image once it is upright. With it go
+        `image_size`, (height, width), and `resize`, a way of `drep_jax.data.fits`. Random resized
+        crops are taken of the whole stored image, and labels follow the geometry from there.
+      size_of(index): (height, width) of the item's image without decoding it, where sizes differ;
+        (0, 0) where it cannot be read.
 
-    A source for re-identification also has `table`, the columns of its items without the images, int32 (n,) by name,
-    without decoding; `protocol`, how it is evaluated; and `cameras` and `views`, the numbers of those in its data set.
+    A source for re-identification also has `table`, the columns of its items without the images,
+    int32 (n,) by name, without decoding; `protocol`, how it is evaluated; and `cameras` and
+    `views`, the numbers of those in its data set.
     """
 
     name: str
@@ -39,7 +41,7 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns `{"image": uint8 (H, W, 3), "label": int32 scalar}`, without "label" when it is unlabeled.
+        """Returns `{"image": uint8 (H, W, 3), "label": int32 scalar}`; "label" is optional.
 
         Labels of another form are those that a task declares, see `drep_jax.data.columns`.
         """
@@ -47,7 +49,7 @@ class Source(Protocol):
 
 
 def raw_item(source: Any, index: int) -> dict[str, Any]:
-    """Returns an item as it is stored, with "where"; of a source that keeps fitted images only, the fitted one."""
+    """Returns an item as it is stored, with "where"; the fitted one if a source has no other."""
     if hasattr(source, "raw"):
         return source.raw(index)
     return {**source[index], "where": f"{source.name}, image {index}"}
@@ -62,12 +64,12 @@ def image_size_of(source: Any) -> tuple[int, int]:
 
 
 def fit_of(source: Any) -> str:
-    """Returns how the stored images of a source get their size; "keep" where they are stored fitted."""
+    """Returns how stored images of a source are fitted; "keep" where they are stored fitted."""
     return getattr(source, "resize", "keep")
 
 
 def size_of(source: Any, index: int) -> tuple[int, int]:
-    """Returns (height, width) of one image as the source gives it, without decoding; (0, 0) if it cannot be read."""
+    """Returns (height, width) of an image without decoding it; (0, 0) if it cannot be read."""
     return source.size_of(index) if hasattr(source, "size_of") else image_size_of(source)
 
 

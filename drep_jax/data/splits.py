@@ -1,4 +1,4 @@
-"""Which part of which stored split serves as train, validation or test: the one rule for folders and for TFDS."""
+"""Which part of which stored split is train, validation or test: one rule for all sources."""
 
 import dataclasses
 from collections.abc import Collection
@@ -10,7 +10,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The tenths [start, stop) of the stored split `stored`, and what to tell the user about it."""
+    """The tenths [start, stop) of a stored split, and what the user should know about it."""
 
     stored: str
     start: int = 0
@@ -27,12 +27,12 @@ def check_split(split: str) -> None:
 def plan(stored: Collection[str], split: str, where: str) -> Part:
     """Returns the images that serve as `split`; the three parts of one data set never overlap.
 
-    A missing test split is the stored validation split. A missing validation split (or one that had to serve as test)
-    is a tenth of train. With train alone the parts are 80, 10 and 10 %.
+    A missing test split is the stored validation split. A missing validation split (or one that had
+    to serve as test) is a tenth of train. With train alone the parts are 80, 10 and 10 %.
 
     Args:
       stored: the splits that exist, among train, validation and test.
-      split: the split asked for.
+      split: the split that is wanted.
       where: the data set, for messages.
 
     Raises:

@@ -1,7 +1,8 @@
 """The three kinds of steps that a `Transform` takes, each undone by one of the same kind.
 
-`Orient` flips and turns; `Resize` scales; `Window` is a crop where it lies inside the image, padding where it reaches
-beyond, and a shift where it does both. Each says what size it gives, where points go and where pixels go.
+`Orient` flips and turns; `Resize` scales; `Window` is a crop where it lies inside the image,
+padding where it reaches beyond, and a shift where it does both. Each says what size it gives, where
+points go and where pixels go.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ class Orient:
     """Turns and flips by multiples of a right angle: what an EXIF orientation asks for.
 
     Attributes:
-      code: 1 nothing, 2 horizontal flip, 3 half turn, 4 vertical flip, 5 transpose, 6 quarter turn clockwise,
-        7 transpose along the other diagonal, 8 quarter turn counterclockwise.
+      code: 1 nothing, 2 horizontal flip, 3 half turn, 4 vertical flip, 5 transpose, 6 quarter turn
+        clockwise, 7 transpose along the other diagonal, 8 quarter turn counterclockwise.
     """
 
     code: int
@@ -33,7 +34,7 @@ class Orient:
 
     @property
     def parts(self) -> tuple[bool, bool, bool]:
-        """Whether rows and columns are swapped first, and then whether rows and columns are reversed."""
+        """Whether the axes are swapped, and then whether rows and columns are reversed."""
         return self.code >= 5, self.code in (3, 4, 7, 8), self.code in (2, 3, 6, 7)
 
     def size(self, before: Size) -> Size:
@@ -62,7 +63,7 @@ class Orient:
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """Scales both sides, so that an image has this size; the two scales are exact ratios of whole numbers of pixels."""
+    """Scales both sides to this size; the scales are ratios of whole numbers of pixels."""
 
     height: int
     width: int

@@ -1,4 +1,4 @@
-"""Data sets of the TensorFlow Datasets catalogue, prepared as array_record and read without TensorFlow."""
+"""Data sets of the TFDS catalog, prepared as array_record and read without TensorFlow."""
 
 import os
 import re
@@ -12,7 +12,8 @@ from drep_jax.data.splits import SPLITS, Part, plan
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 
 FORMAT = "array_record"
-# How many of the last train images stand in for a missing validation split, where a tenth would be more than needed.
+# How many of the last train images stand in for a missing validation split, where a tenth would be
+# more than needed.
 HELD_OUT = {"imagenet2012": 10_000}
 # Files that TFDS does not download, to be put into downloads/manual.
 BY_HAND = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -25,7 +26,7 @@ class TfdsSource:
       builder: a `tfds.core.DatasetBuilder` whose data set is prepared as array_record.
       split: `train`, `validation` or `test`.
       image_size: (height, width) in pixels.
-      resize: `crop`, `squash` or `exact`.
+      resize: a way of `drep_jax.data.fits.transform_of_fit`.
     """
 
     def __init__(self, builder: Any, split: str, image_size: tuple[int, int], resize: str) -> None:
@@ -40,8 +41,8 @@ class TfdsSource:
             )
         sizes = {name: info.num_examples for name, info in builder.info.splits.items() if name in SPLITS}
         part = plan(sizes, split, self.name)
-        # The image stays encoded, so that one decoder treats grey, CMYK and transparent images alike for every source; and
-        # so do masks, which are not looked at.
+        # Images stay encoded, so that one decoder treats gray, CMYK and transparent images alike
+        # for every source. Masks stay so, too: they are not read.
         pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         self._data = builder.as_data_source(
             instruction(builder.name, part, sizes[part.stored]),
@@ -49,10 +50,10 @@ class TfdsSource:
             file_format=FORMAT,
         )
         label: Any = features.get("label")
-        labelled = isinstance(label, tfds.features.ClassLabel)
-        self.num_classes: int | None = label.num_classes if labelled else None
+        labeled = isinstance(label, tfds.features.ClassLabel)
+        self.num_classes: int | None = label.num_classes if labeled else None
         # TFDS calls unnamed classes "0", "1", ...
-        self.class_names: tuple[str, ...] | None = tuple(label.names) if labelled else None
+        self.class_names: tuple[str, ...] | None = tuple(label.names) if labeled else None
         self.note = part.note
         if builder.name in HELD_OUT and (part.start, part.stop) != (0, 10):
             size = sizes[part.stored]
@@ -76,7 +77,7 @@ class TfdsSource:
         return fitted_size(self.raw(index), self.image_size, self.resize)
 
     def raw(self, index: int) -> dict[str, Any]:
-        """Returns an image as it is stored, with "where", what to call it, and "label"."""
+        """Returns an item with its image as it is stored, and "where", what to call it."""
         example = self._data[index]
         raw: dict[str, Any] = {"image": example["image"], "where": f"{self.name}, {self._part} image {index}"}
         return raw if self.num_classes is None else {**raw, "label": np.int32(example["label"])}
@@ -87,7 +88,8 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
 
     Raises:
       ConfigError: for a name that TFDS does not know.
-      DataError: when the data set is not prepared in `data_dir` as array_record; nothing is downloaded.
+      DataError: when the data set is not prepared in `data_dir` as array_record; nothing is
+        downloaded.
     """
     import tensorflow_datasets as tfds  # takes half a second to import
 
@@ -97,15 +99,16 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
     root = data_root(data_dir)
     prepared = prepared_folder(root, name, config)
     if prepared is None:
-        # Constructing the catalogue's builder would ask the network, so only the list of names is consulted.
-        catalogue = tfds.list_builders(with_community_datasets=False)
-        if name not in catalogue:
+        # Constructing the catalog's builder would ask the network, so only the list of names is
+        # consulted.
+        catalog = tfds.list_builders(with_community_datasets=False)
+        if name not in catalog:
             raise ConfigError(
-                f'"{name}" is neither prepared in {root} nor in the TFDS catalogue.{did_you_mean(name, catalogue)}'
+                f'"{name}" is neither prepared in {root} nor in the TFDS catalog.{did_you_mean(name, catalog)}'
             )
         raise DataError(f'The TFDS data set "{argument}" is not prepared in {root}. {how_to_provide(argument, root)}')
     builder = tfds.builder_from_directory(str(prepared))
-    formats = sorted(str(found.value) for found in builder.info.available_file_formats())
+    formats = sorted(str(stored.value) for stored in builder.info.available_file_formats())
     if FORMAT not in formats:
         raise DataError(
             f"{prepared} is prepared as {', '.join(formats)}, not as {FORMAT}, which alone allows slices. "
@@ -147,7 +150,7 @@ def prepared_folder(root: Path, name: str, config: str) -> Path | None:
 
 
 def how_to_provide(argument: str, root: Path) -> str:
-    """Returns the three ways to get at the images of a TFDS data set that is not prepared."""
+    """Returns the three ways to get the images of a TFDS data set that is not prepared."""
     tars = BY_HAND.get(argument.partition("/")[0], ())
     by_hand = f" It needs {' and '.join(tars)}, put by hand into {root}/downloads/manual before that." if tars else ""
     return (
@@ -156,13 +159,13 @@ def how_to_provide(argument: str, root: Path) -> str:
         f"     pip install -r requirements-prepare.txt && python -m drep_jax.data.prepare {argument} --data_dir={root}\n"
         f"     and pass the same directory as --config.data.data_dir or TFDS_DATA_DIR.{by_hand}\n"
         "  2. --config.data.source=folder:DIR with your own copy as DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg\n"
-        "  3. --config.data.source=folder:DIR with unlabelled images, DIR/*.jpg: enough to learn denoisers, "
+        "  3. --config.data.source=folder:DIR with unlabeled images, DIR/*.jpg: enough to learn denoisers, "
         "not to measure accuracy"
     )
 
 
 def _versions(folder: Path) -> list[Path]:
-    found = [
+    versions = [
         path.parent for path in folder.glob("*/dataset_info.json") if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
     ]
-    return sorted(found, key=lambda path: [int(number) for number in path.name.split(".")])
+    return sorted(versions, key=lambda path: [int(number) for number in path.name.split(".")])

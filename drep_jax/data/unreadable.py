@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted, named and passed over up to a limit, then refused with the list."""
+"""Images that cannot be read: counted, named and skipped up to a limit, then refused."""
 
 import json
 import os
@@ -16,12 +16,12 @@ SHOWN = 10
 class Tolerant:
     """A source of which some images may be unreadable.
 
-    The loader puts the next readable image, in the order of the source, in the place of an unreadable one that is learned
-    from, so that what a run sees depends on the files alone; where images are evaluated, it masks the place out.
+    In training the loader takes the next readable image of the source instead, so that what a run
+    sees depends on the files alone. In evaluation it masks the image out.
 
     Args:
       source: the images.
-      limit: how many may be unreadable; at the next one reading is refused.
+      limit: number of images that may be unreadable; the next one is refused.
     """
 
     def __init__(self, source: Source, limit: int) -> None:
@@ -56,7 +56,7 @@ class Tolerant:
             return 0, 0
 
     def known(self, index: int) -> bool:
-        """Returns whether this image has been found to be unreadable."""
+        """Returns whether this image is known to be unreadable."""
         return index in self._places
 
     def skip(self, index: int, error: UnreadableError) -> None:
@@ -69,16 +69,16 @@ class Tolerant:
             new = error.where not in self.reasons
             self.reasons.setdefault(error.where, str(error))
             if len(self.reasons) > self.limit:
-                raise DataError(self._refusal()) from error  # whenever one is met from now on, in whatever thread
+                raise DataError(self._refusal()) from error  # from now on at each one, in any thread
             self._places.add(index)
             if new and self._record:
                 path, part = self._record
                 with open(path, "a", encoding="utf-8") as file:
-                    # Begun on a new line, since a kill may have cut off the last one.
+                    # On a new line, since a kill may have cut the last one short.
                     file.write("\n" + json.dumps({"part": part, "where": error.where, "why": str(error)}) + "\n")
 
     def keep_record(self, path: str, part: str) -> None:
-        """Appends what is found from now on to a file of lines of JSON, and takes over what it says of this part."""
+        """Reads the unreadable images of a part from a file of JSON lines, and appends new ones."""
         self._record = (path, part)
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
@@ -88,52 +88,51 @@ class Tolerant:
                         self.reasons.setdefault(entry["where"], entry["why"])
 
     def _refusal(self) -> str:
-        shown = "\n".join(f"  {reason}" for reason in list(self.reasons.values())[:SHOWN])
+        first = "\n".join(f"  {reason}" for reason in list(self.reasons.values())[:SHOWN])
         more = f"\n  and {len(self.reasons) - SHOWN} more" if len(self.reasons) > SHOWN else ""
         return (
             f"{len(self.reasons)} of the {len(self)} images of {self.name} cannot be read, more than the {self.limit} that "
-            f"data.max_unreadable allows:\n{shown}{more}"
+            f"data.max_unreadable allows:\n{first}{more}"
         )
 
 
 def tolerating(source: Source, allowed: float) -> Source:
-    """Returns the source, with as many unreadable images allowed as `config.data.max_unreadable` says.
+    """Returns the source with the unreadable images that `config.data.max_unreadable` allows.
 
     Args:
       source: the images.
-      allowed: a whole number of images, or a share of them, below 1; 0 refuses at the first.
+      allowed: a whole number of images, or a fraction of them below 1; 0 refuses the first.
 
     Raises:
       ConfigError: for anything else.
     """
     if not isinstance(allowed, int | float) or not (0 <= allowed < 1 or (allowed >= 1 and allowed == int(allowed))):
         raise ConfigError(
-            f"data.max_unreadable={allowed!r}: expected a whole number of images, or a share of them below 1."
+            f"data.max_unreadable={allowed!r}: expected a whole number of images, or a fraction of them below 1."
         )
     return Tolerant(source, int(allowed * len(source) if allowed < 1 else allowed)) if allowed else source
 
 
 def keep_records(directory: str, parts: Mapping[str, Source | None]) -> None:
-    """Has every tolerant source append the images that it passes over to the record of a run, which resuming reads."""
+    """Makes tolerant sources append skipped images to the record of a run, which resuming reads."""
     for part, source in parts.items():
         if isinstance(source, Tolerant):
             source.keep_record(os.path.join(directory, RECORD), part)
 
 
 def summary(parts: Mapping[str, Source | None]) -> dict[str, Any] | None:
-    """Returns the report's `unreadable`: by part, how many images were passed over and the first ten; None if none may be."""
-    found = {part: source for part, source in parts.items() if isinstance(source, Tolerant)}
-    return {part: _told(source) for part, source in found.items()} or None
+    """Returns the report's `unreadable`: by part, counts and the first ten; or None."""
+    return {part: _counted(source) for part, source in parts.items() if isinstance(source, Tolerant)} or None
 
 
 def _parsed(line: str) -> dict[str, str]:
-    """Returns a line of the record; nothing for one that a kill has cut off."""
+    """Returns a line of the record; an empty dict for one that a kill has cut short."""
     try:
         return json.loads(line)
     except ValueError:
         return {}
 
 
-def _told(source: Tolerant) -> dict[str, Any]:
+def _counted(source: Tolerant) -> dict[str, Any]:
     names: Sequence[str] = list(source.reasons)
     return {"count": len(names), "limit": source.limit, "images": len(source), "first": list(names[:SHOWN])}

@@ -13,21 +13,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-import tqdm
 
 from drep_jax.data import Source
+from drep_jax.data.buckets import Bucket, restore_order
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.parallel import devices
+from drep_jax.progress import bar
 from drep_jax.run.setup import Setup
 from drep_jax.tasks import Items, Task
 from drep_jax.typing import Tree
 
 Network = Callable[[Tree, Any], Any]
 """(variables, images) ↦ outputs."""
-
-SHOWN_AFTER = 2.0
-"""Seconds after which a progress bar appears."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +52,7 @@ def score_arms(
     batch_size: int,
     seed: int,
     networks: Mapping[str, Network] = MappingProxyType({}),
+    buckets: Sequence[Bucket] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, Scored]]:
     """Yields each condition with the task's statistics of every image and arm.
@@ -67,6 +66,7 @@ def score_arms(
       batch_size: images per batch over all hosts, a multiple of the number of devices.
       seed: of the corruptions; every arm sees the same images.
       networks: name ↦ network, for the arms that are not the backbone itself.
+      buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`; one program per bucket.
       progress: whether to show a progress bar.
 
     Returns:
@@ -87,17 +87,12 @@ def score_arms(
         corrupted = None if condition == CLEAN else task.corrupted_rows(source)
         rows: dict[str, list[Tree]] = {name: [] for name in arms}
         scalars: dict[str, list[np.ndarray]] = {}
-        bar = tqdm.tqdm(
-            evaluation_batches(source, batch_size, shard=devices.host()),
-            f"evaluation, {condition}",
-            -(-len(source) // batch_size),
-            unit="batch",
-            disable=not progress,
-            delay=SHOWN_AFTER,
-        )
-        for batch in bar:
+        batches = evaluation_batches(source, batch_size, shard=devices.host(), columns=task.columns, buckets=buckets)
+        total = sum(len(bucket.steps(batch_size)) for bucket in buckets or ()) or -(-len(source) // batch_size)
+        name = f"evaluation, {condition}"
+        for batch in bar(batches, name, total, "batch", shown=progress):
             labels = {name: column for name, column in batch.items() if name != "image"}
-            seen = corrupt(batch["image"], batch["index"], condition, seed)
+            seen = corrupt(batch["image"], batch["index"], condition, seed, batch.get("size"))
             if corrupted is not None:
                 seen = np.where(corrupted[batch["index"]][:, None, None, None], seen, batch["image"])
             labels_there = devices.shard(labels)
@@ -115,7 +110,7 @@ def backbone_program(task: Task, backbone: nn.Module) -> Callable[..., Any]:
     """Returns (variables, images, labels) ↦ the task's statistics, compiled once for all callers."""
 
     def statistics(variables: Tree, images: Any, labels: Tree) -> Tree:
-        return task.statistics(task.predict(backbone, variables, images), labels)
+        return task.statistics(task.predict(backbone, variables, images, labels), labels)
 
     return devices.on_devices(statistics)
 
@@ -126,15 +121,19 @@ def _network_statistics(task: Task, network: Network) -> Callable[..., Any]:
 
 def _gathered(rows: Mapping[str, list[Tree]], scalars: dict[str, list[np.ndarray]]) -> Scored:
     """Returns the rows of all batches and hosts in the order of the source, without padding."""
-    batches = len(scalars["mask"])
-    mask = in_order(np.concatenate(scalars.pop("mask")), batches)
+    batches = len(scalars["index"])
+
+    def everyone(*parts: np.ndarray) -> np.ndarray:
+        return in_order(np.concatenate(parts), batches)
+
+    index = everyone(*scalars["index"])
 
     def whole(*parts: np.ndarray) -> np.ndarray:
-        return in_order(np.concatenate(parts), batches)[mask]
+        return restore_order(index, everyone(*parts))
 
-    columns = {name: whole(*parts) for name, parts in scalars.items()}
-    index = columns.pop("index")
-    return Scored(index, columns, {name: jax.tree_util.tree_map(whole, *parts) for name, parts in rows.items()})
+    columns = {name: whole(*parts) for name, parts in scalars.items() if name not in ("index", "mask")}
+    statistics = {name: jax.tree_util.tree_map(whole, *parts) for name, parts in rows.items()}
+    return Scored(restore_order(index, index), columns, statistics)
 
 
 def items_of(setup: Setup, source: Source, scored: Scored, condition: str) -> dict[str, Items]:
@@ -146,7 +145,7 @@ def items_of(setup: Setup, source: Source, scored: Scored, condition: str) -> di
 
 
 def in_order(rows: np.ndarray, batches: int) -> np.ndarray:
-    """Returns the rows of all hosts in the order of the source, on every host.
+    """Returns the rows of all hosts in the order in which batches were made, on every host.
 
     Args:
       rows: the rows of this host, (batches · rows per batch and host, …); all hosts have equal slices of

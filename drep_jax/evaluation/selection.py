@@ -16,16 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from drep_jax.core.fusion import fuse
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import epoch_order
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
-from drep_jax.evaluation.arms import SHOWN_AFTER
 from drep_jax.evaluation.summary import value_of
 from drep_jax.parallel import devices
+from drep_jax.progress import bar
 from drep_jax.run.setup import Setup
 from drep_jax.tasks import Items, Task
 from drep_jax.typing import Batch, Tree
@@ -126,13 +125,13 @@ class Choice:
         }
 
 
-def scaled(denoise: Tree, strength: float) -> Tree:
-    """Returns denoisers for rule "affine" whose full fusion equals that of `denoise` at a strength."""
-    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf * np.asarray(strength, leaf.dtype)), denoise)
-
-
 def grid_statistics(
-    setup: Setup, variables: Tree, candidates: Sequence[Candidate], points: Sequence[tuple[int, float]]
+    setup: Setup,
+    variables: Tree,
+    candidates: Sequence[Candidate],
+    points: Sequence[tuple[int, float]],
+    *,
+    against_labels: bool,
 ) -> Any:
     """Returns a compiled function from a batch to the statistics of every point, on all devices.
 
@@ -141,10 +140,12 @@ def grid_statistics(
       variables: of the unfused network.
       candidates: stacked, so that one program serves all; large ones in several stacks of one shape.
       points: (index of the candidate, strength).
+      against_labels: whether to compute statistics against the labels of the images.
 
     Returns:
-      (images, batch of labels, batch of pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics, "finite": bool}, each
-      with axes (points, images, …). "labels" is {} where there are no labels; "pseudo" is {} where the task has none.
+      (images, their columns, pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics, "finite": bool},
+      each with axes (points, images, …). "labels" is {} without `against_labels`, "pseudo" is {} without
+      pseudo-labels.
     """
     size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(candidates[0].denoise))
     per_stack = min(len(candidates), max(1, STACK_BYTES // max(1, size)))
@@ -154,16 +155,16 @@ def grid_statistics(
     longest = max(len(members) for members in rows.values())
     task = setup.task
 
-    def run(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any, labels: Tree, pseudo: Tree) -> Any:
+    def run(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any, batch: Tree, pseudo: Tree) -> Any:
         def one(point: Any) -> Any:
             # At strength 0 the map is set to 0, since 0 · Inf is not 0.
             denoise = jax.tree_util.tree_map(lambda leaf: jnp.where(point[1] == 0, 0, leaf[point[0]]), stacked)
             params = {"backbone": variables["params"], "denoise": denoise}
             fused = fuse(params, setup.sites, setup.schedule, rule="affine", steps=1, strength=point[1])
-            outputs = task.predict(setup.backbone, {**variables, "params": fused}, images)
+            outputs = task.predict(setup.backbone, {**variables, "params": fused}, images, batch)
             return {
-                "labels": task.statistics(outputs, labels) if labels else {},
-                "pseudo": task.statistics(outputs, pseudo) if pseudo else {},
+                "labels": task.statistics(outputs, batch) if against_labels else {},
+                "pseudo": task.statistics(outputs, {**batch, **pseudo}) if pseudo else {},
                 "finite": _finite(outputs, len(images)),
             }
 
@@ -184,11 +185,11 @@ def grid_statistics(
     single_stack = stack(next(iter(rows))) if len(rows) == 1 else None
     order = np.argsort(np.concatenate(list(rows.values())))
 
-    def statistics(images: Any, labels: Tree, pseudo: Tree) -> Tree:
-        batch = [_on_devices(tree) for tree in (images, labels, pseudo)]
+    def statistics(images: Any, columns: Tree, pseudo: Tree) -> Tree:
+        batch = [_on_devices(tree) for tree in (images, columns, pseudo)]
         parts = []
         for number, members in rows.items():
-            values = program(everywhere, *(stack(number) if single_stack is None else stacked_once), *batch)
+            values = program(everywhere, *(stack(number) if single_stack is None else single_stack), *batch)
 
             def by_point(leaf: Any, members: Sequence[int] = members) -> np.ndarray:
                 leaf = np.asarray(leaf)
@@ -229,34 +230,27 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     which, hosts = devices.host()
     part = -(-count // hosts)
     mine = index[(which * part + np.arange(part)) % count]
-    images = read(source, mine)
+    images = read(source, mine, setup.task.columns)
     batch_size = min(max(1, options.batch_size // hosts), part)
     task = setup.task
     labeled = options.labels and "label" in images and not (task.test_needs_head and setup.features)
     pseudo = _pseudo_labels(setup, variables, images, batch_size)
-    statistics = grid_statistics(setup, variables, candidates, grid)
-    bar = tqdm.tqdm(
-        desc="choosing",
-        total=len(conditions) * -(-part // batch_size),
-        unit="batch",
-        disable=not options.progress,
-        delay=SHOWN_AFTER,
-    )
+    statistics = grid_statistics(setup, variables, candidates, grid, against_labels=labeled or not pseudo)
+    columns = {name: column for name, column in images.items() if name != "image"}
+    total = len(conditions) * -(-part // batch_size)
     all_columns = {name: _of_all_hosts(column, 0, count) for name, column in images.items() if column.ndim == 1}
     reference: Tree = None
-    agreement: Scores = {}
-    accuracy: Scores = {}
-    with bar:
+    agreement: Percents = {}
+    accuracy: Percents = {}
+    with bar(None, "choosing", total, "batch", shown=options.progress) as steps:
         for condition in conditions:
             corrupted = corrupt(images["image"], mine, condition, options.seed + SELECTION_SEED)
             inputs = np.asarray(setup.inputs({**images, "image": corrupted}))
-            columns = {name: column for name, column in images.items() if name != "image"}
-            labels = columns if labeled or not pseudo else {}
             parts = []
             for start in range(0, part, batch_size):
-                rows = (_padded(_cut(tree, start, batch_size), batch_size) for tree in (inputs, labels, pseudo))
+                rows = (_padded(_cut(tree, start, batch_size), batch_size) for tree in (inputs, columns, pseudo))
                 parts.append(statistics(*rows))
-                bar.update()
+                steps.update()
             whole = jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves, axis=1)[:, :part], *parts)
             rows = jax.tree_util.tree_map(lambda leaf: _of_all_hosts(leaf, 1, count), whole)
             against = rows["pseudo"] if pseudo else rows["labels"]
@@ -328,7 +322,7 @@ def _scores(point: Point, criterion: str) -> dict[str, float]:
     return point.agreement if criterion == AGREEMENT or point.accuracy is None else point.accuracy
 
 
-Scores = dict[str, list[float]]
+Percents = dict[str, list[float]]
 """Condition ↦ percent of every point."""
 
 
@@ -336,17 +330,19 @@ def _pseudo_labels(setup: Setup, variables: Tree, images: Batch, batch_size: int
     """Returns pseudo-labels from the unfused backbone's clean outputs, (n, …) each; {} if the task has none."""
     task, inputs = setup.task, np.asarray(setup.inputs(images))
 
-    def label(variables: Tree, images: Any) -> Any:
-        return task.pseudo_labels(task.predict(setup.backbone, variables, images))
+    columns = {name: column for name, column in images.items() if name != "image"}
 
-    if not jax.eval_shape(label, variables, inputs[:1]):
+    def label(variables: Tree, images: Any, batch: Tree) -> Any:
+        return task.pseudo_labels(task.predict(setup.backbone, variables, images, batch))
+
+    if not jax.eval_shape(label, variables, inputs[:1], _cut(columns, 0, 1)):
         return {}
     program = devices.on_devices(label)
     everywhere = devices.replicate(dict(variables))
     parts = []
     for start in range(0, len(inputs), batch_size):
-        rows = _padded(inputs[start : start + batch_size], batch_size)
-        labels = devices.unshard(program(everywhere, _on_devices(rows)))
+        rows = [_on_devices(_padded(_cut(tree, start, batch_size), batch_size)) for tree in (inputs, columns)]
+        labels = devices.unshard(program(everywhere, *rows))
         parts.append({name: column[:batch_size] for name, column in labels.items()})
     return {name: np.concatenate([labels[name] for labels in parts])[: len(inputs)] for name in parts[0]}
 

@@ -1,1 +1,1 @@
-"""Files that hold a whole network and not only its weights: one module a form, each compared with the live network."""
+"""Files with a network and its weights, checked against the live network; one module per format."""

@@ -1,7 +1,7 @@
-"""Writes an exported network only once the file, read back, computes what the live module computes.
+"""Writes an exported network only if the file, read back, computes what the live module computes.
 
-Both run on the same random images at several batch sizes; the figure is max |reloaded − live|, and the bound is a share of
-max |live| that belongs to the coarsest type the network computes in.
+Both run on the same random images at several batch sizes. The error is max |reloaded − live|. Its
+bound is a fraction of max |live|, which depends on the coarsest floating type of the network.
 """
 
 import dataclasses
@@ -27,20 +27,26 @@ BATCHES = (1, 3)
 """Batch sizes that every export is tried with."""
 
 LARGEST_FILE = 2**31 - 2**20
-"""Bytes; both forms are single messages with 32-bit signed offsets, and something has to be left for the program."""
+"""Bytes. Both formats are single messages with signed 32-bit offsets.
+
+A MiB is left for the program.
+"""
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Allowed max |Δ| / max |live| by the coarsest type in the network; another program adds in another order."""
+"""Allowed max |Δ| / max |live|, by the coarsest type in the network.
+
+Another program sums in another order.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What the reloaded file computes against the live module.
+    """The outputs of the reloaded file against those of the live module.
 
     Attributes:
       batches: batch sizes tried.
-      error: max |reloaded − live| over all of them.
-      bound: what is allowed, `tolerance` · max |live|.
+      error: max |reloaded − live| over all batches.
+      bound: the allowed error, `tolerance` · max |live|.
       tolerance: relative, from `TOLERANCES`.
       dtype: the coarsest type the network computes in.
     """
@@ -65,10 +71,13 @@ class Comparison:
 
 
 def traced(module: nn.Module, variables: Tree, image_size: tuple[int, int], channels: int) -> core.ClosedJaxpr:
-    """Returns the equations of `x ↦ module.apply(variables, x)` for images of any batch size; weights are constants.
+    """Returns the equations of `x ↦ module.apply(variables, x)` for images of any batch size.
+
+    Weights are constants.
 
     Raises:
-      ExportError: if the module cannot be traced with an unknown batch size, or its weights are too large for a file.
+      ExportError: if the module cannot be traced with an unknown batch size, or its weights are too
+        large for a file.
     """
     size = sum(np.asarray(leaf).nbytes for leaf in jax.tree_util.tree_leaves(variables))
     if size > LARGEST_FILE:
@@ -80,9 +89,8 @@ def traced(module: nn.Module, variables: Tree, image_size: tuple[int, int], chan
     def apply(images: Any) -> Tree:
         return module.apply(variables, images)
 
-    jax.eval_shape(
-        apply, images_of((2, *image_size, channels))
-    )  # a module that fails on any batch fails here, as itself
+    # A module that fails at any batch size fails here, with its own error.
+    jax.eval_shape(apply, images_of((2, *image_size, channels)))
     try:
         return jax.make_jaxpr(apply)(images_of((symbolic_batch(), *image_size, channels)))
     except Exception as error:
@@ -99,7 +107,7 @@ def symbolic_batch() -> Any:
 
 
 def images_of(shape: Sequence[Any]) -> jax.ShapeDtypeStruct:
-    """Returns the form of a batch of float32 images."""
+    """Returns shape and type of a batch of float32 images."""
     return jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
 
 
@@ -111,14 +119,14 @@ def write_checked(
     closed: core.ClosedJaxpr,
     image_shape: tuple[int, ...],
 ) -> Comparison:
-    """Writes `data` beside `path`, compares what is read back with `live`, and only then puts it at `path`.
+    """Writes a file, if the network read back from it computes what `live` does.
 
     Args:
       path: of the file; an earlier one stays if anything fails.
-      data: its contents.
-      reload: file ↦ network, the reader that a user would take.
+      data: contents of the file.
+      reload: path ↦ network, the function that a user would call.
       live: the module with its variables.
-      closed: its equations, for the type it computes in.
+      closed: its equations, which tell the type it computes in.
       image_shape: (height, width, channels).
 
     Raises:
@@ -130,19 +138,23 @@ def write_checked(
         with open(temporary, "wb") as file:
             file.write(data)
         try:
-            found = compare(reload(temporary), live, closed, image_shape)
+            comparison = compare(reload(temporary), live, closed, image_shape)
         except Exception as error:
             raise ExportError(f"Not writing {path}: the file cannot be read back and run. {error}") from error
-        if not found.passed:
+        if not comparison.passed:
             raise ExportError(
-                f"Not writing {path}: the exported network is not the live one, {found}. This is a fault of the exporter "
-                "for this network, not of the weights."
+                f"Not writing {path}: the exported network differs from the live one: {comparison}. This is a fault of "
+                "the exporter for this network, not of the weights."
             )
-    return found
+    return comparison
 
 
 def compare(reloaded: Network, live: Network, closed: core.ClosedJaxpr, image_shape: tuple[int, ...]) -> Comparison:
-    """Runs both networks on random images of every size in `BATCHES`, on the CPU."""
+    """Runs both networks on random images at every batch size in `BATCHES`, on the CPU.
+
+    Raises:
+      ExportError: if they return different shapes.
+    """
     error = largest = 0.0
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         run = jax.jit(live)
@@ -162,7 +174,7 @@ def compare(reloaded: Network, live: Network, closed: core.ClosedJaxpr, image_sh
 
 
 def coarsest(closed: core.ClosedJaxpr) -> str:
-    """Returns the floating type with the largest round-off that any equation computes."""
+    """Returns the floating type with the largest rounding error among the equations' results."""
     dtypes = {aval.dtype for aval in _results(closed.jaxpr) if jnp.issubdtype(aval.dtype, jnp.floating)}
     return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps)).name if dtypes else "float32"
 

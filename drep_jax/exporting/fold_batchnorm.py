@@ -1,11 +1,12 @@
-"""Folds inference BatchNorm into the linear layer before it, (W, b, γ, β, μ, v) ↦ (W', b'), in an unchanged tree.
+"""Folds inference BatchNorm into the linear layer before it: (W, b, γ, β, μ, v) ↦ (W', b').
 
-    BN(Wx + b) = γ·(Wx + b − μ)/√(v + ε) + β = W'x + b'   with   W' = W·γ/√(v + ε),   b' = (b − μ)·γ/√(v + ε) + β
+    BN(Wx + b) = γ·(Wx + b − μ)/√(v + ε) + β = W'x + b'
+    with  W' = W·γ/√(v + ε),  b' = (b − μ)·γ/√(v + ε) + β
 
-The BatchNorm stays where it is with μ = 0, v = 1 − ε, γ = 1. A layer with a bias takes all of b' and leaves β = 0, so that
-BatchNorm does nothing; the constant of a layer without one stays in β (in −μ, if there is no β). So the same module reads
-the same tree. Which layer a BatchNorm follows is seen in the traced equations: it must read the very numbers that the layer
-returned, and nothing else may read them.
+The BatchNorm stays in the tree with μ = 0, v = 1 − ε, γ = 1, so the same module reads the same
+tree. A layer with a bias takes all of b' and leaves β = 0: the BatchNorm does nothing. Without a
+bias, the constant stays in β, or in −μ if there is no β. The traced equations show which layer a
+BatchNorm follows: it must read the layer's output unchanged, and nothing else may read it.
 """
 
 import collections
@@ -26,12 +27,15 @@ from drep_jax.trees import check_finite, get_in, set_in
 from drep_jax.typing import Path, Tree
 
 RETURNED, READ = "drep_returned:", "drep_read:"
-"""Names given to the tensor that a layer returned and to the tensor that a BatchNorm reads, with the path after them."""
+"""Prefixes of the names given to the output of a layer and to the input of a BatchNorm.
+
+The path follows.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """One BatchNorm and the layer that takes it in.
+    """One BatchNorm and the layer that it is folded into.
 
     Attributes:
       layer: the layer whose output it reads.
@@ -46,11 +50,11 @@ class Fold:
 
 @dataclasses.dataclass(frozen=True)
 class Folds:
-    """What can be folded, and what cannot.
+    """The BatchNorms of a network: those that can be folded, and the others.
 
     Attributes:
-      found: in execution order.
-      left: {BatchNorm that stays as it is: the reason}.
+      found: those that can, in execution order.
+      left: {BatchNorm that cannot: the reason}.
     """
 
     found: tuple[Fold, ...]
@@ -67,12 +71,12 @@ class Folds:
 
 
 def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
-    """Finds every BatchNorm that a layer can take in without any change of the function.
+    """Finds every BatchNorm that can be folded into a layer without changing the function.
 
     Args:
       module: an unbound Linen module, called as for inference.
-      *args: its inputs, as arrays or `jax.ShapeDtypeStruct`; only forms count.
-      **kwargs: passed on unchanged, not traced.
+      *args: its inputs, arrays or `jax.ShapeDtypeStruct`; only shapes and types count.
+      **kwargs: passed on, not traced.
     """
     layers = {layer.path: layer for layer in find_layers(module, *args, **kwargs)}
     norms: dict[Path, nn.BatchNorm] = {}
@@ -91,7 +95,7 @@ def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
         x = args[0] if args else kwargs["x"]
         norms[part.path] = part.clone(parent=None, name=None, use_running_average=True)
         if part.axis not in (-1, x.ndim - 1):
-            left[part.path] = f"it normalises axis {part.axis} and not the last one"
+            left[part.path] = f"it normalizes axis {part.axis} and not the last one"
         x = checkpoint_name(x, READ + "/".join(part.path))
         return next_fun(x, *args[1:], **{name: value for name, value in kwargs.items() if name != "x"})
 
@@ -105,7 +109,7 @@ def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
     reads = list(_reads(inline(jax.make_jaxpr(forward)(variables, *args)).jaxpr))
     layer_calls = collections.Counter(read.layer for read in reads if read.norm is None)
     norm_calls = collections.Counter(read.norm for read in reads if read.norm is not None)
-    found = []
+    folds = []
     for read in reads:
         if read.norm is None or read.norm in left:
             continue
@@ -120,13 +124,13 @@ def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
         elif get_in(variables["batch_stats"], read.norm)["mean"].ndim != 1 + (layer.stack is not None):
             left[read.norm] = f"it is stacked in another way than {layer.name}"
         else:
-            found.append(Fold(layer, read.norm, norms[read.norm]))
-    return Folds(tuple(found), {"/".join(path): reason for path, reason in left.items()})
+            folds.append(Fold(layer, read.norm, norms[read.norm]))
+    return Folds(tuple(folds), {"/".join(path): reason for path, reason in left.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """A layer's call (norm None), or a BatchNorm's call with the layer that it reads or what stands in the way."""
+    """A call of a layer (norm None), or of a BatchNorm with the layer it reads, or an obstacle."""
 
     layer: Path | None
     norm: Path | None
@@ -134,7 +138,7 @@ class _Read:
 
 
 def _reads(jaxpr: core.Jaxpr) -> Iterator[_Read]:
-    """Returns all calls of layers and of BatchNorms whose results are used, here and in loops."""
+    """Yields all calls of layers and BatchNorms whose results are used, also in loops."""
     live = _live(jaxpr)
     maker = {var: eqn for eqn in live for var in eqn.outvars}
     users = collections.Counter(v for eqn in live for v in set(_variables(eqn.invars)))
@@ -167,7 +171,10 @@ def _variables(atoms: Any) -> Iterator[Any]:
 
 
 def _live(jaxpr: core.Jaxpr) -> list[Any]:
-    """Returns the equations that the outputs depend on; Flax traces some bodies once more and drops the results."""
+    """Returns the equations that the outputs depend on.
+
+    Flax traces some bodies twice and drops one result.
+    """
     needed, live = set(_variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):
@@ -182,15 +189,17 @@ def _live(jaxpr: core.Jaxpr) -> list[Any]:
 
 
 def fold_batchnorm(variables: Tree, folds: Folds, *, round_back: bool = True) -> Tree:
-    """Folds in float64 and returns variables of the same structure with other numbers in them, as NumPy arrays.
+    """Folds in float64; returns variables of the same structure, as NumPy arrays.
 
     Args:
-      variables: {"params": …, "batch_stats": …} of the module that `folds` was found in, fused or not.
+      variables: {"params": …, "batch_stats": …} of the module that `folds` was found in, fused or
+        not.
       folds: from `find_folds`.
-      round_back: cast once at the end to the types of `variables`; False leaves the changed leaves in float64.
+      round_back: whether to cast the result to the types of `variables`; False leaves the changed
+        leaves in float64.
 
     Raises:
-      ExportError: if there is nothing to fold, or the variables are of another network.
+      ExportError: if there is nothing to fold, or the variables belong to another network.
       NonFiniteError: if a weight becomes too large for its type, as with a variance near 0.
     """
     if not folds.found:
@@ -201,8 +210,8 @@ def fold_batchnorm(variables: Tree, folds: Folds, *, round_back: bool = True) ->
         nodes = [get_in(tree, path) for tree, path in ((params, fold.layer.path), (stats, fold.norm))]
         if any(not isinstance(node, Mapping) for node in nodes) or not {"mean", "var"} <= nodes[1].keys():
             raise ExportError(
-                f"The variables have no {fold.layer.name} or no statistics of {'/'.join(fold.norm)}: they are not of the "
-                "network that the BatchNorms were found in."
+                f"The variables have no {fold.layer.name} or no statistics of {'/'.join(fold.norm)}: they belong to "
+                "another network than the one in which the BatchNorms were found."
             )
         layer, norm, moments = folded_leaves(fold, nodes[0], get_in(params, fold.norm) or {}, nodes[1], round_back)
         params = set_in(params, fold.layer.path, {**nodes[0], **layer})
@@ -211,7 +220,7 @@ def fold_batchnorm(variables: Tree, folds: Folds, *, round_back: bool = True) ->
         stats = set_in(stats, fold.norm, moments)
     new = jax.tree_util.tree_map(np.asarray, {**variables, "params": params, "batch_stats": stats})
     check_finite(new, "Refusing to fold BatchNorm")
-    # The containers of `variables` come back, whatever mappings they are.
+    # in the same kinds of mappings as `variables`
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(variables), jax.tree_util.tree_leaves(new))
 
 
@@ -225,7 +234,7 @@ def folded_leaves(
     shift = (np.asarray(norm["bias"], np.float64) if "bias" in norm else 0.0) - wide["mean"] * gain
 
     def spread(vector: Any, leaf: Any) -> Any:
-        """Gives a vector of the last axis, stacked or not, the form of a leaf."""
+        """Reshapes a vector along the last axis, stacked or not, to broadcast against a leaf."""
         lead = vector.shape[:-1]
         return vector.reshape(*lead, *(1,) * (leaf.ndim - len(lead) - 1), vector.shape[-1])
 
@@ -240,7 +249,7 @@ def folded_leaves(
     else:
         new_moments["mean"] = -shift
     if round_back:
-        with np.errstate(over="ignore"):  # the caller refuses what is not finite, by name
+        with np.errstate(over="ignore"):  # the caller checks that all values are finite
             new_layer = {name: leaf.astype(layer[name].dtype) for name, leaf in new_layer.items()}
             new_norm = {name: leaf.astype(norm[name].dtype) for name, leaf in new_norm.items()}
             new_moments = {name: leaf.astype(moments[name].dtype) for name, leaf in new_moments.items()}
@@ -249,7 +258,7 @@ def folded_leaves(
 
 
 def unit_variance(epsilon: float, dtype: Any) -> Any:
-    """Returns the number v of a type nearest to 1 − ε with v + ε = 1 in the type's own arithmetic."""
+    """Returns the number v nearest to 1 − ε with v + ε = 1 in the arithmetic of `dtype`."""
     dtype = np.dtype(dtype)
     near = np.asarray(1.0 - epsilon, dtype)
     one = np.ones((), dtype)

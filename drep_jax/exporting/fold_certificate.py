@@ -1,10 +1,11 @@
-"""The certificate of folding: folded against original, layer by layer and end to end, in float64 and as stored.
+"""The certificate of folding: folded against original network, in float64 and as stored.
 
     error = ‖folded − original‖ / ‖original‖
 
-A layer's bound is what rounding of its own terms allows, 32·ε·‖|γ/√(v+ε)|·(|Wx + b| + |μ|) + |β|‖ / ‖original‖: with a small
-variance two large terms cancel. End to end the layers' bounds add up. Since folding must not change the function, weights in
-which nothing is folded would pass these; so the structure also says that every BatchNorm has become a constant.
+A layer's bound is the rounding error of its terms, 32·ε·‖|γ/√(v+ε)|·(|Wx + b| + |μ|) + |β|‖ /
+‖original‖: with a small variance two large terms cancel. End to end the bounds of the layers add
+up. Folding must not change the function, so weights without any folding would pass these bounds.
+Therefore the structure also states that every BatchNorm has become a constant.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class FoldFigure:
 
     Attributes:
       error: ‖folded − original‖ / ‖original‖.
-      bound: what arithmetic allows for it.
+      bound: the error that rounding allows.
     """
 
     error: float
@@ -44,20 +45,25 @@ class FoldFigure:
         return math.isfinite(self.error) and self.error <= self.bound
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain numbers."""
+        """Returns the figure as JSON values."""
         return {**dataclasses.asdict(self), "passed": self.passed}
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldCertificate:
-    """What `certify_folds` found; `passed` needs every figure within its bound, and bounds in float64 that can decide.
+    """The result of `certify_folds`.
+
+    It passes if every error is within its bound, the bound in float64 is small, and the structure
+    is right.
 
     Attributes:
-      end_to_end: by precision ("float64", then the type the weights are stored in), the figure of the outputs.
-      layers: by precision, {layer: figure} of BatchNorm's outputs, on the features that reach the layer before folding.
-      structure: "same_tree", "same_dtypes", "same_program", and "norms_are_constants": every folded BatchNorm has γ = 1,
-        v + ε = 1 in its own type, and adds to each channel one number or none.
-      left: {BatchNorm that was left as it is: the reason}.
+      end_to_end: precision ("float64", then the type of the stored weights) ↦ figure of the
+        outputs.
+      layers: precision ↦ {layer: figure} of the BatchNorms' outputs, on the features of the
+        original network.
+      structure: "same_tree", "same_dtypes", "same_program", and "norms_are_constants": every folded
+        BatchNorm has γ = 1, v + ε = 1 in its own type, and adds to each channel one number or none.
+      left: {BatchNorm that was not folded: the reason}.
     """
 
     end_to_end: Mapping[str, FoldFigure]
@@ -67,13 +73,13 @@ class FoldCertificate:
 
     @property
     def passed(self) -> bool:
-        """Whether folded equals original and the structure is as it should be."""
+        """Whether the folded network equals the original one and has the right structure."""
         figures = [*self.end_to_end.values(), *(figure for rows in self.layers.values() for figure in rows.values())]
         decisive = self.end_to_end["float64"].bound < 1e-3
         return all(figure.passed for figure in figures) and decisive and all(self.structure.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the machine-readable form."""
+        """Returns the certificate as JSON values."""
         results = {
             name: {**end.to_json(), "layers": {path: f.to_json() for path, f in self.layers[name].items()}}
             for name, end in self.end_to_end.items()
@@ -99,23 +105,21 @@ class FoldCertificate:
 def certify_folds(
     module: nn.Module, variables: Tree, folds: Folds, *args: Any, folded: Tree | None = None, **kwargs: Any
 ) -> FoldCertificate:
-    """Compares the network with folded BatchNorms with the original on real input, in float64 and as stored.
+    """Compares the folded network with the original one on real images, in float64 and as stored.
 
     Args:
       module: an unbound Linen module.
       variables: its variables before folding.
       folds: from `find_folds`.
-      *args: input for the module; use real images.
-      folded: the variables that are deployed; by default folded here. In float64 they are measured with the rounding to
-        their type undone, so that a wrong leaf shows in whatever type it is stored.
+      *args: input for the module, such as images; use real ones.
+      folded: the variables to deploy; folded here by default. In float64 they are compared without
+        the rounding to their type, so that a wrong leaf shows in any type.
       **kwargs: passed on to the module.
-
-    Returns:
-      A `FoldCertificate`; look at `passed`.
 
     Raises:
       ExportError: see `fold_batchnorm`.
-      SiteError: if layers run under an `nn.scan` that hides the collection "denoise", in which figures are collected.
+      SiteError: if layers run under an `nn.scan` that hides the collection "denoise", which
+        collects the figures.
     """
     exact = fold_batchnorm(variables, folds, round_back=False)
     stored = fold_batchnorm(variables, folds)
@@ -179,8 +183,8 @@ def _measure(
         return returned
 
     def norm_variables(tree: Tree, fold: Fold) -> Tree:
-        found = {name: get_in(tree[name], fold.norm) for name in ("params", "batch_stats")}
-        return {name: dict(node) for name, node in found.items() if node}
+        nodes = {name: get_in(tree[name], fold.norm) for name in ("params", "batch_stats")}
+        return {name: dict(node) for name, node in nodes.items() if node}
 
     def run(variables: Tree, folded: Tree, args: Any) -> Any:
         extras = {}

@@ -1,8 +1,9 @@
-"""A network with its weights as one ONNX file, by the optional converter `jax2onnx` (requirements-onnx.txt).
+"""A network with its weights as one ONNX file, by the optional package `jax2onnx`.
 
-The converter is given the network's bare equations: it replaces functions of Flax and jax.numpy while it traces, and those
-replacements know neither positional arguments of `nn.max_pool`, nor its explicit padding, nor `nn.scan` at an unknown batch
-size. What it makes of an equation is checked in onnxruntime, as a whole, before anything is written.
+The converter gets the network's bare equations. When it traces a module itself, it replaces
+functions of Flax and jax.numpy by its own, which support neither positional arguments of
+`nn.max_pool`, nor its explicit padding, nor `nn.scan` at an unknown batch size. The result is run
+in onnxruntime and compared with the network before anything is written.
 """
 
 import logging
@@ -24,10 +25,10 @@ INPUT, OUTPUT = "images", "outputs"
 def export_onnx(
     module: nn.Module, variables: Any, image_size: tuple[int, int], path: str, *, channels: int = 3
 ) -> Comparison:
-    """Writes `images ↦ module.apply(variables, images)` for any batch size and compares the file with the live module.
+    """Writes `images ↦ module.apply(variables, images)` for any batch size, and checks the file.
 
-    The input is called "images", float32 (batch, height, width, channels); the output "outputs", or "outputs_0", … in the
-    order of the tree's leaves where there are several.
+    The input is called "images", float32 (batch, height, width, channels). The output is called
+    "outputs"; several are called "outputs_0", …, in the order of the tree's leaves.
 
     Args:
       module: an unbound Linen module that is called with the images alone.
@@ -40,10 +41,11 @@ def export_onnx(
       The comparison of the file, run by onnxruntime, with the live module.
 
     Raises:
-      ExportError: if the converter is not installed, or does not know an operation; if the module needs a known batch size;
-        if the file would be too large or computes something else. A file that was there before stays.
+      ExportError: if the converter is not installed or lacks an operation, if the module needs a
+        known batch size, or if the file would be too large or computes something else. An earlier
+        file stays.
     """
-    for name in ("onnx_ir", "jax2onnx"):  # they warn of every constant, and of packages that their examples lack
+    for name in ("onnx_ir", "jax2onnx"):  # which warn of every constant
         logging.getLogger(name).setLevel(logging.ERROR)
     jax2onnx = _optional("jax2onnx")
     _optional("onnxruntime")
@@ -55,7 +57,7 @@ def export_onnx(
     closed = traced(module, variables, image_size, channels)
     if (dtype := coarsest(closed)) != "float32":
         raise ExportError(
-            f"ONNX files are written for networks that compute in float32, and this one computes in {dtype}, for which "
+            f"ONNX files are written for networks that compute in float32. This one computes in {dtype}, for which "
             "onnxruntime lacks operations. Cast the weights to float32 and make the module with dtype=None."
         )
     plain = _rewritten(inline(closed))
@@ -73,13 +75,17 @@ def export_onnx(
     except Exception as error:
         raise ExportError(
             f"jax2onnx cannot convert {type(module).__name__}: {(str(error).splitlines() or [''])[0][:300]} "
-            "Export it as StableHLO, which has every operation of JAX."
+            "Export it as StableHLO, which supports every operation of JAX."
         ) from error
     return write_checked(path, data, load_onnx, live, closed, shape)
 
 
 def load_onnx(path: str) -> Network:
-    """Reads an ONNX file into onnxruntime on the CPU: a function of float32 images, any batch size, with NumPy outputs.
+    """Reads an ONNX file into onnxruntime on the CPU.
+
+    Returns:
+      A function of float32 images (batch, height, width, channels), of any batch size, with NumPy
+      outputs.
 
     Raises:
       CheckpointError: if the file is absent or onnxruntime cannot read it.
@@ -87,7 +93,7 @@ def load_onnx(path: str) -> Network:
     """
     runtime = _optional("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors; it warns of every constant that it folds away
+    options.log_severity_level = 3  # errors only; it warns of every constant that it folds
     try:
         session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -112,7 +118,7 @@ def _optional(package: str) -> Any:
 
 
 def _rewritten(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Returns the equations with those operations replaced that the converter gets wrong at an unknown batch size."""
+    """Replaces operations that the converter gets wrong at an unknown batch size."""
 
     def run(*args: Any) -> list[Any]:
         jaxpr = closed.jaxpr
@@ -140,26 +146,29 @@ def _window_maximum(
     base_dilation: tuple[int, ...],
     window_dilation: tuple[int, ...],
 ) -> Any:
-    """Returns max over the window of x, padded with −∞: the maximum of as many strided slices as the window has places."""
+    """Returns the maximum over windows of x: that of a strided slice per position in the window."""
     sides = [(low, high, d - 1) for (low, high), d in zip(padding, base_dilation, strict=True)]
     x = _pad(x, np.asarray(-np.inf, x.dtype), padding_config=sides)
     moves = list(zip(window_dimensions, window_strides, window_dilation, strict=True))
-    found = None
+    maximum = None
     for place in np.ndindex(*window_dimensions):
         start = [p * d for p, (_, _, d) in zip(place, moves, strict=True)]
-        # The last pixel that this place of the window meets; axes with a window of 1 and stride 1 are taken whole, since
-        # their size may be unknown.
+        # The last pixel at this position of the window. Axes with window 1 and stride 1 are taken
+        # whole: their size may be unknown.
         stop = [
             n if (w, s) == (1, 1) else i + (n - ((w - 1) * d + 1)) // s * s + 1
             for i, n, (w, s, d) in zip(start, x.shape, moves, strict=True)
         ]
         piece = jax.lax.slice(x, start, stop, window_strides)
-        found = piece if found is None else jax.lax.max(found, piece)
-    return found
+        maximum = piece if maximum is None else jax.lax.max(maximum, piece)
+    return maximum
 
 
 def _pad(x: Any, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> Any:
-    """Returns x with constants joined to its sides, or cut at them; constants between its numbers are left to `lax.pad`."""
+    """Returns x with constants added to its sides, or cropped.
+
+    Padding between numbers is left to `lax.pad`.
+    """
     if any(inner for *_, inner in padding_config):
         return jax.lax.pad_p.bind(x, value, padding_config=tuple(padding_config))
     for axis, (low, high, _) in enumerate(padding_config):
@@ -177,12 +186,12 @@ def _pad(x: Any, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) 
 
 
 def _forward_scan(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Returns the outputs of a scan; one that runs backwards runs forwards over what is turned around."""
+    """Returns the outputs of a scan; a reverse scan becomes a forward scan over reversed inputs."""
     if not eqn.params["reverse"]:
         return bind(eqn, values)
     fixed, carried = eqn.params["num_consts"] + eqn.params["num_carry"], eqn.params["num_carry"]
-    turned = [x if i < fixed else jax.lax.rev(x, (0,)) for i, x in enumerate(values)]
-    outs = eqn.primitive.bind(*turned, **eqn.primitive.get_bind_params({**eqn.params, "reverse": False}))
+    inputs = [x if i < fixed else jax.lax.rev(x, (0,)) for i, x in enumerate(values)]
+    outs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params({**eqn.params, "reverse": False}))
     return [y if i < carried else jax.lax.rev(y, (0,)) for i, y in enumerate(outs)]
 
 

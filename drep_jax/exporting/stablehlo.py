@@ -1,8 +1,8 @@
-"""A network with its weights as one StableHLO file (`jax.export`): runs where JAX runs, without our code or Flax.
+"""A network with its weights as one StableHLO file, which runs with JAX (`jax.export`) alone.
 
 from jax import export
 network = export.deserialize(bytearray(open("fused.stablehlo", "rb").read()))
-logits = network.call(images)                            # float32 (batch, height, width, channels), any batch
+logits = network.call(images)  # float32 (batch, height, width, channels), any batch
 """
 
 from collections.abc import Sequence
@@ -27,22 +27,23 @@ def export_stablehlo(
     platforms: Sequence[str] = PLATFORMS,
     channels: int = 3,
 ) -> Comparison:
-    """Writes `images ↦ module.apply(variables, images)` for any batch size and compares the file with the live module.
+    """Writes `images ↦ module.apply(variables, images)` for any batch size, and checks the file.
 
     Args:
       module: an unbound Linen module that is called with the images alone.
       variables: its variables, {"params": …, …}; all of them go into the file.
       image_size: (height, width) in pixels.
       path: of the file.
-      platforms: which the program is lowered for; "cuda" and "tpu" need no such device here, and are not run here.
+      platforms: to lower the program for. "cuda" and "tpu" need no such device here, and are not
+        run here.
       channels: of the images.
 
     Returns:
       The comparison of the file, read back and run on the CPU, with the live module.
 
     Raises:
-      ExportError: if the module needs a known batch size, the file would be too large, or it computes something else;
-        a file that was there before stays.
+      ExportError: if the module needs a known batch size, the file would be too large, or it
+        computes something else. An earlier file stays.
       ConfigError: for an unknown platform.
     """
     for platform in platforms:
@@ -65,7 +66,10 @@ def export_stablehlo(
 
 
 def load_stablehlo(path: str) -> Network:
-    """Reads a file of `export_stablehlo`: a function of float32 images (batch, height, width, channels), any batch size.
+    """Reads a file written by `export_stablehlo`.
+
+    Returns:
+      A function of float32 images (batch, height, width, channels), of any batch size.
 
     Raises:
       CheckpointError: if the file is absent or damaged.

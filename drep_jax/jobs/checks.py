@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 
 from drep_jax.core.algorithm1 import LOSSES
-from drep_jax.core.denoisers import site_steps
 from drep_jax.core.recipes import check_grid
+from drep_jax.core.reverse_map import site_steps
 from drep_jax.data import Source
 from drep_jax.data.corruptions import parse_spec
 from drep_jax.errors import ConfigError, DataError, lookup
@@ -38,7 +38,8 @@ def check(config: Config, setup: Setup) -> None:
     for learner in (config["learner"], *config["compare"]):
         lookup(LEARNERS, learner, "learner")
     check_choosing(config, setup)
-    check_grid(config["sweep"], setup.schedule)
+    sweep = {name: config["sweep"][name] for name in ("rules", "steps", "scales", "strengths")}
+    check_grid(setup.schedule, **sweep)
     lookup(LOSSES, denoise["loss"], "loss")
     parse_profile(config["profile"], "")
     check_wandb(config["wandb"])

@@ -12,11 +12,11 @@ import numpy as np
 from drep_jax import files
 from drep_jax.core import closed_form
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.denoisers import sample_noise, site_steps
+from drep_jax.core.denoisers import as_affine, sample_noise, scaled
 from drep_jax.core.fusion import fuse_exact
-from drep_jax.core.recipes import WIENER, Recipe, as_affine, check_rule
+from drep_jax.core.recipes import WIENER, Recipe, check_rule
+from drep_jax.core.reverse_map import site_steps
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from drep_jax.evaluation.selection import scaled
 from drep_jax.learners import LEARNERS, rule_and_steps
 from drep_jax.parallel import processes
 from drep_jax.run import workdir

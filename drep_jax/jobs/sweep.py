@@ -16,13 +16,13 @@ from tabulate import tabulate
 
 from drep_jax import files, report
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.denoisers import init_denoise, scaled
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.recipes import Grid, make_grid, solve
 from drep_jax.data.corruptions import CLEAN
 from drep_jax.errors import ConfigError
 from drep_jax.evaluation.placebo import placebo_denoisers
-from drep_jax.evaluation.selection import Candidate, Choice, Point, choose, scaled
+from drep_jax.evaluation.selection import Candidate, Choice, Point, choose
 from drep_jax.jobs.fuse import fuse_and_export, load_run
 from drep_jax.jobs.scores import compared, scores_of
 from drep_jax.learners.base import selection_of
@@ -100,7 +100,8 @@ def sweep(
         learned_at = config["denoise"]
         setup = setup.respaced(steps=learned_at["steps"], time_scale=learned_at["time_scale"], beta_end=beta_end)
     options = _narrowed(config["sweep"], rule=rule, steps=steps, scale=time_scale, strength=strength)
-    grid = make_grid(options, setup.sites, setup.schedule)
+    settings = {name: options[name] for name in ("rules", "steps", "scales", "strengths")}
+    grid = make_grid(setup.sites, setup.schedule, **settings)
     if grid.dropped:
         print(f"Left out, since they do not fit in the schedule: {'; '.join(grid.dropped)}.")
     began = time.perf_counter()

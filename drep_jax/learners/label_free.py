@@ -19,15 +19,17 @@ import jax
 import numpy as np
 
 from drep_jax.core import closed_form
+from drep_jax.core.denoisers import scaled
 from drep_jax.core.measured import measuring
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.pairs import PairedSource, open_pairs
 from drep_jax.errors import DataError
-from drep_jax.evaluation.selection import Candidate, choose, scaled
+from drep_jax.evaluation.selection import Candidate, choose
 from drep_jax.learners.base import Learned, LearnerInputs, against_optimum, keep, selection_of, train
 from drep_jax.learners.losses import denoising_objective
+from drep_jax.progress import pulsing
 from drep_jax.run.moments import moment_images
 from drep_jax.run.setup import Setup
 from drep_jax.typing import Config, Tree
@@ -103,10 +105,17 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
     began = time.perf_counter()
     fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
     solve = measuring(setup.backbone, inputs.variables, setup.sites, streams, **fitting)
-    for clean_fraction in options["clean_share"]:
-        measured = solve([clean_fraction, *[(1.0 - clean_fraction) / len(corrupted)] * len(corrupted)])
-        candidates.append(Candidate(f"clean share {clean_fraction:g}", measured.denoise))
-        errors[candidates[-1].label] = {name: list(pair) for name, pair in measured.errors.items()}
+    fractions, name = options["clean_share"], f"measuring {len(setup.sites)} sites on {len(clean)} images"
+    with pulsing(name, len(fractions), "mixture", shown=config["progress"]) as steps:
+        for clean_fraction in fractions:
+            measured = solve([clean_fraction, *[(1.0 - clean_fraction) / len(corrupted)] * len(corrupted)])
+            candidates.append(Candidate(f"clean share {clean_fraction:g}", measured.denoise))
+            errors[candidates[-1].label] = {name: list(pair) for name, pair in measured.errors.items()}
+            before, after = (sum(pair[i] for pair in measured.errors.values()) / len(measured.errors) for i in (0, 1))
+            steps.set_postfix_str(
+                f"clean share {clean_fraction:g}: mean error {before:.3f} → {after:.3f}", refresh=False
+            )
+            steps.update()
     return _chosen("measured", inputs, candidates, time.perf_counter() - began, len(clean), errors)
 
 

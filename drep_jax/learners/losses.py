@@ -74,10 +74,10 @@ def label_objective(
             backbone = backbone.clone(axis_name=devices.AXIS)
         rngs = {"dropout": jax.random.fold_in(key, devices.device_index())}
         outputs, others = task.apply(
-            backbone, {**others, "params": weights}, images, train=True, rngs=rngs, mutable=list(others)
+            backbone, {**others, "params": weights}, images, batch, train=True, rngs=rngs, mutable=list(others)
         )
     else:
-        outputs = task.apply(backbone, {**others, "params": weights}, images)
+        outputs = task.apply(backbone, {**others, "params": weights}, images, batch)
     loss, metrics = task.loss(outputs, batch, options["label_smoothing"], extra)
     return loss, (metrics, dict(others))
 

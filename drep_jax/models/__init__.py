@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from drep_jax.errors import ConfigError, lookup
 from drep_jax.models import imported
+from drep_jax.models.backbone import Backbone, BatchNormBackbone
 from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.imported import abstract_variables, output_shape
@@ -28,6 +29,8 @@ from drep_jax.models.vmamba import VMamba
 
 __all__ = [
     "MODELS",
+    "Backbone",
+    "BatchNormBackbone",
     "abstract_variables",
     "create_model",
     "depthwise_conv",

@@ -14,9 +14,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drep_jax.errors import ConfigError, did_you_mean
+from drep_jax.errors import ConfigError
+from drep_jax.models.backbone import BatchNormBackbone, at_least_float32, check_known
 from drep_jax.models.neck import FEATURES, BNNeck
-from drep_jax.models.transformer import TRUNC_NORMAL, EncoderBlock, at_least_float32, grid_of, layer_norm
+from drep_jax.models.transformer import TRUNC_NORMAL, EncoderBlock, grid_of, layer_norm
 
 NORM_EPS = 1e-5
 
@@ -24,7 +25,7 @@ Images = Float[Array, "batch height width channels"]
 Vectors = Float[Array, "batch width"]
 
 
-class CLIPReID(nn.Module):
+class CLIPReID(BatchNormBackbone, kw_only=True):
     """Vision Transformer of CLIP that returns the feature of retrieval.
 
     Attributes:
@@ -42,10 +43,7 @@ class CLIPReID(nn.Module):
         makes the feature NaN. 0 for no embeddings.
       sie_coefficient: what these embeddings are multiplied by.
       feature: of retrieval, that "before" or "after" the batch norm of BNNeck.
-      axis_name: mapped axis over which the necks share their batch statistics; None keeps them per device.
-      remat: recompute each block in the backward pass: less memory, more time.
-      dtype: of the computation; None follows inputs and parameters. The necks are float32 at least.
-      param_dtype: of the parameters.
+      dtype: see `Backbone`. The necks are float32 at least.
     """
 
     patch_size: int
@@ -59,19 +57,10 @@ class CLIPReID(nn.Module):
     side_info: int = 0
     sie_coefficient: float = 1.0
     feature: str = "before"
-    axis_name: str | None = None
-    remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    def __post_init__(self) -> None:
-        """Refuses sizes that cannot work, before anything is traced.
-
-        Raises:
-          ConfigError: naming the attribute, what was given and what was expected.
-        """
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
         _check(self)
-        super().__post_init__()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -106,9 +95,8 @@ class CLIPReID(nn.Module):
         self, x: Images, train: bool, classify: bool
     ) -> tuple[tuple[Vectors, ...], tuple[Vectors, ...], tuple[Vectors, ...]]:
         """Returns the three features, two of them after their necks, and the logits (none without classifiers)."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = layer_norm("norm_pre", NORM_EPS, **dtypes)(self._embed(x))
-        block_class: Any = nn.remat(EncoderBlock) if self.remat else EncoderBlock
+        x = layer_norm("norm_pre", NORM_EPS, **self.dtypes)(self._embed(x))
+        block_class: Any = self.block(EncoderBlock)
         earlier = x
         for i in range(self.depth):
             earlier = x
@@ -117,14 +105,16 @@ class CLIPReID(nn.Module):
                 mlp_dim=4 * self.width,
                 activation="quick_gelu",
                 norm_eps=NORM_EPS,
-                **dtypes,
+                **self.dtypes,
                 name=f"encoderblock_{i}",
             )
             x = block(x)
         # The norm works token by token: the class token alone gives the same for less work.
-        feature = layer_norm("norm", NORM_EPS, **dtypes)(x[:, 0])
+        feature = layer_norm("norm", NORM_EPS, **self.dtypes)(x[:, 0])
         init = nn.initializers.normal(self.width**-0.5)
-        projected = nn.Dense(self.projection, use_bias=False, kernel_init=init, **dtypes, name="projection")(feature)
+        projected = nn.Dense(self.projection, use_bias=False, kernel_init=init, **self.dtypes, name="projection")(
+            feature
+        )
         features = tuple(map(at_least_float32, (earlier[:, 0], feature, projected)))
         necks = (
             BNNeck(self.num_classes, self.axis_name, None, self.param_dtype, name=n) for n in ("neck", "neck_proj")
@@ -190,8 +180,7 @@ def _check(net: CLIPReID) -> None:
         raise ConfigError(f"width {net.width} is not divisible by num_heads {net.num_heads}.")
     if not math.isfinite(net.sie_coefficient):
         raise ConfigError(f"sie_coefficient must be a finite number, got {net.sie_coefficient!r}.")
-    if net.feature not in FEATURES:
-        raise ConfigError(f'Unknown feature "{net.feature}".{did_you_mean(str(net.feature), FEATURES)}')
+    check_known(net, feature=FEATURES)
     sides = net.image_size
     if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
         raise ConfigError(f"image_size must be (height, width) in pixels, both at least 1, got {sides!r}.")

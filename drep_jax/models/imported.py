@@ -116,11 +116,12 @@ def with_train(module: nn.Module, name: str = "") -> nn.Module:
         )
     if [p.name for p in modes] == ["train"] and modes[0].default is False:
         return module
-    return _adapted(type(module), tuple(p.name for p in modes))(**_fields(module))
+    adapted: Any = _adapted(type(module), tuple(p.name for p in modes))  # type: ignore[arg-type]
+    return adapted(**_fields(module))
 
 
 @functools.cache
-def _adapted(kind: type[nn.Module], modes: tuple[str, ...]) -> type[nn.Module]:
+def _adapted(kind: Any, modes: tuple[str, ...]) -> type[nn.Module]:
     """Returns the subclass that passes `train` on under the names that `kind` has for it."""
 
     def __call__(self: Any, x: Any, train: bool = False) -> Any:

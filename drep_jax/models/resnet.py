@@ -15,7 +15,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drep_jax.errors import ConfigError, did_you_mean
+from drep_jax.errors import ConfigError
+from drep_jax.models.backbone import BatchNormBackbone, check_batch, check_classes, check_known
 from drep_jax.models.pointwise import pointwise_conv
 
 BLOCKS = ("basic", "bottleneck")
@@ -86,7 +87,7 @@ def _pad(x: Images, channels: int, stride: int, conv: Layer, norm: Layer) -> Ima
 SHORTCUT: dict[str, Callable[..., Images]] = {"projection": _project, "pad": _pad}
 
 
-class ResNet(nn.Module):
+class ResNet(BatchNormBackbone, kw_only=True):
     """Residual network; takes images of any size.
 
     Attributes:
@@ -97,10 +98,6 @@ class ResNet(nn.Module):
       stem: "imagenet" (7x7 convolution of stride 2, max-pool) or "cifar" (3x3 of stride 1, no pool).
       shortcut: "projection" (1x1 convolution) or "pad" (no parameters) where a block changes the shape.
       last_stride: of the last stage; 1 keeps its maps twice as large, as person re-identification does.
-      axis_name: mapped axis over which BatchNorm shares its batch statistics; None keeps them per device.
-      remat: recompute each block in the backward pass: less memory, more time.
-      dtype: of the computation; None follows inputs and parameters.
-      param_dtype: of the parameters.
     """
 
     stage_sizes: Sequence[int]
@@ -110,19 +107,10 @@ class ResNet(nn.Module):
     stem: str = "imagenet"
     shortcut: str = "projection"
     last_stride: int = 2
-    axis_name: str | None = None
-    remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    def __post_init__(self) -> None:
-        """Refuses attributes that cannot work, before anything is traced.
-
-        Raises:
-          ConfigError: naming the attribute, what was given and what was expected.
-        """
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
         _check(self)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> Float[Array, "batch outputs"]:
@@ -138,10 +126,8 @@ class ResNet(nn.Module):
         Raises:
           ConfigError: when `x` is not a batch of images.
         """
-        if x.ndim != 4:
-            raise ConfigError(f"A ResNet takes images of shape (batch, height, width, channels), got {tuple(x.shape)}.")
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv, norm = makers(train, self.axis_name, **dtypes)
+        check_batch(x, "A ResNet")
+        conv, norm = makers(train, self.axis_name, **self.dtypes)
         make = block_maker(self.block, conv, norm, self.shortcut, self.remat)
         imagenet = self.stem == "imagenet"
         x = conv(self.width, kernel=7 if imagenet else 3, stride=2 if imagenet else 1, name="conv1")(x)
@@ -154,7 +140,7 @@ class ResNet(nn.Module):
             x = stage(x, f"layer{i + 1}", size, self.width * 2**i, stride, make)
         x = x.mean(axis=(1, 2))
         if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=_torch_linear, **dtypes, name="fc")(x)
+            x = nn.Dense(self.num_classes, kernel_init=_torch_linear, **self.dtypes, name="fc")(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -206,15 +192,9 @@ def _check(net: ResNet) -> None:
     sizes = net.stage_sizes
     if not isinstance(sizes, Sequence) or not sizes or not all(isinstance(s, int) and s > 0 for s in sizes):
         raise ConfigError(f"stage_sizes must be the number of blocks of each stage, got {sizes!r}.")
-    if net.block not in BLOCKS:
-        raise ConfigError(f'Unknown block "{net.block}".{did_you_mean(net.block, BLOCKS)}')
-    if net.stem not in STEMS:
-        raise ConfigError(f'Unknown stem "{net.stem}".{did_you_mean(net.stem, STEMS)}')
-    if net.shortcut not in SHORTCUT:
-        raise ConfigError(f'Unknown shortcut "{net.shortcut}".{did_you_mean(net.shortcut, SHORTCUT)}')
+    check_known(net, block=BLOCKS, stem=STEMS, shortcut=SHORTCUT)
     if not isinstance(net.width, int) or net.width < 1:
         raise ConfigError(f"width must be a number of channels, at least 1, got {net.width!r}.")
     if net.last_stride not in (1, 2):
         raise ConfigError(f"last_stride must be 1 or 2, got {net.last_stride!r}.")
-    if not isinstance(net.num_classes, int) or net.num_classes < 0:
-        raise ConfigError(f"num_classes must be 0 (features) or more, got {net.num_classes!r}.")
+    check_classes(net)

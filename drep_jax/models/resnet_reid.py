@@ -13,13 +13,13 @@ begin at the first pixel, without padding before it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drep_jax.errors import ConfigError, did_you_mean
+from drep_jax.errors import ConfigError
+from drep_jax.models.backbone import BatchNormBackbone, check_batch, check_classes, check_known
 from drep_jax.models.neck import FEATURES, BNNeck
 from drep_jax.models.resnet import BLOCKS, Images, Layer, block_maker, makers, stage, strides
 
@@ -30,7 +30,7 @@ BRANCHES = ("same", "different")
 Vectors = Float[Array, "batch width"]
 
 
-class ResNetReID(nn.Module):
+class ResNetReID(BatchNormBackbone, kw_only=True):
     """Residual network that returns the feature of retrieval; takes images of any size.
 
     Attributes:
@@ -42,10 +42,7 @@ class ResNetReID(nn.Module):
       stem: "torchvision", "strong_baseline" or "fast_reid", see above.
       width: channels of the stem and of the first stage.
       last_stride: of the last stage, 1 or 2.
-      axis_name: mapped axis over which BatchNorm shares its batch statistics; None keeps them per device.
-      remat: recompute each block in the backward pass: less memory, more time.
-      dtype: of the computation; None follows inputs and parameters. The necks are float32 at least.
-      param_dtype: of the parameters.
+      dtype: see `Backbone`. The necks are float32 at least.
     """
 
     stage_sizes: Sequence[int]
@@ -56,19 +53,10 @@ class ResNetReID(nn.Module):
     stem: str = "torchvision"
     width: int = 64
     last_stride: int = 1
-    axis_name: str | None = None
-    remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    def __post_init__(self) -> None:
-        """Refuses attributes that cannot work, before anything is traced.
-
-        Raises:
-          ConfigError: naming the attribute, what was given and what was expected.
-        """
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
         _check(self)
-        super().__post_init__()
 
     def __call__(self, x: Images, train: bool = False) -> Float[Array, "batch outputs"]:
         """Returns the feature of retrieval, that of the branches side by side; float32 at least.
@@ -98,10 +86,7 @@ class ResNetReID(nn.Module):
         self, x: Images, train: bool, classify: bool
     ) -> tuple[tuple[Vectors, ...], tuple[Vectors, ...], tuple[Vectors, ...]]:
         """Returns the features before and after the necks, and the logits (none where there is no classifier)."""
-        if x.ndim != 4 or x.shape[-1] != 3:
-            raise ConfigError(
-                f"A ResNet for re-identification takes images of shape (batch, height, width, 3), got {tuple(x.shape)}."
-            )
+        check_batch(x, "A ResNet for re-identification", 3)
         conv, norm = makers(train, self.axis_name, self.dtype, self.param_dtype)
         make = block_maker(self.block, conv, norm, "projection", self.remat)
         x = self._stem(x, conv, norm)
@@ -135,14 +120,10 @@ def _check(net: ResNetReID) -> None:
     sizes = net.stage_sizes
     if not isinstance(sizes, Sequence) or not sizes or not all(isinstance(s, int) and s > 0 for s in sizes):
         raise ConfigError(f"stage_sizes must be the number of blocks of each stage, got {sizes!r}.")
-    for name, known in (("block", BLOCKS), ("stem", STEMS), ("feature", FEATURES)):
-        value = getattr(net, name)
-        if value not in known:
-            raise ConfigError(f'Unknown {name} "{value}".{did_you_mean(str(value), known)}')
+    check_known(net, block=BLOCKS, stem=STEMS, feature=FEATURES)
     for name in ("branches", "last_stride"):
         if getattr(net, name) not in (1, 2):
             raise ConfigError(f"{name} must be 1 or 2, got {getattr(net, name)!r}.")
     if not isinstance(net.width, int) or net.width < 1:
         raise ConfigError(f"width must be a number of channels, at least 1, got {net.width!r}.")
-    if not isinstance(net.num_classes, int) or net.num_classes < 0:
-        raise ConfigError(f"num_classes must be 0 (no classifier) or more, got {net.num_classes!r}.")
+    check_classes(net)

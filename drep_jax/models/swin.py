@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
 from drep_jax.models.activations import gelu
-from drep_jax.models.transformer import at_least_float32, pair
+from drep_jax.models.backbone import Backbone, at_least_float32, check_classes, whole
+from drep_jax.models.transformer import pair
 
 BIAS_HIDDEN = 512
 """Hidden dimension of the network of the position bias."""
@@ -225,7 +226,7 @@ class PatchMerging(nn.Module):
         return _norm(**dtypes, name="norm")(x)
 
 
-class SwinV2(nn.Module):
+class SwinV2(Backbone, kw_only=True):
     """Swin Transformer V2.
 
     Attributes:
@@ -244,9 +245,6 @@ class SwinV2(nn.Module):
         which keeps the position bias in its units; 0 for the same.
       drop_path: rate at which a block's branch is left out for an image when `train`; it rises linearly from 0 in the
         first block to this in the last. Needs an rng named "dropout".
-      remat: recompute each block in the backward pass: less memory, more time.
-      dtype: of the computation; None follows inputs and parameters.
-      param_dtype: of the parameters.
     """
 
     width: int
@@ -260,18 +258,10 @@ class SwinV2(nn.Module):
     qkv_bias: bool = True
     pretrained_window_sizes: tuple[int, ...] | None = None
     drop_path: float = 0.0
-    remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    def __post_init__(self) -> None:
-        """Refuses sizes that cannot work, before anything is traced.
-
-        Raises:
-          ConfigError: naming the attribute, what was given and what was expected.
-        """
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
         _check(self)
-        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -296,16 +286,15 @@ class SwinV2(nn.Module):
                 f"This SwinV2 takes images of shape (batch, {height}, {width}, channels), got {tuple(x.shape)}. "
                 "Resize the images, or set image_size."
             )
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         patch = pair(self.patch_size)
         embedding = functools.partial(nn.Conv, kernel_init=nn.initializers.xavier_uniform(), name="embedding")
-        x = embedding(self.width, patch, strides=patch, padding="VALID", **dtypes)(x)
-        x = _norm(**dtypes, name="embedding_norm")(x)
+        x = embedding(self.width, patch, strides=patch, padding="VALID", **self.dtypes)(x)
+        x = _norm(**self.dtypes, name="embedding_norm")(x)
         rates = iter(np.linspace(0.0, self.drop_path if train else 0.0, sum(self.depths)).tolist())
-        block_class: Any = nn.remat(SwinBlock) if self.remat else SwinBlock
+        block_class: Any = self.block(SwinBlock)
         for stage, depth in enumerate(self.depths):
             if stage:
-                x = PatchMerging(**dtypes, name=f"stage{stage}_merge")(x)
+                x = PatchMerging(**self.dtypes, name=f"stage{stage}_merge")(x)
             window = tuple(map(min, x.shape[1:3], pair(self.window_size)))
             half = tuple(side // 2 if side < length else 0 for side, length in zip(window, x.shape[1:3], strict=True))
             for i in range(depth):
@@ -317,12 +306,12 @@ class SwinV2(nn.Module):
                     pretrained_window=self.pretrained_window_sizes[stage] if self.pretrained_window_sizes else 0,
                     qkv_bias=self.qkv_bias,
                     drop_path=next(rates),
-                    **dtypes,
+                    **self.dtypes,
                     name=f"stage{stage}_block{i}",
                 )(x)
-        features = _norm(**dtypes, name="norm")(x).mean(axis=(1, 2))
+        features = _norm(**self.dtypes, name="norm")(x).mean(axis=(1, 2))
         if self.num_classes:
-            features = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **dtypes, name="head")(features)
+            features = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **self.dtypes, name="head")(features)
         return at_least_float32(features)
 
 
@@ -331,23 +320,22 @@ def _check(swin: SwinV2) -> None:
     for name in ("patch_size", "window_size", "image_size"):
         value = getattr(swin, name)
         sides = (value,) * 2 if name != "image_size" and isinstance(value, int) else value
-        if not _whole(sides, 1) or len(sides) != 2:
+        if not whole(sides, 1) or len(sides) != 2:
             raise ConfigError(f"{name} must be (height, width) in pixels, both at least 1, got {value!r}.")
-    if not _whole((swin.width,), 1):
+    if not whole((swin.width,), 1):
         raise ConfigError(f"width must be a whole number, at least 1, got {swin.width!r}.")
-    if not _whole(swin.depths, 1) or not swin.depths:
+    if not whole(swin.depths, 1) or not swin.depths:
         raise ConfigError(f"depths must be the number of blocks of each stage, all at least 1, got {swin.depths!r}.")
     stages = len(swin.depths)
-    if not _whole(swin.num_heads, 1) or len(swin.num_heads) != stages:
+    if not whole(swin.num_heads, 1) or len(swin.num_heads) != stages:
         raise ConfigError(f"num_heads must be {stages} whole numbers, one for each stage, got {swin.num_heads!r}.")
     pretrained = swin.pretrained_window_sizes
-    if pretrained is not None and (not _whole(pretrained, 0) or len(pretrained) != stages):
+    if pretrained is not None and (not whole(pretrained, 0) or len(pretrained) != stages):
         raise ConfigError(
             f"pretrained_window_sizes must be {stages} whole numbers, one for each stage (0: the same window), "
             f"got {pretrained!r}."
         )
-    if not _whole((swin.num_classes,), 0):
-        raise ConfigError(f"num_classes must be 0 (features) or more, got {swin.num_classes!r}.")
+    check_classes(swin)
     if not 0 <= swin.drop_path < 1:
         raise ConfigError(f"drop_path must be in [0, 1), got {swin.drop_path}.")
     if not swin.mlp_ratio * swin.width >= 1:
@@ -378,10 +366,3 @@ def _misfit(size: int, patch: int, window: int, stages: int) -> str:
         if length > window and length % window:
             return f"the feature map of stage {stage} is {length} long, which windows of {window} do not divide"
     return ""
-
-
-def _whole(values: Any, least: int) -> bool:
-    """Returns whether these are whole numbers, all at least `least`."""
-    return isinstance(values, tuple | list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values
-    )

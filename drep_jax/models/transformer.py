@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
 from drep_jax.models.activations import gelu, quick_gelu
+from drep_jax.models.backbone import at_least_float32, check_classes
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": gelu,
@@ -154,11 +155,6 @@ def layer_norm(name: str, eps: float, dtype: Any, param_dtype: Any) -> nn.LayerN
     return nn.LayerNorm(eps, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name)
 
 
-def at_least_float32(x: Array) -> Array:
-    """Widens bfloat16 and float16 to float32 and leaves float64 alone."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def patch_embedding(
     width: int, patch: tuple[int, int], stride: tuple[int, int], dtype: Any, param_dtype: Any
 ) -> nn.Conv:
@@ -228,8 +224,7 @@ def check_sizes(net: Any) -> None:
         value = getattr(net, name)
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a whole number, at least 1, got {value!r}.")
-    if not isinstance(net.num_classes, int) or net.num_classes < 0:
-        raise ConfigError(f"num_classes must be 0 (features) or more, got {net.num_classes!r}.")
+    check_classes(net)
     if not 0 <= net.drop_path < 1:
         raise ConfigError(f"drop_path must be in [0, 1), got {net.drop_path}.")
     if net.width % net.num_heads:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from drep_jax.errors import ConfigError, did_you_mean
+from drep_jax.errors import ConfigError
+from drep_jax.models.backbone import BatchNormBackbone, at_least_float32, check_known
 from drep_jax.models.neck import FEATURES, BNNeck
 from drep_jax.models.transformer import (
     TRUNC_NORMAL,
-    at_least_float32,
     check_sizes,
     encode,
     grid_of,
@@ -60,7 +60,7 @@ def _batch_norm(name: str, train: bool, axis_name: str | None, dtype: Any, param
     )
 
 
-class TransReID(nn.Module):
+class TransReID(BatchNormBackbone, kw_only=True):
     """TransReID, or with `jigsaw=False` and `side_info=0` its baseline; TransReID-SSL's networks are such baselines.
 
     The tree is that of a ViT (`embedding`, `cls`, `pos_embedding`, `encoderblock_0`, …, `norm`) and `sie`, `neck`. With the
@@ -88,10 +88,7 @@ class TransReID(nn.Module):
       feature: whether the feature of retrieval is that "before" or "after" the batch norm of BNNeck.
       drop_path: rate at which the last block's branches are left out in training, rising linearly from 0 at the first
         block; needs an rng named "dropout".
-      remat: recompute each block in the backward pass: less memory, more time.
-      axis_name: mapped axis over which batch norms share their statistics; None keeps them per device.
-      dtype: of the computation; None follows inputs and parameters. BNNeck computes in float32 at least.
-      param_dtype: of the parameters.
+      dtype: see `Backbone`. BNNeck computes in float32 at least.
     """
 
     patch_size: int | tuple[int, int]
@@ -110,19 +107,10 @@ class TransReID(nn.Module):
     sie_coefficient: float = 3.0
     feature: str = "before"
     drop_path: float = 0.1
-    remat: bool = False
-    axis_name: str | None = None
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    def __post_init__(self) -> None:
-        """Refuses attributes that cannot work, before anything is traced.
-
-        Raises:
-          ConfigError: naming the attribute, what was given and what was expected.
-        """
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
         _check(self)
-        super().__post_init__()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -220,14 +208,13 @@ class TransReID(nn.Module):
         self, x: Float[Array, "batch height width 3"], train: bool
     ) -> Float[Array, "batch rows columns channels"]:
         """Returns maps of half the size, after three convolutions."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for i, (size, stride) in enumerate(((7, 2), (3, 1), (3, 1)), start=1):
             pad = ((size // 2, size // 2),) * 2
-            conv = nn.Conv(_STEM_WIDTH, (size, size), stride, pad, use_bias=False, **dtypes, name=f"stem_conv{i}")
+            conv = nn.Conv(_STEM_WIDTH, (size, size), stride, pad, use_bias=False, **self.dtypes, name=f"stem_conv{i}")
             if i < 3:
-                x = Ibn(self.axis_name, **dtypes, name=f"stem_norm{i}")(conv(x), train)
+                x = Ibn(self.axis_name, **self.dtypes, name=f"stem_norm{i}")(conv(x), train)
             else:
-                x = _batch_norm(f"stem_norm{i}", train, self.axis_name, **dtypes)(conv(x))
+                x = _batch_norm(f"stem_norm{i}", train, self.axis_name, **self.dtypes)(conv(x))
             x = nn.relu(x)
         return x
 
@@ -281,10 +268,7 @@ def jigsaw_order(patches: int, shift: int, groups: int) -> np.ndarray:
 def _check(net: TransReID) -> None:
     """Raises ConfigError for attributes that cannot work together."""
     check_sizes(net)
-    if net.stem not in STEMS:
-        raise ConfigError(f'Unknown stem "{net.stem}".{did_you_mean(net.stem, STEMS)}')
-    if net.feature not in FEATURES:
-        raise ConfigError(f'Unknown feature "{net.feature}".{did_you_mean(net.feature, FEATURES)}')
+    check_known(net, stem=STEMS, feature=FEATURES)
     if not isinstance(net.side_info, int) or net.side_info < 0:
         raise ConfigError(f"side_info must be a number of embeddings, 0 for none, got {net.side_info!r}.")
     if net.stem == "ics" and (net.patch_stride is not None or any(side % 2 for side in pair(net.patch_size))):

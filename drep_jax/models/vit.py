@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from drep_jax.errors import ConfigError, did_you_mean
+from drep_jax.errors import ConfigError
+from drep_jax.models.backbone import Backbone, at_least_float32, check_known
 from drep_jax.models.transformer import (
     ACTIVATIONS,
     TRUNC_NORMAL,
     EncoderBlock,
-    at_least_float32,
     check_sizes,
     encode,
     grid_of,
@@ -36,7 +36,7 @@ POSITIONS = ("learned", "sincos2d")
 _tiny_normal = nn.initializers.normal(1e-6)
 
 
-class ViT(nn.Module):
+class ViT(Backbone, kw_only=True):
     """Vision Transformer.
 
     Attributes:
@@ -59,7 +59,6 @@ class ViT(nn.Module):
       layer_scale: whether what a block adds is scaled by one learned number a channel.
       pre_logits: whether tanh(dense(·)) of the same width follows the pooled features, as in Google's older ViTs.
       qkv_bias: whether query, key and value have biases.
-      remat: recompute each block in the backward pass: less memory, more time.
       scan: one compiled block looped over parameters stacked under `encoder` (see `stack_blocks`) instead of
         `encoderblock_0`, ...; intercepted layers may sow into a collection named "denoise", stacked the same way.
       post_norm: normalise each sum instead of each input.
@@ -69,8 +68,6 @@ class ViT(nn.Module):
       dropout: rate after the embedding, the attention and the MLP when `train`; needs an rng named "dropout".
       drop_path: rate at which the last block's branches are left out when `train` (stochastic depth), rising linearly from
         0 at the first block; needs the same rng.
-      dtype: of the computation; None follows inputs and parameters.
-      param_dtype: of the parameters.
     """
 
     patch_size: int | tuple[int, int]
@@ -89,24 +86,16 @@ class ViT(nn.Module):
     qkv_bias: bool = True
     layer_scale: bool = False
     pre_logits: bool = False
-    remat: bool = False
     scan: bool = False
     post_norm: bool = False
     activation: str = "gelu"
     norm_eps: float = 1e-6
     dropout: float = 0.0
     drop_path: float = 0.0
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    def __post_init__(self) -> None:
-        """Refuses sizes that cannot work, before anything is traced.
-
-        Raises:
-          ConfigError: naming the attribute, what was given and what was expected.
-        """
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
         _check(self)
-        super().__post_init__()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -145,9 +134,8 @@ class ViT(nn.Module):
                 f"This ViT takes images of shape (batch, {height}, {width}, channels), got {tuple(x.shape)}. "
                 "Resize the images, or set image_size (which changes the number of position embeddings)."
             )
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = self._encode(self._embed(x, train), train)
-        norm = layer_norm("norm", self.norm_eps, **dtypes)
+        norm = layer_norm("norm", self.norm_eps, **self.dtypes)
         patches = x[:, x.shape[1] - math.prod(self.grid) :]
         # The norm works token by token, so taking the class token first gives the same result for less work.
         features = {
@@ -156,9 +144,11 @@ class ViT(nn.Module):
             "gap": lambda: norm(patches).mean(axis=1),
         }[self.pool]()
         if self.pre_logits:
-            features = nn.tanh(nn.Dense(self.width, kernel_init=TRUNC_NORMAL, **dtypes, name="pre_logits")(features))
+            features = nn.tanh(
+                nn.Dense(self.width, kernel_init=TRUNC_NORMAL, **self.dtypes, name="pre_logits")(features)
+            )
         if self.num_classes:
-            features = nn.Dense(self.num_classes, kernel_init=TRUNC_NORMAL, **dtypes, name="head")(features)
+            features = nn.Dense(self.num_classes, kernel_init=TRUNC_NORMAL, **self.dtypes, name="head")(features)
         return at_least_float32(features)
 
     def _embed(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch tokens dim"]:
@@ -251,17 +241,12 @@ def _check(vit: ViT) -> None:
         raise ConfigError(f"registers must be a number of tokens, 0 or more, got {vit.registers!r}.")
     if not 0 <= vit.dropout < 1:
         raise ConfigError(f"dropout must be in [0, 1), got {vit.dropout}.")
-    if vit.pool not in POOLS:
-        raise ConfigError(f'Unknown pool "{vit.pool}".{did_you_mean(vit.pool, POOLS)}')
-    if vit.positions not in POSITIONS:
-        raise ConfigError(f'Unknown positions "{vit.positions}".{did_you_mean(vit.positions, POSITIONS)}')
+    check_known(vit, pool=POOLS, positions=POSITIONS, activation=ACTIVATIONS)
     if vit.positions == "sincos2d" and (vit.width % 4 or vit.width < 8):
         raise ConfigError(f'positions "sincos2d" need a width that is a multiple of 4, at least 8; got {vit.width}.')
     if vit.pool == "cls" and not vit.class_token:
         raise ConfigError(
             'pool "cls" reads the class token, and class_token=False leaves it out: choose "mean" or "gap".'
         )
-    if vit.activation not in ACTIVATIONS:
-        raise ConfigError(f'Unknown activation "{vit.activation}".{did_you_mean(vit.activation, ACTIVATIONS)}')
     if not vit.norm_eps > 0:
         raise ConfigError(f"norm_eps must be above 0, got {vit.norm_eps}.")

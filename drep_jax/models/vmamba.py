@@ -28,9 +28,9 @@ from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
 from drep_jax.models.activations import gelu
+from drep_jax.models.backbone import Backbone, at_least_float32, check_batch, check_classes
 from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.selective_scan import selective_scan
-from drep_jax.models.transformer import at_least_float32
 
 Maps = Float[Array, "batch height width channels"]
 
@@ -143,7 +143,7 @@ class VSSBlock(nn.Module):
         return x + drop(Mlp(self.hidden, **dtypes, name="mlp")(_layer_norm("norm2", **dtypes)(x)))
 
 
-class VMamba(nn.Module):
+class VMamba(Backbone, kw_only=True):
     """VMamba; takes images of any size.
 
     Attributes:
@@ -155,9 +155,6 @@ class VMamba(nn.Module):
       mlp_ratio: hidden dimension of the MLPs, relative to the stage's channels.
       drop_path: rate at which the last block's branches are dropped, image by image, when `train`; it grows linearly
         from 0 at the first block. Needs an rng named "dropout".
-      remat: recompute each block in the backward pass: less memory, more time.
-      dtype: of the computation; None follows inputs and parameters.
-      param_dtype: of the parameters.
     """
 
     depths: Sequence[int]
@@ -167,18 +164,10 @@ class VMamba(nn.Module):
     d_state: int = 1
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
-    remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    def __post_init__(self) -> None:
-        """Refuses attributes that cannot work, before anything is traced.
-
-        Raises:
-          ConfigError: naming the attribute, what was given and what was expected.
-        """
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
         _check(self)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Maps, train: bool = False) -> Float[Array, "batch outputs"]:
@@ -195,18 +184,16 @@ class VMamba(nn.Module):
         Raises:
           ConfigError: when `x` is not a batch of images.
         """
-        if x.ndim != 4:
-            raise ConfigError(f"A VMamba takes images of shape (batch, height, width, channels), got {tuple(x.shape)}.")
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm: Any = functools.partial(_layer_norm, **dtypes)
-        x = norm("stem_norm1")(_halve(self.width // 2, "stem_conv1", **dtypes)(x))
-        x = norm("stem_norm2")(_halve(self.width, "stem_conv2", **dtypes)(gelu(x)))
-        block: Any = nn.remat(VSSBlock) if self.remat else VSSBlock
+        check_batch(x, "A VMamba")
+        norm: Any = functools.partial(_layer_norm, **self.dtypes)
+        x = norm("stem_norm1")(_halve(self.width // 2, "stem_conv1", **self.dtypes)(x))
+        x = norm("stem_norm2")(_halve(self.width, "stem_conv2", **self.dtypes)(gelu(x)))
+        block: Any = self.block(VSSBlock)
         rates = iter(np.linspace(0.0, self.drop_path if train else 0.0, sum(self.depths)).tolist())
         for stage, depth in enumerate(self.depths):
             channels = self.width * 2**stage
             if stage:
-                x = norm(f"downsample{stage}_norm")(_halve(channels, f"downsample{stage}_conv", **dtypes)(x))
+                x = norm(f"downsample{stage}_norm")(_halve(channels, f"downsample{stage}_conv", **self.dtypes)(x))
             for i in range(depth):
                 x = block(
                     inner=int(self.ssm_ratio * channels),
@@ -214,12 +201,12 @@ class VMamba(nn.Module):
                     hidden=int(self.mlp_ratio * channels),
                     d_state=self.d_state,
                     drop_path=next(rates),
-                    **dtypes,
+                    **self.dtypes,
                     name=f"layer{stage + 1}_{i}",
                 )(x)
         x = norm("norm")(x).mean(axis=(1, 2))
         if self.num_classes:
-            x = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **dtypes, name="head")(x)
+            x = nn.Dense(self.num_classes, kernel_init=_trunc_normal, **self.dtypes, name="head")(x)
         return at_least_float32(x)
 
 
@@ -273,7 +260,6 @@ def _check(net: VMamba) -> None:
             raise ConfigError(f"{name} times width must give at least one channel, got {value!r}.")
     if not isinstance(net.d_state, int) or net.d_state < 1:
         raise ConfigError(f"d_state must be a whole number, at least 1, got {net.d_state!r}.")
-    if not isinstance(net.num_classes, int) or net.num_classes < 0:
-        raise ConfigError(f"num_classes must be 0 (features) or more, got {net.num_classes!r}.")
+    check_classes(net)
     if not isinstance(net.drop_path, int | float) or not 0 <= net.drop_path < 1:
         raise ConfigError(f"drop_path must be in [0, 1), got {net.drop_path!r}.")

@@ -1,1 +1,1 @@
-"""Many devices and many processes as one."""
+"""Many devices, and many processes, as one."""

@@ -1,7 +1,8 @@
 """Data parallelism over the devices of all hosts: the only module that names `jax.pmap`.
 
-Every host calls the same functions in the same order, each with its own rows of every batch. The axis of the devices runs
-over all hosts: first those of host 0, then those of host 1, so that the rows of a batch lie as they do on one host.
+Every host calls the same functions in the same order, each with its own rows of every batch. The
+axis of devices runs over the devices of host 0, then those of host 1, …, so the rows of a batch are
+in the same order as on one host.
 """
 
 import collections
@@ -21,15 +22,15 @@ AXIS = "devices"
 
 
 LAG = 4
-"""Steps after which hosts hear of each other's flags; so many steps may be under way without being waited for."""
+"""Steps until a flag of one host reaches the others; so many steps may be in flight."""
 
 
 PIECE = 2**22
-"""Numbers that a host sends at a time."""
+"""Numbers per message of a broadcast."""
 
 
 def device_count() -> int:
-    """Returns the number of devices of all hosts that a batch is divided among."""
+    """Returns the number of devices of all hosts."""
     return jax.device_count()
 
 
@@ -39,12 +40,17 @@ def local_device_count() -> int:
 
 
 def host() -> tuple[int, int]:
-    """Returns (which, of how many) host this is: the part of every batch that it reads."""
+    """Returns (index, count) of this host, which reads that part of every batch."""
     return jax.process_index(), jax.process_count()
 
 
 def check_batch(size: int, what: str) -> None:
-    """Raises `ConfigError` unless a batch divides evenly; `pmap` would silently leave devices idle."""
+    """Raises `ConfigError` unless a batch divides evenly among the devices.
+
+    Args:
+      size: images per batch, over all devices.
+      what: name of the setting, for the message.
+    """
     if size < 1 or size % device_count():
         hosts = jax.process_count()
         where = f"{hosts} processes of {local_device_count()} devices" if hosts > 1 else "the local devices"
@@ -52,8 +58,11 @@ def check_batch(size: int, what: str) -> None:
 
 
 def replicate(tree: Tree) -> Tree:
-    """Returns `tree` on every local device, laid out as what `on_devices` returns, so that a second step compiles nothing."""
-    if not jax.tree_util.tree_leaves(tree):  # which pmap refuses among several hosts
+    """Returns `tree` on every local device.
+
+    It has the layout of `on_devices`' outputs, so that a second step compiles nothing.
+    """
+    if not jax.tree_util.tree_leaves(tree):  # pmap refuses an empty tree among several hosts
         return tree
     return _copies()(np.arange(local_device_count()), tree)
 
@@ -64,12 +73,15 @@ def _copies() -> Callable[..., Any]:
 
 
 def unreplicate(tree: Tree) -> Tree:
-    """Returns the first device's copy, as NumPy arrays of their own (on a CPU a view would share the donated buffer)."""
+    """Returns copies of the first device's arrays in NumPy.
+
+    A view could share a buffer that is donated later.
+    """
     return jax.tree_util.tree_map(lambda leaf: np.array(leaf.addressable_shards[0].data)[0], tree)
 
 
 def shard(batch: Tree) -> Tree:
-    """Splits this host's rows of every array among its devices: (B, …) to (devices, B / devices, …)."""
+    """Splits this host's rows among its devices: (batch, …) to (devices, batch / devices, …)."""
     return jax.tree_util.tree_map(lambda leaf: leaf.reshape(local_device_count(), -1, *leaf.shape[1:]), batch)
 
 
@@ -79,7 +91,7 @@ def unshard(tree: Tree) -> Tree:
 
 
 def on_devices(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiles `function` to run on every device, each on its own slice of the arguments' first axis."""
+    """Compiles `function` to run on every device, on its slice of the arguments' first axis."""
     return jax.pmap(function, axis_name=AXIS, **options)
 
 
@@ -89,7 +101,7 @@ def on_devices(function: Callable[..., Any], **options: Any) -> Callable[..., An
 
 
 def device_index() -> Any:
-    """Returns the number of this device among those of all hosts."""
+    """Returns the index of this device among those of all hosts."""
     return jax.lax.axis_index(AXIS)
 
 
@@ -99,52 +111,56 @@ def axis_size() -> int:
 
 
 def scattered_total(flat: Any) -> Any:
-    """Adds up vectors over the devices of all hosts; each device gets the part at its own place."""
+    """Sums vectors over all devices (reduce-scatter); device i gets the i-th part of the sum."""
     return jax.lax.psum_scatter(flat, AXIS, tiled=True)
 
 
 def gathered(part: Any) -> Any:
-    """Returns all devices' vectors, one after the other."""
+    """Concatenates the vectors of all devices along their first axis."""
     return jax.lax.all_gather(part, AXIS, tiled=True)
 
 
 def mean(tree: Tree) -> Tree:
-    """Averages over the devices of all hosts."""
+    """Returns the mean over the devices of all hosts."""
     return jax.lax.pmean(tree, AXIS)
 
 
 def total(tree: Tree) -> Tree:
-    """Adds up over the devices of all hosts."""
+    """Returns the sum over the devices of all hosts."""
     return jax.lax.psum(tree, AXIS)
 
 
 def exact_total(high: Tree, low: Tree) -> tuple[Tree, Tree]:
-    """Adds up high + low over the devices of all hosts, to the 48 bits that two float32 numbers hold.
+    """Returns the sum of high + low over all devices, to the 48 bits that two float32 numbers hold.
 
-    One all-reduce of everything: each device gets all devices' numbers of its own part, adds them in the order of the
-    devices with the rounding errors kept, and tells all others the result. So every host ends with the same bits.
+    One all-reduce: each device receives its part from all devices, sums it in the order of the
+    devices with compensation of the rounding errors, and sends the sum to all. So every host has
+    the same bits.
 
     Args:
       high: float32 arrays.
-      low: what rounding has left out of them, likewise.
+      low: their rounding errors, likewise.
+
+    Returns:
+      The sums, in the same form.
     """
     leaves, form = jax.tree_util.tree_flatten(high)
     shapes = [leaf.shape for leaf in leaves]
     flat = jnp.stack([jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree_util.tree_leaves(t)]) for t in (high, low)])
     devices, size = jax.lax.axis_size(AXIS), flat.shape[1]
     parts = jnp.pad(flat, ((0, 0), (0, -size % devices))).reshape(2, devices, -1)
-    mine = jax.lax.all_to_all(parts, AXIS, split_axis=1, concat_axis=1, tiled=True)
+    local = jax.lax.all_to_all(parts, AXIS, split_axis=1, concat_axis=1, tiled=True)
 
     def add(number: Any, so_far: Any) -> Any:
         total, lost = so_far
-        new = mine[0, number]
+        new = local[0, number]
         after = total + new
         back = after - total
-        return after, lost + ((total - (after - back)) + (new - back)) + mine[1, number]
+        return after, lost + ((total - (after - back)) + (new - back)) + local[1, number]
 
-    start = (jnp.zeros_like(mine[0, 0]), jnp.zeros_like(mine[0, 0]))
-    found = jnp.stack(jax.lax.fori_loop(0, devices, add, start))
-    everything = jax.lax.all_gather(found, AXIS, axis=1, tiled=True)[:, :size]
+    start = (jnp.zeros_like(local[0, 0]), jnp.zeros_like(local[0, 0]))
+    sums = jnp.stack(jax.lax.fori_loop(0, devices, add, start))
+    everything = jax.lax.all_gather(sums, AXIS, axis=1, tiled=True)[:, :size]
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
 
     def tree(row: Any) -> Tree:
@@ -160,7 +176,7 @@ def exact_total(high: Tree, low: Tree) -> tuple[Tree, Tree]:
 
 
 def gather(array: np.ndarray) -> np.ndarray:
-    """Returns every host's array, equal in shape and type, stacked: (hosts, …), the same bits on every host."""
+    """Stacks the arrays of all hosts, which have equal shapes and types: (hosts, …)."""
     array = np.ascontiguousarray(array)
     if jax.process_count() == 1:
         return array[None]
@@ -177,7 +193,7 @@ def broadcast(content: bytes | None) -> bytes:
     size = int(np.frombuffer(multihost_utils.broadcast_one_to_all(_words(size.to_bytes(8, "little"), 2)), np.int64)[0])
     pieces = []
     for start in range(0, size, 4 * PIECE):
-        # Lengths are powers of two, so that few programs are compiled.
+        # lengths are powers of two, so that few programs are compiled
         length = min(PIECE, 2 ** max(8, (-(-(size - start) // 4) - 1).bit_length()))
         sent = _words(content[start : start + 4 * length] if first and content is not None else b"", length)
         pieces.append(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
@@ -189,26 +205,31 @@ def _words(content: bytes, length: int) -> np.ndarray:
 
 
 class AnyHost:
-    """Tells all hosts in the same call whether any of them has raised a flag, without making the devices wait."""
+    """Tells all hosts, in the same call, whether one of them has raised a flag.
+
+    The devices do not wait for it.
+    """
 
     def __init__(self) -> None:
-        self._under_way: collections.deque[Any] = collections.deque()
+        self._in_flight: collections.deque[Any] = collections.deque()
 
     def __call__(self, raised: bool, *, last: bool = False) -> bool:
-        """Returns the flag on one host; among several, whether any of them had raised it `LAG` calls ago.
+        """Returns the flag on one host.
+
+        Among several, whether any of them had raised it `LAG` calls ago.
 
         Args:
-          raised: this host's flag; once raised, it stays so.
-          last: whether this is the last call, which then waits for what all hosts say now.
+          raised: this host's flag; once raised, it stays raised.
+          last: whether this is the last call, which waits for the current flags of all hosts.
         """
         if jax.process_count() == 1:
             return raised
-        self._under_way.append(_largest()(np.full(local_device_count(), raised, np.float32)))
+        self._in_flight.append(_largest()(np.full(local_device_count(), raised, np.float32)))
         if last:
-            return bool(unreplicate(self._under_way.pop()))
-        if len(self._under_way) <= LAG:
+            return bool(unreplicate(self._in_flight.pop()))
+        if len(self._in_flight) <= LAG:
             return False
-        return bool(unreplicate(self._under_way.popleft()))
+        return bool(unreplicate(self._in_flight.popleft()))
 
 
 @functools.cache

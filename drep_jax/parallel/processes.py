@@ -1,4 +1,7 @@
-"""Many processes as one run: joining and leaving, and what they say to each other. Alone, all of it costs nothing."""
+"""Many processes as one run: joining and leaving, and what they say to each other.
+
+Alone, all of it costs nothing.
+"""
 
 import contextlib
 import json
@@ -28,10 +31,13 @@ _session: Session | None = None
 
 @contextlib.contextmanager
 def joined(hosts: Hosts) -> Iterator[None]:
-    """Joins the other processes for as long as the block runs, and prints on process 0 only; alone, it does nothing.
+    """Joins the other processes for as long as the block runs, and prints on process 0 only.
 
-    Call it before anything touches a device. At the end of the block all processes wait for each other. If it ends with
-    an error, the others are told and end, too; then `leave` must be the last call of this process.
+    Alone, it does nothing.
+
+    Call it before anything touches a device. At the end of the block all processes wait for each
+    other. If it ends with an error, the others are told and end, too; then `leave` must be the last
+    call of this process.
 
     Raises:
       ConfigError: for flags that do not fit together, or a cluster that does not say who is who.
@@ -135,7 +141,10 @@ def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
 
 
 def orbax_options() -> dict[str, Any]:
-    """Returns options with which Orbax writes and reads in this process alone; else it waits for all at every file."""
+    """Returns options with which Orbax writes and reads in this process alone.
+
+    Else it waits for all at every file.
+    """
     if jax.process_count() == 1:
         return {}
     index = jax.process_index()

@@ -1,4 +1,4 @@
-"""One process of several: it joins the others, tells them that it lives, and stops with a message when one of them is gone."""
+"""One process of several: joins the others, and stops with a message when one is gone."""
 
 import atexit
 import contextlib
@@ -27,7 +27,10 @@ GRACE = 3.0
 
 
 LONG = 7 * 24 * 3600 * 1000
-"""Milliseconds that processes wait for each other; the heartbeat notices sooner if one of them is gone."""
+"""Milliseconds that processes wait for each other.
+
+The heartbeat notices sooner if one of them is gone.
+"""
 
 
 ALIVE, ENDED = "drep_jax/alive/", "drep_jax/ended/"
@@ -41,7 +44,7 @@ def end_process(status: int) -> NoReturn:
 
 
 class Session:
-    """Membership of this process in a run, with a thread that sends heartbeats and listens for those of the others.
+    """Membership of this process in a run, with a thread that sends and receives heartbeats.
 
     Attributes:
       client: JAX's key-value store and barriers, held by the coordinator.
@@ -55,7 +58,8 @@ class Session:
         """Waits until all processes have joined.
 
         Raises:
-          ConfigError: if a device was used before, or the cluster does not say which process this is.
+          ConfigError: if a device was used before, or the cluster does not say which process this
+            is.
         """
         if xla_bridge.backends_are_initialized():
             raise ConfigError("Processes must join before a device is used; this one has used its devices already.")
@@ -67,7 +71,8 @@ class Session:
         self._handler: Any = None
         self._catch_aborts()
         by_hand = not hosts.distributed
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+        # The preemption service would handle SIGTERM instead of us.
+        jax.config.update("jax_enable_preemption_service", False)
         try:
             jax.distributed.initialize(
                 hosts.coordinator_address,
@@ -75,7 +80,8 @@ class Session:
                 hosts.process_id,
                 cluster_detection_method="deactivate" if by_hand else None,
                 initialization_timeout=hosts.join_timeout,
-                # Our heartbeat must come first, since it has a message. A process that ends with an error waits briefly.
+                # Our heartbeat must come first, since it has a message. A process that ends with an
+                # error waits briefly.
                 heartbeat_timeout_seconds=int(2 * hosts.heartbeat) + 10,
                 shutdown_timeout_seconds=10,
             )
@@ -118,7 +124,8 @@ class Session:
     def report(self, error: BaseException) -> None:
         """Tells the others that this process ends with an error.
 
-        If the error says that another process is gone, it first waits for the heartbeat to find out which.
+        If the error says that another process is gone, it first waits for the heartbeat to find out
+        which.
         """
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             wait = self.hosts.heartbeat + 2 * self.interval + GRACE
@@ -130,11 +137,12 @@ class Session:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(f"{ENDED}{self.index}", reason, True)
         self._done.set()
-        # For an error that nobody handles. It runs before JAX's own farewell, which would wait for the others.
+        # For an error that nobody handles. It runs before JAX's own farewell, which would wait for
+        # the others.
         atexit.register(self.leave, 1)
 
     def leave(self, status: int) -> NoReturn:
-        """Ends this process after an error, when the others have had the time to read the reason from process 0."""
+        """Ends this process after an error; process 0 first lets the others read the reason."""
         if self.index == 0:
             time.sleep(2 * self.interval)
         end_process(status)
@@ -179,7 +187,7 @@ class Session:
         end_process(EXIT_PEER)
 
     def _catch_aborts(self) -> None:
-        """Handles the abort() with which JAX ends a process whose coordinator is gone, without saying who it was."""
+        """Handles the abort() with which JAX ends a process whose coordinator is gone."""
 
         def handle(number: int) -> None:
             del number

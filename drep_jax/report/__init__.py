@@ -1,7 +1,7 @@
-"""The report of a run: report.json as given, report.md, report.html and the final console table to read, and plots.
+"""The report of a run: report.json, report.md, report.html, the plots and the console table.
 
-Everything is made from one plain dict, whose keys docs/report.md describes. Differences are printed with their paired
-interval and one word: "higher", "lower" or "not significant".
+All are made from one plain dict, whose keys docs/report.md describes. A difference is printed with
+its paired confidence interval and one word: "higher", "lower" or "not significant".
 """
 
 import json
@@ -36,7 +36,9 @@ __all__ = [
 
 
 def write_report(report: Mapping[str, Any], workdir: str) -> None:
-    """Writes report.json, report.md, report.html and plots/*.png; each appears whole or not at all, report.json last.
+    """Writes report.json, report.md, report.html and plots/*.png.
+
+    Each appears whole or not at all, report.json last.
 
     Args:
       report: what docs/report.md describes; NumPy numbers are fine, NaN and Inf become null.
@@ -53,7 +55,7 @@ def write_report(report: Mapping[str, Any], workdir: str) -> None:
         path = os.path.join(workdir, "plots", f"{name}.png")
         if name in plots:
             _write(path, plots[name])
-        else:  # an earlier run's picture next to this report would mislead
+        else:  # left by an earlier report, it would mislead
             _remove(path)
     _write(os.path.join(workdir, "report.md"), markdown(report, plots).encode())
     _write(os.path.join(workdir, "report.html"), html(report, plots).encode())

@@ -1,4 +1,4 @@
-"""report.html: the blocks of a report as one page that needs no other file and asks the network for nothing."""
+"""report.html: the blocks of a report as one self-contained page."""
 
 import base64
 import math
@@ -18,7 +18,7 @@ _MARGIN = 6
 
 
 def html(report: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
-    """Returns report.html for a complete report, with the plots (name ↦ PNG) inside it."""
+    """Returns report.html for a complete report, with the plots (name ↦ PNG) embedded."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("drep_jax.report"),
         autoescape=True,
@@ -35,12 +35,15 @@ def html(report: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
 
 
 def _picture(image: bytes) -> dict[str, Any]:
-    width, height = struct.unpack(">II", image[16:24])  # where every PNG has its size
+    width, height = struct.unpack(">II", image[16:24])  # the size field of the PNG header
     return {"source": f"data:image/png;base64,{base64.b64encode(image).decode()}", "width": width, "height": height}
 
 
 def scale(table: Table) -> tuple[float, float] | None:
-    """Returns the range that holds zero and every finite end of the table's intervals; None without intervals."""
+    """Returns the range that holds zero and every finite end of the table's intervals.
+
+    None without intervals.
+    """
     intervals = [cell.interval for row in table.rows for cell in row if isinstance(cell, Comparison)]
     if not intervals:
         return None
@@ -50,12 +53,12 @@ def scale(table: Table) -> tuple[float, float] | None:
 
 
 def bar(row: Comparison, limits: tuple[float, float]) -> dict[str, float]:
-    """Returns where an interval's ends, its difference and zero lie in a drawing of `BAR_WIDTH`, in pixels."""
+    """Returns where an interval's ends, its difference and zero are, in pixels from the left."""
     low, high = limits
 
     def place(value: float) -> float:
-        share = (min(max(value, low), high) - low) / (high - low)
-        return round(_MARGIN + share * (BAR_WIDTH - 2 * _MARGIN), 1)
+        fraction = (min(max(value, low), high) - low) / (high - low)
+        return round(_MARGIN + fraction * (BAR_WIDTH - 2 * _MARGIN), 1)
 
     interval = row.interval
     difference = 0.0 if math.isnan(interval.difference) else interval.difference

@@ -11,7 +11,7 @@ from drep_jax.report.sections import sections
 
 
 def markdown(report: Mapping[str, Any], plots: Collection[str] = ()) -> str:
-    """Returns report.md for a complete report, with links to plots/NAME.png for the names in `plots`."""
+    """Returns report.md for a complete report, with links to plots/NAME.png for NAME in `plots`."""
     parts = ["# DenoiseRep report"]
     for title, blocks in sections(report).items():
         parts += [f"## {title}", *drawn(blocks, plots)]

@@ -1,4 +1,4 @@
-"""What a report is made of: a few kinds of block, which report.md, report.html and the console each draw in their way."""
+"""The blocks of a report, which report.md, report.html and the console each draw in their way."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from drep_jax.report.comparisons import Comparison
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word that says how something came out; `tone` is "higher", "lower", "passed", "failed" or ""."""
+    """An outcome in one word; `tone` is "higher", "lower", "passed", "failed" or ""."""
 
     text: str
     tone: str
 
 
 Cell: TypeAlias = str | Comparison | Word
-"""Of a table: a comparison shows its difference and interval."""
+"""A cell of a table; a comparison shows its difference and interval."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A sentence on an outcome, set apart; `tone` as in `Word`."""
+    """A sentence on an outcome, in a paragraph of its own; `tone` as in `Word`."""
 
     text: str
     tone: str
@@ -44,18 +44,20 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """Text as it was typed."""
+    """Preformatted text."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table; `align` has one letter a column, "l" or "r".
+    """A table.
 
     Attributes:
-      headers, rows, align: the columns, and the cells of every row.
-      groups: indices of the rows that begin a group of rows.
+      headers: of the columns.
+      rows: the cells of every row.
+      align: one letter per column, "l" or "r".
+      groups: indices of the first rows of groups of rows.
     """
 
     headers: Sequence[str]
@@ -66,7 +68,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The plot plots/NAME.png; left out where it was not drawn. Photographs keep their colours on dark pages."""
+    """The plot plots/NAME.png, left out if it was not drawn.
+
+    Photographs keep their colors on dark pages.
+    """
 
     name: str
     description: str
@@ -75,7 +80,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Details:
-    """Blocks to be folded away under a summary."""
+    """Blocks collapsed under a summary."""
 
     summary: str
     blocks: "Sequence[Block]"

@@ -1,4 +1,4 @@
-"""Arms of a run against each other: differences with their paired intervals, and the sentence that they allow."""
+"""Comparisons of two arms: differences with paired intervals, and a sentence on them."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from drep_jax.evaluation.summary import pairs_of
 from drep_jax.report.formatting import decimals_of, signed
 
 ALPHA = 0.05
-"""Level of McNemar's test, that of the 95 % intervals."""
+"""Level of McNemar's test; that of the 95 % intervals."""
 
 ONCE_TESTED = ("acc@1", "rank1")
 """Metrics of right or wrong in reports that do not say which one McNemar's test is of."""
@@ -29,7 +29,10 @@ class Comparison:
 
     @property
     def direction(self) -> str:
-        """Returns "higher" or "lower" where the interval and, if there is one, McNemar's test say so; else ""."""
+        """Returns "higher" or "lower" if the interval and McNemar's test, if made, agree on it.
+
+        Else "".
+        """
         if not self.interval.significant or (self.p is not None and self.p >= ALPHA):
             return ""
         return "higher" if self.interval.low > 0 else "lower"
@@ -52,7 +55,7 @@ def tested(result: Mapping[str, Any]) -> str | None:
 
 
 def compare(result: Mapping[str, Any], ours: str) -> list[Comparison]:
-    """Returns the arm `ours` against every arm that it is compared with, baseline first, in every metric."""
+    """Returns all comparisons of the arm `ours`, baseline first, in every metric."""
     return [
         _comparison(result, ours, theirs, metric)
         for arm, theirs in pairs_of(result)
@@ -71,7 +74,7 @@ def _comparison(result: Mapping[str, Any], ours: str, theirs: str, metric: str) 
         math.inf if high is None else high,
     )
     decimals = decimals_of(result["n"])
-    # A bound just off zero must not print as zero beside the word "higher".
+    # An end of the interval just off zero must not print as zero next to "higher".
     while interval.significant and decimals < 5 and min(abs(interval.low), abs(interval.high)) < 0.5 * 10**-decimals:
         decimals += 1
     p = result["mcnemar"].get(key) if metric == tested(result) else None
@@ -79,12 +82,12 @@ def _comparison(result: Mapping[str, Any], ours: str, theirs: str, metric: str) 
 
 
 def direction(result: Mapping[str, Any], arm: str) -> str:
-    """Returns where an arm stands against the baseline in the first metric: "higher", "lower" or ""."""
+    """Returns "higher", "lower" or "" for an arm against the baseline in the first metric."""
     return compare(result, arm)[0].direction
 
 
 def verdict(condition: str, result: Mapping[str, Any], arm: str) -> str:
-    """Returns one sentence on the first metric of one arm, which claims no more than the intervals show.
+    """Returns a sentence on the first metric of an arm, which claims no more than the intervals.
 
     Args:
       condition: such as "clean" or "gaussian:50".
@@ -97,15 +100,16 @@ def verdict(condition: str, result: Mapping[str, Any], arm: str) -> str:
         first.direction, "No significant change"
     )
     sentence = f"{arm}: {words} on {condition} images: {metric} {first.text('points ')} against the unchanged backbone"
-    beside = {
+    phrases = {
         "higher": "significantly higher than",
         "lower": "significantly lower than",
         "": "no significant change from",
     }
-    for outcome, phrase in beside.items():
+    for outcome, phrase in phrases.items():
         if named := [row.theirs for row in controls if row.direction == outcome]:
             sentence += f"; {phrase} {', '.join(named)}"
-    # A change is denoising's only if it also beats what the same maps at random, or the same training without it, give.
+    # Denoising is the cause only if the change also exceeds that of random maps, or of the same
+    # training without it.
     if first.direction and not controls:
         sentence += "; no control arm ran, so denoising is not shown to be the cause"
     elif first.direction and any(row.direction != first.direction for row in controls):

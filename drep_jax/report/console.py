@@ -1,4 +1,4 @@
-"""What a person reads in the terminal at the end of a run: results, verdicts, certificate and cost."""
+"""The terminal output at the end of a run: results, verdicts, certificate and cost."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,18 +12,18 @@ from drep_jax.report.lines import (
     certificate_lines,
     cost_lines,
     coverage_line,
-    neighbour_note,
+    neighbor_note,
     unreadable_lines,
 )
 from drep_jax.report.schema import plain, validate
 from drep_jax.report.tables import EXPORTED_NOTE, recovery_table, results_table
 
 MOST_METRICS = 2
-"""Metrics in the console's table, so that it fits in 110 columns; report.md has them all."""
+"""Most metrics in the console's table, so that it fits in 110 columns; report.md has them all."""
 
 
 def console_table(report: Mapping[str, Any]) -> str:
-    """Returns what is printed for a complete report; about 105 columns wide, the sentences apart."""
+    """Returns the text for a complete report; its tables are about 105 columns wide."""
     report = plain(report)
     validate(report)
     parts = []
@@ -34,9 +34,11 @@ def console_table(report: Mapping[str, Any]) -> str:
         parts.append(NO_METRICS)
     for name, source in (report.get("sources") or {}).items():
         table = drawn_table(results_table({**report, "metrics": source["metrics"]}, MOST_METRICS))
-        parts.append(f"{neighbour_note(name, source)}\n{table}")
+        parts.append(f"{neighbor_note(name, source)}\n{table}")
     if report.get("recovery"):
-        parts.append("Share of the labelled fine-tuning's recovery\n" + drawn_table(recovery_table(report["recovery"])))
+        parts.append(
+            "Fraction of the labeled fine-tuning's recovery\n" + drawn_table(recovery_table(report["recovery"]))
+        )
     lines = [*certificate_lines(report["certificate"]), *cost_lines(report["cost"]), coverage_line(report)]
     lines += unreadable_lines(report)
     return "\n\n".join([*parts, "\n".join(lines)])

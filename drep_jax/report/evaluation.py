@@ -1,4 +1,4 @@
-"""What an evaluation without training leaves: evaluation.json as given, evaluation.md, and the table for the console."""
+"""The output of an evaluation without training: evaluation.md, and the table for the console."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +10,22 @@ from drep_jax.report.tables import results_table
 
 
 def evaluation_text(content: Mapping[str, Any]) -> str:
-    """Returns what is printed: where every arm stands, and the results."""
+    """Returns the text for the console: the state of every arm, and the results."""
     return f"{drawn_table(_arms(content))}\n\n{drawn_table(_results(content))}"
 
 
 def evaluation_markdown(content: Mapping[str, Any]) -> str:
     """Returns evaluation.md."""
-    made = content["environment"]
+    environment = content["environment"]
     blocks: list[Block] = [
         Heading("Arms"),
         _arms(content),
         Heading("Results"),
         _results(content),
-        Text(f"Made by `{made['command']}` on {made['date']} from revision {made['git_revision'] or 'unknown'}."),
+        Text(
+            f"Made by `{environment['command']}` on {environment['date']} from revision "
+            f"{environment['git_revision'] or 'unknown'}."
+        ),
     ]
     return "\n\n".join(["# Evaluation without training", *drawn(blocks)]) + "\n"
 

@@ -1,4 +1,4 @@
-"""Single lines on coverage, certificate and cost, the same in the console and the report."""
+"""Lines on coverage, certificate and cost, the same in the console and the report."""
 
 import math
 from collections.abc import Mapping
@@ -7,36 +7,36 @@ from typing import Any
 from drep_jax.report.formatting import fixed, percent, power
 
 NO_METRICS = (
-    "No accuracy: this run had no labelled test images, so no arms could be compared. Whether the features got better "
-    "is not known; give labelled test images to find out. Certificate and cost need no labels."
+    "No accuracy: this run had no labeled test images, so no arms were compared. Whether the features got better is not "
+    "known; give labeled test images to find out. Certificate and cost need no labels."
 )
 
 
 def unreadable_lines(report: Mapping[str, Any]) -> list[str]:
-    """Returns which images could not be read and were passed over, one line a part; none where all could."""
+    """Returns one line for each part of the data with unreadable images, which were skipped."""
     lines = []
-    for part, found in (report.get("unreadable") or {}).items():
-        if found["count"]:
-            more = f", and {found['count'] - len(found['first'])} more" if found["count"] > len(found["first"]) else ""
+    for part, skipped in (report.get("unreadable") or {}).items():
+        if count := skipped["count"]:
+            more = f", and {count - len(skipped['first'])} more" if count > len(skipped["first"]) else ""
             lines.append(
-                f"Unreadable images passed over ({part}): {found['count']} of {found['images']} (at most {found['limit']} are "
-                f"allowed): {', '.join(found['first'])}{more}."
+                f"Unreadable images skipped ({part}): {count} of {skipped['images']} (at most {skipped['limit']} are "
+                f"allowed): {', '.join(skipped['first'])}{more}."
             )
     return lines
 
 
-def neighbour_note(name: str, source: Mapping[str, Any]) -> str:
-    """Returns how the accuracy on a further source was found, in one line."""
+def neighbor_note(name: str, source: Mapping[str, Any]) -> str:
+    """Returns one line on how the accuracy on a further source was computed."""
     if source["gallery"] is None:
         return f"{name}: its own queries in its own gallery; its labels were not learned from."
     return (
-        f"{name}: accuracy of the nearest neighbour among {source['gallery']} of its training images, by the backbone's "
+        f"{name}: accuracy of the nearest neighbor among {source['gallery']} of its training images, by the backbone's "
         "features; its labels were not learned from."
     )
 
 
 def coverage_line(report: Mapping[str, Any]) -> str:
-    """Returns how much of the backbone the sites are, in one line."""
+    """Returns one line on the part of the backbone that the sites cover."""
     coverage = report["coverage"]
     return (
         f"{len(report['sites'])} sites: {coverage['layers']} of {coverage['candidates']} linear layers, "
@@ -45,7 +45,10 @@ def coverage_line(report: Mapping[str, Any]) -> str:
 
 
 def certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
-    """Returns the outcome, one line a precision, and the structure; or that there is no certificate."""
+    """Returns the outcome, one line a precision, and the structure.
+
+    Or that there is no certificate.
+    """
     if certificate is None:
         return ["Certificate: none was made, so it is not shown that fused equals explicit."]
     lines = [
@@ -63,17 +66,20 @@ def certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
 
 
 def outcome(result: Mapping[str, Any]) -> str:
-    """Returns what became of one figure of the certificate."""
+    """Returns the outcome of one figure of the certificate, in words."""
     if not result["passed"]:
         return "FAILED"
     if result["change"] == 0:
         return "passed (denoising changes nothing)"
-    # With a bound of the size of the change, a fusion that does nothing would pass as well.
+    # With a bound as large as the change, a fusion that does nothing would pass too.
     return "passed" if result["bound"] is not None and result["bound"] < 1 else "too coarse a type to decide"
 
 
 def worst_site(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Returns the site nearest to, or furthest above, its bound; an error that is no number is the worst."""
+    """Returns the site with the largest ratio of error to bound.
+
+    An error that is not finite is the worst.
+    """
 
     def ratio(site: Mapping[str, Any]) -> float:
         if site["error"] is None or not site["bound"]:

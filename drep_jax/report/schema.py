@@ -1,4 +1,4 @@
-"""The keys of a report, the check that they are all there, and the report as plain JSON values."""
+"""The keys of a report, the check that all are present, and the report as plain JSON values."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,8 @@ _FIGURE = {"passed": None, "error": None, "bound": None, "change": None}
 _METRICS: dict[str, Any] = {"n": None} | {
     key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")
 }
-# "*" stands for every entry of a list or an object; a trailing "?" for a value that may be null, "??" may be absent too.
+# "*" stands for every entry of a list or an object. "?" marks a value that may be null, "??" one
+# that may be absent too.
 KEYS: dict[str, Any] = {
     "schema": None,
     "config": {},
@@ -84,14 +85,14 @@ KEYS: dict[str, Any] = {
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},
     "unreadable??": {"*": dict.fromkeys(("count", "limit", "images")) | {"first": {"*": None}}},
 }
-"""The keys of a report; further keys are kept and not shown."""
+"""The keys of a report; further keys stay in report.json and are not shown."""
 
 
 def validate(report: Mapping[str, Any]) -> None:
-    """Checks that every key that docs/report.md promises is there.
+    """Checks that every key in docs/report.md is present.
 
     Raises:
-      DataError: naming every missing key with its place, up to a dozen.
+      DataError: naming up to a dozen missing keys with their places.
     """
     problems = list(_problems(report, KEYS, ""))
     if not problems and report["schema"] != SCHEMA:
@@ -107,7 +108,7 @@ def validate(report: Mapping[str, Any]) -> None:
 
 
 def _problems(value: Any, keys: Mapping[str, Any], where: str) -> Iterator[str]:
-    """Yields what `value` lacks of `keys`."""
+    """Yields a message for each key that `value` lacks."""
     every = next((name for name in keys if name.startswith("*")), None)
     if every:
         if not isinstance(value, Mapping | Sequence) or isinstance(value, str):
@@ -137,8 +138,8 @@ def _problems(value: Any, keys: Mapping[str, Any], where: str) -> Iterator[str]:
 def _site_problems(sites: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for site in sites:
         if len(site["t"]) != len(site["relative_change"]):
-            found = f"{len(site['t'])} and {len(site['relative_change'])} numbers"
-            yield f"site {site['path']} has {found} in t and relative_change, expected one of each a slice"
+            counts = f"{len(site['t'])} and {len(site['relative_change'])} numbers"
+            yield f"site {site['path']} has {counts} in t and relative_change, expected one of each a slice"
 
 
 def _learner_problems(report: Mapping[str, Any]) -> Iterator[str]:
@@ -152,9 +153,9 @@ def _learner_problems(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _picture_problems(report: Mapping[str, Any]) -> Iterator[str]:
     for name, site in (report.get("spectra") or {}).items():
-        found = (len(site["variance"]), len(site["gain"]))
-        if found[0] != found[1] or not found[0]:
-            yield f"spectra.{name} has {found[0]} and {found[1]} numbers in variance and gain, expected one of each"
+        counts = (len(site["variance"]), len(site["gain"]))
+        if counts[0] != counts[1] or not counts[0]:
+            yield f"spectra.{name} has {counts[0]} and {counts[1]} numbers in variance and gain, expected one of each"
     front = report.get("front")
     if front:
         count = len(front["points"])
@@ -192,7 +193,10 @@ def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def plain(value: Any, where: str = "report") -> Any:
-    """Returns `value` as JSON knows it: tuples and arrays as lists, NumPy numbers as numbers, NaN and Inf as null.
+    """Returns `value` in JSON's types: arrays as lists, NaN and Inf as null.
+
+    >>> plain({"t": (1, np.float32(0.5)), "loss": float("nan")})
+    {'t': [1, 0.5], 'loss': None}
 
     Raises:
       DataError: naming the place of a value that has no such form.

@@ -12,7 +12,7 @@ from drep_jax.report.lines import (
     certificate_lines,
     cost_lines,
     coverage_line,
-    neighbour_note,
+    neighbor_note,
     outcome,
     unreadable_lines,
     worst_site,
@@ -23,13 +23,13 @@ from drep_jax.report.tables import EXPORTED_NOTE, recovery_table, results_table
 
 def _in_short(report: Mapping[str, Any]) -> list[Block]:
     certificate, exported = report["certificate"], report["exported"]
-    said: list[Block] = [
+    verdicts: list[Block] = [
         Verdict(verdict(condition, entry, exported), direction(entry, exported))
         for condition, entry in report["metrics"].items()
     ]
     passed = "" if certificate is None else "passed" if certificate["passed"] else "failed"
     return [
-        *(said or [Verdict(NO_METRICS, "")]),
+        *(verdicts or [Verdict(NO_METRICS, "")]),
         Verdict(certificate_lines(certificate)[0], passed),
         Text(cost_lines(report["cost"])[0]),
         Text(coverage_line(report)),
@@ -47,11 +47,11 @@ def _results(report: Mapping[str, Any]) -> list[Block]:
     ]
     if report.get("recovery"):
         blocks += [
-            Heading("Share of the labelled fine-tuning's recovery"),
+            Heading("Fraction of the labeled fine-tuning's recovery"),
             recovery_table(report["recovery"]),
             Text(
-                "What an arm gains over the baseline, as a share of what fine-tuning with labels on such images gains. The "
-                "fine-tuned network is no control: it has seen labels."
+                "The gain of an arm over the baseline, divided by the gain of fine-tuning with labels on such images. The "
+                "fine-tuned network is no control arm: it has seen labels."
             ),
         ]
     blocks += [*_front(report), *_examples(report), *_ranked(report)]
@@ -61,7 +61,7 @@ def _results(report: Mapping[str, Any]) -> list[Block]:
 def _other_sources(report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     for name, source in (report.get("sources") or {}).items():
-        blocks += [Text(neighbour_note(name, source)), results_table({**report, "metrics": source["metrics"]})]
+        blocks += [Text(neighbor_note(name, source)), results_table({**report, "metrics": source["metrics"]})]
         blocks += _differences(report, source["metrics"])
     return blocks
 
@@ -71,11 +71,11 @@ def _differences(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[
     intervals = 0
     items, resampled = _items(report)
     for condition, entry in metrics.items():
-        found = [row for arm in (*entry["denoised"], *entry["control"]) for row in compare(entry, arm)]
-        intervals += len(found)
+        comparisons = [row for arm in (*entry["denoised"], *entry["control"]) for row in compare(entry, arm)]
+        intervals += len(comparisons)
         rows: list[list[Cell]] = [
             [f"{row.ours} − {row.theirs}", row.metric, row, p_value(row.p), Word(row.word, row.direction)]
-            for row in found
+            for row in comparisons
         ]
         headers = ["difference", "metric", "points [95 % interval]", "McNemar p", "verdict"]
         blocks += [
@@ -167,15 +167,15 @@ def _certificate(report: Mapping[str, Any]) -> list[Block]:
                     else f"worst site: {row['path']}, slice {row['slice']}, t = {time_steps(row['t'])}"
                 )
                 numbers = [power(row["error"]), power(row["bound"]), percent(row["change"])]
-                told = outcome(row)
-                word = Word(told, {"passed": "passed", "FAILED": "failed"}.get(told, ""))
+                text = outcome(row)
+                word = Word(text, {"passed": "passed", "FAILED": "failed"}.get(text, ""))
                 rows.append([name, where, *numbers, word])
     return [
         Text(lines[0], strong=True),
         Table(["precision", "where", "error", "bound", "change", "outcome"], rows, "llrrrl"),
         Text(f"Structure: {lines[-1].strip()}."),
         Text(
-            "error = ‖(fused − base) − (explicit − base)‖ / ‖explicit − base‖; bound = what rounding allows for it; "
+            "error = ‖(fused − base) − (explicit − base)‖ / ‖explicit − base‖; bound = allowed by rounding; "
             "change = ‖explicit − base‖ / ‖base‖."
         ),
     ]
@@ -197,7 +197,7 @@ def _cost(report: Mapping[str, Any]) -> list[Block]:
         Table(["network", "FLOPs", "ratio", "latency (ms)", "ratio"], rows, "lrrrr"),
         Text(
             f"Per batch of {cost['batch']}. The backbone has {si(parameters['backbone'])} parameters, fused or not; the "
-            f"{si(parameters['denoise'])} of the denoisers are gone after fusion."
+            f"denoisers' {si(parameters['denoise'])} are gone after fusion."
         ),
     ]
 
@@ -215,16 +215,18 @@ def _sites(report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [
         Table(["site", "kind", "width", "bias", "t", "‖W′ − W‖ / ‖W‖"], rows, "llrrrr"),
         Text(
-            "Of stacked layers, t is that of the first and last slice, and the change the smallest and largest."
+            "For stacked layers: t of the first and last slice, and the smallest and largest change."
             if stacked
-            else "One t and one relative change of the weights a site."
+            else "One time step t and one relative change of the weights per site."
         ),
         Picture("sites", "Relative change of the weights of every site"),
     ]
     if report.get("spectra"):
         blocks += [
-            Heading("What is kept of the features"),
-            Picture("spectra", "By site, the variance of the features along each eigenvector, and the gain on it"),
+            Heading("Spectra of the features"),
+            Picture(
+                "spectra", "For each site, the variance of its features along each eigenvector, and the gain on it"
+            ),
         ]
     return blocks
 
@@ -247,7 +249,7 @@ def _learner(learning: Mapping[str, Any] | None) -> list[Block]:
         rows.append([path, *(fixed(value, 4) for value in (initial, final, best)), signed(gap, 4)])
         if initial is not None and not math.isnan(gap):
             known.append((initial, final, best))
-    text = "The optimum is not known for this learner, so how much is left to learn is not known either."
+    text = "The optimum is not known for this learner, nor how much is left to learn."
     if known:
         initial, final, best = (sum(column) for column in zip(*known, strict=True))
         text = f"Sum over the sites: {initial:.4f} → {final:.4f}, optimum {best:.4f}, gap {signed(final - best, 4)}"
@@ -298,10 +300,10 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Block]]] = {
     "Learning": _learning,
     "What ran": _what_ran,
 }
-"""By title, in the order of the report, what returns the blocks of a section."""
+"""Title ↦ function that returns the blocks of the section, in the order of the report."""
 
 
 def sections(report: Mapping[str, Any]) -> dict[str, list[Block]]:
-    """Returns the blocks of every section of a complete report that has something to say."""
-    found = {title: section(report) for title, section in SECTIONS.items()}
-    return {title: blocks for title, blocks in found.items() if blocks}
+    """Returns the blocks of all non-empty sections of a complete report."""
+    blocks_by_title = {title: section(report) for title, section in SECTIONS.items()}
+    return {title: blocks for title, blocks in blocks_by_title.items() if blocks}

@@ -1,4 +1,4 @@
-"""The tables on results that the console and the report share."""
+"""The tables of results, shared by console and report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ EXPORTED_NOTE = "The arm marked * was exported: its weights are in fused/."
 
 
 def results_table(report: Mapping[str, Any], most_metrics: int | None = None) -> Table:
-    """Returns one row an arm and condition: its scores, and the first metric's difference from the baseline."""
+    """Returns a row per arm and condition: scores, and the change of the first metric."""
     results = report["metrics"]
     metrics = list(dict.fromkeys(name for entry in results.values() for name in entry["baseline"]))[:most_metrics]
     rows: list[list[Cell]] = []
@@ -20,13 +20,14 @@ def results_table(report: Mapping[str, Any], most_metrics: int | None = None) ->
     for condition, entry in results.items():
         groups.append(len(rows))
         for index, (arm, scores) in enumerate(arms_of(entry).items()):
-            found = [row for row in compare(entry, arm) if (row.metric, row.theirs) == (metrics[0], "baseline")]
+            comparisons = (row for row in compare(entry, arm) if (row.metric, row.theirs) == (metrics[0], "baseline"))
+            first = next(comparisons, None)
             rows.append(
                 [
                     *([condition, str(entry["n"])] if index == 0 else ["", ""]),
                     f"{arm} *" if arm == report["exported"] else arm,
                     *(fixed(scores.get(name), decimals_of(entry["n"])) for name in metrics),
-                    *([found[0], p_value(found[0].p), Word(found[0].word, found[0].direction)] if found else [""] * 3),
+                    *([first, p_value(first.p), Word(first.word, first.direction)] if first else [""] * 3),
                 ]
             )
     headers = ["condition", "n", "arm", *metrics, f"{metrics[0]} against baseline", "p", "verdict"]
@@ -34,7 +35,7 @@ def results_table(report: Mapping[str, Any], most_metrics: int | None = None) ->
 
 
 def recovery_table(recovery: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Returns the share of the labelled fine-tuning's recovery, one row a condition, one column an arm."""
+    """Returns each arm's fraction of the labeled fine-tuning's recovery, one row per condition."""
     arms = list(dict.fromkeys(arm for shares in recovery.values() for arm in shares))
     rows = []
     for condition, shares in recovery.items():

@@ -1,1 +1,1 @@
-"""One run and its directory: its configuration, what it works on, its stages, files and lock."""
+"""One run and its directory: configuration, setup, stages, files and lock."""

@@ -1,4 +1,7 @@
-"""`configs/default.py` as data: defaults and new names of settings, for old runs; meanings, for `--help`."""
+"""`configs/default.py` as data: defaults and new names of settings, for old runs.
+
+Meanings, for `--help`.
+"""
 
 import ast
 import functools
@@ -13,7 +16,10 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 SOURCE = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "default.py")
-"""In a checkout, beside the package. The package alone, installed without the scripts, has no defaults."""
+"""In a checkout, beside the package.
+
+The package alone, installed without the scripts, has no defaults.
+"""
 
 
 @functools.cache
@@ -39,10 +45,11 @@ def new_names() -> dict[str, str]:
 
 
 def renamed(config: Mapping[str, Any], keep: Container[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Returns a configuration with the current names of all settings, and the old names that were in it.
+    """Returns a configuration with current names of settings, and the old names that were in it.
 
     Args:
-      config: nested settings. If both names of a setting are there, the old one counts: the new one is the default.
+      config: nested settings. If both names of a setting are there, the old one counts: the new one
+        is the default.
       keep: new names, as "a.b", that count in any case, such as those given on the command line.
     """
     current, old_names = dict(config), []
@@ -64,7 +71,7 @@ def announce(old: str) -> None:
 
 
 def completed(config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the configuration of an older run in today's form: settings renamed, and missing ones at their defaults."""
+    """Returns an older run's configuration with current names and defaults for missing settings."""
     return _merged(renamed(config)[0], defaults() if base is None else base)
 
 
@@ -79,7 +86,10 @@ def _merged(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
 
 
 def meanings() -> dict[str, str]:
-    """Returns {"a.b": comment} of all settings and sections, in the order of the source; "" without a comment."""
+    """Returns {"a.b": comment} of all settings and sections, in the order of the source.
+
+    "" without a comment.
+    """
     if _module() is None:
         return {}
     with open(SOURCE, encoding="utf-8") as file:
@@ -111,7 +121,7 @@ class _Comments:
             (self._trailing if behind_code else self._lines)[token.start[0]] = token.string.lstrip("# ")
 
     def on(self, node: ast.stmt | ast.expr) -> str:
-        """Returns the comment lines just above a node, and the comment on its first or last line."""
+        """Returns the comment lines above a node, and the comment on its first or last line."""
         above = itertools.takewhile(lambda line: line in self._lines, range(node.lineno - 1, 0, -1))
         parts = [self._lines[line] for line in above][::-1]
         trailing = self._trailing.get(node.lineno) or self._trailing.get(node.end_lineno or 0)

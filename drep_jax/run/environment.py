@@ -1,4 +1,4 @@
-"""What a run is made on and by: versions, revision of the source, devices, processors and memory."""
+"""The environment of a run: versions, revision of the source, devices, processor and memory."""
 
 import datetime
 import importlib.metadata
@@ -17,7 +17,7 @@ PACKAGES = ("jaxlib", "numpy", "optax", "orbax-checkpoint", "grain", "tensorflow
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions, devices, hardware, command and source revision, as JSON."""
+    """Returns versions, devices, hardware, command and source revision, as JSON values."""
     from drep_jax import __version__
 
     device = jax.local_devices()[0]
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """Returns this host's name, processor, cores and memory (GiB), and its accelerators' names and memory."""
+    """Returns this host's name, processor, cores, memory (GiB) and accelerators."""
     accelerators = [device for device in jax.local_devices() if device.platform != "cpu"]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in accelerators]
     return {
@@ -58,21 +58,24 @@ def hardware() -> dict[str, Any]:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = re.search(r"^model name\s*: (.+)$", file.read(), re.MULTILINE)
+            model = re.search(r"^model name\s*: (.+)$", file.read(), re.MULTILINE)
     except OSError:  # not Linux
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        model = None
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def _memory() -> float | None:
     try:
         return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (ValueError, OSError):  # not known to this system
+    except (ValueError, OSError):  # unknown on this system
         return None
 
 
 def revision() -> str | None:
-    """Returns the commit of the source, with `-dirty` if its files differ from it; None if it is in no repository."""
+    """Returns the commit of the source, with `-dirty` if files have changed since.
+
+    None outside a repository.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     commit = _git(here, "rev-parse", "HEAD")
     if not commit:

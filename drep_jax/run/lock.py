@@ -1,4 +1,7 @@
-"""The lock of a work directory: one process writes, or any number read, and a process that dies lets go of it."""
+"""The lock of a work directory: one writer or any number of readers.
+
+A process that dies releases it.
+"""
 
 import contextlib
 import datetime
@@ -14,7 +17,7 @@ from collections.abc import Iterator
 from drep_jax.errors import CheckpointError
 
 LOCK = "lock"
-"""Its file. It stays there: the lock is the system's on the open file, and not that the file exists."""
+"""Name of its file, which stays there: locked is the open file, not the name."""
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -22,10 +25,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 @contextlib.contextmanager
 def writing(workdir: str) -> Iterator[None]:
-    """Keeps every other process out of a work directory, which is there and writable, for as long as the block runs.
+    """Locks an existing, writable work directory against all other processes while the block runs.
 
     Raises:
-      CheckpointError: if another process is there; says which, where and since when.
+      CheckpointError: if another process has a lock; names the process, its host and its start.
     """
     with _locked(workdir, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as file:
         if file is None:
@@ -46,7 +49,7 @@ def writing(workdir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(workdir: str) -> Iterator[None]:
-    """Keeps writers out of a work directory for as long as the block runs; other readers may come.
+    """Locks a work directory against writers while the block runs; other readers are allowed.
 
     Raises:
       CheckpointError: if a process writes there.
@@ -57,11 +60,11 @@ def reading(workdir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(workdir: str, flags: int, kind: int) -> Iterator[int | None]:
-    """Yields the open file of the lock, or None where there can be none."""
+    """Yields the file descriptor of the lock, or None if there can be no lock."""
     path = os.path.join(workdir, LOCK)
     try:
         file = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:  # nobody has ever written there under a lock
+    except FileNotFoundError:  # no writer has ever locked this directory
         yield None
         return
     except OSError as error:
@@ -75,8 +78,8 @@ def _locked(workdir: str, flags: int, kind: int) -> Iterator[int | None]:
             if error.errno not in _NO_LOCKS:
                 raise CheckpointError(f"Cannot lock {path}: {error.strerror}.") from error
             print(
-                f"The file system of {workdir} has no locks ({error.strerror}): see to it yourself that no two runs are in "
-                "one work directory.",
+                f"The file system of {workdir} has no locks ({error.strerror}). Make sure that no two runs use this work "
+                "directory at the same time.",
                 file=sys.stderr,
             )
             yield None
@@ -87,17 +90,17 @@ def _locked(workdir: str, flags: int, kind: int) -> Iterator[int | None]:
 
 
 def _write(file: int, text: str) -> None:
-    """Replaces what the file holds; a note for others, so a full disk does not matter."""
+    """Replaces the contents of the file, which only inform others: a full disk does not matter."""
     with contextlib.suppress(OSError):
         os.ftruncate(file, 0)
         os.pwrite(file, text.encode(), 0)
 
 
 def _occupied(workdir: str, file: int) -> str:
-    """Returns the message for those who come second."""
+    """Returns the message for a process that finds the directory locked."""
     try:
         owner = json.loads(os.pread(file, 65536, 0))
-        told = "process {pid} on {host}, since {since}: {command}".format(**owner)
+        user = "process {pid} on {host}, since {since}: {command}".format(**owner)
     except (ValueError, KeyError, TypeError):
-        told = "a process that reads it"
-    return f"{workdir} is in use by {told}\nWait for it, stop it (kill -TERM saves first), or choose another --workdir."
+        user = "a process that reads it"
+    return f"{workdir} is in use by {user}\nWait for it, stop it (kill -TERM saves first), or choose another --workdir."

@@ -9,16 +9,16 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-import tqdm
 
 from drep_jax import weights
-from drep_jax.core.moments import NEAR, Moments, collect_moments, passes
+from drep_jax.core.moments import SHIFT_IMAGES, Moments, collect_moments, passes
 from drep_jax.core.sites import Site
 from drep_jax.data.collate import read
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.errors import CheckpointError
 from drep_jax.files import whole
 from drep_jax.parallel import devices, processes
+from drep_jax.progress import bar
 from drep_jax.run.run import Run
 from drep_jax.run.setup import Setup
 from drep_jax.typing import Path, Tree
@@ -139,19 +139,19 @@ def moments_of(
         return saved
     batch = config["denoise"]["batch_size"]
     count = -(-moment_images(run) // batch)
-    near = setup.inputs(read(setup.train, np.arange(min(NEAR, len(setup.train)))))
+    shift_images = setup.inputs(read(setup.train, np.arange(min(SHIFT_IMAGES, len(setup.train)))))
     limit = config["denoise"]["moment_gib"] * 2**30
     groups = passes(sites, limit) if limit else [sites]
     moments: dict[Path, Moments] = {}
     for number, group in enumerate(groups):
         first = itertools.islice(evaluation_batches(setup.train, batch, shard=devices.host()), count)
         name = "moments" if len(groups) == 1 else f"moments, pass {number + 1} of {len(groups)}"
-        bar = tqdm.tqdm(first, name, count, unit="batch", disable=not config["progress"])
-        batches = ((setup.inputs(b), b["mask"].astype(np.float32)) for b in bar)
+        steps = bar(first, name, count, "batch", shown=config["progress"])
+        batches = ((setup.inputs(b), b["mask"].astype(np.float32)) for b in steps)
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
         sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
         module = setup.backbone if backbone is None else backbone
-        moments |= collect_moments(module, variables, group, batches, near=near, **sampling)
+        moments |= collect_moments(module, variables, group, batches, shift_images=shift_images, **sampling)
     if processes.primary():
         save_moments(path, moments, owner, tokens)
     return moments

@@ -210,12 +210,12 @@ def run_training(
     seed = config["seed"] * 3 + stage.stream
     augmentation = augmentation_of(config["data"], labelled=stage.labeled)
     order = run.setup.task.order(source, seed) if stage.labeled else None
+    columns = run.setup.task.columns if stage.labeled else ()
 
     def batches(start: int) -> Iterator[dict[str, Any]]:
         size, host = stage.batch_size(config), devices.host()
-        return training_batches(
-            source, size, seed=seed, start_step=start, augmentation=augmentation, shard=host, order=order
-        )
+        options: dict[str, Any] = {"augmentation": augmentation, "shard": host, "order": order, "columns": columns}
+        return training_batches(source, size, seed=seed, start_step=start, **options)
 
     sharded = options["divide_optimizer"]
     steps = {

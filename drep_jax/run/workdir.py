@@ -1,4 +1,4 @@
-"""The work directory of a run: checked to be writable, locked, with its configuration and a record of every start."""
+"""The work directory of a run: locked, with the configuration and a record of every start."""
 
 import contextlib
 import json
@@ -13,18 +13,20 @@ from drep_jax.run.config import announce, completed, renamed
 from drep_jax.run.environment import environment
 from drep_jax.training.checkpoint import FOLDER as CHECKPOINTS
 
-CONFIG = "config.json"
-
-
-STARTS = "run.json"
+CONFIG, STARTS = "config.json", "run.json"
+"""Names of its files."""
 
 
 FREE = ("log_every", "checkpoint_every", "progress", "latency_rounds", "profile", "wandb.")
-"""Settings that may differ when a run is resumed, and sections of them: they change nothing that is learned."""
+"""Settings, and sections as `section.`, that may differ on resuming: they do not affect learning."""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"a.b": value} of a nested configuration."""
+    """Returns {"a.b": value} of a nested configuration.
+
+    >>> flatten({"seed": 0, "data": {"source": "digits", "flip": False}})
+    {'seed': 0, 'data.source': 'digits', 'data.flip': False}
+    """
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -36,10 +38,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claimed(workdir: str, config: Mapping[str, Any]) -> Iterator[None]:
-    """Makes `workdir` the place of this run, or checks that it already is, and keeps others out while the block runs.
+    """Makes `workdir` the directory of this run, or checks that it is, and locks it for the block.
 
     Raises:
-      CheckpointError: if it cannot be written, is in use, or holds a run with another configuration; names the settings.
+      CheckpointError: if it cannot be written, is in use, or holds a run with another
+        configuration; names the settings.
     """
     _make_writable(workdir)
     with lock.writing(workdir):
@@ -51,10 +54,10 @@ def claimed(workdir: str, config: Mapping[str, Any]) -> Iterator[None]:
 def _make_writable(workdir: str) -> None:
     try:
         os.makedirs(workdir, exist_ok=True)
-        probe = os.path.join(workdir, f".write-test{os.getpid()}")
-        with open(probe, "w", encoding="utf-8") as file:
+        test_file = os.path.join(workdir, f".write-test{os.getpid()}")
+        with open(test_file, "w", encoding="utf-8") as file:
             file.write("x" * 4096)
-        os.remove(probe)
+        os.remove(test_file)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write to the work directory {workdir}: {error.strerror}. Choose another --workdir."
@@ -62,14 +65,14 @@ def _make_writable(workdir: str) -> None:
 
 
 def _settle_config(workdir: str, config: Mapping[str, Any]) -> None:
-    """Writes the configuration, or compares it with the one there, where a setting that is absent has its default."""
+    """Writes the configuration, or compares it with the saved one; see `differences`."""
     path = os.path.join(workdir, CONFIG)
     if not os.path.exists(path):
         write_json(path, config)
         return
     changed = differences(read_config(workdir), config)
     if changed and not _begun(workdir):
-        write_json(path, config)  # such as a path that was mistyped the first time
+        write_json(path, config)  # for example to correct a mistyped path
     elif changed:
         raise CheckpointError(
             f"{workdir} holds a run with another configuration. Choose another --workdir, or delete it:\n{listed(changed)}"
@@ -85,7 +88,7 @@ def differences(
 
     Args:
       there, now: configurations.
-      free: names of settings that may differ, and of sections as `section.`.
+      free: settings that may differ, and sections as `section.`.
     """
     old, new = (flatten(json.loads(json.dumps(completed(config)))) for config in (there, now))
     return {
@@ -96,30 +99,39 @@ def differences(
 
 
 def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Returns differences for a message."""
+    """Returns differences as lines of a message.
+
+    >>> listed({"seed": (0, 1)})
+    '  seed: 0 there, 1 now'
+    """
     return "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
 
 
 def _record_start(workdir: str) -> None:
-    """Adds this start to the list of what made the run, of which the first one began it and the others went on."""
+    """Adds this start to the record: the first entry began the run, the others resumed it."""
     path = os.path.join(workdir, STARTS)
     try:
         with open(path, encoding="utf-8") as file:
             starts = json.load(file)["starts"]
-    except (OSError, ValueError, KeyError, TypeError):  # none yet; or damaged by hand, which is no reason not to train
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # the first start, or a damaged file, which must not prevent training
         starts = []
     write_json(path, {"starts": [*starts, environment()]})
 
 
 def _begun(workdir: str) -> bool:
-    """Returns whether a work directory holds anything that its configuration has made."""
+    """Returns whether the run has saved anything besides its configuration."""
     stages = os.path.join(workdir, CHECKPOINTS)
     saved = os.path.isdir(stages) and any(os.listdir(os.path.join(stages, stage)) for stage in os.listdir(stages))
     return saved or any(os.path.exists(os.path.join(workdir, name)) for name in ("moments.npz", "report.json", "fused"))
 
 
 def read_config(workdir: str) -> dict[str, Any]:
-    """Returns the configuration of a run, with the defaults of settings that there were none of when it was begun.
+    """Returns the configuration of a run, with defaults for settings newer than the run.
 
     Raises:
       CheckpointError: if there is none.
@@ -134,9 +146,9 @@ def read_config(workdir: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         if any(os.path.exists(os.path.join(workdir, name)) for name in ("drep_jax.json", "fused.safetensors")):
             raise CheckpointError(
-                f"{workdir} holds exported weights, which may already be fused, and not a run. Give the work directory of "
-                "the run that learned the denoisers."
+                f"{workdir} holds exported weights, which may already be fused, and no run. Give the work directory of the "
+                "run that learned the denoisers."
             ) from error
-        raise CheckpointError(f"{workdir} is no finished run: there is no {CONFIG} in it.") from error
+        raise CheckpointError(f"{workdir} is no finished run: it has no {CONFIG}.") from error
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error

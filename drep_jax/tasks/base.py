@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import optax
 
+from drep_jax.data.columns import Column
 from drep_jax.data.loader import Order
 from drep_jax.data.source import Source
 from drep_jax.metrics.reducers import Metric
@@ -115,6 +116,9 @@ class Task:
     test_needs_head: ClassVar[bool] = True
     """Whether scoring test images needs a head for their labels."""
 
+    columns: ClassVar[tuple[Column, ...]] = ()
+    """Label columns of the images, but for those of one int32 an image, which need no declaration."""
+
     mixes: ClassVar[bool] = False
     """Whether the labels of two images can be mixed (mixup, cutmix)."""
 
@@ -162,8 +166,16 @@ class Task:
         """Returns the optimizers of `extra_params`, by name."""
         return {}
 
-    def apply(self, backbone: nn.Module, variables: Tree, images: Any, **options: Any) -> Any:
-        """Returns what `loss` needs of the backbone; with `mutable` among the options, the changed collections too."""
+    def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
+        """Returns what `loss` needs of the backbone; with `mutable` among the options, the changed collections too.
+
+        Args:
+          backbone, variables: the network.
+          images: as it gets them.
+          batch: the columns of the images, among them "size" where they are padded.
+          **options: of `backbone.apply`.
+        """
+        del batch
         return backbone.apply(variables, images, **options)
 
     def loss(
@@ -187,8 +199,9 @@ class Task:
         """Returns the task of a backbone without its head; `statistics` are {"feature": (n, width)}."""
         return self
 
-    def predict(self, backbone: nn.Module, variables: Tree, images: Any) -> Any:
-        """Returns what `statistics` and `pseudo_labels` need of the backbone."""
+    def predict(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any]) -> Any:
+        """Returns what `statistics` and `pseudo_labels` need of the backbone; see `apply`."""
+        del batch
         return backbone.apply(variables, images)
 
     def statistics(self, outputs: Any, batch: Mapping[str, Any]) -> Tree:

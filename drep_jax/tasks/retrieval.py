@@ -18,7 +18,7 @@ from drep_jax.data.loader import Order
 from drep_jax.data.metadata import protocol_of, table_of
 from drep_jax.data.reid.sampler import epoch_length, identity_order
 from drep_jax.data.source import Source
-from drep_jax.errors import ConfigError, DataError, NonFiniteError, did_you_mean
+from drep_jax.errors import ConfigError, NonFiniteError, did_you_mean
 from drep_jax.metrics.reducers import Metric, mean_of
 from drep_jax.metrics.retrieval import examples
 from drep_jax.metrics.retrieval.evaluate import Result, evaluate
@@ -26,6 +26,7 @@ from drep_jax.metrics.retrieval.neighbors import neighbor_precision
 from drep_jax.metrics.retrieval.rerank import Rerank
 from drep_jax.tasks.base import Exhibit, Items, StagePlan, Task
 from drep_jax.tasks.losses import center_loss, cross_entropy, triplet_loss, view_triplet_loss
+from drep_jax.tasks.retrieval_checks import check_run, check_stage
 from drep_jax.typing import Config, Tree
 
 CENTERS = "centres"
@@ -146,7 +147,7 @@ class Retrieval(Task):
         if not self.instances:
             return None
         labels, block = table_of(source)["label"], (self.identities, self.instances)
-        options: dict[str, Any] = {"lonely": self.singletons, "names": source.class_names}
+        options: dict[str, Any] = {"singletons": self.singletons, "names": source.class_names}
         length = epoch_length(labels, *block, **options)
         return Order(length, lambda epoch: identity_order(labels, *block, seed, epoch, **options))
 
@@ -174,8 +175,9 @@ class Retrieval(Task):
             return {}
         return {CENTERS: optax.chain(optax.scale(1.0 / self.center_weight), optax.sgd(self.center_lr))}
 
-    def apply(self, backbone: nn.Module, variables: Tree, images: Any, **options: Any) -> Any:
+    def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
         """Returns {"features": …, "logits": …}, and with `mutable` among the options the changed collections."""
+        del batch
         return backbone.apply(variables, images, method="outputs", **options)
 
     def loss(
@@ -293,71 +295,10 @@ class Retrieval(Task):
         return {"ranked": ranked}
 
     def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
-        """Refuses settings, images or backbones that this task does not support.
-
-        Raises:
-          DrepError: its subclasses name the setting.
-        """
-        name = config["model"]["name"]
-        branches = getattr(setup.backbone, "branches", 1)
-        if self.views != (branches == 2):
-            raise ConfigError(
-                f"retrieval.views={self.views}, but {name} has {branches} branch(es): triplets by view, and distances by "
-                "view, go with a backbone that has one branch for the same view and one for different ones."
-            )
-        if (
-            chooses
-            and config["select"]["labels"]
-            and len(set(table_of(setup.held_out).get("label", np.arange(2)).tolist())) < 2
-        ):
-            raise DataError(
-                f"{setup.held_out.name} holds out one identity only, which is found at once whatever the strength. Hold out "
-                "more (?held_out=…), or choose without labels: --config.select.labels=False."
-            )
+        """Refuses what this task does not support; see `drep_jax.tasks.retrieval_checks`."""
+        check_run(self, config, setup, chooses=chooses)
         for plan in plans:
-            self._check_stage(config, setup, plan)
-
-    def _check_stage(self, config: Config, setup: Any, plan: StagePlan) -> None:
-        backbone, name = setup.backbone, config["model"]["name"]
-        if not hasattr(backbone, "outputs"):
-            raise ConfigError(
-                f"Stage {plan.name} trains with identities, and {name} has no neck for their losses. Take a backbone for "
-                "re-identification (docs/reid.md), or learn without labels."
-            )
-        identities = setup.train.num_classes or 0
-        if identities > getattr(backbone, "num_classes", identities):
-            raise ConfigError(
-                f"Stage {plan.name} trains with identities, of which {setup.train.name} has {identities} and the backbone's "
-                f"classifier {backbone.num_classes}: set --config.model.num_classes={identities}, or learn without labels."
-            )
-        if config["data"]["mixup"] or config["data"]["cutmix"]:
-            raise ConfigError(
-                "data.mixup and data.cutmix mix identities, of which triplets can make nothing; set both to 0."
-            )
-        if self.views and np.min(table_of(setup.train)["view"]) < 0:
-            raise ConfigError(
-                f"retrieval.views needs the view of every image, which {setup.train.name} does not give "
-                "(veri:DIR?views=known leaves out the images without)."
-            )
-        size = self.identities * self.instances
-        if self.instances and plan.batch_size != size:
-            raise ConfigError(
-                f"{plan.batch_setting}={plan.batch_size}, but retrieval.identities={self.identities} of "
-                f"retrieval.instances={self.instances} images are {size}. Make them equal, or set retrieval.instances=0 for "
-                "batches of any images."
-            )
-        part = plan.batch_size // plan.device_count // plan.parts
-        if plan.parts > 1 and self.instances and part % self.instances:
-            raise ConfigError(
-                f"{plan.section}.accumulate={plan.parts} cuts batches into parts of {part} images a device, which hold no "
-                f"whole identities of {self.instances} images."
-            )
-        if self.instances and self.triplet_weight and part * plan.device_count < 2 * self.instances:
-            raise ConfigError(
-                f"{plan.section}.accumulate={plan.parts} cuts batches into parts of one identity, where no triplet has a "
-                "negative. Take fewer parts."
-            )
-        self.order(setup.train, plan.seed)
+            check_stage(self, config, setup, plan)
 
 
 def _effect(after: Result, before: Result) -> dict[str, Any]:

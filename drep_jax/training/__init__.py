@@ -1,1 +1,1 @@
-"""Training: state and masks, the loop, many devices, checkpoints and logs."""
+"""Training: the state and its step, the loop, checkpoints, logs, traces and signals."""

@@ -27,7 +27,7 @@ _STORED_AS = {"key": "rng"}
 
 
 def folder_of(workdir: str, stage: str) -> str:
-    """Returns the folder of a stage's checkpoints: `checkpoints/<stage>`, or its old name if only that is there."""
+    """Returns the folder of a stage's checkpoints, under its old name if only that is there."""
     folder = os.path.join(workdir, FOLDER, stage)
     old = os.path.join(workdir, FOLDER, OLD_STAGES.get(stage, stage))
     return old if os.path.isdir(old) and not os.path.isdir(folder) else folder
@@ -52,8 +52,8 @@ def abstract(tree: Tree) -> Tree:
 class Checkpointer:
     """Saves and restores one stage in `directory`, keeping the last two checkpoints.
 
-    Saving refuses parameters that are not finite, and an earlier checkpoint is deleted only when a later one is
-    complete. So the last checkpoint is always a good one.
+    Saving refuses parameters that are not finite, and an earlier checkpoint is deleted only when a
+    later one is complete. So the last checkpoint is always a good one.
     """
 
     def __init__(self, directory: str, *, read_only: bool = False) -> None:
@@ -61,14 +61,15 @@ class Checkpointer:
 
         Args:
           directory: of the stage.
-          read_only: whether to change nothing there; if not, unfinished writes of a killed run are deleted.
+          read_only: whether to change nothing there; if not, unfinished writes of a killed run are
+            deleted.
 
         Raises:
           CheckpointError: if the folder cannot be made.
         """
         self.directory = os.path.abspath(directory)
         self._writing: int | None = None  # step of the write in the background
-        self._failed: tuple[int, BaseException] | None = None  # step and error of a write, until it is raised
+        self._failed: tuple[int, BaseException] | None = None  # step and error, until raised
         alone = jax.process_count() == 1  # Orbax makes the folder only when one process runs
         keeping: dict[str, Any] = {"max_to_keep": 2, "create": alone, "cleanup_tmp_directories": True}
         try:
@@ -89,7 +90,8 @@ class Checkpointer:
         Args:
           state, frozen: copies, not views of buffers that the next step overwrites.
           meta: JSON values that a resumed stage needs besides.
-          wait: whether to wait until it is on disk. If not, an error is raised by the next `save` or `wait`.
+          wait: whether to wait until it is on disk. If not, an error is raised by the next `save`
+            or `wait`.
 
         Raises:
           NonFiniteError: if a trained parameter is NaN or Inf.
@@ -101,7 +103,7 @@ class Checkpointer:
             last_good = f"the last good checkpoint (step {self.latest() or 0}) in {self.directory} is kept"
             check_finite(state.params, f"Not saving step {step} ({last_good})")
             tree = jax.tree_util.tree_map(np.asarray, _to_tree(state, frozen))
-            meta = json.loads(json.dumps({**meta, "step": step}))  # a copy, since the caller's lists change
+            meta = json.loads(json.dumps({**meta, "step": step}))  # a copy
             signed = ocp.args.JsonSave({**meta, "checksum": _checksum(meta)})
             args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=signed)
             try:
@@ -131,27 +133,31 @@ class Checkpointer:
         """Waits for the write in the background; its error is raised by `wait`."""
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # noqa: BLE001 (of any kind, from Orbax's threads; `wait` raises it)
+        except Exception as error:  # noqa: BLE001 (`wait` raises it)
             self._note_failure(error)
         self._writing = None
 
     def _note_failure(self, error: Exception) -> None:
         self._failed = (self._writing or 0, error)
-        self._manager.reload()  # Orbax had already dropped the checkpoint that this one was to replace
+        self._manager.reload()  # Orbax had dropped the checkpoint that this one was to replace
 
     def latest(self) -> int | None:
-        """Returns the last step with a complete checkpoint, or None; waits for a write in progress."""
+        """Returns the last step with a complete checkpoint, or None.
+
+        Waits for a write in progress.
+        """
         self._settle()
         return self._manager.latest_step()
 
     def restore(self, state: TrainState, frozen: Tree) -> tuple[TrainState, Tree, dict[str, Any]]:
-        """Restores the last checkpoint into the structure of `state` and `frozen`, from any number of devices.
+        """Restores the last checkpoint, from any number of devices, into the given structure.
 
         Returns:
           The state, the frozen parameters and the metadata saved with them.
 
         Raises:
-          CheckpointError: if it is truncated, or belongs to another model, optimizer or set of sites.
+          CheckpointError: if it is truncated, or belongs to another model, optimizer or set of
+            sites.
         """
         step = self.latest()
         if step is None:
@@ -162,9 +168,9 @@ class Checkpointer:
         try:
             restored = self._manager.restore(step, args=args)
             meta = dict(restored["meta"])
-            if meta.pop("checksum", None) not in (None, _checksum(meta)):  # the first release had none
+            if meta.pop("checksum", None) not in (None, _checksum(meta)):  # first release: none
                 raise ValueError("the checksum of its metadata is wrong")
-        except Exception as error:  # Orbax raises many kinds for damaged files; the user's remedy is the same
+        except Exception as error:  # Orbax raises many kinds for damaged files
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.directory} is damaged or was written by something else "
                 f"({type(error).__name__}: {reason_of(error)}). Delete {os.path.join(self.directory, str(step))} "
@@ -174,11 +180,12 @@ class Checkpointer:
         params = {name: tree["params"][name] for name in state.params}
         frozen = {name: tree["params"][name] for name in frozen}
         names = {f.name: _STORED_AS.get(f.name, f.name) for f in dataclasses.fields(state)}
-        fields = {name: tree[stored] for name, stored in names.items() if stored in tree}  # empty ones are not stored
+        # Empty fields are not stored.
+        fields = {name: tree[stored] for name, stored in names.items() if stored in tree}
         return state.replace(**{**fields, "params": params}), frozen, meta
 
     def _check_structure(self, step: int, expected: Tree) -> None:
-        """Compares names and shapes of the parameters before reading them, so that the error can list both sides."""
+        """Compares names and shapes of the parameters before reading them; the error lists both."""
         folder = os.path.join(self.directory, str(step))
         try:
             saved = self._metadata(step)
@@ -207,7 +214,10 @@ class Checkpointer:
             return reader.metadata(os.path.join(self.directory, str(step), "state")).item_metadata.tree
 
     def close(self) -> None:
-        """Ends Orbax's background work. An error not raised before is printed, since another may be on its way up."""
+        """Ends Orbax's background work.
+
+        An error not raised before is printed, since another may be on its way up.
+        """
         self._settle()
         if self._failed is not None:
             step, error = self._failed
@@ -238,7 +248,10 @@ def _some(leaves: set[tuple[str, tuple[int, ...]]]) -> str:
 
 
 class SharedCheckpointer:
-    """The `Checkpointer` of process 0. Every process restores the same state, even without access to the files."""
+    """The `Checkpointer` of process 0.
+
+    Every process restores the same state, even without access to the files.
+    """
 
     def __init__(self, directory: str, **options: Any) -> None:
         self.directory = os.path.abspath(directory)
@@ -249,7 +262,10 @@ class SharedCheckpointer:
         return processes.from_primary(self._primary.latest)
 
     def restore(self, state: Any, frozen: Tree) -> tuple[Any, Tree, dict[str, Any]]:
-        """Restores the last checkpoint on process 0 and sends it to all; see `Checkpointer.restore`."""
+        """Restores the last checkpoint on process 0 and sends it to all.
+
+        See `Checkpointer.restore`.
+        """
         form = jax.tree_util.tree_structure((state, frozen))
 
         def read() -> tuple[list[np.ndarray], dict[str, Any]]:

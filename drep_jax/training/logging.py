@@ -1,4 +1,4 @@
-"""Metrics as JSON lines and TensorBoard events in the work directory, and optionally as a run of Weights & Biases."""
+"""Metrics as JSON lines, TensorBoard events and, optionally, a run of Weights & Biases."""
 
 import json
 import os
@@ -21,7 +21,9 @@ CLOCK = ("seconds", "images_per_second")
 
 
 class MetricWriter:
-    """Writes the scalars of stages; a resumed stage first drops its lines after the step it resumes from.
+    """Writes the scalars of stages.
+
+    A resumed stage first drops its lines after the step it resumes from.
 
     Every line is written at once, in the caller's thread, so a full disk is noticed immediately.
     """
@@ -174,7 +176,10 @@ class _WeightsAndBiases:
         self._sent: dict[str, int] = {}
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Sends a line, with a step axis per stage; lines sent before a crash are not sent again."""
+        """Sends a line, with a step axis per stage.
+
+        Lines sent before a crash are not sent again.
+        """
         if step <= self._sent.get(stage, 0):
             return
         if stage not in self._sent:
@@ -194,7 +199,10 @@ class _WeightsAndBiases:
 
 
 def _identity(workdir: str) -> str:
-    """Returns the run's identifier at Weights & Biases; drawn once, then read from the work directory."""
+    """Returns the run's identifier at Weights & Biases.
+
+    Drawn once, then read from the work directory.
+    """
     path = os.path.join(workdir, "wandb_id.txt")
     try:
         if not os.path.exists(path):

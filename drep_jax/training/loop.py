@@ -1,4 +1,4 @@
-"""The training loop of one stage: progress, logs, checkpoints, resuming, NaN, signals and profiling."""
+"""The training loop of a stage: progress, logs, checkpoints, resuming, NaN, signals, traces."""
 
 import math
 import signal
@@ -39,10 +39,11 @@ def run_stage(
 ) -> tuple[TrainState, float]:
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
-    Order: restore the state and the data position, drop log lines beyond it, then step. At every multiple of `log_every`
-    the losses of all steps since the last line are checked and their mean is logged. At every multiple of
-    `checkpoint_every`, at the end and at a signal the state is checked and saved, so a saved state is always a good one.
-    Training goes on while a checkpoint is written; what is written is a copy, since a step overwrites its buffers.
+    Order: restore the state and the data position, drop log lines beyond it, then step. At every
+    multiple of `log_every` the losses of all steps since the last line are checked and their mean
+    is logged. At every multiple of `checkpoint_every`, at the end and at a signal the state is
+    checked and saved, so a saved state is always a good one. Training goes on while a checkpoint is
+    written; what is written is a copy, since a step overwrites its buffers.
 
     Args:
       name: of the stage, in logs and messages.
@@ -54,7 +55,8 @@ def run_stage(
       checkpointer, writer: of this stage and run.
       log_every, checkpoint_every: in steps.
       progress: whether to show a bar.
-      log_extra: trained parameters ↦ further numbers for the log and the bar, such as the gap to a known optimum.
+      log_extra: trained parameters ↦ further numbers for the log and the bar, such as the gap to a
+        known optimum.
       profile: the steps to trace, if any.
       sharded: whether the optimizer's state is sharded, as in `make_step`.
 
@@ -63,7 +65,8 @@ def run_stage(
 
     Raises:
       NonFiniteError: naming the step and the value that is not finite; the last checkpoint stays.
-      CheckpointError: if a checkpoint cannot be written, raised by the next one at the latest; names its step.
+      CheckpointError: if a checkpoint cannot be written, raised by the next one at the latest;
+        names its step.
       Interrupted: at a signal, after saving.
     """
     spent = 0.0
@@ -82,12 +85,12 @@ def run_stage(
     bar = tqdm.tqdm(total=steps, initial=start, desc=name, disable=not progress, unit="step", mininterval=0.5)
 
     def check() -> None:
-        """Fetches the metrics of the steps since the last check, and stops at the first number that is not finite."""
+        """Fetches the metrics since the last check; raises at the first that is not finite."""
         for number, metrics in waiting:
             values = {key: float(value) for key, value in devices.unreplicate(metrics).items()}
             bad = [key for key, value in values.items() if not math.isfinite(value)]
             if bad:
-                sites = [key for key in bad if key != "loss"] or bad  # the total adds nothing when a site is known
+                sites = [key for key in bad if key != "loss"] or bad  # not the total
                 more = f" (and {len(sites) - 1} more: {', '.join(sites[1:6])})" if sites[1:] else ""
                 raise NonFiniteError(
                     f"Stage {name}: {sites[0]}{more} became {values[sites[0]]} at step {number}. Training stopped; the last "
@@ -141,7 +144,8 @@ def run_stage(
                 bar.update()
                 if number % log_every == 0 or number in (1, steps):
                     log(number)
-                stopping = any_host(stop.raised, last=number == steps)  # once: a signal while saving counts at the next
+                # Asked once per step: a signal that arrives while saving counts at the next step.
+                stopping = any_host(stop.raised, last=number == steps)
                 if number % checkpoint_every == 0 or number == steps or stopping:
                     save(wait=number == steps or stopping)
                 if stopping or (number == steps and stop.raised and processes.alone()):

@@ -1,4 +1,4 @@
-"""Traces of some training steps by JAX's profiler, for TensorBoard: `--config.profile=FIRST:COUNT`."""
+"""JAX profiler traces of some training steps, for TensorBoard: `--config.profile=FIRST:COUNT`."""
 
 import dataclasses
 import os
@@ -17,7 +17,8 @@ class Profile:
     """The steps of every stage that are traced.
 
     Attributes:
-      first: number of the first step, from 1. Choose a later one: the first steps of a stage compile.
+      first: number of the first step, from 1. Choose a later one: the first steps of a stage
+        compile.
       count: number of steps.
       workdir: directory in which `profile/<stage>` is made.
     """
@@ -27,7 +28,10 @@ class Profile:
     workdir: str
 
     def of_stage(self, name: str, start: int, steps: int) -> "Trace | None":
-        """Returns the trace of a stage that runs from step `start` to `steps`; None, with a message, if it lacks the step."""
+        """Returns the trace of a stage that runs from step `start` to `steps`.
+
+        None, with a message, if it lacks the step.
+        """
         if start >= self.first or self.first > steps:
             reason = f"goes on from step {start}" if start >= self.first else f"has {steps} steps"
             print(f"Stage {name} {reason}, so there is no trace from step {self.first} on.")

@@ -1,9 +1,11 @@
-"""Sharded optimizer state (ZeRO, stage 1, Rajbhandari et al. 2020): each device keeps and updates one slice.
+"""Sharded optimizer state: each device keeps and updates one slice.
 
-A leaf of n numbers is padded and cut into one slice per device. A step sums the gradients of each slice on its device
-(reduce-scatter), updates that slice of the parameters, and gathers the slices on all devices. This moves the bytes of one
-all-reduce, and each device holds its slice of Adam's two averages instead of the whole. Scalars are not cut. Checkpoints
-hold the state in one piece, so a run can resume on another number of devices, sharded or not.
+This is stage 1 of ZeRO (Rajbhandari et al. 2020). A leaf of n numbers is padded and cut into one
+slice per device. A step sums the gradients of each slice on its device (reduce-scatter), updates
+that slice of the parameters, and gathers the slices on all devices. This moves the bytes of one
+all-reduce, and each device holds its slice of Adam's two averages instead of the whole. Scalars are
+not cut. Checkpoints hold the state in one piece, so a run can resume on another number of devices,
+sharded or not.
 """
 
 from typing import Any
@@ -22,7 +24,7 @@ def _flat(leaf: Any) -> Any:
 
 
 def _formed(flat: Any, rank: int) -> Any:
-    """Gives a slice two axes where its leaf had several: optimizers tell matrices from vectors by their rank."""
+    """Gives a slice of a matrix two axes: optimizers tell matrices from vectors by their rank."""
     return flat[:, None] if rank > 1 else flat
 
 
@@ -68,7 +70,10 @@ def shard_state(opt_state: Tree) -> Tree:
 
 
 def gather_state(opt_state: Tree, like: Tree) -> Tree:
-    """Inverse of `shard_state`: NumPy arrays in the shapes of `like`. Every host of a run must call it."""
+    """Inverse of `shard_state`: NumPy arrays in the shapes of `like`.
+
+    Every host of a run must call it.
+    """
     shapes = jax.tree_util.tree_map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), like)
     return devices.unreplicate(devices.on_devices(lambda slices: gathered(slices, shapes))(opt_state))
 

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first one stops training after the current step and saves; a second one ends the process."""
+"""Ctrl-C and SIGTERM: the first one stops training after the current step and saves.
+
+A second one ends the process.
+"""
 
 import contextlib
 import signal
@@ -25,7 +28,10 @@ class Interrupted(DrepError):
 
 
 class Terminated(BaseException):
-    """SIGTERM outside training, where there is nothing to save; what `KeyboardInterrupt` is to Ctrl-C."""
+    """SIGTERM outside training, where there is nothing to save.
+
+    What `KeyboardInterrupt` is to Ctrl-C.
+    """
 
 
 class StopRequest:
@@ -51,7 +57,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def hearing_signals() -> Iterator[StopRequest]:
-    """Installs a `StopRequest` for as long as the block runs (in the main thread; others get no signals)."""
+    """Installs a `StopRequest` for as long as the block runs (in the main thread.
+
+    Others get no signals).
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -66,7 +75,7 @@ def hearing_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def raising_on_sigterm() -> Iterator[None]:
-    """Raises `Terminated` at SIGTERM while the block runs, so that files are closed and the exit status is ours."""
+    """Raises `Terminated` at SIGTERM while the block runs, so that open files are closed."""
 
     def handle(number: int, frame: Any) -> None:
         _leave_to_the_system()

@@ -1,8 +1,9 @@
-"""The training state and the training step, which trains some subtrees of the parameters and leaves the others alone.
+"""The training state and the training step, which changes some subtrees of the parameters.
 
-Parameters are {"backbone": …, "denoise": …}. Gradients are taken with respect to the trainable subtrees alone, so frozen
-parameters cost no backward pass. The optimizer is partitioned over the same names and has no state for them. Where two
-subtrees are trained in alternating phases, each has its own optimizer, whose state is frozen during the other's phase.
+Parameters are {"backbone": …, "denoise": …}. Gradients are taken with respect to the trainable
+subtrees alone, so frozen parameters cost no backward pass. The optimizer is partitioned over the
+same names and has no state for them. Where two subtrees are trained in alternating phases, each has
+its own optimizer, whose state is frozen during the other's phase.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def averaged(self) -> Tree:
-        """The trained parameters, with moving averages in place of the last values where there are any."""
+        """The trained parameters, with moving averages in place of last values, if any."""
         return {**self.params, **self.ema}
 
 
@@ -109,7 +110,7 @@ def make_optimizer(
 def partitioned(
     tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation], trainable: Sequence[str]
 ) -> optax.GradientTransformation:
-    """Returns an optimizer over {name: tree} that updates only the trainable subtrees, and has no state for the others.
+    """Returns an optimizer over {name: tree} that updates trainable subtrees only.
 
     Args:
       tx: one optimizer for all trainable subtrees together, or {name: optimizer}.
@@ -128,7 +129,7 @@ def partitioned(
 
 
 def extra_params(params: Tree) -> dict[str, Tree]:
-    """Returns the trained parameters that belong to neither backbone nor denoisers, such as those of a loss.
+    """Returns the parameters of neither backbone nor denoisers, such as those of a loss.
 
     >>> extra_params({"backbone": {}, "denoise": {}, "scale": {"log": 0.5}})
     {'scale': {'log': 0.5}}
@@ -137,7 +138,7 @@ def extra_params(params: Tree) -> dict[str, Tree]:
 
 
 def frozen_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns a transformation that carries the state of `tx` and changes neither it nor the parameters."""
+    """Returns a transformation with the state of `tx` that changes nothing."""
 
     def update(grads: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         del params
@@ -199,17 +200,20 @@ def make_step(
     """Returns the training step, compiled for all local devices.
 
     Args:
-      loss_fn: (params, others, batch, key) ↦ (loss, (metrics, others)), with all of {"backbone", "denoise"} in params.
+      loss_fn: (params, others, batch, key) ↦ (loss, (metrics, others)), with all of {"backbone",
+        "denoise"} in params.
       tx: a `partitioned` optimizer.
       active: names of the trainable subtrees that this step changes; None for all.
-      accumulate: number of microbatches that each device's part of the batch is cut into. They run one after the other:
-        the memory of one, the mean gradient of all. Batch statistics are those of a microbatch.
+      accumulate: number of microbatches that each device's part of the batch is cut into. They run
+        one after the other: the memory of one, the mean gradient of all. Batch statistics are those
+        of a microbatch.
       ema: decay of the moving averages in the state; at step n at most (1 + n) / (10 + n).
       sharded: whether the optimizer's state is sharded, as in `placed`.
 
     Returns:
-      (state, frozen, batch) ↦ (state, metrics), all with a leading axis of devices. Loss, gradients, metrics and other
-      collections are averaged over the devices. The input state is donated: use the returned one.
+      (state, frozen, batch) ↦ (state, metrics), all with a leading axis of devices. Loss,
+      gradients, metrics and other collections are averaged over the devices. The input state is
+      donated: use the returned one.
     """
 
     def step(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, dict[str, Any]]:
@@ -231,7 +235,7 @@ def make_step(
             else (devices.mean(grads), moving)
         )
         fixed = {**frozen, **{name: tree for name, tree in state.params.items() if name not in moving}}
-        nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: those leaves are masked or frozen
+        nothing = jax.tree_util.tree_map(jnp.zeros_like, fixed)  # never read: masked or frozen
         updates, opt_state = tx.update({**grads, **nothing}, state.opt_state, {**state.params, **frozen, **local})
         moved = optax.apply_updates(local, {name: updates[name] for name in moving})
         params = {**state.params, **(sharded_optimizer.gathered(moved, moving) if sharded else moved)}
@@ -246,7 +250,10 @@ def make_step(
 
 
 def placed(state: TrainState, *, sharded: bool = False) -> TrainState:
-    """Returns a state replicated on every device; with `sharded`, each device holds a slice of the optimizer's part."""
+    """Returns a state replicated on every device.
+
+    With `sharded`, each device holds a slice of the optimizer's part.
+    """
     if not sharded:
         return devices.replicate(state)
     return devices.replicate(state.replace(opt_state=())).replace(
@@ -263,7 +270,10 @@ def collected(placed_state: TrainState, like: TrainState, *, sharded: bool = Fal
 
 
 def _accumulated(gradients: Callable[..., Any], others: Tree, batch: Tree, parts: int) -> Any:
-    """Runs `gradients(others, part) ↦ (others, values)` over the parts of a batch; returns the last others and mean values."""
+    """Runs `gradients(others, part) ↦ (others, values)` over the parts of a batch.
+
+    Returns the last others and mean values.
+    """
     if parts == 1:
         return gradients(others, batch)
     cut = jax.tree_util.tree_map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)

@@ -179,7 +179,7 @@ def find_pieces(
             pieces.append(dataclasses.replace(piece, theirs=actual.get(piece.theirs, piece.theirs)))
     if homeless:
         raise CheckpointError(
-            f'Format "{fmt.name}" has no place for these parameters of this {type(module).__name__}: {some(homeless)}. '
+            f'Format "{fmt.name}" cannot express these parameters of this {type(module).__name__}: {some(homeless)}. '
             "Choose options of the model that the format's own networks have; in a table of your own, add rules for them."
         )
     return pieces

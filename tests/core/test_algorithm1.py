@@ -31,7 +31,7 @@ def test_noise_is_standard_normal(shape):
 
 
 def test_noise_is_white():
-    """Neither neighbours nor the two words of one block, half an array apart, nor two examples are correlated."""
+    """Neither neighbors nor the two words of one block, half an array apart, nor two examples are correlated."""
     noise = np.asarray(draw(example_keys(4), (128, 64), jnp.float32), np.float64)
     flat = noise.reshape(4, -1)
     half = flat.shape[1] // 2

@@ -64,26 +64,28 @@ def test_forms(good):
 def test_tampering_with_one_hundredth_of_one_change_fails():
     before, after = (np.asarray(tree["dense1"]["kernel"]) for tree in (VARIABLES["params"], FUSED))
     tampered = {**FUSED, "dense1": {**FUSED["dense1"], "kernel": after + 0.01 * (after - before)}}
-    found = run(tampered)
-    assert not found.passed
-    assert [s.path for s in found.sites["float32"] if not s.figure.passed] == ["dense1"]
-    assert not found.end_to_end["float32"].passed
-    assert [s.path for s in found.sites["float64"] if not s.figure.passed] == ["dense1"]
-    assert "FAILED" in str(found)
+    certificate = run(tampered)
+    assert not certificate.passed
+    assert [s.path for s in certificate.sites["float32"] if not s.figure.passed] == ["dense1"]
+    assert not certificate.end_to_end["float32"].passed
+    assert [s.path for s in certificate.sites["float64"] if not s.figure.passed] == ["dense1"]
+    assert "FAILED" in str(certificate)
 
 
 def test_fusion_that_does_nothing_fails():
-    found = run(jax.tree_util.tree_map(np.asarray, VARIABLES["params"]))
-    assert not found.passed
-    assert found.end_to_end["float32"].error == pytest.approx(1.0, rel=1e-3)
-    assert found.end_to_end["float32"].decisive
+    certificate = run(jax.tree_util.tree_map(np.asarray, VARIABLES["params"]))
+    assert not certificate.passed
+    assert certificate.end_to_end["float32"].error == pytest.approx(1.0, rel=1e-3)
+    assert certificate.end_to_end["float32"].decisive
 
 
 def test_rounding_is_not_taken_for_an_error():
     """Weights fused in float32 differ from those fused in float64 in the last bits, and pass."""
-    found = run(jax.jit(lambda p: fuse(p, SITES, SCHEDULE))({"backbone": VARIABLES["params"], "denoise": DENOISE}))
-    assert found.passed
-    assert found.end_to_end["float64"].error < 1e-11
+    certificate = run(
+        jax.jit(lambda p: fuse(p, SITES, SCHEDULE))({"backbone": VARIABLES["params"], "denoise": DENOISE})
+    )
+    assert certificate.passed
+    assert certificate.end_to_end["float64"].error < 1e-11
 
 
 class Coarse(nn.Module):
@@ -116,23 +118,23 @@ def test_fusion_that_does_nothing_fails_whatever_the_types(weights):
 def test_another_type_or_tree_fails():
     half = jax.tree_util.tree_map(lambda leaf: leaf, FUSED)
     half["head"] = {name: leaf.astype(np.float16) for name, leaf in half["head"].items()}
-    found = run(half)
-    assert found.structure == {"same_tree": True, "same_dtypes": False, "same_program": False}
-    assert not found.passed
+    certificate = run(half)
+    assert certificate.structure == {"same_tree": True, "same_dtypes": False, "same_program": False}
+    assert not certificate.passed
     cut = {**FUSED, "head": {**FUSED["head"], "bias": FUSED["head"]["bias"][None]}}
     with pytest.raises(ScopeParamShapeError):  # Flax refuses another shape before anything is compared
         run(cut)
     extra = {**FUSED, "left": {"over": np.zeros(2)}}
-    found = run(extra)
-    assert not found.structure["same_tree"]
-    assert not found.passed
+    certificate = run(extra)
+    assert not certificate.structure["same_tree"]
+    assert not certificate.passed
 
 
 def test_zero_change_is_handled():
-    found = run(None, init_denoise(SITES), rule="paper")
-    assert found.passed
-    assert found.end_to_end["float64"].change < 1e-14
-    assert found.sites["float64"][-1].figure.change == 0.0
+    certificate = run(None, init_denoise(SITES), rule="paper")
+    assert certificate.passed
+    assert certificate.end_to_end["float64"].change < 1e-14
+    assert certificate.sites["float64"][-1].figure.change == 0.0
     noisy = figure([1.0, 1.0, 0.0, 1e-6], 1e-16)
     assert not noisy.passed
 
@@ -140,10 +142,10 @@ def test_zero_change_is_handled():
 def test_coarse_types_are_left_to_float64():
     half = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), VARIABLES)
     little = jax.tree_util.tree_map(lambda leaf: 0.01 * leaf, DENOISE)
-    found = certify(NET, half, little, SITES, SCHEDULE, X.astype(jnp.bfloat16))
-    assert not found.end_to_end["bfloat16"].decisive
-    assert found.end_to_end["float64"].decisive
-    assert found.end_to_end["float64"].passed
+    certificate = certify(NET, half, little, SITES, SCHEDULE, X.astype(jnp.bfloat16))
+    assert not certificate.end_to_end["bfloat16"].decisive
+    assert certificate.end_to_end["float64"].decisive
+    assert certificate.end_to_end["float64"].passed
 
 
 def test_figures_that_are_not_finite_fail():

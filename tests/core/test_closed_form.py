@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from drep_jax.core.algorithm1 import algorithm1_losses
-from drep_jax.core.closed_form import closed_form, expected_loss, expected_losses, minimiser
+from drep_jax.core.closed_form import closed_form, expected_loss, expected_losses, minimizer
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.moments import Moments, collect_moments
 from drep_jax.core.schedule import Schedule
@@ -39,12 +39,12 @@ def sites_and_moments(steps=20):
     """Every kind of site, with random moments."""
     sites = find_sites(NET, jnp.zeros((1, 6, 6, 2)), pattern=".*", steps=steps, kind="patch")
     rng = np.random.default_rng(0)
-    found = {}
+    moments = {}
     for site in sites:
         factor = rng.standard_normal(site.denoiser_shape) * np.logspace(0.5, -2, site.width)
         mean = rng.standard_normal(site.denoiser_shape[:-1])
-        found[site.path] = Moments(1000, mean, factor @ np.swapaxes(factor, -1, -2) / site.width)
-    return sites, found
+        moments[site.path] = Moments(1000, mean, factor @ np.swapaxes(factor, -1, -2) / site.width)
+    return sites, moments
 
 
 def lone_site(width, bias=True, time=300):
@@ -62,15 +62,15 @@ def test_the_loss_is_stationary_at_the_closed_form():
     assert len(forms) >= 5
     rng = np.random.default_rng(1)
     for site in sites:
-        best = minimiser(site, moments[site.path], SCHEDULE)
+        best = minimizer(site, moments[site.path], SCHEDULE)
         way = {name: rng.standard_normal(leaf.shape) for name, leaf in best.items()}
 
-        def at(centre, step, site=site, way=way):
-            moved = {name: centre[name] + step * way[name] for name in centre}
+        def at(center, step, site=site, way=way):
+            moved = {name: center[name] + step * way[name] for name in center}
             return np.asarray(expected_loss(site, moments[site.path], SCHEDULE, moved))
 
         zero = {name: np.zeros_like(leaf) for name, leaf in best.items()}
-        slope, elsewhere = ((at(centre, 1e-3) - at(centre, -1e-3)) / 2e-3 for centre in (best, zero))
+        slope, elsewhere = ((at(center, 1e-3) - at(center, -1e-3)) / 2e-3 for center in (best, zero))
         assert (np.abs(slope) < 1e-9 * np.abs(at(best, 1.0))).all(), site.name
         assert (np.abs(elsewhere) > 1e-4).all(), site.name
 
@@ -120,7 +120,7 @@ def test_sgd_comes_down_to_the_closed_form():
     np.testing.assert_allclose(denoise["head"]["bias"], best["head"]["bias"], atol=0.05)
 
 
-def test_the_noise_regularises():
+def test_the_noise_regularizes():
     """Fewer vectors than channels, and dead and constant channels, need no ridge: C has no eigenvalue below 1 − ᾱ.
 
     For a channel that never varies, X tells all of ε: W_D is 1/√(1−ᾱ) there, and what it costs is nothing.
@@ -131,19 +131,21 @@ def test_the_noise_regularises():
     site = lone_site(24, time=1)
     variables = One().init(jax.random.key(0), x)
     moments = collect_moments(One(), variables, (site,), [(x, np.ones(8, np.float32))])
-    known = moments["head",]
-    assert known.count == 8 and np.linalg.matrix_rank(known.covariance, tol=1e-5) == 7
-    best = minimiser(site, known, SCHEDULE)
+    site_moments = moments["head",]
+    assert site_moments.count == 8 and np.linalg.matrix_rank(site_moments.covariance, tol=1e-5) == 7
+    best = minimizer(site, site_moments, SCHEDULE)
     assert all(np.isfinite(leaf).all() for leaf in best.values())
     bar = SCHEDULE.alpha_bar(1)
     for channel in (5, 7):
         row = np.zeros(24)
         row[channel] = 1 / np.sqrt(1 - bar)
         np.testing.assert_allclose(best["kernel"][channel], row, atol=1e-9 * row.max())
-        np.testing.assert_allclose(best["bias"][channel], -np.sqrt(bar) * row[channel] * known.mean[channel], rtol=1e-9)
+        np.testing.assert_allclose(
+            best["bias"][channel], -np.sqrt(bar) * row[channel] * site_moments.mean[channel], rtol=1e-9
+        )
     assert np.linalg.norm(best["kernel"], 2) <= 1.01 / np.sqrt(1 - bar)
     # Directions that never vary cost nothing, 17 of 24; in the others, of variance 1, noise of 1 − ᾱ = 1e-4 is lost.
-    assert expected_loss(site, known, SCHEDULE, best) == pytest.approx(7 / 24, rel=1e-2)
+    assert expected_loss(site, site_moments, SCHEDULE, best) == pytest.approx(7 / 24, rel=1e-2)
     assert np.isfinite(closed_form(moments, (site,), SCHEDULE)["head"]["kernel"]).all()
 
 
@@ -158,14 +160,14 @@ def test_rounding_that_is_larger_than_the_noise_is_survived():
     site = lone_site(48, time=1)
     variables = One().init(jax.random.key(0), x)
     batches = [(x[i : i + 8], np.ones(8, np.float32)) for i in range(0, 64, 8)]
-    known = collect_moments(One(), variables, (site,), batches)["head",]
+    site_moments = collect_moments(One(), variables, (site,), batches)["head",]
     bar = SCHEDULE.alpha_bar(1)
-    assert np.linalg.eigvalsh(bar * known.covariance + (1 - bar) * np.eye(48)).min() < 0
+    assert np.linalg.eigvalsh(bar * site_moments.covariance + (1 - bar) * np.eye(48)).min() < 0
     flat = x.reshape(-1, 48).astype(np.float64)
     truth = Moments(128, flat.mean(0), np.cov(flat.T, bias=True))
-    found, best = minimiser(site, known, SCHEDULE), minimiser(site, truth, SCHEDULE)
-    assert np.linalg.norm(found["kernel"], 2) <= (1 + 1e-9) / np.sqrt(1 - bar)
-    reached, least = (float(expected_loss(site, truth, SCHEDULE, d)) for d in (found, best))
+    solution, best = minimizer(site, site_moments, SCHEDULE), minimizer(site, truth, SCHEDULE)
+    assert np.linalg.norm(solution["kernel"], 2) <= (1 + 1e-9) / np.sqrt(1 - bar)
+    reached, least = (float(expected_loss(site, truth, SCHEDULE, d)) for d in (solution, best))
     assert least < 0.15 and least <= reached < 1.5 * least
 
 
@@ -173,10 +175,10 @@ def test_a_wide_site_is_solved():
     """d = 768 from 300 vectors: W C = √(1−ᾱ)·I holds to rounding."""
     site = lone_site(768, time=5)
     factor = np.random.default_rng(0).standard_normal((768, 300))
-    known = Moments(300, np.zeros(768), factor @ factor.T / 300)
+    site_moments = Moments(300, np.zeros(768), factor @ factor.T / 300)
     bar = SCHEDULE.alpha_bar(5)
-    best = minimiser(site, known, SCHEDULE)
-    product = best["kernel"] @ (bar * known.covariance + (1 - bar) * np.eye(768))
+    best = minimizer(site, site_moments, SCHEDULE)
+    product = best["kernel"] @ (bar * site_moments.covariance + (1 - bar) * np.eye(768))
     np.testing.assert_allclose(product, np.sqrt(1 - bar) * np.eye(768), atol=1e-9)
 
 

@@ -140,9 +140,9 @@ def test_every_other_kind_of_layer(kind):
     inputs = normal(1, (2, 7, 6)), normal(2, (2, 4, 5, 3, 2))
     sites = find_sites(Branches(), *inputs, pattern=".*", kind=kind)
     variables, denoise = setup(Branches(), inputs, sites)
-    found = certify(Branches(), variables, denoise, sites, SCHEDULE, *inputs)
-    assert found.passed, str(found)
-    rows = {row.path: row.figure.change for row in found.sites["float64"]}
+    certificate = certify(Branches(), variables, denoise, sites, SCHEDULE, *inputs)
+    assert certificate.passed, str(certificate)
+    rows = {row.path: row.figure.change for row in certificate.sites["float64"]}
     assert len(rows) == 13
     assert min(rows.values()) > 1e-4, rows
 
@@ -218,10 +218,10 @@ def test_patch_denoisers_are_exact_at_borders(conv, padding):
     variables, denoise = setup(net, x, [site])
     fused = fuse_exact(params_of(variables, denoise), [site], SCHEDULE, round_back=False)
     triples = reverse_steps(SCHEDULE, site.times[0], 2, "ddpm")
-    own = float64(denoise["conv"])
+    denoiser = float64(denoise["conv"])
 
     def denoised(window, group):
-        kernel, bias = own["kernel"], own.get("bias")
+        kernel, bias = denoiser["kernel"], denoiser.get("bias")
         if site.groups > 1:
             kernel, bias = kernel[group], None if bias is None else bias[group]
         return denoise_vector(window.reshape(-1), kernel, bias, triples).reshape(window.shape)
@@ -245,14 +245,14 @@ def test_pointwise_denoisers_act_before_padding(padding):
     assert site.bias == (padding in ("VALID", "CIRCULAR"))
     variables, denoise = setup(net, x, [site])
     fused = fuse_exact(params_of(variables, denoise), [site], SCHEDULE, round_back=False)
-    triples, own = reverse_steps(SCHEDULE, 1, 1, "ddpm"), float64(denoise["conv"])
+    triples, denoiser = reverse_steps(SCHEDULE, 1, 1, "ddpm"), float64(denoise["conv"])
     image, weights = np.asarray(x, np.float64), float64(variables["params"]["conv"])
     clean = np.empty_like(image)
     for where in np.ndindex(image.shape[:3]):
         for g in range(2):
             part = slice(2 * g, 2 * g + 2)
-            bias = own["bias"][g] if site.bias else None
-            clean[where][part] = denoise_vector(image[where][part], own["kernel"][g], bias, triples)
+            bias = denoiser["bias"][g] if site.bias else None
+            clean[where][part] = denoise_vector(image[where][part], denoiser["kernel"][g], bias, triples)
     expected = conv_oracle(conv, clean, weights["kernel"], weights["bias"])
     after = conv_oracle(conv, image, fused["conv"]["kernel"], fused["conv"]["bias"])
     base = conv_oracle(conv, image, weights["kernel"], weights["bias"])
@@ -274,14 +274,14 @@ def test_dense_against_an_independent_loop():
     variables, denoise = setup(net, x, sites)
     fused = fuse_exact(params_of(variables, denoise), sites, SCHEDULE, rule="paper", round_back=False)
     for site in sites:
-        old, new, own = (float64(get_in(t, site.path)) for t in (variables["params"], fused, denoise))
+        old, new, denoiser = (float64(get_in(t, site.path)) for t in (variables["params"], fused, denoise))
         for copy in range(site.stack or 1):
             pick = (lambda leaf, i=copy: leaf[i]) if site.stack else (lambda leaf: leaf)
             weights, bias = pick(old["kernel"]).T, pick(old["bias"])
             matrix, constant = np.eye(site.width), np.zeros(site.width)
             for scale, gain, _ in reverse_steps(SCHEDULE, site.times[copy], 3, "paper"):
-                step = scale * np.eye(site.width) - gain * pick(own["kernel"]).T
-                matrix, constant = step @ matrix, step @ constant - gain * pick(own["bias"])
+                step = scale * np.eye(site.width) - gain * pick(denoiser["kernel"]).T
+                matrix, constant = step @ matrix, step @ constant - gain * pick(denoiser["bias"])
             np.testing.assert_allclose(pick(new["kernel"]), (weights @ matrix).T, rtol=1e-12, atol=1e-14)
             np.testing.assert_allclose(pick(new["bias"]), bias + weights @ constant, rtol=1e-12, atol=1e-14)
 
@@ -390,8 +390,8 @@ def test_jit_compiles_once_and_pmap_agrees():
     first = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[0], everywhere)
     jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), first, plain)
     third = jitted(jax.tree_util.tree_map(lambda leaf: leaf * 3, params))
-    found = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[2], everywhere)
-    jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, third)
+    on_third = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[2], everywhere)
+    jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), on_third, third)
 
 
 def test_composed_map_is_what_fuse_applies():
@@ -400,11 +400,11 @@ def test_composed_map_is_what_fuse_applies():
     maps = jax.jit(lambda p: {"/".join(k): v for k, v in composed_maps(p, sites, SCHEDULE).items()})(params)
     tree = {}
     for site in sites:
-        found = maps[site.name]
-        leaves = {"kernel": -found["matrix"]}
+        site_map = maps[site.name]
+        leaves = {"kernel": -site_map["matrix"]}
         if site.bias:
-            leaves["bias"] = -found["constant"]
-        assert ("constant" in found) == site.bias
+            leaves["bias"] = -site_map["constant"]
+        assert ("constant" in site_map) == site.bias
         tree = set_in(tree, site.path, leaves)
     again = compiled({**params, "denoise": tree}, sites, rule="affine", steps=1)
     plain = compiled(params, sites)
@@ -449,9 +449,9 @@ def test_survival_tells_coarse_storage_from_fine():
     exact = fuse_exact({"backbone": base, "denoise": little}, sites, Schedule(), rule="paper", round_back=False)
     half = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), exact)
     single = jax.tree_util.tree_map(lambda leaf: leaf.astype(np.float32), exact)
-    assert survival(base, exact, half).share < 0.5
-    assert survival(base, exact, single).share > 0.99
-    assert survival(base, base, base).share == 1.0
+    assert survival(base, exact, half).fraction < 0.5
+    assert survival(base, exact, single).fraction > 0.99
+    assert survival(base, base, base).fraction == 1.0
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import pytest
 from drep_jax import certify, find_sites, fuse
 from drep_jax.core import closed_form
 from drep_jax.core.algorithm1 import algorithm1_losses
-from drep_jax.core.denoisers import check_params, dense, init_denoise, predict
+from drep_jax.core.denoisers import check_params, init_denoise
 from drep_jax.core.fusion import composed_maps
+from drep_jax.core.linear_denoiser import dense, predict
 from drep_jax.core.moments import Moments
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import with_rank
@@ -62,34 +63,34 @@ def dense_site(rank, times=(300,)):
 
 def test_no_other_directions_and_no_other_multiple_of_the_identity_are_better():
     site = dense_site(2)
-    known = moments_of(site)
-    best = closed_form.minimiser(site, known, SCHEDULE)
-    found = float(closed_form.expected_loss(site, known, SCHEDULE, best))
+    moments = moments_of(site)
+    best = closed_form.minimizer(site, moments, SCHEDULE)
+    reached = float(closed_form.expected_loss(site, moments, SCHEDULE, best))
     bar = SCHEDULE.alpha_bar(site.times[0])
-    noisy = bar * known.covariance + (1 - bar) * np.eye(WIDTH)
+    noisy = bar * moments.covariance + (1 - bar) * np.eye(WIDTH)
     values, axes = np.linalg.eigh(noisy)
-    wanted = np.sqrt(1 - bar) / values
+    full_rank = np.sqrt(1 - bar) / values
     losses = []
     for chosen in itertools.combinations(range(WIDTH), 2):
         rest = [i for i in range(WIDTH) if i not in chosen]
         for scale in np.sqrt(1 - bar) * len(rest) / values[rest].sum() * np.linspace(0.7, 1.3, 13):
-            weights = np.where(np.isin(range(WIDTH), chosen), wanted, scale)
+            weights = np.where(np.isin(range(WIDTH), chosen), full_rank, scale)
             matrix = (axes * weights) @ axes.T
-            denoiser = {"kernel": matrix, "bias": -np.sqrt(bar) * matrix @ known.mean}
-            losses.append(float(closed_form.expected_loss(site, known, SCHEDULE, denoiser)))
-    assert abs(found - min(losses)) < 1e-12 and sorted(losses)[1] > found
+            denoiser = {"kernel": matrix, "bias": -np.sqrt(bar) * matrix @ moments.mean}
+            losses.append(float(closed_form.expected_loss(site, moments, SCHEDULE, denoiser)))
+    assert abs(reached - min(losses)) < 1e-12 and sorted(losses)[1] > reached
 
 
 def test_the_gradient_vanishes_at_the_best_factors():
     site = dense_site(2)
-    known = moments_of(site, 3)
-    best = closed_form.minimiser(site, known, SCHEDULE)
+    moments = moments_of(site, 3)
+    best = closed_form.minimizer(site, moments, SCHEDULE)
     bar = SCHEDULE.alpha_bar(site.times[0])
 
     def loss(denoiser):
         kernel = dense(denoiser)
-        noisy = bar * known.covariance + (1 - bar) * np.eye(WIDTH)
-        offset = np.sqrt(bar) * kernel.T @ known.mean + denoiser["bias"]
+        noisy = bar * moments.covariance + (1 - bar) * np.eye(WIDTH)
+        offset = np.sqrt(bar) * kernel.T @ moments.mean + denoiser["bias"]
         return jnp.sum(kernel * (noisy @ kernel)) - 2 * np.sqrt(1 - bar) * jnp.trace(kernel) + offset @ offset
 
     with jax.enable_x64(True):
@@ -101,12 +102,12 @@ def test_more_rank_is_never_worse_and_all_but_one_direction_is_everything():
     losses = []
     for rank in (1, 2, 3, 4, 5):
         site = dense_site(rank)
-        known = moments_of(site, 1)
+        moments = moments_of(site, 1)
         losses.append(
-            float(closed_form.expected_loss(site, known, SCHEDULE, closed_form.minimiser(site, known, SCHEDULE)))
+            float(closed_form.expected_loss(site, moments, SCHEDULE, closed_form.minimizer(site, moments, SCHEDULE)))
         )
     full = dense_site(None)
-    least = float(closed_form.expected_loss(full, known, SCHEDULE, closed_form.minimiser(full, known, SCHEDULE)))
+    least = float(closed_form.expected_loss(full, moments, SCHEDULE, closed_form.minimizer(full, moments, SCHEDULE)))
     assert all(a > b for a, b in itertools.pairwise(losses))
     np.testing.assert_allclose(losses[-1], least, rtol=1e-12)  # the multiple of the identity is the direction left
 
@@ -141,8 +142,8 @@ def test_algorithm_1_trains_the_factors(network):
 
     @jax.jit
     def loss(denoise, key):
-        found = algorithm1_losses(model, variables, denoise, sites, SCHEDULE, key, jnp.arange(5), images)
-        return sum(jnp.sum(value) for value in found.values())
+        losses = algorithm1_losses(model, variables, denoise, sites, SCHEDULE, key, jnp.arange(5), images)
+        return sum(jnp.sum(value) for value in losses.values())
 
     first = loss(start, jax.random.key(0))
     nothing = loss(jax.tree_util.tree_map(jnp.zeros_like, start), jax.random.key(0))

@@ -17,20 +17,20 @@ from tests import trees
 def both(net, x, kind, picks_of):
     """Returns all vectors and the sampled ones of every site, [(vectors (batch, n, …), picks, sampled)]."""
     sites = assign_times(select_sites(find_layers(net, x), r"conv\d|dense\d|general\d", kind=kind), timesteps=1000)
-    found = []
+    results = []
 
     def visit(site, layer, module, extra, inputs, call):
         lead = 1 if site.groups == 1 else 2
         vectors = features(layer, site.kind, inputs)
         vectors = vectors.reshape(x.shape[0], -1, *vectors.shape[-lead:])
         picks = picks_of(vectors.shape[1])
-        found.append((vectors, picks, sampled_features(layer, site.kind, inputs, jnp.asarray(picks))))
+        results.append((vectors, picks, sampled_features(layer, site.kind, inputs, jnp.asarray(picks))))
         return call(inputs)
 
     variables = trees.zeros(jax.eval_shape(net.init, jax.random.key(0), x))
     extras = {site.path: jnp.zeros(()) for site in sites}
     visit_sites(net, trees.randomize(variables), sites, extras, visit, x)
-    return found
+    return results
 
 
 @settings(max_examples=12, deadline=None)

@@ -66,8 +66,8 @@ def test_first_and_second_layer_are_the_regressions_they_claim_to_be(bias):
     variables = model.init(KEY, images[0])
     params = jax.tree_util.tree_map(np.asarray, variables["params"])
     sites = find_sites(model, images[0], pattern="[ab]")
-    found = measure(model, variables, sites, images, weights * 5, ridge=ridge, shortcut=False)
-    new = fused_params(params, found.denoise, sites)
+    measured = measure(model, variables, sites, images, weights * 5, ridge=ridge, shortcut=False)
+    new = fused_params(params, measured.denoise, sites)
 
     x = images
     for name in ("a", "b"):
@@ -86,8 +86,8 @@ def test_a_layer_answers_for_the_noise_of_the_shortcut_it_is_subtracted_from():
     variables = model.init(KEY, images[0])
     params = jax.tree_util.tree_map(np.asarray, variables["params"])
     sites = find_sites(model, images[0], pattern="b")
-    found = measure(model, variables, sites, images, weights, ridge=ridge)
-    new = fused_params(params, found.denoise, sites)
+    measured = measure(model, variables, sites, images, weights, ridge=ridge)
+    new = fused_params(params, measured.denoise, sites)
 
     hidden = np.tanh(images @ params["a"]["kernel"] + params["a"]["bias"]).astype(np.float64)
     old = params["b"]["kernel"].astype(np.float64)
@@ -104,7 +104,7 @@ def test_a_layer_answers_for_the_noise_of_the_shortcut_it_is_subtracted_from():
 
     plain = measure(model, variables, sites, images, weights, ridge=ridge, shortcut=False)
     assert sum_error(new) < 0.9 * sum_error(fused_params(params, plain.denoise, sites))
-    assert found.errors["b"][1] < found.errors["b"][0]
+    assert measured.errors["b"][1] < measured.errors["b"][0]
 
 
 def test_muted_channels_get_no_correction():
@@ -118,8 +118,8 @@ def test_muted_channels_get_no_correction():
     model = Muted()
     variables = model.init(KEY, images[0])
     sites = find_sites(model, images[0])
-    found = measure(model, variables, sites, images, [1, 1])
-    new = fused_params(variables["params"], found.denoise, sites)
+    measured = measure(model, variables, sites, images, [1, 1])
+    new = fused_params(variables["params"], measured.denoise, sites)
     assert np.isfinite(new["b"]["kernel"]).all() and np.abs(new["b"]["kernel"]).max() < 100
 
 
@@ -141,8 +141,8 @@ def test_junctions_are_found_in_a_resnet_and_in_both_kinds_of_vit():
     assert junctions("vit", (8, 8), post_norm=True, **small) == blocks
     net = {"stage_sizes": (1, 1), "width": 4, "stem": "cifar"}
     assert junctions("resnet", (8, 8), block="basic", shortcut="pad", **net) == {"layer1_0/conv2", "layer2_0/conv2"}
-    found = junctions("resnet", (8, 8), block="bottleneck", **net)
-    assert found == {f"layer{s}_0/{layer}" for s in (1, 2) for layer in ("conv3", "downsample_conv")} or found >= {
+    names = junctions("resnet", (8, 8), block="bottleneck", **net)
+    assert names == {f"layer{s}_0/{layer}" for s in (1, 2) for layer in ("conv3", "downsample_conv")} or names >= {
         "layer1_0/conv3",
         "layer2_0/conv3",
     }
@@ -151,7 +151,7 @@ def test_junctions_are_found_in_a_resnet_and_in_both_kinds_of_vit():
 @pytest.mark.parametrize(
     "options", [pytest.param({}, marks=pytest.mark.slow), {"scan": True}, {"remat": True}], ids=str
 )
-def test_scanned_and_rematerialised_blocks_give_the_same_network(options):
+def test_scanned_and_rematerialized_blocks_give_the_same_network(options):
     small = {"patch_size": 4, "width": 8, "depth": 3, "num_heads": 2, "mlp_dim": 12}
     images = np.random.default_rng(0).normal(size=(3, 16, 8, 8, 3)).astype(np.float32)
     images[1] = images[0]
@@ -162,9 +162,9 @@ def test_scanned_and_rematerialised_blocks_give_the_same_network(options):
 
     def logits(module, params):
         sites = find_sites(module, images[0], pattern=".*(query|key|value|out|fc1|fc2)")
-        found = measure(module, {"params": params}, sites, images, [1, 1], ridge=1e-2)
-        new = fused_params(params, found.denoise, sites)
-        return module.apply({"params": new}, images[2]), found.errors
+        measured = measure(module, {"params": params}, sites, images, [1, 1], ridge=1e-2)
+        new = fused_params(params, measured.denoise, sites)
+        return module.apply({"params": new}, images[2]), measured.errors
 
     expected, errors = logits(model, params)
     got, others = logits(other, stack_blocks(params) if options.get("scan") else params)
@@ -188,17 +188,17 @@ def test_convolutions_with_groups_strides_and_borders(kind):
     model = Net()
     variables = model.init(KEY, images[0])
     sites = find_sites(model, images[0], pattern=".*", kind=kind)
-    found = measure(model, variables, sites, images, [1.0])
-    new = fused_params(variables["params"], found.denoise, sites)
+    result = measure(model, variables, sites, images, [1.0])
+    new = fused_params(variables["params"], result.denoise, sites)
 
     def error(params):
         return float(np.mean((model.apply({"params": params}, images[1]) - model.apply(variables, images[0])) ** 2))
 
     assert error(new) < {"auto": 0.6, "pointwise": 0.9}[kind] * error(variables["params"])
     # What was measured on the way is what the fused network does.
-    np.testing.assert_allclose(found.outputs[1], model.apply({"params": new}, images[1]), atol=1e-4)
-    np.testing.assert_allclose(found.outputs[0], model.apply(variables, images[0]), atol=1e-4)
-    assert all(after <= before * (1 + 1e-9) for before, after in found.errors.values())
+    np.testing.assert_allclose(result.outputs[1], model.apply({"params": new}, images[1]), atol=1e-4)
+    np.testing.assert_allclose(result.outputs[0], model.apply(variables, images[0]), atol=1e-4)
+    assert all(after <= before * (1 + 1e-9) for before, after in result.errors.values())
 
 
 def test_without_corruption_nothing_changes():
@@ -206,8 +206,8 @@ def test_without_corruption_nothing_changes():
     model = Mlp(residual=True)
     variables = model.init(KEY, images[0])
     sites = find_sites(model, images[0], pattern="[abc]")
-    found = measure(model, variables, sites, np.stack([images[0]] * 3), [1, 1])
-    assert max(np.abs(leaf).max() for leaf in jax.tree_util.tree_leaves(found.denoise)) < 1e-5
+    measured = measure(model, variables, sites, np.stack([images[0]] * 3), [1, 1])
+    assert max(np.abs(leaf).max() for leaf in jax.tree_util.tree_leaves(measured.denoise)) < 1e-5
 
 
 def test_a_strong_ridge_holds_everything_at_the_identity():
@@ -215,8 +215,8 @@ def test_a_strong_ridge_holds_everything_at_the_identity():
     model = Mlp()
     variables = model.init(KEY, images[0])
     sites = find_sites(model, images[0], pattern="[abc]")
-    found = measure(model, variables, sites, images, [0, 1], ridge=1e9)
-    assert max(np.abs(get_in(found.denoise, site.path)["kernel"]).max() for site in sites) < 1e-6
+    measured = measure(model, variables, sites, images, [0, 1], ridge=1e9)
+    assert max(np.abs(get_in(measured.denoise, site.path)["kernel"]).max() for site in sites) < 1e-6
 
 
 def test_fewer_images_than_a_sites_width_and_dead_channels_have_a_solution():
@@ -225,9 +225,9 @@ def test_fewer_images_than_a_sites_width_and_dead_channels_have_a_solution():
     model = Mlp()
     variables = model.init(KEY, images[0])
     sites = find_sites(model, images[0], pattern="[abc]")
-    found = measure(model, variables, sites, images, [1, 1])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(found.denoise))
-    kernel = get_in(found.denoise, ("a",))["kernel"]
+    measured = measure(model, variables, sites, images, [1, 1])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(measured.denoise))
+    kernel = get_in(measured.denoise, ("a",))["kernel"]
     np.testing.assert_allclose(kernel[3], 0, atol=1e-6)  # a dead channel says nothing, so nothing is read from it
 
 

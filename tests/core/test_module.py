@@ -55,7 +55,7 @@ def means(function, count=64):
 
 def gathered():
     """Features of every site from the plain backbone, float64 (n, [groups], d) a copy."""
-    found = {}
+    by_site = {}
 
     def visit(site, layer, module, extra, x, call):
         vectors = features(layer, site.kind, x)
@@ -68,8 +68,8 @@ def gathered():
     extras = {site.path: jnp.zeros((site.stack,)) if site.stack else jnp.zeros(()) for site in SITES}
     _, tree = visit_sites(NET, VARIABLES, SITES, extras, visit, X, collect=True)
     for site in SITES:
-        found[site.path] = np.asarray(get_in(tree, site.path)["features"], np.float64)
-    return found
+        by_site[site.path] = np.asarray(get_in(tree, site.path)["features"], np.float64)
+    return by_site
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +95,12 @@ def test_predicting_nothing_costs_one():
 def test_moments_equal_numpy(moments):
     for path, vectors in gathered().items():
         site = next(site for site in SITES if site.path == path)
-        known = moments[path]
+        site_moments = moments[path]
         stacked = vectors if site.stack else vectors[None]
-        mean, covariance = (v if site.stack else v[None] for v in (known.mean, known.covariance))
+        mean, covariance = (v if site.stack else v[None] for v in (site_moments.mean, site_moments.covariance))
         for copy in range(stacked.shape[0]):
             grouped = stacked[copy].reshape(-1, site.groups, site.width)
-            assert known.count == grouped.shape[0]
+            assert site_moments.count == grouped.shape[0]
             for g in range(site.groups):
                 data = grouped[:, g]
                 np.testing.assert_allclose(mean[copy].reshape(site.groups, -1)[g], data.mean(0), rtol=1e-5, atol=1e-6)
@@ -109,7 +109,7 @@ def test_moments_equal_numpy(moments):
                 np.testing.assert_allclose(covariance[copy].reshape(shape)[g], expected, rtol=1e-4, atol=2e-6)
 
 
-def test_closed_form_minimises_the_sampled_loss(moments):
+def test_closed_form_minimizes_the_sampled_loss(moments):
     """The exact expected loss equals the mean of sampled ones; the optimum beats any perturbation; its gradient is zero."""
     best = closed_form.closed_form(moments, SITES, SCHEDULE)
     optimum = closed_form.expected_losses(moments, SITES, SCHEDULE)
@@ -130,29 +130,29 @@ def test_closed_form_minimises_the_sampled_loss(moments):
 
 
 def test_formula_of_the_least_loss():
-    """1 − (1−ᾱ)/d · tr C⁻¹, against the quadratic form evaluated at the minimiser."""
+    """1 − (1−ᾱ)/d · tr C⁻¹, against the quadratic form evaluated at the minimizer."""
     (site,) = find_sites(NET, X, pattern="head", steps=30)
     data = np.random.default_rng(0).normal(size=(50, 6)) @ np.diag([3, 2, 1, 0.1, 0, 0]) + 1
-    known = Moments(50, data.mean(0), np.cov(data.T, bias=True))
+    site_moments = Moments(50, data.mean(0), np.cov(data.T, bias=True))
     bar = SCHEDULE.alpha_bar(30)
-    inverse = np.linalg.inv(bar * known.covariance + (1 - bar) * np.eye(6))
-    best = closed_form.minimiser(site, known, SCHEDULE)
+    inverse = np.linalg.inv(bar * site_moments.covariance + (1 - bar) * np.eye(6))
+    best = closed_form.minimizer(site, site_moments, SCHEDULE)
     np.testing.assert_allclose(best["kernel"], np.sqrt(1 - bar) * inverse, rtol=1e-9)
-    np.testing.assert_allclose(best["bias"], -np.sqrt(bar) * best["kernel"] @ known.mean, rtol=1e-9)
+    np.testing.assert_allclose(best["bias"], -np.sqrt(bar) * best["kernel"] @ site_moments.mean, rtol=1e-9)
     expected = 1 - (1 - bar) / 6 * np.trace(inverse)
-    np.testing.assert_allclose(closed_form.expected_loss(site, known, SCHEDULE, best), expected, rtol=1e-9)
+    np.testing.assert_allclose(closed_form.expected_loss(site, site_moments, SCHEDULE, best), expected, rtol=1e-9)
 
 
 def test_through_the_origin_without_a_bias():
     module = Net(tail=(Dense(6, bias=False), Dense(3)))
     sites = find_sites(module, X, pattern="dense0", steps=20)
     variables = randomize(module.init(jax.random.key(0), X))
-    found = collect_moments(module, variables, sites, [(X + 1.0, np.ones(8, np.float32))])
-    best = closed_form.closed_form(found, sites, SCHEDULE)
+    moments = collect_moments(module, variables, sites, [(X + 1.0, np.ones(8, np.float32))])
+    best = closed_form.closed_form(moments, sites, SCHEDULE)
     assert set(best["dense0"]) == {"kernel"}
-    optimum = closed_form.expected_losses(found, sites, SCHEDULE)["dense0"]
+    optimum = closed_form.expected_losses(moments, sites, SCHEDULE)["dense0"]
     for seed in range(3):
-        assert closed_form.expected_losses(found, sites, SCHEDULE, randomize(best, seed, 0.05))["dense0"] > optimum
+        assert closed_form.expected_losses(moments, sites, SCHEDULE, randomize(best, seed, 0.05))["dense0"] > optimum
 
 
 def test_no_gradient_reaches_the_backbone():
@@ -164,9 +164,9 @@ def test_no_gradient_reaches_the_backbone():
     def gradient(params):
         return total(module.apply({"params": params}, jax.random.key(0), INDEX, X, method="denoising_losses"))
 
-    found = gradient({"backbone": VARIABLES["params"], "denoise": DENOISE})
-    assert all(not leaf.any() for leaf in jax.tree_util.tree_leaves(found["backbone"]))
-    assert all(leaf.any() for leaf in jax.tree_util.tree_leaves(found["denoise"]))
+    slope = gradient({"backbone": VARIABLES["params"], "denoise": DENOISE})
+    assert all(not leaf.any() for leaf in jax.tree_util.tree_leaves(slope["backbone"]))
+    assert all(leaf.any() for leaf in jax.tree_util.tree_leaves(slope["denoise"]))
 
 
 def test_output_has_gradients_to_backbone_and_denoisers():
@@ -174,10 +174,10 @@ def test_output_has_gradients_to_backbone_and_denoisers():
     sites = find_sites(net, X)
     variables, denoise = setup(net, X, sites)
     module = DenoiseRep(net, sites, SCHEDULE)
-    found = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, X)))))(
+    slope = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, X)))))(
         {"backbone": variables["params"], "denoise": denoise}
     )
-    assert all(leaf.any() for leaf in jax.tree_util.tree_leaves(found))
+    assert all(leaf.any() for leaf in jax.tree_util.tree_leaves(slope))
 
 
 def test_stacked_losses_are_those_of_the_unrolled_blocks():
@@ -201,14 +201,14 @@ def test_stacked_losses_are_those_of_the_unrolled_blocks():
     variables, denoise = setup(Stacked(), X, sites[Stacked()])
     denoise = randomize(denoise, 3, 0.5)
     parts = {Stacked(): (variables["params"], denoise), Unrolled(): (unroll(variables["params"]), unroll(denoise))}
-    found = []
+    losses_of = []
     for net, (params, denoisers) in parts.items():
 
         def run(key, net=net, params=params, denoisers=denoisers):
             return algorithm1_losses(net, {"params": params}, denoisers, sites[net], SCHEDULE, key, INDEX, X)
 
-        found.append(means(run, 16))
-    stacked, unrolled = found
+        losses_of.append(means(run, 16))
+    stacked, unrolled = losses_of
     for name in ("fc1", "fc2"):
         expected = [unrolled[f"block{i}/{name}"] for i in range(2)]
         np.testing.assert_allclose(stacked[f"all/{name}"], expected, rtol=0.02)
@@ -357,14 +357,14 @@ def test_sampled_moments_are_unbiased_and_decided_by_the_seed(moments):
     picked = 0
     for site in SITES:
         exact = moments[site.path]
-        known = first[site.path]
-        np.testing.assert_array_equal(known.covariance, repeated[site.path].covariance)
+        site_moments = first[site.path]
+        np.testing.assert_array_equal(site_moments.covariance, repeated[site.path].covariance)
         vectors = exact.count // 8
-        assert known.count == 8 * max(1, round(0.5 * vectors)), site.name
+        assert site_moments.count == 8 * max(1, round(0.5 * vectors)), site.name
         if vectors < 4:
             continue
         picked += 1
-        assert not np.array_equal(known.mean, again[1][site.path].mean)
+        assert not np.array_equal(site_moments.mean, again[1][site.path].mean)
         spread = np.sqrt(np.diagonal(exact.covariance, axis1=-2, axis2=-1))
         averages = np.mean([table[site.path].mean for table in again], axis=0)
         assert np.abs(averages - exact.mean).max() < 0.45 * spread.max()
@@ -386,8 +386,10 @@ def test_millions_of_vectors_far_from_the_origin_lose_nothing():
     x = (1000 + rng.normal(size=(40, 8, 6_000, 4)) * [1, 2, 0.5, 1]).astype(np.float32)
     variables = plain.init(jax.random.key(0), x[0])
     (site,) = find_sites(plain, x[0], pattern="d")
-    found = collect_moments(plain, variables, [site], ((batch, np.ones(8, np.float32)) for batch in x))[site.path]
+    site_moments = collect_moments(plain, variables, [site], ((batch, np.ones(8, np.float32)) for batch in x))[
+        site.path
+    ]
     data = x.reshape(-1, 4).astype(np.float64)
-    assert found.count == len(data) == 1_920_000
-    np.testing.assert_allclose(found.mean, data.mean(0), rtol=1e-7)
-    np.testing.assert_allclose(found.covariance, np.cov(data.T, bias=True), rtol=2e-6, atol=2e-6)
+    assert site_moments.count == len(data) == 1_920_000
+    np.testing.assert_allclose(site_moments.mean, data.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(site_moments.covariance, np.cov(data.T, bias=True), rtol=2e-6, atol=2e-6)

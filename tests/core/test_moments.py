@@ -1,5 +1,6 @@
 """One pass for the moments: NumPy's mean and covariance at every kind of site, however many images, devices and calls."""
 
+import dataclasses
 import itertools
 import os
 import socket
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from drep_jax.core.measured import measure
-from drep_jax.core.moments import _blocks, collect_moments, moments_from_sums, no_sums
+from drep_jax.core.moments import _blocks, collect_moments, moments_from_sums, zero_sums
 from drep_jax.core.sites import find_sites
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.parallel import devices
@@ -45,11 +46,12 @@ def pass_over(net, x, mask=None, **options):
     return sites, variables, collect_moments(net, variables, sites, batches, **options)
 
 
-def check(known, vectors, site):
+def check(site_moments, vectors, site):
     """Compares with vectors (n, groups, d), in float64."""
     vectors = np.asarray(vectors, np.float64).reshape(-1, site.groups, site.width)
-    assert known.count == len(vectors)
-    mean, covariance = known.mean.reshape(site.groups, -1), known.covariance.reshape(site.groups, *[site.width] * 2)
+    assert site_moments.count == len(vectors)
+    mean = site_moments.mean.reshape(site.groups, -1)
+    covariance = site_moments.covariance.reshape(site.groups, *[site.width] * 2)
     for group in range(site.groups):
         expected = np.cov(vectors[:, group].T, bias=True).reshape(site.width, site.width)
         np.testing.assert_allclose(mean[group], vectors[:, group].mean(0), rtol=1e-5, atol=1e-6)
@@ -67,11 +69,11 @@ def windows(conv, x, kind):
     (kh, kw), d = conv.size, conv.kernel_dilation
     rows = range(0, x.shape[1] - (kh - 1) * d, conv.strides[0])
     cols = range(0, x.shape[2] - (kw - 1) * d, conv.strides[1])
-    found = []
+    moments = []
     for image, r, c in itertools.product(x, rows, cols):
         window = image[r : r + (kh - 1) * d + 1 : d, c : c + (kw - 1) * d + 1 : d]
-        found.append(window.transpose(2, 0, 1).reshape(groups, -1))
-    return np.stack(found)
+        moments.append(window.transpose(2, 0, 1).reshape(groups, -1))
+    return np.stack(moments)
 
 
 CONVS = {
@@ -91,16 +93,16 @@ def test_convolutions(case, kind):
     """Padding images (here: not even small ones) count for nothing."""
     conv, x = CONVS[case], np.array(trees.normal(0, (16, 5, 6, 4))) + 1.0
     x[MASK == 0] = 1e4
-    ((site,), _, found) = pass_over(trees.Net((conv,)), x, MASK, pattern="conv0", kind=kind)
+    ((site,), _, moments) = pass_over(trees.Net((conv,)), x, MASK, pattern="conv0", kind=kind)
     assert site.kind == ("pointwise" if case == "one pixel" else kind)
-    check(found[site.path], windows(conv, x[MASK == 1].astype(np.float64), site.kind), site)
+    check(moments[site.path], windows(conv, x[MASK == 1].astype(np.float64), site.kind), site)
 
 
 def test_dense_layers_scanned_layers_and_layers_called_twice():
     net = trees.Net(tail=(trees.General((2, 3)), trees.Scan(length=3, hidden=5), trees.Twice()))
     x = np.array(trees.normal(0, (16, 3, 4, 3)))
     x[MASK == 0] = 7.0
-    sites, variables, found = pass_over(net, x, MASK)
+    sites, variables, moments = pass_over(net, x, MASK)
     params = trees.float64(variables["params"])
 
     def dense(layer, v):
@@ -121,11 +123,11 @@ def test_dense_layers_scanned_layers_and_layers_called_twice():
     wanted["head"] = dense(params["twice2"], again).reshape(11, -1, 6).mean(1)
     table = {site.name: site for site in sites}
     for name, vectors in wanted.items():
-        check(found[table[name].path], vectors, table[name])
+        check(moments[table[name].path], vectors, table[name])
     for name, copies in inputs.items():
-        site, known = table[name], found[table[name].path]
+        site, site_moments = table[name], moments[table[name].path]
         for copy, vectors in enumerate(copies):
-            of_copy = type(known)(known.count, known.mean[copy], known.covariance[copy])
+            of_copy = type(site_moments)(site_moments.count, site_moments.mean[copy], site_moments.covariance[copy])
             check(of_copy, vectors, site)
 
 
@@ -142,12 +144,12 @@ def test_a_layer_that_a_scan_repeats_is_one_site():
             return scan(name="same")(x, None)[0]
 
     x = np.array(trees.normal(0, (8, 6, 4)))
-    sites, variables, found = pass_over(Repeated(), x, pattern="same/d")
+    sites, variables, moments = pass_over(Repeated(), x, pattern="same/d")
     layer, v, inputs = trees.float64(variables["params"]["same"]["d"]), x.reshape(-1, 4).astype(np.float64), []
     for _ in range(3):
         inputs.append(v)
         v = v @ layer["kernel"] + layer["bias"]
-    check(found["same", "d"], np.concatenate(inputs), sites[0])
+    check(moments["same", "d"], np.concatenate(inputs), sites[0])
 
 
 def test_ten_million_vectors_lose_no_accuracy():
@@ -170,14 +172,14 @@ def test_ten_million_vectors_lose_no_accuracy():
             plain = plain + flat.T @ flat
             yield x, np.ones(8, np.float32)
 
-    known = collect_moments(Whole(), variables, sites, batches())["head",]
-    assert known.count == count == 10_000_000
+    site_moments = collect_moments(Whole(), variables, sites, batches())["head",]
+    assert site_moments.count == count == 10_000_000
     mean = total / count
     covariance = outer / count - np.outer(mean, mean)
     scale = np.sqrt(np.diag(covariance))
-    np.testing.assert_allclose(known.mean, origin + mean, rtol=1e-8)
-    np.testing.assert_array_less(np.abs(known.covariance - covariance) / np.outer(scale, scale), 1e-6)
-    lost = np.abs(plain / count - np.outer(known.mean, known.mean) - covariance) / np.outer(scale, scale)
+    np.testing.assert_allclose(site_moments.mean, origin + mean, rtol=1e-8)
+    np.testing.assert_array_less(np.abs(site_moments.covariance - covariance) / np.outer(scale, scale), 1e-6)
+    lost = np.abs(plain / count - np.outer(site_moments.mean, site_moments.mean) - covariance) / np.outer(scale, scale)
     assert lost.max() > 1e-2
 
 
@@ -204,12 +206,12 @@ os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 import jax
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=which)
 import numpy as np
-from drep_jax.core.closed_form import save_moments
 from drep_jax.core.moments import collect_moments
+from drep_jax.run.moments import save_moments
 from tests.core.test_moments import measured, over_hosts
 net, sites, variables, x = over_hosts()
 mine = [(x[i : i + 4], np.ones(4, np.float32)) for i in (4 * which, 8 + 4 * which)]
-save_moments(out, collect_moments(net, variables, sites, mine, near=x[:8], tokens=0.4, seed=5), str(jax.device_count()))
+save_moments(out, collect_moments(net, variables, sites, mine, shift_images=x[:8], tokens=0.4, seed=5), str(jax.device_count()))
 np.savez(out + ".maps.npz", *measured())
 """
 
@@ -226,8 +228,8 @@ def measured():
     model, images = Mlp(residual=True), streams(shape=(130, 6), count=3)
     variables = model.init(jax.random.key(0), images[0])
     sites = find_sites(model, images[0], pattern="[ab]")
-    found = measure(model, variables, sites, images, np.array([0.3, 0.3, 0.4]), vectors=20)
-    return [*jax.tree_util.tree_leaves(found.denoise), found.outputs]
+    moments = measure(model, variables, sites, images, np.array([0.3, 0.3, 0.4]), vectors=20)
+    return [*jax.tree_util.tree_leaves(moments.denoise), moments.outputs]
 
 
 @pytest.mark.slow
@@ -276,16 +278,16 @@ def test_blocks_of_rows_make_the_whole_matrix(width):
     """Every number on and above the diagonal is in exactly one block, and wide sites do 5/8 of the work."""
     site = find_sites(Whole(), jnp.zeros((1, width)), pattern="head")[0]
     x = np.random.default_rng(0).standard_normal((40, width))
-    sums = {name: np.zeros(value.shape) for name, value in no_sums(site).items()}
+    sums = {name: np.zeros(value.shape) for name, value in zero_sums(site).items()}
     sums["count"] += len(x)
     sums["first"] += x.sum(0)
     operations = 0
     for number, (first, end) in enumerate(_blocks(width)):
         sums[f"second{number}"] += x[:, first:end].T @ x[:, first:]
         operations += (end - first) * (width - first)
-    known = moments_from_sums(site, sums, np.full(width, 3.0))
-    np.testing.assert_allclose(known.covariance, np.cov(x.T, bias=True).reshape(width, width), atol=1e-12)
-    np.testing.assert_allclose(known.mean, x.mean(0) + 3.0, atol=1e-12)
+    site_moments = moments_from_sums(site, sums, np.full(width, 3.0))
+    np.testing.assert_allclose(site_moments.covariance, np.cov(x.T, bias=True).reshape(width, width), atol=1e-12)
+    np.testing.assert_allclose(site_moments.mean, x.mean(0) + 3.0, atol=1e-12)
     assert operations <= width**2 and (width < 800 or operations == 5 / 8 * width**2)
 
 
@@ -334,8 +336,8 @@ def test_sites_and_stacked_copies_sample_by_themselves():
     layer = {"kernel": np.eye(3, dtype=np.float32), "bias": np.zeros(3, np.float32)}
     stacked = jax.tree_util.tree_map(lambda leaf: np.stack([leaf] * 2), {"d": layer})
     variables = {"params": {"scan": stacked, "one": layer, "two": layer}}
-    _, _, found = pass_over(Same(), x, tokens=0.25, variables=variables)
-    means = [*found["scan", "d"].mean, found["one",].mean, found["two",].mean]
+    _, _, moments = pass_over(Same(), x, tokens=0.25, variables=variables)
+    means = [*moments["scan", "d"].mean, moments["one",].mean, moments["two",].mean]
     for one, two in itertools.combinations(means, 2):
         assert np.abs(one - two).max() > 1e-3
     _, _, full = pass_over(Same(), x, variables=variables)
@@ -368,7 +370,7 @@ def test_samples_are_unbiased(kind):
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
 def test_shares_that_are_none_are_refused(share):
-    with pytest.raises(ConfigError, match=r"tokens is the share .*\(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"tokens is the fraction .*\(0, 1\]"):
         pass_over(Whole(), np.ones((8, 2, 3), np.float32), tokens=share)
 
 
@@ -382,8 +384,8 @@ def test_nan_names_the_site():
         pass_over(trees.Net((trees.Conv(),)), x)
     mask = np.ones(8, np.float32)
     mask[3] = 0
-    _, _, found = pass_over(Whole(), x.reshape(8, -1, 2), mask)  # in padding it is not looked at
-    assert np.isfinite(found["head",].covariance).all()
+    _, _, moments = pass_over(Whole(), x.reshape(8, -1, 2), mask)  # in padding it is not looked at
+    assert np.isfinite(moments["head",].covariance).all()
 
 
 def test_nothing_to_see():
@@ -405,8 +407,8 @@ def test_a_backbone_with_unhashable_attributes():
     with pytest.raises(TypeError):
         hash(Listed([2]))
     x = np.array(trees.normal(0, (8, 4, 3)))
-    sites, _, found = pass_over(Listed([2]), x)
-    check(found["head",], x, sites[0])
+    sites, _, moments = pass_over(Listed([2]), x)
+    check(moments["head",], x, sites[0])
 
 
 @pytest.mark.parametrize("tokens", [1.0, 0.5])
@@ -415,16 +417,17 @@ def test_several_passes_over_fewer_sites_give_the_same_moments(finished, tmp_pat
     from drep_jax.core.moments import passes, sum_bytes
     from drep_jax.run.moments import moments_of
 
-    setting, found = finished.setting, []
-    limit = 1.5 * max(sum_bytes(site) for site in setting.sites)
-    groups = passes(setting.sites, limit)
-    assert len(groups) > 1 and [site for group in groups for site in group] == list(setting.sites)
+    setup, tables = finished.setup, []
+    limit = 1.5 * max(sum_bytes(site) for site in setup.sites)
+    groups = passes(setup.sites, limit)
+    assert len(groups) > 1 and [site for group in groups for site in group] == list(setup.sites)
     for gib in (0.0, limit / 2**30):
         denoise = {**finished.config["denoise"], "moment_gib": gib, "moment_tokens": tokens, "moment_images": 96}
         path = str(tmp_path / f"{gib}.npz")
-        found.append(moments_of({**finished.config, "denoise": denoise}, setting, finished.variables, path))
-    for site in setting.sites:
-        one, several = (moments[site.path] for moments in found)
+        run = dataclasses.replace(finished.run, config={**finished.config, "denoise": denoise})
+        tables.append(moments_of(run, finished.variables, path))
+    for site in setup.sites:
+        one, several = (moments[site.path] for moments in tables)
         np.testing.assert_allclose(several.covariance, one.covariance, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(several.mean, one.mean, rtol=1e-6, atol=1e-7)
         assert several.count == one.count

@@ -8,8 +8,9 @@ import pytest
 
 from drep_jax.core import recipes
 from drep_jax.core.closed_form import wiener_maps
+from drep_jax.core.denoisers import as_affine
 from drep_jax.core.moments import Moments
-from drep_jax.core.recipes import Recipe, as_affine, check_rule, make_grid, solve
+from drep_jax.core.recipes import Recipe, check_rule, make_grid, solve
 from drep_jax.core.schedule import Schedule, reverse_step
 from drep_jax.core.sites import assign_times, find_sites
 from drep_jax.errors import ConfigError
@@ -44,10 +45,11 @@ def test_a_recipe_is_its_reverse_steps_one_after_another(recipe):
     (tree,) = solve([recipe], MOMENTS, SITES, SCHEDULE)
     placed = assign_times(SITES, timesteps=200, steps=recipe.steps, time_scale=recipe.scale)
     for site in placed:
-        leaves, known = get_in(tree, site.path), MOMENTS[site.path]
+        leaves, site_moments = get_in(tree, site.path), MOMENTS[site.path]
         assert ("bias" in leaves) == site.bias and leaves["kernel"].dtype == np.float32
         kernels = flat(site, leaves["kernel"], 2)
-        means, spreads = flat(site, known.mean, 1), flat(site, known.covariance if site.bias else known.second, 2)
+        means = flat(site, site_moments.mean, 1)
+        spreads = flat(site, site_moments.covariance if site.bias else site_moments.second, 2)
         for copy, t in enumerate(site.times):
             bar = SCHEDULE.alpha_bar(t)
             for group in range(site.groups):
@@ -61,27 +63,27 @@ def test_a_recipe_is_its_reverse_steps_one_after_another(recipe):
                     matrix, constant = step @ matrix, step @ constant - gain * b
                 np.testing.assert_allclose(kernels[copy, group], (eye - matrix).T, rtol=1e-5, atol=1e-6)
                 if site.bias:
-                    found = flat(site, leaves["bias"], 1)[copy, group]
-                    np.testing.assert_allclose(found, -constant, rtol=1e-5, atol=1e-6)
+                    bias = flat(site, leaves["bias"], 1)[copy, group]
+                    np.testing.assert_allclose(bias, -constant, rtol=1e-5, atol=1e-6)
 
 
 def test_equal_time_steps_are_solved_once_and_the_order_is_kept(monkeypatch):
     calls = []
     real = recipes.closed_form
     monkeypatch.setattr(recipes, "closed_form", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
-    wanted = [
+    requested = [
         Recipe("ddpm", 1, 6.0),
         Recipe("wiener:0.1"),
         Recipe("ddim", 3, 2.0),
         Recipe("ddpm"),
         Recipe("paper", 2, 3.0),
     ]
-    together = solve(wanted, MOMENTS, SITES, SCHEDULE)
+    together = solve(requested, MOMENTS, SITES, SCHEDULE)
     assert len(calls) == 2  # t = 6·(N − i + 1) three times, and t = N − i + 1
-    for recipe, tree in zip(wanted, together, strict=True):
+    for recipe, tree in zip(requested, together, strict=True):
         (alone,) = solve([recipe], MOMENTS, SITES, SCHEDULE)
         jax.tree_util.tree_map(np.testing.assert_array_equal, tree, alone)
-    assert len({np.asarray(tree["head"]["kernel"]).tobytes() for tree in together}) == len(wanted)
+    assert len({np.asarray(tree["head"]["kernel"]).tobytes() for tree in together}) == len(requested)
     jax.tree_util.tree_map(np.testing.assert_array_equal, together[1], wiener_maps(MOMENTS, SITES, 0.1))
 
 
@@ -92,7 +94,7 @@ def test_maps_of_rule_affine_are_themselves():
 
 
 def test_grid_has_every_recipe_once_and_says_what_does_not_fit():
-    grid = make_grid({**OPTIONS, "scales": (1.0, 10.0, 1)}, SITES, SCHEDULE)
+    grid = make_grid(SITES, SCHEDULE, **{**OPTIONS, "scales": (1.0, 10.0, 1)})
     slots = sum(site.stack or 1 for site in SITES)
     assert 30 * slots > 200 >= 10 * slots  # k 3 at ×10 is beyond the schedule, the others are not
     labels = [recipe.label for recipe in grid.recipes]
@@ -106,10 +108,10 @@ def test_grid_has_every_recipe_once_and_says_what_does_not_fit():
     ]
     assert list(grid.dropped) == ["ddpm, k 3, t ×10"]
     assert f"{30 * slots} time steps at time scale 10" in grid.dropped["ddpm, k 3, t ×10"]
-    jumps = make_grid({**OPTIONS, "rules": ("ddim:5",)}, SITES, SCHEDULE)
+    jumps = make_grid(SITES, SCHEDULE, **{**OPTIONS, "rules": ("ddim:5",)})
     assert [recipe.label for recipe in jumps.recipes] == ["ddim:5, t ×10"] and list(jumps.dropped) == ["ddim:5, t ×1"]
     with pytest.raises(ConfigError, match="Nothing of the grid fits"):
-        make_grid({**OPTIONS, "rules": ("ddpm",), "scales": (1000.0,)}, SITES, SCHEDULE)
+        make_grid(SITES, SCHEDULE, **{**OPTIONS, "rules": ("ddpm",), "scales": (1000.0,)})
 
 
 @pytest.mark.parametrize(
@@ -129,22 +131,22 @@ def test_grid_has_every_recipe_once_and_says_what_does_not_fit():
 )
 def test_settings_that_make_no_grid_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        make_grid({**OPTIONS, **change}, SITES, SCHEDULE)
+        make_grid(SITES, SCHEDULE, **{**OPTIONS, **change})
 
 
 def test_gain_along_each_principal_axis():
     """λ/(λ + r·p) for wiener:r; √ᾱ·λ/(ᾱ·λ + 1 − ᾱ) for ddim:0, which takes features for √ᾱ·F, so that strong axes grow."""
     net = nn.Sequential([nn.Dense(4)])
     sites = find_sites(net, jnp.zeros((2, 5)), pattern=".*")
-    known = moments_of(sites[0], 0)
-    value, axes = np.linalg.eigh(known.covariance)
-    power = np.trace(known.covariance + np.outer(known.mean, known.mean)) / 5
+    site_moments = moments_of(sites[0], 0)
+    value, axes = np.linalg.eigh(site_moments.covariance)
+    power = np.trace(site_moments.covariance + np.outer(site_moments.mean, site_moments.mean)) / 5
     bar = SCHEDULE.alpha_bar(50)
     expected = {
         Recipe("wiener:0.3"): value / (value + 0.3 * power),
         Recipe("ddim:0", 1, 50.0): np.sqrt(bar) * value / (bar * value + 1 - bar),
     }
-    trees = solve(list(expected), {sites[0].path: known}, sites, SCHEDULE)
+    trees = solve(list(expected), {sites[0].path: site_moments}, sites, SCHEDULE)
     for gain, tree in zip(expected.values(), trees, strict=True):
         matrix = np.eye(5) - np.asarray(get_in(tree, sites[0].path)["kernel"], np.float64).T
         np.testing.assert_allclose(axes.T @ matrix @ axes, np.diag(gain), atol=1e-6)

@@ -298,9 +298,9 @@ def scanned(x):
     ids=["plain", "remat", "scan"],
 )
 def test_layers_that_read_no_image_are_no_sites(module, prefix):
-    found = refusals(module)
-    assert found.pop(f"{prefix}mixed") is None
-    assert found == dict.fromkeys((f"{prefix}positions/fc1", f"{prefix}positions/fc2"), NO_IMAGES)
+    table = refusals(module)
+    assert table.pop(f"{prefix}mixed") is None
+    assert table == dict.fromkeys((f"{prefix}positions/fc1", f"{prefix}positions/fc2"), NO_IMAGES)
     assert [site.name for site in find_sites(module, VECTOR)] == [f"{prefix}mixed"]
     assert [site.name for site in find_sites(module, VECTOR, pattern=".*")] == [f"{prefix}mixed"]
     with pytest.raises(SiteError, match=f"{prefix}positions/fc1: what it reads is the same for all images"):

@@ -87,13 +87,13 @@ def write_idx(path, array):
 
 
 def test_idx_files_gzipped_or_not(tmp_path):
-    grey = IMAGES[..., 0]
-    write_idx(tmp_path / "train-images-idx3-ubyte.gz", grey)
+    gray = IMAGES[..., 0]
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", gray)
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", LABELS)
-    write_idx(tmp_path / "t10k-images-idx3-ubyte", grey[:6])
+    write_idx(tmp_path / "t10k-images-idx3-ubyte", gray[:6])
     write_idx(tmp_path / "t10k-labels-idx1-ubyte", LABELS[:6])
     spec = f"idx:{tmp_path}"
-    np.testing.assert_array_equal(images_of(open_source(spec, "test", **SIZE)), np.repeat(grey[:6, ..., None], 3, -1))
+    np.testing.assert_array_equal(images_of(open_source(spec, "test", **SIZE)), np.repeat(gray[:6, ..., None], 3, -1))
     assert (len(open_source(spec, "train", **SIZE)), len(open_source(spec, "validation", **SIZE))) == (36, 4)
     inside = open_source(f"idx:{tmp_path.name}", "test", data_dir=str(tmp_path.parent), **SIZE)
     assert len(inside) == 6 and inside.num_classes == int(LABELS[:6].max()) + 1
@@ -102,9 +102,9 @@ def test_idx_files_gzipped_or_not(tmp_path):
     with pytest.raises(DataError, match="6 images but 5 labels"):
         open_source(spec, "test", **SIZE)
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
-    with pytest.raises(DataError, match="no IDX file"):
+    with pytest.raises(DataError, match="is not an IDX file"):
         open_source(spec, "test", **SIZE)
-    write_idx(tmp_path / "t10k-images-idx3-ubyte", grey)
+    write_idx(tmp_path / "t10k-images-idx3-ubyte", gray)
     content = (tmp_path / "t10k-images-idx3-ubyte").read_bytes()
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(content[:-3])
     with pytest.raises(DataError, match="truncated"):
@@ -138,9 +138,9 @@ def test_published_weights_reproduce_their_published_accuracy(count, hits):
         variables = weights.load_foreign(config.backbone.init_from, known.backbone, known.abstract).variables
         index = np.arange(count)
         images, labels = read_images(known.test, index), read_labels(known.test, index)
-        apply, found = jax.jit(known.backbone.apply), 0
+        apply, correct = jax.jit(known.backbone.apply), 0
         for start in range(0, count, 1000):
             part = slice(start, start + 1000)
             logits = apply(variables, normalize(images[part], known.mean, known.std))
-            found += int(np.sum(np.argmax(logits, -1) == labels[part]))
-        assert found == right
+            correct += int(np.sum(np.argmax(logits, -1) == labels[part]))
+        assert correct == right

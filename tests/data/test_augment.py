@@ -80,12 +80,12 @@ def test_flip_and_shift_are_those_of_the_first_release():
     images = np.arange(6 * 3 * 3 * 3, dtype=np.uint8).reshape(6, 3, 3, 3)
     raw = np.random.Philox(key=np.array([7, 2**64 - 1], np.uint64), counter=np.array([5, 0, 0, 0], np.uint64))
     raw = raw.random_raw(24).reshape(6, 4)
-    for image, found, word in zip(
+    for image, moved, word in zip(
         images, flip_and_shift(images, seed=7, first_position=5, flip=True, shift=1), raw, strict=True
     ):
         image = image[:, ::-1] if word[0] % 2 else image
         top, left = int(word[1] % 3), int(word[2] % 3)
-        np.testing.assert_array_equal(found, np.pad(image, ((1, 1), (1, 1), (0, 0)))[top : top + 3, left : left + 3])
+        np.testing.assert_array_equal(moved, np.pad(image, ((1, 1), (1, 1), (0, 0)))[top : top + 3, left : left + 3])
     assert raw[0].tolist() == [14246778075689031890, 4278505195856448256, 14044021079404752419, 12477088012452538932]
 
 
@@ -149,9 +149,9 @@ def test_operations_against_plain_formulas():
     np.testing.assert_array_equal(apply("translate_y", image, -0.5)[5:], wide[:-5])
     assert not apply("translate_y", image, -0.5)[:4].any()
     np.testing.assert_allclose(apply("brightness", image, -0.5), wide * 0.55, atol=1)
-    grey = wide @ (0.299, 0.587, 0.114)
-    np.testing.assert_allclose(apply("color", image, -1.0), 0.1 * wide + 0.9 * grey[..., None], atol=2)
-    np.testing.assert_allclose(apply("contrast", image, -1.0), 0.1 * wide + 0.9 * grey.mean(), atol=2)
+    gray = wide @ (0.299, 0.587, 0.114)
+    np.testing.assert_allclose(apply("color", image, -1.0), 0.1 * wide + 0.9 * gray[..., None], atol=2)
+    np.testing.assert_allclose(apply("contrast", image, -1.0), 0.1 * wide + 0.9 * gray.mean(), atol=2)
     low, high = wide.min((0, 1)), wide.max((0, 1))
     np.testing.assert_allclose(apply("autocontrast", image, 1.0), (wide - low) * 255 / (high - low), atol=1.01)
     assert np.ptp(np.histogram(apply("equalize", image, 1.0), 4)[0]) < np.ptp(np.histogram(wide, 4, (0, 255))[0])
@@ -208,7 +208,7 @@ def test_erasing_fills_one_box_with_noise():
     np.testing.assert_array_equal(erase(images, seed=0, first_position=0, probability=0.0), images)
 
 
-def test_erasing_with_a_colour_takes_the_same_boxes():
+def test_erasing_with_a_color_takes_the_same_boxes():
     images = np.full((50, 24, 32, 3), 77, np.uint8)
     out = erase(images, seed=0, first_position=0, probability=0.4, fill=(0.0, 0.5, 1.0))
     noisy = erase(images, seed=0, first_position=0, probability=0.4)
@@ -238,7 +238,7 @@ def test_shares_are_what_was_mixed(mixup, cutmix):
         assert abs(share.mean() - 0.5) < 0.06 and abs(share.var() - 1 / 7.2) < 0.02
 
 
-def test_a_mixture_is_of_neighbours_and_keeps_the_own_label_first():
+def test_a_mixture_is_of_neighbors_and_keeps_the_own_label_first():
     batch = joined(take(4, augmentation=Augmentation(mixup=1.0)))
     images = Pictures(30).images.astype(float)
     own, other = images[batch["index"]], images[batch["label2"]]

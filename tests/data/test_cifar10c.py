@@ -33,7 +33,7 @@ def test_there_are_the_fifteen_of_the_paper():
 
 
 @pytest.mark.parametrize("name", CIFAR10C)
-def test_results_are_whole_grey_levels_and_belong_to_the_image(name):
+def test_results_are_whole_gray_levels_and_belong_to_the_image(name):
     for severity in SEVERITIES:
         whole = run(name, severity)
         assert whole.dtype == np.float32 and whole.shape == IMAGES.shape
@@ -69,21 +69,21 @@ def test_flat_and_black_images_stay_finite(name):
 
 @pytest.mark.parametrize(("severity", "std"), list(enumerate((0.04, 0.06, 0.08, 0.09, 0.10), 1)))
 def test_gaussian_noise(severity, std):
-    grey = np.full((8, 32, 32, 3), 127, np.uint8)
-    assert abs((run("gaussian_noise", severity, grey) - 127).std() / (255 * std) - 1) < 0.02
+    gray = np.full((8, 32, 32, 3), 127, np.uint8)
+    assert abs((run("gaussian_noise", severity, gray) - 127).std() / (255 * std) - 1) < 0.02
 
 
 @pytest.mark.parametrize(("severity", "photons"), list(enumerate((500, 250, 100, 75, 50), 1)))
 def test_shot_noise(severity, photons):
-    grey = np.full((8, 32, 32, 3), 127, np.uint8)
-    noise = (run("shot_noise", severity, grey) - 127) / 255
+    gray = np.full((8, 32, 32, 3), 127, np.uint8)
+    noise = (run("shot_noise", severity, gray) - 127) / 255
     assert abs(noise.std() / np.sqrt(127 / 255 / photons) - 1) < 0.03
 
 
 @pytest.mark.parametrize(("severity", "share"), list(enumerate((0.01, 0.02, 0.03, 0.05, 0.07), 1)))
 def test_impulse_noise(severity, share):
-    grey = np.full((24, 32, 32, 3), 127, np.uint8)
-    out = run("impulse_noise", severity, grey)
+    gray = np.full((24, 32, 32, 3), 127, np.uint8)
+    out = run("impulse_noise", severity, gray)
     assert set(np.unique(out)) == {0, 127, 255}
     assert abs((out != 127).mean() / share - 1) < 0.08
     assert abs((out == 255).sum() / (out != 127).sum() - 0.5) < 0.06
@@ -92,12 +92,12 @@ def test_impulse_noise(severity, share):
 def test_defocus_blur_is_a_smoothed_disk():
     point = np.zeros((1, 9, 9, 3), np.uint8)
     point[0, 4, 4] = 255
-    found = run("defocus_blur", 2, point)[0, ..., 0] / 255
+    out = run("defocus_blur", 2, point)[0, ..., 0] / 255
     line = np.exp(-np.array([1, 0, 1]) / (2 * 0.5**2))
-    np.testing.assert_allclose(found[3:6, 3:6], np.outer(line, line) / line.sum() ** 2, atol=1 / 255)
-    found = run("defocus_blur", 5, point)[0, ..., 0]
-    np.testing.assert_allclose(found[3:6, 3:6], 255 / 9, atol=1.001)
-    assert found.sum() == found[3:6, 3:6].sum()
+    np.testing.assert_allclose(out[3:6, 3:6], np.outer(line, line) / line.sum() ** 2, atol=1 / 255)
+    out = run("defocus_blur", 5, point)[0, ..., 0]
+    np.testing.assert_allclose(out[3:6, 3:6], 255 / 9, atol=1.001)
+    assert out.sum() == out[3:6, 3:6].sum()
 
 
 def test_glass_blur_brings_each_pixel_from_a_near_one():
@@ -165,21 +165,21 @@ def test_frost_is_a_pane_over_the_image():
 
 @pytest.mark.parametrize(("severity", "added"), list(enumerate((0.05, 0.1, 0.15, 0.2, 0.3), 1)))
 def test_brightness_raises_the_value_of_hsv(severity, added):
-    found = run("brightness", severity)[0].reshape(-1, 3)
-    for before, after in zip(IMAGES[0].reshape(-1, 3)[:200], found, strict=False):
+    out = run("brightness", severity)[0].reshape(-1, 3)
+    for before, after in zip(IMAGES[0].reshape(-1, 3)[:200], out, strict=False):
         hue, saturation, value = colorsys.rgb_to_hsv(*(before / 255))
         expected = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, min(value + added, 1)))
         np.testing.assert_allclose(after, expected, atol=1.01)
 
 
-@pytest.mark.parametrize(("severity", "kept"), list(enumerate((0.75, 0.5, 0.4, 0.3, 0.15), 1)))
-def test_contrast(severity, kept):
+@pytest.mark.parametrize(("severity", "factor"), list(enumerate((0.75, 0.5, 0.4, 0.3, 0.15), 1)))
+def test_contrast(severity, factor):
     image = IMAGES[0].astype(float)
-    expected = image.mean(axis=(0, 1)) + kept * (image - image.mean(axis=(0, 1)))
+    expected = image.mean(axis=(0, 1)) + factor * (image - image.mean(axis=(0, 1)))
     np.testing.assert_allclose(run("contrast", severity)[0], expected, atol=1.01)
 
 
-def test_elastic_transform_moves_and_does_not_recolour():
+def test_elastic_transform_moves_and_does_not_recolor():
     flat = np.full((2, 32, 32, 3), 90, np.uint8)
     ramp = np.broadcast_to((4 * np.arange(32, dtype=np.uint8))[:, None, None], (24, 32, 32, 3))
     inner = np.s_[:, 8:24, 8:24, 0]

@@ -93,7 +93,8 @@ def test_there_and_back(sizes, below, right, labelled):
     columns = COLUMNS if labelled else ()
     batch = collate(items, columns, shape)
     for item, back in zip(items, uncollate(batch, columns), strict=True):
-        assert_same({**item, "camera": np.int32(item["camera"])}, back)
+        given_types = {"boxes": np.float32(item["boxes"])} if labelled else {}
+        assert_same({**item, **given_types}, back)
     again = collate(uncollate(batch, columns), columns, shape)
     assert_same(batch, again)
 
@@ -152,6 +153,8 @@ def test_what_cannot_be_collated():
         ([{"image": image}, {"image": large}], (), (2, 4), r"\(3, 2\) pixels .* \(2, 4\) does not hold"),
         ([{"image": image, "a": 1}, {"image": image}], (), None, "different columns"),
         ([{"image": image, "a": [1, 2]}], (), None, r'column "a" has the shape \(2,\); expected \(\)'),
+        ([{"image": image, "a": "owl"}], (), None, 'column "a" holds <U3; expected int32'),
+        ([{"image": image, "a": [1]}, {"image": image, "a": 1}], (), None, r'"a" has the shape \(1,\)'),
         ([{"image": image, "ids": [1, 2], "marks": [1]}], pair, None, "different numbers of objects"),
     ):
         with pytest.raises(DataError, match=message):
@@ -238,6 +241,15 @@ def test_augmentation_that_labels_cannot_follow_is_refused(setting, value):
     with pytest.raises(ConfigError, match=rf'data\.{setting}={value}.* "label", "boxes", "heights" cannot follow'):
         training_batches(Scenes(MIXED), 8, seed=0, augmentation=augmentation, columns=COLUMNS)
     training_batches(Scenes(MIXED), 8, seed=0, augmentation=augmentation, columns=COLUMNS[-1:])
+
+
+def test_learning_from_images_of_several_sizes_is_refused_with_the_way_out():
+    for columns in ((), COLUMNS):
+        batches = training_batches(
+            Scenes(MIXED), 8, seed=0, augmentation=Augmentation(flip=True, shift=1), columns=columns
+        )
+        with pytest.raises(DataError, match=r"scenes gives images of several sizes.*data\.resize=crop, squash or pad"):
+            next(batches)
 
 
 def test_several_hosts_need_a_capacity():

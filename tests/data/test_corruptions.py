@@ -99,8 +99,8 @@ def test_each_image_gets_one_of_several_with_equal_chances():
     parts = ("clean", "brightness:20", "gaussian:5")
     mixed = corrupt(images, np.arange(count), ",".join(parts), seed=0)
     alone = [corrupt(images, np.arange(count), part, seed=0) for part in parts]
-    found = [next(n for n, other in enumerate(alone) if np.array_equal(mixed[i], other[i])) for i in range(count)]
-    shares = collections.Counter(found)
+    chosen = [next(n for n, other in enumerate(alone) if np.array_equal(mixed[i], other[i])) for i in range(count)]
+    shares = collections.Counter(chosen)
     assert all(abs(shares[n] / count - 1 / 3) < 0.06 for n in range(3))
     twice = corrupt(images, np.arange(count), "clean,clean,clean,gaussian:5", seed=0)
     assert abs((twice == 127).all(axis=(1, 2, 3)).mean() - 0.75) < 0.06
@@ -140,12 +140,12 @@ def test_every_corruption_bears_every_size_and_strength(name, size, channels):
 
 
 @pytest.mark.parametrize("std", [2.0, 20.0])
-def test_gaussian_has_the_stated_deviation_in_grey_levels(std):
+def test_gaussian_has_the_stated_deviation_in_gray_levels(std):
     noise = corrupt(GREY, INDEX, f"gaussian:{std}", seed=0) - 127
     assert abs(noise.std() / std - 1) < 0.02 and abs(noise.mean()) < 0.02 * std
 
 
-def test_values_stay_grey_levels():
+def test_values_stay_gray_levels():
     for level in (0, 255):
         out = corrupt(np.full((2, 8, 8, 3), level, np.uint8), INDEX[:2], "gaussian:50", seed=0)
         assert out.min() >= 0 and out.max() <= 255 and out.std() > 5
@@ -260,7 +260,7 @@ def test_specs_are_parsed():
         ("gaussian:30..10", 'from a high to a low strength; write "gaussian:10..30"'),
         ("jpeg:100", 'The strength of "jpeg" is at most 99'),
         ("jpeg:0..100", "at most 99"),
-        ("impulse:101", "at most 100 .per cent"),
+        ("impulse:101", "at most 100 .percent"),
         ("cifar10c", "cifar10c:NAME:SEVERITY"),
         ("cifar10c:frog:3", 'Unknown CIFAR-10-C corruption "frog".*Did you mean "fog"'),
         ("cifar10c:fog", "severity of .*fog.* is 1, 2, 3, 4 or 5"),
@@ -288,9 +288,9 @@ def test_arrays_of_another_shape_are_refused(shape, count):
 
 
 def test_arrays_of_jax_are_accepted():
-    found = corrupt(jnp.asarray(GREY), jnp.asarray(INDEX, jnp.int32), "gaussian:3", seed=0)
-    assert isinstance(found, np.ndarray)
-    np.testing.assert_array_equal(found, corrupt(GREY, INDEX, "gaussian:3", seed=0))
+    noisy = corrupt(jnp.asarray(GREY), jnp.asarray(INDEX, jnp.int32), "gaussian:3", seed=0)
+    assert isinstance(noisy, np.ndarray)
+    np.testing.assert_array_equal(noisy, corrupt(GREY, INDEX, "gaussian:3", seed=0))
 
 
 def test_the_documented_table_is_the_one_in_the_code():

@@ -1,4 +1,4 @@
-"""Decoding and resizing: every colour mode, orientation, and damaged files."""
+"""Decoding and resizing: every color mode, orientation, and damaged files."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from drep_jax.errors import ConfigError, DataError, UnreadableError
 from tests.pictures import textured
 
 RAMP = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
-COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
+COLOR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
 
 
 def encoded(image, form="PNG", **options):
@@ -23,14 +23,14 @@ def encoded(image, form="PNG", **options):
 
 def test_rgb_is_returned_unchanged_from_bytes_and_from_a_path(tmp_path):
     path = tmp_path / "a.png"
-    path.write_bytes(encoded(Image.fromarray(COLOUR)))
+    path.write_bytes(encoded(Image.fromarray(COLOR)))
     for source in (path, str(path), path.read_bytes()):
         image = decode(source, "a.png")
         assert image.dtype == np.uint8 and image.flags.writeable
-        np.testing.assert_array_equal(image, COLOUR)
+        np.testing.assert_array_equal(image, COLOR)
 
 
-def test_grey_is_repeated_over_three_channels():
+def test_gray_is_repeated_over_three_channels():
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(RAMP)), "x"), RAMP[:, :, None].repeat(3, 2))
 
 
@@ -41,15 +41,15 @@ def test_bilevel_is_black_and_white():
 
 def test_transparency_is_composited_on_white():
     alpha = np.full((12, 16), 64, np.uint8)
-    image = decode(encoded(Image.fromarray(np.dstack([COLOUR, alpha]))), "x")
-    expected = COLOUR * (64 / 255) + 255 * (1 - 64 / 255)
+    image = decode(encoded(Image.fromarray(np.dstack([COLOR, alpha]))), "x")
+    expected = COLOR * (64 / 255) + 255 * (1 - 64 / 255)
     assert np.abs(image - expected).max() <= 1.0
     grey_alpha = Image.merge("LA", [Image.fromarray(RAMP), Image.fromarray(np.zeros_like(RAMP))])
     assert (decode(encoded(grey_alpha), "x") == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_transparent_colour_becomes_white(mode):
+def test_a_transparent_color_becomes_white(mode):
     image = Image.fromarray(np.zeros((4, 4) if mode == "L" else (4, 4, 3), np.uint8))
     image.putpixel((0, 0), 9 if mode == "L" else (9, 9, 9))
     out = decode(encoded(image, transparency=9 if mode == "L" else (9, 9, 9)), "x")
@@ -57,7 +57,7 @@ def test_a_transparent_colour_becomes_white(mode):
 
 
 @pytest.mark.parametrize("transparent", [False, True])
-def test_a_palette_gives_its_colours(transparent):
+def test_a_palette_gives_its_colors(transparent):
     image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), mode=None).convert("P")
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1, 1, 0])
@@ -92,24 +92,24 @@ def test_pixels_of_unknown_range_are_refused(pixels):
 def test_exif_orientation_is_applied(orientation):
     # How each orientation stores an upright image, by its definition: where the stored first row and first column are.
     stored = {
-        1: COLOUR,
-        2: COLOUR[:, ::-1],
-        3: COLOUR[::-1, ::-1],
-        4: COLOUR[::-1],
-        5: COLOUR.transpose(1, 0, 2),
-        6: np.rot90(COLOUR, 1),
-        7: COLOUR[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(COLOUR, -1),
+        1: COLOR,
+        2: COLOR[:, ::-1],
+        3: COLOR[::-1, ::-1],
+        4: COLOR[::-1],
+        5: COLOR.transpose(1, 0, 2),
+        6: np.rot90(COLOR, 1),
+        7: COLOR[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(COLOR, -1),
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
-    np.testing.assert_array_equal(decode(data, "x"), COLOUR)
+    np.testing.assert_array_equal(decode(data, "x"), COLOR)
 
 
 def test_damaged_exif_does_not_lose_the_image():
-    data = encoded(Image.fromarray(COLOUR), exif=b"Exif\x00\x00not a TIFF header")
-    np.testing.assert_array_equal(decode(data, "x"), COLOUR)
+    data = encoded(Image.fromarray(COLOR), exif=b"Exif\x00\x00not a TIFF header")
+    np.testing.assert_array_equal(decode(data, "x"), COLOR)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF"])
@@ -125,7 +125,7 @@ def test_truncated_files_are_named(form):
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about some of the damage
 def test_damaged_bytes_either_decode_or_raise_data_error(form):
     rng = np.random.default_rng(1)
-    data = np.frombuffer(encoded(Image.fromarray(COLOUR), form), np.uint8)
+    data = np.frombuffer(encoded(Image.fromarray(COLOR), form), np.uint8)
     refused = 0
     for _ in range(150):
         broken = data.copy()
@@ -148,12 +148,12 @@ def test_absent_and_foreign_files_are_named(tmp_path):
 
 def test_arrays_are_treated_like_files():
     np.testing.assert_array_equal(as_rgb(RAMP[:, :, None], "x"), RAMP[:, :, None].repeat(3, 2))
-    np.testing.assert_array_equal(as_rgb(COLOUR, "x"), COLOUR)
+    np.testing.assert_array_equal(as_rgb(COLOR, "x"), COLOR)
     with pytest.raises(DataError, match="array 7"):
         as_rgb(np.zeros((2, 2, 5), np.uint8), "array 7")
 
 
-def test_crop_keeps_the_aspect_ratio_and_the_centre():
+def test_crop_keeps_the_aspect_ratio_and_the_center():
     # Vertical stripes; twice as wide as wanted, so that only the middle half of the columns may remain.
     wide = np.zeros((32, 64, 3), np.uint8)
     wide[:, 16:48] = 255
@@ -166,7 +166,7 @@ def test_crop_keeps_the_aspect_ratio_and_the_centre():
 @pytest.mark.parametrize("size", [(7, 9), (31, 5), (200, 3), (12, 16)])
 @pytest.mark.parametrize("how", ["crop", "squash"])
 def test_the_target_size_is_met_exactly(size, how):
-    assert fit(COLOUR, size, how).shape == (*size, 3)
+    assert fit(COLOR, size, how).shape == (*size, 3)
 
 
 def test_downscaling_is_antialiased():
@@ -175,11 +175,11 @@ def test_downscaling_is_antialiased():
 
 
 def test_exact_refuses_other_sizes_and_says_all():
-    np.testing.assert_array_equal(fit(COLOUR, (12, 16), "exact"), COLOUR)
+    np.testing.assert_array_equal(fit(COLOR, (12, 16), "exact"), COLOR)
     with pytest.raises(DataError, match=r"cat\.png is 12 x 16 .* 16 x 12 is wanted"):
-        fit(COLOUR, (16, 12), "exact", "cat.png")
+        fit(COLOR, (16, 12), "exact", "cat.png")
     with pytest.raises(ConfigError, match='Did you mean "squash"'):
-        fit(COLOUR, (16, 12), "squish")
+        fit(COLOR, (16, 12), "squish")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,10 +197,10 @@ def test_a_decoded_box_is_the_box_of_the_decoded_image(kind, box):
         options["exif"] = Image.Exif()
         options["exif"][0x0112] = 6
     picture.save(stream, "PNG" if kind == "PNG" else "JPEG", **options)
-    asked = []
-    cropped, transform = decode_box(stream.getvalue(), "it", lambda *size: asked.append(size) or box, (32, 40))
+    sizes = []
+    cropped, transform = decode_box(stream.getvalue(), "it", lambda *size: sizes.append(size) or box, (32, 40))
     whole = decode(stream.getvalue(), "it")
-    assert asked == [(300, 400)] == [whole.shape[:2]], "the box is asked for once, of the upright image"
+    assert sizes == [(300, 400)] == [whole.shape[:2]], "the box is chosen once, for the upright image"
     top, left, rows, columns = box
     expected = fit(whole[top : top + rows, left : left + columns], (32, 40), "squash")
     assert cropped.shape == (32, 40, 3) and cropped.dtype == np.uint8
@@ -221,9 +221,9 @@ def test_boxes_of_damaged_images_are_named():
 
 def test_a_share_of_the_short_side():
     image = textured(1, (300, 400))[0]
-    found = fit(image, (224, 224), "crop:0.875")
+    cropped = fit(image, (224, 224), "crop:0.875")
     whole = np.asarray(Image.fromarray(image).resize((341, 256), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(found, whole[16:240, 58:282])
+    np.testing.assert_array_equal(cropped, whole[16:240, 58:282])
     np.testing.assert_array_equal(fit(image, (224, 224), "crop:1"), fit(image, (224, 224), "crop"))
     for bad in ("crop:", "crop:0", "crop:1.5", "crop:a", "squash:0.5", "crap:0.5"):
         with pytest.raises(ConfigError, match="Unknown way of resizing"):

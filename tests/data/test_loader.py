@@ -174,8 +174,8 @@ def test_augmentation_depends_on_the_position_only(first, cut, shift, flip):
 def test_flips_are_mirror_images_half_of_the_time():
     images = np.random.default_rng(0).integers(0, 256, (400, 3, 4, 3), np.uint8)
     out = flip_and_shift(images, seed=0, first_position=0, flip=True, shift=0)
-    kept, mirrored = ((out == images).all((1, 2, 3)), (out == images[:, :, ::-1]).all((1, 2, 3)))
-    assert (kept ^ mirrored).all() and 160 < kept.sum() < 240
+    same, mirrored = ((out == images).all((1, 2, 3)), (out == images[:, :, ::-1]).all((1, 2, 3)))
+    assert (same ^ mirrored).all() and 160 < same.sum() < 240
 
 
 def test_shifts_move_every_pixel_alike_and_fill_with_zeros():

@@ -115,12 +115,12 @@ def test_what_is_opened(tmp_path):
     for i in range(30):
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
     merge = [["random:50:4", 3.0], [f"folder:{tmp_path}", 0.5]]
-    found = open_images(data(merge=merge, weight=2.0, max_unreadable=3), head=True, gallery=20, seed=0)
-    assert found.num_classes == 10 and found.train.num_classes is None and len(found.test) == 600
-    np.testing.assert_allclose(found.train._source.shares, np.array([2, 3, 0.5]) / 5.5, atol=1e-3)
-    assert len(found.train) >= 1500 * 5.5 / 3 / 2 and found.held_out.num_classes is None
-    assert [other.name for other in found.others] == ["random:50:4"], "the folder has no labels"
-    assert len(found.others[0].gallery) == 20 and len(found.others[0].test) == 50 and found.train.limit == 3
+    images = open_images(data(merge=merge, weight=2.0, max_unreadable=3), head=True, gallery=20, seed=0)
+    assert images.num_classes == 10 and images.train.num_classes is None and len(images.test) == 600
+    np.testing.assert_allclose(images.train._source.shares, np.array([2, 3, 0.5]) / 5.5, atol=1e-3)
+    assert len(images.train) >= 1500 * 5.5 / 3 / 2 and images.held_out.num_classes is None
+    assert [other.name for other in images.others] == ["random:50:4"], "the folder has no labels"
+    assert len(images.others[0].gallery) == 20 and len(images.others[0].test) == 50 and images.train.limit == 3
     without = open_images(data(merge=merge), head=False, gallery=20, seed=0)
     assert [other.name for other in without.others] == ["digits", "random:50:4"] and without.test is None
     with pytest.raises(ConfigError, match=r"evaluate\.gallery=0"):

@@ -224,7 +224,7 @@ def test_ones_own_folder(tmp_path):
         picture(base / f"{i}_c1_0.png")
     picture(base / "holiday.png")
     refused(f"reid_folder:{base}", "1 image of 5 do not fit", "holiday.png", "images.csv")
-    refused(f"reid_folder:{base}?pattern=(", "no regular expression", kind=ConfigError)
+    refused(f"reid_folder:{base}?pattern=(", "is not a regular expression", kind=ConfigError)
     refused(f"reid_folder:{base}?pattern=(?P<who>.)", "(?P<identity>…)", kind=ConfigError)
     refused(f"reid_folder:{base}?pattern=(?P<identity>..)(?P<view>.).*", "a view is a whole number", "0_c1_0.png")
     (base / "holiday.png").unlink()

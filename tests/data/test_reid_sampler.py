@@ -70,7 +70,7 @@ def test_identities_of_one_image():
         identity_order(labels, 2, 2, 0, 0, names=["a", "anna", "b", "c", "otto"])
     with pytest.raises(DataError, match="1, 4"):
         epoch_length(labels, 2, 2)
-    seen = {int(i) for e in range(9) for i in identity_order(labels, 2, 2, 0, e, lonely="drop")}
+    seen = {int(i) for e in range(9) for i in identity_order(labels, 2, 2, 0, e, singletons="drop")}
     assert seen == {0, 1, 3, 4, 5, 6, 7}
 
 
@@ -86,7 +86,7 @@ def test_identities_of_one_image():
 def test_what_cannot_be(identities, instances, lonely, fragment):
     labels = np.repeat(np.arange(3), 2)
     with pytest.raises(ConfigError) as caught:
-        identity_order(labels, identities, instances, 0, 0, lonely=lonely)
+        identity_order(labels, identities, instances, 0, 0, singletons=lonely)
     assert fragment in str(caught.value)
     with pytest.raises(ConfigError, match="there are 0"):
         epoch_length(np.zeros(0, np.int32), 2, 2)

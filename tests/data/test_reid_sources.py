@@ -67,8 +67,8 @@ def test_further_distractors_join_the_gallery(tmp_path):
     base = reid_trees.market(tmp_path)
     picture(base / "images" / "0000_c3s1_000001_00.jpg")
     picture(base / "images" / "-1_c3s1_000002_00.jpg")
-    found = rows(opened(f"market1501:{base}?distractors=images"))
-    assert found[:-1] == rows(opened(f"market1501:{base}")) and found[-1] == ("0000", 2, 0, 1)
+    with_distractors = rows(opened(f"market1501:{base}?distractors=images"))
+    assert with_distractors[:-1] == rows(opened(f"market1501:{base}")) and with_distractors[-1] == ("0000", 2, 0, 1)
 
 
 def test_duke(tmp_path):
@@ -231,7 +231,7 @@ def test_ones_own_folder_with_parts_a_pattern_or_without_cameras(tmp_path):
         picture(tmp_path / "left" / f"{i:02d}" / "v1_.png")
     pattern = r"(?P<identity>\d+)/v(?P<view>\d+)_?\.png"
     source = opened(f"reid_folder:{tmp_path}/left?pattern={pattern}&test=0.5&seed=2")
-    assert source.protocol == Protocol(cross_camera=False) and "No cameras are told" in source.note
+    assert source.protocol == Protocol(cross_camera=False) and "No cameras are known" in source.note
     assert set(source.table["view"]) <= set(range(5)) and (source.table["camera"] == 0).all()
     per = Counter((name, *flags) for name, _, *flags in rows(source))
     assert set(per.values()) == {1}, "one query and one gallery image each"

@@ -33,8 +33,8 @@ def test_a_prepared_set_is_its_folder(tmp_path, name, capsys):
     tree(tmp_path / "original")
     arguments = [prepared, f"--manual_dir={tmp_path}/original", f"--data_dir={tmp_path}/tfds"]
     assert main(arguments) == 0
-    told = capsys.readouterr().out
-    assert f"--config.data.source=reid_tfds:{prepared}" in told and "tensorflow" not in sys.modules
+    printed = capsys.readouterr().out
+    assert f"--config.data.source=reid_tfds:{prepared}" in printed and "tensorflow" not in sys.modules
     assert main(arguments[::2]) == 0, "what is prepared needs no original"
     for split in ("train", "validation", "test"):
         folder, stored = both(name, tmp_path, split, prepared, option)
@@ -60,7 +60,7 @@ def test_what_cannot_be_prepared_or_read(tmp_path, monkeypatch):
         prepare("duke", data_dir, str(base))
     with pytest.raises(ConfigError, match=r'no configuration "labelled"\. Did you mean "labeled"'):
         prepare("cuhk03/labelled", data_dir, str(base))
-    with pytest.raises(ConfigError, match="is none of them"):
+    with pytest.raises(ConfigError, match='which "cifar10" is not'):
         prepare("cifar10", data_dir, str(base))
     with pytest.raises(ConfigError, match='Did you mean "market1501"'):
         prepare("market150", data_dir)

@@ -115,7 +115,7 @@ def test_an_unprepared_set_says_how_to_provide_it(tmp_path, no_network, spec):
     name = spec.removeprefix("tfds:")
     assert f"python -m drep_jax.data.prepare {name} --data_dir={tmp_path}\n" in message
     assert "pip install -r requirements-prepare.txt" in message
-    assert message.count("--config.data.source=folder:DIR") == 2 and "unlabelled" in message
+    assert message.count("--config.data.source=folder:DIR") == 2 and "unlabeled" in message
     tars = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", f"{tmp_path}/downloads/manual")
     assert all((tar in message) == (name == "imagenet2012") for tar in tars)
     assert not list(tmp_path.iterdir()), "something was downloaded or written"
@@ -187,10 +187,10 @@ LABELLED = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(nu
 @pytest.mark.parametrize("stored", ["png", "array"])
 def test_mocked_imagenet_takes_the_right_slices(tmp_path, stored):
     folder = write_metadata(tmp_path, "imagenet2012", {"train": 1_281_167, "validation": 50_000}, LABELLED)
-    asked = []
+    splits = []
 
     def examples(self, split, decoders=None, **_):
-        asked.append(split)
+        splits.append(split)
         pixels = np.full((20, 30, 3), 7, np.uint8)
         return [{"image": png(pixels).getvalue() if stored == "png" else pixels, "label": 999}] * 4
 
@@ -201,7 +201,7 @@ def test_mocked_imagenet_takes_the_right_slices(tmp_path, stored):
             assert source[3]["label"] == 999 and source.num_classes == 1000
             if split != "test":
                 assert "the last 10,000 of its 1,281,167 train images serve as validation" in source.note
-    assert asked == ["train[0:1271167]", "train[1271167:1281167]", "validation"]
+    assert splits == ["train[0:1271167]", "train[1271167:1281167]", "validation"]
     assert "validation split serves" in source.note
 
 

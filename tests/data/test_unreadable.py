@@ -1,4 +1,4 @@
-"""Unreadable images: counted, named and passed over up to the limit, then refused with the list."""
+"""Unreadable images: counted, named and skipped up to the limit, then refused with the list."""
 
 import itertools
 import json
@@ -66,9 +66,9 @@ def test_evaluation_masks_them_out(folder, shards):
     np.testing.assert_array_equal(joined["image"][joined["mask"]][:, 0, 0, 0], 10 * joined["index"][joined["mask"]] + 1)
     assert (joined["index"][~joined["mask"]] == -1).all() and not joined["image"][~joined["mask"]].any()
     assert not joined["label"][~joined["mask"]].any()
-    told = summary({"train": source, "test": None})["train"]
-    assert told["count"] == 4 and told["limit"] == 4 and told["images"] == 20
-    assert sorted(told["first"]) == [str(folder / "train" / "ab"[i // 10] / f"{i:02}.png") for i in BAD]
+    counts = summary({"train": source, "test": None})["train"]
+    assert counts["count"] == 4 and counts["limit"] == 4 and counts["images"] == 20
+    assert sorted(counts["first"]) == [str(folder / "train" / "ab"[i // 10] / f"{i:02}.png") for i in BAD]
     index = np.array([6, 7, 8])
     assert read_images(source, index)[:, 0, 0, 0].tolist() == [61, 91, 91] and read_labels(source, index).tolist() == [
         0,

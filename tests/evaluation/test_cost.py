@@ -88,7 +88,8 @@ def test_ratios_are_paired_by_round():
 def test_peak_memory_is_in_bytes_and_keeps_the_peak():
     """In a fresh process: 256 MB of ones raise the peak by that much, and freeing them does not lower it."""
     program = (
-        "import numpy as np; from drep_jax.evaluation.cost import peak_memory; before = peak_memory(); x = np.ones(32_000_000); "
+        "import numpy as np; from drep_jax.evaluation.cost import peak_memory; before = peak_memory(); "
+        "x = np.ones(32_000_000); "
         "held = peak_memory(); del x; print(before, held, peak_memory())"
     )
     size = 32_000_000 * 8

@@ -10,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drep_jax.errors import ConfigError, DataError
-from drep_jax.evaluation.intervals import Interval, mcnemar, paired_interval
+from drep_jax.evaluation import intervals
+from drep_jax.evaluation.intervals import Bootstrap, Interval, mcnemar, paired_interval
+from drep_jax.evaluation.summary import summarize
+from drep_jax.metrics.reducers import mean_of
+from drep_jax.tasks import Items
 
 
 def brute_force(ours, theirs, level, resamples, seed):
@@ -210,3 +214,103 @@ def test_clusters_of_one_item_are_items():
     assert math.isinf(few.low) and few.difference == plain.difference
     with pytest.raises(DataError, match=r"Clusters have shape \(3,\); expected one an item, \(80,\)"):
         paired_interval(ours, theirs, clusters=[1, 2, 3])
+
+
+# ---- any metric ------------------------------------------------------------------------------------------------------
+
+
+def iou(statistics, weights):
+    """Returns the mean over classes of Σ w·intersection / Σ w·(predicted + true − intersection), of counts (n, C, 3)."""
+    counts = np.tensordot(weights, statistics["counts"], axes=1)
+    both, predicted, true = np.moveaxis(counts, -1, 0)
+    return np.mean(both / (predicted + true - both), axis=-1)
+
+
+def masks(rng, n, share, classes=2):
+    """Counts of two arms on the same masks, of which a share is right; large masks are found better."""
+    true = rng.integers(1, 100, (n, classes)).astype(float)
+    arms = []
+    for quality in share:
+        both = np.floor(true * np.clip(quality + 0.002 * true + 0.2 * rng.normal(size=true.shape), 0, 1))
+        predicted = both + rng.integers(0, 20, true.shape)
+        arms.append({"counts": np.stack([both, predicted, true], axis=-1)})
+    return arms
+
+
+def test_a_metric_that_is_no_mean_is_resampled_as_by_a_loop():
+    ours, theirs = masks(np.random.default_rng(0), 40, (0.6, 0.5))
+    bootstrap = Bootstrap(40, resamples=400, seed=3)
+    resampled = bootstrap.values({"ours": (iou, ours), "theirs": (iou, theirs)})
+    drawn = np.random.default_rng(3).integers(0, 40, (400, 40))
+    for name, arm in (("ours", ours), ("theirs", theirs)):
+        expected = []
+        for rows in drawn:
+            ratios = []
+            for label in range(2):
+                both, predicted, true = (sum(arm["counts"][row, label, k] for row in rows) for k in range(3))
+                ratios.append(both / (predicted + true - both))
+            expected.append(np.mean(ratios))
+        np.testing.assert_allclose(resampled[name], expected, rtol=1e-12)
+    differences = resampled["ours"] - resampled["theirs"]
+    assert np.ptp(differences) > 0
+    difference = float(iou(ours, np.ones(40)) - iou(theirs, np.ones(40)))
+    interval = bootstrap.interval(difference, differences)
+    assert interval.difference == difference and interval.low < difference < interval.high
+    low, high = np.quantile(differences, [0.025, 0.975])  # widened a little, for 40 images
+    assert interval.low < low < high < interval.high and interval.high - interval.low < 1.15 * (high - low)
+
+
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    ours, _ = masks(np.random.default_rng(0), 30, (0.6, 0.5))
+    for clusters in (None, np.arange(30) // 3):
+        bootstrap = Bootstrap(30, clusters=clusters, resamples=150, seed=1)
+        together = bootstrap.values({"iou": (iou, ours)})["iou"]
+        assert all(np.all(weights.sum(axis=-1) == 30) for weights in bootstrap.weights())
+        with monkeypatch.context() as patch:
+            patch.setattr(intervals, "BATCH_NUMBERS", 7 * bootstrap.units)
+            assert len(list(bootstrap.weights())) == 22
+            np.testing.assert_allclose(bootstrap.values({"iou": (iou, ours)})["iou"], together, rtol=1e-12)
+
+
+def test_interval_of_a_ratio_covers_the_truth():
+    large = masks(np.random.default_rng(99), 200_000, (0.6, 0.5))
+    truth = float(iou(large[0], np.ones(200_000)) - iou(large[1], np.ones(200_000)))
+    assert truth > 0.05
+    rng, repetitions, level, covered = np.random.default_rng(7), 300, 0.9, 0
+    for seed in range(repetitions):
+        ours, theirs = masks(rng, 50, (0.6, 0.5))
+        bootstrap = Bootstrap(50, resamples=300, seed=seed, level=level)
+        resampled = bootstrap.values({"ours": (iou, ours), "theirs": (iou, theirs)})
+        difference = float(iou(ours, np.ones(50)) - iou(theirs, np.ones(50)))
+        interval = bootstrap.interval(difference, resampled["ours"] - resampled["theirs"])
+        covered += interval.low <= truth <= interval.high
+    spread = math.sqrt(level * (1 - level) / repetitions)
+    assert abs(covered / repetitions - level) < 3 * spread
+
+
+def test_a_summary_of_such_a_metric_is_its_bootstrap():
+    ours, theirs = masks(np.random.default_rng(0), 40, (0.6, 0.5))
+    results = {"clean": {"baseline": Items(theirs), "measured": Items(ours)}}
+    entry = summarize(results, {"mIoU": iou}, controls=[], resamples=400, seed=3, exact_test="acc@1")["clean"]
+    assert entry["n"] == 40 and entry["mcnemar"] == {} and "tested" not in entry
+    assert entry["denoised"]["measured"]["mIoU"] == pytest.approx(100 * iou(ours, np.ones(40)))
+    bootstrap = Bootstrap(40, resamples=400, seed=3)
+    resampled = bootstrap.values({"ours": (iou, ours), "theirs": (iou, theirs)})
+    difference = float(iou(ours, np.ones(40)) - iou(theirs, np.ones(40)))
+    interval = bootstrap.interval(difference, resampled["ours"] - resampled["theirs"])
+    assert entry["difference"]["measured - baseline"]["mIoU"] == pytest.approx(100 * difference)
+    np.testing.assert_allclose(
+        entry["interval"]["measured - baseline"]["mIoU"], [100 * interval.low, 100 * interval.high], rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("clusters", [None, np.arange(60) % 7])
+def test_a_mean_by_weights_is_the_interval_of_the_differences(clusters):
+    """What summaries give for accuracies is what `paired_interval` gives for the differences of the hits."""
+    ours, theirs, _ = simulate(np.random.default_rng(4), 60)
+    results = {
+        "clean": {name: Items({"hit": v.astype(float)}, clusters) for name, v in (("baseline", theirs), ("a", ours))}
+    }
+    entry = summarize(results, {"hit": mean_of("hit")}, controls=[], resamples=300, seed=2)["clean"]
+    interval = paired_interval(100 * ours, 100 * theirs, resamples=300, seed=2, clusters=clusters)
+    np.testing.assert_allclose(entry["interval"]["a - baseline"]["hit"], [interval.low, interval.high], atol=1e-9)

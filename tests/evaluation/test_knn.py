@@ -29,7 +29,7 @@ def test_hits_against_a_plain_search():
     for feature, label in zip(queries["features"], queries["labels"], strict=True):
         cosines = gallery["features"] @ feature / np.linalg.norm(gallery["features"], axis=1)
         expected.append(gallery["labels"][np.argmax(cosines)] == label)
-    found = knn.hits(gallery, queries)
+    found = knn.hits(gallery["features"], gallery["labels"], queries["features"], queries["labels"])
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.float64 and 0.1 < found.mean() < 0.3
 
@@ -37,9 +37,19 @@ def test_hits_against_a_plain_search():
 def test_features_that_are_no_numbers_are_never_right():
     gallery = {"features": np.array([[np.nan, 1], [0, 0], [1, 1]]), "labels": np.array([3, 3, 4])}
     queries = {"features": np.array([[1, 1], [np.inf, 0], [0, 0], [-1, -1]]), "labels": np.array([4, 4, 4, 4])}
-    assert knn.hits(gallery, queries).tolist() == [1, 0, 0, 1]
+    assert knn.hits(gallery["features"], gallery["labels"], queries["features"], queries["labels"]).tolist() == [
+        1,
+        0,
+        0,
+        1,
+    ]
     nothing = {"features": np.full((2, 2), np.nan), "labels": np.array([4, 4])}
-    assert knn.hits(nothing, queries).tolist() == [0, 0, 0, 0]
+    assert knn.hits(nothing["features"], nothing["labels"], queries["features"], queries["labels"]).tolist() == [
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def small_config():
@@ -56,21 +66,21 @@ def small_config():
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """Setting and random variables of the small network, and the same as a file."""
-    setting = build(small_config().to_dict())
-    variables = dict(jax.jit(setting.backbone.init)(jax.random.key(0), np.zeros(setting.images.shape, np.float32)))
+    """Setup and random variables of the small network, and the same as a file."""
+    setup = build(small_config().to_dict())
+    variables = dict(jax.jit(setup.backbone.init)(jax.random.key(0), np.zeros(setup.images.shape, np.float32)))
     path = str(tmp_path_factory.mktemp("backbone") / "backbone.safetensors")
     weights.save_safetensors(path, variables)
-    return setting, variables, path
+    return setup, variables, path
 
 
 def test_features_are_what_the_head_reads(backbone):
-    setting, variables, _ = backbone
-    assert setting.others == ()
+    setup, variables, _ = backbone
+    assert setup.others == ()
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
-    features = setting.headless.apply(variables, images)
+    features = setup.headless.apply(variables, images)
     head = variables["params"]["head"]
-    logits = setting.backbone.apply(variables, images)
+    logits = setup.backbone.apply(variables, images)
     np.testing.assert_allclose(
         np.asarray(features) @ np.asarray(head["kernel"]) + np.asarray(head["bias"]), logits, atol=1e-5
     )
@@ -103,8 +113,8 @@ def merged(backbone, tmp_path_factory):
 
 def test_a_merged_run_learns_from_all_and_evaluates_each(merged):
     config, directory, report = merged
-    setting = build(config)
-    assert setting.train.num_classes is None and len(setting.train) == 1600
+    setup = build(config)
+    assert setup.train.num_classes is None and len(setup.train) == 1600
     name = config["data"]["merge"][0][0]
     source = report["sources"][name]
     assert list(report["sources"]) == [name] and source["gallery"] == 60
@@ -120,10 +130,10 @@ def test_a_merged_run_learns_from_all_and_evaluates_each(merged):
     assert json.loads(pathlib.Path(directory, "report.json").read_text())["sources"].keys() == report["sources"].keys()
     written = [pathlib.Path(directory, f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html")]
     for text in (console_table(report), *written):
-        assert "nearest neighbour among 60 of its training images" in text
+        assert "nearest neighbor among 60 of its training images" in text
         assert "(train): 2 of 1600 (at most 8 are allowed)" in text and "03.png" in text
-    keep_records(directory, setting.parts)
-    assert summary(setting.parts) == told, "a resumed run has not read the images again"
+    keep_records(directory, setup.parts)
+    assert summary(setup.parts) == told, "a resumed run has not read the images again"
 
 
 def test_stages_with_labels_are_refused_on_a_mixture():

@@ -12,24 +12,17 @@ from drep_jax.core.closed_form import spectrum, wiener_maps
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.moments import Moments
-from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
 from drep_jax.data.loader import normalize
 from drep_jax.errors import ConfigError, NonFiniteError
 from drep_jax.evaluation import selection
-from drep_jax.evaluation.selection import (
-    NEIGHBOURS,
-    Candidate,
-    Point,
-    best_point,
-    choose,
-    grid_outputs,
-    neighbour_agreement,
-    scaled,
-)
+from drep_jax.evaluation.selection import Candidate, Point, best_point, choose, grid_statistics, scaled
+from drep_jax.learners.base import selection_of
 from drep_jax.parallel import devices
 from drep_jax.run.setup import build
+from drep_jax.tasks import Task
 from drep_jax.trees import get_in
+from tests.setups import make_setup
 from tests.tiny_config import get_config
 
 
@@ -44,6 +37,35 @@ class Net(nn.Module):
 
 
 TRACES: list[int] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen(Task):
+    """Whose statistics are the outputs themselves."""
+
+    def statistics(self, outputs, batch):
+        return {"logits": outputs, "label": batch["label"]}
+
+
+def grid_outputs(setup, variables, candidates, points):
+    """Returns what every point's network gives for a batch."""
+    statistics = grid_statistics(setup, variables, candidates, points)
+
+    def outputs(x):
+        labels = {"label": np.arange(len(x), dtype=np.int32)}
+        rows = statistics(x, labels, {})
+        assert rows["pseudo"] == {} and rows["labels"]["label"].shape == (len(points), len(x))
+        assert np.array_equal(rows["labels"]["label"][-1], labels["label"])
+        assert np.array_equal(rows["finite"], np.isfinite(rows["labels"]["logits"]).all(axis=-1))
+        return rows["labels"]["logits"]
+
+    return outputs
+
+
+def small(images):
+    """Returns the setup and the variables of the small network."""
+    setup = make_setup(Net(), images, task=Seen())
+    return setup, setup.backbone.init(jax.random.key(0), images), setup.sites, setup.schedule
 
 
 def random_maps(sites, seed, size=0.1):
@@ -62,13 +84,12 @@ def on_devices(net, variables, x):
 
 def test_the_grid_is_fusing_point_by_point_in_one_trace():
     x = np.random.default_rng(0).normal(size=(8, 6, 6, 3)).astype(np.float32)
-    net = Net()
-    variables = net.init(jax.random.key(0), x)
-    sites, schedule = find_sites(net, x), Schedule()
+    setup, variables, sites, schedule = small(x)
+    net = setup.backbone
     candidates = [Candidate("a", random_maps(sites, 1)), Candidate("b", random_maps(sites, 2))]
     points = [(0, 0.0), (0, 1.0), (1, 0.25), (1, 1.5)]
     TRACES.clear()
-    outputs = grid_outputs(net, variables, sites, schedule, candidates, points)
+    outputs = grid_outputs(setup, variables, candidates, points)
     got = np.asarray(outputs(x))
     np.asarray(outputs(x[::-1]))
     assert len(TRACES) == 1
@@ -85,16 +106,14 @@ def test_the_grid_is_fusing_point_by_point_in_one_trace():
 
 def test_candidates_larger_than_the_memory_take_turns_in_the_same_program(monkeypatch):
     x = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
-    net = Net()
-    variables = net.init(jax.random.key(0), x)
-    sites, schedule = find_sites(net, x), Schedule()
+    setup, variables, sites, _ = small(x)
     candidates = [Candidate(str(seed), random_maps(sites, seed)) for seed in range(5)]
     points = [(0, 0.0), (4, 1.0), *((number, tau) for number in range(5) for tau in (0.5, 1.0))]
-    together = np.asarray(grid_outputs(net, variables, sites, schedule, candidates, points)(x))
+    together = np.asarray(grid_outputs(setup, variables, candidates, points)(x))
     size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(candidates[0].denoise))
     monkeypatch.setattr(selection, "STACK_BYTES", 2 * size)
     TRACES.clear()
-    outputs = grid_outputs(net, variables, sites, schedule, candidates, points)
+    outputs = grid_outputs(setup, variables, candidates, points)
     np.testing.assert_array_equal(outputs(x), together)
     assert len(TRACES) == 1
     assert len(np.unique(together[:, 0, 0])) == 1 + 5 * 2  # (4, 1.0) is there twice
@@ -102,11 +121,10 @@ def test_candidates_larger_than_the_memory_take_turns_in_the_same_program(monkey
 
 def test_strength_zero_is_the_backbone_whatever_the_map():
     x = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
-    net = Net()
-    variables = net.init(jax.random.key(0), x)
-    sites = find_sites(net, x)
+    setup, variables, sites, _ = small(x)
+    net = setup.backbone
     candidates = [Candidate("endless", jax.tree_util.tree_map(lambda leaf: leaf * np.inf, random_maps(sites, 1)))]
-    got = np.asarray(grid_outputs(net, variables, sites, Schedule(), candidates, [(0, 0.0), (0, 1.0)])(x))
+    got = np.asarray(grid_outputs(setup, variables, candidates, [(0, 0.0), (0, 1.0)])(x))
     np.testing.assert_array_equal(got[0], on_devices(net, variables, x))
     assert not np.isfinite(got[1]).any()
 
@@ -133,14 +151,14 @@ def test_the_best_point_respects_the_limit_ties_and_overflow():
 
 
 @pytest.fixture(scope="module")
-def setting():
+def tiny():
     config = get_config().unlock().to_dict()
     config["select"]["conditions"] = ("gaussian:60",)
     return config, build(config)
 
 
-def test_choosing_scores_held_out_images_by_labels_and_by_agreement(setting):
-    config, known = setting
+def test_choosing_scores_held_out_images_by_labels_and_by_agreement(tiny):
+    config, known = tiny
     rng = np.random.default_rng(1)  # untrained, but not blind
     fresh = known.backbone.init(jax.random.key(1), jnp.zeros(known.images.shape))
     variables = jax.tree_util.tree_map(lambda leaf: leaf + jnp.float32(0.3 * rng.normal(size=leaf.shape)), dict(fresh))
@@ -148,7 +166,7 @@ def test_choosing_scores_held_out_images_by_labels_and_by_agreement(setting):
         Candidate("random", random_maps(known.sites, 3)),
         Candidate("huge", random_maps(known.sites, 4, 1e30)),
     ]
-    choice = choose(config, known, variables, candidates)
+    choice = choose(known, variables, candidates, selection_of(config))
     assert choice.conditions == ("clean", "gaussian:60") and choice.criterion == "accuracy"
     assert choice.images == len(known.held_out) == 197
     first = choice.points[0]
@@ -171,9 +189,9 @@ def test_choosing_scores_held_out_images_by_labels_and_by_agreement(setting):
 
     broken = jax.tree_util.tree_map(lambda leaf: leaf * np.float32(np.nan), variables)
     with pytest.raises(NonFiniteError, match="unchanged backbone"):
-        choose(config, known, broken, candidates[:1])
+        choose(known, broken, candidates[:1], selection_of(config))
 
-    blind = choose({**config, "select": {**config["select"], "labels": False}}, known, variables, candidates)
+    blind = choose(known, variables, candidates, selection_of(config, labels=False))
     assert blind.criterion == "agreement" and blind.points[0].accuracy is None
     assert [p.agreement["clean"] for p in blind.points[:3]] == [p.agreement["clean"] for p in choice.points[:3]]
 
@@ -205,26 +223,3 @@ def test_wiener_maps_shrink_each_principal_axis_as_they_should():
     dead = dataclasses.replace(moments[sites[0].path], mean=np.zeros(5), covariance=np.zeros((5, 5)))
     flat = wiener_maps({**moments, sites[0].path: dead}, sites, 0.1)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(flat))
-
-
-def test_neighbours_are_agreed_on_as_far_as_they_are_found_early():
-    rng = np.random.default_rng(0)
-    clean = rng.normal(size=(30, 6))
-    unit = clean / np.linalg.norm(clean, axis=1, keepdims=True)
-    nearest = np.stack([[j for j in np.argsort(-(unit @ unit[i])) if j != i][:NEIGHBOURS] for i in range(30)])
-    assert neighbour_agreement(clean, nearest) == pytest.approx(100)
-    assert neighbour_agreement(3 * clean, nearest) == pytest.approx(100)
-    found = []
-    for spread in (0.1, 0.5, 2.0):
-        noisy = clean + spread * np.random.default_rng(1).normal(size=clean.shape)
-        other = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
-        precisions = []
-        for i in range(30):
-            order = [j for j in np.argsort(-(other @ other[i])) if j != i]
-            places = [k for k, j in enumerate(order, start=1) if j in nearest[i]]
-            precisions.append(np.mean([hits / place for hits, place in enumerate(places, start=1)]))
-        found.append(neighbour_agreement(noisy, nearest))
-        assert found[-1] == pytest.approx(100 * np.mean(precisions))
-    assert 100 > found[0] > found[1] > found[2]
-    clean[3, 0] = np.nan
-    assert np.isnan(neighbour_agreement(clean, nearest))

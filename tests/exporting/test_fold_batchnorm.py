@@ -183,7 +183,7 @@ def test_what_is_not_exact_is_left_and_the_reason_is_said():
         "beside": "others read the output of shared too",
         "of_two": "two is called more than once",
         "both": "both is called more than once",
-        "rows": "it normalises axis 1",
+        "rows": "it normalizes axis 1",
         "own": "Untouchable overrides __call__",
         "moved": 'it reads the result of "transpose"',
     }

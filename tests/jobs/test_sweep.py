@@ -17,10 +17,10 @@ from drep_jax.data.loader import normalize
 from drep_jax.evaluation.selection import SELECTION_SEED, Choice, Point
 from drep_jax.jobs import train
 from drep_jax.jobs.sweep import table
-from drep_jax.learners import Task, learn
+from drep_jax.learners import LearnerInputs, learn
 from drep_jax.run import moments
 from drep_jax.run.moments import MOMENTS
-from drep_jax.run.setup import respaced
+from drep_jax.run.run import Run
 from tests.command import call, largest_difference, same_bits
 
 GRID = {
@@ -49,11 +49,11 @@ def record(out):
 
 
 def written(finished, out):
-    return weights.load(str(out / "fused.safetensors"), finished.setting.abstract, allow_fused=True)["params"]
+    return weights.load(str(out / "fused.safetensors"), finished.setup.abstract, allow_fused=True)["params"]
 
 
 def moments_of(finished):
-    return moments.saved_moments(finished.config, finished.setting, finished.variables, finished.directory)
+    return moments.kept_moments(finished.run, finished.variables)
 
 
 def params_of(finished, denoise):
@@ -97,13 +97,13 @@ def test_resolve_takes_the_closed_form_at_the_time_steps_asked_for(finished, tmp
     asked = ["--resolve", "--steps=2", "--time_scale=10", "--beta_end=0.02", "--strength=0.5"]
     ended = call("fuse.py", f"--workdir={finished.directory}", f"--out={tmp_path}", *asked)
     assert ended.status == 0 and "Certificate: PASSED" in ended.output, ended
-    assert ended.output.count("solved anew for t = 80…20 from the run's moments, without images") == 1
+    assert ended.output.count("solved anew for t = 80…20 from the run's moments") == 1
     told = record(tmp_path)
     assert (told["rule"], told["steps"], told["strength"]) == ("ddpm", 2, 0.5)
     assert [*told["sites"].values()] == [[80], [60], [40], [20]]
-    setting = respaced(finished.setting, steps=2, time_scale=10.0, beta_end=0.02)
-    denoise = closed_form(moments_of(finished), setting.sites, setting.schedule)
-    expected = fuse_exact(params_of(finished, denoise), setting.sites, setting.schedule, steps=2, strength=0.5)
+    setup = finished.setup.respaced(steps=2, time_scale=10.0, beta_end=0.02)
+    denoise = closed_form(moments_of(finished), setup.sites, setup.schedule)
+    expected = fuse_exact(params_of(finished, denoise), setup.sites, setup.schedule, steps=2, strength=0.5)
     change = largest_difference(expected, finished.variables["params"])
     assert change > 1e-3
     assert largest_difference(expected, written(finished, tmp_path)) < 1e-5 * change + 1e-7
@@ -112,20 +112,20 @@ def test_resolve_takes_the_closed_form_at_the_time_steps_asked_for(finished, tmp
 def test_resolve_takes_a_wiener_filter(finished, tmp_path):
     ended = call("fuse.py", f"--workdir={finished.directory}", f"--out={tmp_path}", "--resolve", "--rule=wiener:0.1")
     assert ended.status == 0 and "Certificate: PASSED" in ended.output, ended
-    setting = finished.setting
-    maps = wiener_maps(moments_of(finished), setting.sites, 0.1)
-    expected = fuse_exact(params_of(finished, maps), setting.sites, setting.schedule, rule="affine", steps=1)
+    setup = finished.setup
+    maps = wiener_maps(moments_of(finished), setup.sites, 0.1)
+    expected = fuse_exact(params_of(finished, maps), setup.sites, setup.schedule, rule="affine", steps=1)
     assert same_bits(expected, written(finished, tmp_path)) and record(tmp_path)["rule"] == "wiener:0.1"
 
 
 def test_what_was_trained_can_be_mixed_with_the_backbone(finished, tmp_path):
-    setting = finished.setting
+    setup = finished.setup
     for strength in (0.0, 0.25):
         arguments = [f"--workdir={finished.directory}", f"--out={tmp_path}", f"--strength={strength}"]
         ended = call("fuse.py", *arguments)
         assert ended.status == 0 and "PASSED" in ended.output and "solved anew" not in ended.output
         params = params_of(finished, finished.denoise)
-        expected = fuse_exact(params, setting.sites, setting.schedule, steps=3, strength=strength)
+        expected = fuse_exact(params, setup.sites, setup.schedule, steps=3, strength=strength)
         assert largest_difference(expected, written(finished, tmp_path)) < 1e-6
         assert same_bits(finished.variables["params"], written(finished, tmp_path)) == (strength == 0.0)
 
@@ -134,8 +134,7 @@ def test_what_was_trained_can_be_mixed_with_the_backbone(finished, tmp_path):
 def test_a_run_that_was_solved_is_solved_again_without_being_told(finished, tmp_path):
     directory = copied(finished, tmp_path / "run", lambda config: config.update(learner="closed_form"))
     config = train.workdir.read_config(directory)
-    task = Task(config, finished.setting, finished.variables, moments_of(finished), 0.0, str(directory), None)
-    learn("closed_form", task)
+    learn("closed_form", LearnerInputs(Run(config, finished.setup, str(directory)), finished.variables))
 
     def fuse(*arguments):
         ended = call("fuse.py", f"--workdir={directory}", f"--out={tmp_path / 'out'}", *arguments)
@@ -152,14 +151,14 @@ def test_a_run_that_was_solved_is_solved_again_without_being_told(finished, tmp_
 
 @pytest.mark.parametrize("rule, steps", [("ddpm", 3), ("paper", 1), ("ddim", 2), ("ddim:0", 1)])
 def test_k_steps_of_any_rule_are_one_affine_map(finished, rule, steps):
-    setting, params = finished.setting, params_of(finished, finished.denoise)
-    maps = as_affine(finished.denoise, setting.sites, setting.schedule, rule=rule, steps=steps)
-    expected = fuse_exact(params, setting.sites, setting.schedule, rule=rule, steps=steps)
-    got = fuse_exact(params_of(finished, maps), setting.sites, setting.schedule, rule="affine", steps=1)
+    setup, params = finished.setup, params_of(finished, finished.denoise)
+    maps = as_affine(finished.denoise, setup.sites, setup.schedule, rule=rule, steps=steps)
+    expected = fuse_exact(params, setup.sites, setup.schedule, rule=rule, steps=steps)
+    got = fuse_exact(params_of(finished, maps), setup.sites, setup.schedule, rule="affine", steps=1)
     assert largest_difference(got, expected) < 1e-4 * largest_difference(expected, params["backbone"])
 
 
-@pytest.mark.parametrize("damage", ["absent", "backbone", "size", "width"])
+@pytest.mark.parametrize("damage", ["backbone", "size", "width"])
 def test_moments_of_something_else_are_refused(damage, finished, tmp_path):
     directory = copied(finished, tmp_path / "run", lambda config: None)
     path = os.path.join(directory, MOMENTS)
@@ -167,19 +166,31 @@ def test_moments_of_something_else_are_refused(damage, finished, tmp_path):
         arrays = dict(file)
     owner = str(arrays["owner"])
     assert owner.endswith(" 8x8")
-    first = finished.setting.sites[0]
-    if damage == "absent":
-        os.remove(path)
-    elif damage == "width":
+    first = finished.setup.sites[0]
+    if damage == "width":
         np.savez(path, **{**arrays, f"{first.name}:mean": np.zeros(first.width + 1)})
     else:
         other = owner.replace("8x8", "16x16") if damage == "size" else "0" + owner[1:]
         np.savez(path, **{**arrays, "owner": np.array(other if other != owner else "1" + owner[1:])})
-    expected = {"absent": "There is no", "width": f"moments of {first.name} have shape"}.get(
-        damage, "another backbone or image size"
-    )
+    expected = f"moments of {first.name} have shape" if damage == "width" else "another backbone or image size"
     for way in ("--resolve", "--sweep"):
         call("fuse.py", f"--workdir={directory}", f"--out={tmp_path / 'out'}", way).refused(MOMENTS, expected)
+
+
+@pytest.mark.parametrize("way", ["--resolve", "--sweep"])
+def test_moments_that_are_absent_are_taken(way, finished, tmp_path):
+    """A run whose learner needs none has kept none; what asks for them first takes them."""
+    directory = copied(finished, tmp_path / "run", lambda config: config["sweep"].update(GRID))
+    path = os.path.join(directory, MOMENTS)
+    os.remove(path)
+    options = ["--sweep_images=8", "--rule=ddpm", "--steps=1"] if way == "--sweep" else []
+    ended = call("fuse.py", f"--workdir={directory}", f"--out={tmp_path / 'out'}", way, *options)
+    assert ended.status == 0 and "PASSED" in ended.output, ended
+    owner = moments.owner_of(finished.setup, finished.variables)
+    taken, before = moments.load_moments(path, finished.setup.sites, owner), moments_of(finished)
+    for place, known in before.items():
+        assert taken[place].count == known.count
+        np.testing.assert_array_equal(taken[place].covariance, known.covariance)
 
 
 # ---- the sweep -------------------------------------------------------------------------------------------------------
@@ -201,21 +212,21 @@ def swept(finished, tmp_path_factory):
 
 def naive_scores(finished, count):
     """Accuracy of every point and condition, fused one by one in float64."""
-    setting = finished.setting
-    source = setting.held_out
+    setup = finished.setup
+    source = setup.held_out
     images = np.stack([source[i]["image"] for i in range(count)])
     labels = np.array([source[i]["label"] for i in range(count)])
-    apply = jax.jit(setting.backbone.apply)
-    trees = solve(RECIPES, moments_of(finished), setting.sites, setting.schedule)
+    apply = jax.jit(setup.backbone.apply)
+    trees = solve(RECIPES, moments_of(finished), setup.sites, setup.schedule)
     grid = [(trees[0], 0.0), *((tree, tau) for tree in trees for tau in (0.5, 1.5))]
     rows = []
     for tree, tau in grid:
         params = params_of(finished, tree)
-        fused = fuse_exact(params, setting.sites, setting.schedule, rule="affine", steps=1, strength=tau)
+        fused = fuse_exact(params, setup.sites, setup.schedule, rule="affine", steps=1, strength=tau)
         row = []
         for condition in ("clean", "gaussian:60"):
             noisy = corrupt(images, np.arange(count), condition, finished.config["seed"] + SELECTION_SEED)
-            logits = apply({"params": fused}, normalize(noisy, setting.mean, setting.std))
+            logits = apply({"params": fused}, normalize(noisy, setup.mean, setup.std))
             row.append(100 * np.mean(np.argmax(logits, -1) == labels))
         rows.append(row)
     return np.array(rows)
@@ -249,11 +260,11 @@ def test_the_chosen_point_is_the_best_allowed_one_and_is_written(finished, swept
     allowed = [p for p in points if not p["overflow"] and p["accuracy"]["clean"] >= base["clean"] - limit - 1e-9]
     assert total(chosen) == max(map(total, allowed)) >= sum(base.values())
     assert chosen["change"] == min(p["change"] for p in allowed if total(p) == total(chosen))
-    setting = finished.setting
+    setup = finished.setup
     recipe = Recipe(chosen.get("rule", "ddpm"), chosen.get("steps", 1), chosen.get("scale", 1.0))
-    (tree,) = solve([recipe], moments_of(finished), setting.sites, setting.schedule)
+    (tree,) = solve([recipe], moments_of(finished), setup.sites, setup.schedule)
     expected = fuse_exact(
-        params_of(finished, tree), setting.sites, setting.schedule, rule="affine", steps=1, strength=chosen["strength"]
+        params_of(finished, tree), setup.sites, setup.schedule, rule="affine", steps=1, strength=chosen["strength"]
     )
     assert largest_difference(expected, written(finished, out)) < 1e-6
     assert record(out)["strength"] == chosen["strength"]

@@ -20,6 +20,7 @@ from drep_jax.data.loader import normalize
 from drep_jax.errors import CheckpointError, ConfigError
 from drep_jax.jobs import checks, fuse, train
 from drep_jax.run import moments, stages
+from drep_jax.run.run import Run
 from drep_jax.training.logging import CLOCK, read_metrics
 from tests.command import ROOT, TINY, call, largest_difference, same_bits, start
 from tests.tiny_config import get_config
@@ -59,7 +60,7 @@ def restored(directory, stage):
 
 def same_result(directory, finished):
     """Whether a run ended with the same bits as the one that was never stopped."""
-    _, _, variables, denoise = fuse.load_run(directory)
+    _, variables, denoise = fuse.load_run(directory)
     return (
         same_bits(denoise, finished.denoise)
         and same_bits(variables, finished.variables)
@@ -78,7 +79,7 @@ def test_report_is_complete_and_readable(finished):
     report.validate(content)
     assert content["metrics"] == report.plain(finished.report["metrics"])
     assert content["certificate"]["passed"] and content["certificate"]["steps"] == 3
-    assert [site["path"] for site in content["sites"]] == [site.name for site in finished.setting.sites]
+    assert [site["path"] for site in content["sites"]] == [site.name for site in finished.setup.sites]
     assert [site["t"] for site in content["sites"]] == [[12], [9], [6], [3]]
     assert all(0 < change < 1 for site in content["sites"] for change in site["relative_change"])
     for entry in content["metrics"].values():
@@ -109,23 +110,23 @@ def test_label_free_learning_leaves_every_bit_of_the_backbone(finished):
     after = restored(finished.directory, "algorithm1")
     assert same_bits(trained, after["backbone"])
     assert same_bits(trained, finished.variables["params"])
-    assert largest_difference(after["denoise"], init_denoise(finished.setting.sites)) > 0.1
+    assert largest_difference(after["denoise"], init_denoise(finished.setup.sites)) > 0.1
     assert largest_difference(restored(finished.directory, "control")["backbone"], trained) > 1e-3
 
 
 @pytest.mark.parametrize("form", ["fused.safetensors", "orbax"])
 def test_fused_weights_in_the_plain_backbone_are_the_explicit_path(form, finished):
-    setting = finished.setting
+    setup = finished.setup
     path = os.path.join(finished.directory, "fused", form)
-    fused = weights.load(path, setting.abstract, allow_fused=True)
-    images = normalize(jnp.stack([setting.test[i]["image"] for i in range(16)]), setting.mean, setting.std)
-    plain = setting.backbone.apply(finished.variables, images)
+    fused = weights.load(path, setup.abstract, allow_fused=True)
+    images = normalize(jnp.stack([setup.test[i]["image"] for i in range(16)]), setup.mean, setup.std)
+    plain = setup.backbone.apply(finished.variables, images)
     explicit = explicit_apply(
-        setting.backbone, finished.variables, finished.denoise, setting.sites, setting.schedule, images, steps=3
+        setup.backbone, finished.variables, finished.denoise, setup.sites, setup.schedule, images, steps=3
     )
     change = np.linalg.norm(explicit - plain)
     assert change > 1e-3 * np.linalg.norm(plain)
-    assert np.linalg.norm(setting.backbone.apply(fused, images) - explicit) < 1e-2 * change
+    assert np.linalg.norm(setup.backbone.apply(fused, images) - explicit) < 1e-2 * change
 
 
 # ---- stopped and resumed -----------------------------------------------------------------------------------------------
@@ -181,9 +182,9 @@ def test_one_device_learns_what_eight_learn(finished, tmp_path):
     learning_only = "from drep_jax.jobs import train\ntrain.finish = lambda *a: print(len(a)) or sys.exit()"
     ended = start("train.py", TINY, f"--workdir={directory}", *options, devices=1, before=learning_only)
     assert ended.status == 0, ended
-    _, _, variables, denoise = fuse.load_run(directory)
+    _, variables, denoise = fuse.load_run(directory)
     assert same_bits(variables, finished.variables)
-    assert largest_difference(denoise, init_denoise(finished.setting.sites)) > 0.5
+    assert largest_difference(denoise, init_denoise(finished.setup.sites)) > 0.5
     assert largest_difference(denoise, finished.denoise) < 5e-3
     ours, theirs = (
         [line["loss"] for line in losses(d) if line["stage"] == "algorithm1"] for d in (directory, finished.directory)
@@ -196,7 +197,7 @@ import sys
 import jax
 from drep_jax import weights
 from drep_jax.jobs.fuse import load_run
-_, _, variables, denoise = load_run(sys.argv[1])
+_, variables, denoise = load_run(sys.argv[1])
 print(jax.device_count(), weights.digest({"params": denoise, **{f"b_{k}": v for k, v in variables.items()}}))
 """
 
@@ -207,7 +208,7 @@ def test_what_eight_devices_saved_is_read_bit_for_bit_on_others(devices, finishe
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", DIGEST, finished.directory]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
-    _, _, variables, denoise = fuse.load_run(finished.directory)
+    _, variables, denoise = fuse.load_run(finished.directory)
     ours = weights.digest({"params": denoise, **{f"b_{name}": tree for name, tree in variables.items()}})
     assert done.stdout.split() == [str(devices), ours]
 
@@ -242,7 +243,7 @@ def test_labelled_folder_end_to_end(tmp_path):
 def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_path):
     write_digits(tmp_path / "images", 0, 64, labelled=False)
     options = [TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder:{tmp_path / 'images'}"]
-    call("train.py", *options).refused("unlabelled", "--config.model.num_classes")
+    call("train.py", *options).refused("unlabeled", "--config.model.num_classes")
     options += ["--config.model.num_classes=10"]
     call("train.py", *options).refused("Stage backbone trains with labels", "images", "--config.backbone.steps=0")
     options += [f"--config.backbone.init_from={finished.backbone}"]
@@ -251,7 +252,7 @@ def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_pa
     options += ["--config.control.steps=0", "--config.learner=closed_form"]
     ended = call("train.py", *options)
     assert ended.status == 0, ended
-    assert "No accuracy" in ended.output and "no labelled test images" in ended.output and "PASSED" in ended.output
+    assert "No accuracy" in ended.output and "no labeled test images" in ended.output and "PASSED" in ended.output
     with open(tmp_path / "run" / "report.json", encoding="utf-8") as file:
         content = json.load(file)
     report.validate(content)
@@ -285,31 +286,35 @@ def test_resnet_with_batch_statistics_end_to_end(tmp_path):
     assert (
         content["metrics"]["clean"]["baseline"]["acc@1"] > 15
     )  # it has learned something, with its running statistics
-    _, setting, variables, _ = fuse.load_run(str(tmp_path))
-    fused = weights.load(str(tmp_path / "fused" / "fused.safetensors"), setting.abstract, allow_fused=True)
+    run, variables, _ = fuse.load_run(str(tmp_path))
+    fused = weights.load(str(tmp_path / "fused" / "fused.safetensors"), run.setup.abstract, allow_fused=True)
     assert same_bits(fused["batch_stats"], variables["batch_stats"])
     assert largest_difference(fused["params"], variables["params"]) > 1e-6
     assert np.abs(variables["batch_stats"]["bn1"]["mean"]).max() > 0.01
 
 
 def test_keys_of_the_stages_differ(finished):
-    keys = [tuple(jax.random.key_data(stages.key_of(finished.config, purpose)).tolist()) for purpose in stages.PURPOSES]
-    assert len(set(keys)) == len(stages.PURPOSES)
+    keys = [tuple(jax.random.key_data(stages.key_of(finished.config, purpose)).tolist()) for purpose in stages.KEYS]
+    assert len(set(keys)) == len(stages.KEYS)
+    assert len(set(stages.KEYS.values())) == len(stages.KEYS)
 
 
 def test_a_run_keeps_its_share(finished, tmp_path):
     """The share is used, recorded with the moments, and asked for when they are read again."""
     config = copy.deepcopy(finished.config)
     config["denoise"].update(moment_tokens=0.5, batch_size=64)
-    setting, variables, directory = finished.setting, finished.variables, str(tmp_path)
-    taken = moments.take_moments(config, setting, variables, directory)
-    assert {known.count for known in taken.values()} == {len(setting.train) * 2}  # of four patches and the token
-    again = moments.take_moments(config, setting, variables, directory)
-    path = setting.sites[0].path
-    np.testing.assert_array_equal(again[path].covariance, taken[path].covariance)
-    with pytest.raises(CheckpointError, match=r"share of 0\.5"):
-        moments.take_moments(finished.config, setting, variables, directory)
+    setup, variables = finished.setup, finished.variables
+    run = Run(config, setup, str(tmp_path))
+    assert moments.kept_moments(run, variables) is None
+    taken = moments.run_moments(run, variables)
+    assert {known.count for known in taken.values()} == {len(setup.train) * 2}  # of four patches and the token
+    path = setup.sites[0].path
+    for again in (moments.run_moments(run, variables), moments.kept_moments(run, variables)):
+        np.testing.assert_array_equal(again[path].covariance, taken[path].covariance)
+    for read in (moments.run_moments, moments.kept_moments):
+        with pytest.raises(CheckpointError, match=r"share of 0\.5"):
+            read(Run(finished.config, setup, str(tmp_path)), variables)
     for share in (0.0, 1.5):
         config["denoise"]["moment_tokens"] = share
         with pytest.raises(ConfigError, match=r"denoise\.moment_tokens="):
-            checks.check(config, setting)
+            checks.check(config, setup)

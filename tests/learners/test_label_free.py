@@ -6,9 +6,11 @@ import os
 import numpy as np
 import pytest
 
-from drep_jax import weights
+from drep_jax import report, weights
+from drep_jax.core.moments import collect_moments
 from drep_jax.errors import ConfigError
 from drep_jax.jobs import train
+from drep_jax.run.moments import MOMENTS, kept_moments
 from tests.command import call, largest_difference
 
 
@@ -39,10 +41,8 @@ def test_maps_given_directly_have_no_time_steps(finished, tmp_path):
 
     place = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
     assert call("fuse.py", *place).status == 0
-    again = weights.load(str(tmp_path / "out" / "fused.safetensors"), finished.setting.abstract, allow_fused=True)
-    own = weights.load(
-        str(tmp_path / "run" / "fused" / "fused.safetensors"), finished.setting.abstract, allow_fused=True
-    )
+    again = weights.load(str(tmp_path / "out" / "fused.safetensors"), finished.setup.abstract, allow_fused=True)
+    own = weights.load(str(tmp_path / "run" / "fused" / "fused.safetensors"), finished.setup.abstract, allow_fused=True)
     assert largest_difference(again, own) == 0
     for choice in ("--rule=ddpm", "--steps=2", "--noise=sample", "--time_scale=2"):
         call("fuse.py", *place, choice).refused("learned its maps directly", "--resolve")
@@ -54,7 +54,7 @@ def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_pat
 
     from drep_jax.data.corruptions import corrupt
 
-    images_of = finished.setting.train
+    images_of = finished.setup.train
     clean = np.stack([images_of[i]["image"] for i in range(120)])
     noisy = corrupt(clean, np.arange(120), "gaussian:70", 5).round().astype(np.uint8)
     for name, images in (("pairs/clean", clean), ("pairs/corrupted", noisy), ("images", clean)):
@@ -76,6 +76,50 @@ def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_pat
     assert points[0]["scores"]["clean"] == 100
     best = points[content["front"]["chosen"]]["scores"]
     assert sum(best.values()) >= sum(points[0]["scores"].values())
+
+
+def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, tmp_path, monkeypatch):
+    config = json.loads(json.dumps(finished.config))
+    config["backbone"].update(init_from=finished.backbone, steps=0)
+    config["control"]["steps"] = 0
+    config.update(learner="measured", compare=[], noise="gaussian:60")
+    config["evaluate"].update(conditions=["clean"], spectra=False)
+    config["measured"].update(images=64, vectors=20)
+    config["select"].update(images=48, strengths=[0.0, 1.0])
+    monkeypatch.setattr(train, "measure_cost", lambda *arguments: None)  # tested elsewhere
+    taken = []
+
+    def never(*arguments, **options):
+        raise AssertionError("moments were taken")
+
+    def counted(*arguments, **options):
+        taken.append(1)
+        return collect_moments(*arguments, **options)
+
+    directory, path = str(tmp_path / "run"), str(tmp_path / "run" / MOMENTS)
+    monkeypatch.setattr("drep_jax.run.moments.collect_moments", never)
+    content = train.run(config, directory)
+    assert content["certificate"]["passed"] and content["spectra"] is None and not os.path.exists(path)
+    report.validate(report.plain(content))
+    page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "measured" in page
+
+    monkeypatch.setattr("drep_jax.run.moments.collect_moments", counted)
+    out = f"--out={tmp_path / 'out'}"
+    assert call("fuse.py", f"--workdir={directory}", out).status == 0 and not taken
+    ended = call("fuse.py", f"--workdir={directory}", out, "--resolve", "--rule=wiener:0.1")
+    assert ended.status == 0 and "PASSED" in ended.output and taken == [1] and os.path.exists(path), ended
+
+    os.remove(path)
+    config["evaluate"]["spectra"] = True
+    again = train.run(config, directory)
+    assert taken == [1, 1] and os.path.exists(path)
+    assert set(again["spectra"]) == {site["path"] for site in again["sites"]}
+    assert again["metrics"] == content["metrics"]
+    kept = kept_moments(finished.run, finished.variables)
+    for site in finished.setup.sites:  # they are of the backbone, whatever the learner
+        variance = np.asarray(again["spectra"][site.name]["variance"])
+        np.testing.assert_allclose(variance.sum(), np.trace(kept[site.path].covariance), rtol=1e-5)
 
 
 @pytest.mark.slow

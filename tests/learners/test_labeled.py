@@ -1,5 +1,6 @@
 """Labels: Eq. 12 through fused weights, training in turn, the control arm, DenoiseRep⁻; each against its definition."""
 
+import dataclasses
 import functools
 import os
 
@@ -18,7 +19,7 @@ from drep_jax.jobs import checks, train
 from drep_jax.jobs import fuse as fuse_job
 from drep_jax.learners.losses import augmented_objective, denoising_objective
 from drep_jax.run.setup import build
-from drep_jax.run.stages import phase, prepare
+from drep_jax.run.stages import phase_of, prepare
 from drep_jax.training.logging import read_metrics
 from drep_jax.weights.native import load
 from tests.command import same_bits
@@ -50,8 +51,8 @@ def labelled(finished, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(finished):
-    setting = finished.setting
-    return {k: jnp.asarray(v) for k, v in next(training_batches(setting.train, 16, seed=5)).items()}
+    setup = finished.setup
+    return {k: jnp.asarray(v) for k, v in next(training_batches(setup.train, 16, seed=5)).items()}
 
 
 def noisy_denoisers(denoise, scale=0.3):
@@ -62,39 +63,37 @@ def noisy_denoisers(denoise, scale=0.3):
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 def test_the_loss_is_equation_12(finished, batch, weight):
-    setting, variables = finished.setting, finished.variables
+    setup, variables = finished.setup, finished.variables
     config = configured(finished)
     options = {**config["denoise"], "label_smoothing": 0.1}
     params = {"backbone": variables["params"], "denoise": noisy_denoisers(finished.denoise)}
     key = jax.random.key(1)
-    found, _ = augmented_objective(setting, options, params, {}, batch, key, weight=weight, train=False)
+    found, _ = augmented_objective(setup, options, params, {}, batch, key, weight=weight, train=False)
 
     how = {"rule": options["rule"], "steps": options["steps"]}
-    images = normalize(batch["image"], setting.mean, setting.std)
-    logits = explicit_apply(
-        setting.backbone, variables, params["denoise"], setting.sites, setting.schedule, images, **how
-    )
+    images = normalize(batch["image"], setup.mean, setup.std)
+    logits = explicit_apply(setup.backbone, variables, params["denoise"], setup.sites, setup.schedule, images, **how)
     targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], 10), 0.1)
     label = -float(jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)))
-    denoising = float(denoising_objective(setting, options, params, {}, batch, key)[0])
+    denoising = float(denoising_objective(setup, options, params, {}, batch, key)[0])
     np.testing.assert_allclose(found, (1 - weight) * label + weight * denoising, rtol=2e-5)
 
 
 def test_labels_reach_the_denoisers_through_fusion(finished, batch):
     """The directional derivative of the label loss by the denoisers is that of the fused network's loss."""
-    setting, config = finished.setting, configured(finished)
+    setup, config = finished.setup, configured(finished)
     options = {**config["denoise"], "label_smoothing": 0.0}
     backbone, start = finished.variables["params"], noisy_denoisers(finished.denoise)
 
     @jax.jit
     def loss(denoise):
         params = {"backbone": backbone, "denoise": denoise}
-        return augmented_objective(setting, options, params, {}, batch, jax.random.key(0), weight=0.0, train=False)[0]
+        return augmented_objective(setup, options, params, {}, batch, jax.random.key(0), weight=0.0, train=False)[0]
 
     @jax.jit
     def plain(denoise):
-        fused = fuse({"backbone": backbone, "denoise": denoise}, setting.sites, setting.schedule, steps=3)
-        logits = setting.backbone.apply({"params": fused}, normalize(batch["image"], setting.mean, setting.std))
+        fused = fuse({"backbone": backbone, "denoise": denoise}, setup.sites, setup.schedule, steps=3)
+        logits = setup.backbone.apply({"params": fused}, normalize(batch["image"], setup.mean, setup.std))
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]))
 
     gradient = jax.grad(loss)(start)
@@ -110,9 +109,9 @@ def test_labels_reach_the_denoisers_through_fusion(finished, batch):
 
 def test_turns_are_those_of_the_configuration(finished):
     config = configured(finished)
-    assert [phase(config, n) for n in range(1, 10)] == ["denoise"] * 3 + ["backbone"] * 3 + ["denoise"] * 3
+    assert [phase_of(config, n) for n in range(1, 10)] == ["denoise"] * 3 + ["backbone"] * 3 + ["denoise"] * 3
     config["alternate"].update(order=("backbone", "denoise"), period=1)
-    assert [phase(config, n) for n in range(1, 5)] == ["backbone", "denoise"] * 2
+    assert [phase_of(config, n) for n in range(1, 5)] == ["backbone", "denoise"] * 2
 
 
 def test_in_turn_one_moves_and_the_other_stands_with_its_optimiser(finished, batch):
@@ -120,13 +119,13 @@ def test_in_turn_one_moves_and_the_other_stands_with_its_optimiser(finished, bat
     from drep_jax.training.state import make_step
 
     config = configured(finished)
-    setting, params = finished.setting, {"backbone": finished.variables["params"], "denoise": finished.denoise}
-    state, frozen, optimizers = prepare(config, "alternating", params, {})
+    setup, params = finished.setup, {"backbone": finished.variables["params"], "denoise": finished.denoise}
+    state, frozen, optimizers = prepare(dataclasses.replace(finished.run, config=config), "alternating", params, {})
     assert frozen == {} and set(optimizers) == {("denoise",), ("backbone",)}
     options = {**config["denoise"], "label_smoothing": 0.0}
 
     def loss_fn(params, others, part, key):
-        return augmented_objective(setting, options, params, others, part, key, weight=0.0, train=False)
+        return augmented_objective(setup, options, params, others, part, key, weight=0.0, train=False)
 
     wide = devices.shard({k: np.asarray(v) for k, v in batch.items()})
     for active, tx in optimizers.items():
@@ -142,7 +141,7 @@ def test_in_turn_one_moves_and_the_other_stands_with_its_optimiser(finished, bat
 
 def test_the_moving_average_is_what_was_learned(labelled):
     _, directory, _ = labelled
-    _, _, variables, denoise = fuse_job.load_run(directory)
+    _, variables, denoise = fuse_job.load_run(directory)
     from tests.jobs.test_train import restored
 
     last = restored(directory, "alternating")
@@ -214,9 +213,9 @@ def test_what_makes_no_sense_is_refused(finished, changes, message):
 
 def test_labelled_learners_need_labels(finished, tmp_path):
     config = configured(finished, **{"model.num_classes": -1, "control.steps": 0})
-    setting = build({**config, "model": {**config["model"], "num_classes": -1}})
+    setup = build({**config, "model": {**config["model"], "num_classes": -1}})
     with pytest.raises(ConfigError, match="this backbone has none"):
-        checks.check(config, setting)
+        checks.check(config, setup)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_ways_to_compute_give_the_gradient_of_the_plain_step(finished, batch, op
     from drep_jax.parallel import devices
     from drep_jax.training.state import create_state, make_step, partitioned
 
-    setting = finished.setting
+    setup = finished.setup
     plain = {**configured(finished)["denoise"], "label_smoothing": 0.0}
     params = {"backbone": finished.variables["params"], "denoise": noisy_denoisers(finished.denoise)}
     tx = partitioned(optax.sgd(1.0), ("backbone", "denoise"))
@@ -245,7 +244,7 @@ def test_ways_to_compute_give_the_gradient_of_the_plain_step(finished, batch, op
         chosen = {**plain, **(options if name == "changed" else {})}
 
         def loss_fn(params, others, part, key):
-            return augmented_objective(setting, chosen, params, others, part, key, weight=0.5, train=True)
+            return augmented_objective(setup, chosen, params, others, part, key, weight=0.5, train=True)
 
         step = make_step(loss_fn, tx, accumulate=chosen["accumulate"])
         after = devices.unreplicate(step(devices.replicate(state), {}, wide)[0]).params
@@ -270,7 +269,7 @@ def test_the_control_arm_can_be_what_is_exported(finished, tmp_path):
     from tests.jobs.test_train import restored
 
     trained = jax.tree_util.tree_map(np.asarray, restored(directory, "control")["backbone"])
-    kept = load(os.path.join(directory, "fused", "fused.safetensors"), finished.setting.abstract, allow_fused=True)
+    kept = load(os.path.join(directory, "fused", "fused.safetensors"), finished.setup.abstract, allow_fused=True)
     assert same_bits(jax.tree_util.tree_map(np.asarray, kept["params"]), trained)
     baseline = finished.variables["params"]
     assert not same_bits(trained, jax.tree_util.tree_map(np.asarray, baseline))

@@ -49,7 +49,7 @@ def test_value_and_gradients_are_those_of_the_convolution(size, strides, padding
 
 
 def test_the_pointwise_layers_of_a_resnet_use_it_and_stay_sites():
-    net = ResNet((1, 1), "bottleneck", 3, width=4)
+    net = ResNet(stage_sizes=(1, 1), block="bottleneck", num_classes=3, width=4)
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
     layers = find_layers(net, images)
     assert not any(layer.refusal for layer in layers)

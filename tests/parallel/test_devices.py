@@ -18,8 +18,9 @@ from drep_jax.data.loader import normalize, training_batches
 from drep_jax.jobs import train
 from drep_jax.learners.losses import denoising_objective
 from drep_jax.parallel import devices
+from drep_jax.run.run import Run
 from drep_jax.run.setup import build
-from drep_jax.tasks import classification
+from drep_jax.tasks.losses import cross_entropy
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
 from tests.command import largest_difference
@@ -31,16 +32,16 @@ STEPS = 3
 @pytest.mark.parametrize("tokens", [1.0, 0.5])
 def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
     config = get_config().to_dict()
-    setting = build(config)
-    variables = setting.backbone.init(jax.random.key(0), jnp.zeros(setting.images.shape))
+    setup = build(config)
+    variables = setup.backbone.init(jax.random.key(0), jnp.zeros(setup.images.shape))
     options = {"loss": "l2", "tokens": tokens, "compute": "float32", "remat": False}
     key = jax.random.key(5)
-    denoise = init_denoise(setting.sites)
-    batches = [b for b, _ in zip(training_batches(setting.train, 32, seed=0), range(STEPS), strict=False)]
+    denoise = init_denoise(setup.sites)
+    batches = [b for b, _ in zip(training_batches(setup.train, 32, seed=0), range(STEPS), strict=False)]
 
     tx = partitioned(make_optimizer("adam", learning_rate=0.1, steps=10), ("denoise",))
     frozen = {"backbone": variables["params"]}
-    step = make_step(lambda *a: denoising_objective(setting, options, *a), tx)
+    step = make_step(lambda *a: denoising_objective(setup, options, *a), tx)
     many = devices.replicate(create_state({"denoise": denoise}, {}, tx, frozen, key))
     losses = []
     for batch in batches:
@@ -53,7 +54,7 @@ def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
     def reference(denoise, state, batch, number):
         def objective(denoise):
             params = {"backbone": variables["params"], "denoise": denoise}
-            return denoising_objective(setting, options, params, {}, batch, jax.random.fold_in(key, number))[0]
+            return denoising_objective(setup, options, params, {}, batch, jax.random.fold_in(key, number))[0]
 
         loss, grads = jax.value_and_grad(objective)(denoise)
         updates, state = plain.update(grads, state, denoise)
@@ -83,10 +84,10 @@ def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
     }
     config["denoise"]["steps"] = 1
     config["backbone"].update(steps=STEPS, batch_size=32, optimizer="sgd", learning_rate=0.1, warmup=0)
-    setting = build(config)
-    fresh = setting.backbone.init(jax.random.key(0), jnp.zeros(setting.images.shape))
+    setup = build(config)
+    fresh = setup.backbone.init(jax.random.key(0), jnp.zeros(setup.images.shape))
     writer = MetricWriter(os.fspath(tmp_path))
-    trained = train.train_labelled(config, setting, "backbone", fresh, os.fspath(tmp_path), writer)[0]
+    trained = train.train_labeled(Run(config, setup, os.fspath(tmp_path), writer), "backbone", fresh)[0]
     writer.close()
 
     plain = make_optimizer("sgd", learning_rate=0.1, steps=STEPS)
@@ -94,18 +95,18 @@ def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
     @jax.jit
     def reference(variables, state, batch):
         def objective(params):
-            images = normalize(batch["image"], setting.mean, setting.std)
-            logits, updated = setting.backbone.apply(
+            images = normalize(batch["image"], setup.mean, setup.std)
+            logits, updated = setup.backbone.apply(
                 {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
             )
-            return classification.loss(logits, batch), updated
+            return cross_entropy(logits, batch), updated
 
         grads, updated = jax.grad(objective, has_aux=True)(variables["params"])
         updates, state = plain.update(grads, state, variables["params"])
         return {**updated, "params": optax.apply_updates(variables["params"], updates)}, state
 
     expected, state = dict(fresh), plain.init(fresh["params"])
-    batches = training_batches(setting.train, 32, seed=0, augmentation=Augmentation(shift=1))
+    batches = training_batches(setup.train, 32, seed=0, augmentation=Augmentation(shift=1))
     for batch, _ in zip(batches, range(STEPS), strict=False):
         expected, state = reference(expected, state, batch)
     for part in ("params", "batch_stats"):

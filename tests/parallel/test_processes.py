@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from drep_jax.core.measured import _Spread
-from drep_jax.core.moments import nothing_yet, programs
+from drep_jax.core.measured import _Division
+from drep_jax.core.moments import initial_state, programs
 from drep_jax.errors import ConfigError
 from drep_jax.evaluation import arms
 from drep_jax.parallel import devices, processes
@@ -117,11 +117,11 @@ def same_numbers(one, other):
 def test_the_closed_form_needs_one_exchange_in_the_whole_run():
     """No device hears of another while images are read; then everything is added up in one all-reduce."""
     net, sites, variables, x = over_hosts()
-    centre, add, everyone = programs(net, sites, 1.0)
+    center, add, everyone = programs(net, sites, 1.0)
     keys = np.zeros((16, 2), np.uint32)
     mask = np.ones(16, np.float32)
-    shifts = centre(variables, x[:8], mask[:8], keys[:8])
-    state = nothing_yet(sites)
+    shifts = center(variables, x[:8], mask[:8], keys[:8])
+    state = initial_state(sites)
     batch = [devices.shard(part) for part in (x, mask, keys)]
     everywhere, shifted = devices.replicate(variables), devices.replicate(shifts)
     talking = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -130,7 +130,7 @@ def test_the_closed_form_needs_one_exchange_in_the_whole_run():
         text = program.lower(*args).compile().as_text()
         return {word: text.count(f" {word}(") + text.count(f" {word}-start(") for word in talking}
 
-    assert sum(said(centre, variables, x[:8], mask[:8], keys[:8]).values()) == 0
+    assert sum(said(center, variables, x[:8], mask[:8], keys[:8]).values()) == 0
     assert sum(said(add, state, everywhere, shifted, *batch).values()) == 0
     # An all-reduce is a scatter of sums and a gathering of them.
     assert {word: n for word, n in said(everyone, *state).items() if n} == {"all-to-all": 1, "all-gather": 1}
@@ -175,17 +175,17 @@ def test_every_image_is_measured_exactly_once(images, hosts, count, monkeypatch)
     monkeypatch.setattr(devices, "local_device_count", lambda: count)
     for which in range(hosts):
         monkeypatch.setattr(devices, "host", lambda which=which: (which, hosts))
-        spread = _Spread.of(images)
-        mine = spread.cut(streams)
+        division = _Division.of(images)
+        mine = division.split(streams)
         outputs.append(mine)
-        first = which * spread.devices
+        first = which * division.devices
         for device, rows in enumerate(mine):
-            for chunk in range(spread.each):
-                if (first + device) * spread.each + chunk < spread.chunks:
-                    seen.extend(rows[0, chunk * spread.chunk : (chunk + 1) * spread.chunk])
+            for chunk in range(division.each):
+                if (first + device) * division.each + chunk < division.chunks:
+                    seen.extend(rows[0, chunk * division.chunk : (chunk + 1) * division.chunk])
     assert sorted(seen) == list(range(images))
     monkeypatch.setattr(devices, "gather", lambda _: np.stack(outputs))
-    np.testing.assert_array_equal(spread.join(outputs[0]), streams)
+    np.testing.assert_array_equal(division.join(outputs[0]), streams)
 
 
 def test_scores_of_hosts_come_back_in_the_order_of_the_source(monkeypatch):
@@ -270,7 +270,7 @@ def test_moments_of_several_hosts_need_common_images(monkeypatch):
 
     net, sites, variables, x = over_hosts()
     monkeypatch.setattr(devices, "host", lambda: (0, 2))
-    with pytest.raises(ConfigError, match="give `near`"):
+    with pytest.raises(ConfigError, match="give `shift_images`"):
         collect_moments(net, variables, sites, [(jnp.asarray(x[:8]), np.ones(8, np.float32))])
 
 

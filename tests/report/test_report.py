@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from drep_jax.errors import CheckpointError, DataError
-from drep_jax.metrics.retrieval.examples import small
+from drep_jax.metrics.pictures import small
 from drep_jax.report import KEYS, PLOTS, console_table, markdown, plain, validate, verdict, write_report
 from drep_jax.report.plots.front import non_dominated
 from drep_jax.report.plots.spectra import through_the_depth
@@ -158,6 +158,7 @@ def pictures_of(paths):
             ],
         },
         "ranked": ranked_of(("no denoising", "closed_form")),
+        "examples": examples_of(("no denoising", "closed_form")),
         "recovery": {
             "gaussian:20": {"measured": 0.93, "placebo": -0.02},
             "gaussian:40": {"measured": None, "tent": 1.1},
@@ -192,6 +193,32 @@ def ranked_of(arms, queries=3, found=10):
             for index in range(queries)
         ],
         "images": {str(row): small(rng.integers(0, 256, (64, 32, 3))) for row in range(10)},
+    }
+
+
+def examples_of(arms, images=5):
+    """Test images with made pictures, of which the second arm answers every other one rightly."""
+    rng = np.random.default_rng(0)
+    kinds = ("corrected", "broken", "drawn at random")
+    return {
+        "condition": "gaussian:20",
+        "arms": list(arms),
+        "counts": {"corrected": 12, "broken": 3, "changed": 4},
+        "of": 600,
+        "images": [
+            {
+                "index": 7 * index,
+                "why": kinds[index % 3],
+                "label": "tabby cat",
+                "clean": small(rng.integers(0, 256, (32, 32, 3))),
+                "corrupted": small(rng.integers(0, 256, (32, 32, 3))),
+                "answers": {
+                    arm: {"answer": ("tabby cat", "lynx")[(index + at) % 2], "confidence": 0.5 + 0.1 * index}
+                    for at, arm in enumerate(arms)
+                },
+            }
+            for index in range(images)
+        ],
     }
 
 
@@ -241,7 +268,7 @@ def test_writes_everything_and_nothing_else(case, tmp_path):
         "report.md",
     ]  # no temporary file is left
     missing = {"no labels": {"accuracy"}, "closed form": {"loss"}}.get(case, set())
-    missing |= set() if case == "pictures" else {"spectra", "front", "ranked"}
+    missing |= set() if case == "pictures" else {"spectra", "front", "ranked", "examples"}
     assert plots == {f"plots/{name}.png" for name in PLOTS.keys() - missing}
     assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == plots
     for site in report["sites"]:
@@ -267,6 +294,7 @@ def test_plots_are_reproducible_and_follow_the_numbers():
     report["spectra"]["encoderblock_0/mlp/fc1"]["gain"] = np.full(64, 0.5)
     report["front"]["chosen"] = 3
     report["ranked"]["queries"][0]["found"]["closed_form"][0]["right"] ^= True
+    report["examples"]["images"][0]["answers"]["closed_form"]["answer"] = "puma"
     third = draw(report)
     assert all(first[name] != third[name] for name in PLOTS)
 
@@ -298,6 +326,37 @@ def test_right_and_wrong_differ_by_more_than_colour(mode):
     assert most > 0.9 if mode == "right" else 0.3 < most < 0.8
     assert PLOTS["ranked"]({"ranked": {**ranked, "queries": []}}) is None
     assert PLOTS["ranked"]({}) is None
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_examples_show_both_pictures_and_whether_each_answer_is_right(right):
+    examples = examples_of(("a", "b"), images=1)
+    (image,) = examples["images"]
+    blue, yellow = (30, 60, 200), (230, 200, 30)
+    image["clean"], image["corrupted"] = (small(np.full((64, 64, 3), color)) for color in (blue, yellow))
+    for arm in ("a", "b"):
+        image["answers"][arm]["answer"] = image["label"] if right else "lynx"
+    with Image.open(io.BytesIO(PLOTS["examples"]({"examples": examples}))) as drawn:
+        pixels = np.asarray(drawn.convert("RGB")).astype(int)
+
+    def shown(color):
+        return (abs(pixels - color) < 12).all(axis=2)
+
+    assert shown(blue).sum() == pytest.approx(shown(yellow).sum(), rel=0.05) and shown(blue).sum() > 5000
+    assert np.nonzero(shown(blue))[1].max() < np.nonzero(shown(yellow))[1].min()  # clean on the left
+    green, red = shown((0, 158, 115)).sum(), shown((213, 94, 0)).sum()
+    assert (green > 10 and red == 0) if right else (red > 10 and green == 0)
+    assert PLOTS["examples"]({"examples": {**examples, "images": []}}) is None
+    assert PLOTS["examples"]({}) is None
+
+
+def test_the_pages_say_how_many_answers_changed(tmp_path):
+    write_report(make_report(pictures=True), str(tmp_path))
+    for kind in ("md", "html"):
+        text = read(tmp_path / f"report.{kind}")
+        assert "600 gaussian:20 images" in text and "closed_form answers 12 rightly that no denoising" in text
+    write_report(make_report(), str(tmp_path / "without"))
+    assert "rightly" not in read(tmp_path / "without" / "report.md")
 
 
 def test_spectra_of_many_sites_are_spread_through_the_depth():
@@ -350,7 +409,7 @@ def test_a_front_of_one_condition_or_point_is_not_drawn(front):
 
 def test_recovery_is_a_table_of_shares():
     report = make_report(pictures=True)
-    title = "Share of the labelled fine-tuning's recovery"
+    title = "Fraction of the labeled fine-tuning's recovery"
     rows = [" ".join(line.split()) for line in console_table(report).split(title)[1].splitlines()]
     assert rows[1:5:3] == ["condition measured placebo tent", "gaussian:40 – – 110 %"]
     assert rows[3] == "gaussian:20 93 % −2 % –"
@@ -490,7 +549,7 @@ def test_an_unlabelled_run_says_why_there_is_no_accuracy():
     report = make_report(metrics={})
     written = markdown(plain(report))
     for text in (console_table(report), written):
-        assert "no labelled test images" in text and "acc@1" not in text
+        assert "no labeled test images" in text and "acc@1" not in text
         assert "significant" not in text and "Certificate" in text
 
 
@@ -568,6 +627,7 @@ def test_parts_that_were_not_measured_are_named():
 RESULTS = (("certificate", "results", "float64"), ("certificate", "results", "float32"))
 FRONT = pictures_of(())["front"]
 RANKED = ranked_of(("no denoising", "closed_form"), queries=1)
+EXAMPLES = examples_of(("no denoising", "closed_form"), images=1)
 FREE = ("config", "per_site", "optimum", "control", "baseline", "denoised", "mcnemar")
 
 
@@ -625,6 +685,8 @@ def test_every_missing_key_is_named(place):
         ({"ranked": {**RANKED, "images": {}}}, r"ranked\.images\.0 is missing"),
         ({"ranked": {**RANKED, "arms": ["a"]}}, r"ranked\.queries\.0\.ap\.a is missing"),
         ({"ranked": {**RANKED, "queries": [{"image": 1}]}}, r"ranked\.queries\.0\.why is missing"),
+        ({"examples": {**EXAMPLES, "arms": ["a"]}}, r"examples\.images\.0\.answers\.a is missing"),
+        ({"examples": {**EXAMPLES, "images": [{"index": 1}]}}, r"examples\.images\.0\.why is missing"),
         ({"recovery": 0.5}, "recovery is 0.5, expected entries"),
         ({"exported": "fused"}, "exported is 'fused', expected one of learning: algorithm1"),
         (

@@ -49,7 +49,7 @@ def foreign_file(finished, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "FORMATS", (TOY,))
         path = str(tmp_path_factory.mktemp("foreign") / "vit")
-        made = weights.write_new(finished.setting.backbone, finished.variables, "toy", path, {})
+        made = weights.write_new(finished.setup.backbone, finished.variables, "toy", path, {})
     # As others write it: without our mark.
     np.savez(made, **np.load(made))
     return made
@@ -65,8 +65,8 @@ def test_the_same_kind_of_file_comes_back_fused(finished, foreign_file, tmp_path
     changed = {n for n in old.tensors if not np.array_equal(old.tensors[n], new.tensors[n])}
     assert changed == {f"encoderblock_{i}/mlp/fc{j}{leaf}" for i in (0, 1) for j in (1, 2) for leaf in (".w", "/bias")}
     assert "8 of its tensors replaced" in ended.output and "stablehlo" in ended.output
-    ours = weights.load(str(tmp_path / "out" / "fused.safetensors"), finished.setting.abstract, allow_fused=True)
-    back = weights.load_foreign(str(made), finished.setting.backbone, finished.setting.abstract, allow_fused=True)
+    ours = weights.load(str(tmp_path / "out" / "fused.safetensors"), finished.setup.abstract, allow_fused=True)
+    back = weights.load_foreign(str(made), finished.setup.backbone, finished.setup.abstract, allow_fused=True)
     assert same_bits(back.variables, ours)
     assert os.path.getsize(tmp_path / "out" / "fused.stablehlo") > 1000
 
@@ -84,11 +84,9 @@ def test_a_backbone_of_no_foreign_file_goes_into_a_new_one(finished, tmp_path):
     fuse(finished.directory, tmp_path / "a", "--export=same").refused("from no foreign file", "toy", "stablehlo")
     ended = fuse(finished.directory, tmp_path / "a", "--export=toy")
     assert ended.status == 0, ended.output
-    like = finished.setting.abstract
+    like = finished.setup.abstract
     ours = weights.load(str(tmp_path / "a" / "fused.safetensors"), like, allow_fused=True)
-    back = weights.load_foreign(
-        str(tmp_path / "a" / "fused_toy.npz"), finished.setting.backbone, like, allow_fused=True
-    )
+    back = weights.load_foreign(str(tmp_path / "a" / "fused_toy.npz"), finished.setup.backbone, like, allow_fused=True)
     assert same_bits(back.variables, ours) and back.source.fused["rule"] == "ddpm"
 
 

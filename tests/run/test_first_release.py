@@ -21,6 +21,7 @@ from drep_jax.errors import CheckpointError
 from drep_jax.jobs import fuse, train
 from drep_jax.run import workdir
 from drep_jax.run.config import defaults
+from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.run.stages import prepare
 from drep_jax.training.checkpoint import Checkpointer, folder_of
@@ -41,13 +42,13 @@ def run(tmp_path):
 
 def test_every_checkpoint_restores_bit_for_bit(run):
     config = workdir.read_config(str(run))
-    setting = build(config)
-    zeros = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(setting.abstract))
+    setup = build(config)
+    zeros = jax.tree_util.tree_map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(setup.abstract))
     for stage, step in (("backbone", 10), ("control", 4), ("algorithm1", 12)):
         params = {"backbone": zeros["params"]}
         if stage == "algorithm1":
-            params["denoise"] = init_denoise(setting.sites)
-        state, frozen, _ = prepare(config, stage, params, {})
+            params["denoise"] = init_denoise(setup.sites)
+        state, frozen, _ = prepare(Run(config, setup, str(run)), stage, params, {})
         checkpointer = Checkpointer(folder_of(str(run), stage), read_only=True)
         state, frozen, meta = checkpointer.restore(state, frozen)
         checkpointer.close()

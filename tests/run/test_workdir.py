@@ -92,7 +92,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_no_run_is_told_apart(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path} is no finished run: there is no {CONFIG}"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is no finished run: it has no {CONFIG}"):
         read_config(str(tmp_path))
     (tmp_path / "fused.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="may already be fused"):

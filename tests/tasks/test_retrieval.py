@@ -8,8 +8,9 @@ import pytest
 from configs.default import get_default
 from drep_jax.errors import ConfigError
 from drep_jax.parallel import devices
-from drep_jax.tasks import Retrieval, make_task
-from drep_jax.tasks.retrieval import CENTRES, centre_loss, triplet_loss, view_triplet_loss
+from drep_jax.tasks import make_task
+from drep_jax.tasks.losses import center_loss, triplet_loss, view_triplet_loss
+from drep_jax.tasks.retrieval import CENTERS, Retrieval
 
 PEOPLE, EACH = 6, 4
 LABELS = np.repeat(np.arange(PEOPLE), EACH).astype(np.int32)
@@ -114,13 +115,13 @@ def test_triplets_by_view_compare_each_pair_in_its_own_space(features):
     assert everywhere(lambda f, y: triplet_loss(f, y, 0.4), same, LABELS)[0] != pytest.approx(found)
 
 
-def test_centres_pull_and_are_pulled(features):
-    x, centres = features[0], np.random.default_rng(1).normal(size=(PEOPLE, 5)).astype(np.float32)
-    expected = np.mean([np.sum((row - centres[label]) ** 2) for row, label in zip(x, LABELS, strict=True)])
-    value, slope = jax.value_and_grad(centre_loss, argnums=2)(x, LABELS, centres)
+def test_centers_pull_and_are_pulled(features):
+    x, centers = features[0], np.random.default_rng(1).normal(size=(PEOPLE, 5)).astype(np.float32)
+    expected = np.mean([np.sum((row - centers[label]) ** 2) for row, label in zip(x, LABELS, strict=True)])
+    value, slope = jax.value_and_grad(center_loss, argnums=2)(x, LABELS, centers)
     assert value == pytest.approx(expected, rel=1e-6)
     means = np.stack([x[label == LABELS].mean(axis=0) for label in range(PEOPLE)])
-    np.testing.assert_allclose(slope, 2 * (centres - means) / PEOPLE, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(slope, 2 * (centers - means) / PEOPLE, rtol=1e-4, atol=1e-6)
 
 
 def test_parts_are_weighted_as_published(features):
@@ -153,12 +154,12 @@ def test_every_setting_of_the_losses_has_an_effect(features):
         "features": tuple(features),
         "logits": tuple(f[:, :PEOPLE] for f in np.pad(features, ((0, 0), (0, 0), (0, 1)))),
     }
-    beside = {CENTRES: {str(k): np.zeros((PEOPLE, 5), np.float32) for k in range(2)}}
+    extra = {CENTERS: {str(k): np.zeros((PEOPLE, 5), np.float32) for k in range(2)}}
 
     def value(smoothing=0.0, **options):
         task = Retrieval(**options)
         run = jax.pmap(
-            lambda _: task.loss(outputs, batch, smoothing, beside)[0],
+            lambda _: task.loss(outputs, batch, smoothing, extra)[0],
             axis_name=devices.AXIS,
             devices=jax.devices()[:1],
         )
@@ -203,10 +204,10 @@ def test_settings_that_cannot_be_are_refused(name, value, message):
 def test_an_unknown_task_is_refused_and_labels_must_teach_something():
     config = get_default().to_dict()
     two_spaces = {**config["retrieval"], "rerank": (20, 6, 0.3), "views": True}
-    with pytest.raises(ConfigError, match="rerank compares neighbours in one space"):
+    with pytest.raises(ConfigError, match="rerank compares neighbors in one space"):
         make_task({**config, "task": "retrieval", "retrieval": two_spaces})
     with pytest.raises(ConfigError, match=r'Unknown task "retrival"\. Did you mean "retrieval"'):
         make_task({**config, "task": "retrival"})
     nothing = {**config["retrieval"], "id_weight": 0.0, "triplet_weight": 0.0}
-    with pytest.raises(ConfigError, match="labels would teach nothing"):
+    with pytest.raises(ConfigError, match="there is nothing to train"):
         make_task({**config, "task": "retrieval", "retrieval": nothing})

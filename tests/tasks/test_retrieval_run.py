@@ -13,19 +13,27 @@ from PIL import Image
 from configs.default import get_default
 from drep_jax import weights
 from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.fusion import fuse_exact
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.metadata import table_of
 from drep_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from drep_jax.evaluation import rankings, scoring, selection
+from drep_jax.evaluation import selection
+from drep_jax.evaluation.arms import score_arms
 from drep_jax.jobs import checks, evaluate, train
 from drep_jax.jobs.dry_run import dry_run
-from drep_jax.learners.labelled import WithFinal, with_final
+from drep_jax.jobs.findings import exhibit_of
+from drep_jax.jobs.scores import reading, scores_of
+from drep_jax.learners import Learned
+from drep_jax.learners.base import selection_of
+from drep_jax.learners.labeled import WithFinal, with_final
 from drep_jax.learners.losses import label_objective
+from drep_jax.run import stages
 from drep_jax.run.checkpoints import last_saved
+from drep_jax.run.run import Run
 from drep_jax.run.setup import build
-from drep_jax.run.stages import order_of, starting
-from drep_jax.tasks.retrieval import CENTRES
+from drep_jax.run.stages import starting
+from drep_jax.tasks.retrieval import CENTERS
 from tests import reid_trees
 from tests.command import same_bits
 
@@ -76,11 +84,17 @@ def run(people, tmp_path_factory):
     config = config_for(people, **{"compare": ("final_only",), "control.steps": 0})
     directory = str(tmp_path_factory.mktemp("run") / "people")
     report = train.run(config, directory)
-    return config, directory, report, build(config)
+    return Run(config, build(config), directory), report
 
 
-def check_arms(report, setting, denoised, controls):
-    table = table_of(setting.test)
+def scored_under(run, setup, variables, condition):
+    """Returns what one network gives for the test images of a setup, under one condition."""
+    ((_, scored),) = score_arms(setup, {"base": variables}, setup.test, (condition,), **reading(run.config))
+    return scored
+
+
+def check_arms(report, setup, denoised, controls):
+    table = table_of(setup.test)
     for entry in report["metrics"].values():
         assert entry["n"] == int(table["query"].sum()) > 0
         assert set(entry["denoised"]) == denoised and set(entry["control"]) == controls
@@ -92,8 +106,8 @@ def check_arms(report, setting, denoised, controls):
 
 
 def test_every_arm_is_scored_on_the_same_queries(run):
-    _, _, report, setting = run
-    check_arms(report, setting, {"measured", "final_only"}, {"placebo"})
+    run, report = run
+    check_arms(report, run.setup, {"measured", "final_only"}, {"placebo"})
     assert report["learning"]["measured"]["chosen"]["criterion"] == "mAP"
 
 
@@ -101,8 +115,8 @@ def test_every_arm_is_scored_on_the_same_queries(run):
 def test_every_way_of_training_has_its_arms(people, tmp_path):
     config = config_for(people)
     report = train.run(config, str(tmp_path / "every"))
-    setting = build(config)
-    check_arms(report, setting, {"measured", *LEARNERS}, {"placebo", "continued"})
+    setup = build(config)
+    check_arms(report, setup, {"measured", *LEARNERS}, {"placebo", "continued"})
     assert np.isfinite(report["learning"]["alternating"]["loss"]).all()
     content, _ = evaluate.evaluate(config, str(tmp_path / "every"))
     for condition, entry in report["metrics"].items():
@@ -116,13 +130,14 @@ def test_merged_sources_may_hold_out_nothing_and_have_no_identities_to_choose_by
     changes |= {"retrieval.center_weight": 0.0}
     for share, size in (("0", 0), ("0.5", None)):
         config = config_for(people, **changes, **{"data.merge": ((other + share, 1.0),)})
-        setting = build(config)
+        setup = build(config)
         alone = len(build(config_for(people, **changes)).held_out)
-        assert len(setting.held_out) == alone if size == 0 else len(setting.held_out) > alone
-    variables = dict(setting.backbone.init(jax.random.key(0), np.zeros(setting.images.shape, np.float32)))
-    nothing = selection.Candidate("nothing", init_denoise(setting.sites))
+        assert len(setup.held_out) == alone if size == 0 else len(setup.held_out) > alone
+    variables = dict(setup.backbone.init(jax.random.key(0), np.zeros(setup.images.shape, np.float32)))
+    nothing = selection.Candidate("nothing", init_denoise(setup.sites))
     assert (
-        config["select"]["labels"] and selection.choose(config, setting, variables, [nothing]).criterion == "agreement"
+        config["select"]["labels"]
+        and selection.choose(setup, variables, [nothing], selection_of(config)).criterion == "agreement"
     )
     config = config_for(people, **{**changes, "data.source": f"reid_folder:{people}?held_out=0"})
     with pytest.raises(DataError, match=r'"measured" chooses its strength on held-out images, and reid_folder'):
@@ -140,7 +155,7 @@ def test_merged_sources_are_learned_from_together_and_evaluated_by_their_own_que
     plain = config_for(people, **{**changes, "backbone.steps": 2, "learner": "closed_form"})
     train.run(plain, str(tmp_path / "first"))
     saved = str(tmp_path / "backbone.safetensors")
-    weights.save_safetensors(saved, last_saved(plain, build(plain), str(tmp_path / "first"), "backbone").variables)
+    weights.save_safetensors(saved, last_saved(Run(plain, build(plain), str(tmp_path / "first")), "backbone").variables)
     other = f"reid_folder:{people}?test=0.5&seed=3"
     merged = config_for(people, **changes, **{"data.merge": ((other, 1.0),), "backbone.init_from": saved})
     report = train.run(merged, str(tmp_path / "merged"))
@@ -152,11 +167,12 @@ def test_merged_sources_are_learned_from_together_and_evaluated_by_their_own_que
 
 
 def test_scores_are_those_of_features_compared_by_hand(run):
-    config, directory, report, setting = run
-    found = last_saved(config, setting, directory, "backbone")
-    batch = read(setting.test, np.arange(len(setting.test)))
+    run, report = run
+    config, setup = run.config, run.setup
+    found = last_saved(run, "backbone")
+    batch = read(setup.test, np.arange(len(setup.test)))
     noisy = corrupt(batch["image"], batch["index"], "gaussian:60", config["seed"])
-    features = np.array(jax.jit(setting.backbone.apply)(found.variables, setting.inputs({**batch, "image": noisy})))
+    features = np.array(jax.jit(setup.backbone.apply)(found.variables, setup.inputs({**batch, "image": noisy})))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     precisions = []
     for q in np.flatnonzero(batch["query"]):
@@ -169,17 +185,32 @@ def test_scores_are_those_of_features_compared_by_hand(run):
     assert report["metrics"]["gaussian:60"]["baseline"]["mAP"] == pytest.approx(100 * np.mean(precisions), abs=1e-3)
 
 
+def exhibit_for(run, saved, arm, condition, baseline=None):
+    """Returns what a report may show of a learner's result."""
+    setup = run.setup
+    learned = Learned(saved.denoise, "affine", 1, {})
+    params = {"backbone": saved.variables["params"], "denoise": saved.denoise}
+    fused = fuse_exact(params, setup.sites, setup.schedule, rule="affine", steps=1)
+    first = saved.variables if baseline is None else baseline
+    arms = {"baseline": first, arm: {**saved.variables, "params": fused}}
+    ((_, scored),) = score_arms(setup, arms, setup.test, (condition,), **reading(run.config))
+    return exhibit_of(run, setup.test, arms, condition, scored, saved.variables, fused, learned)
+
+
 def test_ranked_results_are_shown_and_sites_stand_for_themselves(run):
-    config, directory, report, setting = run
+    run, report = run
+    config, directory, setup = run.config, run.directory, run.setup
     shown = report["ranked"]
     assert shown["arms"] == ["baseline", "measured"] and shown["queries"] and len(shown["sites"]) == 1
     assert os.path.getsize(os.path.join(directory, "plots", "ranked.png")) > 2000
     page = pathlib.Path(directory, "report.html").read_text()
     assert "Ranked results" in page and shown["sites"][0]["path"] in page
-    found = last_saved(config, setting, directory, "measured")
+    found = last_saved(run, "measured")
     params = {"backbone": found.variables["params"], "denoise": found.denoise}
-    site = next(s for s in setting.sites if s.name == shown["sites"][0]["path"])
-    alone = rankings._alone(params, setting, site, "affine", 1)
+    site = next(s for s in setup.sites if s.name == shown["sites"][0]["path"])
+    exhibit = exhibit_for(run, found, "measured", shown["condition"])
+    alone = exhibit.alone(site.name)["params"]
+    assert same_bits(exhibit.alone(None), found.variables)
     paths = {"/".join(layer.path) for layer in site.layers}
     changed = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(alone):
@@ -191,43 +222,46 @@ def test_ranked_results_are_shown_and_sites_stand_for_themselves(run):
             changed.add(name.rsplit("/", 1)[0])
     assert changed == paths or not np.any(jax.tree_util.tree_leaves(found.denoise)[0])
     arms = {"alone": {**found.variables, "params": alone}, "base": found.variables}
-    index, rows = scoring.features(config, setting, setting.test, arms, shown["condition"])
-    ap = {arm: scoring.ranked(setting.task, setting.test, index, own).scores["mAP"] for arm, own in rows.items()}
+    ((_, scored),) = score_arms(setup, arms, setup.test, (shown["condition"],), **reading(config))
+    rows = scored.statistics
+    ap = {arm: setup.task.result(own, setup.test, scored.index).scores["mAP"] for arm, own in rows.items()}
     assert shown["sites"][0]["mAP"] == pytest.approx(100 * np.mean(ap["alone"] - ap["base"]), abs=1e-6)
 
 
 def test_sites_of_a_trained_backbone_are_compared_with_it_and_not_with_the_baseline(run):
-    config, directory, _, setting = run
-    baseline = last_saved(config, setting, directory, "backbone").variables
-    trained = jax.tree_util.tree_map(lambda leaf: np.roll(leaf, 1, axis=-1), baseline)
-    params = {"backbone": trained["params"], "denoise": init_denoise(setting.sites)}
-    arms, names = {"baseline": baseline, "alternating": trained}, [setting.sites[0].name]
-    how = {"rule": "affine", "steps": 1}
-    found = rankings.ranked(config, setting, setting.task, setting.test, arms, "clean", params, names, **how)
-    assert any(query["ap"]["baseline"] != query["ap"]["alternating"] for query in found["queries"])
-    assert [(site["mAP"], site["gained"], site["lost"]) for site in found["sites"]] == [(0.0, 0, 0)]
+    run, _ = run
+    setup = run.setup
+    baseline = last_saved(run, "backbone")
+    trained = jax.tree_util.tree_map(lambda leaf: np.roll(leaf, 1, axis=-1), baseline.variables)
+    saved = dataclasses.replace(baseline, variables=trained, denoise=init_denoise(setup.sites))
+    exhibit = exhibit_for(run, saved, "alternating", "clean", baseline.variables)
+    ranked = dataclasses.replace(setup.task, attributed=1).examples(exhibit)["ranked"]
+    assert any(query["ap"]["baseline"] != query["ap"]["alternating"] for query in ranked["queries"])
+    assert [(site["mAP"], site["gained"], site["lost"]) for site in ranked["sites"]] == [(0.0, 0, 0)]
 
 
-def test_centres_are_trained_beside_the_backbone_and_stay_out_of_it(run):
-    config, directory, _, setting = run
+def test_centers_are_trained_beside_the_backbone_and_stay_out_of_it(run):
+    run, _ = run
+    directory, setup = run.directory, run.setup
     from tests.jobs.test_train import restored
 
-    found = last_saved(config, setting, directory, "backbone")
-    params, _ = starting(config, setting, "backbone", found.variables)
+    found = last_saved(run, "backbone")
+    params, _ = starting(run, "backbone", found.variables)
     saved = restored(directory, "backbone")
-    assert set(saved[CENTRES]) == set(params[CENTRES]) == {str(i) for i in range(5)}
-    assert not same_bits(saved[CENTRES], params[CENTRES])
-    assert CENTRES not in found.variables and CENTRES not in found.variables["params"]
-    assert setting.abstract["params"].keys() == found.variables["params"].keys()
+    assert set(saved[CENTERS]) == set(params[CENTERS]) == {str(i) for i in range(5)}
+    assert not same_bits(saved[CENTERS], params[CENTERS])
+    assert CENTERS not in found.variables and CENTERS not in found.variables["params"]
+    assert setup.abstract["params"].keys() == found.variables["params"].keys()
 
 
 def test_the_explicit_final_feature_is_denoised_behind_the_backbone(run):
-    config, directory, report, setting = run
-    found = last_saved(config, setting, directory, "backbone")
-    images = setting.inputs(read(setting.test, np.arange(4)))
-    beyond = dataclasses.replace(setting, backbone=WithFinal(setting.backbone))
+    run, report = run
+    setup = run.setup
+    found = last_saved(run, "backbone")
+    images = setup.inputs(read(setup.test, np.arange(4)))
+    beyond = dataclasses.replace(setup, backbone=WithFinal(setup.backbone))
     same = jax.jit(beyond.backbone.apply)(with_final(beyond, found.variables), images)
-    np.testing.assert_allclose(same, jax.jit(setting.backbone.apply)(found.variables, images), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(same, jax.jit(setup.backbone.apply)(found.variables, images), rtol=1e-5, atol=1e-6)
     assert (
         report["cost"]["flops"]["final_only"] > report["cost"]["flops"]["fused"] == report["cost"]["flops"]["baseline"]
     )
@@ -235,7 +269,8 @@ def test_the_explicit_final_feature_is_denoised_behind_the_backbone(run):
 
 
 def test_a_finished_run_is_evaluated_again_by_its_weights(run):
-    config, directory, report, _ = run
+    run, report = run
+    config, directory = run.config, run.directory
     _, folder = evaluate.evaluate(evaluate.configuration(config, directory, overrides={}, explicit=False), directory)
     again = json.loads(pathlib.Path(folder, "evaluation.json").read_text())["metrics"]
     for condition, entry in report["metrics"].items():
@@ -245,25 +280,25 @@ def test_a_finished_run_is_evaluated_again_by_its_weights(run):
 
 @pytest.mark.slow
 def test_only_queries_or_only_the_gallery_can_be_corrupted(run, people):
-    config, directory, _, _ = run
-    found = last_saved(config, build(config), directory, "backbone")
+    run, _ = run
+    found = last_saved(run, "backbone")
     kept = {}
     for noisy in ("both", "query", "gallery"):
-        changed = config_for(people, **{"retrieval.corrupted": noisy})
-        setting = build(changed)
-        index, rows = scoring.features(changed, setting, setting.test, {"baseline": found.variables}, "gaussian:60")
-        assert np.array_equal(index, np.arange(len(setting.test)))
-        kept[noisy] = rows["baseline"]
-    _, rows = scoring.features(config, setting, setting.test, {"baseline": found.variables}, "clean")
-    query = table_of(setting.test)["query"] == 1
+        setup = build(config_for(people, **{"retrieval.corrupted": noisy}))
+        scored = scored_under(run, setup, found.variables, "gaussian:60")
+        assert np.array_equal(scored.index, np.arange(len(setup.test)))
+        kept[noisy] = scored.statistics["base"]["feature"]
+    clean = scored_under(run, run.setup, found.variables, "clean").statistics["base"]["feature"]
+    query = table_of(run.setup.test)["query"] == 1
     for noisy, corrupted in (("query", query), ("gallery", ~query)):
         assert np.array_equal(kept[noisy][corrupted], kept["both"][corrupted])
-        assert np.array_equal(kept[noisy][~corrupted], rows["baseline"][~corrupted])
+        assert np.array_equal(kept[noisy][~corrupted], clean[~corrupted])
     assert not np.array_equal(kept["query"], kept["gallery"])
 
 
 def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
-    config, directory, report, setting = run
+    run, report = run
+    config, directory, setup = run.config, run.directory, run.setup
     overrides = {
         "retrieval.rerank": (6, 3, 0.0),
         "retrieval.bootstrap_unit": "identity",
@@ -274,26 +309,27 @@ def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
     entry, before = content["metrics"]["clean"], report["metrics"]["clean"]
     assert entry["n"] == before["n"] and entry["baseline"]["mAP"] != before["baseline"]["mAP"]
     assert not entry["mcnemar"] and before["mcnemar"]
-    found = last_saved(config, setting, directory, "backbone")
-    task = dataclasses.replace(setting.task, rerank=(6, 3, 0.0))
-    index, rows = scoring.features(config, setting, setting.test, {"base": found.variables}, "clean")
-    expected = 100 * scoring.ranked(task, setting.test, index, rows["base"]).scores["mAP"].mean()
+    found = last_saved(run, "backbone")
+    task = dataclasses.replace(setup.task, rerank=(6, 3, 0.0))
+    scored = scored_under(run, setup, found.variables, "clean")
+    expected = 100 * task.result(scored.statistics["base"], setup.test, scored.index).scores["mAP"].mean()
     assert entry["baseline"]["mAP"] == pytest.approx(expected)
 
 
 def test_a_run_is_evaluated_on_a_set_of_more_identities(run, people):
-    config, directory, _, setting = run
+    run, _ = run
+    config, directory, setup = run.config, run.directory, run.setup
     overrides = {"data.source": f"reid_folder:{people}?test=0.2&held_out=0", "evaluate.conditions": ("clean",)}
     changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
-    assert build(changed).train.num_classes > setting.train.num_classes
+    assert build(changed).train.num_classes > setup.train.num_classes
     with pytest.raises(CheckpointError, match="classifier"):
         evaluate.evaluate(changed, directory)
-    overrides["model.num_classes"] = setting.train.num_classes
+    overrides["model.num_classes"] = setup.train.num_classes
     changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
     content, _ = evaluate.evaluate(changed, directory)
     assert set(content["arms"]) >= {"baseline", "measured"}
     with pytest.raises(ConfigError, match=r"trains with identities, of which .* and the backbone's classifier"):
-        checks.check_retrieval(changed, build(changed), setting.task)
+        setup.task.check(changed, build(changed), checks.stage_plans(changed), chooses=False)
 
 
 @pytest.mark.slow
@@ -305,30 +341,52 @@ def test_a_dry_run_needs_neither_cameras_nor_queries(people, capsys):
 
 
 def test_features_that_are_no_numbers_are_refused_by_the_arm_s_name(run):
-    config, directory, _, setting = run
-    found = last_saved(config, setting, directory, "backbone")
+    run, _ = run
+    setup = run.setup
+    found = last_saved(run, "backbone")
     broken = jax.tree_util.tree_map(lambda leaf: np.full_like(leaf, np.nan), found.variables)
     with pytest.raises(NonFiniteError, match="Arm broken gives features with NaN or Inf on clean images"):
-        scoring.score(config, setting, setting.test, {"broken": broken}, ("clean",))
+        scores_of(run.config, setup, setup.test, {"broken": broken}, ("clean",))
 
 
 def test_the_backbone_is_told_the_camera_of_each_image(run):
-    setting = run[3]
-    batch = read(setting.train, np.arange(8))
-    images = setting.inputs(batch)
-    assert setting.side == (("camera", 2),) and images.shape == (8, 16, 8, 4) == (8, *setting.images.shape[1:])
+    setup = run[0].setup
+    batch = read(setup.train, np.arange(8))
+    images = setup.inputs(batch)
+    assert setup.side == (("camera", 2),) and images.shape == (8, 16, 8, 4) == (8, *setup.images.shape[1:])
     assert np.array_equal(images[..., 3], np.broadcast_to(batch["camera"][:, None, None], (8, 16, 8)))
-    assert set(batch["camera"]) == {0, 1} or len(set(table_of(setting.train)["camera"])) == 2
+    assert set(batch["camera"]) == {0, 1} or len(set(table_of(setup.train)["camera"])) == 2
 
 
 def test_batches_hold_identities_and_every_stage_the_same(run):
-    config, _, _, setting = run
-    order = order_of(config, setting.train, "control", 5)
-    labels = table_of(setting.train)["label"]
+    setup = run[0].setup
+    order = setup.task.order(setup.train, 5)
+    labels = table_of(setup.train)["label"]
     for block in order.at(0).reshape(-1, 4, 2):
         assert len({labels[pair[0]] for pair in block}) == 4
         assert all(labels[a] == labels[b] and a != b for a, b in block)
-    assert order_of(config, setting.train, "algorithm1", 5) is None
+    assert dataclasses.replace(setup.task, instances=0).order(setup.train, 5) is None
+
+
+def test_stages_with_labels_see_identities_and_those_without_any_images(run, monkeypatch, tmp_path):
+    variables = last_saved(run[0], "backbone").variables
+    run = dataclasses.replace(run[0], directory=str(tmp_path))
+    orders = {}
+
+    def only_batches(name, state, frozen, step_of, batches, **options):
+        batches(0)
+        return state, 0.0
+
+    monkeypatch.setattr(stages, "run_stage", only_batches)
+    for name in ("control", "label_augmented", "algorithm1"):
+        monkeypatch.setattr(
+            stages, "training_batches", lambda *args, name=name, **options: orders.update({name: options["order"]})
+        )
+        stages.run_training(run, name, *starting(run, name, variables), lambda *args: None)
+    assert orders["algorithm1"] is None
+    for name in ("control", "label_augmented"):  # the control arm sees the images of what it is a control of
+        assert np.array_equal(orders[name].at(0), orders["control"].at(0))
+        assert not np.array_equal(orders[name].at(0), orders[name].at(1))
 
 
 @pytest.mark.parametrize(
@@ -358,8 +416,8 @@ def test_what_cannot_be_trained_is_refused_before_any_work(people, changes, erro
     if config["model"]["name"] == "vit":
         config["model"] = {k: v for k, v in config["model"].items() if k not in ("jigsaw",)}
     with pytest.raises(error, match=message):
-        setting = build(config)
-        checks.check(config, setting)
+        setup = build(config)
+        checks.check(config, setup)
 
 
 def test_parts_of_a_batch_need_two_identities(people, monkeypatch):
@@ -400,20 +458,19 @@ def test_identities_of_one_image_are_refused_or_dropped(tmp_path):
 
 @pytest.mark.slow
 def test_the_loss_of_a_step_moves_neck_and_trunk(run):
-    config, directory, _, setting = run
+    run, _ = run
+    config, setup = run.config, run.setup
     from drep_jax.parallel import devices
 
-    found = last_saved(config, setting, directory, "backbone")
-    params, others = starting(config, setting, "backbone", found.variables)
-    batch = {
-        name: column.reshape(8, 1, *column.shape[1:]) for name, column in read(setting.train, np.arange(8)).items()
-    }
+    found = last_saved(run, "backbone")
+    params, others = starting(run, "backbone", found.variables)
+    batch = {name: column.reshape(8, 1, *column.shape[1:]) for name, column in read(setup.train, np.arange(8)).items()}
 
     def slope(batch):
         def loss(weights):
             key = jax.random.key(0)
             return label_objective(
-                setting, config["backbone"], weights, others, batch, key, train=True, beside={CENTRES: params[CENTRES]}
+                setup, config["backbone"], weights, others, batch, key, train=True, extra={CENTERS: params[CENTERS]}
             )[0]
 
         return devices.mean(jax.grad(loss)(params["backbone"]))
@@ -425,6 +482,6 @@ def test_the_loss_of_a_step_moves_neck_and_trunk(run):
         if not np.any(leaf)
     ]
     assert not still, still
-    assert jax.tree_util.tree_structure(init_denoise(setting.sites)) == jax.tree_util.tree_structure(
-        starting(config, setting, "label_augmented", found.variables)[0]["denoise"]
+    assert jax.tree_util.tree_structure(init_denoise(setup.sites)) == jax.tree_util.tree_structure(
+        starting(run, "label_augmented", found.variables)[0]["denoise"]
     )

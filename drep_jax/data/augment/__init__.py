@@ -1,7 +1,10 @@
-"""Augmentation of training images: chosen in `config.data`, drawn for each image from its position in the stream alone.
+"""Augmentation of training images, chosen in `config.data`.
 
-Order: crop (before the image is fitted), flip, shift, RandAugment, erasing, then mixup or cutmix. Labels with geometry
-follow the first three; erasing leaves them as they are; RandAugment and mixing are refused with them.
+Each image's draws depend on its position in the stream alone.
+
+Order: crop (before the image is fitted), flip, shift, RandAugment, erasing, then mixup or cutmix.
+Labels with geometry follow the first three; erasing leaves them as they are; RandAugment and mixing
+are refused with them.
 """
 
 import dataclasses
@@ -31,13 +34,15 @@ class Augmentation:
     Attributes:
       flip: horizontal flip with probability 1/2.
       shift: largest shift in pixels, vertical and horizontal, filled with zeros.
-      crop_scale: smallest and largest fraction of the area of a random resized crop; () for the fitted image as it is.
+      crop_scale: smallest and largest fraction of the area of a random resized crop; () for the
+        fitted image as it is.
       crop_ratio: smallest and largest width over height of that crop.
       randaugment: random operations an image.
       randaugment_magnitude: their strength, from 0 to 30.
       erase: probability that a box of the image becomes noise.
       erase_fill: color of such a box, three numbers from 0 to 1; () for noise.
-      mixup, cutmix: parameter a of the Beta(a, a) distributed weight; 0 for neither. For labeled stages only.
+      mixup, cutmix: parameter a of the Beta(a, a) distributed weight; 0 for neither. For labeled
+        stages only.
 
     Raises:
       ConfigError: for a setting out of range, by name.
@@ -58,7 +63,9 @@ class Augmentation:
         for name, whole in (("shift", True), ("randaugment", True), ("mixup", False), ("cutmix", False)):
             value = getattr(self, name)
             if not _number(value) or value < 0 or (whole and value != int(value)):
-                raise ConfigError(f"data.{name}={value!r}: expected {'a whole' if whole else 'a'} number, at least 0.")
+                raise ConfigError(
+                    f"data.{name}={value!r}: expected {'a whole' if whole else 'a'} number of at least 0."
+                )
         if not _number(self.erase) or not 0 <= self.erase <= 1:
             raise ConfigError(f"data.erase={self.erase!r} is a probability and lies in [0, 1].")
         if self.erase_fill and (
@@ -91,12 +98,12 @@ class Augmentation:
         return bool(self.crop_scale or self.randaugment)
 
     def check_batch(self, size: int, what: str) -> None:
-        """Raises `ConfigError` unless a batch, or a host's part of it, holds whole pairs of images to mix."""
+        """Raises `ConfigError` unless a batch, or a host's part, holds whole pairs to mix."""
         if self.mixes and size % 2:
-            raise ConfigError(f"{what}={size} must be even: mixup and cutmix mix each image with its neighbour.")
+            raise ConfigError(f"{what}={size} must be even: mixup and cutmix mix each image with its neighbor.")
 
     def check_columns(self, columns: Columns) -> None:
-        """Raises `ConfigError`, naming the setting, for augmentation that labels with geometry cannot follow."""
+        """Raises `ConfigError` for a setting whose effect labels with geometry cannot follow."""
         followers = ", ".join(f'"{column.name}"' for column in geometric(columns))
         for name in ("randaugment", "mixup", "cutmix"):
             if followers and getattr(self, name):
@@ -110,13 +117,11 @@ class Augmentation:
         """Returns what flip and shift do to each image of a batch, for its labels to follow.
 
         Args:
-          sizes: (height, width) of each image, all the same.
+          sizes: (height, width) of each image.
           seed, first_position: as for a call.
         """
         where = {"seed": seed, "first_position": first_position}
-        if not (self.flip or self.shift):
-            return [Transform(size) for size in sizes]
-        return flip_and_shift_transforms(sizes[0], len(sizes), **where, flip=self.flip, shift=self.shift)
+        return flip_and_shift_transforms(sizes, **where, flip=self.flip, shift=self.shift)
 
     def __call__(self, batch: Batch, *, seed: int, first_position: int) -> Batch:
         """Returns a batch of images, already cropped, augmented as its position in the stream says.
@@ -127,7 +132,8 @@ class Augmentation:
           first_position: position of the first image in the endless stream.
 
         Returns:
-          The batch; with "label2" and "share" if it is mixed, see `drep_jax.data.augment.mixing.mix`.
+          The batch; with "label2" and "share" if it is mixed, see
+          `drep_jax.data.augment.mixing.mix`.
         """
         images = batch["image"]
         where = {"seed": seed, "first_position": first_position}
@@ -150,8 +156,9 @@ def augmentation_of(data: Mapping[str, Any], *, labelled: bool = True) -> Augmen
 
     Args:
       data: the settings; those that an older configuration lacks are off.
-      labelled: whether the stage learns from labels. A stage without labels never mixes images: denoisers are to learn
-        what real images look like inside the network, and a mixture's second label means nothing to them.
+      labelled: whether the stage learns from labels. A stage without labels never mixes images:
+        denoisers are to learn what real images look like inside the network, and a mixture's second
+        label means nothing to them.
 
     Raises:
       ConfigError: for a setting out of range, by name.

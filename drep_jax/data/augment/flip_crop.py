@@ -1,6 +1,7 @@
-"""Horizontal flips, shifts, and the boxes of random resized crops: of pixels, and as transforms for the labels."""
+"""Horizontal flips, shifts and random resized crops: of pixels, and as transforms for labels."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +18,7 @@ Box = tuple[int, int, int, int]
 
 
 def flip_and_shift(images: np.ndarray, *, seed: int, first_position: int, flip: bool, shift: int) -> np.ndarray:
-    """Flips and shifts images at random, each as its position in the endless sequence of training images decides.
+    """Flips and shifts images at random, by their positions in the stream of training images.
 
     Args:
       images: uint8 (B, H, W, C), at consecutive positions.
@@ -43,18 +44,24 @@ def flip_and_shift(images: np.ndarray, *, seed: int, first_position: int, flip: 
 
 
 def flip_and_shift_transforms(
-    size: Size, count: int, *, seed: int, first_position: int, flip: bool, shift: int
+    sizes: Sequence[Size], *, seed: int, first_position: int, flip: bool, shift: int
 ) -> list[Transform]:
-    """Returns what `flip_and_shift` does to each of `count` images of that size, for their labels to follow."""
+    """Returns what `flip_and_shift` does to each image of a batch, for its labels to follow.
+
+    Args:
+      sizes: (height, width) of each image.
+      seed, first_position, flip, shift: as for `flip_and_shift`.
+    """
     transforms = []
-    for flipped, down, right in zip(*_draws(seed, first_position, count, shift), strict=True):
+    draws = _draws(seed, first_position, len(sizes), shift)
+    for size, flipped, down, right in zip(sizes, *draws, strict=True):
         transform = Transform(size).flip() if flip and flipped else Transform(size)
         transforms.append(transform.shift(int(down), int(right)))
     return transforms
 
 
 def crop_numbers(seed: int, first_position: int, count: int) -> np.ndarray:
-    """Returns what `crop_box` needs for `count` positions in a row: float64 (count, attempts, 4) in [0, 1)."""
+    """Returns the numbers of `crop_box` for `count` positions, (count, attempts, 4) in [0, 1)."""
     return uniform(words(seed, CROP, first_position, count, ATTEMPTS)).reshape(count, ATTEMPTS, WORDS)
 
 
@@ -70,7 +77,8 @@ def crop_box(
       ratio: smallest and largest width over height, drawn uniformly in its logarithm.
 
     Returns:
-      The first attempt that fits into the image; if none does, the largest box in the center whose shape is allowed.
+      The first attempt that fits into the image; if none does, the largest box in the center whose
+      shape is allowed.
     """
     low, high = (math.log(value) for value in ratio)
     for fraction, shape, down, right in numbers:
@@ -93,7 +101,7 @@ def transform_of_crop(size: Size, box: Box, target: Size) -> Transform:
 
 
 def _draws(seed: int, first_position: int, count: int, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns for each position whether it is flipped, and how far it is shifted down and to the right."""
+    """Returns for each position whether it is flipped, and its shift down and to the right."""
     raw = words(seed, FLIP_AND_SHIFT, first_position, count)
     down, right = (shift - (raw[:, column] % (2 * shift + 1)).astype(int) for column in (1, 2))
     return raw[:, 0] % 2 == 1, down, right

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al., 2020): n operations of fourteen, each drawn anew for every image, all of one magnitude."""
+"""RandAugment (Cubuk et al., 2020): n of fourteen operations an image, of one magnitude."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ ENHANCE = 0.9
 BITS = 4  # that posterizing takes away at most
 
 Operation = Callable[[Image.Image, float], Image.Image]
-"""(image, strength) ↦ image; the strength lies in [−1, 1], and its sign says which way where there are two."""
+"""(image, strength in [−1, 1]) ↦ image; the sign is the direction of an operation that has two."""
 
 
 def randaugment(images: np.ndarray, *, seed: int, first_position: int, count: int, magnitude: float) -> np.ndarray:
@@ -28,7 +28,7 @@ def randaugment(images: np.ndarray, *, seed: int, first_position: int, count: in
       seed: of the augmentation.
       first_position: the position of the first image.
       count: operations an image.
-      magnitude: from 0 to 30; of operations that go two ways, the way is drawn.
+      magnitude: from 0 to 30; the direction of an operation that has two is drawn.
 
     Returns:
       uint8 (B, H, W, 3).

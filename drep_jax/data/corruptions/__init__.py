@@ -1,4 +1,4 @@
-"""Corruptions of images, on the host: what happens to image i depends on (seed, i, corruption), not on its batch."""
+"""Corruptions of images, on the host: functions of (seed, image, corruption), not of the batch."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ from drep_jax.errors import DataError
 __all__ = ["CIFAR10C", "CLEAN", "CORRUPTIONS", "Corruption", "Part", "corrupt", "parse_spec"]
 
 WORD = 2**64
-CHOICE = "which of several"  # no corruption's name has spaces, so the choice shares its random numbers with none
+CHOICE = "which of several"  # no corruption has a name with spaces, so no other draw has this key
 
 
 def corrupt(
@@ -23,25 +23,28 @@ def corrupt(
     seed: int,
     size: Int[np.ndarray, "b 2"] | None = None,
 ) -> Float32[np.ndarray, "b h w c"]:
-    """Corrupts images, each by random numbers of its own.
+    """Corrupts images, each with its own random numbers.
 
-    The numbers are keyed by the corruption's name but not by its strength, so that two strengths of one corruption draw
-    the same noise, and an image whose strength was drawn looks as if that strength had been asked for.
+    The numbers are keyed by the corruption's name but not by its strength. So two strengths of one
+    corruption draw the same noise, and an image whose strength was drawn looks as it would with
+    that strength given.
 
     Args:
-      images: (B, H, W, 1 or 3), grey levels from 0 to 255; they are left as they are.
-      index: (B,), each image's index in its source: the same image is always corrupted in the same way.
-      spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, or several of these joined by
-        commas; see `parse_spec`.
+      images: (B, H, W, 1 or 3), gray levels from 0 to 255; not modified.
+      index: (B,), each image's index in its source: the same image is always corrupted in the same
+        way.
+      spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, or several of
+        these with commas between; see `parse_spec`.
       seed: another seed is other noise.
-      size: (B, 2), height and width of each image without padding, the column "size" of a batch; None where there is no
-        padding. Padding stays as it is, so that what happens to an image does not depend on its bucket.
+      size: (B, 2), height and width of each image without padding, the column "size" of a batch;
+        None where there is no padding. Padding stays as it is, so that what happens to an image
+        does not depend on its bucket.
 
     Returns:
       (B, H, W, C), clipped to 0..255.
 
     Raises:
-      ConfigError: for a spec that cannot be used.
+      ConfigError: for an unknown or impossible spec.
       DataError: for arrays of another shape.
     """
     parts = parse_spec(spec)
@@ -73,7 +76,7 @@ def _apply(part: Part, image: np.ndarray, seed: int, number: int) -> np.ndarray:
 
 
 def _generator(seed: int, number: int, name: str) -> np.random.Generator:
-    # The image's number stands in the highest word of the counter, which no drawing ever reaches.
+    # The image's index is the highest word of the counter, which no draw ever reaches.
     key = np.array([seed % WORD, _hash(name)], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, number % WORD], np.uint64)))
 

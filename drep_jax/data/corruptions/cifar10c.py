@@ -1,7 +1,9 @@
-"""The 15 corruptions × 5 severities of the CIFAR-10-C protocol (Hendrycks & Dietterich 2019), made from its description.
+"""The 15 corruptions × 5 severities of the CIFAR-10-C protocol (Hendrycks & Dietterich 2019).
 
-Every function takes an image float64 (h, w, c) from 0 to 1, a generator and the constants of one severity, and returns
-such an image, which need not be clipped. The constants are meant for 32 × 32 pixels.
+They are implemented from the protocol's description.
+
+Every function takes an image float64 (h, w, c) from 0 to 1, a generator and the constants of one
+severity, and returns an image that need not be clipped. The constants are meant for 32 × 32 pixels.
 """
 
 import functools
@@ -18,7 +20,8 @@ from drep_jax.data.corruptions.filters import correlate, jpeg, plasma, to_pillow
 Image = np.ndarray
 Generator = np.random.Generator
 
-# Mean colour and spread, in grey levels, of the photographs behind the published files (one of them is used twice).
+# Mean color and spread, in gray levels, of the photographs behind the published files (one of them
+# is used twice).
 PANES = (
     ((78, 149, 165), 14),
     ((198, 202, 212), 18),
@@ -43,7 +46,7 @@ def at_severity(image: np.ndarray, rng: Generator, name: str, severity: int) -> 
     """
     function, constants = PROTOCOL[name]
     out = function(image.astype(np.float64) / 255, rng, *constants[severity - 1])
-    # A thousandth, so that a level which came through unchanged is not lowered by the rounding of /255 · 255.
+    # A thousandth more, so that the rounding of /255 · 255 does not lower an unchanged level.
     return np.floor(np.clip(out, 0, 1) * 255 + 1e-3).astype(np.float32)
 
 
@@ -53,18 +56,18 @@ def gaussian_noise(image: Image, rng: Generator, std: float) -> Image:
 
 
 def shot_noise(image: Image, rng: Generator, photons: float) -> Image:
-    """Counts so many photons at white."""
+    """Counts that many photons at white."""
     return rng.poisson(image * photons) / photons
 
 
-def impulse_noise(image: Image, rng: Generator, share: float) -> Image:
-    """Sets a share of the values, channel by channel, to 0 or 1."""
-    struck = rng.random(image.shape) < share
+def impulse_noise(image: Image, rng: Generator, fraction: float) -> Image:
+    """Sets a fraction of the values, channel by channel, to 0 or 1."""
+    struck = rng.random(image.shape) < fraction
     return np.where(struck, rng.integers(0, 2, image.shape), image)
 
 
 def defocus_blur(image: Image, rng: Generator, radius: float, smoothing: float) -> Image:
-    """Averages over a disk whose rim is smoothed by a Gaussian of 3 × 3 pixels."""
+    """Averages over a disk whose edge is smoothed by a Gaussian of 3 × 3 pixels."""
     del rng
     reach = np.arange(-math.floor(radius) - 1, math.floor(radius) + 2)
     disk = (reach[:, None] ** 2 + reach**2 <= radius**2).astype(float)
@@ -75,7 +78,7 @@ def defocus_blur(image: Image, rng: Generator, radius: float, smoothing: float) 
 
 
 def glass_blur(image: Image, rng: Generator, sigma: float, reach: int, rounds: int) -> Image:
-    """Blurs, gives each pixel in turn the value of a near one, and blurs again."""
+    """Blurs, gives each pixel in turn the value of one nearby, and blurs again."""
     height, width, channels = image.shape
     blurred = np.floor(_gaussian(image, sigma) * 255) / 255
     rows, columns = (np.arange(side - reach, reach, -1) for side in (height, width))
@@ -83,7 +86,7 @@ def glass_blur(image: Image, rng: Generator, sigma: float, reach: int, rounds: i
     came_from = list(range(height * width))
     for _ in range(rounds):
         down, right = rng.integers(-reach, reach, (2, len(targets)))
-        # Not at once: a pixel takes what its neighbour holds by then.
+        # One after another: a pixel takes what its neighbor holds by then.
         for target, origin in zip(targets.tolist(), (targets + down * width + right).tolist(), strict=True):
             came_from[target] = came_from[origin]
     return _gaussian(blurred.reshape(-1, channels)[came_from].reshape(image.shape), sigma)
@@ -95,7 +98,7 @@ def motion_blur(image: Image, rng: Generator, radius: int, sigma: float) -> Imag
 
 
 def zoom_blur(image: Image, rng: Generator, end: float) -> Image:
-    """Averages the image with its magnifications from 1 to before `end` in steps of 0.01, as `numpy.arange` counts them."""
+    """Averages the image with its magnifications `numpy.arange(1, end, 0.01)`."""
     del rng
     height, width, channels = image.shape
     vertical, horizontal = _zooms(height, end), _zooms(width, end)
@@ -115,21 +118,21 @@ def snow(
     threshold: float,
     radius: int,
     sigma: float,
-    kept: float,
+    weight: float,
 ) -> Image:
-    """Whitens the image and adds flakes, smeared in a direction within 45° of the vertical, from two sides."""
+    """Whitens the image and adds flakes from two sides, smeared within 45° of the vertical."""
     height, width, channels = image.shape
     layer = _zoom_matrix(height, zoom) @ rng.normal(mean, std, (height, width)) @ _zoom_matrix(width, zoom).T
     flakes = np.floor(np.clip(np.where(layer < threshold, 0, layer), 0, 1) * 255) / 255
     flakes = _smear(flakes[..., None], radius, sigma, rng.uniform(-135, -45))
     luma = image @ np.array(LUMA)[:, None] if channels == 3 else image
-    whitened = kept * image + (1 - kept) * np.maximum(image, 1.5 * luma + 0.5)
+    whitened = weight * image + (1 - weight) * np.maximum(image, 1.5 * luma + 0.5)
     return whitened + flakes + flakes[::-1, ::-1]
 
 
-def frost(image: Image, rng: Generator, kept: float, added: float) -> Image:
+def frost(image: Image, rng: Generator, weight: float, added: float) -> Image:
     """Mixes the image with a frozen pane."""
-    return kept * image + added * _pane(image.shape, rng)
+    return weight * image + added * _pane(image.shape, rng)
 
 
 def fog(image: Image, rng: Generator, amount: float, decay: float) -> Image:
@@ -148,24 +151,25 @@ def brightness(image: Image, rng: Generator, added: float) -> Image:
     return np.where(value > 0, image * (raised / np.where(value > 0, value, 1)), raised)
 
 
-def contrast(image: Image, rng: Generator, kept: float) -> Image:
+def contrast(image: Image, rng: Generator, factor: float) -> Image:
     """Scales the differences from the mean of each channel."""
     del rng
     mean = image.mean(axis=(0, 1), keepdims=True)
-    return mean + kept * (image - mean)
+    return mean + factor * (image - mean)
 
 
 def elastic_transform(image: Image, rng: Generator, amplitude: float, sigma: float, jitter: float) -> Image:
     """Moves three points, the image with them, and then each pixel by a smooth random field.
 
-    The three constants are in shares of the image's side, as in the protocol.
+    The three constants are fractions of the image's side, as in the protocol.
     """
     height, width, _ = image.shape
     side = min(height, width)
-    centre, arm = np.array([height // 2, width // 2], float), side // 3
-    points = centre + arm * np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    center, arm = np.array([height // 2, width // 2], float), side // 3
+    points = center + arm * np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]])
     moved = points + rng.uniform(-jitter * side, jitter * side, points.shape)
-    # Backwards: which place of the image comes to this one. (row, column, 1) @ back = (row', column').
+    # Backwards: the point of the image that comes to this one. (row, column, 1) @ back = (row',
+    # column').
     back = np.linalg.lstsq(np.column_stack([moved, np.ones(3)]), points, rcond=None)[0]
     rows, columns = np.mgrid[:height, :width].astype(float)
     origins = np.stack([rows, columns, np.ones_like(rows)], axis=-1) @ back
@@ -179,11 +183,11 @@ def elastic_transform(image: Image, rng: Generator, amplitude: float, sigma: flo
     return _sample(image, rows + down, columns + right, "reflect")
 
 
-def pixelate(image: Image, rng: Generator, share: float) -> Image:
-    """Shrinks both sides to a share by averaging, and enlarges again."""
+def pixelate(image: Image, rng: Generator, fraction: float) -> Image:
+    """Shrinks both sides to a fraction by averaging, and enlarges again."""
     del rng
     height, width, _ = image.shape
-    small = to_pillow(image * 255).resize((int(width * share), int(height * share)), Pillow.Resampling.BOX)
+    small = to_pillow(image * 255).resize((int(width * fraction), int(height * fraction)), Pillow.Resampling.BOX)
     return np.asarray(small.resize((width, height), Pillow.Resampling.BOX), float).reshape(image.shape) / 255
 
 
@@ -193,7 +197,7 @@ def jpeg_compression(image: Image, rng: Generator, quality: int) -> Image:
     return jpeg(image * 255, quality) / 255
 
 
-# Name ↦ its function and, for the severities 1 to 5, the constants that it is called with.
+# Name ↦ its function and its constants for the severities 1 to 5.
 PROTOCOL: dict[str, tuple[Callable[..., Image], tuple[tuple[Any, ...], ...]]] = {
     "gaussian_noise": (gaussian_noise, ((0.04,), (0.06,), (0.08,), (0.09,), (0.10,))),
     "shot_noise": (shot_noise, ((500,), (250,), (100,), (75,), (50,))),
@@ -231,7 +235,7 @@ def _gaussian(image: Image, sigma: float) -> Image:
 
 
 def _smear(image: Image, radius: int, sigma: float, degrees: float) -> Image:
-    """Averages over places 0 to 2 · radius pixels away in one direction, with weights exp(−distance² / 2σ²)."""
+    """Averages over 2 · radius pixels in one direction, weighted by exp(−distance² / 2σ²)."""
     distance = np.arange(2 * radius + 1)
     weights = np.exp(-(distance**2) / (2 * sigma**2))
     angle = math.radians(degrees)
@@ -255,7 +259,7 @@ def _zooms(side: int, end: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _zoom_matrix(side: int, factor: float) -> np.ndarray:
-    """Returns the matrix (side, side) that magnifies a line of pixels about its middle, linearly interpolated."""
+    """Returns the matrix (side, side) that magnifies a line of pixels about its center."""
     cut = math.ceil(side / factor)
     grown = max(round(cut * factor), 2)
     places = (np.arange(side) + (grown - side) // 2) * (cut - 1) / (grown - 1)
@@ -268,13 +272,13 @@ def _zoom_matrix(side: int, factor: float) -> np.ndarray:
 
 
 def _pane(shape: tuple[int, ...], rng: Generator) -> np.ndarray:
-    """Returns a frozen pane, 0 to 1, made up: needles of ice over slower changes, in the colour of one of `PANES`."""
+    """Returns a synthetic frozen pane, 0 to 1: needles of ice over slow changes, tinted."""
     height, width, channels = shape
-    colour, spread = PANES[rng.integers(len(PANES))]
+    color, spread = PANES[rng.integers(len(PANES))]
     needles = correlate(rng.standard_normal((height, width, 1)), _needle(rng.uniform(0, math.pi)), "edge")
     slow = plasma(height, width, 1.5, rng)[..., None]
-    pattern = sum(math.sqrt(share) * _standard(part) for share, part in ((0.75, needles), (0.25, slow)))
-    tint = np.array(colour if channels == 3 else [np.dot(LUMA, colour)])
+    pattern = sum(math.sqrt(weight) * _standard(part) for weight, part in ((0.75, needles), (0.25, slow)))
+    tint = np.array(color if channels == 3 else [np.dot(LUMA, color)])
     return np.clip(tint + 10 * rng.standard_normal() + spread * pattern, 0, 255) / 255
 
 

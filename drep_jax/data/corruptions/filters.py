@@ -1,4 +1,4 @@
-"""What several corruptions share, on arrays (height, width, channels): sparse kernels, JPEG, fractal noise."""
+"""Sparse kernels, JPEG and fractal noise on arrays (h, w, c), for several corruptions."""
 
 import io
 
@@ -7,14 +7,14 @@ from PIL import Image
 
 
 def correlate(image: np.ndarray, kernel: np.ndarray, border: str) -> np.ndarray:
-    """Returns Σ kernel[u, v] · image[y + u − U, x + v − V], with (U, V) the kernel's centre.
+    """Returns Σ kernel[u, v] · image[y + u − U, x + v − V], with (U, V) the kernel's center.
 
-    Only the entries that are not 0 cost time: the kernels of motion are lines.
+    Only non-zero entries cost time: the kernels of motion are lines.
 
     Args:
       image: (h, w, c).
       kernel: both sides odd.
-      border: how to go on beyond the image, as a mode of `numpy.pad`.
+      border: a mode of `numpy.pad`, for what is beyond the image.
     """
     height, width, _ = image.shape
     up, left = kernel.shape[0] // 2, kernel.shape[1] // 2
@@ -26,7 +26,7 @@ def correlate(image: np.ndarray, kernel: np.ndarray, border: str) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Returns the image, levels 0 to 255, after baseline JPEG as Pillow writes it (colour at half the resolution)."""
+    """Returns the image, levels 0 to 255, after Pillow's JPEG (color at half resolution)."""
     stream = io.BytesIO()
     to_pillow(image).save(stream, "JPEG", quality=quality)
     with Image.open(stream) as decoded:
@@ -40,10 +40,10 @@ def to_pillow(image: np.ndarray) -> Image.Image:
 
 
 def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns fractal noise (height, width) from 0 to 1, by the diamond-square algorithm on a torus.
+    """Returns fractal noise (height, width), 0 to 1, by the diamond-square algorithm on a torus.
 
-    Each point is the mean of its four neighbours on the next coarser grid plus a uniform number, whose range falls by
-    decay² from one grid to the next finer one: a larger decay is smoother.
+    Each point is the mean of its four neighbors on the next coarser grid plus a uniform number,
+    whose range falls by decay² from one grid to the next finer one: a larger decay is smoother.
     """
     size = 2
     while size < max(height, width):
@@ -51,17 +51,17 @@ def plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> n
     field = np.zeros((size, size))
     spread, step = 1.0, size
 
-    def mean(*neighbours: np.ndarray) -> np.ndarray:
-        return sum(neighbours) / 4 + rng.uniform(-spread, spread, neighbours[0].shape)
+    def mean(*neighbors: np.ndarray) -> np.ndarray:
+        return sum(neighbors) / 4 + rng.uniform(-spread, spread, neighbors[0].shape)
 
     while step > 1:
         half = step // 2
         corners = field[::step, ::step]
         right, below = np.roll(corners, -1, axis=1), np.roll(corners, -1, axis=0)
-        centres = mean(corners, right, below, np.roll(below, -1, axis=1))
-        field[half::step, half::step] = centres
-        field[::step, half::step] = mean(corners, right, centres, np.roll(centres, 1, axis=0))
-        field[half::step, ::step] = mean(corners, below, centres, np.roll(centres, 1, axis=1))
+        centers = mean(corners, right, below, np.roll(below, -1, axis=1))
+        field[half::step, half::step] = centers
+        field[::step, half::step] = mean(corners, right, centers, np.roll(centers, 1, axis=0))
+        field[half::step, ::step] = mean(corners, below, centers, np.roll(centers, 1, axis=1))
         spread, step = spread / decay**2, half
     field -= field.min()
     return (field / field.max())[:height, :width]

@@ -1,4 +1,4 @@
-"""Corruptions whose strength is a physical amount, from 0 (nothing) upwards: (image, rng, strength) -> image."""
+"""Corruptions (image, rng, strength) -> image whose strength is a physical quantity, 0 for none."""
 
 import dataclasses
 import math
@@ -13,20 +13,21 @@ from drep_jax.data.corruptions.filters import correlate, jpeg
 Image = Float32[np.ndarray, "h w c"]
 
 WHITE = 255.0
-# The sensor of low_light, of the size found in phones: electrons that white gives at the right exposure, and the
+# The sensor of low_light, as in a phone: electrons at white with the right exposure, and the
 # standard deviation of reading one pixel, in electrons.
 WHITE_ELECTRONS = 4000.0
 READ_ELECTRONS = 2.5
 
 
 def gaussian(image: Image, rng: np.random.Generator, std: float) -> Image:
-    """Returns image + std · z with z ~ N(0, 1) for each value; std in grey levels."""
+    """Returns image + std · z with z ~ N(0, 1) for each value; std in gray levels."""
     return image + np.float32(std) * rng.standard_normal(image.shape, np.float32)
 
 
 def shot(image: Image, rng: np.random.Generator, std_at_white: float) -> Image:
-    """Counts photons: Poisson noise, whose standard deviation is std_at_white · √(level / 255) grey levels."""
-    # White is a count of (255 / std)², whose deviation is its root. Below a thousandth of a level the counts get too large.
+    """Poisson noise of standard deviation std_at_white · √(level / 255) gray levels."""
+    # White is a count of (255 / std)², whose deviation is its root. Below a thousandth of a level
+    # the counts get too large.
     photons = (WHITE / max(std_at_white, 1e-3)) ** 2
     return (rng.poisson(image.astype(np.float64) / WHITE * photons) * (WHITE / photons)).astype(np.float32)
 
@@ -38,9 +39,10 @@ def blur(image: Image, rng: np.random.Generator, sigma: float) -> Image:
 
 
 def motion(image: Image, rng: np.random.Generator, distance: float) -> Image:
-    """Averages the image over a straight move of so many pixels, at constant speed in a random direction."""
+    """Averages over a steady straight motion of that many pixels in a random direction."""
     angle = rng.uniform(0, math.pi)
-    # Places along the path, four a pixel, by the trapezoidal rule; each is spread over its four nearest pixels.
+    # Points along the path, four a pixel, by the trapezoidal rule; each is spread over its four
+    # nearest pixels.
     places = np.linspace(-distance / 2, distance / 2, math.ceil(4 * distance) + 1)
     weights = np.ones(len(places))
     weights[[0, -1]] = 0.5
@@ -50,22 +52,23 @@ def motion(image: Image, rng: np.random.Generator, distance: float) -> Image:
     for down in (0, 1):
         for across in (0, 1):
             row, column = np.floor(rows).astype(int) + down, np.floor(columns).astype(int) + across
-            share = (1 - np.abs(rows - row)) * (1 - np.abs(columns - column))
-            np.add.at(kernel, (row, column), weights / weights.sum() * share)
+            weight = (1 - np.abs(rows - row)) * (1 - np.abs(columns - column))
+            np.add.at(kernel, (row, column), weights / weights.sum() * weight)
     return correlate(image, kernel, "symmetric")
 
 
 def compress(image: Image, rng: np.random.Generator, loss: float) -> Image:
-    """JPEG of quality 100 − loss, rounded to a whole number, with colour at half the resolution."""
+    """JPEG of quality 100 − loss, rounded to a whole number, with color at half the resolution."""
     del rng
     return jpeg(image, round(100 - loss))
 
 
 def low_light(image: Image, rng: np.random.Generator, stops: float) -> Image:
-    """Takes the picture again with 2^stops times less light and no amplification.
+    """Takes the photograph again with 2^stops times less light and no amplification.
 
-    Light is halved on a linear scale: levels are decoded and encoded by the curve of sRGB. The sensor catches 4,000
-    electrons where the well-exposed picture is white, and reads each value with a deviation of 2.5 electrons.
+    Light is halved on a linear scale: levels are decoded and encoded by the sRGB curve. The sensor
+    catches 4,000 electrons where the well-exposed photograph is white, and reads each value with a
+    standard deviation of 2.5 electrons.
     """
     electrons = _linear(image.astype(np.float64) / WHITE) * WHITE_ELECTRONS / 2**stops
     read = rng.poisson(electrons) + READ_ELECTRONS * rng.standard_normal(image.shape)
@@ -73,19 +76,19 @@ def low_light(image: Image, rng: np.random.Generator, stops: float) -> Image:
 
 
 def impulse(image: Image, rng: np.random.Generator, percent: float) -> Image:
-    """Sets so many per cent of the pixels to black or white, each as likely as the other."""
+    """Sets that percentage of the pixels to black or white, with equal probability."""
     struck = rng.random((*image.shape[:2], 1)) < percent / 100
     white = rng.random((*image.shape[:2], 1)) < 0.5
     return np.where(struck, np.where(white, np.float32(WHITE), np.float32(0)), image)
 
 
 def brightness(image: Image, rng: np.random.Generator, levels: float) -> Image:
-    """Adds so many grey levels to the whole image, or takes them away, each as likely as the other."""
+    """Adds that many gray levels to the whole image or subtracts them, with equal probability."""
     return image + np.float32(levels if rng.random() < 0.5 else -levels)
 
 
 def contrast(image: Image, rng: np.random.Generator, percent: float) -> Image:
-    """Brings every value so many per cent nearer to the mean of its channel, as haze does."""
+    """Brings every value nearer to the mean of its channel by that percentage, as haze does."""
     del rng
     mean = image.mean(axis=(0, 1), keepdims=True)
     return mean + np.float32(1 - percent / 100) * (image - mean)
@@ -104,10 +107,11 @@ class Corruption:
     """One kind of corruption.
 
     Attributes:
-      function: (image float32 (h, w, c) of levels 0 to 255, generator, strength above 0) -> image; it need not clip.
-      default: (low, high), the range of strengths when none is given.
-      unit: what the strength counts, for messages and documents.
-      largest: the largest strength that makes sense or that the function can bear.
+      function: (image float32 (h, w, c) of levels 0 to 255, generator, strength above 0) -> image;
+        need not clip.
+      default: (low, high), range of strengths when none is given.
+      unit: of the strength, for messages and documentation.
+      largest: largest strength that makes sense or that the function can compute.
     """
 
     function: Callable[[np.ndarray, np.random.Generator, float], np.ndarray]
@@ -118,13 +122,13 @@ class Corruption:
 
 # Another corruption is one function and one line here.
 CORRUPTIONS: dict[str, Corruption] = {
-    "gaussian": Corruption(gaussian, (0.0, 40.0), "standard deviation in grey levels", 1000),
-    "shot": Corruption(shot, (0.0, 40.0), "standard deviation at white in grey levels", 255),
+    "gaussian": Corruption(gaussian, (0.0, 40.0), "standard deviation in gray levels", 1000),
+    "shot": Corruption(shot, (0.0, 40.0), "standard deviation at white in gray levels", 255),
     "blur": Corruption(blur, (0.0, 2.0), "standard deviation in pixels", 100),
     "motion": Corruption(motion, (0.0, 8.0), "length in pixels minus 1", 200),
     "jpeg": Corruption(compress, (0.0, 85.0), "100 minus the JPEG quality", 99),
     "low_light": Corruption(low_light, (0.0, 5.0), "stops of exposure lost", 16),
-    "impulse": Corruption(impulse, (0.0, 20.0), "per cent of the pixels", 100),
-    "brightness": Corruption(brightness, (0.0, 60.0), "grey levels, up or down", 255),
-    "contrast": Corruption(contrast, (0.0, 80.0), "per cent of the contrast lost", 100),
+    "impulse": Corruption(impulse, (0.0, 20.0), "percent of the pixels", 100),
+    "brightness": Corruption(brightness, (0.0, 60.0), "gray levels, up or down", 255),
+    "contrast": Corruption(contrast, (0.0, 80.0), "percent of the contrast lost", 100),
 }

@@ -18,8 +18,8 @@ class Part:
 
     Attributes:
       name: `clean`, a key of `CORRUPTIONS`, or `cifar10c:` and a name of `CIFAR10C`.
-      low: the smallest strength, in the unit of the corruption, or the severity.
-      high: the largest strength; each image's is drawn uniformly between the two.
+      low: smallest strength, in the unit of the corruption, or the severity.
+      high: largest strength; that of each image is drawn uniformly between the two.
     """
 
     name: str
@@ -28,17 +28,21 @@ class Part:
 
 
 def parse_spec(spec: str) -> tuple[Part, ...]:
-    """Parses corruptions joined by commas, one of which each image gets; one that stands twice is twice as likely.
+    """Parses corruptions joined by commas, one of which each image gets, all equally likely.
+
+    One that is named twice is twice as likely.
 
     Args:
-      spec: `clean`; `NAME:STRENGTH`; `NAME:LOW..HIGH`, a strength drawn uniformly for each image; `NAME`, the same
-        with the default range of the corruption; `cifar10c:NAME:SEVERITY` with a severity from 1 to 5.
+      spec: `clean`; `NAME:STRENGTH`; `NAME:LOW..HIGH`, a strength drawn uniformly for each image;
+        `NAME`, the same in the corruption's default range; `cifar10c:NAME:SEVERITY` with a severity
+        from 1 to 5.
 
     Returns:
       One `Part` a corruption, in the order given.
 
     Raises:
-      ConfigError: for an unknown name, or a strength that is not a number in the range of the corruption.
+      ConfigError: for an unknown name, or a strength that is not a number in the range of the
+        corruption.
 
     >>> parse_spec("clean,gaussian:0..40")
     (Part(name='clean', low=0.0, high=0.0), Part(name='gaussian', low=0.0, high=40.0))

@@ -1,4 +1,4 @@
-"""Data sets for re-identification, read as they are published: `NAME:DIR?option=value&option=value`."""
+"""Data sets for re-identification, read as published: `NAME:DIR?option=value&option=value`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,14 @@ HELD_OUT = "0.1"
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How a data set is read: from its folder or file and its options, of which these are known."""
+    """How a data set is read from its folder or file and its options, and their names."""
 
     read: Callable[[Path, Mapping[str, str]], Listed]
     options: tuple[str, ...] = ()
 
 
-# Another data set is one reader here, one line in drep_jax/data/__init__.py and, for TFDS, one class in builders.py.
+# Another data set is one reader here, one line in drep_jax/data/__init__.py and, for TFDS, one
+# class in builders.py.
 READERS: dict[str, Reader] = {
     "market1501": Reader(market.read_market1501, ("distractors",)),
     "duke": Reader(market.read_duke),
@@ -42,14 +43,15 @@ def open_reid(
     """Opens a split of a data set for re-identification.
 
     Args:
-      kind: which, among READERS.
-      argument: its folder or file, relative to `data_dir` where that is given, and its options behind a `?`; all take
-        `held_out`, the share of the training identities that is the validation split.
+      kind: a key of READERS.
+      argument: its folder or file, relative to `data_dir` where that is given, and its options
+        after a `?`. All take `held_out`, the fraction of the training identities that becomes the
+        validation split.
       split, image_size, resize, data_dir: as for `drep_jax.data.open_source`.
 
     Raises:
       ConfigError: for unknown options.
-      DataError: for a data set that is absent, another one, or not as expected.
+      DataError: for a data set that is absent, or another one, or not laid out as expected.
     """
     reader = lookup(READERS, kind, "data set for re-identification")
     path, options = parsed(kind, argument, (*reader.options, "held_out"))

@@ -1,4 +1,4 @@
-"""TFDS builders of the data sets for re-identification: they prepare from the unpacked originals, without TensorFlow."""
+"""TFDS builders of the data sets for re-identification, from the originals, without TensorFlow."""
 
 import io
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 class ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Train, query and gallery images of one data set, in the order in which its folder is read.
 
-    An image that is both query and in the gallery stands in the split query, with both flags; if all are, there is no split
-    gallery.
+    An image that is both a query and in the gallery is in the split query, with both flags; if all
+    are, there is no split gallery.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The unpacked data set, in the folders in which it is published."
     OPTION: ClassVar[str | None] = None
-    """Which option of the reader the configuration's name is."""
+    """The reader's option that the configuration's name is the value of."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -38,7 +38,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             builder=self,
             features=tfds.features.FeaturesDict(features),
             metadata=tfds.core.MetadataDict(),
-            disable_shuffling=True,  # a folder and what is prepared from it are to give the same images in the same order
+            disable_shuffling=True,  # the folder and the prepared set give the same images in the same order
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -50,7 +50,8 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             "query": [entry for entry in listed.test if entry.query],
             "gallery": [entry for entry in listed.test if not entry.query],
         }
-        # TFDS refuses empty splits; the gallery is one where all its images are queries, too, as in VehicleID.
+        # TFDS refuses empty splits. The gallery is empty where all its images are queries, too, as
+        # in VehicleID.
         return {name: self._generate_examples(entries) for name, entries in parts.items() if entries}
 
     def _generate_examples(self, entries: Any) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -59,7 +60,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
 
 def described(listed: Listed) -> dict[str, Any]:
-    """Returns what is to be known of a data set besides its images, as JSON."""
+    """Returns what a reader knows of a data set besides its images, as JSON."""
     return {
         "title": listed.title,
         "cameras": listed.cameras,
@@ -101,7 +102,7 @@ class Cuhk03(ReidBuilder):
     OPTION = "boxes"
     BUILDER_CONFIGS: ClassVar = [
         tfds.core.BuilderConfig(name="labeled", description="boxes drawn by hand"),
-        tfds.core.BuilderConfig(name="detected", description="boxes found by a detector"),
+        tfds.core.BuilderConfig(name="detected", description="boxes of a detector"),
     ]
 
 

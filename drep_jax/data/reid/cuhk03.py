@@ -1,11 +1,12 @@
-"""CUHK03 in the new protocol (767 persons for training, 700 for testing), with labelled or detected boxes.
+"""CUHK03 in the new protocol (767 persons to train, 700 to test), labeled or detected boxes.
 
-Three forms are read, all with images that have been taken out of cuhk-03.mat:
-- images_labeled/1_001_1_01.png (pair of cameras, person, view, image) with cuhk03_new_protocol_config_labeled.mat;
+Three forms are read, all with images extracted from cuhk-03.mat:
+- images_labeled/1_001_1_01.png (pair of cameras, person, view, image) with
+  cuhk03_new_protocol_config_labeled.mat;
 - the same images with splits_new_labeled.json;
 - labeled/bounding_box_train, query and bounding_box_test with 0001_c1_1.png ("CUHK03-NP").
 
-A person is seen by the two cameras of one pair, so that cameras are numbered by the view, 0 and 1.
+A person is seen by the two cameras of one pair; cameras are numbered by the view, 0 and 1.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from drep_jax.data.reid.layout import CUHK03_NP_NAME, MARKET_FOLDERS, recognised, wrong_folder
+from drep_jax.data.reid.layout import CUHK03_NP_NAME, MARKET_FOLDERS, recognized, wrong_folder
 from drep_jax.data.reid.listing import Entry, Listed, check_listed_files, merged
 from drep_jax.data.reid.market import read_market_form
 from drep_jax.errors import ConfigError, DataError
@@ -38,7 +39,7 @@ def read_cuhk03(root: Path, options: Mapping[str, str]) -> Listed:
       options: `boxes`, labeled (by hand, the default) or detected.
 
     Raises:
-      DataError: when it is another data set, or images or split are not there in a form that is read.
+      DataError: when it is another data set, or images or split are not in one of the three forms.
     """
     boxes = options.get("boxes", "labeled")
     if boxes not in BOXES:
@@ -61,8 +62,8 @@ def read_cuhk03(root: Path, options: Mapping[str, str]) -> Listed:
 
 def _named_so(folders: Path) -> bool:
     """Returns whether folders in Market-1501's form are CUHK03's."""
-    found = recognised(folders)
-    return found is not None and found[1] == "cuhk03"
+    known = recognized(folders)
+    return known is not None and known[1] == "cuhk03"
 
 
 def _unusable(root: Path, boxes: str, title: str) -> DataError:
@@ -94,16 +95,16 @@ def _names_of_mat(file: Path) -> dict[str, list[str]]:
         raise DataError(f"{file} cannot be read as a MATLAB file: {error}.") from error
     except KeyError as error:
         raise DataError(f"{file} lacks {error}; expected filelist, train_idx, query_idx and gallery_idx.") from error
-    for part, found in places.items():
-        if found.size and not 0 <= found.min() <= found.max() < len(names):
+    for part, chosen in places.items():
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(names):
             raise DataError(
-                f"{file}: {part}_idx goes from {found.min() + 1} to {found.max() + 1} of {len(names)} files."
+                f"{file}: {part}_idx goes from {chosen.min() + 1} to {chosen.max() + 1} of {len(names)} files."
             )
-    return {part: [names[place] for place in found] for part, found in places.items()}
+    return {part: [names[place] for place in chosen] for part, chosen in places.items()}
 
 
 def _names_of_json(file: Path) -> dict[str, list[str]]:
-    """Returns the names in torchreid's file; the folders before them are those of whoever wrote it."""
+    """Returns the names in torchreid's file, without the folders of the machine that wrote it."""
     try:
         split: Any = json.loads(file.read_text(encoding="utf-8"))[0]
         return {part: [re.split(r"[/\\]", str(item[0]))[-1] for item in split[part]] for part in PARTS}
@@ -114,14 +115,14 @@ def _names_of_json(file: Path) -> dict[str, list[str]]:
 
 
 def _entries(names: list[str], images: Path, file: Path) -> list[Entry]:
-    found = [(NAME.fullmatch(name), name) for name in names]
-    odd = [name for match, name in found if match is None]
+    matches = [(NAME.fullmatch(name), name) for name in names]
+    odd = [name for match, name in matches if match is None]
     if odd:
         raise DataError(f"{file} names {odd[0]!r}; expected PAIR_PERSON_VIEW_IMAGE.png, as in 1_001_1_01.png.")
     paths = [str(images / name) for name in names]
     check_listed_files(list(enumerate(paths, 1)), file)
     return [
         Entry(path, path, f"{match['pair']}_{match['person']}", int(match["view"]) - 1)
-        for (match, _), path in zip(found, paths, strict=True)
+        for (match, _), path in zip(matches, paths, strict=True)
         if match is not None
     ]

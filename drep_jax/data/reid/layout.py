@@ -1,4 +1,4 @@
-"""Which data set a folder holds, so that a wrong one is named, and where in it the data set begins."""
+"""Which data set a folder holds, so that messages can name a wrong one, and where it begins."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ CUHK03_NP_NAME = re.compile(r"(?P<identity>\d{4})_c(?P<camera>\d+)_\d+\.(?:png|j
 MARKET_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 VERI_FOLDERS = ("image_train", "image_query", "image_test")
 
-# The usual names of the folders that the archives unpack to.
+# Usual names of the folders that the archives unpack to.
 USUAL = (
     "Market-1501-v15.09.15",
     "DukeMTMC-reID",
@@ -30,8 +30,8 @@ USUAL = (
 )
 
 
-def recognised(root: Path) -> tuple[str, str] | None:
-    """Returns what a folder holds and the source that reads it; None for what is not known."""
+def recognized(root: Path) -> tuple[str, str] | None:
+    """Returns the data set in a folder and the source that reads it; None if it is unknown."""
     names = {path.name for path in root.iterdir()} if root.is_dir() else set()
     if "mask_train_v2" in names or "mask_test_v2" in names:
         return "MSMT17-V2", "msmt17"
@@ -45,8 +45,8 @@ def recognised(root: Path) -> tuple[str, str] | None:
         return "CUHK03", "cuhk03"
     if any((root / kind / "bounding_box_train").is_dir() for kind in ("labeled", "detected")):
         return "CUHK03 of the new protocol", "cuhk03"
-    held = [root / name for name in MARKET_FOLDERS if (root / name).is_dir()]
-    return _of_market_form(held) if {path.name for path in held} - {"query"} else None
+    present = [root / name for name in MARKET_FOLDERS if (root / name).is_dir()]
+    return _of_market_form(present) if {path.name for path in present} - {"query"} else None
 
 
 def _of_market_form(folders: Sequence[Path]) -> tuple[str, str]:
@@ -62,14 +62,14 @@ def _of_market_form(folders: Sequence[Path]) -> tuple[str, str]:
 
 
 def begin(root: Path, needed: Sequence[str]) -> Path:
-    """Returns `root`, or its folder with one of the usual names where only that has all that is needed."""
+    """Returns `root`, or its subfolder of a usual name if only that has all that is needed."""
     inside = [root / name for name in USUAL if all((root / name / part).exists() for part in needed)]
     here = all((root / part).exists() for part in needed)
     return inside[0] if len(inside) == 1 and not here else root
 
 
 def check_layout(root: Path, needed: Sequence[str], title: str, spec: str) -> None:
-    """Raises DataError, saying what the folder holds instead, unless it has all the parts that are needed."""
+    """Raises DataError, naming what the folder holds, unless it has all that is needed."""
     absent = [part for part in needed if not (root / part).exists()]
     if absent:
         raise wrong_folder(root, f"it lacks {', '.join(absent)}", needed, title, spec)
@@ -80,9 +80,9 @@ def wrong_folder(root: Path, why: str, needed: Sequence[str], title: str, spec: 
     if not root.is_dir():
         return DataError(f"There is no directory {root} (looked for {root.absolute()}).")
     expected = f"expected {title}: {', '.join(needed)}"
-    found = recognised(root)
-    if found is not None and found[1] != spec:
-        return DataError(f'This is {found[0]}, {expected}. {root} is read by the source "{found[1]}:{root}".')
-    inside = [(name, recognised(root / name)) for name in USUAL if (root / name).is_dir()]
+    known = recognized(root)
+    if known is not None and known[1] != spec:
+        return DataError(f'This is {known[0]}, {expected}. {root} is read by the source "{known[1]}:{root}".')
+    inside = [(name, recognized(root / name)) for name in USUAL if (root / name).is_dir()]
     hint = "".join(f" {root / name} is {what[0]}." for name, what in inside if what)
     return DataError(f"{root} cannot be read: {why}; {expected}.{hint}")

@@ -1,4 +1,4 @@
-"""What a reader knows of a data set for re-identification before an image is decoded, and the checks that all sets pass."""
+"""A data set for re-identification before its images are decoded, and checks for all of them."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from drep_jax.metrics.protocol import Protocol
 
 SHOWN = 5
 JUNK = "-1"
-"""The identity of boxes that are wrong but not other persons: no image of it is used."""
+"""Identity of wrong boxes that show no other person either: none of its images is used."""
 
 PERSONS = Protocol()
 """Single query, without gallery images of the same identity and camera."""
@@ -27,13 +27,13 @@ class Entry(NamedTuple):
     """One image.
 
     Attributes:
-      image: the path of its file, its bytes, or what returns its bytes.
+      image: path of its file, its bytes, or a function that returns its bytes.
       where: what to call it in messages.
-      identity: the name of who or what it shows, as the data set writes it.
+      identity: name of who or what it shows, as in the data set.
       camera: from 0.
       view: from 0; -1 where it is unknown.
-      query, gallery: whether a test image is searched with, and searched for.
-      attributes: what else is known of it, by name.
+      query, gallery: whether a test image is a query, and whether it is in the gallery.
+      attributes: other labels, by name.
     """
 
     image: str | bytes | Callable[[], bytes]
@@ -51,13 +51,14 @@ class Listed:
     """A data set: its images for training, and those for testing.
 
     Attributes:
-      title: what the data set is called.
+      title: name of the data set.
       where: its folder or file, for messages.
-      train: the images that are learned from, of all training identities.
+      train: images to learn from, of all training identities.
       test: queries, then the rest of the gallery.
-      cameras: how many cameras the data set has.
+      cameras: number of cameras.
       protocol: how it is evaluated.
-      published: (identities, images) of "train", "query", "gallery" or "test" in the literature; empty for own images.
+      published: (identities, images) of "train", "query", "gallery" or "test" in the literature;
+        empty for other images.
       one_numbering: whether a name means the same identity in train and test.
       remarks: what else the user should know.
     """
@@ -74,12 +75,12 @@ class Listed:
 
     @property
     def views(self) -> int:
-        """How many views there are; 0 where none is known."""
+        """Number of views; 0 where none is known."""
         return max((entry.view for entry in (*self.train, *self.test)), default=-1) + 1
 
     @property
     def parts(self) -> dict[str, list[Entry]]:
-        """The images by the parts that are counted: train, query and gallery, or train and test."""
+        """The images by part: train, query and gallery, or train and test."""
         if self.protocol.trials:
             return {"train": list(self.train), "test": list(self.test)}
         return {
@@ -90,10 +91,11 @@ class Listed:
 
 
 def checked(listed: Listed) -> Listed:
-    """Returns the data set if it can be trained with and evaluated on.
+    """Returns the data set, if it is fit for training and evaluation.
 
     Raises:
-      DataError: for a part without images, an identity in both train and test, or queries that all lack a right answer.
+      DataError: for a part without images, an identity in both train and test, or queries that all
+        lack a match.
     """
     where = f"{listed.title} in {listed.where}"
     for name, entries in listed.parts.items():
@@ -117,19 +119,19 @@ def checked(listed: Listed) -> Listed:
 
 
 def matches(listed: Listed) -> Iterator[bool]:
-    """Yields, for each query, whether the gallery holds an image of its identity that the protocol counts."""
+    """Yields, for each query, whether the gallery has a match that the protocol counts."""
     seen = Counter((entry.identity, entry.camera) for entry in listed.test if entry.gallery)
     total = Counter(entry.identity for entry in listed.test if entry.gallery)
     for entry in listed.test:
         if entry.query:
-            own = seen[entry.identity, entry.camera] if listed.protocol.cross_camera else int(entry.gallery)
-            yield total[entry.identity] > own
+            excluded = seen[entry.identity, entry.camera] if listed.protocol.cross_camera else int(entry.gallery)
+            yield total[entry.identity] > excluded
 
 
 def note_of(listed: Listed, split: str) -> str:
-    """Returns how many identities and images a split has, next to what is published, and what else is to be said."""
+    """Returns the counts of a split's identities and images, the published ones, and remarks."""
     names = [name for name in listed.parts if (name == "train") != (split == "test")]
-    told = [_count(name, listed.parts[name], listed.published.get(name)) for name in names]
+    counts = [_count(name, listed.parts[name], listed.published.get(name)) for name in names]
     remarks = list(listed.remarks)
     if split == "test":
         lacking = sum(not match for match in matches(listed))
@@ -138,21 +140,21 @@ def note_of(listed: Listed, split: str) -> str:
             remarks.append(
                 f"{counted(lacking, 'query has', 'queries have')} no gallery image of the identity{elsewhere}."
             )
-    return " ".join([f"{listed.title}: {'; '.join(told)}.", *remarks])
+    return " ".join([f"{listed.title}: {'; '.join(counts)}.", *remarks])
 
 
 def _count(name: str, entries: Sequence[Entry], published: tuple[int, int] | None) -> str:
     identities, images = len({entry.identity for entry in entries}), len(entries)
-    found = f"{name} {counted(identities, 'identity', 'identities')}, {counted(images, 'image', 'images')}"
+    text = f"{name} {counted(identities, 'identity', 'identities')}, {counted(images, 'image', 'images')}"
     if published is None:
-        return found
+        return text
     if published == (identities, images):
-        return f"{found}, as published"
-    return f"{found} (published: {published[0]:,} and {published[1]:,})"
+        return f"{text}, as published"
+    return f"{text} (published: {published[0]:,} and {published[1]:,})"
 
 
 def merged(query: Iterable[Entry], gallery: Iterable[Entry], key: Callable[[Entry], object]) -> list[Entry]:
-    """Returns queries, then gallery images; one that is both, by its key, stands once, as both."""
+    """Returns queries, then gallery images; one that is both, by its key, is there once."""
     queries = [entry._replace(query=True) for entry in query]
     places = {key(entry): place for place, entry in enumerate(queries)}
     rest = []
@@ -179,14 +181,14 @@ def camera_number(text: str, cameras: int, title: str, where: str) -> int:
 def read_flat(
     folder: Path, grammar: re.Pattern[str], title: str, cameras: int, *, instead: str = ""
 ) -> tuple[list[Entry], int]:
-    """Reads a folder of images whose names tell identity and camera.
+    """Reads a folder of images whose names hold identity and camera.
 
     Args:
-      folder: with the images directly in it; other files are passed over.
+      folder: with the images directly in it; other files are ignored.
       grammar: of a name, with the groups identity and camera.
       title: of the data set, for messages.
-      cameras: how many it has.
-      instead: what to say where names do not fit.
+      cameras: number of cameras.
+      instead: what to advise where names do not fit.
 
     Returns:
       The images in the order of their names, and how many more are junk.
@@ -194,28 +196,31 @@ def read_flat(
     Raises:
       DataError: for names that do not fit and cameras that do not exist.
     """
-    found = [(name, grammar.fullmatch(name)) for name in image_names(folder)]
-    odd = [name for name, match in found if match is None]
+    matched = [(name, grammar.fullmatch(name)) for name in image_names(folder)]
+    odd = [name for name, match in matched if match is None]
     if odd:
         raise DataError(
-            f"{counted(len(odd), 'image', 'images')} of {len(found):,} in {folder} are not named as in {title}: "
+            f"{counted(len(odd), 'image', 'images')} of {len(matched):,} in {folder} are not named as in {title}: "
             f"{few(odd)}. {instead}".rstrip()
         )
-    kept = [
-        (os.path.join(folder, name), match) for name, match in found if match is not None and match["identity"] != JUNK
+    used = [
+        (os.path.join(folder, name), match)
+        for name, match in matched
+        if match is not None and match["identity"] != JUNK
     ]
     entries = [
         Entry(path, path, match["identity"], camera_number(match["camera"], cameras, title, path))
-        for path, match in kept
+        for path, match in used
     ]
-    return entries, len(found) - len(kept)
+    return entries, len(matched) - len(used)
 
 
 def read_lines(file: Path, words: int, what: str) -> list[tuple[int, list[str]]]:
-    """Returns the words of each line that is not blank, with its number from 1.
+    """Returns the words of each line that is not blank, with the line's number from 1.
 
     Raises:
-      DataError: for a file that is not there or not text, and for a line with another number of words than `words`.
+      DataError: for a file that is absent or not text, and for a line with another number of words
+        than `words`.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -224,48 +229,49 @@ def read_lines(file: Path, words: int, what: str) -> list[tuple[int, list[str]]]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as text: {error}.") from error
     lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    for number, found in lines:
-        if len(found) != words:
-            raise DataError(f"{file}, line {number}: expected {what}; got {' '.join(found)!r}.")
+    for number, line_words in lines:
+        if len(line_words) != words:
+            raise DataError(f"{file}, line {number}: expected {what}; got {' '.join(line_words)!r}.")
     return lines
 
 
 def image_names(folder: Path | str) -> list[str]:
     """Returns the names of the image files directly in a folder, sorted.
 
-    Names instead of `Path`s, as paths are strings in this package: of 126,000 images, making `Path`s takes ten seconds.
+    Names instead of `Path`s, as paths are strings in this package: of 126,000 images, making
+    `Path`s takes ten seconds.
     """
     return sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES) and not name.startswith("."))
 
 
 def check_listed_files(paths: Sequence[tuple[int, str]], file: Path) -> None:
-    """Raises DataError unless every image that a list names, with its line, is there, and named once.
+    """Raises DataError, naming the line, unless every image in a list is there and listed once.
 
-    Folders are listed once each, which is faster than asking for every image.
+    Each folder is listed once, which is faster than a system call for every image.
     """
     lines: dict[str, int] = {}
-    there: dict[str, set[str]] = {}
+    names_in: dict[str, set[str]] = {}
     absent = []
     for line, path in paths:
         if path in lines:
             raise DataError(f"{file}, line {line}: {path} is already in line {lines[path]}.")
         lines[path] = line
         folder, name = os.path.split(path)
-        if folder not in there:
-            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in there[folder]:
+        if folder not in names_in:
+            names_in[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in names_in[folder]:
             absent.append(f"{path} (line {line})")
     if absent:
         raise DataError(f"{len(absent):,} of the {len(paths):,} images that {file} names are not there: {few(absent)}.")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Returns the distinct names sorted: numbers by their value, then other names."""
+    """Returns the distinct names, sorted: numbers by value, then other names."""
     return sorted(set(names), key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
 
 
 def few(names: Sequence[str]) -> str:
-    """Returns the first names of a list, and how many more there are."""
+    """Returns the first names of a list as text, and the number of the others."""
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

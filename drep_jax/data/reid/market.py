@@ -1,7 +1,8 @@
-"""Market-1501 and DukeMTMC-reID: folders of training, query and gallery images whose names tell identity and camera.
+"""Market-1501 and DukeMTMC-reID: folders of images whose names hold identity and camera.
 
-Market-1501: `0002_c1s1_000451_03.jpg`, identity 2 by camera 1; -1 is junk, which is left out, and 0000 are distractors, which
-nobody searches for. DukeMTMC-reID: `0005_c2_f0046985.jpg`; its distractors have identities of their own.
+Market-1501: `0002_c1s1_000451_03.jpg`, identity 2 by camera 1. Identity -1 is junk and left out;
+0000 are distractors, which no query looks for. DukeMTMC-reID: `0005_c2_f0046985.jpg`; its
+distractors have other identities than its queries.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from drep_jax.data.reid.layout import (
     MARKET_NAME,
     begin,
     check_layout,
-    recognised,
+    recognized,
     wrong_folder,
 )
 from drep_jax.data.reid.listing import JUNK, Entry, Listed, camera_number, counted, few, image_names, merged, read_flat
@@ -32,8 +33,9 @@ def read_market1501(root: Path, options: Mapping[str, str]) -> Listed:
     """Reads Market-1501.
 
     Args:
-      root: the folder, or the one that Market-1501-v15.09.15 lies in.
-      options: `distractors`, the folder of the 500,000 further distractors, which then join the gallery.
+      root: the folder, or its parent.
+      options: `distractors`, a folder of the 500,000 further distractors, which are added to the
+        gallery.
 
     Raises:
       DataError: when it is another data set, or not as published.
@@ -43,12 +45,12 @@ def read_market1501(root: Path, options: Mapping[str, str]) -> Listed:
     listed = read_market_form(base, "Market-1501", "market1501", MARKET_NAME, 6, MARKET_COUNTS, extra)
     if not extra:
         return listed
-    told = f"{counted(len(extra), 'distractor', 'distractors')} of {options['distractors']} included."
-    return dataclasses.replace(listed, remarks=(*listed.remarks, told))
+    remark = f"{counted(len(extra), 'distractor', 'distractors')} of {options['distractors']} included."
+    return dataclasses.replace(listed, remarks=(*listed.remarks, remark))
 
 
 def read_duke(root: Path, options: Mapping[str, str]) -> Listed:
-    """Reads DukeMTMC-reID; `root` is the folder, or the one that DukeMTMC-reID lies in; there are no options.
+    """Reads DukeMTMC-reID; `root` is the folder, or its parent; there are no options.
 
     Raises:
       DataError: when it is another data set, or not as published.
@@ -66,10 +68,10 @@ def read_market_form(
     published: Mapping[str, tuple[int, int]],
     extra: list[Entry] | None = None,
 ) -> Listed:
-    """Reads the folders bounding_box_train, query and bounding_box_test, with further gallery images."""
+    """Reads bounding_box_train, query and bounding_box_test, with further gallery images."""
     check_layout(base, MARKET_FOLDERS, title, spec)
-    found = recognised(base)
-    if found is not None and found[1] not in (spec, "reid_folder"):
+    known = recognized(base)
+    if known is not None and known[1] not in (spec, "reid_folder"):
         raise wrong_folder(base, "its images are named otherwise", MARKET_FOLDERS, title, spec)
     instead = f'Images with other names are read by the source "reid_folder:{base}".'
     read = [read_flat(base / part, grammar, title, cameras, instead=instead) for part in MARKET_FOLDERS]

@@ -1,7 +1,10 @@
-"""MSMT17, both versions: list files of `0000/0000_000_01_0303morning_0008_0.jpg 0`; the third number is the camera.
+"""MSMT17, both versions: list files of `0000/0000_000_01_0303morning_0008_0.jpg 0`.
 
-V1 keeps its images in train/ and test/, V2 (faces blurred) in mask_train_v2/ and mask_test_v2/. Train and validation lists
-together are the training set, as the field has it. Train and test number their persons separately: 0000 is one person in each.
+The third number of a name is the camera.
+
+V1 has its images in train/ and test/, V2 (faces blurred) in mask_train_v2/ and mask_test_v2/. Train
+and validation lists together are the training set, as usual in the field. Train and test number
+their persons separately: 0000 is another person in each.
 """
 
 import os
@@ -9,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from drep_jax.data.reid.layout import check_layout, recognised, wrong_folder
+from drep_jax.data.reid.layout import check_layout, recognized, wrong_folder
 from drep_jax.data.reid.listing import Entry, Listed, camera_number, check_listed_files, merged, read_lines
 from drep_jax.errors import ConfigError, DataError
 
@@ -24,11 +27,11 @@ def read_msmt17(root: Path, options: Mapping[str, str]) -> Listed:
     """Reads MSMT17.
 
     Args:
-      root: the folder with the lists, or the one that MSMT17, MSMT17_V1 or MSMT17_V2 lies in.
-      options: `version`, 1 or 2, where both are there or one of them is asked for.
+      root: the folder with the lists, or the parent of MSMT17, MSMT17_V1 or MSMT17_V2.
+      options: `version`, 1 or 2; needed where both are there.
 
     Raises:
-      ConfigError: for a version that does not exist, and when both are there and none is named.
+      ConfigError: for another version, and when both are there and none is named.
       DataError: when it is another data set, or not as published.
     """
     base, version = _find(root, options.get("version"))
@@ -47,29 +50,29 @@ def read_msmt17(root: Path, options: Mapping[str, str]) -> Listed:
     return Listed(f"MSMT17-V{version}", str(base), [*train, *val], test, CAMERAS, published=COUNTS, one_numbering=False)
 
 
-def _find(root: Path, asked: str | None) -> tuple[Path, str]:
-    if asked is not None and asked not in FOLDERS:
-        raise ConfigError(f'MSMT17 has the versions 1 and 2; got the option version="{asked}".')
+def _find(root: Path, version: str | None) -> tuple[Path, str]:
+    if version is not None and version not in FOLDERS:
+        raise ConfigError(f'MSMT17 has the versions 1 and 2; got the option version="{version}".')
     candidates = [base for base in (root, *(root / name for name in ("MSMT17", "MSMT17_V1", "MSMT17_V2")))]
     there = [(base, v) for base in candidates for v, names in FOLDERS.items() if _holds(base, names)]
-    wanted = [(base, v) for base, v in there if asked in (None, v)]
+    wanted = [(base, v) for base, v in there if version in (None, v)]
     if len({v for _, v in wanted}) > 1:
         raise ConfigError(f"{root} holds both versions of MSMT17. Name one: msmt17:{root}?version=1, or version=2.")
     if wanted:
         return wanted[0]
     if there:
         raise DataError(
-            f"This is MSMT17-V{there[0][1]}, expected MSMT17-V{asked}: {', '.join(FOLDERS[asked or '1'])} below {root}. "
+            f"This is MSMT17-V{there[0][1]}, expected MSMT17-V{version}: {', '.join(FOLDERS[version or '1'])} below {root}. "
             "Leave out the option version to read it."
         )
-    needed = (*FOLDERS[asked or "1"], *LISTS)
-    raise wrong_folder(root, "it lacks the folders of images", needed, f"MSMT17-V{asked or '1'}", "msmt17")
+    needed = (*FOLDERS[version or "1"], *LISTS)
+    raise wrong_folder(root, "it lacks the folders of images", needed, f"MSMT17-V{version or '1'}", "msmt17")
 
 
 def _holds(base: Path, names: tuple[str, str]) -> bool:
-    """Returns whether a version is there; folders called train and test alone are too common to tell."""
-    found = recognised(base)
-    return found is not None and found[1] == "msmt17" and any((base / name).is_dir() for name in names)
+    """Returns whether a version is there; folders called train and test are not enough."""
+    known = recognized(base)
+    return known is not None and known[1] == "msmt17" and any((base / name).is_dir() for name in names)
 
 
 def _read_list(file: Path, folder: Path) -> list[Entry]:

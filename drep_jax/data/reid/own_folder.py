@@ -1,10 +1,12 @@
-"""`reid_folder:DIR`: one's own images, whose names, folders or images.csv tell identity and camera.
+"""`reid_folder:DIR`: images whose names, folders or images.csv hold identity and camera.
 
-The parts are DIR/train, DIR/query and DIR/gallery (or Market-1501's bounding_box_train, query and bounding_box_test), or
-DIR/train and DIR/test, or none: then identities are divided by a hash of their names. Of these grammars, the first that fits
-half of the names is taken, and must then fit all (case does not matter):
+The parts are DIR/train, DIR/query and DIR/gallery (or Market-1501's bounding_box_train, query and
+bounding_box_test), or DIR/train and DIR/test, or none: then identities are split by a hash of their
+names. The first of these grammars that fits half of the names is used, and must then fit all of
+them (case does not matter):
 
-- IDENTITY_cCAMERA…, IDENTITY_camCAMERA…: `anna_cam2_17.jpg`, `0001_c1s1_000451_03.jpg`, `0005_c2_f0046985.jpg`
+- IDENTITY_cCAMERA…, IDENTITY_camCAMERA…: `anna_cam2_17.jpg`, `0001_c1s1_000451_03.jpg`,
+  `0005_c2_f0046985.jpg`
 - IDENTITY_CAMERA_NUMBER: `0001_2_0007.png`
 - IDENTITY/…cCAMERA…: `anna/c1_0003.jpg`, `anna/cam2/17.jpg`
 - IDENTITY/…, without cameras: `anna/0003.jpg`
@@ -37,8 +39,8 @@ FORMS = "IDENTITY_cCAMERA_….jpg, IDENTITY_CAMERA_NUMBER.jpg, IDENTITY/cCAMERA_
 GROUPS = ("identity", "camera", "view")
 
 
-class Found(NamedTuple):
-    """An image before cameras are numbered: its file, and what its name or line tells."""
+class NamedImage(NamedTuple):
+    """An image before cameras are numbered: its file, and what its name or line says."""
 
     path: str
     identity: str
@@ -48,13 +50,13 @@ class Found(NamedTuple):
 
 
 def read_reid_folder(root: Path, options: Mapping[str, str]) -> Listed:
-    """Reads one's own images.
+    """Reads the user's images.
 
     Args:
       root: the folder.
-      options: `pattern`, a regular expression with the group identity and, if wanted, camera and view, which fits the whole
-        path below the folder of the part; `test` and `seed`, the share of test identities and the seed of the division,
-        where images are not divided.
+      options: `pattern`, a regular expression with the group identity and, if wanted, camera and
+        view, that fits the whole path below the folder of the part; `test` and `seed`, the fraction
+        of test identities and the seed of the split, where there are no parts.
 
     Raises:
       DataError: naming the file or line that cannot be used.
@@ -63,21 +65,21 @@ def read_reid_folder(root: Path, options: Mapping[str, str]) -> Listed:
         raise DataError(f"There is no directory {root} (looked for {root.absolute()}).")
     table = root / CSV
     if table.is_file() and "pattern" in options:
-        raise ConfigError(f"{table} tells identities and cameras: leave out the option pattern, or move the file away.")
-    found = list(_from_csv(table)) if table.is_file() else _from_names(root, options.get("pattern"))
-    kept = [image for image in found if image.identity != JUNK]
-    junk = len(found) - len(kept)
-    names = in_order(image.camera for image in kept if image.camera is not None)
-    lacking = [image.path for image in kept if image.camera is None]
+        raise ConfigError(f"{table} has identities and cameras: leave out the option pattern, or move the file away.")
+    named = list(_from_csv(table)) if table.is_file() else _from_names(root, options.get("pattern"))
+    images = [image for image in named if image.identity != JUNK]
+    junk = len(named) - len(images)
+    names = in_order(image.camera for image in images if image.camera is not None)
+    lacking = [image.path for image in images if image.camera is None]
     if names and lacking:
         raise DataError(f"{lacking[0]}: no camera, but other images have one. Give it for all images or for none.")
     numbers = {name: number for number, name in enumerate(names)}
     entries = [
         (image.part, Entry(image.path, image.path, image.identity, numbers.get(image.camera or "", 0), image.view))
-        for image in kept
+        for image in images
     ]
     remarks = [f"Cameras {few([f'{number} = {name}' for name, number in numbers.items()])}."] if names else []
-    remarks += [] if names else ["No cameras are told: queries look for all other images of their identity."]
+    remarks += [] if names else ["No cameras are known: queries look for all other images of their identity."]
     remarks += [f"{counted(junk, 'junk image', 'junk images')} left out."] if junk else []
     return divided(root, entries, max(len(names), 1), options, remarks)
 
@@ -98,10 +100,10 @@ def divided(
         chosen = drawn_by_hash(identities, share, seed, str(root))
         train = [entry for entry in parts[None] if entry.identity not in chosen]
         test = query_and_gallery([entry for entry in parts[None] if entry.identity in chosen])
-        told = (
+        remark = (
             f"Divided by a hash of the identity: {len(identities) - len(chosen)} for training, {len(chosen)} for test."
         )
-        return Listed("reid_folder", str(root), train, test, cameras, protocol, remarks=(*remarks, told))
+        return Listed("reid_folder", str(root), train, test, cameras, protocol, remarks=(*remarks, remark))
     for name in ("test", "seed"):
         if name in options:
             raise ConfigError(f'{root} is divided already: the option "{name}" has no meaning. Leave it out.')
@@ -111,7 +113,7 @@ def divided(
     return Listed("reid_folder", str(root), parts["train"], test, cameras, protocol, remarks=tuple(remarks))
 
 
-def _from_names(root: Path, pattern: str | None) -> list[Found]:
+def _from_names(root: Path, pattern: str | None) -> list[NamedImage]:
     fits = [_compiled(pattern)] if pattern is not None else [re.compile(g, re.IGNORECASE) for g in GRAMMARS]
     folders = _part_folders(root)
     files = [(part, folder, path) for part, folder in folders for path in _below(folder)]
@@ -121,7 +123,7 @@ def _from_names(root: Path, pattern: str | None) -> list[Found]:
         )
     names = [path[len(str(folder)) + 1 :].replace(os.sep, "/") for _, folder, path in files]
     matched = [[grammar.fullmatch(name) for name in names] for grammar in fits]
-    best = next((found for found in matched if 2 * sum(map(bool, found)) >= len(names)), matched[0])
+    best = next((matches for matches in matched if 2 * sum(map(bool, matches)) >= len(names)), matched[0])
     odd = [path for (_, _, path), match in zip(files, best, strict=True) if match is None]
     if odd:
         wanted = f"the pattern {pattern}" if pattern is not None else FORMS
@@ -130,7 +132,7 @@ def _from_names(root: Path, pattern: str | None) -> list[Found]:
             "Rename or remove them, give the option pattern, or write images.csv."
         )
     return [
-        Found(path, groups["identity"], groups.get("camera"), _view(groups.get("view"), path), part)
+        NamedImage(path, groups["identity"], groups.get("camera"), _view(groups.get("view"), path), part)
         for (part, _, path), match in zip(files, best, strict=True)
         if match is not None
         for groups in [match.groupdict()]
@@ -139,16 +141,16 @@ def _from_names(root: Path, pattern: str | None) -> list[Found]:
 
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        found = re.compile(pattern)
+        compiled = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"The option pattern={pattern} is no regular expression: {error}.") from error
-    unknown = sorted(set(found.groupindex) - set(GROUPS))
-    if unknown or "identity" not in found.groupindex:
+        raise ConfigError(f"The option pattern={pattern} is not a regular expression: {error}.") from error
+    unknown = sorted(set(compiled.groupindex) - set(GROUPS))
+    if unknown or "identity" not in compiled.groupindex:
         raise ConfigError(
             f"The option pattern={pattern} needs the group (?P<identity>…), and may have camera and view; "
-            f"it has {', '.join(found.groupindex) or 'no named groups'}."
+            f"it has {', '.join(compiled.groupindex) or 'no named groups'}."
         )
-    return found
+    return compiled
 
 
 def _part_folders(root: Path) -> list[tuple[str | None, Path]]:
@@ -177,7 +179,7 @@ def _below(folder: Path | str) -> Iterator[str]:
             yield from _below(path)
 
 
-def _from_csv(file: Path) -> Iterator[Found]:
+def _from_csv(file: Path) -> Iterator[NamedImage]:
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             rows = list(csv.reader(stream, strict=True, skipinitialspace=True))
@@ -190,7 +192,7 @@ def _from_csv(file: Path) -> Iterator[Found]:
             f"{file}, line 1: expected a header of {', '.join(COLUMNS)}, of which path and identity are needed; "
             f"got {', '.join(header) or 'nothing'}.{did_you_mean(unknown[0], COLUMNS) if unknown else ''}"
         )
-    found, paths = [], []
+    images, paths = [], []
     for line, cells in enumerate(rows[1:], 2):
         if not any(cell.strip() for cell in cells):
             continue
@@ -205,10 +207,10 @@ def _from_csv(file: Path) -> Iterator[Found]:
             raise DataError(f'{file}, line {line}: unknown split "{part}".{did_you_mean(part, PARTS)}')
         path = os.path.join(file.parent, row["path"])
         view = _view(row.get("view") or None, f"{file}, line {line}")
-        found.append(Found(path, row["identity"], row.get("camera"), view, part))
+        images.append(NamedImage(path, row["identity"], row.get("camera"), view, part))
         paths.append((line, path))
     check_listed_files(paths, file)
-    yield from found
+    yield from images
 
 
 def _view(text: str | None, where: str) -> int:

@@ -1,7 +1,8 @@
 """`reid_npz:FILE`: encoded images in one NumPy file, with the arrays
 
-- jpeg, uint8: the files of all images, one after another; image i is jpeg[offsets[i]:offsets[i + 1]];
-- pid and camera, whole numbers, one an image; view, likewise, if it is known (-1 where not);
+- jpeg, uint8: the files of all images, one after another; image i is
+  jpeg[offsets[i]:offsets[i + 1]];
+- pid and camera, whole numbers, one an image; view, likewise, if known (-1 where it is not);
 - split: 0 for training, 1 for test.
 """
 
@@ -25,10 +26,10 @@ def read_reid_npz(file: Path, options: Mapping[str, str]) -> Listed:
     """Reads a file of encoded images.
 
     Args:
-      file: absolute, or found in the data directory or in $DREP_DATA.
-      options: `gallery`, "others" (queries are the first camera's test images, the gallery those of the other cameras) or
-        "all" (every test image is both); `test`, a share, and `seed`: the identities of both stored splits are
-        divided anew.
+      file: absolute, or relative to the data directory or to $DREP_DATA.
+      options: `gallery`, "others" (queries are the first camera's test images, the gallery those of
+        the other cameras) or "all" (every test image is both); `test`, a fraction, and `seed`: the
+        identities of both stored splits are split anew.
 
     Raises:
       DataError: naming the array that is missing or does not fit.
@@ -37,8 +38,8 @@ def read_reid_npz(file: Path, options: Mapping[str, str]) -> Listed:
     if gallery not in GALLERIES:
         raise ConfigError(f'The option gallery is "others" or "all"; got "{gallery}".')
     if "seed" in options and "test" not in options:
-        raise ConfigError('The option "seed" needs the option "test", the share of the identities that is tested.')
-    entries, split, cameras = _entries(_found(file))
+        raise ConfigError('The option "seed" needs the option "test", the fraction of the identities that is tested.')
+    entries, split, cameras = _entries(_existing(file))
     remarks = []
     if "test" in options:
         identities = {entry.identity for entry in entries}
@@ -57,7 +58,7 @@ def read_reid_npz(file: Path, options: Mapping[str, str]) -> Listed:
     return Listed(file.name, str(file), train, flagged, cameras, protocol, remarks=tuple(remarks))
 
 
-def _found(file: Path) -> Path:
+def _existing(file: Path) -> Path:
     elsewhere = Path(os.environ.get("DREP_DATA", ""), file).expanduser()
     for path in (file, elsewhere):
         if path.is_file():

@@ -1,9 +1,13 @@
-"""Batches of P identities with K images each (Hermans et al., 2017), as an order of the images that (seed, epoch) decide alone.
+"""Batches of P identities with K images each (Hermans et al., 2017), as an order of the images.
 
-In a round every identity takes part once, but for (number of identities) mod P that rest; these are the next so many of one
-endless cycle through a fixed random order, so that identities take part equally often, to within one. The u-th time that an
-identity takes part, it brings K // n times all of its n images, and K mod n more: the u-th group of an endless stream of
-permutations of them, without repeats inside a group. So its images are used equally often, and repeat as little as can be.
+The order depends on (seed, epoch) alone.
+
+In a round every identity takes part once, except (number
+of identities) mod P that rest. Those are the next ones of an endless cycle through a fixed random
+order, so that identities take part equally often, to within one. An identity of n images brings all
+of them K // n times, and K mod n more: at its u-th time the u-th group of an endless stream of
+permutations, without repeats in a group. So its images are used equally often, and repeat as rarely
+as possible.
 """
 
 import math
@@ -15,7 +19,7 @@ from drep_jax.data.augment.random_bits import IDENTITIES, INSTANCES, RESTS
 from drep_jax.data.reid.listing import counted, few
 from drep_jax.errors import ConfigError, DataError
 
-LONELY = ("refuse", "drop")
+SINGLETONS = ("refuse", "drop")
 
 
 def identity_order(
@@ -25,28 +29,28 @@ def identity_order(
     seed: int,
     epoch: int,
     *,
-    lonely: str = "refuse",
+    singletons: str = "refuse",
     names: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Returns the images of one epoch: blocks of P·K places in a row, each of P distinct identities with K images each.
+    """Returns the images of one epoch: blocks of P·K, each of P identities with K images each.
 
     Args:
-      labels: the identity of every image, whole numbers from 0, (n,).
-      identities: P, of a block.
+      labels: identity of every image, whole numbers from 0, (n,).
+      identities: P, identities a block.
       instances: K, images an identity.
       seed: of the order, at least 0.
       epoch: from 0.
-      lonely: what to do with identities of one image, which has no other to be close to: "refuse" or "drop".
+      singletons: what to do with singletons, identities of one image: "refuse" or "drop".
       names: of the identities, for messages.
 
     Returns:
-      int32 (epoch_length,): numbers of images; the K of an identity are neighbours.
+      int32 (epoch_length,): indices of images; the K of an identity are consecutive.
 
     Raises:
       ConfigError: for P or K below 2, and for more identities a block than there are.
-      DataError: for identities of one image, where they are refused.
+      DataError: for singletons, where they are refused.
     """
-    members = _members(labels, identities, instances, lonely, names)
+    members = _members(labels, identities, instances, singletons, names)
     taking = len(members) // identities * identities
     rounds = _rounds(sum(map(len, members.values())), taking * instances)
     order = []
@@ -58,13 +62,18 @@ def identity_order(
 
 
 def epoch_length(
-    labels: np.ndarray, identities: int, instances: int, *, lonely: str = "refuse", names: Sequence[str] | None = None
+    labels: np.ndarray,
+    identities: int,
+    instances: int,
+    *,
+    singletons: str = "refuse",
+    names: Sequence[str] | None = None,
 ) -> int:
-    """Returns how many places every epoch has: as many whole rounds as come nearest to the number of images, at least one.
+    """Returns the images an epoch: whole rounds, as near to the number of images as can be.
 
     Args and Raises: as for `identity_order`.
     """
-    members = _members(labels, identities, instances, lonely, names)
+    members = _members(labels, identities, instances, singletons, names)
     block = len(members) // identities * identities * instances
     return _rounds(sum(map(len, members.values())), block) * block
 
@@ -74,25 +83,25 @@ def _rounds(images: int, size: int) -> int:
 
 
 def _members(
-    labels: np.ndarray, identities: int, instances: int, lonely: str, names: Sequence[str] | None
+    labels: np.ndarray, identities: int, instances: int, singletons: str, names: Sequence[str] | None
 ) -> dict[int, np.ndarray]:
     """Returns the images of every identity that takes part."""
     if identities < 2 or instances < 2:
         raise ConfigError(
-            f"Batches of P identities with K images each need P and K of at least 2, for there to be other identities and "
-            f"other images of the same; got P={identities} and K={instances}."
+            f"Batches of P identities with K images each need P and K of at least 2, so that there are other identities and "
+            f"other images of the same one; got P={identities} and K={instances}."
         )
-    if lonely not in LONELY:
-        raise ConfigError(f'Identities of one image are left out ("drop") or refused ("refuse"); got "{lonely}".')
+    if singletons not in SINGLETONS:
+        raise ConfigError(f'Identities of one image are left out ("drop") or refused ("refuse"); got "{singletons}".')
     by_label = np.argsort(labels, kind="stable")
-    found, starts = np.unique(np.asarray(labels)[by_label], return_index=True)
-    members = dict(zip(map(int, found), np.split(by_label, starts[1:]), strict=True)) if len(labels) else {}
+    distinct, starts = np.unique(np.asarray(labels)[by_label], return_index=True)
+    members = dict(zip(map(int, distinct), np.split(by_label, starts[1:]), strict=True)) if len(labels) else {}
     alone = [label for label, images in members.items() if len(images) == 1]
-    if alone and lonely == "refuse":
-        shown = few([names[label] if names is not None else str(label) for label in alone])
+    if alone and singletons == "refuse":
+        first = few([names[label] if names is not None else str(label) for label in alone])
         raise DataError(
-            f"{counted(len(alone), 'identity has', 'identities have')} one image only, so that no other image of it can be "
-            f'learned to be close: {shown}. Give more images, or leave such identities out with retrieval.singletons="drop".'
+            f"{counted(len(alone), 'identity has', 'identities have')} one image only, and so no second image to learn "
+            f'from: {first}. Give more images, or leave them out with the setting singletons="drop".'
         )
     members = {label: images for label, images in members.items() if len(images) > 1}
     if len(members) < identities:
@@ -103,13 +112,14 @@ def _members(
 
 
 def _taking_part(labels: list[int], identities: int, seed: int, turn: int) -> list[tuple[int, int]]:
-    """Returns the identities of a round in their order, each with how many times it has taken part before."""
+    """Returns the identities of a round in order, each with its number of rounds before."""
     count = len(labels)
     resting = count % identities
     cycle = np.argsort(_words(seed, RESTS, 0, 0, count), kind="stable")
     places = np.empty(count, np.int64)
     places[cycle] = np.arange(count)
-    # The identity at a place of the cycle has rested once for each number below turn · resting that is its place modulo count.
+    # The identity at a place of the cycle has rested once for each number below turn · resting that
+    # is its place modulo count.
     rested_before = -(-(turn * resting - places) // count)
     rests = -(-((turn + 1) * resting - places) // count) > rested_before
     shuffled = np.argsort(_words(seed, IDENTITIES, turn, 0, count), kind="stable")
@@ -117,18 +127,19 @@ def _taking_part(labels: list[int], identities: int, seed: int, turn: int) -> li
 
 
 def _group(images: int, instances: int, seed: int, identity: int, times: int) -> np.ndarray:
-    """Returns which of an identity's images it brings the `times`-th time, (instances,)."""
+    """Returns the ranks of the images that an identity brings the `times`-th time, (instances,)."""
     more = instances % images
     whole = np.tile(np.arange(images), instances // images)
     if not more:
         return whole
-    # After so many groups the stream is at the end of a permutation; from there on it depends on nothing before.
+    # After this number of groups the stream is at the end of a permutation; what follows depends on
+    # nothing before.
     groups = images // math.gcd(images, more)
     chapter, place = divmod(times, groups)
     words = _words(seed, INSTANCES, chapter, identity, groups * more)
     stream: list[int] = []
     for permutation in np.argsort(words.reshape(-1, images), axis=1, kind="stable").tolist():
-        cut = stream[len(stream) - len(stream) % more :]  # of a group that is still to be filled: no image twice
+        cut = stream[len(stream) - len(stream) % more :]  # of a group that is not full yet: no image twice
         fresh = [image for image in permutation if image not in cut]
         missing = (more - len(cut)) % more
         ahead = set(fresh[:missing])

@@ -1,4 +1,4 @@
-"""A split of a data set for re-identification as a source of images: labels, cameras and views without decoding."""
+"""A split of a data set for re-identification as a source; its labels need no decoding."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,13 +13,14 @@ from drep_jax.errors import DataError
 
 
 class ReidSource:
-    """One split: images with label, camera and view; of the test split also whether they are queries and in the gallery.
+    """One split: images with label, camera and view, in the test split also query and gallery.
 
     Attributes:
-      table: all of that but the images, int32 (n,) each, by the names that items have.
+      table: the columns of the items without the images, int32 (n,) by name.
       protocol: how the data set is evaluated.
-      cameras, views: how many the data set has, over all its splits; 0 views where none is known.
-      attributes: what else is known of the images, int32 (n,) by name, -1 where it is not.
+      cameras, views: numbers of those in the data set, over all splits; 0 views where none is
+        known.
+      attributes: other labels, int32 (n,) by name, -1 where unknown.
     """
 
     def __init__(
@@ -28,8 +29,8 @@ class ReidSource:
         entries, identities = _part(listed, split, share)
         self.name = name
         seen = len({entry.identity for entry in entries})
-        told = {"train": f" {seen} identities to learn from.", "validation": f" {seen} of them held out.", "test": ""}
-        self.note: str | None = note_of(listed, split) + told[split]
+        remark = {"train": f" {seen} identities to learn from.", "validation": f" {seen} of them held out.", "test": ""}
+        self.note: str | None = note_of(listed, split) + remark[split]
         self.num_classes: int | None = len(identities)
         self.class_names: tuple[str, ...] | None = tuple(identities)
         self.protocol, self.cameras, self.views = listed.protocol, listed.cameras, listed.views
@@ -53,7 +54,7 @@ class ReidSource:
         return fitted_size(self.raw(index), self.image_size, self.resize)
 
     def raw(self, index: int) -> dict[str, Any]:
-        """Returns the file or the bytes of an image instead of its pixels, with "where", what to call it."""
+        """Returns an item with the file or the bytes of its image, and "where", what to call it."""
         entry = self._entries[index]
         stored = entry.image() if callable(entry.image) else entry.image
         return {
@@ -66,33 +67,34 @@ class ReidSource:
 def split_source(
     listed: Listed, split: str, share: Fraction, *, name: str, image_size: tuple[int, int], resize: str
 ) -> ReidSource:
-    """Returns a split of a data set, once that has passed the checks.
+    """Returns a split of a data set that passes the checks.
 
     Args:
       listed: the data set.
       split: train, validation or test.
-      share: of the training identities, which is held out for validation.
-      name: what the user asked for.
+      share: fraction of the training identities that is held out for validation.
+      name: as the user gave it.
       image_size: (height, width) in pixels.
-      resize: how images get it.
+      resize: a way of `drep_jax.data.fits.transform_of_fit`.
 
     Raises:
-      DataError: for a data set that cannot be trained with or evaluated on, and for a split without images.
+      DataError: for a data set that cannot be trained with or evaluated on, and for a split without
+        images.
     """
     return ReidSource(checked(listed), split, share, name=name, image_size=image_size, resize=resize)
 
 
 def _part(listed: Listed, split: str, share: Fraction) -> tuple[Sequence[Entry], list[str]]:
-    """Returns the images of a split and the names of all identities that its labels number."""
+    """Returns the images of a split, and the names of its identities by label."""
     if split == "test":
         return listed.test, in_order(entry.identity for entry in listed.test)
     identities = in_order(entry.identity for entry in listed.train)
     validation = held_out(identities, share)
     wanted = split == "validation"
     entries = [entry for entry in listed.train if (entry.identity in validation) == wanted]
-    if not entries and not (wanted and share == 0):  # nothing is held out because nothing was asked for
-        told = f"held_out={float(share):g} of {len(identities)} training identities leaves none for {split}"
-        raise DataError(f"{listed.title} in {listed.where}: {told}. Choose another share, from 0 to below 1.")
+    if not entries and not (wanted and share == 0):  # nothing is held out, as requested
+        problem = f"held_out={float(share):g} of {len(identities)} training identities leaves none for {split}"
+        raise DataError(f"{listed.title} in {listed.where}: {problem}. Choose another fraction, from 0 to below 1.")
     return entries, identities
 
 

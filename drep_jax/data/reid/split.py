@@ -1,4 +1,4 @@
-"""Dividing identities into training and test, and test images into queries and gallery, where a data set does not say."""
+"""Splits of identities into training and test, and of test images into queries and gallery."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -9,36 +9,38 @@ from drep_jax.errors import ConfigError, DataError
 
 
 def hashed(identity: str, seed: int) -> int:
-    """Returns a number from 0 to 2⁶⁴ − 1 that an identity's name and the seed decide."""
+    """Returns a hash of an identity's name and the seed, from 0 to 2⁶⁴ − 1."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:8], "big")
 
 
 def drawn_by_hash(identities: Collection[str], share: Fraction, seed: int, where: str) -> set[str]:
-    """Returns the test identities: about that share, by a hash of the name, so that new identities move no old one.
+    """Returns the test identities: about that fraction, by a hash of the name.
+
+    So new identities move no old one.
 
     Raises:
-      DataError: when all fall on one side.
+      DataError: when all fall into one part.
     """
     chosen = {identity for identity in identities if hashed(identity, seed) < share * 2**64}
     if not chosen or len(chosen) == len(identities):
         raise DataError(
             f"{where}: all {len(identities)} identities fall into the {'test' if chosen else 'training'} part. Give more "
-            "identities, another seed or share (the options seed and test), or say which images are train, query and "
+            "identities, another seed or fraction (the options seed and test), or say which images are train, query and "
             "gallery."
         )
     return chosen
 
 
 def drawn_exactly(identities: Collection[str], share: Fraction, seed: int) -> set[str]:
-    """Returns the test identities of a seeded draw: that share of them exactly, at least one, and not all."""
+    """Returns the test identities of a seeded draw: that fraction, at least one, and not all."""
     ranked = sorted(identities, key=lambda identity: hashed(identity, seed))
     return set(ranked[: min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
 
 
 def held_out(identities: Collection[str], share: Fraction) -> set[str]:
-    """Returns the identities of the validation split: evenly spread over the sorted list, every tenth for a tenth.
+    """Returns the identities of the validation split: evenly spread, as every tenth for 0.1.
 
-    Where a share above 0 comes to none, it is the last one.
+    Where a fraction above 0 comes to none, it is the last one.
     """
     names = in_order(identities)
     chosen = {name for place, name in enumerate(names) if (place + 1) * share // 1 > place * share // 1}
@@ -46,9 +48,10 @@ def held_out(identities: Collection[str], share: Fraction) -> set[str]:
 
 
 def query_and_gallery(entries: Sequence[Entry]) -> list[Entry]:
-    """Returns queries, then the rest of the gallery: the first image of an identity and camera is a query.
+    """Returns queries, the first image of each identity and camera, then the rest of the gallery.
 
-    One that is its identity's only image by that camera is in the gallery, too, since other cameras' queries look for it.
+    The only image of an identity by a camera is also in the gallery, since queries of other cameras
+    look for it.
     """
     cameras = {entry.camera for entry in entries}
     groups: dict[tuple[str, int], list[Entry]] = {}
@@ -61,17 +64,17 @@ def query_and_gallery(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def share_of(text: str, name: str) -> Fraction:
-    """Returns an option that is a share of the identities, from 0 to below 1.
+    """Returns an option that is a fraction of the identities, from 0 to below 1.
 
     Raises:
-      ConfigError: for what is none.
+      ConfigError: for anything else.
     """
     try:
         share = Fraction(text)
     except (ValueError, ZeroDivisionError):
         share = Fraction(-1)
     if not 0 <= share < 1:
-        raise ConfigError(f'The option {name}="{text}" is a share of the identities: a number from 0 to below 1.')
+        raise ConfigError(f'The option {name}="{text}" is a fraction of the identities: a number from 0 to below 1.')
     return share
 
 
@@ -79,8 +82,8 @@ def seed_of(text: str) -> int:
     """Returns an option that is a seed.
 
     Raises:
-      ConfigError: for what is no whole number, at least 0.
+      ConfigError: for anything but a whole number of at least 0.
     """
     if not text.isdecimal():
-        raise ConfigError(f'The option seed="{text}" is a whole number, at least 0.')
+        raise ConfigError(f'The option seed="{text}" is a whole number of at least 0.')
     return int(text)

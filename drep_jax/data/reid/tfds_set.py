@@ -1,4 +1,4 @@
-"""`reid_tfds:NAME[/CONFIG]`: a data set for re-identification that `python -m drep_jax.data.prepare` has prepared."""
+"""`reid_tfds:NAME[/CONFIG]`: a data set that `python -m drep_jax.data.prepare` has prepared."""
 
 import functools
 import os
@@ -15,18 +15,19 @@ COLUMNS = ("identity", "camera", "view", "query", "gallery")
 
 
 def read_prepared(path: Path, options: Mapping[str, str]) -> Listed:
-    """Reads the labels of a prepared data set; images are read when they are asked for.
+    """Reads the labels of a prepared data set; images are read on demand.
 
     Args:
       path: NAME or NAME/CONFIG below the data directory, or below TFDS_DATA_DIR.
       options: none.
 
     Raises:
-      DataError: when it is not prepared there, or is no data set for re-identification.
+      DataError: when it is not prepared there, or not a data set for re-identification.
     """
     del options
     places = (path, data_root(None) / path)
-    folders = [found for place in places if (found := prepared_folder(place.parent, place.name, "")) is not None]
+    prepared = (prepared_folder(place.parent, place.name, "") for place in places)
+    folders = [folder for folder in prepared if folder is not None]
     if not folders:
         raise DataError(
             f"There is no prepared data set {' or '.join(map(str, dict.fromkeys(places)))}. Prepare it once from the unpacked "
@@ -35,7 +36,8 @@ def read_prepared(path: Path, options: Mapping[str, str]) -> Listed:
     return _read(str(folders[0]), os.path.getmtime(folders[0] / "dataset_info.json"))
 
 
-# A train, a validation and a test source are opened one after another, and of 126,000 records reading takes 25 s.
+# Train, validation and test sources are opened one after another, and 126,000 records take 25 s to
+# read.
 @functools.lru_cache(maxsize=2)
 def _read(folder: str, written: float) -> Listed:
     import tensorflow_datasets as tfds  # takes half a second to import
@@ -44,7 +46,7 @@ def _read(folder: str, written: float) -> Listed:
     builder = tfds.builder_from_directory(folder)
     about, absent = _about(builder)
     if absent:
-        raise DataError(f"{folder} is no data set for re-identification: it lacks {', '.join(absent)}.")
+        raise DataError(f"{folder} is not a data set for re-identification: it lacks {', '.join(absent)}.")
     read = {
         part: list(_entries(builder, part)) for part in ("train", "query", "gallery") if part in builder.info.splits
     }
@@ -74,15 +76,15 @@ def _entries(builder: Any, part: str) -> Iterator[Entry]:
 
     stored = builder.as_data_source(part, decoders={"image": tfds.decode.SkipDecoding()}, file_format=FORMAT)
     for number in range(len(stored)):
-        found = stored[number]
+        example = stored[number]
         yield Entry(
             functools.partial(_image, stored, number),
             f"{builder.info.full_name}, {part} image {number}",
-            _text(found["identity"]),
-            int(found["camera"]),
-            int(found["view"]),
-            bool(found["query"]),
-            bool(found["gallery"]),
+            _text(example["identity"]),
+            int(example["camera"]),
+            int(example["view"]),
+            bool(example["query"]),
+            bool(example["gallery"]),
         )
 
 

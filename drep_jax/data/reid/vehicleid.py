@@ -1,6 +1,9 @@
-"""PKU VehicleID: image/0000001.jpg, and lists of `0000001 VEHICLE` in train_test_split/; cameras are not told.
+"""PKU VehicleID: image/0000001.jpg, and lists of `0000001 VEHICLE` in train_test_split/.
 
-A test list is not divided: its protocol draws a gallery of one image a vehicle, ten times, the other images being the queries.
+Cameras are unknown.
+
+A test list has no queries and gallery: ten times, the protocol draws a gallery of one image a
+vehicle, and the other images are the queries.
 """
 
 import os
@@ -21,7 +24,7 @@ def read_vehicleid(root: Path, options: Mapping[str, str]) -> Listed:
     """Reads VehicleID.
 
     Args:
-      root: the folder, or the one that VehicleID_V1.0 lies in.
+      root: the folder, or its parent.
       options: `size` of the test list: 800 (the default), 1600 or 2400 vehicles.
 
     Raises:

@@ -1,9 +1,10 @@
-"""VeRi-776: `0001_c001_00016450_0.jpg`, vehicle 1 by camera 1, in image_train/, image_query/ and image_test/.
+"""VeRi-776: `0001_c001_00016450_0.jpg`, vehicle 1 by camera 1, in three folders.
 
-A query that is also in the gallery, by its name, stands once, as both. Where they are there, the lists name_train.txt,
-name_query.txt and name_test.txt decide which images are used; train_label.xml and test_label.xml give colour and type (numbers
-from 1; 0 is an error of the data set); keypoint_train.txt and keypoint_test.txt (Wang et al., 2017) end each line with the
-view, 0 to 7.
+A query that is also in the gallery, by its name, is there once, as both. These files are optional:
+the lists name_train.txt, name_query.txt and name_test.txt decide which images are used;
+train_label.xml and test_label.xml give color and type (numbers from 1; 0 is an error of the data
+set); keypoint_train.txt and keypoint_test.txt (Wang et al., 2017) have the view, 0 to 7, at the end
+of each line.
 """
 
 import os
@@ -28,25 +29,26 @@ def read_veri(root: Path, options: Mapping[str, str]) -> Listed:
     """Reads VeRi-776.
 
     Args:
-      root: the folder, or the one that VeRi lies in.
-      options: `views`, "all" (the default) or "known": images of unknown view are left out, as TransReID does.
+      root: the folder, or its parent.
+      options: `views`, "all" (the default) or "known": images of unknown view are left out, as
+        TransReID does.
 
     Raises:
       DataError: when it is another data set, or not as published.
     """
-    asked = options.get("views", "all")
-    if asked not in ("all", "known"):
-        raise ConfigError(f'The option views of VeRi-776 is "all" or "known"; got "{asked}".')
+    wanted = options.get("views", "all")
+    if wanted not in ("all", "known"):
+        raise ConfigError(f'The option views of VeRi-776 is "all" or "known"; got "{wanted}".')
     base = begin(root, VERI_FOLDERS)
     check_layout(base, VERI_FOLDERS, "VeRi-776", "veri")
-    attributes = {name: found for file in LABELS for name, found in _labels(base / file).items()}
+    attributes = {name: values for file in LABELS for name, values in _labels(base / file).items()}
     views = {name: view for file in VIEWS for name, view in _views(base / file).items()}
     parts, unlisted = [], 0
     for folder, file in zip(VERI_FOLDERS, LISTS, strict=True):
         entries, _ = read_flat(base / folder, NAME, "VeRi-776", CAMERAS)
-        kept = _listed(entries, base / folder, base / file)
-        unlisted += len(entries) - len(kept)
-        named = [(os.path.basename(entry.where), entry) for entry in kept]
+        listed = _listed(entries, base / folder, base / file)
+        unlisted += len(entries) - len(listed)
+        named = [(os.path.basename(entry.where), entry) for entry in listed]
         known = [entry._replace(view=views.get(name, -1)) for name, entry in named]
         parts.append(
             [
@@ -58,9 +60,9 @@ def read_veri(root: Path, options: Mapping[str, str]) -> Listed:
     remarks = [f"{counted(unlisted, 'image is', 'images are')} in no list and left out."] if unlisted else []
     if views:
         unknown = sum(entry.view < 0 for part in parts for entry in part)
-        what = "-1" if asked == "all" else "left out"
+        what = "-1" if wanted == "all" else "left out"
         remarks.append(f"The view of {counted(unknown, 'image', 'images')} is unknown ({what}).")
-    if asked == "known":
+    if wanted == "known":
         train, query, gallery = ([entry for entry in part if entry.view >= 0] for part in parts)
     return Listed(
         "VeRi-776",

@@ -20,4 +20,4 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
     "examples": plot_examples,
     "ranked": plot_ranked,
 }
-"""By file name, what draws plots/NAME.png; None where there is nothing to show."""
+"""NAME ↦ function that draws plots/NAME.png, or returns None if there is nothing to show."""

@@ -1,4 +1,4 @@
-"""What the plots share: colours, axes, and a figure as PNG bytes."""
+"""Shared by the plots: colors, axes, and a figure as PNG bytes."""
 
 import io
 import warnings
@@ -7,21 +7,25 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; markers differ too.
+# Okabe and Ito's colors, distinct with any color vision; markers differ too.
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"
-COLOURS = (BLUE, RED, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLORS = (BLUE, RED, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("D", "X", "*", "p", "h", "8")
 
 NAME = 24
-"""Characters of a name that a plot has room for."""
+"""Longest name that fits in a plot, in characters."""
 
 
 def png(figure: Figure) -> bytes:
-    """Draws with Agg and no global state; the same figure gives the same bytes."""
+    """Returns a figure drawn with Agg, without global state.
+
+    The same figure gives the same bytes.
+    """
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a folder name in a script the font lacks is no fault
+        # A folder may be named in a script that the font lacks.
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -35,5 +39,9 @@ def styled(axes: Any, grid: str) -> Any:
 
 
 def shortened(name: str, most: int) -> str:
-    """Returns a name of at most `most` characters, its end kept."""
+    """Returns the last `most` characters of a longer name.
+
+    >>> shortened("encoderblock_11/mlp/fc1", 12)
+    '…_11/mlp/fc1'
+    """
     return name if len(name) <= most else "…" + name[1 - most :]

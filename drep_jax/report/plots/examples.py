@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from drep_jax.report.plots.canvas import COLOURS, GREY, NAME, RED, png, shortened
+from drep_jax.report.plots.canvas import COLORS, GREY, NAME, RED, png, shortened
 
-GREEN = COLOURS[2]
+GREEN = COLORS[2]
 _COLUMNS = 4
 """Images side by side; each is drawn twice, clean and corrupted."""
 _CELL = 0.95

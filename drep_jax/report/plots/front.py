@@ -1,18 +1,24 @@
-"""plots/front.png: the Pareto front of the strengths, clean images against corrupted ones."""
+"""plots/front.png: the Pareto front of the strengths, score on clean against corrupted images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from drep_jax.report.plots.canvas import BLUE, COLOURS, GREY, MARKERS, NAME, RED, png, shortened, styled
+from drep_jax.report.plots.canvas import BLUE, COLORS, GREY, MARKERS, NAME, RED, png, shortened, styled
 
 MOST_LABELS = 16
-"""Labels in the plot; of more points than that, only those on the front, the backbone and the chosen one have one."""
+"""Most points that all get a label.
+
+Of more, only those on the front, the backbone and the chosen one do.
+"""
 
 
 def plot_front(report: Mapping[str, Any]) -> bytes | None:
-    """Clean score against the mean score of the other conditions; what no other point beats in both is joined."""
+    """Clean score against the mean score of the other conditions.
+
+    A line joins the points of the Pareto front.
+    """
     front = report.get("front")
     if not front or len(front["conditions"]) < 2:
         return None
@@ -29,18 +35,18 @@ def plot_front(report: Mapping[str, Any]) -> bytes | None:
     edge = sorted(places[index] for index in best)
     axes.plot(*zip(*edge, strict=True), color="#BBBBBB", linewidth=5, zorder=0, label="Pareto front")
     looks = _looks(points)
-    for label, (colour, marker) in looks.items():
-        own = sorted(
+    for label, (color, marker) in looks.items():
+        series = sorted(
             (point["strength"], place) for point, place in zip(points, places, strict=True) if point["label"] == label
         )
-        if len(own) > 1:
-            line = [place for _, place in own]
-            axes.plot(*zip(*line, strict=True), color=colour, linewidth=0.7, alpha=0.6, zorder=1)
-        axes.plot([], [], marker, color=colour, label=shortened(label, NAME))
+        if len(series) > 1:
+            line = [place for _, place in series]
+            axes.plot(*zip(*line, strict=True), color=color, linewidth=0.7, alpha=0.6, zorder=1)
+        axes.plot([], [], marker, color=color, label=shortened(label, NAME))
     for index, (x, y) in enumerate(places):
         if points[index]["strength"] != 0:
-            colour, marker = looks.get(points[index]["label"], (BLUE, "o"))
-            axes.plot(x, y, marker, color=colour, markerfacecolor=colour if index in best else "white", markersize=6)
+            color, marker = looks.get(points[index]["label"], (BLUE, "o"))
+            axes.plot(x, y, marker, color=color, markerfacecolor=color if index in best else "white", markersize=6)
     special = []
     for index, point in enumerate(points):
         if point["strength"] == 0:
@@ -62,9 +68,9 @@ def plot_front(report: Mapping[str, Any]) -> bytes | None:
 
 
 def _looks(points: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Returns colour and marker of each map, of the first few."""
+    """Returns color and marker of each map, of the first few."""
     labels = list(dict.fromkeys(point["label"] for point in points if point["strength"] != 0))
-    return dict(zip(labels, zip(COLOURS, MARKERS, strict=True), strict=False))
+    return dict(zip(labels, zip(COLORS, MARKERS, strict=True), strict=False))
 
 
 def _scores(point: Mapping[str, Any], conditions: Sequence[str]) -> list[Any]:
@@ -72,7 +78,7 @@ def _scores(point: Mapping[str, Any], conditions: Sequence[str]) -> list[Any]:
 
 
 def non_dominated(places: Sequence[tuple[float, float]]) -> set[int]:
-    """Returns the indices of the points that no other point beats in one score without losing in the other."""
+    """Returns the indices of the points that no other point dominates."""
     return {
         index
         for index, (x, y) in enumerate(places)

@@ -5,13 +5,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from drep_jax.report.plots.canvas import COLOURS, NAME, png, shortened, styled
+from drep_jax.report.plots.canvas import COLORS, NAME, png, shortened, styled
 
 
 def plot_loss(report: Mapping[str, Any]) -> bytes | None:
-    """Total loss against step of every learner with a curve, with the sum of the sites' optima where it is known.
+    """Total loss of every learner against its step, with the sum of the sites' optima if known.
 
-    Each point is the mean over the steps since the point before it; the first is that of step 1 alone.
+    Each point is the mean over the steps since the point before it; the first is that of step 1
+    alone.
     """
     curves = {}
     for name, learning in report["learning"].items():
@@ -23,14 +24,14 @@ def plot_loss(report: Mapping[str, Any]) -> bytes | None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = styled(figure.add_subplot(), "both")
     for index, (name, (steps, losses)) in enumerate(curves.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(steps, losses, color=colour, linewidth=1.5, label=shortened(name, NAME))
+        color = COLORS[index % len(COLORS)]
+        axes.plot(steps, losses, color=color, linewidth=1.5, label=shortened(name, NAME))
         learning = report["learning"][name]
         optimum = learning["optimum"] or {}
         if optimum and optimum.keys() == learning["per_site"].keys() and None not in optimum.values():
             best = sum(optimum.values())
             label = f"optimum {best:.4g}" if len(curves) == 1 else f"optimum of {shortened(name, NAME)}, {best:.4g}"
-            axes.axhline(best, color=colour, linestyle="--", linewidth=1.5, label=label)
+            axes.axhline(best, color=color, linestyle="--", linewidth=1.5, label=label)
     for axis, most, scale in ((0, 100, axes.set_xscale), (1, 10, axes.set_yscale)):
         drawn = [value for curve in curves.values() for value in curve[axis]]
         if min(drawn) > 0 and max(drawn) > most * min(drawn):

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from drep_jax.report.plots.canvas import COLOURS, GREY, NAME, RED, png, shortened
+from drep_jax.report.plots.canvas import COLORS, GREY, NAME, RED, png, shortened
 
-GREEN = COLOURS[2]
+GREEN = COLORS[2]
 _INCH = 0.66
 """Width of a picture's cell; its height follows from the pictures."""
 _GAP, _TEXT, _HEAD, _LEFT = 0.12, 0.34, 0.42, 1.8
@@ -52,23 +52,21 @@ def plot_ranked(report: Mapping[str, Any]) -> bytes | None:
             _draw(axes, pictures[str(query["image"])], (0, top), tall, GREY, "-", "query")
             for place, one in enumerate(query["found"][arm], start=1):
                 left = place * (1 + _GAP) + 2 * _GAP
-                colour, line, mark = (GREEN, "-", "✓") if one["right"] else (RED, (0, (2, 1.2)), "✗")
+                color, line, mark = (GREEN, "-", "✓") if one["right"] else (RED, (0, (2, 1.2)), "✗")
                 said = f"{mark} {one['distance']:.3g}"
-                _draw(axes, pictures[str(one["image"])], (left, top), tall, colour, line, said)
+                _draw(axes, pictures[str(one["image"])], (left, top), tall, color, line, said)
             top += row
     return png(figure)
 
 
-def _draw(
-    axes: Any, image: np.ndarray, at: tuple[float, float], tall: float, colour: str, line: Any, said: str
-) -> None:
+def _draw(axes: Any, image: np.ndarray, at: tuple[float, float], tall: float, color: str, line: Any, said: str) -> None:
     """Draws an image in its shape into a cell of width 1, with its frame and what is said under it."""
     shape = len(image) / image.shape[1]
     wide, high = (1.0, shape) if shape < tall else (tall / shape, tall)
     left, top = at[0] + (1 - wide) / 2, at[1] + (tall - high) / 2
     axes.imshow(image, extent=(left, left + wide, top + high, top), aspect="auto", interpolation="antialiased")
-    axes.add_patch(Rectangle((left, top), wide, high, fill=False, edgecolor=colour, linewidth=1.8, linestyle=line))
-    axes.text(at[0] + 0.5, at[1] + tall + 0.16, said, fontsize=6.5, ha="center", va="center", color=colour)
+    axes.add_patch(Rectangle((left, top), wide, high, fill=False, edgecolor=color, linewidth=1.8, linestyle=line))
+    axes.text(at[0] + 0.5, at[1] + tall + 0.16, said, fontsize=6.5, ha="center", va="center", color=color)
 
 
 def _decoded(image: str) -> np.ndarray:

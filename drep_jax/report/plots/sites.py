@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from drep_jax.report.plots.canvas import BLUE, png, shortened, styled
 
 MOST_BARS = 150
-"""Bars in the plot; of more slices than that, those that change most."""
+"""Most bars in the plot; of more slices, those that change most are shown."""
 
 
 def plot_sites(report: Mapping[str, Any]) -> bytes | None:
@@ -30,8 +30,8 @@ def plot_sites(report: Mapping[str, Any]) -> bytes | None:
     title = ""
     if len(bars) > MOST_BARS:
         title = f"the {MOST_BARS} largest changes of {len(bars)}"
-        kept = sorted(np.argsort([-change for _, change in bars], kind="stable")[:MOST_BARS])  # NaN comes last
-        bars = [bars[index] for index in kept]
+        largest = sorted(np.argsort([-change for _, change in bars], kind="stable")[:MOST_BARS])
+        bars = [bars[index] for index in largest]
     names, changes = zip(*bars, strict=True)
     figure = Figure(figsize=(8.5, 1.1 + 0.2 * len(bars)), layout="constrained")
     axes = styled(figure.add_subplot(), "x")

@@ -1,4 +1,4 @@
-"""plots/spectra.png: by site, how much the features vary along each direction, and how much of that denoising keeps."""
+"""plots/spectra.png: variance of the features of each site by direction, and denoising's gain."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from matplotlib.lines import Line2D
 from drep_jax.report.plots.canvas import BLUE, RED, png, shortened, styled
 
 MOST_PANELS = 12
-"""Sites in the plot; of more than that, as many evenly through the depth, first and last included."""
+"""Most sites in the plot; of more, this many at even depths, first and last included."""
 _COLUMNS = 4
 
 
 def plot_spectra(report: Mapping[str, Any]) -> bytes | None:
-    """One panel a site: eigenvalues of the features' covariance on a log axis, and the gain along each eigenvector."""
+    """One panel per site: eigenvalues of the features' covariance, and the gain on eigenvectors."""
     spectra = report.get("spectra")
     if not spectra:
         return None
@@ -36,20 +36,20 @@ def plot_spectra(report: Mapping[str, Any]) -> bytes | None:
         index = np.arange(1, len(variance) + 1)
         axes.set_xlim(0.5, len(variance) + 0.5)
         dots = {"marker": "."} if len(variance) == 1 else {}
-        # What is nothing but rounding beside the largest has no place on a log axis.
+        # Values at the rounding error of the largest are left off the log axis.
         known = np.where(variance > 1e-9 * np.nanmax(variance, initial=0.0), variance, np.nan)
         if not np.isnan(known).all():
             axes.plot(index, known, color=BLUE, linewidth=1.3, **dots)
             axes.set_yscale("log")
         axes.tick_params(axis="y", colors=BLUE, labelsize=7)
         axes.tick_params(axis="x", labelsize=7)
-        beside = axes.twinx()
-        beside.spines["top"].set_visible(False)
-        beside.axhline(1.0, color=RED, linewidth=0.6, linestyle=":")
-        beside.plot(index, shown[name]["gain"], color=RED, linewidth=1.3, linestyle="--", **dots)
-        beside.set_ylim(low - margin, high + margin)
-        beside.tick_params(axis="y", colors=RED, labelsize=7)
-    for axes in list(panels):  # what is left over
+        right = axes.twinx()
+        right.spines["top"].set_visible(False)
+        right.axhline(1.0, color=RED, linewidth=0.6, linestyle=":")
+        right.plot(index, shown[name]["gain"], color=RED, linewidth=1.3, linestyle="--", **dots)
+        right.set_ylim(low - margin, high + margin)
+        right.tick_params(axis="y", colors=RED, labelsize=7)
+    for axes in list(panels):  # unused panels
         axes.set_visible(False)
     figure.supxlabel("eigenvector of the features' covariance, by descending variance", fontsize=9)
     handles = [
@@ -61,7 +61,7 @@ def plot_spectra(report: Mapping[str, Any]) -> bytes | None:
 
 
 def through_the_depth(names: Sequence[str]) -> Sequence[str]:
-    """Returns the names, or of more than `MOST_PANELS` that many at equal distances, first and last included."""
+    """Returns at most `MOST_PANELS` names, at even distances, first and last included."""
     if len(names) <= MOST_PANELS:
         return names
     return [names[index] for index in np.linspace(0, len(names) - 1, MOST_PANELS).round().astype(int)]

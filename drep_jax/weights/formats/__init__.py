@@ -86,7 +86,7 @@ def find_format(
             f"Its first names are: {some(sorted(names), 5)}. Those of the module are: {some(sorted(leaves), 5)}. Say how they "
             "correspond in a name table, --config.backbone.init_names=FILE.py (docs/weights.md)."
         )
-    known = ", ".join(formats_of(module, table)) or "none"
+    known = ", ".join(sorted({fmt.name for fmt in table or FORMATS if isinstance(module, fmt.family)})) or "none"
     raise CheckpointError(f"{path} is in none of the formats known for a {type(module).__name__} ({known}). {seen}")
 
 

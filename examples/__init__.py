@@ -1,0 +1,1 @@
+"""Short scripts that use drep_jax, each run by tests/examples."""

@@ -1,0 +1,1 @@
+"""The noise of a camera, measured from pairs of pictures."""

@@ -1,0 +1,1 @@
+"""A network that the registry does not know."""

@@ -1,0 +1,1 @@
+"""A PyTorch checkpoint in, a fused one with the same names out."""
