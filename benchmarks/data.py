@@ -1,13 +1,13 @@
-"""Images per second of our loader and of a plain PyTorch one at the same work on the same cores, and what a step needs.
+"""Images per second of our loader and a plain PyTorch loader, and the rate that a step needs.
 
-    PYTHONPATH=. python benchmarks/data.py                # needs PyTorch and torchvision (requirements-parity.txt)
-    PYTHONPATH=. python benchmarks/data.py --sides ours   # without them
+    PYTHONPATH=. python benchmarks/data.py                # needs PyTorch (requirements-parity.txt)
+    PYTHONPATH=. python benchmarks/data.py --sides ours   # without PyTorch
 
-The work: read a JPEG of 500 × 375 pixels, decode it, crop and resize to 224 × 224 at random (bicubic), mirror at random,
-uint8 batches of 64. Every side is a process (with its workers a process group) that reads without end; while one is timed the
-others are stopped, so that none reads ahead for free. "ours" has its eight threads, "ours_2" two, as many as "torch" has
-workers: on a machine that is busy otherwise, more threads get more of it. Interleaved rounds, medians, and the median of the
-ratios within a round.
+The work: read a JPEG of 500 × 375 pixels, decode it, random resized crop to 224 × 224 (bicubic), random
+horizontal flip, uint8 batches of 64. Every side is a process (a process group with its workers) that reads
+without end. While one is timed, the others are stopped, so that none reads ahead. "ours" has eight threads;
+"ours_2" has two, as many as "torch" has workers: on a busy machine, more threads get more of the processor.
+Rounds are interleaved; figures are medians, also of the ratios within a round.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WORKERS = 2
 
 
 def write_images(folder, count):
-    """Writes photographs' likes: shapes on smooth ground with some grain, about 60 KB each."""
+    """Writes photograph-like JPEGs: shapes on a smooth background with grain, about 60 KB each."""
     from scipy import ndimage
 
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def timed(process, batches):
 
 
 def forward_rate():
-    """Returns images per second of the forward pass of ViT-S/16: no training step can take more."""
+    """Returns images per second of the forward pass of ViT-S/16, an upper bound for training."""
     import jax
     import jax.numpy as jnp
 
@@ -135,7 +135,7 @@ def main():
     if arguments.serve:
         serve(*arguments.serve)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no stopped process is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no stopped process behind
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, arguments.images)
         processes = {

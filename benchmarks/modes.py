@@ -1,12 +1,13 @@
-"""What every way of training really gives: several seeds of one run each, all arms of equal budgets, on the same test images.
+"""The gain of every way of training: several seeds of one run each, with equal budgets for all arms.
 
     PYTHONPATH=. python benchmarks/modes.py --config=configs/resnet20_cifar10.py --workdir=runs/modes
 
-Each seed is one run of the main job (images, order, noise and dropout drawn anew; the given backbone is the same) with the
-learners `algorithm1` and `closed_form` (label-free), `label_augmented` (Eq. 12), `alternating` (appendix A), `final_only`
-(DenoiseRep⁻), and the control arms: placebo, and the backbone trained on with labels for the same steps on the same images
-(`continued`). Differences are in points of accuracy: their mean over the seeds with Student's 95 % interval, and in how many
-seeds the paired test of that run (interval and McNemar) is significant. A run that was stopped is taken up again.
+Each seed is one run of the main job on the same test images, with its own images, order, noise and dropout
+and the same given backbone. Its learners are `algorithm1` and `closed_form` (label-free), `label_augmented`
+(Eq. 12), `alternating` (appendix A) and `final_only` (DenoiseRep⁻). Its control arms are the placebo and
+`continued`, the backbone trained further with labels for the same steps on the same images. Differences are
+in points of accuracy: their mean over seeds with Student's 95 % interval, and the number of seeds whose
+paired tests (interval and McNemar) are significant. An interrupted run is resumed.
 """
 
 import argparse
@@ -61,12 +62,12 @@ def table(reports, condition):
     for arm in ARMS:
         row = [arm, f"{np.mean([arms_of(entry)[arm]['acc@1'] for entry in entries]):.2f}"]
         for other in ("baseline", "continued"):
-            found = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == "acc@1"]
-            if not found:
+            comparisons = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == "acc@1"]
+            if not comparisons:
                 row.append("")
                 continue
-            up, down = (sum(c.direction == word for c in found) for word in ("higher", "lower"))
-            row.append(f"{interval([c.interval.difference for c in found])} ({up}↑ {down}↓)")
+            up, down = (sum(c.direction == word for c in comparisons) for word in ("higher", "lower"))
+            row.append(f"{interval([c.interval.difference for c in comparisons])} ({up}↑ {down}↓)")
         rows.append(row)
     return rows
 

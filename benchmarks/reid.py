@@ -1,13 +1,13 @@
-"""Every way of training on the real set of two cameras: several seeds, each with other persons tested.
+"""Every way of training on the two-camera person set: several seeds, each with other test persons.
 
-    PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid                       # DREP_DATA has reid_pku74.npz
+    PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid           # DREP_DATA has reid_pku74.npz
     PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid_t --backbone=transreid
 
-Each seed is one run of configs/reid_pku.py: a backbone is trained from scratch on 38 persons, then every learner learns
-from it, the label-free ones without labels even to choose their strength. Differences are in points: their mean over the
-seeds with Student's 95 % interval, and in how many seeds the paired interval over that run's queries excludes zero. A run
-that was stopped is taken up again. Latency is that of the first table of the paper's kind: baseline, fused, and
-DenoiseRep⁻, interleaved in one run.
+Each seed is one run of configs/reid_pku.py. A backbone is trained from scratch on 38 persons; then every
+learner starts from it. The label-free learners use no labels, not even to select their strength. Differences
+are in points: their mean over seeds with Student's 95 % interval, and the number of seeds in which the
+paired interval over the run's queries excludes zero. An interrupted run is resumed. Latency is that of
+baseline, fused and DenoiseRep⁻, as in the paper's table, interleaved in one run.
 """
 
 import argparse
@@ -56,9 +56,11 @@ def rows(reports, condition):
         row = [arm, *(f"{np.mean([score[metric] for score in scores]):.1f}" for metric in METRICS)]
         for metric in METRICS if arm != "baseline" else ():
             for other in ("baseline", "continued"):
-                found = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == metric]
-                up, down = (sum(c.direction == word for c in found) for word in ("higher", "lower"))
-                text = f"{interval([c.interval.difference for c in found])} ({up}↑ {down}↓)" if found else ""
+                comparisons = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == metric]
+                up, down = (sum(c.direction == word for c in comparisons) for word in ("higher", "lower"))
+                text = (
+                    f"{interval([c.interval.difference for c in comparisons])} ({up}↑ {down}↓)" if comparisons else ""
+                )
                 row += [text] if (metric, other) != ("rank1", "continued") else []
         table.append(row)
     return table

@@ -1,9 +1,10 @@
-"""The paper's Table 4 in kind: latency of a network for re-identification plain, fused, with DenoiseRep⁻, and explicit.
+"""Latency of a re-identification network: plain, fused, with DenoiseRep⁻, and explicit (paper, Table 4).
 
     PYTHONPATH=. python benchmarks/reid_latency.py --model=transreid_ssl_s16 --batch=32 --rounds=15
 
-Random weights and random denoisers at every linear of the MLPs (for ResNets, pointwise ones at every convolution), which
-cost what trained ones do. One run, interleaved, medians; a ratio is the median of the rounds' own ratios to the plain network.
+Weights and denoisers are random, which cost the same as trained ones. The sites are all linears of the MLPs;
+for ResNets all convolutions, with pointwise denoisers. Rounds are interleaved in one run; figures are
+medians, and a ratio is the median over rounds of the ratio to the plain network.
 """
 
 import argparse
@@ -31,8 +32,10 @@ def main(arguments):
     variables = dict(jax.jit(backbone.init)(jax.random.key(1), images[:1]))
     layers = find_layers(backbone, jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32))
     schedule = Schedule()
-    chosen = select_sites(layers, arguments.sites or None, kind="pointwise" if "resnet" in arguments.model else "auto")
-    sites = assign_times(chosen, timesteps=schedule.timesteps)
+    selected = select_sites(
+        layers, arguments.sites or None, kind="pointwise" if "resnet" in arguments.model else "auto"
+    )
+    sites = assign_times(selected, timesteps=schedule.timesteps)
     key = jax.random.key(2)
     denoise = jax.tree_util.tree_map(lambda a: 0.01 * jax.random.normal(key, a.shape), init_denoise(sites))
     params = {"backbone": variables["params"], "denoise": denoise}
@@ -49,11 +52,11 @@ def main(arguments):
         ),
     }
     times = cost.interleaved(
-        {name: lambda run=run, given=given: run(*given) for name, (run, given) in networks.items()},
+        {name: lambda run=run, inputs=inputs: run(*inputs) for name, (run, inputs) in networks.items()},
         rounds=arguments.rounds,
     )
     ratios = cost.ratios(times, "baseline")
-    flops = {name: cost.flops(run, *given) for name, (run, given) in networks.items()}
+    flops = {name: cost.flops(run, *inputs) for name, (run, inputs) in networks.items()}
     rows = [
         [name, f"{1e3 * np.median(times[name]):.0f}", f"{ratios[name]:.3f}", f"{flops[name] / flops['baseline']:.4f}"]
         for name in networks

@@ -1,6 +1,6 @@
-"""Lists the denoising sites and their time steps for the registered backbones, as in docs/models.md; nothing is computed.
+"""Lists sites and time steps of the registered backbones, as in docs/models.md, from shapes alone.
 
-PYTHONPATH=. python benchmarks/sites.py                     # one line a backbone
+PYTHONPATH=. python benchmarks/sites.py                     # one line per backbone
 PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
 """
 

@@ -1,14 +1,20 @@
-"""Training steps by mode, in time and memory: ViT-S/16, 224 px, every transformer linear a site, one thread.
+"""Time and memory of training steps by mode: ViT-S/16, 224 px, every transformer linear, one thread.
 
-    PYTHONPATH=. python benchmarks/step.py                          # the label-free step against the plain forward pass
-    PYTHONPATH=. python benchmarks/step.py --modes --batch=64       # every mode against plain fine-tuning
+    PYTHONPATH=. python benchmarks/step.py                     # label-free step and plain forward pass
+    PYTHONPATH=. python benchmarks/step.py --modes --batch=64  # every mode and plain fine-tuning
 
-The *arithmetic floor* is what the multiplications alone cost at the speed of the forward pass F. Label-free: F, D(X) and the
-gradient of W_D at every site (2·2·n·d² operations for n feature vectors; no gradient goes to the input). Fine-tuning: 3 F.
-Through fused weights: F, the gradient by the activations (F) and by the weights that are trained or fused, and the fusion
-itself, 2·d²·m operations for a d×m kernel and each of k steps, and as many again for the gradient by W_D or W. Eq. 12: that and
-the label-free step. Memory is the compiled program's: arguments (state and batch) and temporaries. The first form also takes
-the label-free variants to a small ViT on the real digits and prints the gap to the known optimum that as many steps leave.
+The *arithmetic floor* is the cost of the multiplications alone at the speed of the forward pass F:
+
+- label-free: F, D(X) and the gradient of W_D at every site, 2·2·n·d² operations for n tokens (the input
+  needs no gradient);
+- fine-tuning: 3 F;
+- through fused weights: F, the gradient by the activations (F) and by the trained or fused weights, and the
+  fusion, 2·d²·m operations for a d×m kernel and each of k steps, and as many for its gradient;
+- Eq. 12: through fused weights, plus the label-free step.
+
+Memory is that of the compiled program: arguments (state and batch) and temporaries. The first command also
+trains a small ViT on the digits with the label-free variants and prints the gap to the known optimum after
+the same number of steps.
 """
 
 import argparse
@@ -64,7 +70,7 @@ def make_step(model, variables, sites, tx, tokens):
 
 
 def site_operations(sites, vectors):
-    """Operations of D and of the gradient of W_D: a multiplication and an addition each, n·d² times, twice."""
+    """Returns the operations of D and of the gradient of W_D: 2·2·n·d², multiplications and additions."""
     return sum(4.0 * vectors * site.width**2 * site.groups for site in sites)
 
 
@@ -241,7 +247,7 @@ def gap(arguments):
             [f"{tokens:.0%}", len(sites), optimum, final, final - optimum, (final - optimum) / (len(sites) - optimum)]
         )
     print(f"\nSmall ViT (random weights) on the digits, {arguments.steps} steps of 64 images, exact expected losses")
-    headers = ["tokens", "loss at the start", "optimum", "final loss", "gap", "share of the gap left"]
+    headers = ["tokens", "loss at the start", "optimum", "final loss", "gap", "fraction of the gap left"]
     print(tabulate(rows, headers, floatfmt=".3f"))
 
 
@@ -249,7 +255,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=float, default=0.25, help="share of the tokens in the sampled variant")
+    parser.add_argument("--tokens", type=float, default=0.25, help="fraction of the tokens in the sampled variant")
     parser.add_argument("--steps", type=int, default=1000, help="of the training that the gap is measured on")
     parser.add_argument("--modes", action="store_true", help="every mode against plain fine-tuning")
     parser.add_argument("--pixels", type=int, default=224)

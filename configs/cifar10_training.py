@@ -1,15 +1,16 @@
-"""The paper's ways of training on CIFAR-10's published ResNet-20 or ViT, each beside control arms of equal budget.
+"""The paper's ways of training on CIFAR-10 with ResNet-20 or a ViT, with control arms of equal budget.
 
-    python train.py --config=configs/cifar10_training.py:label_free          # Algorithm 1
-    python train.py --config=configs/cifar10_training.py:label_augmented     # Eq. 12
-    python train.py --config=configs/cifar10_training.py:alternating         # appendix A
-    python train.py --config=configs/cifar10_training.py:control             # the backbone alone, for as many steps
-    python train.py --config=configs/cifar10_training.py:final_only          # DenoiseRep⁻, explicit, beside the closed form
-    python train.py --config=configs/cifar10_training.py:alternating:vit     # the ViT instead of ResNet-20
+    python train.py --config=configs/cifar10_training.py:label_free       # Algorithm 1
+    python train.py --config=configs/cifar10_training.py:label_augmented  # Eq. 12
+    python train.py --config=configs/cifar10_training.py:alternating      # appendix A
+    python train.py --config=configs/cifar10_training.py:control          # the backbone alone
+    python train.py --config=configs/cifar10_training.py:final_only       # DenoiseRep⁻, explicit
+    python train.py --config=configs/cifar10_training.py:alternating:vit  # the ViT
 
-Ten epochs of 64 images (7,030 steps of the 45,000 that are learned from) in turns of one epoch; the paper takes 120 in turns of
-ten. Convolutions have pointwise denoisers, the paper's. Data and weights are looked for in DREP_DATA, as by
-configs/resnet20_cifar10.py. `benchmarks/modes.py` repeats all of them over seeds; what that gave is in docs/results.md.
+Ten epochs of 45,000 images in batches of 64 (7,030 steps); alternating training changes phase every epoch.
+The paper trains 120 epochs with phases of ten. Convolutions have pointwise denoisers, as in the paper. Data
+and weights are read from DREP_DATA, as in configs/resnet20_cifar10.py. `benchmarks/modes.py` repeats all
+modes over seeds; docs/results.md has the results.
 """
 
 from ml_collections import ConfigDict

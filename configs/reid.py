@@ -1,19 +1,25 @@
-"""Re-identification as in the paper's Tables 2 to 4 and 6: any of its data sets, backbones and ways of training.
+"""Re-identification as in the paper's Tables 2 to 4 and 6: its data sets, backbones and ways of training.
 
-    python train.py --config=configs/reid.py:market1501:transreid_ssl_s --config.data.source=market1501:DIR \\
-        --config.backbone.init_from=vit_small.pth
-    python train.py --config=configs/reid.py:msmt17:transreid_b:label_augmented --config.data.source=msmt17:DIR …
-    python train.py --config=configs/reid.py:vehicleid:resnet50:alternating --config.data.source=vehicleid:DIR …
-    python train.py --config=configs/reid.py:folder:transreid_ssl_s --config.data.source=reid_folder:DIR …
+    python train.py --config=configs/reid.py:market1501:transreid_ssl_s \\
+        --config.data.source=market1501:DIR --config.backbone.init_from=vit_small.pth
+    python train.py --config=configs/reid.py:msmt17:transreid_b:label_augmented \\
+        --config.data.source=msmt17:DIR …
+    python train.py --config=configs/reid.py:vehicleid:resnet50:alternating \\
+        --config.data.source=vehicleid:DIR …
+    python train.py --config=configs/reid.py:folder:transreid_ssl_s \\
+        --config.data.source=reid_folder:DIR …
 
-The first word is the data set, the second the backbone, and the third, which may be left out, the way of training. Weights
-are the published files (docs/weights.md). The field's protocol: images squashed to 256 × 128 (vehicles 256 × 256;
-transreid_ssl_b_ics 384 × 128, for which it is published), mirrored, moved by up to 10 pixels, half of them with a rectangle
-erased; batches of 16 identities with 4 images each; single query, cross-camera. What is told of views is read from
-`veri:DIR?views=known` (transreid_b, resnet50_views), which leaves out the images of which it is not known. The paper's
-merged training is
-`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. What this gives on these data sets has not been
-measured here: they are not public. On a real set of two cameras it is in docs/results.md.
+The argument is DATASET:BACKBONE or DATASET:BACKBONE:MODE. Weights are the published files (docs/weights.md).
+
+The protocol is the field's. Images are resized to 256 × 128 without keeping their proportions (vehicles
+256 × 256; transreid_ssl_b_ics 384 × 128, as published). Training uses horizontal flips, shifts by up to 10
+pixels, and random erasing of a rectangle in half of the images, in batches of 16 identities with 4 images
+each. Evaluation is single-query with the cross-camera rule. Backbones with view information (transreid_b,
+resnet50_views) read `veri:DIR?views=known`, which excludes images of unknown view.
+
+The paper's merged training is `--config.data.merge="(('msmt17:DIR', 1.0),)"` with mode label_free. Results on
+these data sets have not been measured here, since they are not public; docs/results.md has results on a
+two-camera set.
 """
 
 from ml_collections import ConfigDict
@@ -52,9 +58,9 @@ BACKBONES = {
     "resnet50_views": {"model": {"name": "resnet50_vanet"}, "data": IMAGENET, "margin": 0.3, "views": True},
 }
 SIDE = {"veri": "camera+view", "vehicleid": ""}
-"""What the published TransReID networks are told of vehicles; of persons it is the camera."""
+"""Side information of the published TransReID networks for vehicles; for persons it is the camera."""
 SMOOTHED = ("clip_reid", "resnet50", "resnet50_views")
-"""Backbones that are published with label smoothing."""
+"""Backbones published with label smoothing."""
 
 MODES = {
     "measured": {"learner": "measured", "compare": ("algorithm1", "closed_form")},
@@ -64,7 +70,7 @@ MODES = {
     "control": {"learner": "continued", "compare": ()},
     "final_only": {"learner": "closed_form", "compare": ("final_only",)},
 }
-LABELLED = ("label_augmented", "alternating", "control")
+LABELED = ("label_augmented", "alternating", "control")
 STEPS = 24_000  # 120 epochs of 12,936 images in batches of 64, as in the paper
 
 
@@ -102,10 +108,10 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
         config.retrieval.side = SIDE.get(dataset, "camera")
         config.model.jigsaw_shift = 8 if size == VEHICLES else 5
     config.denoise.update({"train_steps": STEPS, "batch_size": 64, "learning_rate": 4e-4})
-    labelled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
-    labelled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
-    config.backbone.update(labelled)
-    config.control.update({**labelled, "steps": STEPS if mode in LABELLED else 0, "learning_rate": 4e-4})
+    labeled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
+    labeled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
+    config.backbone.update(labeled)
+    config.control.update({**labeled, "steps": STEPS if mode in LABELED else 0, "learning_rate": 4e-4})
     config.alternate.update({"steps": STEPS, "period": 2000})
     config.noise = "gaussian:0..40"
     config.select.labels = False

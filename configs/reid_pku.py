@@ -1,12 +1,12 @@
-"""Persons in front of two cameras: a small ResNet trained from scratch, denoised for noise, blur, low light and compression.
+"""A two-camera person set: a small ResNet from scratch, denoised for noise, blur, low light, compression.
 
-    python train.py --config=configs/reid_pku.py                  # looks for reid_pku74.npz in DREP_DATA
+    python train.py --config=configs/reid_pku.py                  # reid_pku74.npz in DREP_DATA
     python train.py --config=configs/reid_pku.py:transreid        # a small TransReID instead
 
-The set has 74 persons with eight views in each of two cameras. A number behind the backbone (`resnet:3`) is the seed, which
-divides the persons anew: 40 % are tested, queries from camera 1 and gallery from camera 2, and 15 % of the others are held
-out to choose on, without labels. `benchmarks/reid.py` repeats this over seeds, with every way of training; docs/results.md
-has what it gave.
+The set has 74 persons with eight views from each of two cameras. A number after the backbone (`resnet:3`) is
+the seed of the split of persons: 40 % are test persons, with queries from camera 1 and gallery from camera 2,
+and 15 % of the others are held out for selection without labels. `benchmarks/reid.py` repeats this over seeds
+with every way of training; docs/results.md has the results.
 """
 
 from ml_collections import ConfigDict
@@ -47,9 +47,9 @@ def get_config(choice: str = "resnet:0") -> ConfigDict:
     config.data.update({"image_size": (128, 48), "resize": "exact", "flip": True, "shift": 6, "erase": 0.3})
     config.data.mean, config.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config.model.update(lookup(BACKBONES, name, "backbone of this configuration"))
-    labelled = {"batch_size": 64, "optimizer": "adamw", "weight_decay": 0.05, "label_smoothing": 0.1}
-    config.backbone.update({**labelled, "steps": 400, "learning_rate": 2e-3, "warmup": 50})
-    config.control.update({**labelled, "steps": 100, "learning_rate": 2e-4, "warmup": 10})
+    labeled = {"batch_size": 64, "optimizer": "adamw", "weight_decay": 0.05, "label_smoothing": 0.1}
+    config.backbone.update({**labeled, "steps": 400, "learning_rate": 2e-3, "warmup": 50})
+    config.control.update({**labeled, "steps": 100, "learning_rate": 2e-4, "warmup": 10})
     config.denoise.update({"train_steps": 100, "batch_size": 64, "learning_rate": 4e-4, "tokens": 0.25})
     config.alternate.update({"steps": 100, "period": 10})
     config.measured.update({"images": 0, "draws": 2, "clean_share": (0.75, 0.9, 0.97)})

@@ -1,10 +1,10 @@
-"""Small post-norm ViT on CIFAR-10 (published weights, 73.72 %): noise measured on 1,500 unlabelled images, no labels.
+"""Small post-norm ViT on CIFAR-10 (73.72 %): noise measured on 1,500 unlabeled images.
 
     python train.py --config=configs/vit_cifar10.py --config.noise=gaussian:0..40
-    python train.py --config=configs/vit_cifar10.py --config.learner=wiener         # no noise known: clean images only
+    python train.py --config=configs/vit_cifar10.py --config.learner=wiener  # clean images only
 
-Data and weights are looked for in the directory DREP_DATA: cifar10_train.npz, cifar10_test.npz (see docs/results.md for their
-form) and weights/vit_d128_l6_cifar10.npz. Measured results are in docs/results.md.
+The weights are published ones. Data and weights are read from the directory DREP_DATA: cifar10_train.npz and
+cifar10_test.npz (their format is in docs/results.md), and weights/vit_d128_l6_cifar10.npz. docs/results.md has the results.
 """
 
 import os
