@@ -1,7 +1,7 @@
-"""Every backbone against its PyTorch reference, forward and forward with gradients, float32, one thread each, in one process.
+"""Every backbone against its PyTorch reference, forward and with gradients, float32, one thread each.
 
-    pip install torch torchvision timm                              # see requirements-parity.txt
-    PYTHONPATH=. python benchmarks/models.py                        # or: … benchmarks/models.py vit_s16 resnet50
+    pip install torch torchvision timm                 # see requirements-parity.txt
+    PYTHONPATH=. python benchmarks/models.py           # or: … benchmarks/models.py vit_s16 resnet50
 
 Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch by
 `set_num_threads(1)`. For both, the allocator keeps freed memory (`allocator`), which `train.py` does
@@ -63,7 +63,7 @@ def from_vmamba(**options):
 
     from tests.parity.vmamba_reference import load_reference, make_reference
 
-    torch.cuda.device = lambda device: contextlib.nullcontext()  # it enters the GPU that its tensors are on
+    torch.cuda.device = lambda device: contextlib.nullcontext()  # the reference enters its tensors' GPU
     return make_reference(load_reference(checkout), num_classes=1000, **options)
 
 
@@ -84,7 +84,7 @@ CASES = {
 
 
 def our_sides(name, pixels, images):
-    """Returns (forward, forward with gradients) of our backbone, and how many parameters it has."""
+    """Returns (forward, forward with gradients, number of parameters) of our backbone."""
     model = create_model(name, num_classes=1000, image_size=(pixels, pixels))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, pixels, pixels, 3)))
     images = jnp.asarray(images)
@@ -123,12 +123,12 @@ def measure(name, case, batch, rounds):
     if name not in MODELS:
         raise Missing("not among MODELS")
     images = np.random.default_rng(0).normal(size=(batch, case.pixels, case.pixels, 3)).astype(np.float32)
-    theirs = their_sides(case.reference, images)
-    ours = our_sides(name, case.pixels, images)
-    if ours[2] != theirs[2]:
-        print(f"{name}: {ours[2]:,} parameters, and the reference has {theirs[2]:,}", file=sys.stderr)
+    torch_sides = their_sides(case.reference, images)
+    jax_sides = our_sides(name, case.pixels, images)
+    if jax_sides[2] != torch_sides[2]:
+        print(f"{name}: {jax_sides[2]:,} parameters, and the reference has {torch_sides[2]:,}", file=sys.stderr)
     rows = []
-    for what, our, their in zip(("forward", "with gradients"), ours, theirs, strict=False):
+    for what, our, their in zip(("forward", "with gradients"), jax_sides, torch_sides, strict=False):
         times = cost.interleaved({"ours": our, "PyTorch": their}, rounds=rounds, clock=time.process_time)
         seconds = [np.median(times[side]) for side in ("ours", "PyTorch")]
         rows.append([name, what, *seconds, cost.ratios(times, "PyTorch")["ours"]])
@@ -137,14 +137,14 @@ def measure(name, case, batch, rounds):
 
 
 def main(arguments):
-    kept = not arguments.return_memory and keep_freed_memory()
+    keeps_memory = not arguments.return_memory and keep_freed_memory()
     rows = []
     for name in arguments.models or CASES:
         try:
             rows += measure(name, CASES[name], arguments.batch, arguments.rounds)
         except Missing as reason:
             print(f"{name}: skipped, {reason}", file=sys.stderr)
-    memory = "kept" if kept else "returned to the system"
+    memory = "kept" if keeps_memory else "returned to the system"
     print(f"batch {arguments.batch}, float32, one thread, {arguments.rounds} interleaved rounds, freed memory {memory}")
     print(tabulate(rows, ["", "", "ours s", "PyTorch s", "ours / PyTorch"], floatfmt=("", "", ".3f", ".3f", ".2f")))
 

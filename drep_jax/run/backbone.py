@@ -17,17 +17,21 @@ FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_al
 
 
 def fresh_variables(run: Run) -> Tree:
-    """Returns the backbone's variables as they are initialized from the seed of the run."""
+    """Returns the backbone's variables initialized from the run's seed."""
     return dict(jax.jit(run.setup.backbone.init)(key_of(run.config, "init"), jnp.zeros(run.setup.images.shape)))
 
 
 def read_weights(run: Run, path: str, *, allow_fused: bool = False) -> Tree:
-    """Reads a backbone's variables from a file of this project or a foreign one.
+    """Reads the backbone's variables from a file of this project or a foreign one.
 
     Args:
-      run: whose backbone.
+      run: the run of the backbone.
       path: of the file, or of an Orbax directory.
-      allow_fused: whether a file of ours may hold fused weights.
+      allow_fused: whether a file of this project may hold fused weights.
+
+    Raises:
+      ConfigError: for settings that do not apply to the file.
+      CheckpointError: if the file does not fit the backbone.
     """
     if weights.is_native(path):
         if useless := [name for name in FOREIGN_ONLY if run.config["backbone"][name]]:
@@ -47,7 +51,7 @@ def read_weights(run: Run, path: str, *, allow_fused: bool = False) -> Tree:
 
 
 def init_options(config: Config) -> dict[str, Any]:
-    """Returns how a foreign file of weights is to be read; see `drep_jax.weights.load_foreign`."""
+    """Returns the options of `drep_jax.weights.load_foreign` from a configuration."""
     backbone = config["backbone"]
     return {
         "format_name": backbone["init_format"],

@@ -31,12 +31,12 @@ SAME = "same"
 """The export in the format that the backbone came in."""
 
 PROGRAMS: dict[str, Callable[..., Comparison]] = {"stablehlo": export_stablehlo, "onnx": export_onnx}
-"""Exports of the network itself, weights inside; another is a line here."""
+"""Exports of the network with its weights; add one by a line here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What is to be written.
+    """What to write, and where.
 
     Attributes:
       directory: made if absent.
@@ -94,11 +94,11 @@ def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign 
 
     Args:
       run: a finished run.
-      variables: the run's backbone.
-      output: what is to be written.
+      variables: of the run's backbone.
+      output: what to write.
 
     Raises:
-      ConfigError: for an unknown form, or "same" where there is no foreign file.
+      ConfigError: for an unknown form, or "same" without a foreign file.
       CheckpointError: if the file does not hold the run's backbone.
     """
     if (output.init_from or output.init_names) and not output.forms:
@@ -172,12 +172,12 @@ def write(
     Args:
       output: what to write.
       setup: of the run.
-      variables: the unfused backbone's.
+      variables: of the unfused backbone.
       fused: fused parameters.
-      fusion: how they were fused; recorded in the files.
-      exact: fused parameters in float64; needed where a storage type is narrower.
-      original: the foreign file that the backbone came in.
-      images: that the folding of BatchNorms is certified on.
+      fusion: rule, steps and strength of fusion; recorded in the files.
+      exact: fused parameters in float64; needed if a storage type is narrower.
+      original: the foreign file of the backbone.
+      images: on which the folding of BatchNorms is certified.
 
     Returns:
       The paths.
@@ -229,13 +229,13 @@ def write(
 
 
 def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
-    """Returns exact variables with BatchNorms folded, and prints the certificate of that for those that are rounded."""
+    """Returns exact variables with BatchNorms folded; prints the certificate for the rounded variables."""
     folds = find_folds(setup.backbone, images)
     certificate = certify_folds(setup.backbone, fused, folds, images)
     print(certificate)
     if not certificate.passed:
         raise ExportError("Folding BatchNorm changes what the network computes here; nothing was written.")
-    # The statistics are constants that are exact in their own type only.
+    # The statistics become constants, which are exact in their own type only.
     return {
         **fold_batchnorm(exact, folds, round_back=False),
         "batch_stats": fold_batchnorm(fused, folds)["batch_stats"],
