@@ -104,4 +104,4 @@ def finished(tmp_path_factory):
     run, variables, denoise = fuse.load_run(directory)
     backbone = str(place / "backbone.safetensors")
     weights.save_safetensors(backbone, variables)
-    return Finished(config, directory, report, setting, variables, denoise, backbone)
+    return Finished(config, directory, report, run.setup, variables, denoise, backbone)

@@ -245,7 +245,9 @@ def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
     """Prints the fraction of the change that a storage type keeps, and refuses one that keeps less than 90 %."""
     surviving = survival(before, exact, stored)
-    print(f"Stored as {where}, {100 * surviving.fraction:.1f} % of the change survives (worst: {surviving.worst_layer}).")
+    print(
+        f"Stored as {where}, {100 * surviving.fraction:.1f} % of the change survives (worst: {surviving.worst_layer})."
+    )
     if surviving.fraction < 0.9 and not output.allow_rounding:
         raise CheckpointError(
             f"Storing as {where} rounds away {100 * (1 - surviving.fraction):.0f} % of what fusion changed; the network would be "
