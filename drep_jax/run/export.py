@@ -10,6 +10,7 @@ import numpy as np
 
 from drep_jax import weights
 from drep_jax.core.certificate import Certificate, certify
+from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.fusion import fuse_exact, survival
 from drep_jax.data.collate import read
 from drep_jax.errors import CheckpointError, ConfigError, ExportError, did_you_mean
@@ -63,23 +64,14 @@ class Output:
             raise ConfigError(f'Unknown storage type "{self.dtype}".{did_you_mean(self.dtype, DTYPES)}')
 
 
-def fuse_and_certify(run: Run, variables: Tree, denoise: Tree, *, rule: str, steps: int) -> tuple[Tree, Certificate]:
+def fuse_and_certify(run: Run, variables: Tree, denoisers: Denoisers) -> tuple[Tree, Certificate]:
     """Returns the fused parameters, rounded once to their own types, and their certificate on real images."""
-    params = {"backbone": variables["params"], "denoise": denoise}
-    fused = fuse_exact(params, run.setup.sites, run.setup.schedule, rule=rule, steps=steps)
+    setup = run.setup
+    params = {"backbone": variables["params"], "denoise": denoisers}
+    fused = fuse_exact(params, setup.sites, setup.schedule)
     images = certificate_images(run)
-    certificate = certify(
-        run.setup.backbone,
-        variables,
-        denoise,
-        run.setup.sites,
-        run.setup.schedule,
-        images,
-        rule=rule,
-        steps=steps,
-        fused=fused,
-    )
-    return fused, certificate
+    backbone, sites, schedule = setup.backbone, setup.sites, setup.schedule
+    return fused, certify(backbone, variables, denoisers, sites, schedule, images, fused=fused)
 
 
 def certificate_images(run: Run) -> jax.Array:
@@ -250,6 +242,6 @@ def _check_survival(output: Output, where: str, before: Tree, exact: Tree, store
     )
     if surviving.fraction < 0.9 and not output.allow_rounding:
         raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - surviving.fraction):.0f} % of what fusion changed; the network would be "
-            "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
+            f"Storing as {where} rounds away {100 * (1 - surviving.fraction):.0f} % of what fusion changed; the network "
+            "would be the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
         )
