@@ -114,8 +114,8 @@ def make_arms(directory):
             changed.select.max_clean_loss = 0.4
         learned = learners.learn(name, learners.LearnerInputs(dataclasses.replace(run, config=changed), variables))
         seconds = learned.section["seconds"] + (moment_seconds if name in ("closed_form", "wiener") else 0.0)
-        params = {"backbone": variables["params"], "denoise": learned.denoise}
-        fused = fuse_exact(params, setup.sites, setup.schedule, rule=learned.rule, steps=learned.steps)
+        params = {"backbone": variables["params"], "denoise": learned.denoisers}
+        fused = fuse_exact(params, setup.sites, setup.schedule)
         arms[arm] = Arm({**variables, "params": fused}, learned.section["images"], seconds)
         print(f"{arm}: {seconds:.0f} s {learned.section.get('chosen', '')}", flush=True)
         return params
