@@ -55,13 +55,13 @@ HOSTS = define_flags()
 
 
 def main(argv: list[str]) -> int:
-    """Fuses again; returns the exit status."""
+    """Fuses a run; returns the exit status."""
     with processes.joined(HOSTS()), lock.reading(WORKDIR.value) if processes.primary() else nullcontext():
         return fuse_again()
 
 
 def fuse_again() -> int:
-    """Does what the flags say; returns the exit status."""
+    """Fuses, prints the certificate and returns the exit status."""
     from drep_jax.run.export import Output
 
     output = Output(

@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
         )
     with processes.joined(HOSTS()):
         if EVAL_ONLY.value:
-            how = {"overrides": CONFIG.overrides, "explicit": CONFIG.explicit}
+            options = {"overrides": CONFIG.overrides, "explicit": CONFIG.explicit}
             content, folder = evaluate.evaluate(
-                evaluate.configuration(config, directory, **how), directory, WEIGHTS.value
+                evaluate.configuration(config, directory, **options), directory, WEIGHTS.value
             )
             print(f"{report.evaluation_text(content)}\n\nEvaluation: {os.path.join(folder, 'evaluation.md')}")
             return 0

@@ -58,7 +58,7 @@ class Arm:
 
 
 def fine_tune(setup, variables, images, targets, *, seconds=None, epochs=None, clean_share=0.5, rate=5e-4, batch=128):
-    """Trains the whole backbone on images of which a share is clean, the others with Gaussian noise; batch norm frozen."""
+    """Trains the whole backbone on clean and Gaussian-noise images, with frozen batch norm."""
     tx = optax.adam(rate)
     others = {name: tree for name, tree in variables.items() if name != "params"}
 
@@ -104,7 +104,7 @@ def make_arms(directory):
     arms = {"backbone": Arm(variables, 0, 0.0), "bn adapted": Arm(variables, BATCH, 0.0, adapt=True)}
 
     began = time.perf_counter()
-    run_moments(run, variables)  # kept in the directory, from where the learners take them
+    run_moments(run, variables)  # saved in the directory, where the learners read them
     moment_seconds = time.perf_counter() - began
 
     def learn(arm, name, **changes):
@@ -112,12 +112,12 @@ def make_arms(directory):
         changed.update(changes)
         if name == "wiener":
             changed.select.max_clean_loss = 0.4
-        found = learners.learn(name, learners.LearnerInputs(dataclasses.replace(run, config=changed), variables))
-        seconds = found.section["seconds"] + (moment_seconds if name in ("closed_form", "wiener") else 0.0)
-        params = {"backbone": variables["params"], "denoise": found.denoise}
-        fused = fuse_exact(params, setup.sites, setup.schedule, rule=found.rule, steps=found.steps)
-        arms[arm] = Arm({**variables, "params": fused}, found.section["images"], seconds)
-        print(f"{arm}: {seconds:.0f} s {found.section.get('chosen', '')}", flush=True)
+        learned = learners.learn(name, learners.LearnerInputs(dataclasses.replace(run, config=changed), variables))
+        seconds = learned.section["seconds"] + (moment_seconds if name in ("closed_form", "wiener") else 0.0)
+        params = {"backbone": variables["params"], "denoise": learned.denoise}
+        fused = fuse_exact(params, setup.sites, setup.schedule, rule=learned.rule, steps=learned.steps)
+        arms[arm] = Arm({**variables, "params": fused}, learned.section["images"], seconds)
+        print(f"{arm}: {seconds:.0f} s {learned.section.get('chosen', '')}", flush=True)
         return params
 
     learn("algorithm 1", "algorithm1")
@@ -134,8 +134,10 @@ def make_arms(directory):
     index = np.sort(epoch_order(len(setup.train), config.seed, 0)[: config.measured.images])
     images = read_images(setup.train, index)
     apply = jax.jit(setup.backbone.apply)
-    own = [apply(variables, normalize(images[i : i + 500], setup.mean, setup.std)) for i in range(0, len(images), 500)]
-    targets = np.asarray(jax.nn.softmax(np.concatenate(own)))
+    outputs = [
+        apply(variables, normalize(images[i : i + 500], setup.mean, setup.std)) for i in range(0, len(images), 500)
+    ]
+    targets = np.asarray(jax.nn.softmax(np.concatenate(outputs)))
     budget = arms["measured gaussian"].seconds
     new, seconds = fine_tune(setup, variables, images, targets, seconds=budget)
     arms["distilled"] = Arm(new, len(images), seconds)
@@ -144,8 +146,8 @@ def make_arms(directory):
     index = np.sort(epoch_order(len(setup.train), config.seed, 1)[:20_000])
     labels = np.eye(10, dtype=np.float32)[read_labels(setup.train, index)]
     new, seconds = fine_tune(setup, variables, read_images(setup.train, index), labels, epochs=3)
-    arms["labelled"] = Arm(new, len(index), seconds)
-    print(f"labelled: {seconds:.0f} s", flush=True)
+    arms["labeled"] = Arm(new, len(index), seconds)
+    print(f"labeled: {seconds:.0f} s", flush=True)
     return setup, arms
 
 
@@ -191,13 +193,13 @@ def main():
     for row, scores in rows.items():
         cells = [row, f"{base[row]:.1f}"]
         content[row] = {"backbone": base[row]}
-        gain = 100 * scores["labelled"].mean() - base[row]
+        gain = 100 * scores["labeled"].mean() - base[row]
         for arm in list(arms)[1:]:
-            found = paired_interval(scores[arm], scores["backbone"], resamples=2000, seed=0)
-            mark = "" if found.significant else " ns"
-            cells.append(f"{100 * found.difference:+.1f}{mark}")
-            content[row][arm] = [100 * v for v in (found.difference, found.low, found.high)]
-            content[row].setdefault("recovery", {})[arm] = 1e4 * found.difference / gain if gain > 1 else None
+            interval = paired_interval(scores[arm], scores["backbone"], resamples=2000, seed=0)
+            mark = "" if interval.significant else " ns"
+            cells.append(f"{100 * interval.difference:+.1f}{mark}")
+            content[row][arm] = [100 * v for v in (interval.difference, interval.low, interval.high)]
+            content[row].setdefault("recovery", {})[arm] = 1e4 * interval.difference / gain if gain > 1 else None
         table.append(cells)
     print(
         f"\nAccuracy of the backbone, and change in points, {options.images} test images; ns: the paired 95 % interval has 0"
@@ -205,9 +207,9 @@ def main():
     print(tabulate(table, ["", *arms], tablefmt="github", disable_numparse=True))
     print()
     for row in ("mean noise", "mean of all 15"):
-        shares = {arm: share for arm, share in content[row]["recovery"].items() if share is not None}
-        told = ", ".join(f"{arm} {share:.0f} %" for arm, share in shares.items())
-        print(f"Share of the labelled fine-tuning's recovery, {row}: {told}")
+        fractions = {arm: value for arm, value in content[row]["recovery"].items() if value is not None}
+        listing = ", ".join(f"{arm} {value:.0f} %" for arm, value in fractions.items())
+        print(f"Fraction of the labeled fine-tuning's recovery, {row}: {listing}")
     cost = [[arm, known.images, f"{known.seconds:.0f}"] for arm, known in arms.items()]
     print()
     print(tabulate(cost, ["arm", "images", "seconds"], tablefmt="github"))

@@ -31,7 +31,7 @@ WORKERS = 2
 
 
 def write_images(folder, count):
-    """Writes photographs' likes: shapes on smooth ground with some grain, about 60 KB each."""
+    """Writes photograph-like JPEGs: shapes on a smooth background with grain, about 60 KB each."""
     from scipy import ndimage
 
     rng = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def timed(process, batches):
 
 
 def forward_rate():
-    """Returns images per second of the forward pass of ViT-S/16: no training step can take more."""
+    """Returns images per second of the forward pass of ViT-S/16, an upper bound for training."""
     import jax
     import jax.numpy as jnp
 
@@ -136,7 +136,7 @@ def main():
     if arguments.serve:
         serve(*arguments.serve)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no stopped process is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no stopped process behind
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, arguments.images)
         processes = {

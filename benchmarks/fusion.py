@@ -34,8 +34,8 @@ CASES = {
 }
 
 
-def one(case, how, rounds):
-    """Prints sites, parameters, seconds to compile, seconds to fuse, peak bytes and bytes above the weights."""
+def one(case, precision, rounds):
+    """Prints sites, parameters, seconds to compile and to fuse, peak bytes, bytes above the weights."""
     name, pattern = CASES[case]
     model = create_model(name, num_classes=1000, image_size=(224, 224))
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -46,7 +46,7 @@ def one(case, how, rounds):
     size = sum(leaf.size for leaf in jax.tree_util.tree_leaves(denoise))
     before = cost.peak_memory()
     compiling = 0.0
-    if how == "float32":
+    if precision == "float32":
         began = time.perf_counter()
         run = jax.jit(lambda p: fuse(p, sites, schedule)).lower(params).compile()
         compiling = time.perf_counter() - began
@@ -59,11 +59,20 @@ def one(case, how, rounds):
 def main(arguments):
     rows = []
     for case in CASES:
-        for how in ("float32", "float64"):
-            command = [sys.executable, __file__, "--case", case, "--how", how, "--rounds", str(arguments.rounds)]
+        for precision in ("float32", "float64"):
+            command = [
+                sys.executable,
+                __file__,
+                "--case",
+                case,
+                "--precision",
+                precision,
+                "--rounds",
+                str(arguments.rounds),
+            ]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
             sites, size, compiling, seconds, peak, above = map(float, out)
-            rows.append([case, how, int(sites), size / 1e6, compiling, seconds, peak / 2**30, above / 2**30])
+            rows.append([case, precision, int(sites), size / 1e6, compiling, seconds, peak / 2**30, above / 2**30])
     headers = ["", "in", "sites", "denoisers, M", "compile s", "fuse s", "peak GiB", "above the weights GiB"]
     print(tabulate(rows, headers, floatfmt=("", "", "", ".1f", ".1f", ".2f", ".2f", ".2f")))
 
@@ -71,10 +80,10 @@ def main(arguments):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES))
-    parser.add_argument("--how", choices=["float32", "float64"])
+    parser.add_argument("--precision", choices=["float32", "float64"])
     parser.add_argument("--rounds", type=int, default=3)
     parsed = parser.parse_args()
     if parsed.case:
-        one(parsed.case, parsed.how, parsed.rounds)
+        one(parsed.case, parsed.precision, parsed.rounds)
     else:
         main(parsed)

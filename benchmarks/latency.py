@@ -1,4 +1,4 @@
-"""Inference latency of ViT-S/16 fused and explicit, relative to the unchanged backbone.
+"""Inference latency of ViT-S/16, fused and explicit, relative to the unchanged backbone.
 
 PYTHONPATH=. python benchmarks/latency.py
 """

@@ -106,7 +106,7 @@ def speed(arguments):
 
 
 def trained_backbone(setting, steps):
-    """Trains the backbone on the labelled digits."""
+    """Trains the backbone on the labeled digits."""
     variables = setting.backbone.init(jax.random.key(0), jnp.zeros(setting.images.shape))
     tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, steps), weight_decay=0.05)
 
@@ -154,17 +154,17 @@ def reached(arguments):
 
     least = total(None)
     rows: list[list] = [["no denoiser", 0, 0.0, total(init_denoise(sites))]]
-    for name, images, share in (
+    for name, images, fraction in (
         ("closed form", every, 1.0),
         (f"closed form, {arguments.tokens:.0%} of the tokens", every, arguments.tokens),
         (f"closed form, {arguments.tokens:.0%} of the tokens", every // 4, arguments.tokens),
     ):
-        collect_moments(backbone, variables, sites, batches(64), tokens=share)  # compiles
+        collect_moments(backbone, variables, sites, batches(64), tokens=fraction)  # compiles
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            found = collect_moments(backbone, variables, sites, batches(images), tokens=share)
-            denoise = closed_form.closed_form(found, sites, schedule)
+            moments = collect_moments(backbone, variables, sites, batches(images), tokens=fraction)
+            denoise = closed_form.closed_form(moments, sites, schedule)
             seconds.append(time.perf_counter() - began)
         rows.append([name, images, np.median(seconds), total(denoise)])
     steps = 20 * every // 64
@@ -194,7 +194,7 @@ def reached(arguments):
 
 
 def solving():
-    """Times the host's part, the minimum from the moments in float64, at the widths of ViT-S, ViT-B and ResNet-50."""
+    """Times the solution on the host in float64, at the widths of ViT-S, ViT-B and ResNet-50."""
     rows = []
     lone = find_sites(nn.Sequential([nn.Dense(1)]), jnp.zeros((1, 4)), pattern=".*")[0]
     for width in (384, 1536, 3072, 4608):
@@ -212,7 +212,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=float, default=0.25, help="share of the tokens in the sampled variant")
+    parser.add_argument("--tokens", type=float, default=0.25, help="fraction of the tokens in the sampled variant")
     parser.add_argument("--backbone_steps", type=int, default=1500)
     parsed = parser.parse_args()
     speed(parsed)

@@ -1,17 +1,16 @@
-"""Every backbone against its PyTorch reference: forward, and forward with gradients.
+"""Every backbone against its PyTorch reference, forward and with gradients, float32, one thread each.
 
-    pip install torch torchvision timm              # see requirements-parity.txt
-    PYTHONPATH=. python benchmarks/models.py        # or: … benchmarks/models.py vit_s16 resnet50
+    pip install torch torchvision timm                 # see requirements-parity.txt
+    PYTHONPATH=. python benchmarks/models.py           # or: … benchmarks/models.py vit_s16 resnet50
 
-float32, one process. Both sides run on one core: XLA by its flags and the process's affinity
-(`single_thread`), PyTorch by `set_num_threads(1)`. For both the allocator keeps freed memory
-(`drep_jax.cli.allocator`), which train.py does not request; --return_memory leaves that out. Rounds
-are interleaved, seconds are medians of processor time, a ratio is the median over the rounds of
-ours / PyTorch's in the same round. Both networks are in inference mode with random weights of their
-own, so the computation is the same; gradients are of the mean square of the logits by all
-parameters. A reference that is not installed is skipped with the reason. VMamba's is a checkout of
-its repository at the path VMAMBA_REFERENCE (tests/parity/vmamba_reference.py); it runs the authors'
-plain PyTorch path.
+Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch by
+`set_num_threads(1)`. For both, the allocator keeps freed memory (`allocator`), which `train.py` does
+not; --return_memory measures without. Rounds are interleaved, seconds are medians of processor time,
+and a ratio is the median over the rounds of ours / PyTorch's in the same round. Both networks are in
+inference mode with their own random weights, so that there is the same to compute. Gradients are of
+the mean square of the logits by all parameters. A reference that is not installed is skipped with the
+reason. VMamba's is a checkout of its repository, whose path VMAMBA_REFERENCE gives
+(tests/parity/vmamba_reference.py); it runs the authors' plain PyTorch path.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import single_thread  # noqa: F401, I001 (first of all)
+from allocator import keep_freed_memory
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ import numpy as np
 from tabulate import tabulate
 
 from drep_jax.evaluation import cost
-from drep_jax.cli.allocator import keep_freed_memory
 from drep_jax.models import MODELS, create_model
 
 
@@ -64,7 +63,7 @@ def from_vmamba(**options):
 
     from tests.parity.vmamba_reference import load_reference, make_reference
 
-    torch.cuda.device = lambda device: contextlib.nullcontext()  # it enters the GPU that its tensors are on
+    torch.cuda.device = lambda device: contextlib.nullcontext()  # the reference enters its tensors' GPU
     return make_reference(load_reference(checkout), num_classes=1000, **options)
 
 
@@ -85,7 +84,7 @@ CASES = {
 
 
 def our_sides(name, pixels, images):
-    """Returns (forward, forward with gradients) of our backbone, and how many parameters it has."""
+    """Returns (forward, forward with gradients, number of parameters) of our backbone."""
     model = create_model(name, num_classes=1000, image_size=(pixels, pixels))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, pixels, pixels, 3)))
     images = jnp.asarray(images)
@@ -124,12 +123,12 @@ def measure(name, case, batch, rounds):
     if name not in MODELS:
         raise Missing("not among MODELS")
     images = np.random.default_rng(0).normal(size=(batch, case.pixels, case.pixels, 3)).astype(np.float32)
-    theirs = their_sides(case.reference, images)
-    ours = our_sides(name, case.pixels, images)
-    if ours[2] != theirs[2]:
-        print(f"{name}: {ours[2]:,} parameters, and the reference has {theirs[2]:,}", file=sys.stderr)
+    torch_sides = their_sides(case.reference, images)
+    jax_sides = our_sides(name, case.pixels, images)
+    if jax_sides[2] != torch_sides[2]:
+        print(f"{name}: {jax_sides[2]:,} parameters, and the reference has {torch_sides[2]:,}", file=sys.stderr)
     rows = []
-    for what, our, their in zip(("forward", "with gradients"), ours, theirs, strict=False):
+    for what, our, their in zip(("forward", "with gradients"), jax_sides, torch_sides, strict=False):
         times = cost.interleaved({"ours": our, "PyTorch": their}, rounds=rounds, clock=time.process_time)
         seconds = [np.median(times[side]) for side in ("ours", "PyTorch")]
         rows.append([name, what, *seconds, cost.ratios(times, "PyTorch")["ours"]])
@@ -138,14 +137,14 @@ def measure(name, case, batch, rounds):
 
 
 def main(arguments):
-    kept = not arguments.return_memory and keep_freed_memory()
+    keeps_memory = not arguments.return_memory and keep_freed_memory()
     rows = []
     for name in arguments.models or CASES:
         try:
             rows += measure(name, CASES[name], arguments.batch, arguments.rounds)
         except Missing as reason:
             print(f"{name}: skipped, {reason}", file=sys.stderr)
-    memory = "kept" if kept else "returned to the system"
+    memory = "kept" if keeps_memory else "returned to the system"
     print(f"batch {arguments.batch}, float32, one thread, {arguments.rounds} interleaved rounds, freed memory {memory}")
     print(tabulate(rows, ["", "", "ours s", "PyTorch s", "ours / PyTorch"], floatfmt=("", "", ".3f", ".3f", ".2f")))
 

@@ -63,12 +63,12 @@ def table(reports, condition):
     for arm in ARMS:
         row = [arm, f"{np.mean([arms_of(entry)[arm]['acc@1'] for entry in entries]):.2f}"]
         for other in ("baseline", "continued"):
-            found = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == "acc@1"]
-            if not found:
+            comparisons = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == "acc@1"]
+            if not comparisons:
                 row.append("")
                 continue
-            up, down = (sum(c.direction == word for c in found) for word in ("higher", "lower"))
-            row.append(f"{interval([c.interval.difference for c in found])} ({up}↑ {down}↓)")
+            up, down = (sum(c.direction == word for c in comparisons) for word in ("higher", "lower"))
+            row.append(f"{interval([c.interval.difference for c in comparisons])} ({up}↑ {down}↓)")
         rows.append(row)
     return rows
 

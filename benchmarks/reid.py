@@ -57,9 +57,11 @@ def rows(reports, condition):
         row = [arm, *(f"{np.mean([score[metric] for score in scores]):.1f}" for metric in METRICS)]
         for metric in METRICS if arm != "baseline" else ():
             for other in ("baseline", "continued"):
-                found = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == metric]
-                up, down = (sum(c.direction == word for c in found) for word in ("higher", "lower"))
-                text = f"{interval([c.interval.difference for c in found])} ({up}↑ {down}↓)" if found else ""
+                comparisons = [c for e in entries for c in compare(e, arm) if c.theirs == other and c.metric == metric]
+                up, down = (sum(c.direction == word for c in comparisons) for word in ("higher", "lower"))
+                text = (
+                    f"{interval([c.interval.difference for c in comparisons])} ({up}↑ {down}↓)" if comparisons else ""
+                )
                 row += [text] if (metric, other) != ("rank1", "continued") else []
         table.append(row)
     return table

@@ -20,9 +20,9 @@ import time
 import numpy as np
 
 SIZES = {"market": (3368, 15913, 750, 6), "msmt17": (11659, 82161, 3060, 15)}
-"""Queries, gallery images, identities and cameras; Market's gallery has 2,798 distractors too."""
+"""Queries, gallery images, identities and cameras; Market's gallery includes 2,798 distractors."""
 WIDTH = 384
-SHARE = 0.7
+MEMORY_FRACTION = 0.7
 """Of free memory that the usual loop may take."""
 
 
@@ -32,14 +32,14 @@ def features(size):
     ids = rng.integers(0, identities, queries), rng.integers(0, identities, gallery)
     if size == "market":
         ids[1][:2798] = -1
-    centres = 0.5 * rng.standard_normal((identities + 1, WIDTH), dtype=np.float32)
-    made = []
-    for own in ids:
-        images = rng.standard_normal((len(own), WIDTH), dtype=np.float32)
-        for start in range(0, len(own), 1000):
-            images[start : start + 1000] += centres[own[start : start + 1000]]
-        made.append(images)
-    return *made, *ids, *(rng.integers(0, cameras, len(own)) for own in ids)
+    centers = 0.5 * rng.standard_normal((identities + 1, WIDTH), dtype=np.float32)
+    both = []
+    for labels in ids:
+        images = rng.standard_normal((len(labels), WIDTH), dtype=np.float32)
+        for start in range(0, len(labels), 1000):
+            images[start : start + 1000] += centers[labels[start : start + 1000]]
+        both.append(images)
+    return *both, *ids, *(rng.integers(0, cameras, len(labels)) for labels in ids)
 
 
 def distances(query, gallery):
@@ -51,14 +51,14 @@ def distances(query, gallery):
 def usual(matrix, q_ids, g_ids, q_cameras, g_cameras):
     order = np.argsort(matrix, axis=1)
     hits = (g_ids[order] == q_ids[:, None]).astype(np.int32)
-    found = []
+    precisions = []
     for i in range(len(matrix)):
-        kept = hits[i][~((g_ids[order[i]] == q_ids[i]) & (g_cameras[order[i]] == q_cameras[i]))]
-        if kept.any():
-            sums = kept.cumsum()
-            precision = sums / np.arange(1, len(kept) + 1)
-            found.append((precision * kept).sum() / kept.sum())
-    return found
+        matches = hits[i][~((g_ids[order[i]] == q_ids[i]) & (g_cameras[order[i]] == q_cameras[i]))]
+        if matches.any():
+            sums = matches.cumsum()
+            precision = sums / np.arange(1, len(matches) + 1)
+            precisions.append((precision * matches).sum() / matches.sum())
+    return precisions
 
 
 def free_bytes():
@@ -74,17 +74,17 @@ def peak_bytes(field):
 def run_usual(data):
     query, gallery, q_ids, g_ids, q_cameras, g_cameras = data
     row = len(gallery) * (4 + 4 + 8 + 8 + 4)  # distances and their parts, order, gathered identities, hits
-    rows = len(query) if row * len(query) < SHARE * free_bytes() else 500
-    spent, found = {"distances": 0.0, "loop": 0.0}, []
+    rows = len(query) if row * len(query) < MEMORY_FRACTION * free_bytes() else 500
+    spent, precisions = {"distances": 0.0, "loop": 0.0}, []
     for start in range(0, len(query), rows):
         part = slice(start, start + rows)
         begin = time.perf_counter()
         matrix = distances(query[part], gallery)
         middle = time.perf_counter()
-        found += usual(matrix, q_ids[part], g_ids, q_cameras[part], g_cameras)
+        precisions += usual(matrix, q_ids[part], g_ids, q_cameras[part], g_cameras)
         spent["distances"] += middle - begin
         spent["loop"] += time.perf_counter() - middle
-    return {**spent, "total": sum(spent.values()), "rows": rows, "map": float(np.mean(found))}
+    return {**spent, "total": sum(spent.values()), "rows": rows, "map": float(np.mean(precisions))}
 
 
 def run_ours(data, rerank=False):
@@ -95,10 +95,10 @@ def run_ours(data, rerank=False):
     options = {"query_ids": q_ids, "gallery_ids": g_ids, "query_cameras": q_cameras, "gallery_cameras": g_cameras}
     begin = time.perf_counter()
     if rerank:
-        found = ranking.rank_blocks(reranked(query, gallery), ranking.rules(**options))
+        result = ranking.rank_blocks(reranked(query, gallery), ranking.rules(**options))
     else:
-        found = ranking.rank(query, gallery, **options)
-    return {"total": time.perf_counter() - begin, "map": float(ranking.scores(found)["mAP"].mean())}
+        result = ranking.rank(query, gallery, **options)
+    return {"total": time.perf_counter() - begin, "map": float(ranking.scores(result)["mAP"].mean())}
 
 
 def measure(side, size):
@@ -137,22 +137,25 @@ def main():
         return
     print("| size | what | median s | peak extra GiB | mAP |\n|---|---|---|---|---|")
     for size in args.sizes:
-        found = {"ours": [], "usual": []}
+        results = {"ours": [], "usual": []}
         for index in range(args.rounds):
-            for side in sorted(found, reverse=bool(index % 2)):
-                found[side].append(child(side, size))
+            for side in sorted(results, reverse=bool(index % 2)):
+                results[side].append(child(side, size))
         rows = [("ours, with distances", "ours", "total"), ("ours, first call", "ours", "first")]
         rows += [("usual, loop alone", "usual", "loop"), ("usual, with distances", "usual", "total")]
         if args.rerank:
-            found["rerank"] = [child("rerank", size)]
+            results["rerank"] = [child("rerank", size)]
             rows.append(("ours, re-ranked, once", "rerank", "total"))
         queries, gallery, *_ = SIZES[size]
         for name, side, key in rows:
-            at_once = found[side][0].get("rows", queries)
+            at_once = results[side][0].get("rows", queries)
             note = f", {at_once} queries at a time" if at_once < queries else ""
-            seconds, extra, score = (statistics.median(one[k] for one in found[side]) for k in (key, "extra", "map"))
+            seconds, extra, score = (statistics.median(one[k] for one in results[side]) for k in (key, "extra", "map"))
             print(f"| {queries:,} × {gallery:,} | {name}{note} | {seconds:.2f} | {extra / 2**30:.2f} | {score:.6f} |")
-        ratios = [ours["total"] / theirs["loop"] for ours, theirs in zip(found["ours"], found["usual"], strict=True)]
+        ratios = [
+            our_run["total"] / usual_run["loop"]
+            for our_run, usual_run in zip(results["ours"], results["usual"], strict=True)
+        ]
         print(
             f"\nours with distances / usual loop alone: {statistics.median(ratios):.2f} (rounds: {ratios})\n",
             flush=True,

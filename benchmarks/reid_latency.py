@@ -32,8 +32,10 @@ def main(arguments):
     variables = dict(jax.jit(backbone.init)(jax.random.key(1), images[:1]))
     layers = find_layers(backbone, jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32))
     schedule = Schedule()
-    chosen = select_sites(layers, arguments.sites or None, kind="pointwise" if "resnet" in arguments.model else "auto")
-    sites = assign_times(chosen, timesteps=schedule.timesteps)
+    selected = select_sites(
+        layers, arguments.sites or None, kind="pointwise" if "resnet" in arguments.model else "auto"
+    )
+    sites = assign_times(selected, timesteps=schedule.timesteps)
     key = jax.random.key(2)
     denoise = jax.tree_util.tree_map(lambda a: 0.01 * jax.random.normal(key, a.shape), init_denoise(sites))
     params = {"backbone": variables["params"], "denoise": denoise}
@@ -50,11 +52,11 @@ def main(arguments):
         ),
     }
     times = cost.interleaved(
-        {name: lambda run=run, given=given: run(*given) for name, (run, given) in networks.items()},
+        {name: lambda run=run, inputs=inputs: run(*inputs) for name, (run, inputs) in networks.items()},
         rounds=arguments.rounds,
     )
     ratios = cost.ratios(times, "baseline")
-    flops = {name: cost.flops(run, *given) for name, (run, given) in networks.items()}
+    flops = {name: cost.flops(run, *inputs) for name, (run, inputs) in networks.items()}
     rows = [
         [name, f"{1e3 * np.median(times[name]):.0f}", f"{ratios[name]:.3f}", f"{flops[name] / flops['baseline']:.4f}"]
         for name in networks

@@ -7,7 +7,7 @@ The second command takes a step measured on one of your devices, and GB/s. Bytes
 alone (`jax.eval_shape`): nothing is run. The time of a step on n devices, each with the batch that
 was measured on one, is taken to be
 
-    t(n) = t(1) + 2 (n − 1) / n · bytes / bandwidth,
+    t(n) = t(1) + 2 (n − 1) / n · bytes / bandwidth
 
 an all-reduce that waits for the whole step and goes around a ring: no overlap, so it is an upper
 bound where the bandwidth is right. `--bandwidth` is the rate at which one device sends, in GB/s,
@@ -43,7 +43,7 @@ SIZES = {"swinv2_t_w8": (256, 256)}
 KINDS = {"resnet50": "pointwise"}
 DEVICES = (1, 8, 256)
 FLOAT = 4  # bytes
-SUSTAINED, BATCH = 100e12, 64  # operations a second of a device that is only supposed, and its images a step
+SUSTAINED, BATCH = 100e12, 64  # of an assumed device: operations per second, images per step
 
 
 def numbers(tree):
@@ -52,7 +52,7 @@ def numbers(tree):
 
 
 def inputs(model, shape):
-    """Returns the numbers that linear layers and convolutions read for one image, and their multiplications and additions."""
+    """Returns the numbers that linear layers and convolutions read per image, and their operations."""
     read, operations = [], []
 
     def note(next_fun, args, kwargs, context):
@@ -101,11 +101,11 @@ def ring(size, devices, bandwidth):
 
 
 def main(arguments):
-    found = {title: measure(*how) for title, how in MODELS.items()}
+    measured = {title: measure(*case) for title, case in MODELS.items()}
     mb = 1e-6 * FLOAT
 
     rows = []
-    for title, m in found.items():
+    for title, m in measured.items():
         millions = [m[part] / 1e6 for part in ("backbone", "denoise")]
         sent = [mb * m["backbone"], mb * m["denoise"], 2 * mb * m["sums"]]
         rows.append([title, m["sites"], m["widest"], *millions, *sent])
@@ -115,7 +115,7 @@ def main(arguments):
     print(tabulate(rows, heads, floatfmt=".1f", tablefmt="github"))
 
     rows = []
-    for title, m in found.items():
+    for title, m in measured.items():
         backbone, denoise = (1e-9 * FLOAT * m[part] for part in ("backbone", "denoise"))
         state = {
             "train": 4 * backbone,  # parameters, gradient, two moments of Adam
@@ -131,7 +131,7 @@ def main(arguments):
     print(tabulate(rows, heads, floatfmt=".2f", tablefmt="github"))
 
     rows = []
-    for title, m in found.items():
+    for title, m in measured.items():
         for what, part in (("labels", "backbone"), ("Algorithm 1", "denoise")):
             computed = 3 * m["operations"] * BATCH / SUSTAINED
             steps = (("measured", arguments.seconds, arguments.batch), ("computed", computed, BATCH))

@@ -1,4 +1,4 @@
-"""Import before JAX: confines the process to one core and XLA to one thread, so that ratios are of arithmetic."""
+"""Confines the process to one core and XLA to one thread; import it before JAX."""
 
 import os
 

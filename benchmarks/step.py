@@ -67,7 +67,7 @@ def make_step(model, variables, sites, tx, tokens):
 
 
 def site_operations(sites, vectors):
-    """Operations of D and of the gradient of W_D: a multiplication and an addition each, n·d² times, twice."""
+    """Returns the operations of D and of the gradient of W_D: 2·2·n·d², multiplications and additions."""
     return sum(4.0 * vectors * site.width**2 * site.groups for site in sites)
 
 
@@ -244,7 +244,7 @@ def gap(arguments):
             [f"{tokens:.0%}", len(sites), optimum, final, final - optimum, (final - optimum) / (len(sites) - optimum)]
         )
     print(f"\nSmall ViT (random weights) on the digits, {arguments.steps} steps of 64 images, exact expected losses")
-    headers = ["tokens", "loss at the start", "optimum", "final loss", "gap", "share of the gap left"]
+    headers = ["tokens", "loss at the start", "optimum", "final loss", "gap", "fraction of the gap left"]
     print(tabulate(rows, headers, floatfmt=".3f"))
 
 
@@ -252,7 +252,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=float, default=0.25, help="share of the tokens in the sampled variant")
+    parser.add_argument("--tokens", type=float, default=0.25, help="fraction of the tokens in the sampled variant")
     parser.add_argument("--steps", type=int, default=1000, help="of the training that the gap is measured on")
     parser.add_argument("--modes", action="store_true", help="every mode against plain fine-tuning")
     parser.add_argument("--pixels", type=int, default=224)

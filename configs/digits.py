@@ -1,6 +1,6 @@
 """The built-in data set, UCI handwritten digits (8×8 pixels): a small ViT, label-free denoisers.
 
-python train.py --config=configs/digits.py        (or just: python train.py)
+python train.py --config=configs/digits.py        # or just: python train.py
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
         {"steps": 1500, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "weight_decay": 0.05}
     )
     config.control.update({"steps": 500, "batch_size": 64, "learning_rate": 2e-4})
-    # The minimiser has entries up to 1/√(1−ᾱ_t), 100 at t = 1, and Adam moves an entry by at most its rate a step: at the
-    # paper's 4e-4, some hundred steps end near where they began (see the gap to the optimum in the report).
+    # The minimizer has entries up to 1/√(1−ᾱ_t), 100 at t = 1, and Adam moves an entry by at most its rate
+    # per step. At the paper's 4e-4, hundreds of steps stay near the start (see the report's gap to the optimum).
     config.denoise.update({"train_steps": 500, "batch_size": 64, "learning_rate": 0.2})
 
     config.evaluate.conditions = ("clean", "gaussian:40", "gaussian:80")

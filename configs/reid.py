@@ -56,9 +56,9 @@ BACKBONES = {
     "resnet50_views": {"model": {"name": "resnet50_vanet"}, "data": IMAGENET, "margin": 0.3, "views": True},
 }
 SIDE = {"veri": "camera+view", "vehicleid": ""}
-"""What the published TransReID networks are told of vehicles; of persons it is the camera."""
+"""Side information of the published TransReID networks for vehicles; for persons it is the camera."""
 SMOOTHED = ("clip_reid", "resnet50", "resnet50_views")
-"""Backbones that are published with label smoothing."""
+"""Backbones published with label smoothing."""
 
 MODES = {
     "measured": {"learner": "measured", "compare": ("algorithm1", "closed_form")},
@@ -68,7 +68,7 @@ MODES = {
     "control": {"learner": "continued", "compare": ()},
     "final_only": {"learner": "closed_form", "compare": ("final_only",)},
 }
-LABELLED = ("label_augmented", "alternating", "control")
+LABELED = ("label_augmented", "alternating", "control")
 STEPS = 24_000  # 120 epochs of 12,936 images in batches of 64, as in the paper
 
 
@@ -106,10 +106,10 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
         config.retrieval.side = SIDE.get(dataset, "camera")
         config.model.jigsaw_shift = 8 if size == VEHICLES else 5
     config.denoise.update({"train_steps": STEPS, "batch_size": 64, "learning_rate": 4e-4})
-    labelled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
-    labelled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
-    config.backbone.update(labelled)
-    config.control.update({**labelled, "steps": STEPS if mode in LABELLED else 0, "learning_rate": 4e-4})
+    labeled = {"batch_size": 64, "optimizer": "sgd", "learning_rate": 8e-3, "warmup": 1000, "weight_decay": 1e-4}
+    labeled["label_smoothing"] = 0.1 if name in SMOOTHED else 0.0
+    config.backbone.update(labeled)
+    config.control.update({**labeled, "steps": STEPS if mode in LABELED else 0, "learning_rate": 4e-4})
     config.alternate.update({"steps": STEPS, "period": 2000})
     config.noise = "gaussian:0..40"
     config.select.labels = False

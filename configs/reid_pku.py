@@ -48,9 +48,9 @@ def get_config(choice: str = "resnet:0") -> ConfigDict:
     config.data.update({"image_size": (128, 48), "resize": "exact", "flip": True, "shift": 6, "erase": 0.3})
     config.data.mean, config.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config.model.update(lookup(BACKBONES, name, "backbone of this configuration"))
-    labelled = {"batch_size": 64, "optimizer": "adamw", "weight_decay": 0.05, "label_smoothing": 0.1}
-    config.backbone.update({**labelled, "steps": 400, "learning_rate": 2e-3, "warmup": 50})
-    config.control.update({**labelled, "steps": 100, "learning_rate": 2e-4, "warmup": 10})
+    labeled = {"batch_size": 64, "optimizer": "adamw", "weight_decay": 0.05, "label_smoothing": 0.1}
+    config.backbone.update({**labeled, "steps": 400, "learning_rate": 2e-3, "warmup": 50})
+    config.control.update({**labeled, "steps": 100, "learning_rate": 2e-4, "warmup": 10})
     config.denoise.update({"train_steps": 100, "batch_size": 64, "learning_rate": 4e-4, "tokens": 0.25})
     config.alternate.update({"steps": 100, "period": 10})
     config.measured.update({"images": 0, "draws": 2, "clean_share": (0.75, 0.9, 0.97)})

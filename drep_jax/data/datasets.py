@@ -17,7 +17,7 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """A labeled source whose classes no head knows: test images get their nearest neighbor's.
 
     Attributes:
@@ -48,7 +48,7 @@ class Images:
     held_out: Source
     num_classes: int | None
     test: Source | None
-    others: tuple[Labelled, ...]
+    others: tuple[Labeled, ...]
 
 
 def open_images(
@@ -87,11 +87,11 @@ def open_images(
     others = []
     for spec, train in list(zip(specs, trains, strict=True))[1 if head or not test_needs_head else 0 :]:
         if not test_needs_head:
-            others.append(Labelled(train.name, None, tolerating(_checked_test(spec, options, check_test), allowed)))
+            others.append(Labeled(train.name, None, tolerating(_checked_test(spec, options, check_test), allowed)))
         elif specs[1:] and train.num_classes:
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
             other_test = tolerating(open_source(spec, TEST, **options), allowed)
-            others.append(Labelled(train.name, tolerating(Subset(train, chosen), allowed), other_test))
+            others.append(Labeled(train.name, tolerating(Subset(train, chosen), allowed), other_test))
     labeled = bool(trains[0].num_classes)
     # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
     choosing = [(part, weight) for part, weight in zip(held, weights, strict=True) if len(part)] or [

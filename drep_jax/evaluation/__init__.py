@@ -1,1 +1,1 @@
-"""Arms of a run on test images: scores, paired intervals, choices on held-out images, cost."""
+"""Evaluation of a run's arms on test images: scores, paired intervals, selection, cost."""

@@ -1,6 +1,7 @@
-"""Several networks of one shape on the same test images under the same corruptions, so that they can be paired.
+"""Scores of several networks on the same test images under the same corruptions, for paired comparison.
 
-Statistics are computed on the devices, batch by batch: the host holds one row an image, never the outputs of a test set.
+Statistics are computed on the devices, batch by batch. The host holds one row per image, never the
+outputs of a test set.
 """
 
 import dataclasses
@@ -29,12 +30,12 @@ Network = Callable[[Tree, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What arms have given under one condition.
+    """Statistics of all arms under one condition.
 
     Attributes:
-      index: (n,) the images that were read.
+      index: (n,) indices of the images read.
       columns: their scalar label columns, such as "label", (n,) each.
-      statistics: arm ↦ tree with one row an image.
+      statistics: arm ↦ tree with one row per image.
     """
 
     index: np.ndarray
@@ -54,22 +55,23 @@ def score_arms(
     buckets: Sequence[Bucket] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, Scored]]:
-    """Yields each condition with the task's statistics of every image by every arm.
+    """Yields each condition with the task's statistics of every image and arm.
 
     Args:
-      setup: the backbone, the task and how images become inputs.
+      setup: the backbone, the task and the normalization of images.
       arms: name ↦ variables.
       source: test images with their labels.
-      conditions: corruption specs, see `drep_jax.data.corruptions`; the task says which images they corrupt.
-      batch_size: over all hosts, a multiple of the number of their devices.
+      conditions: corruption specs, see `drep_jax.data.corruptions`; the task says which images they
+        corrupt.
+      batch_size: images per batch over all hosts, a multiple of the number of devices.
       seed: of the corruptions; every arm sees the same images.
-      networks: of arms that are not the backbone itself.
-      buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`: one program a bucket.
-      progress: whether to show a bar.
+      networks: name ↦ network, for the arms that are not the backbone itself.
+      buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`; one program per bucket.
+      progress: whether to show a progress bar.
 
     Returns:
-      Of all images on every host, one condition after the other. The last batch is padded, and what is padding is left
-      out, so the statistics are exact for any number of images.
+      (condition, statistics of all images, on every host), one condition after the other. Padding of the
+      last batch is removed, so the statistics are exact for any number of images.
     """
     devices.check_batch(batch_size, "evaluate.batch_size")
     task = setup.task
@@ -105,7 +107,7 @@ def score_arms(
 
 @functools.lru_cache(maxsize=8)
 def backbone_program(task: Task, backbone: nn.Module) -> Callable[..., Any]:
-    """Returns (variables, images, labels) ↦ the task's statistics, compiled once for all devices and all its callers."""
+    """Returns (variables, images, labels) ↦ the task's statistics, compiled once for all callers."""
 
     def statistics(variables: Tree, images: Any, labels: Tree) -> Tree:
         return task.statistics(task.predict(backbone, variables, images, labels), labels)
@@ -135,7 +137,7 @@ def _gathered(rows: Mapping[str, list[Tree]], scalars: dict[str, list[np.ndarray
 
 
 def items_of(setup: Setup, source: Source, scored: Scored, condition: str) -> dict[str, Items]:
-    """Returns the items of every arm, such as its queries, from the statistics of the images."""
+    """Returns the items of every arm, such as queries, from the statistics of the images."""
     return {
         arm: setup.task.items(rows, source, scored.index, f"Arm {arm} on {condition} images")
         for arm, rows in scored.statistics.items()
@@ -146,9 +148,10 @@ def in_order(rows: np.ndarray, batches: int) -> np.ndarray:
     """Returns the rows of all hosts in the order in which batches were made, on every host.
 
     Args:
-      rows: this host's, (batches · its part of a batch, …): every host has an equal slice of each batch.
-      batches: how many.
+      rows: the rows of this host, (batches · rows per batch and host, …); all hosts have equal slices of
+        each batch.
+      batches: number of batches.
     """
-    everyone = devices.gather(rows)
-    cut = everyone.reshape(len(everyone), batches, -1, *rows.shape[1:])
-    return np.swapaxes(cut, 0, 1).reshape(-1, *rows.shape[1:])
+    by_host = devices.gather(rows)
+    by_batch = by_host.reshape(len(by_host), batches, -1, *rows.shape[1:])
+    return np.swapaxes(by_batch, 0, 1).reshape(-1, *rows.shape[1:])

@@ -1,4 +1,4 @@
-"""What a network costs: FLOPs and memory of the compiled program, and latency of several sides measured in turn."""
+"""Cost of networks: FLOPs and memory of the compiled program, and interleaved latency."""
 
 import resource
 import statistics
@@ -11,13 +11,18 @@ import jax
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:
-    """Returns the floating-point operations of the compiled program, by XLA's own count; `args` may be abstract."""
+    """Returns the floating-point operations of the compiled program, as counted by XLA.
+
+    Args:
+      function: a function of arrays.
+      *args: its arguments; they may be abstract (`jax.ShapeDtypeStruct`).
+    """
     analysis = jax.jit(function).lower(*args).compile().cost_analysis()
     return float((analysis or {}).get("flops", float("nan")))
 
 
 def memory(function: Callable[..., Any], *args: Any) -> dict[str, int]:
-    """Returns the compiled program's bytes for arguments, outputs and temporaries."""
+    """Returns the bytes of the compiled program's arguments, outputs and temporaries."""
     analysis: Any = jax.jit(function).lower(*args).compile().memory_analysis()
     return {
         "argument": int(analysis.argument_size_in_bytes),
@@ -33,16 +38,17 @@ def interleaved(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Times functions in turn, A B C, B C A, …, so that drift of a shared machine meets all of them alike.
+    """Times functions in turn, A B C, B C A, …, so that drift of a shared machine affects all alike.
 
     Args:
-      functions: name ↦ function without arguments; what it returns is waited for.
-      rounds: how often each is timed.
-      warmup: untimed calls of each first, which compile.
-      clock: gives seconds; `time.process_time` counts this process's processor time, which others on the machine hardly change.
+      functions: name ↦ function without arguments; its result is waited for.
+      rounds: number of timed calls of each.
+      warmup: number of untimed calls of each before, which compile.
+      clock: returns seconds. `time.process_time` counts the processor time of this process, which other
+        processes hardly affect.
 
     Returns:
-      Seconds, one entry a round.
+      name ↦ seconds, one entry per round.
     """
     for _ in range(warmup):
         for function in functions.values():
@@ -52,22 +58,30 @@ def interleaved(
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            began = clock()
+            start = clock()
             jax.block_until_ready(functions[name]())
-            times[name].append(clock() - began)
+            times[name].append(clock() - start)
     return times
 
 
 def ratios(times: Mapping[str, Sequence[float]], reference: str) -> dict[str, float]:
-    """Returns for each side the median over the rounds of its time relative to the reference's in the same round."""
+    """Returns the median over rounds of each function's time relative to the reference's.
+
+    >>> ratios({"baseline": [1.0, 2.0, 4.0], "fused": [1.0, 1.0, 6.0]}, "baseline")
+    {'baseline': 1.0, 'fused': 1.0}
+
+    Args:
+      times: name ↦ seconds, one entry per round; see `interleaved`.
+      reference: the name that the others are divided by, round by round.
+    """
     base = times[reference]
     return {name: statistics.median(a / b for a, b in zip(values, base, strict=True)) for name, values in times.items()}
 
 
 def peak_memory() -> int:
-    """Returns the largest resident size of this process so far, in bytes.
+    """Returns the peak resident memory of this process, in bytes.
 
-    On Linux from /proc, because getrusage would give a process the peak of the one that started it, if that was larger.
+    On Linux it is read from /proc, because getrusage includes the peak of the parent process.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as status:

@@ -1,7 +1,8 @@
-"""Paired comparison of two arms on the same test items: bootstrap intervals of any metric, and McNemar's test.
+"""Paired comparison of two arms on the same items: bootstrap intervals of any metric, and McNemar's test.
 
-The bootstrap draws weights: item i counts as often as it was drawn. A metric is a function of (statistics, weights), so one
-set of resamples serves all arms and metrics, and the arms of a pair are resampled together.
+The bootstrap draws weights: the weight of an item is the number of times it was drawn. A metric is a
+function of (statistics, weights), so one set of resamples serves all arms and metrics, and both arms of
+a pair are resampled together.
 """
 
 import dataclasses
@@ -17,16 +18,16 @@ from drep_jax.metrics.reducers import Metric, mean_of
 from drep_jax.typing import Tree
 
 BATCH_NUMBERS = 2**21
-"""Weights drawn at once; with what they are made of 48 MiB, whatever the number of items."""
+"""Weights drawn at once; with intermediate arrays 48 MiB, for any number of items."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A difference of two arms in a metric with its confidence interval, in the unit of the metric.
+    """The difference of two arms in a metric with its confidence interval, in the metric's unit.
 
     Attributes:
-      difference: metric(ours) − metric(theirs).
-      low, high: ends of the interval; −inf and +inf where there are too few items to say anything.
+      difference: metric(first arm) − metric(second arm).
+      low, high: ends of the interval; −inf and +inf with too few items for a conclusion.
     """
 
     difference: float
@@ -40,20 +41,25 @@ class Interval:
 
 
 class Bootstrap:
-    """Resamples of n items with replacement, or of clusters of them, each with all its items.
+    """Resamples of n items with replacement, or of clusters, each with all its items.
 
-    Items that go together, as the queries of one person do, say less than as many independent ones: with clusters, whole
-    clusters are drawn, and the number of independent units is theirs.
+    Dependent items, such as the queries of one person, carry less information than independent ones. With
+    clusters, whole clusters are drawn, and they are the independent units.
+
+    >>> bootstrap = Bootstrap(3, resamples=100, seed=0)
+    >>> weights = np.concatenate(list(bootstrap.weights()))
+    >>> weights.shape, bool(np.all(weights.sum(axis=1) == 3))
+    ((100, 3), True)
 
     Args:
       items: n.
-      clusters: (n,) which cluster each item belongs to, any values that can be compared; None for each its own.
+      clusters: (n,) the cluster of each item, any sortable values; None if items are independent.
       resamples: number of resamples.
       seed: the same seed gives the same resamples.
       level: confidence level of the intervals, between 0 and 1.
 
     Raises:
-      DataError: for no items, or clusters that do not fit them.
+      DataError: for no items, or clusters of the wrong shape.
       ConfigError: for a level outside (0, 1) or fewer than 100 resamples.
     """
 
@@ -71,17 +77,21 @@ class Bootstrap:
         if clusters is not None:
             clusters = np.asarray(clusters)
             if clusters.shape != (items,):
-                raise DataError(f"Clusters have shape {clusters.shape}; expected one an item, {(items,)}.")
+                raise DataError(f"Clusters have shape {clusters.shape}; expected one per item, {(items,)}.")
             values, self._unit_of = np.unique(clusters, return_inverse=True)
             self.units = len(values)
 
     @property
     def conclusive(self) -> bool:
-        """Whether so many units could show a difference: if all agreed in sign, by chance with probability 2^(1−units)."""
+        """Whether there are enough units to show a difference.
+
+        If all units agree in sign, chance does that with probability 2^(1−units), which must not exceed
+        1 − level.
+        """
         return 2.0 ** (1 - self.units) <= 1.0 - self.level
 
     def weights(self) -> Iterator[np.ndarray]:
-        """Yields the weights of the items, float64 (resamples of a batch, n): how often each was drawn."""
+        """Yields batches of weights, float64 (resamples of the batch, n): the count of each item."""
         rng = np.random.default_rng(self.seed)
         batch = max(1, BATCH_NUMBERS // self.units)
         for first in range(0, self.resamples, batch):
@@ -92,10 +102,10 @@ class Bootstrap:
             yield counts if self._unit_of is None else counts[:, self._unit_of]
 
     def values(self, metrics: dict[Any, tuple[Metric, Tree]]) -> dict[Any, np.ndarray]:
-        """Returns each metric on every resample, (resamples,), from one pass over the resamples.
+        """Returns each metric on every resample, (resamples,), in one pass over the resamples.
 
         Args:
-          metrics: any name ↦ (metric, statistics of the n items).
+          metrics: name ↦ (metric, statistics of the n items).
         """
         parts: dict[Any, list[np.ndarray]] = {name: [] for name in metrics}
         for weights in self.weights():
@@ -104,15 +114,15 @@ class Bootstrap:
         return {name: np.concatenate(values) for name, values in parts.items()}
 
     def interval(self, difference: float, resampled: np.ndarray) -> Interval:
-        """Returns the interval that holds the middle `level` of the resampled differences.
+        """Returns the expanded percentile interval of the resampled differences.
 
-        It is widened as Student's t and n/(n−1) ask for (the expanded percentile interval: without that, ten items would
-        cover 90 % instead of 95 %; from some hundred items on it changes nothing). It has no width where all resampled
-        differences are equal.
+        It holds the middle `level` of them, widened by Student's t and √(n/(n−1)). Without that, ten items
+        would cover 90 % instead of 95 %; for hundreds of items it makes no difference. The width is 0 if
+        all resampled differences are equal.
 
         Args:
-          difference: on all items.
-          resampled: (resamples,).
+          difference: of the two arms on all items.
+          resampled: the difference on every resample, (resamples,).
         """
         if not self.conclusive:
             return Interval(difference, -math.inf, math.inf)
@@ -123,31 +133,34 @@ class Bootstrap:
 
 
 def paired_interval(
-    ours: Any,
-    theirs: Any,
+    first: Any,
+    second: Any,
     *,
     level: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
     clusters: Any = None,
 ) -> Interval:
-    """Returns the difference of the means of two arms with its bootstrap interval over the items, or over clusters of them.
+    """Returns the difference of two arms' means with its bootstrap interval over items or clusters.
+
+    >>> paired_interval(np.ones(10), np.zeros(10))
+    Interval(difference=1.0, low=1.0, high=1.0)
 
     Args:
-      ours, theirs: (n,) one score an item, in the same order; 100 × correct gives points of accuracy.
+      first, second: (n,) one score per item, in the same order; 100 × correct gives points of accuracy.
       level, resamples, seed, clusters: see `Bootstrap`.
 
     Returns:
-      An `Interval`. It is unbounded where n items could not show a difference even if all agreed in sign, which has
-      probability 2^(1−n) by chance (fewer than 6 items at 95 %), and has no width where all differences are equal.
+      An `Interval` of mean(first) − mean(second). It is unbounded with too few items for a conclusion
+      (fewer than 6 at 95 %; see `Bootstrap.conclusive`), and has no width if all differences are equal.
 
     Raises:
-      DataError: for arms or clusters of different length, no items, or scores that are not finite numbers.
+      DataError: for arms or clusters of different length, no items, or scores that are not finite.
       ConfigError: for a level outside (0, 1) or fewer than 100 resamples.
     """
-    ours, theirs = _paired(ours, theirs)
-    bootstrap = Bootstrap(len(ours), clusters=clusters, resamples=resamples, seed=seed, level=level)
-    differences = ours - theirs
+    first, second = _paired(first, second)
+    bootstrap = Bootstrap(len(first), clusters=clusters, resamples=resamples, seed=seed, level=level)
+    differences = first - second
     if bootstrap.conclusive and np.all(differences == differences[0]):
         value = float(differences[0])
         return Interval(value, value, value)
@@ -157,15 +170,20 @@ def paired_interval(
 
 
 def mcnemar(correct_a: Any, correct_b: Any) -> float:
-    """Returns the exact two-sided p of McNemar's test: are the items that only one arm gets right split evenly?
+    """Returns the exact two-sided p-value of McNemar's test of two arms' correctness (McNemar 1947).
 
-    p = P(|X − m/2| ≥ |a − m/2|) for X ~ Binomial(m, ½), where m items are discordant, a of them right in the first arm.
+        p = P(|X − m/2| ≥ |a − m/2|),  X ~ Binomial(m, ½)
+
+    where m items are discordant (only one arm is right), a of them right in the first arm.
+
+    >>> mcnemar([1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0])
+    0.03125
 
     Args:
-      correct_a, correct_b: (n,) booleans or 0/1, one an item, in the same order.
+      correct_a, correct_b: (n,) booleans or 0/1, one per item, in the same order.
 
     Returns:
-      The p-value; 1.0 when the arms agree on every item.
+      The p-value; 1.0 if the arms agree on every item.
 
     Raises:
       DataError: for arms of different length, no items, or values other than 0 and 1.
@@ -175,20 +193,20 @@ def mcnemar(correct_a: Any, correct_b: Any) -> float:
         odd = values[(values != 0) & (values != 1)]
         if odd.size:
             raise DataError(
-                f"McNemar's test: the {name} arm has the value {odd[0]:g}; expected True/False or 1/0 an item."
+                f"McNemar's test: the {name} arm has the value {odd[0]:g}; expected True/False or 1/0 per item."
             )
     only_a = int(np.sum(correct_a > correct_b))
     discordant = only_a + int(np.sum(correct_b > correct_a))
     return float(stats.binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
 
 
-def _paired(ours: Any, theirs: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both arms as float64 vectors, or says what is wrong with them."""
+def _paired(first: Any, second: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns both arms as float64 vectors; raises `DataError` if they cannot be compared."""
     arms = []
-    for name, values in (("first", ours), ("second", theirs)):
+    for name, values in (("first", first), ("second", second)):
         array = np.asarray(values)
         if array.ndim != 1:
-            raise DataError(f"Scores of the {name} arm have shape {array.shape}; expected one number an item, (n,).")
+            raise DataError(f"Scores of the {name} arm have shape {array.shape}; expected one number per item, (n,).")
         if array.size == 0:
             raise DataError(f"The {name} arm has no items; a comparison needs the scores of at least one test item.")
         if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":

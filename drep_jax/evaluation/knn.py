@@ -1,6 +1,6 @@
-"""Accuracy without a head: a test image has the class of the training image whose features are nearest (cosine).
+"""Nearest-neighbor accuracy: a test image gets the class of the training image with the nearest feature.
 
-So the arms of a run can be compared on images whose classes the backbone's head does not know.
+Similarity is the cosine. This compares arms on images whose classes the backbone's head does not know.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from drep_jax.data.corruptions import CLEAN
-from drep_jax.data.datasets import Labelled
+from drep_jax.data.datasets import Labeled
 from drep_jax.errors import DataError
 from drep_jax.evaluation.arms import score_arms
 from drep_jax.metrics.nearest import nearest
@@ -24,19 +24,22 @@ METRICS: Mapping[str, Metric] = {METRIC: mean_of(METRIC)}
 
 
 def score_by_neighbors(
-    setup: Setup, arms: Mapping[str, Tree], images: Labelled, conditions: Sequence[str], **options: Any
+    setup: Setup, arms: Mapping[str, Tree], images: Labeled, conditions: Sequence[str], **options: Any
 ) -> dict[str, dict[str, Items]]:
-    """Classifies a source's test images by every arm's features under every condition; the gallery stays clean.
+    """Classifies test images by every arm's features under every condition; the gallery stays clean.
 
     Args:
-      setup: of the run; features are those of its backbone without a head.
+      setup: of the run; its backbone without a head gives the features.
       arms: name ↦ variables; those of a head are not used.
-      images: gallery and test images.
+      images: gallery and test images with labels.
       conditions: corruption specs.
       **options: batch_size, seed and progress of `drep_jax.evaluation.arms.score_arms`.
 
     Returns:
       {condition: {arm: items with "acc@1", (n,) of 0 or 1}}.
+
+    Raises:
+      DataError: for images without a gallery.
     """
     if images.gallery is None:
         raise DataError(f"{images.name} has no gallery of training images.")
@@ -60,14 +63,18 @@ def score_by_neighbors(
     return results
 
 
-def hits(gallery: np.ndarray, known: np.ndarray, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns whether the nearest feature of the gallery has the class of each query, (n,) of 0 or 1.
+def hits(gallery: np.ndarray, gallery_labels: np.ndarray, queries: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns whether the nearest gallery feature has the class of each query, (n,) of 0 or 1.
 
-    A feature that has no neighbor (NaN, Inf, zero) counts as wrong.
+    A query without a neighbor (NaN, Inf, zero) counts as wrong.
+
+    >>> gallery = np.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> hits(gallery, np.array([3, 4]), np.array([[2.0, 1.0], [2.0, 1.0]]), np.array([3, 4])).tolist()
+    [1.0, 0.0]
 
     Args:
-      gallery, queries: features, (n, width).
-      known, labels: their classes, (n,).
+      gallery, queries: features, (m, width) and (n, width).
+      gallery_labels, labels: their classes, (m,) and (n,).
     """
     rows = nearest(gallery, queries)
-    return ((rows >= 0) & (known[rows] == labels)).astype(np.float64)
+    return ((rows >= 0) & (gallery_labels[rows] == labels)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""The placebo arm: random maps of the same norm, fused in the same places as the learned denoisers."""
+"""The placebo arm: random maps of the learned denoisers' norms, fused at the same sites."""
 
 from collections.abc import Sequence
 
@@ -21,17 +21,28 @@ def placebo_denoisers(
     rule: str = "ddpm",
     steps: int | None = None,
 ) -> Tree:
-    """Returns denoisers for rule "affine" whose maps are random and as large as the learned ones.
+    """Returns random denoisers for rule "affine" with the norms of the learned ones.
 
-    A site's learned map is x̂ = x + x·M + c. Its placebo is x̂ = x + x·R + r with Gaussian R, r scaled so that
-    ‖R‖_F = ‖M‖_F and ‖r‖ = ‖c‖, for each group and stacked copy. What learning adds is what it gains beyond this.
+    The learned map of a site is x̂ = x + x·M + c. Its placebo is x̂ = x + x·R + r with Gaussian R and r,
+    scaled to ‖R‖_F = ‖M‖_F and ‖r‖ = ‖c‖ in each group and stacked copy. The gain of learning is the gain
+    over the placebo.
+
+    Args:
+      params: {"backbone": parameters, "denoise": the learned denoisers}.
+      sites: of the denoisers.
+      schedule: noise schedule.
+      key: of the random maps.
+      rule, steps: of the learned denoisers' fusion.
+
+    Returns:
+      A `denoise` subtree.
     """
     tree: Tree = {}
     for number, (site, learned) in enumerate(
         (site, composed_maps(params, [site], schedule, rule=rule, steps=steps)[site.path]) for site in sites
     ):
         keys = jax.random.split(jax.random.fold_in(key, number), 2)
-        leaves = {"kernel": -_same_norm(keys[0], learned["matrix"], 2)}  # "affine" subtracts the denoiser's output
+        leaves = {"kernel": -_same_norm(keys[0], learned["matrix"], 2)}  # "affine" subtracts the output
         if "constant" in learned:
             leaves["bias"] = -_same_norm(keys[1], learned["constant"], 1)
         tree = set_in(tree, site.path, leaves)
@@ -41,5 +52,5 @@ def placebo_denoisers(
 def _same_norm(key: jax.Array, like: jax.Array, rank: int) -> jax.Array:
     axes = tuple(range(-rank, 0))
     noise = jax.random.normal(key, like.shape, like.dtype)
-    size, wanted = (jnp.sqrt(jnp.sum(jnp.square(v), axis=axes, keepdims=True)) for v in (noise, like))
-    return noise * (wanted / size)
+    norm, target = (jnp.sqrt(jnp.sum(jnp.square(v), axis=axes, keepdims=True)) for v in (noise, like))
+    return noise * (target / norm)

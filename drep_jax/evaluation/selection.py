@@ -1,9 +1,10 @@
-"""Choice among denoisers and strengths on held-out images, in one program; the unchanged backbone is always among them.
+"""Selects denoisers and strength on held-out images, in one program; one option is the unchanged backbone.
 
-Every candidate is a `denoise` subtree for rule "affine"; a point of the grid is a candidate and a strength τ. With labels a
-point is scored by the task's headline metric; without, by *agreement*: the same metric against the task's pseudo-labels,
-which are what the unfused backbone makes of the clean image. Where backbone and label agree, so do the two criteria; for
-accuracy they hence differ by at most the backbone's clean error.
+Every candidate is a `denoise` subtree for rule "affine". A point of the grid is a candidate and a strength
+τ. With labels, a point is scored by the task's headline metric. Without, it is scored by *agreement*: the
+same metric against the task's pseudo-labels, the unfused backbone's predictions on the clean images. The
+two criteria agree on every image whose pseudo-label is right, so for accuracy they differ by at most the
+backbone's clean error.
 """
 
 import dataclasses
@@ -33,25 +34,25 @@ SELECTION_SEED = 2
 
 
 AGREEMENT = "agreement"
-"""The criterion of choices without labels."""
+"""The criterion of selection without labels."""
 
 STACK_BYTES = 2**30
-"""Memory for the candidates that are on the device at once; of more, one stack after the other is taken."""
+"""Bytes of candidates on the device at once; more candidates are evaluated in several stacks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """How to choose.
+    """Options of the selection.
 
     Attributes:
-      strengths: of fusion, to choose from; 0, the unchanged backbone, is always among them.
-      conditions: corruptions of the held-out images; clean is always among them.
-      images: how many held-out images, 0 for all.
-      labels: whether labels are used where there are any.
-      max_clean_loss: points that may be lost on clean images.
-      batch_size: images at once, over all hosts.
-      seed: of the choice of images and of the corruptions.
-      progress: whether to show a bar.
+      strengths: strengths of fusion; 0, the unchanged backbone, is always included.
+      conditions: corruptions of the held-out images; clean is always included.
+      images: number of held-out images, 0 for all.
+      labels: whether to use labels if there are any.
+      max_clean_loss: percentage points that may be lost on clean images.
+      batch_size: images per batch, over all hosts.
+      seed: of the images and the corruptions.
+      progress: whether to show a progress bar.
     """
 
     strengths: tuple[float, ...]
@@ -66,7 +67,7 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Denoisers for rule "affine", and what to call them."""
+    """Denoisers for rule "affine", with a name for the report."""
 
     label: str
     denoise: Tree
@@ -74,10 +75,10 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A candidate at a strength, and what it scored under every condition (per cent; NaN where outputs overflowed).
+    """A candidate at a strength with its scores by condition, in percent (NaN if outputs overflowed).
 
     Attributes:
-      change: τ·‖I − A‖, the root mean square over all directions at all sites; 0 for the unchanged backbone.
+      change: τ·‖I − A‖, the root mean square over all directions of all sites; 0 for the backbone.
     """
 
     label: str
@@ -90,14 +91,15 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A grid's points and which one was chosen.
+    """The points of a grid and the selected one.
 
     Attributes:
-      points: the first is the unchanged backbone.
-      chosen: its number.
-      criterion: what the points were scored by, the task's own or "agreement".
+      points: all points; the first is the unchanged backbone.
+      chosen: index of the selected point.
+      criterion: name of the score, the task's own criterion or "agreement".
       conditions: clean first.
-      images, seconds: how many held-out images, and how long it took.
+      images: number of held-out images.
+      seconds: duration of the selection.
     """
 
     points: tuple[Point, ...]
@@ -131,18 +133,19 @@ def grid_statistics(
     *,
     against_labels: bool,
 ) -> Any:
-    """Returns a compiled function of a batch that gives every point's statistics, on all devices.
+    """Returns a compiled function from a batch to the statistics of every point, on all devices.
 
     Args:
       setup: the unfused network and the task.
-      variables: its.
-      candidates: their trees are stacked, so that one program serves all, in several stacks of one form if they are large.
-      points: (number of the candidate, strength).
-      against_labels: whether statistics are wanted against the labels of the images.
+      variables: of the unfused network.
+      candidates: stacked, so that one program serves all; large ones in several stacks of one shape.
+      points: (index of the candidate, strength).
+      against_labels: whether to compute statistics against the labels of the images.
 
     Returns:
-      (images, their columns, pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics, "finite": bool}, each with axes
-      (points, images, …). "labels" is {} unless asked for; "pseudo" is {} where there are no pseudo-labels.
+      (images, their columns, pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics, "finite": bool},
+      each with axes (points, images, …). "labels" is {} without `against_labels`, "pseudo" is {} without
+      pseudo-labels.
     """
     size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(candidates[0].denoise))
     per_stack = min(len(candidates), max(1, STACK_BYTES // max(1, size)))
@@ -154,7 +157,7 @@ def grid_statistics(
 
     def run(variables: Tree, stacked: Tree, which: Any, strengths: Any, images: Any, batch: Tree, pseudo: Tree) -> Any:
         def one(point: Any) -> Any:
-            # No map at all where the strength is 0, since 0 times what has overflowed would not be 0.
+            # At strength 0 the map is set to 0, since 0 · Inf is not 0.
             denoise = jax.tree_util.tree_map(lambda leaf: jnp.where(point[1] == 0, 0, leaf[point[0]]), stacked)
             params = {"backbone": variables["params"], "denoise": denoise}
             fused = fuse(params, setup.sites, setup.schedule, rule="affine", steps=1, strength=point[1])
@@ -179,14 +182,14 @@ def grid_statistics(
         return devices.replicate((jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees), which, strengths))
 
     everywhere = devices.replicate(dict(variables))
-    kept = stack(next(iter(rows))) if len(rows) == 1 else None
+    single_stack = stack(next(iter(rows))) if len(rows) == 1 else None
     order = np.argsort(np.concatenate(list(rows.values())))
 
     def statistics(images: Any, columns: Tree, pseudo: Tree) -> Tree:
         batch = [_on_devices(tree) for tree in (images, columns, pseudo)]
         parts = []
         for number, members in rows.items():
-            values = program(everywhere, *(stack(number) if kept is None else kept), *batch)
+            values = program(everywhere, *(stack(number) if single_stack is None else single_stack), *batch)
 
             def by_point(leaf: Any, members: Sequence[int] = members) -> np.ndarray:
                 leaf = np.asarray(leaf)
@@ -199,17 +202,23 @@ def grid_statistics(
 
 
 def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], options: Selection) -> Choice:
-    """Scores every candidate at every strength on held-out images and picks the best.
+    """Scores every candidate at every strength on held-out images and selects the best.
 
-    Best is the highest mean over the conditions among the points that lose at most `max_clean_loss` points on clean images
-    against the unchanged backbone; ties go to the smaller change. Each host looks at its part of the images, and all get
-    the same answers.
+    The best point has the highest mean over the conditions among the points that lose at most
+    `max_clean_loss` percentage points on clean images against the unchanged backbone. Ties go to the smaller
+    change. Each host scores its part of the images; all hosts get the same result.
+
+    Args:
+      setup: the backbone, the task and the held-out images.
+      variables: of the unfused backbone.
+      candidates: the denoisers.
+      options: strengths, conditions and images.
 
     Raises:
-      DataError: if no images can be held out.
-      NonFiniteError: if the backbone itself gives NaN or Inf on them.
+      DataError: if there are no held-out images.
+      NonFiniteError: if the backbone itself outputs NaN or Inf on them.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     conditions = tuple(dict.fromkeys((CLEAN, *options.conditions)))
     strengths = sorted({float(value) for value in options.strengths} - {0.0})
     grid = [(0, 0.0), *((number, tau) for number in range(len(candidates)) for tau in strengths)]
@@ -229,7 +238,7 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     statistics = grid_statistics(setup, variables, candidates, grid, against_labels=labeled or not pseudo)
     columns = {name: column for name, column in images.items() if name != "image"}
     total = len(conditions) * -(-part // batch_size)
-    everyone = {name: _of_all_hosts(column, 0, count) for name, column in images.items() if column.ndim == 1}
+    all_columns = {name: _of_all_hosts(column, 0, count) for name, column in images.items() if column.ndim == 1}
     reference: Tree = None
     agreement: Percents = {}
     accuracy: Percents = {}
@@ -254,7 +263,7 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
             ]
             if labeled:
                 accuracy[condition] = [
-                    _percent(task, task.held_out_items(_point(rows["labels"], number), source, everyone["index"]))
+                    _percent(task, task.held_out_items(_point(rows["labels"], number), source, all_columns["index"]))
                     if finite[number]
                     else math.nan
                     for number in range(len(grid))
@@ -270,11 +279,20 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
         points.append(Point(label, candidate, tau, tau * sizes[candidate] if tau else 0.0, scores, agreed))
     criterion = task.criterion if labeled else AGREEMENT
     best = best_point(points, criterion, options.max_clean_loss)
-    return Choice(tuple(points), best, criterion, conditions, count, time.perf_counter() - began)
+    return Choice(tuple(points), best, criterion, conditions, count, time.perf_counter() - start_time)
 
 
 def best_point(points: Sequence[Point], criterion: str, max_clean_loss: float) -> int:
-    """Returns the number of the best point; the first one is the unchanged backbone and can always be had."""
+    """Returns the index of the best point; the first, the unchanged backbone, is always eligible.
+
+    Args:
+      points: the first is the unchanged backbone.
+      criterion: name of the score.
+      max_clean_loss: percentage points that may be lost on clean images.
+
+    Raises:
+      ConfigError: for a negative `max_clean_loss`.
+    """
     if not max_clean_loss >= 0:
         raise ConfigError(f"select.max_clean_loss={max_clean_loss} is in points and at least 0.")
     base = _scores(points[0], criterion)[CLEAN]
@@ -290,7 +308,7 @@ def best_point(points: Sequence[Point], criterion: str, max_clean_loss: float) -
 
 
 def _size(denoise: Tree) -> float:
-    """Returns ‖I − A‖ over the root of the number of directions, of all sites together."""
+    """Returns ‖I − A‖ / √(number of directions), over all sites."""
     kernels = [
         np.asarray(leaf, np.float64)
         for path, leaf in jax.tree_util.tree_leaves_with_path(denoise)
@@ -305,11 +323,11 @@ def _scores(point: Point, criterion: str) -> dict[str, float]:
 
 
 Percents = dict[str, list[float]]
-"""Percent of every point by condition."""
+"""Condition ↦ percent of every point."""
 
 
 def _pseudo_labels(setup: Setup, variables: Tree, images: Batch, batch_size: int) -> dict[str, np.ndarray]:
-    """Returns the labels that the unfused backbone's clean outputs stand for, (n, …) each; {} of a task without."""
+    """Returns pseudo-labels from the unfused backbone's clean outputs, (n, …) each; {} if the task has none."""
     task, inputs = setup.task, np.asarray(setup.inputs(images))
 
     columns = {name: column for name, column in images.items() if name != "image"}
@@ -335,7 +353,7 @@ def _percent(task: Task, items: Items) -> float:
 
 
 def _finite(outputs: Tree, count: int) -> Any:
-    """Returns for each image whether all that the network gives for it is finite, (count,)."""
+    """Returns whether all outputs of each image are finite, (count,)."""
     rows = [jnp.isfinite(leaf).reshape(count, -1).all(axis=1) for leaf in jax.tree_util.tree_leaves(outputs)]
     return jnp.stack(rows).all(axis=0)
 
@@ -356,7 +374,7 @@ def _padded(tree: Tree, count: int) -> Tree:
 
 
 def _on_devices(tree: Tree) -> Tree:
-    """Returns rows divided among this host's devices, padded with zeros to a multiple of their number."""
+    """Returns rows split over this host's devices, padded with zeros to a multiple of their number."""
     number = devices.local_device_count()
     return devices.shard(
         jax.tree_util.tree_map(
@@ -366,5 +384,5 @@ def _on_devices(tree: Tree) -> Tree:
 
 
 def _of_all_hosts(values: np.ndarray, axis: int, count: int) -> np.ndarray:
-    """Returns what all hosts have for their parts of the images, which lie along `axis`, without repetitions."""
+    """Returns the values of all hosts, concatenated along `axis` and cut to `count` images."""
     return np.take(np.concatenate(devices.gather(values), axis=axis), np.arange(count), axis=axis)

@@ -1,4 +1,4 @@
-"""What all arms have scored as the report's `metrics`: values in percent, paired differences, intervals, McNemar's test."""
+"""The report's `metrics` from the items of all arms: percentages, paired differences, intervals, tests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,19 +23,21 @@ def summarize(
     """Turns the items of all arms into the report's `metrics`.
 
     Args:
-      results: {condition: {arm: items}}; arms other than `baseline` and the controls are denoised networks. All arms of a
-        condition have the same items in the same order.
-      metrics: name ↦ metric, in fractions.
-      controls: arms that show what comes about without denoising.
-      resamples, seed: of the bootstrap, one set of resamples for all arms and metrics.
-      exact_test: the metric of right or wrong that McNemar's test is for, a statistic of the same name; None for none.
+      results: {condition: {arm: items}}; arms other than `baseline` and the controls are denoised networks.
+        All arms of a condition have the same items in the same order.
+      metrics: name ↦ metric, a fraction.
+      controls: names of the control arms, such as the placebo.
+      resamples, seed: of the bootstrap; one set of resamples serves all arms and metrics.
+      exact_test: metric of 0 or 1 per item for McNemar's test, also the name of its statistic; None for no
+        test.
 
     Returns:
-      By condition, what docs/report.md describes. Every denoised arm is compared with the baseline and with every
-      control, and every control with the baseline.
+      {condition: the entry that docs/report.md describes}. Every denoised arm is compared with the baseline
+      and every control, and every control with the baseline.
 
     Raises:
-      DataError: where the baseline or a control has no scores, arms have different items, or a metric is not finite.
+      DataError: if the baseline or a control has no scores, arms differ in their items, or a metric is
+        not finite.
     """
     return {
         condition: _entry(condition, arms, metrics, controls, resamples, seed, exact_test)
@@ -82,20 +84,20 @@ def _entry(
         "interval": {},
         "mcnemar": {},
     }
-    for ours, theirs in pairs_of(entry):
-        pair = f"{ours} - {theirs}"
+    for first, second in pairs_of(entry):
+        pair = f"{first} - {second}"
         intervals = {
             name: bootstrap.interval(
-                values[ours][name] - values[theirs][name],
-                resampled[ours, name] - resampled[theirs, name] if resampled else np.zeros(0),
+                values[first][name] - values[second][name],
+                resampled[first, name] - resampled[second, name] if resampled else np.zeros(0),
             )
             for name in metrics
         }
         entry["difference"][pair] = {name: 100.0 * i.difference for name, i in intervals.items()}
         entry["interval"][pair] = {name: [100.0 * i.low, 100.0 * i.high] for name, i in intervals.items()}
         if exact_test in metrics and clusters is None:
-            right = [np.asarray(arms[arm].statistics[exact_test], np.float64) for arm in (ours, theirs)]
-            if np.isin(right, (0, 1)).all():  # not means over several galleries
+            right = [np.asarray(arms[arm].statistics[exact_test], np.float64) for arm in (first, second)]
+            if np.isin(right, (0, 1)).all():  # false for means over several galleries
                 entry["mcnemar"][pair] = mcnemar(*right)
     if exact_test in metrics:
         entry["tested"] = exact_test
@@ -103,7 +105,7 @@ def _entry(
 
 
 def value_of(metric: Metric, items: Items) -> float:
-    """Returns a metric on all items, a fraction."""
+    """Returns the value of a metric on all items, a fraction."""
     return float(metric(items.statistics, np.ones(count_of(items))))
 
 
@@ -121,7 +123,10 @@ def arms_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
 
 
 def pairs_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns which arms are compared: every denoised one with baseline and controls, every control with the baseline."""
+    """Returns the pairs of arms to compare.
+
+    They are every denoised arm with the baseline and every control, and every control with the baseline.
+    """
     references = ["baseline", *result["control"]]
     pairs = [(arm, other) for arm in result["denoised"] for other in references]
     return pairs + [(arm, "baseline") for arm in result["control"]]

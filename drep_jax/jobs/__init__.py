@@ -1,1 +1,1 @@
-"""One file a command: train, evaluate, dry run, fuse, sweep; what they check first and what they report."""
+"""Jobs, one file per command: train, evaluate, dry_run, fuse, sweep; their checks and findings."""

@@ -1,4 +1,4 @@
-"""What is checked before a run: its settings against the backbone, the images and the devices, and among its processes."""
+"""Checks before a run: its settings against backbone, images and devices, and between its processes."""
 
 import hashlib
 
@@ -25,10 +25,10 @@ from drep_jax.typing import Config
 
 
 def check(config: Config, setup: Setup) -> None:
-    """Refuses what a later stage could not use, before hours are spent on the earlier ones and before anything is written.
+    """Refuses settings that any later stage cannot use, before the first stage and before any file is written.
 
     Raises:
-      DrepError: its subclasses name the setup.
+      DrepError: its subclasses name the setting.
     """
     denoise, evaluate = config["denoise"], config["evaluate"]
     for name in ("log_every", "checkpoint_every", "latency_rounds"):
@@ -45,11 +45,11 @@ def check(config: Config, setup: Setup) -> None:
     check_wandb(config["wandb"])
     for name in ("tokens", "moment_tokens"):
         if not 0.0 < denoise[name] <= 1.0:
-            raise ConfigError(f"denoise.{name}={denoise[name]} is a share of the feature vectors and lies in (0, 1].")
+            raise ConfigError(f"denoise.{name}={denoise[name]} is a fraction of the tokens and must lie in (0, 1].")
     site_steps(setup.sites, setup.schedule, denoise["rule"], denoise["steps"])
     if not config["backbone"]["init_from"] and not config["backbone"]["steps"]:
         raise ConfigError(
-            "There is no backbone: give trained weights with --config.backbone.init_from=FILE, or train one from labelled "
+            "There is no backbone: give trained weights with --config.backbone.init_from=FILE, or train one from labeled "
             "images with --config.backbone.steps=N."
         )
     check_labeled(config, setup)
@@ -71,7 +71,7 @@ def check(config: Config, setup: Setup) -> None:
 
 
 def choosing_learners(config: Config) -> list[str]:
-    """Returns the learners of a run that choose the strength of fusion on held-out images."""
+    """Returns the learners of a run that select the strength of fusion on held-out images."""
     requested = dict.fromkeys((config["learner"], *config["compare"]))
     return [name for name, learner in LEARNERS.items() if learner.chooses and name in requested]
 
@@ -120,10 +120,10 @@ def stage_plans(config: Config) -> list[StagePlan]:
 
 
 def check_evaluation(config: Config) -> None:
-    """Refuses settings that nothing can be evaluated with.
+    """Refuses invalid settings of the evaluation.
 
     Raises:
-      ConfigError: naming the setup.
+      ConfigError: naming the setting.
     """
     evaluate = config["evaluate"]
     devices.check_batch(evaluate["batch_size"], "evaluate.batch_size")
@@ -136,7 +136,7 @@ def check_evaluation(config: Config) -> None:
 
 
 def agree(config: Config, setup: Setup) -> None:
-    """Refuses processes of one run that have other settings, images, devices or versions than the first.
+    """Refuses a process whose settings, images, devices or versions differ from the first process.
 
     Raises:
       ConfigError: naming the process and what differs.
@@ -148,25 +148,25 @@ def agree(config: Config, setup: Setup) -> None:
     sources = {"train": setup.train, "validation": setup.held_out, "test": setup.test}
     images = {split: _described(source) for split, source in sources.items() if source is not None}
     processes.check_same("data", images)
-    there = environment()
-    machine = {name: there[name] for name in ("drep_jax", "jax", "flax", "device")}
+    versions = environment()
+    machine = {name: versions[name] for name in ("drep_jax", "jax", "flax", "device")}
     processes.check_same("environment", {**machine, "local devices": devices.local_device_count()})
 
 
 def _described(source: Source) -> str:
-    """Returns what tells two sources apart: their names, sizes, and the first and the last image."""
+    """Returns a description that distinguishes sources: name, size, and a digest of two images."""
     digest = hashlib.sha256()
-    for place in dict.fromkeys((0, len(source) - 1)) if len(source) else ():
-        item = source[place]
+    for index in dict.fromkeys((0, len(source) - 1)) if len(source) else ():
+        item = source[index]
         digest.update(np.ascontiguousarray(item["image"]).tobytes() + str(item.get("label")).encode())
     return f"{source.name}, {len(source)} images, {source.num_classes} classes, {digest.hexdigest()[:12]}"
 
 
 def _steps(config: Config, stage: Stage) -> int:
-    """Returns the steps that a run will train a stage for; 0 of a learner not asked for, and of a backbone that is given."""
-    given = stage.name == "backbone" and config["backbone"]["init_from"]
+    """Returns the steps a run trains a stage for; 0 if it is not requested or its backbone is given."""
+    pretrained = stage.name == "backbone" and config["backbone"]["init_from"]
     requested = stage.section == stage.name or stage.name in (config["learner"], *config["compare"])
-    return stage.steps(config) if requested and not given else 0
+    return stage.steps(config) if requested and not pretrained else 0
 
 
 def _at_least_one(name: str, value: int) -> None:

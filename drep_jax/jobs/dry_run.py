@@ -1,4 +1,4 @@
-"""Two label-free steps of a full-size job on random images: what it will need."""
+"""The time and memory of a full-size job, measured by two label-free steps on random images."""
 
 import time
 from typing import Any
@@ -22,15 +22,15 @@ from drep_jax.typing import Config, Tree
 
 
 def dry_run(config: Config) -> str:
-    """Takes two label-free steps of the full-size job on random images and returns what it needs, as text."""
+    """Takes two label-free steps of the job on random images and returns its time and memory as text."""
     if config["dry_run_batch"] < 1:
         raise ConfigError(f"dry_run_batch={config['dry_run_batch']} must be at least 1.")
-    # A backbone without a head has -1, and one without a field for it the classes that it has.
-    unknown = 1000 if takes_classes(config["model"]["name"]) else 1
-    classes = max(0, config["model"].get("num_classes", 0)) or unknown
+    # −1 is a backbone without a head. A backbone without `num_classes` has a fixed number of classes.
+    default_classes = 1000 if takes_classes(config["model"]["name"]) else 1
+    classes = max(0, config["model"].get("num_classes", 0)) or default_classes
     size = devices.device_count() * config["dry_run_batch"]
     data = {**config["data"], "source": f"random:{max(64, size)}:{classes}", "merge": ()}
-    # Random images have no columns but a class; without labels the task makes no difference.
+    # Random images have no columns but a class. Without labels the task makes no difference.
     config = {**config, "data": data, "denoise": {**config["denoise"], "batch_size": size}, "task": DEFAULT}
     config["model"] = {name: value for name, value in config["model"].items() if name != "side_info"}
     setup = build(config)
@@ -60,11 +60,11 @@ def dry_run(config: Config) -> str:
         return denoising_objective(setup, options, params, others, batch, key)
 
     step = make_step(loss_fn, optimizers[("denoise",)], accumulate=options["accumulate"])
-    state, kept = devices.replicate(state), devices.replicate(frozen)
+    state, frozen_params = devices.replicate(state), devices.replicate(frozen)
     seconds = []
     for number, batch in zip(range(2), training_batches(setup.train, size, seed=0, shard=devices.host()), strict=False):
         began = time.perf_counter()
-        state, metrics = step(state, kept, devices.shard(batch))
+        state, metrics = step(state, frozen_params, devices.shard(batch))
         loss = float(devices.unreplicate(metrics)["loss"])
         seconds.append(time.perf_counter() - began)
         print(

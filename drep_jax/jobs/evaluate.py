@@ -1,4 +1,4 @@
-"""Evaluation without training: the arms of a run, finished or not, and files of weights, on the test conditions."""
+"""Evaluation without training: a run's arms, finished or not, and weight files on the test conditions."""
 
 import contextlib
 import datetime
@@ -27,40 +27,42 @@ FOLDER = "evaluations"
 
 
 FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_classes")
-"""Settings in which an evaluation may differ from the run: on which images, and how; those of the task come with them."""
+"""Settings in which an evaluation may differ from its run, beside those of the task."""
 
 
-def configuration(given: Config, directory: str, *, overrides: Mapping[str, Any], explicit: bool) -> dict[str, Any]:
-    """Returns the configuration to evaluate with: the run's own, with what the command line changes.
+def configuration(
+    command_line: Config, directory: str, *, overrides: Mapping[str, Any], explicit: bool
+) -> dict[str, Any]:
+    """Returns the configuration of an evaluation: that of the run with the overrides of the command line.
 
     Args:
-      given: of the command line, complete.
-      directory: of the run; if there is none in it, `given` is all there is.
-      overrides: {"a.b": value} of the single settings given there.
+      command_line: the complete configuration from the command line.
+      directory: of the run; if it holds no run, `command_line` is the result.
+      overrides: {"a.b": value}, the single settings on the command line.
       explicit: whether a configuration file was named, which is then compared with the run's.
 
     Raises:
-      CheckpointError: if a setting differs that the evaluation cannot change.
+      CheckpointError: if a setting differs that an evaluation cannot change.
     """
     saved = _config_there(directory)
     if saved is None:
-        return dict(given)
-    wanted = dict(given) if explicit else _changed(saved, overrides)
+        return dict(command_line)
+    requested = dict(command_line) if explicit else _changed(saved, overrides)
     scoring = make_task(saved).evaluation_settings
-    if other := workdir.differences(saved, wanted, (*FREE, *scoring)):
+    if other := workdir.differences(saved, requested, (*FREE, *scoring)):
         raise CheckpointError(
             f"{directory} holds a run with another configuration, of which --eval_only can change the conditions and images of "
             f"the evaluation only ({', '.join(['evaluate.…', *FREE[-3:], *scoring])}):\n{workdir.listed(other)}"
         )
-    return wanted
+    return requested
 
 
 def _config_there(directory: str) -> dict[str, Any] | None:
     """Returns the configuration of the run in a directory, or None if there is no run."""
 
     def read() -> dict[str, Any] | None:
-        there = os.path.exists(os.path.join(directory, workdir.CONFIG))
-        return workdir.read_config(directory) if there else None
+        exists = os.path.exists(os.path.join(directory, workdir.CONFIG))
+        return workdir.read_config(directory) if exists else None
 
     return processes.from_primary(read)
 
@@ -78,15 +80,15 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
 
     Args:
       config: see `configuration`.
-      directory: of the run; without one, the weights of `backbone.init_from` or the first file are the baseline.
-      files: further weights of the same backbone, each FILE or NAME=FILE; fused ones, too.
+      directory: of the run. If it holds no run, `backbone.init_from` or else the first file is the baseline.
+      files: further weights of the same backbone, plain or fused, each FILE or NAME=FILE.
 
     Returns:
-      What was written (docs/running.md), and where.
+      The content of evaluation.json (docs/running.md), and its folder.
 
     Raises:
-      DataError: without labelled test images.
-      CheckpointError: without anything to evaluate, or if it does not fit.
+      DataError: without labeled test images.
+      CheckpointError: without weights to evaluate, or if they do not fit the backbone.
     """
     setup = build(config)
     if setup.test is None:
@@ -98,10 +100,10 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
     run = Run(config, setup, directory)
     with lock.reading(directory) if processes.primary() else contextlib.nullcontext():
         arms, described = _of_run(run)
-    given = [_named(file) for file in files]
+    named_files = [_named(file) for file in files]
     if not arms and config["backbone"]["init_from"]:
-        given.insert(0, ("baseline", config["backbone"]["init_from"]))
-    for name, path in given:
+        named_files.insert(0, ("baseline", config["backbone"]["init_from"]))
+    for name, path in named_files:
         label = name if arms else "baseline"
         if label in arms:
             raise ConfigError(f"There is an arm {label} already; give {path} another name: --weights=NAME={path}.")
@@ -127,7 +129,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
 
 
 def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
-    """Returns the arms that a run has saved, and of each where its training stands."""
+    """Returns the arms that a run has saved, and for each its weights or training step."""
     config, setup = run.config, run.setup
     arms: dict[str, Tree] = {}
     described: dict[str, dict[str, Any]] = {}
@@ -144,7 +146,7 @@ def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
     if saved := last_saved(run, "control"):
         add("continued", saved.variables, step=saved.step, steps=saved.steps)
     for name in run.learners:
-        if name in arms:  # the control arm as a learner
+        if name in arms:  # learner "continued" is the control arm
             continue
         saved = None if LEARNERS[name].explicit else last_saved(run, name)
         if saved is None:
@@ -157,15 +159,15 @@ def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
 
 
 def _named(file: str) -> tuple[str, str]:
-    """Splits NAME=FILE; the name of a plain FILE is its own without the ending."""
-    found = re.fullmatch(r"([\w.-]+)=(.+)", file)
-    if found:
-        return found[1], found[2]
+    """Splits NAME=FILE; a plain FILE is named after itself, without the extension."""
+    match = re.fullmatch(r"([\w.-]+)=(.+)", file)
+    if match:
+        return match[1], match[2]
     return os.path.splitext(os.path.basename(os.path.normpath(file)))[0], file
 
 
 def _new_folder(parent: str) -> str:
-    """Makes a folder named by the time; nothing that was evaluated before is overwritten."""
+    """Makes a folder named by the time; earlier evaluations are not overwritten."""
     name = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     for number in range(1, 1000):
         folder = os.path.join(parent, name if number == 1 else f"{name}-{number}")

@@ -1,4 +1,4 @@
-"""What a finished run is described by: its sites, what denoisers keep of each, and what the networks cost."""
+"""Findings on a finished run for its report: sites, spectra, example images, cost."""
 
 import functools
 import os
@@ -27,11 +27,11 @@ from drep_jax.typing import Path, Tree
 
 
 def spectra(job: Run, variables: Tree, learned: Learned) -> dict[str, Any] | None:
-    """Returns the report's `spectra`: how much of each principal axis of a site's features its denoiser keeps.
+    """Returns the report's `spectra`: the gain of each site's denoiser along principal axes.
 
-    They need the moments of the features. Those are taken for them alone only where `evaluate.spectra` asks for it: else
-    None where no learner has needed the moments, and for a backbone that was trained beside its denoisers, whose features
-    the run's moments do not describe.
+    They need the moments of the features. Only with `evaluate.spectra` are moments computed for this alone.
+    Otherwise the result is None if no learner needed the moments, or if the backbone was trained together
+    with its denoisers, since the run's moments do not describe the trained backbone.
     """
     trained = learned.variables is not None
     moments: Mapping[Path, Moments] | None
@@ -61,15 +61,17 @@ def exhibit_of(
     fused: Tree,
     learned: Learned,
 ) -> Exhibit:
-    """Returns what the task may show of single test images.
+    """Returns the material for the task's examples of test images.
 
     Args:
       job: the run.
       source: its test images.
-      arms: the unchanged backbone, then the exported network.
-      condition: the one under which they differ most.
-      scored: what they have given there.
-      variables, fused, learned: the backbone that was fused, its fused parameters, and the exported learner's result.
+      arms: name ↦ variables of the unchanged backbone, then of the exported network.
+      condition: the condition under which they differ most.
+      scored: their statistics under this condition.
+      variables: the backbone before fusion.
+      fused: its fused parameters.
+      learned: the result of the exported learner.
     """
     config, setup = job.config, job.setup
     described = describe_sites(setup, variables["params"], fused)
@@ -79,13 +81,13 @@ def exhibit_of(
     corrupted = setup.task.corrupted_rows(source)
 
     def look(networks: Mapping[str, Tree]) -> dict[str, Tree]:
-        reading = {
+        options = {
             "batch_size": config["evaluate"]["batch_size"],
             "seed": config["seed"],
             "progress": config["progress"],
         }
-        ((_, further),) = score_arms(setup, networks, source, (condition,), **reading)
-        return further.statistics
+        ((_, result),) = score_arms(setup, networks, source, (condition,), **options)
+        return result.statistics
 
     def picture(index: int) -> np.ndarray:
         batch = read(source, np.array([index]))
@@ -98,8 +100,8 @@ def exhibit_of(
         if name is not None:
             site = by_name[name]
             denoise = set_in({}, site.path, get_in(learned.denoise, site.path))
-            given = {"backbone": params, "denoise": denoise}
-            params = fuse_exact(given, (site,), setup.schedule, rule=learned.rule, steps=learned.steps)
+            one_site = {"backbone": params, "denoise": denoise}
+            params = fuse_exact(one_site, (site,), setup.schedule, rule=learned.rule, steps=learned.steps)
         return {**arms[exported], "params": params}
 
     return Exhibit(
@@ -117,7 +119,12 @@ def exhibit_of(
 
 
 def describe_sites(setup: Setup, before: Tree, after: Tree) -> list[dict[str, Any]]:
-    """Returns the report's list of sites with the relative change ‖W' − W‖ / ‖W‖ of each (largest over its layers)."""
+    """Returns the report's list of sites with relative changes ‖W' − W‖ / ‖W‖, the maximum over layers.
+
+    Args:
+      setup: of the run.
+      before, after: parameters before and after fusion.
+    """
     rows = []
     for site in setup.sites:
         changes = []
@@ -143,7 +150,15 @@ def describe_sites(setup: Setup, before: Tree, after: Tree) -> list[dict[str, An
 def measure_cost(
     job: Run, variables: Tree, fused: Tree, learned: Learned, others: Mapping[str, Network]
 ) -> dict[str, Any]:
-    """Measures FLOPs and interleaved latency of baseline, fused and explicit network, and of others, on one batch."""
+    """Returns the report's `cost`: FLOPs and interleaved latency of all networks on one batch.
+
+    Args:
+      job: the run.
+      variables: the backbone before fusion.
+      fused: its fused parameters.
+      learned: the result of the exported learner, whose explicit path is measured, too.
+      others: further networks by name.
+    """
     config, setup = job.config, job.setup
     batch = config["evaluate"]["latency_batch"]
     images = jax.random.normal(jax.random.key(0), (batch, *setup.images.shape[1:]))

@@ -1,4 +1,4 @@
-"""A finished run fused again: other strength, rule, steps or time steps, without training and without images."""
+"""Fuses a finished run again by another strength, rule or time steps, without training or images."""
 
 import dataclasses
 import os
@@ -63,20 +63,27 @@ def fuse_run(
     noise: str = "zero",
     seed: int = 0,
 ) -> tuple[Certificate, list[str]]:
-    """Fuses a finished run again, without training, writes weights and certificate, and returns it and the files' paths.
+    """Fuses a finished run again, without training, and writes weights and certificate.
 
-    A denoiser belongs to its time step. Where the run took Algorithm 1's minimum (learner `closed_form`), or with
-    `resolve`, it is solved anew for what is requested, from the run's moments and without images; what was trained can be
-    fused by another rule or with fewer steps only.
+    A denoiser belongs to its time step. If the run's learner is `closed_form`, or with `resolve`, the
+    denoisers are solved again for the requested time steps, from the run's moments and without images.
+    Trained denoisers can only be fused by another rule or with fewer steps.
 
     Args:
       directory: of the run.
       output: what to write, and where.
-      rule, steps, time_scale, beta_end: None for the run's own; with new denoisers the rule may also be `wiener:r`.
-      strength: τ, how much of the fusion is taken.
-      resolve: whether the denoisers are to be solved anew whatever the run's learner.
-      noise: "zero", or "sample" for a z drawn once from `seed` and kept in the weights.
-      seed: of that draw.
+      rule, steps, time_scale, beta_end: None for the run's own. With solved denoisers the rule may also be
+        `wiener:r`.
+      strength: τ, the fraction of the change by fusion; 0 gives the backbone.
+      resolve: whether to solve the denoisers again, whatever the run's learner.
+      noise: "zero", or "sample" for z drawn once from `seed` and stored in the weights.
+      seed: of z.
+
+    Returns:
+      The certificate and the paths of the files.
+
+    Raises:
+      DrepError: its subclasses say which request the run does not allow.
     """
     if noise not in ("zero", "sample"):
         raise ConfigError(f'Unknown noise "{noise}"; it is "zero" or "sample".')
@@ -88,45 +95,49 @@ def fuse_run(
     requested = {"rule": rule, "steps": steps, "time_scale": time_scale, "beta_end": beta_end}
     requested = {name: value for name, value in requested.items() if value is not None}
     if resolve or (requested and config["learner"] == "closed_form"):
-        run, denoise, how = solve_again(run, variables, requested)
+        run, denoise, fusing = solve_again(run, variables, requested)
         setup = run.setup
     else:
-        how = _as_learned(run, requested, noise)
-    recorded = {"rule": how["rule"], "steps": how["steps"], "strength": strength}
-    if how["rule"].startswith(WIENER):
-        how = {"rule": "affine", "steps": 1}
+        fusing = _as_learned(run, requested, noise)
+    recorded = {"rule": fusing["rule"], "steps": fusing["steps"], "strength": strength}
+    if fusing["rule"].startswith(WIENER):
+        fusing = {"rule": "affine", "steps": 1}
         if noise == "sample":
             raise ConfigError(f"Rule {recorded['rule']} is one step without noise, so --noise=sample does not apply.")
     if noise == "sample":
         denoise = sample_noise(denoise, setup.sites, jax.random.key(seed))
     if strength != 1.0:
-        denoise = scaled(as_affine(denoise, setup.sites, setup.schedule, **how), strength)
-        how = {"rule": "affine", "steps": 1}
-    return fuse_and_export(run, variables, denoise, output, how, recorded)
+        denoise = scaled(as_affine(denoise, setup.sites, setup.schedule, **fusing), strength)
+        fusing = {"rule": "affine", "steps": 1}
+    return fuse_and_export(run, variables, denoise, output, fusing, recorded)
 
 
 def _as_learned(run: Run, requested: Mapping[str, Any], noise: str) -> dict[str, Any]:
-    """Returns rule and steps for the denoisers that the run learned, or refuses what they were not learned for."""
+    """Returns rule and steps to fuse the run's own denoisers; refuses requests they do not allow."""
     config, directory = run.config, run.directory
     direct = LEARNERS[config["learner"]].direct
-    own = {**config["denoise"], "beta_end": config["schedule"]["beta_end"], **rule_and_steps(config["learner"], config)}
+    learned_at = {
+        **config["denoise"],
+        "beta_end": config["schedule"]["beta_end"],
+        **rule_and_steps(config["learner"], config),
+    }
     resolve = "Add --resolve to take the closed form from the run's moments instead."
-    changed = [name for name, value in requested.items() if value != own[name]]
+    changed = [name for name, value in requested.items() if value != learned_at[name]]
     if direct and (changed or noise == "sample"):
         raise ConfigError(
             f"The run in {directory} learned its maps directly ({config['learner']}): they are one step without noise, so "
             f"--rule, --steps, --time_scale, --beta_end and --noise=sample do not apply. {resolve}"
         )
-    rule, steps = requested.get("rule", own["rule"]), requested.get("steps", own["steps"])
+    rule, steps = requested.get("rule", learned_at["rule"]), requested.get("steps", learned_at["steps"])
     if moved := [name for name in changed if name in ("time_scale", "beta_end")]:
+        values = " and ".join(f"{name}={learned_at[name]:g}" for name in moved)
         raise ConfigError(
-            f"The run in {directory} trained its denoisers at {' and '.join(f'{name}={own[name]:g}' for name in moved)}, and "
-            f"a denoiser belongs to its time step. {resolve}"
+            f"The run in {directory} trained its denoisers at {values}, and a denoiser belongs to its time step. {resolve}"
         )
-    if steps > own["steps"]:
+    if steps > learned_at["steps"]:
         raise ConfigError(
             f"{steps} steps a site need denoisers of other time steps (t falls by {steps} from site to site); these were "
-            f"learned with {own['steps']}. {resolve}"
+            f"learned with {learned_at['steps']}. {resolve}"
         )
     if rule.startswith(WIENER):
         raise ConfigError(f'Rule "{rule}" needs other denoisers than those that were trained. {resolve}')
@@ -138,11 +149,13 @@ def _as_learned(run: Run, requested: Mapping[str, Any], noise: str) -> dict[str,
 
 
 def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tuple[Run, Tree, dict[str, Any]]:
-    """Solves Algorithm 1's minimum, or a Wiener filter, from the moments of a run, for other time steps, schedule or rule.
+    """Solves the denoisers of a run for other time steps, schedule or rule, from the run's moments.
+
+    They are Algorithm 1's minimum, or a Wiener filter with rule `wiener:r`.
 
     Args:
       run, variables: a finished run and its backbone.
-      requested: any of rule, steps, time_scale and beta_end; the run's own for the others.
+      requested: any of rule, steps, time_scale and beta_end; the run's own values for the others.
 
     Returns:
       The run with these time steps, the denoisers, and their rule and steps.
@@ -171,10 +184,10 @@ def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tupl
 
 
 def fuse_and_export(*args: Any) -> tuple[Certificate, list[str]]:
-    """Fuses in float64, certifies and writes weights and certificate; of several processes the first one does it.
+    """Fuses in float64, certifies and writes weights and certificate, on the first process.
 
     Args:
-      *args: run, variables, denoisers and output; how they are fused (rule, steps); what is written down about it.
+      *args: run, variables, denoisers and output; rule and steps of fusion; the record in the files.
     """
     return processes.from_primary(lambda: _fuse_and_export(*args))
 
@@ -184,19 +197,19 @@ def _fuse_and_export(
     variables: Tree,
     denoise: Tree,
     output: Output,
-    how: Mapping[str, Any],
+    fusing: Mapping[str, Any],
     recorded: Mapping[str, Any],
 ) -> tuple[Certificate, list[str]]:
     original = open_original(run, variables, output)
-    fused, certificate = fuse_and_certify(run, variables, denoise, **how)
+    fused, certificate = fuse_and_certify(run, variables, denoise, **fusing)
     exact = None
     if needs_exact(output, original):
         params = {"backbone": variables["params"], "denoise": denoise}
-        exact = fuse_exact(params, run.setup.sites, run.setup.schedule, round_back=False, **how)
+        exact = fuse_exact(params, run.setup.sites, run.setup.schedule, round_back=False, **fusing)
     if not all(np.isfinite(figure.error) for figure in certificate.end_to_end.values()):
-        told = f"rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g}"
+        description = f"rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g}"
         raise NonFiniteError(
-            f"With {told} the fused network gives NaN or Inf on real images; nothing was written. Take a smaller "
+            f"With {description} the fused network gives NaN or Inf on real images; nothing was written. Take a smaller "
             "strength or time steps."
         )
     images = certificate_images(run)

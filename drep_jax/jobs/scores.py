@@ -1,4 +1,4 @@
-"""Scoring of arms and their comparison as the configuration of a run asks for it; shared by all jobs."""
+"""Scoring and comparison of arms from the configuration of a run, shared by all jobs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from drep_jax.typing import Config, Tree
 
 
 def reading(config: Config) -> dict[str, Any]:
-    """Returns how test images are read and corrupted, for `drep_jax.evaluation.arms.score_arms`."""
+    """Returns the options of `drep_jax.evaluation.arms.score_arms` from a configuration."""
     return {
         "batch_size": config["evaluate"]["batch_size"],
         "seed": config["seed"],
@@ -37,7 +37,7 @@ def compared(
     controls: Sequence[str],
     **options: Any,
 ) -> dict[str, Any]:
-    """Returns the report's `metrics`: the task's own, or those among the options (`metrics`, `exact_test`)."""
+    """Returns the report's `metrics`; options replace the task's `metrics` and `exact_test`."""
     options = {"metrics": setup.task.metrics, "exact_test": setup.task.exact_test, **options}
     resamples = config["evaluate"]["resamples"]
     return summary.summarize(results, controls=controls, resamples=resamples, seed=config["seed"], **options)

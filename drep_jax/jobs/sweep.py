@@ -1,8 +1,8 @@
-"""The best of a grid of isotropic denoisers for a finished run: solved from its moments, chosen on held-out images.
+"""Selects the best of a grid of isotropic denoisers for a finished run, on held-out images.
 
-Nothing is trained, and no image but the held-out ones is read until the choice is made (and, if the run has
-kept no moments, the training images once); the test images are then looked at
-once, for the chosen point alone.
+The denoisers are solved from the run's moments; nothing is trained. Until the selection, only held-out
+images are read (and the training images once, if the run has no moments). Then the test images are
+scored once, for the selected point alone.
 """
 
 import dataclasses
@@ -42,23 +42,23 @@ FILE = "sweep.json"
 
 
 SHOWN = 15
-"""Points in the console's table, beside the backbone and the chosen one."""
+"""Points in the table on the console, beside the backbone and the selected one."""
 
 
 ARM = "swept"
-"""What the chosen network is called among the arms."""
+"""Name of the selected network among the arms."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Swept:
-    """What a sweep found.
+    """The result of a sweep.
 
     Attributes:
-      choice: all points with their scores, and the chosen one.
-      grid: the recipes; point i's is `grid.recipes[choice.points[i].candidate]`.
-      certificate: of the chosen weights.
-      metrics: the chosen network on the test images, as in the report; {} without labels.
-      paths: what was written.
+      choice: all points with their scores, and the selected one.
+      grid: the recipes; that of point i is `grid.recipes[choice.points[i].candidate]`.
+      certificate: of the selected weights.
+      metrics: the selected network on the test images, as in the report; {} without labels.
+      paths: of the files written.
     """
 
     choice: Choice
@@ -79,17 +79,17 @@ def sweep(
     strength: float | None = None,
     images: int | None = None,
 ) -> Swept:
-    """Scores the run's grid on held-out images, fuses the best point, certifies it, writes it and tests it once.
+    """Scores the run's grid on held-out images; fuses, certifies, writes and tests the best point.
 
     Args:
-      directory: of the finished run, whose settings `sweep` and `select` say what the grid is and how to choose.
-      output: what is written, and where; `sweep.json` beside it.
-      rule, steps, time_scale, strength: each narrows the grid to this one value; strength 0 stays in it.
+      directory: of the finished run; its settings `sweep` and `select` define the grid and the selection.
+      output: what to write, and where; `sweep.json` is written to the same directory.
+      rule, steps, time_scale, strength: each narrows the grid to this value; strength 0 stays in it.
       beta_end: another end of the noise schedule.
-      images: held-out images to choose on; 0 for all, None for the run's own `select.images`.
+      images: number of held-out images; 0 for all, None for the run's own `select.images`.
 
     Raises:
-      DrepError: its subclasses say what cannot be used.
+      DrepError: its subclasses name the setting or file that cannot be used.
     """
     if images is not None and images < 0:
         raise ConfigError(f"The number of held-out images must be 0 (all of them) or more, got {images}.")
@@ -121,9 +121,9 @@ def sweep(
         setup = setup.respaced(steps=recipe.steps, time_scale=recipe.scale)
     denoise = scaled(trees[point.candidate], point.strength) if choice.chosen else init_denoise(setup.sites)
     recorded = {"rule": recipe.rule, "steps": recipe.steps, "strength": point.strength}
-    how: dict[str, Any] = {"rule": "affine", "steps": 1}
+    fusing: dict[str, Any] = {"rule": "affine", "steps": 1}
     run = dataclasses.replace(run, setup=setup)
-    certificate, paths = fuse_and_export(run, variables, denoise, output, how, recorded)
+    certificate, paths = fuse_and_export(run, variables, denoise, output, fusing, recorded)
     metrics = tested(run, variables, denoise, choice)
     lines = [report.verdict(condition, entry, ARM) for condition, entry in metrics.items()]
     print("\n".join(["On the test images, looked at once:", *lines]) if lines else NO_METRICS)
@@ -137,17 +137,17 @@ def sweep(
 def _narrowed(
     options: Config, *, rule: str | None, steps: int | None, scale: float | None, strength: float | None
 ) -> dict[str, Any]:
-    given = {
+    requested = {
         "rules": None if rule is None else (rule,),
         "steps": None if steps is None else (steps,),
         "scales": None if scale is None else (scale,),
         "strengths": None if strength is None else (0.0, strength),
     }
-    return {**options, **{name: value for name, value in given.items() if value is not None}}
+    return {**options, **{name: value for name, value in requested.items() if value is not None}}
 
 
 def tested(run: Run, variables: Tree, denoise: Tree, choice: Choice) -> dict[str, Any]:
-    """Returns the chosen network's metrics on the test images beside the backbone and a placebo; {} without labels."""
+    """Returns the metrics of backbone, placebo and selected network on test images; {} without labels."""
     config, setup = run.config, run.setup
     if setup.test is None:
         return {}
@@ -163,21 +163,21 @@ def tested(run: Run, variables: Tree, denoise: Tree, choice: Choice) -> dict[str
 
 
 def table(choice: Choice, max_clean_loss: float) -> str:
-    """Returns the best points as text, with the backbone and the chosen one, and what was scored how."""
+    """Returns a text table of the best points, the backbone and the selected point."""
     finite = [number for number in range(len(choice.points)) if math.isfinite(_mean(choice.scores(number)))]
     finite.sort(key=lambda number: -_mean(choice.scores(number)))
-    shown = dict.fromkeys([*finite[:SHOWN], *(n for n in finite if n in (0, choice.chosen))])
-    labelled = choice.criterion != "agreement"
+    rows_shown = dict.fromkeys([*finite[:SHOWN], *(n for n in finite if n in (0, choice.chosen))])
+    labeled = choice.criterion != "agreement"
     rows = []
-    for number in shown:
+    for number in rows_shown:
         point, scores = choice.points[number], choice.scores(number)
         lost = choice.scores(0)[CLEAN] - scores[CLEAN]
         note = "chosen" if number == choice.chosen else "unchanged" if number == 0 else ""
         if lost > max_clean_loss + 1e-9:
             note = f"loses {lost:.2f} on clean"
-        numbers = [*scores.values(), _mean(scores), *([_mean(point.agreement)] if labelled else [])]
-        rows.append([point.label, f"{point.strength:g}", *(fixed(value, 1) for value in numbers), note])
-    headers = ["recipe", "strength", *choice.conditions, "mean", *(["agreement"] if labelled else []), ""]
+        cells = [*scores.values(), _mean(scores), *([_mean(point.agreement)] if labeled else [])]
+        rows.append([point.label, f"{point.strength:g}", *(fixed(value, 1) for value in cells), note])
+    headers = ["recipe", "strength", *choice.conditions, "mean", *(["agreement"] if labeled else []), ""]
     align = ["left", "right", *["right"] * (len(headers) - 3), "left"]
     lines = [
         f"{len(choice.points)} points on {choice.images} held-out images in {choice.seconds:.1f} s, by {choice.criterion} (%), "
@@ -192,12 +192,12 @@ def table(choice: Choice, max_clean_loss: float) -> str:
     return "\n".join(lines)
 
 
-def to_json(found: Swept, directory: str, solving: float, max_clean_loss: float) -> dict[str, Any]:
+def to_json(swept: Swept, directory: str, solving: float, max_clean_loss: float) -> dict[str, Any]:
     """Returns the content of `sweep.json`; numbers that are not finite become null."""
-    choice = found.choice
+    choice = swept.choice
     points = []
     for number, point in enumerate(choice.points):
-        recipe = dataclasses.asdict(found.grid.recipes[point.candidate]) if number else {}
+        recipe = dataclasses.asdict(swept.grid.recipes[point.candidate]) if number else {}
         overflow = not math.isfinite(_mean(choice.scores(number)))
         points.append({**recipe, **dataclasses.asdict(point), "overflow": overflow})
     content = {
@@ -208,10 +208,10 @@ def to_json(found: Swept, directory: str, solving: float, max_clean_loss: float)
         "seconds": {"solving": solving, "scoring": choice.seconds},
         "chosen": choice.chosen,
         "points": points,
-        "dropped": found.grid.dropped,
+        "dropped": swept.grid.dropped,
         "front": choice.front(),
-        "metrics": found.metrics,
-        "certificate": found.certificate.to_json(),
+        "metrics": swept.metrics,
+        "certificate": swept.certificate.to_json(),
         "environment": environment(),
     }
     return report.plain(content, "sweep")

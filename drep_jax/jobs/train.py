@@ -1,7 +1,8 @@
-"""The main job: train or load a backbone, learn its denoisers, fuse, certify, compare with control arms, report.
+"""The main job: train or load a backbone, learn denoisers, fuse, certify, compare with controls, report.
 
-Order of a run in a work directory, each step resumed or passed over if it is done already:
-backbone → control arm (backbone trained on) → denoisers → fusion, certificate, export → evaluation → report.
+Steps of a run in a work directory, each resumed, or skipped if it is done:
+backbone → control arm (backbone trained further) → denoisers → fusion, certificate, export
+→ evaluation → report.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from drep_jax import report
 from drep_jax.core.certificate import Certificate
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.data import unreadable
-from drep_jax.data.datasets import Labelled
+from drep_jax.data.datasets import Labeled
 from drep_jax.evaluation import knn, summary
 from drep_jax.evaluation.arms import Network, Scored, items_of, score_arms
 from drep_jax.evaluation.placebo import placebo_denoisers
@@ -35,10 +36,13 @@ from drep_jax.typing import Config, Tree
 
 
 def run(config: Config, directory: str) -> dict[str, Any]:
-    """Runs the whole job in `directory`, or finishes one that was begun there, and returns the report.
+    """Runs the whole job in `directory`, or resumes the one there, and returns the report.
 
-    Of several processes each calls this; the first one writes the directory and returns the report, the others return its
-    `{"certificate": {"passed": …}}` alone.
+    Every process of a run calls this. The first one writes the directory and returns the report; the
+    others return {"certificate": {"passed": …}} alone.
+
+    Raises:
+      DrepError: its subclasses name the setting or file that cannot be used.
     """
     setup = build(config)
     check(config, setup)
@@ -70,7 +74,16 @@ def make_backbone(job: Run) -> Tree:
 
 
 def learn_all(job: Run, variables: Tree, continued: tuple[Tree, float] | None = None) -> dict[str, Learned]:
-    """Learns by every learner asked for, the exported one last; `continued` is the control arm, and its seconds."""
+    """Runs every requested learner, the exported one last.
+
+    Args:
+      job: the run.
+      variables: the frozen backbone's.
+      continued: the control arm and its seconds of training, or None.
+
+    Returns:
+      {learner: its result}.
+    """
     inputs = LearnerInputs(job, variables, continued)
     return {name: learn(name, inputs) for name in job.learners}
 
@@ -85,9 +98,9 @@ class Arms:
     """The networks that a run compares.
 
     Attributes:
-      variables: by name, in the order of the tables; baseline and placebo first.
-      networks: of those that are not the backbone itself but an explicit path.
-      controls: names of the arms that show what comes about without denoising.
+      variables: name ↦ variables, in the order of the tables; baseline and placebo first.
+      networks: name ↦ network, for arms on the explicit path, which cannot be fused.
+      controls: names of the control arms, which show changes without denoising.
     """
 
     variables: dict[str, Tree]
@@ -96,7 +109,7 @@ class Arms:
 
     @property
     def fusible(self) -> dict[str, Tree]:
-        """Those that are weights of the backbone; the others need its head."""
+        """The arms that are weights of the backbone; the others need its head."""
         return {name: tree for name, tree in self.variables.items() if name not in self.networks}
 
 
@@ -110,9 +123,9 @@ def finish(
     fused, certificate = fuse_exported(job, variables, exported)
     arms = arms_of(job, baseline, continued, learned, fused)
     processes.barrier("evaluation")
-    metrics, shown = evaluate_arms(job, arms, variables, fused, exported)
+    metrics, pictures = evaluate_arms(job, arms, variables, fused, exported)
     sources = {part.name: score_other(job, part, arms) for part in setup.others}
-    kept = spectra(job, variables, exported)
+    site_spectra = spectra(job, variables, exported)
     passed = processes.from_primary(lambda: certificate is not None and certificate.passed)
     if certificate is None:
         return {"certificate": {"passed": passed}}
@@ -130,16 +143,16 @@ def finish(
         "unreadable": unreadable.summary(setup.parts),
         "certificate": certificate.to_json(),
         "cost": measure_cost(job, variables, fused, exported, arms.networks),
-        "spectra": kept,
+        "spectra": site_spectra,
         "front": exported.choice.front() if exported.choice else None,
-        **shown,
+        **pictures,
     }
     report.write_report(content, job.directory)
     return content
 
 
 def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, Certificate | None]:
-    """Returns the exported learner's fused parameters and, on the process that writes them, their certificate."""
+    """Returns the exported learner's fused parameters and, on the first process, their certificate."""
     fusing: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
     if not processes.primary():
         params = {"backbone": variables["params"], "denoise": exported.denoise}
@@ -152,7 +165,7 @@ def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, C
 def arms_of(
     job: Run, baseline: Tree, continued: tuple[Tree, float] | None, learned: Mapping[str, Learned], fused: Tree
 ) -> Arms:
-    """Returns all arms: the baseline, a placebo of the exported denoisers, the control arm, and one a learner."""
+    """Returns all arms: baseline, placebo of the exported denoisers, control arm, one per learner."""
     setup, name = job.setup, job.config["learner"]
     exported = learned[name]
     variables = exported.variables or baseline
@@ -172,17 +185,17 @@ def arms_of(
             networks[learner], arms[learner] = result.network, backbone
         elif result is exported:
             arms[learner] = {**backbone, "params": fused}
-        elif learner not in arms:  # the control arm as a learner is that very arm
-            mixed = {"backbone": backbone["params"], "denoise": result.denoise}
-            numbers = fuse_exact(mixed, setup.sites, setup.schedule, rule=result.rule, steps=result.steps)
-            arms[learner] = {**backbone, "params": numbers}
+        elif learner not in arms:  # learner "continued" is the control arm, already there
+            unfused = {"backbone": backbone["params"], "denoise": result.denoise}
+            fused_here = fuse_exact(unfused, setup.sites, setup.schedule, rule=result.rule, steps=result.steps)
+            arms[learner] = {**backbone, "params": fused_here}
     return Arms(arms, networks, controls)
 
 
 def evaluate_arms(
     job: Run, arms: Arms, variables: Tree, fused: Tree, exported: Learned
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the report's `metrics` of all arms on the test images, and what the task shows of single ones."""
+    """Returns the report's `metrics` of all arms on the test images, and the task's examples of them."""
     config, setup = job.config, job.setup
     if setup.test is None:
         return {}, {}
@@ -190,23 +203,25 @@ def evaluate_arms(
     headline = next(iter(setup.task.metrics.values()))
     conditions = config["evaluate"]["conditions"]
     results, largest = {}, -1.0
-    shown: tuple[str, Scored] | None = None  # of the images, only what one condition has given is kept
+    most_changed: tuple[str, Scored] | None = None  # only one condition's statistics are held
     for condition, scored in score_arms(
         setup, arms.variables, setup.test, conditions, networks=arms.networks, **reading(config)
     ):
         results[condition] = items_of(setup, setup.test, scored, condition)
         before, after = (summary.value_of(headline, results[condition][arm]) for arm in pair)
         if abs(after - before) > largest:
-            largest, shown = abs(after - before), (condition, scored)
+            largest, most_changed = abs(after - before), (condition, scored)
     metrics = compared(config, setup, results, arms.controls)
-    if shown is None:
+    if most_changed is None:
         return metrics, {}
-    two = {arm: arms.variables[arm] for arm in pair}
-    return metrics, setup.task.examples(exhibit_of(job, setup.test, two, *shown, variables, fused, exported))
+    compared_arms = {arm: arms.variables[arm] for arm in pair}
+    return metrics, setup.task.examples(
+        exhibit_of(job, setup.test, compared_arms, *most_changed, variables, fused, exported)
+    )
 
 
-def score_other(job: Run, part: Labelled, arms: Arms) -> dict[str, Any]:
-    """Returns the report's metrics of a further source: by its own test split, or by nearest neighbors in its gallery."""
+def score_other(job: Run, part: Labeled, arms: Arms) -> dict[str, Any]:
+    """Returns the report's metrics of a further source, by its test split or by nearest neighbors."""
     config, setup = job.config, job.setup
     conditions = config["evaluate"]["conditions"]
     if part.gallery is None:

@@ -1,4 +1,4 @@
-"""Learners: every way to denoisers is a row of one table, with the same arguments, and returns a `Learned`."""
+"""Learners of denoisers, as rows of one table: `LearnerInputs` ↦ `Learned`."""
 
 from typing import Any
 
@@ -39,18 +39,22 @@ LEARNERS: dict[str, Learner] = {
     "continued": Learner(learn_continued, labeled=True, direct=True),
     "final_only": Learner(learn_final_only, explicit=True),
 }
-"""By name, as `config.learner` and `config.compare` give it."""
+"""Name in `config.learner` and `config.compare` ↦ learner."""
 
 
 def rule_and_steps(name: str, config: Config) -> dict[str, Any]:
-    """Returns by which rule, and in how many steps, a learner's denoisers are fused."""
+    """Returns the rule and the number of steps by which a learner's denoisers are fused."""
     if LEARNERS[name].direct:
         return {"rule": "affine", "steps": 1}
     return {"rule": config["denoise"]["rule"], "steps": config["denoise"]["steps"]}
 
 
 def learn(name: str, inputs: LearnerInputs) -> Learned:
-    """Learns by the learner of that name and keeps the result in `checkpoints/<name>`, from where a later call takes it.
+    """Runs a learner and saves the result in `checkpoints/<name>`, from which a later call resumes.
+
+    Args:
+      name: of the learner.
+      inputs: the run, its backbone and moments.
 
     Raises:
       ConfigError: for an unknown learner.

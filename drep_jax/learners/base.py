@@ -1,4 +1,4 @@
-"""What every learner gets and gives."""
+"""The interface of learners: their inputs, their results, and the steps that they share."""
 
 import dataclasses
 import functools
@@ -26,10 +26,10 @@ class Learned:
     Attributes:
       denoise: the `denoise` subtree.
       rule, steps: of the reverse process; "affine" and 1 for maps given directly.
-      section: the report's on learning.
-      choice: what was chosen on held-out images, or None.
-      variables: the backbone they belong to where it was trained, too; None for the run's own.
-      network: (variables, images) ↦ outputs of what cannot be fused and is evaluated as it is; None for fused weights.
+      section: the learner's section of the report.
+      choice: the selection on held-out images, or None.
+      variables: the backbone, if it was trained together with the denoisers; None for the run's own.
+      network: (variables, images) ↦ outputs, for a result that cannot be fused; None for fused weights.
     """
 
     denoise: Tree
@@ -42,12 +42,12 @@ class Learned:
 
 
 class LearnerInputs:
-    """What every learner gets.
+    """The inputs of every learner.
 
     Attributes:
       run: configuration, setup, directory and log.
-      variables: the frozen backbone's.
-      continued: the control arm and the seconds that it was trained, or None.
+      variables: of the frozen backbone.
+      continued: the control arm and its seconds of training, or None.
     """
 
     def __init__(self, run: Run, variables: Tree, continued: tuple[Tree, float] | None = None) -> None:
@@ -60,17 +60,17 @@ class LearnerInputs:
 
     @property
     def setup(self) -> Any:
-        """What the run works on."""
+        """Images, backbone, sites, schedule and task of the run."""
         return self.run.setup
 
     @property
     def moments(self) -> Mapping[Path, Moments]:
-        """The moments of the features at the sites, taken when a learner first asks for them."""
+        """The moments of the features at the sites, computed or read on first use."""
         return self._moments[0]
 
     @property
     def moment_seconds(self) -> float:
-        """How long taking or reading the moments took."""
+        """Seconds that computing or reading the moments took."""
         return self._moments[1]
 
     @functools.cached_property
@@ -81,14 +81,14 @@ class LearnerInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """A way to denoisers.
+    """A method of learning denoisers.
 
     Attributes:
       learn: the function.
-      labeled: whether it trains with labels, beside a control arm of the same budget.
-      chooses: whether it chooses the strength of fusion on held-out images.
+      labeled: whether it trains with labels; then the control arm gets the same budget.
+      chooses: whether it selects the strength of fusion on held-out images.
       direct: whether its denoisers are maps given directly, fused by rule "affine".
-      explicit: whether its result stays beside the network and cannot be fused or exported.
+      explicit: whether its result is evaluated on the explicit path and cannot be fused or exported.
     """
 
     learn: Callable[[LearnerInputs], Learned]
@@ -101,11 +101,11 @@ class Learner:
 def train(
     inputs: LearnerInputs, stage: str, loss_fn: Any, log_extra: Callable[[Tree], dict[str, float]] | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """Runs or resumes a stage; returns its final state, and what the report says of every stage that is trained.
+    """Runs or resumes a stage; returns its final state and its section of the report.
 
     Args:
       inputs: of the learner.
-      stage: its name.
+      stage: name of the stage.
       loss_fn, log_extra: see `run_training`.
     """
     params, others = starting(inputs.run, stage, inputs.variables)
@@ -114,14 +114,14 @@ def train(
 
 
 def trained_section(run: Run, stage: str, steps: int, seconds: float) -> dict[str, Any]:
-    """Returns what the report says of every stage that is trained."""
-    lines = lines_of(run.directory, stage) if processes.primary() else ()  # which writes the report
+    """Returns the section of the report that every trained stage has."""
+    lines = lines_of(run.directory, stage) if processes.primary() else ()  # only it writes the report
     loss = [[line["step"], line["loss"]] for line in lines]
     return {"steps": steps, "seconds": seconds, "loss": loss, "images": len(run.setup.train)}
 
 
 def keep(name: str, inputs: LearnerInputs, learned: Learned) -> None:
-    """Writes what was solved, not trained, to `checkpoints/<name>`, in the form that a trained stage has there."""
+    """Writes a solved result to `checkpoints/<name>`, in the format of a trained stage."""
     backbone, others = split_variables(learned.variables or inputs.variables)
     params = {"backbone": backbone, "denoise": learned.denoise}
     state, frozen, _ = prepare(inputs.run, name, params, others)
@@ -133,7 +133,7 @@ def keep(name: str, inputs: LearnerInputs, learned: Learned) -> None:
 
 
 def against_optimum(inputs: LearnerInputs, denoise: Tree) -> dict[str, Any]:
-    """Returns the report's exact losses of denoisers of the run's backbone, beside the least possible."""
+    """Returns the report's exact losses of denoisers of the run's backbone, and the minimum."""
     sites, schedule = inputs.setup.sites, inputs.setup.schedule
     start = closed_form.expected_losses(inputs.moments, sites, schedule, init_denoise(sites))
     final = closed_form.expected_losses(inputs.moments, sites, schedule, denoise)
@@ -145,7 +145,7 @@ def against_optimum(inputs: LearnerInputs, denoise: Tree) -> dict[str, Any]:
 
 
 def selection_of(config: Config, **changes: Any) -> Selection:
-    """Returns how a run chooses on held-out images: `config.select`, with changes such as other strengths."""
+    """Returns the options of selection on held-out images: `config.select`, with changes."""
     select, evaluate = {**config["select"], **changes}, config["evaluate"]
     return Selection(
         strengths=tuple(select["strengths"]),

@@ -1,4 +1,4 @@
-"""What learners refuse before any work: settings, images or a budget that they cannot use."""
+"""Checks of the learners before any work: settings, images and budgets."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from drep_jax.typing import Config
 
 
 def check_labeled(config: Config, setup: Setup) -> None:
-    """Refuses learners that the images, the backbone or the budget do not allow, before any work.
+    """Refuses learners that the images, the backbone or the budget do not support.
 
     Raises:
       ConfigError: naming the learner and the setting.
@@ -55,7 +55,7 @@ def check_labeled(config: Config, setup: Setup) -> None:
 
 
 def check_choosing(config: Config, setup: Setup) -> None:
-    """Refuses settings of the learners that choose on held-out images, before any work.
+    """Refuses invalid settings of the learners that select on held-out images.
 
     Raises:
       ConfigError: naming the setting.
@@ -77,11 +77,13 @@ def check_choosing(config: Config, setup: Setup) -> None:
             pairs_of(config)
     elif all(part.high == 0 for part in parse_spec(config["noise"])):
         raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
-    for name in ("draws", "vectors"):
+    for name in ("draws", "vectors", "chunk"):
         if options[name] < 1:
             raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
-    if not options["clean_share"] or not all(0.0 <= share < 1.0 for share in options["clean_share"]):
-        raise ConfigError(f"measured.clean_share={options['clean_share']} are shares of clean images, each in [0, 1).")
+    if not options["clean_share"] or not all(0.0 <= fraction < 1.0 for fraction in options["clean_share"]):
+        raise ConfigError(
+            f"measured.clean_share={options['clean_share']} are fractions of clean images; each must lie in [0, 1)."
+        )
     if not options["ridge"] > 0:
         raise ConfigError(
             f"measured.ridge={options['ridge']} must be above 0: without it, few images have no solution."

@@ -1,14 +1,14 @@
-"""How denoisers are learned without labels.
+"""Learners without labels.
 
-| learner | what it assumes | what it costs |
-|---|---|---|
-| `algorithm1` | the paper's: isotropic noise of the schedule's t, by gradient descent (Algorithm 1) | thousands of steps |
-| `closed_form` | the same, as its exact minimum (`drep_jax.core.closed_form`) | one pass for the moments |
-| `wiener` | isotropic noise of a share of the site's own feature power | one pass for the moments |
-| `measured` | the noise that a corruption of the images makes there (`drep_jax.core.measured`) | one pass, some hundred images |
+| learner | noise at a site | solution | cost |
+|---|---|---|---|
+| `algorithm1` | isotropic, of the schedule's t | gradient descent (Algorithm 1) | thousands of steps |
+| `closed_form` | the same | exact minimum (`core.closed_form`) | one pass for moments |
+| `wiener` | isotropic, a fraction of the site's feature power | Wiener filter | one pass for moments |
+| `measured` | measured on corrupted images | least squares (`core.measured`) | hundreds of images |
 
-For the last two, the strength of fusion (and the share of noise, or of clean images) is chosen on held-out images, see
-`drep_jax.evaluation.selection`.
+The last two select the strength of fusion, and the noise power or the fraction of clean images, on
+held-out images (`drep_jax.evaluation.selection`).
 """
 
 import time
@@ -36,7 +36,7 @@ from drep_jax.typing import Config, Tree
 
 PAIRS = "pairs:"
 CORRUPTION_SEED = 1
-"""Added to the run's seed for the noise that is learned from, which must not be the noise of the test images."""
+"""Added to the run's seed for the noise of training images, so that it differs from the test noise."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def learn_closed_form(inputs: LearnerInputs) -> Learned:
 
 
 def learn_wiener(inputs: LearnerInputs) -> Learned:
-    """Solves for the Wiener filter of each noise power, and chooses one on held-out images."""
+    """Solves the Wiener filter of each noise power and selects one on held-out images."""
     options = inputs.config["wiener"]
     began = time.perf_counter()
     candidates = [
@@ -96,23 +96,25 @@ def learn_wiener(inputs: LearnerInputs) -> Learned:
 
 
 def learn_measured(inputs: LearnerInputs) -> Learned:
-    """Solves for the noise that a corruption makes at each site, and chooses the strength on held-out images."""
+    """Solves for the noise of a corruption at each site and selects the strength on held-out images."""
     config, setup, options = inputs.config, inputs.setup, inputs.config["measured"]
     batch, corrupted = measuring_images(config, setup)
     clean = batch["image"]
     streams: Any = np.stack([setup.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
     candidates, errors = [], {}
     began = time.perf_counter()
-    fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
+    fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut", "chunk")}
     solve = measuring(setup.backbone, inputs.variables, setup.sites, streams, **fitting)
-    shares, name = options["clean_share"], f"measuring {len(setup.sites)} sites on {len(clean)} images"
-    with pulsing(name, len(shares), "mixture", shown=config["progress"]) as steps:
-        for share in shares:
-            measured = solve([share, *[(1.0 - share) / len(corrupted)] * len(corrupted)])
-            candidates.append(Candidate(f"clean share {share:g}", measured.denoise))
+    fractions, name = options["clean_share"], f"measuring {len(setup.sites)} sites on {len(clean)} images"
+    with pulsing(name, len(fractions), "mixture", shown=config["progress"]) as steps:
+        for clean_fraction in fractions:
+            measured = solve([clean_fraction, *[(1.0 - clean_fraction) / len(corrupted)] * len(corrupted)])
+            candidates.append(Candidate(f"clean share {clean_fraction:g}", measured.denoise))
             errors[candidates[-1].label] = {name: list(pair) for name, pair in measured.errors.items()}
             before, after = (sum(pair[i] for pair in measured.errors.values()) / len(measured.errors) for i in (0, 1))
-            steps.set_postfix_str(f"clean share {share:g}: mean error {before:.3f} → {after:.3f}", refresh=False)
+            steps.set_postfix_str(
+                f"clean share {clean_fraction:g}: mean error {before:.3f} → {after:.3f}", refresh=False
+            )
             steps.update()
     return _chosen("measured", inputs, candidates, time.perf_counter() - began, len(clean), errors)
 
@@ -145,7 +147,7 @@ def _chosen(
 
 
 def measuring_images(config: Config, setup: Setup) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Returns the images to learn from, as a batch, and `measured.draws` corrupted versions of them, float32 (n, h, w, c).
+    """Returns the training images as a batch, and `measured.draws` corrupted versions, (n, h, w, c).
 
     Raises:
       DataError: if there are none.

@@ -1,11 +1,11 @@
-"""How labels take part: Eq. 12, alternating fine-tuning (appendix A), plain fine-tuning as control, and DenoiseRep⁻ (Fig. 1b).
+"""Learners with labels, their control arm, and DenoiseRep⁻ (Fig. 1b).
 
-| learner | what it trains | what with |
+| learner | trains | loss |
 |---|---|---|
-| `label_augmented` | the denoisers | (1 − λ)·label loss of the fused network + λ·Algorithm 1's (Eq. 12) |
-| `alternating` | denoisers and backbone in turn | Eq. 12, then the label loss of the fused network (appendix A) |
-| `continued` | the backbone alone: the control arm, exported | its label loss |
-| `final_only` | one explicit denoiser of the final feature, DenoiseRep⁻ | Algorithm 1's minimum; it cannot be fused |
+| `label_augmented` | the denoisers | (1 − λ)·label loss after fusion + λ·Algorithm 1's (Eq. 12) |
+| `alternating` | denoisers and backbone in turn | Eq. 12; label loss after fusion (appendix A) |
+| `continued` | the backbone alone: the exported control arm | label loss |
+| `final_only` | DenoiseRep⁻, one denoiser of the final feature | Algorithm 1's; cannot be fused |
 """
 
 import dataclasses
@@ -35,7 +35,11 @@ from drep_jax.typing import Config, Tree
 
 
 def train_labeled(run: Run, stage: str, variables: Tree) -> tuple[Tree, float]:
-    """Trains the whole backbone with labels and returns it and the seconds; stage "control" is the arm of equal budget."""
+    """Trains the whole backbone with labels in stage "backbone" or "control".
+
+    Returns:
+      The trained variables and the seconds of training.
+    """
     setup, options = run.setup, run.config[stage]
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
@@ -77,12 +81,12 @@ def learn_alternating(inputs: LearnerInputs) -> Learned:
     section |= {"label_lambda": config["denoise"]["label_lambda"], "per_site": {}, "optimum": None}
     learned = state.averaged
     variables = {**state.others, "params": learned["backbone"]}
-    how = config["denoise"]["rule"], config["denoise"]["steps"]
-    return Learned(learned["denoise"], *how, section, variables=variables)
+    rule, steps = config["denoise"]["rule"], config["denoise"]["steps"]
+    return Learned(learned["denoise"], rule, steps, section, variables=variables)
 
 
 def learn_continued(inputs: LearnerInputs) -> Learned:
-    """Takes the control arm itself, with denoisers that do nothing."""
+    """Returns the control arm itself, with zero denoisers."""
     config, setup = inputs.config, inputs.setup
     if inputs.continued is None:
         raise ConfigError('Learner "continued" is the control arm, and there is none; set --config.control.steps=N.')
@@ -95,10 +99,10 @@ def learn_continued(inputs: LearnerInputs) -> Learned:
 
 
 def learn_final_only(inputs: LearnerInputs) -> Learned:
-    """Solves Algorithm 1 for one denoiser on the final feature, which is applied explicitly.
+    """Solves Algorithm 1 for one denoiser of the final feature, applied explicitly.
 
-    That is the input of the head. A backbone that is scored without a head gives the final feature itself; there a linear
-    layer that does nothing is put behind it for the denoiser to work at.
+    The final feature is the input of the head. A backbone scored without a head outputs it; there an
+    identity layer is appended as the site of the denoiser.
     """
     config, setup = inputs.config, inputs.setup
     began = time.perf_counter()
@@ -128,24 +132,26 @@ def learn_final_only(inputs: LearnerInputs) -> Learned:
         "per_site": {name: [nothing[name], best[name]] for name in nothing},
         "optimum": best,
     }
-    how = {"rule": options["rule"], "steps": options["steps"]}
+    fusing = {"rule": options["rule"], "steps": options["steps"]}
 
     def before_the_head(variables: Tree, images: Any) -> Any:
-        return explicit_apply(setup.backbone, variables, denoise, sites, setup.schedule, images, **how)
+        return explicit_apply(setup.backbone, variables, denoise, sites, setup.schedule, images, **fusing)
 
     def behind_the_backbone(variables: Tree, images: Any) -> Any:
         inside = with_final(setup, variables)
         return setup.backbone.apply({**inside, "params": {**inside["params"], "final": final}}, images)
 
     network = before_the_head
-    if not setup.task.test_needs_head:  # where a layer that does nothing and its denoiser are one linear layer
-        final = fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, setup.schedule, **how)["final"]
+    if not setup.task.test_needs_head:  # identity layer and denoiser fuse to one linear layer
+        final = fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, setup.schedule, **fusing)[
+            "final"
+        ]
         network = behind_the_backbone
     return Learned(denoise, options["rule"], options["steps"], section, network=network)
 
 
 class WithFinal(nn.Module):
-    """A backbone with a linear layer behind it, `final`."""
+    """A backbone followed by a linear layer, `final`."""
 
     backbone: nn.Module
 
@@ -157,11 +163,11 @@ class WithFinal(nn.Module):
 
 
 def with_final(setup: Setup, variables: Tree) -> Tree:
-    """Returns the variables of a `WithFinal` whose last layer does nothing.
+    """Returns the variables of a `WithFinal` whose last layer is the identity.
 
     Args:
-      setup: whose backbone is the `WithFinal`.
-      variables: of the backbone inside.
+      setup: its backbone is the `WithFinal`.
+      variables: of the inner backbone.
     """
     feature = jax.eval_shape(setup.backbone.backbone.apply, variables, setup.images)
     width = feature.shape[-1]

@@ -1,4 +1,4 @@
-"""What a training step minimises: Algorithm 1's losses (Eq. 11), the labels', and both through fused weights (Eq. 12)."""
+"""Training losses: Algorithm 1's (Eq. 11), the task's, and both through fused weights (Eq. 12)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from drep_jax.training.state import extra_params
 from drep_jax.typing import Config, Tree
 
 Outcome = tuple[Any, tuple[dict[str, Any], Tree]]
-"""(loss, (metrics, other collections)), what a step's loss function returns."""
+"""(loss, (metrics, other collections)), the result of a step's loss function."""
 
 
 def denoising_objective(
     setup: Setup, options: Config, params: Tree, others: Tree, batch: Tree, key: jax.Array
 ) -> Outcome:
-    """Returns the sum of Algorithm 1's losses over the sites, on the frozen backbone's features, with each one as a metric."""
+    """Returns Algorithm 1's loss summed over sites, on the frozen backbone; each site is a metric."""
     losses = algorithm1_losses(
         computing(setup, options),
         {**others, "params": params["backbone"]},
@@ -56,21 +56,21 @@ def label_objective(
     train: bool,
     extra: Mapping[str, Tree] = MappingProxyType({}),
 ) -> Outcome:
-    """Returns the task's loss of the backbone with the given weights, with its accuracy as a metric.
+    """Returns the task's loss of the backbone with the given weights, and the task's metrics.
 
     Args:
       setup, options: of the run and the stage; `options["label_smoothing"]` is used.
-      weights: the backbone's parameters, such as fused ones.
+      weights: the backbone's parameters, for example fused ones.
       others: its other collections.
-      batch: images and labels; of mixed images both labels, see `drep_jax.tasks.losses.cross_entropy`.
+      batch: images and labels; both labels of mixed images, see `drep_jax.tasks.losses.cross_entropy`.
       key: of dropout.
-      train: whether the backbone is in training mode: dropout, and batch statistics that are updated.
-      extra: what else the loss trains, such as the centers of identities.
+      train: whether the backbone is in training mode, with dropout and updated batch statistics.
+      extra: further trained parameters of the loss, such as the centers of identities.
     """
     backbone = computing(setup, options)
     images, task = setup.inputs(batch), setup.task
     if train:
-        if getattr(backbone, "axis_name", "") is None:  # batch statistics of the whole batch, on however many devices
+        if getattr(backbone, "axis_name", "") is None:  # batch statistics over all devices
             backbone = backbone.clone(axis_name=devices.AXIS)
         rngs = {"dropout": jax.random.fold_in(key, devices.device_index())}
         outputs, others = task.apply(
@@ -93,9 +93,9 @@ def augmented_objective(
     weight: float,
     train: bool,
 ) -> Outcome:
-    """Returns (1 − λ)·Loss_label + λ·Loss_denoise (Eq. 12), the label loss that of the fused weights.
+    """Returns (1 − λ)·Loss_label + λ·Loss_denoise (Eq. 12), with the label loss of the fused weights.
 
-    `fuse` is differentiated through, so labels reach the denoisers; Loss_denoise is on the backbone as it is, unfused.
+    Gradients pass through `fuse`, so labels train the denoisers. Loss_denoise uses the unfused backbone.
 
     Args:
       setup, options, params, others, batch, key: see above; rule and steps of fusion are the run's.
@@ -116,7 +116,7 @@ def augmented_objective(
 
 
 def computing(setup: Setup, options: Config) -> nn.Module:
-    """Returns the backbone as a stage computes with it: in its `compute` type, with float32 parameters."""
+    """Returns the backbone of a stage: computing in `options["compute"]`, with float32 parameters."""
     dtype = jnp.dtype(options["compute"])
     backbone = setup.backbone
     if dtype == jnp.float32 and not options["remat"]:
@@ -128,26 +128,26 @@ def computing(setup: Setup, options: Config) -> nn.Module:
 
 
 COMPUTE = ("float32", "bfloat16")
-"""Types a stage can compute in; parameters, optimizer and fusion stay float32."""
+"""Types that a stage can compute in; parameters, optimizer and fusion stay float32."""
 
 
 def check_computing(options: Config, section: str, setup: Setup, batch: int) -> None:
-    """Refuses how a stage is to compute where its backbone or its batch does not allow it.
+    """Refuses `compute`, `remat` or `accumulate` if the backbone or the batch does not support it.
 
     Raises:
-      ConfigError: naming the setup.
+      ConfigError: naming the setting.
     """
     fields = {field.name for field in dataclasses.fields(setup.backbone)}
     if options["compute"] not in COMPUTE:
         raise ConfigError(f"{section}.compute={options['compute']!r}; expected one of {', '.join(COMPUTE)}.")
-    for name, needed, asked in (
+    for name, needed, requested in (
         ("compute", "dtype", options["compute"] != "float32"),
         ("remat", "remat", options["remat"]),
     ):
-        if asked and needed not in fields:
+        if requested and needed not in fields:
             raise ConfigError(
                 f"{section}.{name}={options[name]!r} needs a backbone with an attribute `{needed}`, which "
-                f"{type(setup.backbone).__name__} has not."
+                f"{type(setup.backbone).__name__} does not have."
             )
     parts = options["accumulate"]
     if parts < 1 or batch // devices.device_count() % parts:

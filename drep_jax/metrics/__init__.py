@@ -1,1 +1,1 @@
-"""Arrays in, one statistic an item out. Knows no network, no images, no files."""
+"""Metrics: functions of arrays, with one statistic per item. They know no networks and no files."""

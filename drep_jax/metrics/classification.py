@@ -1,4 +1,4 @@
-"""Whether the right class is first, or among the first five."""
+"""Top-1 and top-5 accuracy of single images, and the predicted class with its confidence."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,27 @@ from jaxtyping import Array, Float, Int
 from drep_jax.metrics.reducers import Metric, mean_of
 
 PLACES = (1, 5)
+"""The k of acc@k."""
 
 METRICS: Mapping[str, Metric] = {f"acc@{k}": mean_of(f"acc@{k}") for k in PLACES}
 
 
 def hits(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> dict[str, Float[Array, " batch"]]:
-    """Returns for each image whether its class is first (acc@1) and among the first five (acc@5), 0 or 1.
+    """Returns whether the true class is among the k largest logits, 0 or 1 per image and k.
 
-    Ties count against the network: a class is ranked behind every other class with the same logit. Logits that are not
-    finite count as wrong.
+    Ties count against the network: the true class ranks behind every class with the same logit.
+    An image with a logit that is not finite counts as wrong.
+
+    >>> logits = jnp.array([[0.1, 0.7, 0.2], [0.5, 0.5, 0.0]])
+    >>> hits(logits, jnp.array([1, 0]))["acc@1"].tolist()
+    [1.0, 0.0]
+
+    Args:
+      logits: one row per image.
+      labels: the true classes.
+
+    Returns:
+      {"acc@1": (batch,), "acc@5": (batch,)}.
     """
     logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
     rank = jnp.sum(logits >= logit, axis=1) - 1
@@ -26,5 +38,9 @@ def hits(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) ->
 
 
 def answers(logits: Float[Array, "batch classes"]) -> dict[str, Array]:
-    """Returns the class that a network answers with and its softmax probability, {"answer", "confidence"}."""
+    """Returns the predicted class and its softmax probability, {"answer", "confidence"}.
+
+    >>> float(answers(jnp.zeros((1, 4)))["confidence"][0])
+    0.25
+    """
     return {"answer": jnp.argmax(logits, axis=-1), "confidence": jnp.max(jax.nn.softmax(logits), axis=-1)}

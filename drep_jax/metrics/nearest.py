@@ -1,30 +1,35 @@
-"""Which of a set of known features is nearest: accuracy of a network without a head."""
+"""Nearest neighbors by cosine similarity, which classify images without a head."""
 
 import numpy as np
 from jaxtyping import Float, Int
 
 QUERIES = 512
-"""Features that are compared with the gallery at once."""
+"""Queries compared with the gallery at once."""
 
 
 def nearest(
-    gallery: Float[np.ndarray, "known width"], queries: Float[np.ndarray, "asked width"]
-) -> Int[np.ndarray, " asked"]:
-    """Returns the row of the gallery's feature of largest cosine similarity to each query.
+    gallery: Float[np.ndarray, "gallery width"], queries: Float[np.ndarray, "queries width"]
+) -> Int[np.ndarray, " queries"]:
+    """Returns the gallery row with the largest cosine similarity to each query.
 
-    A feature that is zero or not finite has no neighbor: −1 for such a query, and no query finds such a row.
+    A feature that is zero or not finite has no neighbor: such a query gets −1, and such a gallery
+    row is never returned.
+
+    >>> gallery = np.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> nearest(gallery, np.array([[0.1, 1.0], [3.0, 1.0], [0.0, 0.0]])).tolist()
+    [1, 0, -1]
     """
-    known, asked = unit(gallery), unit(queries)
-    usable = np.any(known != 0, axis=1)
-    rows = np.full(len(asked), -1)
-    for start in range(0, len(asked) if usable.any() else 0, QUERIES):
-        similar = np.where(usable, asked[start : start + QUERIES] @ known.T, -np.inf)
-        rows[start : start + QUERIES] = similar.argmax(axis=1)
-    return np.where(np.any(asked != 0, axis=1), rows, -1)
+    gallery_directions, query_directions = unit(gallery), unit(queries)
+    usable = np.any(gallery_directions != 0, axis=1)
+    rows = np.full(len(query_directions), -1)
+    for start in range(0, len(query_directions) if usable.any() else 0, QUERIES):
+        similarities = query_directions[start : start + QUERIES] @ gallery_directions.T
+        rows[start : start + QUERIES] = np.where(usable, similarities, -np.inf).argmax(axis=1)
+    return np.where(np.any(query_directions != 0, axis=1), rows, -1)
 
 
 def unit(features: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
-    """Returns the features at length one, float32; zeros for those that have no direction."""
+    """Returns the features scaled to unit length, float32; zeros where there is no direction."""
     features = np.asarray(features).astype(np.float32)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         directions = features / np.linalg.norm(features, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Small pictures that a report carries inside of it."""
+"""Thumbnails embedded in a report."""
 
 import base64
 import io
@@ -7,16 +7,20 @@ import numpy as np
 from PIL import Image
 
 SIDE = 128
-"""Pixels of the longer side, at most."""
+"""Largest length of the longer side, in pixels."""
 
 QUALITY = 85
-"""Of JPEG."""
+"""JPEG quality."""
 
 
 def small(image: np.ndarray) -> str:
-    """Returns an image, uint8 (height, width, 3), as JPEG in base64, at most 128 pixels a side."""
-    drawn = Image.fromarray(np.asarray(image, np.uint8)).convert("RGB")
-    drawn.thumbnail((SIDE, SIDE))
+    """Returns an image as a base64 JPEG whose sides have at most 128 pixels.
+
+    Args:
+      image: uint8 (height, width, 3).
+    """
+    thumbnail = Image.fromarray(np.asarray(image, np.uint8)).convert("RGB")
+    thumbnail.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    drawn.save(buffer, "JPEG", quality=QUALITY)
+    thumbnail.save(buffer, "JPEG", quality=QUALITY)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,17 +1,18 @@
-"""How a data set for retrieval is evaluated."""
+"""Evaluation protocols of retrieval data sets."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a data set is evaluated.
+    """The evaluation protocol of a data set.
 
     Attributes:
-      cross_camera: whether gallery images of the query's identity and camera are left out (persons, VeRi-776).
-      trials: 0 for the split's own queries and gallery; else how many times a gallery of one random image an identity is
-        drawn, the other images being the queries (VehicleID).
-      seed: of those draws.
+      cross_camera: whether gallery images with the query's identity and camera are excluded (person
+        data sets, VeRi-776).
+      trials: number of random galleries with one image per identity; the other images are the
+        queries (VehicleID). 0 uses the queries and gallery of the split.
+      seed: of the random galleries.
     """
 
     cross_camera: bool = True

@@ -1,7 +1,7 @@
-"""From statistics of items to one number: a metric is a function of (statistics, weights of the items).
+"""Metrics as functions of (statistics of items, weights of items).
 
-With weights 1 it gives the published number. With w_i the times that item i was drawn in a bootstrap resample, it gives the
-number of that resample, so paired intervals work for every metric, and a mean is one special case.
+Weights of 1 give the published number. Where weight w_i is the count of item i in a bootstrap resample,
+the metric gives the number of that resample. So paired intervals work for every metric, not only for means.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ Metric = Callable[[Any, np.ndarray], np.ndarray]
 
 
 def mean_of(name: str) -> Metric:
-    """Returns the metric Σ w_i·s_i / Σ w_i of one statistic.
+    """Returns the weighted mean Σ w_i·s_i / Σ w_i of a statistic as a metric.
 
     >>> metric = mean_of("acc@1")
     >>> float(metric({"acc@1": np.array([1.0, 0.0, 1.0, 1.0])}, np.ones(4)))
     0.75
 
     Args:
-      name: of the statistic, (n,).
+      name: the statistic, (n,).
     """
 
     def mean(statistics: Any, weights: np.ndarray) -> np.ndarray:

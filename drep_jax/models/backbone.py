@@ -52,7 +52,8 @@ class BatchNormBackbone(Backbone, kw_only=True):
     """Base of the backbones with batch norms.
 
     Attributes:
-      axis_name: mapped axis over which batch norms share their statistics; None keeps them per device.
+      axis_name: mapped axis over which batch norms share their statistics; None keeps them per
+        device.
     """
 
     axis_name: str | None = None

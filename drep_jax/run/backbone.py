@@ -13,21 +13,25 @@ from drep_jax.run.stages import key_of
 from drep_jax.typing import Config, Tree
 
 FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_allow")
-"""Settings of how a foreign file of weights is read."""
+"""Settings that say how a foreign file of weights is read."""
 
 
 def fresh_variables(run: Run) -> Tree:
-    """Returns the backbone's variables as they are initialized from the seed of the run."""
+    """Returns the backbone's variables initialized from the run's seed."""
     return dict(jax.jit(run.setup.backbone.init)(key_of(run.config, "init"), jnp.zeros(run.setup.images.shape)))
 
 
 def read_weights(run: Run, path: str, *, allow_fused: bool = False) -> Tree:
-    """Reads a backbone's variables from a file of this project or a foreign one.
+    """Reads the backbone's variables from a file of this project or a foreign one.
 
     Args:
-      run: whose backbone.
+      run: the run of the backbone.
       path: of the file, or of an Orbax directory.
-      allow_fused: whether a file of ours may hold fused weights.
+      allow_fused: whether a file of this project may hold fused weights.
+
+    Raises:
+      ConfigError: for settings that do not apply to the file.
+      CheckpointError: if the file does not fit the backbone.
     """
     if weights.is_native(path):
         if useless := [name for name in FOREIGN_ONLY if run.config["backbone"][name]]:
@@ -38,16 +42,16 @@ def read_weights(run: Run, path: str, *, allow_fused: bool = False) -> Tree:
         variables = weights.load(path, run.setup.abstract, allow_fused=allow_fused)
         processes.check_same("backbone", {path: weights.digest(variables)})
         return variables
-    found = weights.load_foreign(
+    foreign = weights.load_foreign(
         path, run.setup.backbone, run.setup.abstract, fresh=lambda: fresh_variables(run), **init_options(run.config)
     )
-    print("\n".join(f"  {note}" for note in ("Weights read:", *found.notes)))
-    processes.check_same("backbone", {path: weights.digest(found.variables)})
-    return found.variables
+    print("\n".join(f"  {note}" for note in ("Weights read:", *foreign.notes)))
+    processes.check_same("backbone", {path: weights.digest(foreign.variables)})
+    return foreign.variables
 
 
 def init_options(config: Config) -> dict[str, Any]:
-    """Returns how a foreign file of weights is to be read; see `drep_jax.weights.load_foreign`."""
+    """Returns the options of `drep_jax.weights.load_foreign` from a configuration."""
     backbone = config["backbone"]
     return {
         "format_name": backbone["init_format"],

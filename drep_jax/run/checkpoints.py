@@ -1,4 +1,4 @@
-"""What a stage of a run has saved: its backbone and its denoisers at the last checkpoint, finished or not."""
+"""The last checkpoint of a stage, finished or not: its backbone and denoisers."""
 
 import dataclasses
 import os
@@ -18,10 +18,10 @@ class Saved:
     """The last checkpoint of a stage.
 
     Attributes:
-      step: steps that were taken.
-      steps: steps that the stage has in all; 0 for what is solved.
+      step: number of steps taken.
+      steps: total number of steps of the stage; 0 for a solved result.
       variables: of the backbone.
-      denoise: the denoisers, or None of a stage that has none.
+      denoise: the denoisers; None if the stage has none.
     """
 
     step: int
@@ -31,7 +31,7 @@ class Saved:
 
 
 def last_saved(run: Run, stage: str) -> Saved | None:
-    """Returns the last checkpoint of a stage or learner, or None if it has not saved any.
+    """Returns the last checkpoint of a stage or learner, or None if there is none.
 
     Raises:
       CheckpointError: if it is damaged, or of another model or set of sites.

@@ -1,4 +1,4 @@
-"""What a fused backbone is written as: our own files, the kind of file that it came from, other formats, compiled programs."""
+"""Writes a fused backbone: as our own files, as the file that it came from, in other formats, as programs."""
 
 import dataclasses
 import os
@@ -27,18 +27,16 @@ from drep_jax.weights.formats import formats_of
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 """Types that fused weights can be stored in."""
 
-
 SAME = "same"
 """The export in the format that the backbone came in."""
 
-
 PROGRAMS: dict[str, Callable[..., Comparison]] = {"stablehlo": export_stablehlo, "onnx": export_onnx}
-"""Exports of the network itself, weights inside; another is a line here."""
+"""Exports of the network with its weights; add one by a line here."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What is to be written.
+    """What to write, and where.
 
     Attributes:
       directory: made if absent.
@@ -47,7 +45,8 @@ class Output:
       forms: further files: "same", or names of formats or of `PROGRAMS`.
       init_from: the file of the backbone's weights, if it is no longer where the run read it.
       init_names: its name table, likewise.
-      fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers before them.
+      fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers
+        before them.
     """
 
     directory: str
@@ -84,22 +83,22 @@ def fuse_and_certify(run: Run, variables: Tree, denoise: Tree, *, rule: str, ste
 
 
 def certificate_images(run: Run) -> jax.Array:
-    """Returns the first few test images (training images if there is no test set), normalised."""
+    """Returns the first few test images (training images if there is no test set), normalized."""
     source = run.setup.test if run.setup.test is not None else run.setup.train
     count = min(run.config["evaluate"]["certificate_images"], len(source))
     return run.setup.inputs(read(source, np.arange(count)))
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:
-    """Reads the foreign file that the backbone's weights are from, where an export asks for it; checks all forms asked for.
+    """Checks the requested forms, and reads the foreign file of the backbone's weights where one of them needs it.
 
     Args:
       run: a finished run.
-      variables: the run's backbone.
-      output: what is to be written.
+      variables: of the run's backbone.
+      output: what to write.
 
     Raises:
-      ConfigError: for an unknown form, or "same" where there is no foreign file.
+      ConfigError: for an unknown form, or "same" without a foreign file.
       CheckpointError: if the file does not hold the run's backbone.
     """
     if (output.init_from or output.init_names) and not output.forms:
@@ -143,12 +142,12 @@ def _table(where: str) -> tuple[weights.Format, ...]:
 
 
 def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
-    """Returns whether something is stored in another type than the parameters', so that it is to be rounded from float64."""
+    """Returns whether a file has another type than the parameters, so that it is rounded from float64."""
     return output.dtype is not None or (original is not None and original.rounds)
 
 
 def _forms(setup: Setup, table: Sequence[weights.Format]) -> list[str]:
-    """Returns the names of all exports that there are for a backbone."""
+    """Returns the names of all exports of a backbone."""
     return [SAME, *formats_of(setup.backbone, table), *PROGRAMS]
 
 
@@ -168,33 +167,35 @@ def write(
     original: weights.Foreign | None = None,
     images: jax.Array | None = None,
 ) -> list[str]:
-    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors` and whatever else was asked for.
+    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors` and the requested further files.
 
     Args:
       output: what to write.
       setup: of the run.
-      variables: the unfused backbone's.
+      variables: of the unfused backbone.
       fused: fused parameters.
-      fusion: how they were fused; recorded in the files.
-      exact: fused parameters in float64; needed where a storage type is narrower.
-      original: the foreign file that the backbone came in.
-      images: that the folding of BatchNorms is certified on.
+      fusion: rule, steps and strength of fusion; recorded in the files.
+      exact: fused parameters in float64; needed if a storage type is narrower.
+      original: the foreign file of the backbone.
+      images: on which the folding of BatchNorms is certified.
 
     Returns:
       The paths.
 
     Raises:
-      CheckpointError: if rounding would lose more than 10 % of the change, or the directory cannot be written.
-      ExportError: if BatchNorms cannot be folded, or a program computes something else than the network.
+      CheckpointError: if rounding would lose more than 10 % of the change, or the directory cannot
+        be written.
+      ExportError: if BatchNorms cannot be folded, or a program computes something else than the
+        network.
     """
     exact = fused if exact is None else exact
     if output.dtype is not None:
-        kept = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
-        _check_survival(output, output.dtype, variables["params"], exact, kept)
+        stored = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
+        _check_survival(output, output.dtype, variables["params"], exact, stored)
     again = original is not None and any(form in (SAME, original.format.name) for form in output.forms)
     if original is not None and again and original.rounds:
-        kept = weights.stored_tree(original, {**variables, "params": exact})["params"]
-        _check_survival(output, original.source.path, variables["params"], exact, kept)
+        stored = weights.stored_tree(original, {**variables, "params": exact})["params"]
+        _check_survival(output, original.source.path, variables["params"], exact, stored)
     full = {**variables, "params": exact}
     if output.fold_batchnorm:
         full = _folded(setup, {**variables, "params": fused}, full, images)
@@ -216,7 +217,7 @@ def write(
             stem, suffix = os.path.splitext(os.path.basename(original.source.path))
             path = os.path.join(output.directory, f"{stem}_fused{suffix}")
             count = len(weights.write_back(original, path, variables, weights.stored_tree(original, full), fusion))
-            print(f"{path}: the file that the backbone came in, with {count} of its tensors replaced.")
+            print(f"{path}: the original file with {count} of its tensors replaced.")
         elif form in PROGRAMS:
             path = os.path.join(output.directory, f"fused.{form}")
             print(f"{path}: {PROGRAMS[form](setup.backbone, everything, setup.images.shape[1:3], path)}")
@@ -228,13 +229,13 @@ def write(
 
 
 def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
-    """Returns exact variables with BatchNorms folded, and prints the certificate of that for those that are rounded."""
+    """Returns exact variables with BatchNorms folded; prints the certificate for the rounded variables."""
     folds = find_folds(setup.backbone, images)
     certificate = certify_folds(setup.backbone, fused, folds, images)
     print(certificate)
     if not certificate.passed:
         raise ExportError("Folding BatchNorm changes what the network computes here; nothing was written.")
-    # The statistics are constants that are exact in their own type only.
+    # The statistics become constants, which are exact in their own type only.
     return {
         **fold_batchnorm(exact, folds, round_back=False),
         "batch_stats": fold_batchnorm(fused, folds)["batch_stats"],
@@ -242,11 +243,13 @@ def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
 
 
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
-    """Says what share of the change a storage type keeps, and refuses one that keeps less than 90 %."""
-    kept = survival(before, exact, stored)
-    print(f"Stored as {where}, {100 * kept.fraction:.1f} % of the change survives (worst: {kept.worst_layer}).")
-    if kept.fraction < 0.9 and not output.allow_rounding:
+    """Prints the fraction of the change that a storage type keeps, and refuses one that keeps less than 90 %."""
+    surviving = survival(before, exact, stored)
+    print(
+        f"Stored as {where}, {100 * surviving.fraction:.1f} % of the change survives (worst: {surviving.worst_layer})."
+    )
+    if surviving.fraction < 0.9 and not output.allow_rounding:
         raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - kept.fraction):.0f} % of what fusion changed; the network would be "
+            f"Storing as {where} rounds away {100 * (1 - surviving.fraction):.0f} % of what fusion changed; the network would be "
             "the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
         )

@@ -1,4 +1,4 @@
-"""The moments of a run: taken once, kept in its directory, and tied to the backbone and image size that they describe."""
+"""The moments of a run: computed once, saved in its directory, tied to a backbone and an image size."""
 
 import dataclasses
 import itertools
@@ -28,35 +28,35 @@ MOMENTS = "moments.npz"
 
 
 def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens: float = 1.0) -> None:
-    """Writes moments whole or not at all.
+    """Writes moments to a file, whole or not at all.
 
     Args:
       path: of the file.
       moments: of every site.
-      owner: identifies the backbone and image size whose features they describe.
-      tokens: share of each image's feature vectors that they were taken of.
+      owner: identifier of the backbone and image size, see `owner_of`.
+      tokens: fraction of each image's tokens used.
     """
     arrays: dict[str, Any] = {"owner": np.array(owner), "tokens": np.array(tokens)}
-    for where, known in moments.items():
-        for field in dataclasses.fields(known):
-            arrays[f"{'/'.join(where)}:{field.name}"] = np.asarray(getattr(known, field.name))
+    for site_path, site_moments in moments.items():
+        for field in dataclasses.fields(site_moments):
+            arrays[f"{'/'.join(site_path)}:{field.name}"] = np.asarray(getattr(site_moments, field.name))
     with whole(path, "wb") as file:
         np.savez(file, **arrays)
 
 
 def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1.0) -> dict[Path, Moments]:
-    """Reads the moments of the given sites.
+    """Reads the moments of sites from a file; arguments as for `save_moments`.
 
     Raises:
-      CheckpointError: if the file is absent or damaged, belongs to another backbone or image size or to another share of
-        the feature vectors, or lacks a site or has it in another width.
+      CheckpointError: if the file is absent or damaged, belongs to another backbone, image size or
+        fraction of tokens, or lacks a site or has it with another width.
     """
     try:
         with (
             open(path, "rb") as file,
-            np.load(file) as held,
+            np.load(file) as archive,
         ):  # NumPy does not close a damaged file that it opened itself
-            arrays = dict(held)
+            arrays = dict(archive)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"There is no {path}, which holds the moments of the features; run train.py with the same --workdir to take them."
@@ -77,27 +77,31 @@ def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1
         )
     moments = {}
     for site in sites:
-        found: dict[str, Any] = {name: arrays.get(f"{site.name}:{name}") for name in ("count", "mean", "covariance")}
-        shapes = {name: None if value is None else value.shape for name, value in found.items()}
+        arrays_of_site: dict[str, Any] = {
+            name: arrays.get(f"{site.name}:{name}") for name in ("count", "mean", "covariance")
+        }
+        shapes = {name: None if value is None else value.shape for name, value in arrays_of_site.items()}
         if shapes["mean"] != site.denoiser_shape[:-1] or shapes["covariance"] != site.denoiser_shape:
             raise CheckpointError(
                 f"{path}: moments of {site.name} have shape {shapes['covariance']}, expected {site.denoiser_shape}; they "
                 "belong to other sites or another image size. Delete the file and run again."
             )
-        moments[site.path] = Moments(int(arrays[f"{site.name}:count"]), found["mean"], found["covariance"])
+        moments[site.path] = Moments(
+            int(arrays[f"{site.name}:count"]), arrays_of_site["mean"], arrays_here["covariance"]
+        )
     return moments
 
 
 def run_moments(run: Run, variables: Tree) -> dict[Path, Moments]:
-    """Returns the moments of a run's sites over its training images, from its directory if they are there."""
+    """Returns the moments of a run's sites over its training images, from its directory if saved."""
     return moments_of(run, variables, os.path.join(run.directory, MOMENTS))
 
 
 def kept_moments(run: Run, variables: Tree) -> dict[Path, Moments] | None:
-    """Returns the moments that are in a run's directory; None where nothing has asked for them yet.
+    """Returns the moments saved in a run's directory, or None if there are none.
 
     Raises:
-      CheckpointError: if they are of another backbone, image size, fraction of the tokens or choice of sites.
+      CheckpointError: if they belong to another backbone, image size, fraction of tokens or set of sites.
     """
     path, tokens = os.path.join(run.directory, MOMENTS), run.config["denoise"]["moment_tokens"]
     owner = owner_of(run.setup, variables)
@@ -109,7 +113,7 @@ def kept_moments(run: Run, variables: Tree) -> dict[Path, Moments] | None:
 
 
 def moment_images(run: Run) -> int:
-    """Returns how many images moments are taken of."""
+    """Returns the number of images that the moments are computed from."""
     count = len(run.setup.train)
     return min(run.config["denoise"]["moment_images"] or count, count)
 
@@ -117,22 +121,22 @@ def moment_images(run: Run) -> int:
 def moments_of(
     run: Run, variables: Tree, path: str, sites: Sequence[Site] | None = None, backbone: nn.Module | None = None
 ) -> dict[Path, Moments]:
-    """Returns the moments of a backbone's features over the training images, from a file if they are there.
+    """Returns the moments of a backbone's features over the training images.
 
     Args:
-      run: whose images.
-      variables: the backbone's.
-      path: of the file, from which they are read, or to which they are written.
-      sites: where; None for the run's own.
+      run: the run with the images.
+      variables: of the backbone.
+      path: of the file that they are read from, or written to if it is absent.
+      sites: the sites; None for the run's own.
       backbone: the module; None for the run's own.
     """
     config, setup = run.config, run.setup
     sites = setup.sites if sites is None else tuple(sites)
     tokens = config["denoise"]["moment_tokens"]
     owner = owner_of(setup, variables)
-    kept = processes.from_primary(lambda: load_moments(path, sites, owner, tokens) if os.path.exists(path) else None)
-    if kept is not None:
-        return kept
+    saved = processes.from_primary(lambda: load_moments(path, sites, owner, tokens) if os.path.exists(path) else None)
+    if saved is not None:
+        return saved
     batch = config["denoise"]["batch_size"]
     count = -(-moment_images(run) // batch)
     shift_images = setup.inputs(read(setup.train, np.arange(min(SHIFT_IMAGES, len(setup.train)))))
@@ -154,6 +158,9 @@ def moments_of(
 
 
 def owner_of(setup: Setup, variables: Tree) -> str:
-    """Returns whose features moments describe: a convolutional backbone alone does not tell the image size."""
+    """Returns the identifier of moments: digest of the variables, and the image size.
+
+    The digest alone is not enough, since a convolutional backbone takes images of any size.
+    """
     height, width = setup.images.shape[1:3]
     return f"{weights.digest(variables)} {height}x{width}"

@@ -1,4 +1,4 @@
-"""One run: what belongs together in every job."""
+"""One run: its configuration, setup, directory and log."""
 
 import dataclasses
 from typing import Any
@@ -9,13 +9,13 @@ from drep_jax.typing import Config
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A configuration, what it works on, and where.
+    """A run of a configuration.
 
     Attributes:
-      config: complete, as nested mappings.
+      config: the complete configuration, as nested mappings.
       setup: images, backbone, sites, schedule, task.
-      directory: the run's own.
-      writer: of its log (`drep_jax.training.logging.MetricWriter`); None in jobs that train nothing.
+      directory: of the run.
+      writer: of its log (`drep_jax.training.logging.MetricWriter`); None in jobs without training.
     """
 
     config: Config
@@ -25,6 +25,6 @@ class Run:
 
     @property
     def learners(self) -> tuple[str, ...]:
-        """Names of the learners of the run, the exported one last."""
+        """Names of the run's learners, the exported one last."""
         others = (name for name in self.config["compare"] if name != self.config["learner"])
         return (*dict.fromkeys(others), self.config["learner"])

@@ -1,4 +1,4 @@
-"""What a run works on, from its configuration: images, backbone, sites, schedule and task."""
+"""The setup of a run, built from its configuration: images, backbone, sites, schedule and task."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from drep_jax.core.schedule import RULES, Schedule, reverse_steps
 from drep_jax.core.sites import Coverage, Site, assign_times, coverage, select_sites, with_rank
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
-from drep_jax.data.datasets import TEST, TRAIN, VALIDATION, Images, Labelled, open_images
+from drep_jax.data.datasets import TEST, TRAIN, VALIDATION, Images, Labeled, open_images
 from drep_jax.data.loader import normalize
 from drep_jax.data.metadata import table_of
 from drep_jax.data.source import image_size_of
@@ -33,23 +33,23 @@ GALLERY = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run works on.
+    """Images, backbone, sites, schedule and task of a run.
 
     Attributes:
       backbone: the Linen module.
       abstract: shapes of its variables.
       schedule: noise schedule.
-      sites: with time steps.
-      covered: how much of the backbone they cover.
-      train: images to learn from.
-      held_out: images to choose on, of the split "validation".
-      test: labeled images to evaluate on, or None.
-      features: whether the backbone has no head: it gives features, not logits.
+      sites: the denoised sites with their time steps.
+      covered: the fraction of the backbone that they cover.
+      train: training images.
+      held_out: images for selection, from the split "validation".
+      test: labeled test images, or None.
+      features: whether the backbone has no head and outputs features instead of logits.
       mean, std: normalization of the images, on the scale 0 to 1.
-      others: labeled sources, merged with the first, that are evaluated by themselves.
+      others: labeled sources merged with the first, each evaluated separately.
       headless: the backbone without its head.
-      task: what outputs and labels mean.
-      side: columns of the images that the backbone is given, with their cardinalities; see `inputs`.
+      task: the meaning of outputs and labels.
+      side: side-information columns with their cardinalities; see `inputs`.
     """
 
     backbone: nn.Module
@@ -63,51 +63,51 @@ class Setup:
     features: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    others: tuple[Labelled, ...]
+    others: tuple[Labeled, ...]
     headless: nn.Module
     task: Task
     side: tuple[tuple[str, int], ...]
 
     @property
     def parts(self) -> dict[str, Source | None]:
-        """What is read in this run, by the name that messages call it."""
+        """All image sources of the run, by their names in messages."""
         galleries = {f"gallery of {other.name}": other.gallery for other in self.others if other.gallery is not None}
         tests: dict[str, Source | None] = {f"test of {other.name}": other.test for other in self.others}
         return {TRAIN: self.train, VALIDATION: self.held_out, TEST: self.test, **galleries, **tests}
 
     @property
     def images(self) -> jax.ShapeDtypeStruct:
-        """A batch of one image, as the backbone gets it."""
+        """The shape of one image as input of the backbone, with a batch axis."""
         return jax.ShapeDtypeStruct((1, *image_size_of(self.train), 4 if self.side else 3), jnp.float32)
 
     def inputs(self, batch: Mapping[str, Any]) -> jax.Array:
-        """Returns images as the backbone gets them, float32 (batch, height, width, channels).
+        """Returns the inputs of the backbone, float32 (batch, height, width, channels).
 
-        They are normalized; where the backbone is given side information, a fourth channel holds its number, the same at
-        every pixel: with columns a and b, a · (cardinality of b) + b.
+        They are normalized images. With side information, a fourth channel holds its index, the same at
+        every pixel: for columns a and b it is a · (cardinality of b) + b.
 
         Args:
-          batch: "image", from 0 to 255, and the columns of `side`; one that is missing counts as 0.
+          batch: "image", from 0 to 255, and the columns of `side`; a missing column counts as 0.
         """
         images = normalize(batch["image"], self.mean, self.std)
         if not self.side:
             return images
-        number = jnp.zeros(images.shape[:1], jnp.float32)
+        index = jnp.zeros(images.shape[:1], jnp.float32)
         for name, count in self.side:
-            number = number * count + jnp.asarray(batch.get(name, 0), jnp.float32)
-        plane = jnp.broadcast_to(number[:, None, None, None], (*images.shape[:3], 1))
+            index = index * count + jnp.asarray(batch.get(name, 0), jnp.float32)
+        plane = jnp.broadcast_to(index[:, None, None, None], (*images.shape[:3], 1))
         return jnp.concatenate([images, plane], axis=-1)
 
     def without_head(self) -> "Setup":
-        """Returns the same with features in the place of outputs."""
+        """Returns this setup with the backbone without its head, whose outputs are features."""
         return dataclasses.replace(self, backbone=self.headless, task=self.task.without_head())
 
     def respaced(self, *, steps: int, time_scale: float, beta_end: float | None = None) -> "Setup":
-        """Returns the same with other time steps; denoisers learned at the old ones do not belong to it.
+        """Returns this setup with other time steps, which do not fit denoisers learned before.
 
         Args:
           steps, time_scale: see `drep_jax.core.sites.assign_times`.
-          beta_end: other end of the noise schedule; None for the same.
+          beta_end: end of the noise schedule; None for no change.
         """
         schedule = self.schedule if beta_end is None else dataclasses.replace(self.schedule, beta_end=beta_end)
         sites = assign_times(self.sites, timesteps=schedule.timesteps, steps=steps, time_scale=time_scale)
@@ -176,8 +176,10 @@ def _check_augmentation(config: Config, task: Task) -> None:
 
 def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, schedule: Schedule) -> tuple[Site, ...]:
     options, denoise = config["sites"], config["denoise"]
-    chosen = select_sites(find_layers(backbone, images), options["pattern"] or None, kind=options["kind"])
-    sites = assign_times(chosen, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"])
+    selected = select_sites(find_layers(backbone, images), options["pattern"] or None, kind=options["kind"])
+    sites = assign_times(
+        selected, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"]
+    )
     if denoise["rank"] < 0:
         raise ConfigError(f"denoise.rank={denoise['rank']} must be 0, for full matrices, or more.")
     return with_rank(sites, denoise["rank"])
@@ -186,17 +188,17 @@ def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, sc
 def _backbones(
     config: Config, images: Images, task: Task, side: tuple[tuple[str, int], ...]
 ) -> tuple[nn.Module, nn.Module]:
-    """Returns the backbone, with a head for the classes of the images, and the same without."""
-    given = config["model"].get("num_classes")
-    fixed = not takes_classes(config["model"]["name"])  # its own output says how many
-    classes = 0 if given == FEATURES else int(given or images.num_classes or 0)
-    if not classes and given != FEATURES and not fixed:
+    """Returns the backbone with a head for the classes of the images, and without a head."""
+    num_classes = config["model"].get("num_classes")
+    fixed = not takes_classes(config["model"]["name"])  # the classes of its own output
+    classes = 0 if num_classes == FEATURES else int(num_classes or images.num_classes or 0)
+    if not classes and num_classes != FEATURES and not fixed:
         raise ConfigError(
             "The images are unlabeled, so say how many classes the backbone has: --config.model.num_classes=…, or "
             f"{FEATURES} if it has no head and gives features."
         )
-    # What is scored without a head needs no class of an image; stages that do are checked by the task.
-    if given != FEATURES and not fixed and task.test_needs_head and (images.num_classes or 0) > classes:
+    # Test images scored without a head need no classes. The task checks the stages that need them.
+    if num_classes != FEATURES and not fixed and task.test_needs_head and (images.num_classes or 0) > classes:
         raise ConfigError(
             f"model.num_classes={classes}, but {config['data']['source']} has {images.num_classes} classes."
         )
@@ -211,15 +213,15 @@ def _backbones(
 
 
 def _check_outputs(config: Config, outputs: int, images: Images, task: Task) -> None:
-    """Refuses images of more classes than a backbone without a field `num_classes` has outputs.
+    """Refuses images with more classes than the outputs of a backbone without a field `num_classes`.
 
     Raises:
       ConfigError: naming both numbers.
     """
-    name, given = config["model"]["name"], config["model"].get("num_classes")
-    if given and given != outputs:
+    name, num_classes = config["model"]["name"], config["model"].get("num_classes")
+    if num_classes and num_classes != outputs:
         raise ConfigError(
-            f"{name} has {outputs} outputs and no field num_classes, so model.num_classes={given} cannot be."
+            f"{name} has {outputs} outputs and no field num_classes, so model.num_classes={num_classes} cannot be."
         )
     if images.num_classes and images.num_classes > outputs and task.test_needs_head:
         raise ConfigError(
@@ -247,6 +249,6 @@ def _side_information(task: Task, images: Images) -> tuple[tuple[str, int], ...]
                     "Leave it out, or give it (veri:DIR?views=known leaves out the images without)."
                 )
             counts.append(int(np.max(column)) + 1)
-            counts.append(int(getattr(source, f"{name}s", 0)))  # of the whole data set, if that is known
+            counts.append(int(getattr(source, f"{name}s", 0)))  # of the whole data set, if known
         result.append((name, max(counts)))
     return tuple(result)

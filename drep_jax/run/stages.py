@@ -1,4 +1,4 @@
-"""The training stages of a run, as rows of a table, and how each is prepared and run from the configuration."""
+"""The training stages of a run as rows of a table, and how the configuration prepares and runs them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -29,16 +29,17 @@ from drep_jax.typing import Config, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of a run; each keeps its checkpoints in `checkpoints/<name>` and draws from a key of its own.
+    """A stage of a run, with its own checkpoints in `checkpoints/<name>` and its own random key.
 
     Attributes:
       name: of the stage, or of a learner that solves instead of training.
       section: of its settings.
-      trains: names of the subtrees that it trains. What a task trains beside them is trained in every labeled stage.
-      labeled: whether it sees labels.
-      stream: which order of the images it sees; all that train with labels beside the control arm see its images.
-      steps_setting: section and name of the number of its optimizer steps; None of what solves.
-      batch_section: the section that holds its batch size; whole backbones are trained on batches of the control arm's.
+      trains: names of the subtrees that it trains. Extra parameters of the task are trained in every
+        labeled stage, too.
+      labeled: whether it trains with labels.
+      stream: identifies its order of the images; learners with labels share that of the control arm.
+      steps_setting: section and name of the number of optimizer steps; None for a solved result.
+      batch_section: section of its batch size; stages that train the backbone use the control arm's.
     """
 
     name: str
@@ -50,14 +51,14 @@ class Stage:
     batch_section: str
 
     def steps(self, config: Config) -> int:
-        """Returns its optimizer steps; 0 of what solves."""
+        """Returns the number of optimizer steps; 0 for a solved result."""
         if self.steps_setting is None:
             return 0
         section, name = self.steps_setting
         return config[section][name]
 
     def batch_size(self, config: Config) -> int:
-        """Returns its images a step, over all devices."""
+        """Returns the images per step, over all devices."""
         return config[self.batch_section]["batch_size"]
 
     @property
@@ -92,11 +93,11 @@ KEYS = {
     "continued": 11,
     "extra": 12,
 }
-"""What random keys are drawn for, each with the number that is folded into the seed; a number is never given twice."""
+"""Purpose of a random key ↦ number folded into the seed; numbers are unique and never reused."""
 
 
 def stage_of(name: str) -> Stage:
-    """Returns the stage of that name, or for a learner that solves the stage that its result is stored as."""
+    """Returns the stage of a name; for a learner that solves, the stage that stores its result."""
     return STAGES.get(name) or Stage(name, "denoise", ("denoise",), False, 0, None, "denoise")
 
 
@@ -106,13 +107,13 @@ def key_of(config: Config, purpose: str) -> jax.Array:
 
 
 def phase_of(config: Config, number: int) -> str:
-    """Returns which subtree step `number` (the first is 1) of alternating fine-tuning trains (appendix A)."""
+    """Returns the subtree trained in step `number` (from 1) of alternating fine-tuning (appendix A)."""
     order = config["alternate"]["order"]
     return order[(number - 1) // config["alternate"]["period"] % len(order)]
 
 
 def optimizer_of(config: Config, name: str) -> Any:
-    """Returns a stage's optimizer; of a stage in phases {subtree: optimizer}, each with its own number of steps.
+    """Returns a stage's optimizer; for a stage in phases {subtree: optimizer}, with its own steps each.
 
     Raises:
       ConfigError: naming the stage.
@@ -150,7 +151,7 @@ def split_variables(variables: Tree) -> tuple[Tree, Tree]:
 
 
 def starting(run: Run, name: str, variables: Tree) -> tuple[Tree, Tree]:
-    """Returns what a stage or learner starts from: {subtree: parameters}, and the backbone's other collections."""
+    """Returns the initial {subtree: parameters} of a stage, and the backbone's other collections."""
     stage, setup = stage_of(name), run.setup
     backbone, others = split_variables(variables)
     params = {"backbone": backbone}
@@ -163,12 +164,12 @@ def starting(run: Run, name: str, variables: Tree) -> tuple[Tree, Tree]:
 
 
 def prepare(run: Run, name: str, params: Tree, others: Tree) -> Any:
-    """Returns the state before a stage's first step, its frozen parameters and its optimizers by the subtrees they train.
+    """Returns a stage's initial state, frozen parameters and optimizers.
 
     Args:
       run: with its configuration and task.
       name: of the stage, or of a learner that solves.
-      params: {"backbone": tree}, or with "denoise" beside it, and what the task trains beside them.
+      params: {"backbone": tree}, optionally "denoise", and the extra parameters of the task.
       others: other variable collections of the backbone.
 
     Returns:
@@ -199,9 +200,9 @@ def prepare(run: Run, name: str, params: Tree, others: Tree) -> Any:
 def run_training(
     run: Run, name: str, params: Tree, others: Tree, loss_fn: Any, log_extra: Any = None
 ) -> tuple[Any, float]:
-    """Runs or resumes a stage; returns its final state and the seconds it took.
+    """Runs or resumes a stage; returns its final state and its seconds.
 
-    `loss_fn` is as `make_step` takes it; of a stage in phases {subtree: loss_fn}.
+    `loss_fn` is that of `make_step`; for a stage in phases {subtree: loss_fn}.
     """
     config, stage, source = run.config, stage_of(name), run.setup.train
     options = config[stage.section]

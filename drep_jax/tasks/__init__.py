@@ -1,4 +1,4 @@
-"""Tasks: what labels and outputs mean, one file a task. Another is a file here, a line in `TASKS`, and its metrics."""
+"""Tasks: the meaning of labels and outputs. A new task is a file here, a line in `TASKS`, its metrics."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,13 @@ TASKS: dict[str, Callable[[Config], Task]] = {
 }
 
 DEFAULT = "classification"
-"""The task of configurations that name none, and of dry runs, where labels make no difference."""
+"""The task of configurations without one, and of dry runs, which use no labels."""
 
 
 def make_task(config: Config) -> Task:
-    """Returns the task that a configuration asks for.
+    """Returns the task of a configuration.
 
     Raises:
-      ConfigError: for an unknown task, or settings of it that cannot be.
+      ConfigError: for an unknown task, or invalid settings of it.
     """
     return lookup(TASKS, config.get("task", DEFAULT), "task")(config)

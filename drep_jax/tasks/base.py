@@ -1,16 +1,16 @@
-"""The task convention: everything that depends on what a label means, in one object a task.
+"""The task convention: one object per task holds everything that depends on the meaning of labels.
 
-No file outside tasks/, metrics/, configs/ and docs/ names a task. The rest of the project asks the object of the run
-(`Setup.task`) for what it needs; `Task` holds the defaults, so that a task states only what is its own.
+No file outside tasks/, metrics/, configs/ and docs/ names a task. The rest of the project uses the task of
+the run, `Setup.task`. `Task` holds the defaults, so a task defines only what differs.
 
-From images to a table, the outputs of a network go through three steps:
+The outputs of a network become a number in three steps:
 
-    outputs ──statistics──▶ one row an image ──items──▶ one row an item ──metrics──▶ one number
+    outputs ──statistics──▶ one row per image ──items──▶ one row per item ──metrics──▶ one number
 
-`statistics` runs on the device, batch by batch, so that the host never holds the outputs of a test set. `items` runs once,
-on the host, over the rows of the whole split; an item is what intervals resample, an image or, for rankings, a query.
-A metric is a function of (statistics of n items, weights of the items): with weights 1 it is the published number, and with
-the weights of a resample of the items it is that resample's number.
+`statistics` runs on the device, batch by batch, so the host never holds the outputs of a test set. `items`
+runs once, on the host, over the rows of the whole split. An item is the unit that intervals resample: an
+image, or a query of a ranking. A metric is a function of (statistics of n items, weights of the items).
+Weights of 1 give the published number; the weights of a bootstrap resample give that of the resample.
 """
 
 import dataclasses
@@ -30,11 +30,12 @@ from drep_jax.typing import Batch, Config, Tree
 
 
 class Items(NamedTuple):
-    """What is compared between two arms.
+    """The items by which two arms are compared.
 
     Attributes:
-      statistics: a tree of arrays whose first axis is that of the items.
-      clusters: (n,) what each item belongs to where intervals resample clusters, such as the queries of a person; or None.
+      statistics: a tree of arrays whose first axis is the items.
+      clusters: (n,) the cluster of each item, such as the person of a query, if intervals resample clusters;
+        otherwise None.
     """
 
     statistics: Tree
@@ -48,10 +49,10 @@ class StagePlan:
     Attributes:
       name: of the stage.
       section: of its settings.
-      batch_setting: the setting that holds its batch size.
-      batch_size: images a step, over all devices.
-      parts: parts that a device's share of a batch is cut into (`accumulate`).
-      device_count: devices of all hosts.
+      batch_setting: the setting of its batch size.
+      batch_size: images per step, over all devices.
+      parts: number of parts of each device's batch (`accumulate`).
+      device_count: number of devices of all hosts.
       seed: of its order of the images.
     """
 
@@ -70,15 +71,15 @@ class Exhibit:
 
     Attributes:
       source: the test images.
-      condition: the one under which the arms differ most; the pictures show it.
-      arms: the unchanged backbone, then the denoised one; name ↦ variables.
-      index: (n,) the images that were read.
-      statistics: of those, by arm, under `condition`.
+      condition: the condition shown, under which the arms differ most.
+      arms: name ↦ variables; the unchanged backbone, then the denoised one.
+      index: (n,) indices of the images read.
+      statistics: arm ↦ statistics of these images under `condition`.
       look: {name: variables} ↦ {name: statistics} of the same images, for further networks.
-      picture: index of an image ↦ the image as `condition` leaves it, uint8 (height, width, 3).
-      sites: names of the sites, those whose weights fusion changed most first.
-      alone: name of a site ↦ variables with that site alone fused; None ↦ with none.
-      seed: of what is drawn at random.
+      picture: index of an image ↦ the image under `condition`, uint8 (height, width, 3).
+      sites: names of the sites, by decreasing change of their weights.
+      alone: name of a site ↦ variables with only that site fused; None ↦ variables without fusion.
+      seed: of random choices.
     """
 
     source: Source
@@ -95,43 +96,43 @@ class Exhibit:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Defaults of every task; see the module for the convention."""
+    """A task, with defaults; see the module for the convention."""
 
     name: ClassVar[str] = ""
-    """What `config.task` calls it."""
+    """Its name in `config.task`."""
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
-    """Name ↦ metric; the first is the headline, by which strengths are chosen. Values are fractions."""
+    """Name ↦ metric, a fraction. The first is the headline, by which strengths are selected."""
 
     criterion: ClassVar[str] = "accuracy"
-    """What the headline metric is called where strengths are chosen by labels."""
+    """Name of the headline metric where strengths are selected by labels."""
 
     exact_test: ClassVar[str | None] = None
-    """The metric of right or wrong that McNemar's test is for; None for none."""
+    """The metric of 0 or 1 per item for McNemar's test; None for no test."""
 
     items_are: ClassVar[str] = "test images"
-    """What an item is, in the report."""
+    """Name of the items in the report."""
 
     test_needs_head: ClassVar[bool] = True
-    """Whether test images can be scored only by a head that knows their labels."""
+    """Whether scoring test images needs a head for their labels."""
 
     columns: ClassVar[tuple[Column, ...]] = ()
     """Label columns of the images, but for those of one int32 an image, which need no declaration."""
 
     mixes: ClassVar[bool] = False
-    """Whether labels of two images can be mixed (mixup, cutmix)."""
+    """Whether the labels of two images can be mixed (mixup, cutmix)."""
 
     evaluation_settings: ClassVar[tuple[str, ...]] = ()
-    """Settings that say how test images are scored, and may differ in an evaluation of a finished run."""
+    """Settings of scoring, which may differ in a later evaluation of a run."""
 
     @property
     def resampled(self) -> str:
-        """What the intervals resample, in the report."""
+        """Name of the units that intervals resample, in the report."""
         return self.items_are
 
     @property
     def side_columns(self) -> tuple[str, ...]:
-        """Columns of the images that the backbone is given beside the pixels."""
+        """Side-information columns, inputs of the backbone beside the pixels."""
         return ()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -143,12 +144,12 @@ class Task:
         del source
 
     def corrupted_rows(self, source: Source) -> np.ndarray | None:
-        """Returns which images of a test split a condition corrupts, bool (n,); None for all."""
+        """Returns which test images a condition corrupts, bool (n,); None for all."""
         del source
         return None
 
     def order(self, source: Source, seed: int) -> Order | None:
-        """Returns the order in which a labeled stage sees the images; None for a permutation of all of them."""
+        """Returns the order of the images in a labeled stage; None for a random permutation."""
         del source, seed
         return None
 
@@ -157,7 +158,7 @@ class Task:
     # -----------------------------------------------------------------------------------------------------------------
 
     def extra_params(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
-        """Returns what is trained beside the backbone in labeled stages, {name: tree}."""
+        """Returns the parameters trained beside the backbone in labeled stages, {name: tree}."""
         del backbone, abstract, images, key
         return {}
 
@@ -180,12 +181,12 @@ class Task:
     def loss(
         self, outputs: Any, batch: Mapping[str, Any], smoothing: float, extra: Mapping[str, Tree]
     ) -> tuple[Any, dict[str, Any]]:
-        """Returns the loss of this device's images and what is to be logged.
+        """Returns the loss of this device's images and the metrics to log.
 
         Args:
-          outputs: from `apply`.
+          outputs: of `apply`.
           batch: images and labels.
-          smoothing: of the labels.
+          smoothing: label smoothing, a fraction.
           extra: the parameters of `extra_params`.
         """
         raise NotImplementedError
@@ -195,7 +196,7 @@ class Task:
     # -----------------------------------------------------------------------------------------------------------------
 
     def without_head(self) -> "Task":
-        """Returns the task of the same backbone without its head, whose `statistics` are {"feature": (width,)} an image."""
+        """Returns the task of a backbone without its head; `statistics` are {"feature": (n, width)}."""
         return self
 
     def predict(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any]) -> Any:
@@ -204,13 +205,14 @@ class Task:
         return backbone.apply(variables, images)
 
     def statistics(self, outputs: Any, batch: Mapping[str, Any]) -> Tree:
-        """Returns one row an image of a batch, on the device; entries of padded images may be anything."""
+        """Returns one row per image of a batch, on the device; rows of padding may hold any value."""
         raise NotImplementedError
 
     def pseudo_labels(self, outputs: Any) -> dict[str, Any]:
-        """Returns the labels that clean outputs of the unfused backbone stand for, on the device, one row an image.
+        """Returns labels predicted from the unfused backbone's clean outputs, one row per image.
 
-        A task whose labels compare images with each other returns {} and compares in `agreement` instead.
+        This runs on the device. A task without labels of single images returns {} and compares networks in
+        `agreement` instead.
         """
         del outputs
         return {}
@@ -219,24 +221,24 @@ class Task:
         """Returns the items of a test split.
 
         Args:
-          statistics: of its images, first axis (n,).
+          statistics: of its images, with first axis n.
           source: the split.
-          index: (n,) which images those are.
+          index: (n,) indices of the images.
           what: arm and condition, for messages.
         """
         del source, index, what
         return Items(statistics)
 
     def held_out_items(self, statistics: Tree, source: Source, index: np.ndarray) -> Items:
-        """Returns the items of held-out training images, on which strengths are chosen by labels."""
+        """Returns the items of held-out training images, for selection by labels."""
         return self.items(statistics, source, index, "a held-out image")
 
     def agreement(self, statistics: Tree, reference: Tree) -> Items:
-        """Returns the items by which a network is compared with the unfused backbone on clean images.
+        """Returns the items of a network's agreement with the unfused backbone on clean images.
 
         Args:
           statistics: of the network, against `pseudo_labels`.
-          reference: statistics of the unfused backbone on the clean images, likewise.
+          reference: of the unfused backbone on the clean images, against the same labels.
         """
         del reference
         return Items(statistics)
@@ -246,18 +248,18 @@ class Task:
     # -----------------------------------------------------------------------------------------------------------------
 
     def examples(self, exhibit: Exhibit) -> dict[str, Any]:
-        """Returns the keys of the report that show single test images, {} for none (docs/report.md)."""
+        """Returns the report's entries on single test images, {} for none (docs/report.md)."""
         del exhibit
         return {}
 
     def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
-        """Refuses settings, images or backbones that this task cannot use, before any work.
+        """Refuses settings, images or backbones that this task does not support, before any work.
 
         Args:
           config: of the run.
-          setup: its `drep_jax.run.setup.Setup`.
-          plans: the labeled stages that it will train.
-          chooses: whether a learner of the run chooses on held-out images.
+          setup: the `drep_jax.run.setup.Setup` of the run.
+          plans: the labeled stages of the run.
+          chooses: whether a learner of the run selects on held-out images.
 
         Raises:
           DrepError: its subclasses name the setting.

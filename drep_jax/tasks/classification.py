@@ -1,4 +1,4 @@
-"""Image classification: cross-entropy, acc@1 and acc@5; without a head, which image a feature is nearest to."""
+"""Image classification: cross-entropy, acc@1 and acc@5; nearest features without a head."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from drep_jax.tasks.losses import cross_entropy
 from drep_jax.typing import Config, Tree
 
 SHOWN = 8
-"""Test images that a report shows."""
+"""Number of test images in a report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """A backbone gives logits.
+    """Classification by the logits of a backbone.
 
     Attributes:
-      headless: whether it gives features instead. Then nothing can be scored against labels, and two networks agree on an
-        image if the feature of one is nearest to that of the other, among all images.
+      headless: whether the backbone outputs features instead. Then nothing is scored against labels, and two
+        networks agree on an image if, among all images, its features by the two are nearest to each other.
     """
 
     headless: bool = False
@@ -44,31 +44,31 @@ class Classification(Task):
         return cross_entropy(outputs, batch, smoothing), {"accuracy": accuracy}
 
     def without_head(self) -> "Classification":
-        """Returns the task of features."""
+        """Returns the task with features instead of logits."""
         return dataclasses.replace(self, headless=True)
 
     def statistics(self, outputs: Any, batch: Mapping[str, Any]) -> Tree:
-        """Returns hits, answer and confidence of each image; of a backbone without a head, its feature."""
+        """Returns hits, answer and confidence of each image, or its feature without a head."""
         if self.headless:
             return {"feature": outputs.reshape(len(outputs), -1)}
         return {**classification.hits(outputs, batch["label"]), **classification.answers(outputs)}
 
     def pseudo_labels(self, outputs: Any) -> dict[str, Any]:
-        """Returns the classes that the backbone answers with."""
+        """Returns the predicted classes."""
         return {} if self.headless else {"label": jnp.argmax(outputs, axis=-1)}
 
     def agreement(self, statistics: Tree, reference: Tree) -> Items:
-        """Returns the hits against the pseudo-labels, or whether each image's own clean feature is the nearest one."""
+        """Returns hits against pseudo-labels; without a head, whether the own clean feature is nearest."""
         if not self.headless:
             return Items(statistics)
         rows = nearest(reference["feature"], statistics["feature"])
         return Items({"acc@1": (rows == np.arange(len(rows))).astype(np.float64)})
 
     def examples(self, exhibit: Exhibit) -> dict[str, Any]:
-        """Returns the report's `examples`: test images with both arms' answers, those whose answer changed first.
+        """Returns the report's `examples`: test images with both arms' answers, changed answers first.
 
-        Of the images whose answer changed, those on which the two arms are most confident come first, by turns lost and
-        gained; then images drawn at random from the others, as many as are left of the places.
+        Changed answers are sorted by the confidence of both arms, alternating between corrected, broken and
+        otherwise changed. Random images with unchanged answers fill the remaining places.
         """
         before, after = (exhibit.statistics[arm] for arm in exhibit.arms)
         if not len(before["answer"]):
@@ -86,25 +86,28 @@ class Classification(Task):
             changed += [(ranked[kind].pop(0), kind) for kind in kinds if ranked[kind]]
         changed = changed[: SHOWN - 2]
         others = np.flatnonzero(before["answer"] == after["answer"])
-        drawn = np.random.default_rng(exhibit.seed).permutation(others)[: SHOWN - len(changed)]
-        rows = [*changed, *((int(row), "drawn at random") for row in drawn)]
+        random = np.random.default_rng(exhibit.seed).permutation(others)[: SHOWN - len(changed)]
+        rows = [*changed, *((int(row), "drawn at random") for row in random)]
         names = exhibit.source.class_names
 
-        def called(label: int) -> str:
+        def class_name(label: int) -> str:
             return names[label] if names and 0 <= label < len(names) else str(label)
 
         images = []
-        for row, why in rows:
+        for row, reason in rows:
             item = exhibit.source[int(exhibit.index[row])]
             answers = {
-                arm: {"answer": called(int(own["answer"][row])), "confidence": float(own["confidence"][row])}
-                for arm, own in zip(exhibit.arms, (before, after), strict=True)
+                arm: {
+                    "answer": class_name(int(rows_of["answer"][row])),
+                    "confidence": float(rows_of["confidence"][row]),
+                }
+                for arm, rows_of in zip(exhibit.arms, (before, after), strict=True)
             }
             images.append(
                 {
                     "index": int(exhibit.index[row]),
-                    "why": why,
-                    "label": called(int(item["label"])),
+                    "why": reason,
+                    "label": class_name(int(item["label"])),
                     "clean": small(item["image"]),
                     "corrupted": small(exhibit.picture(int(exhibit.index[row]))),
                     "answers": answers,
@@ -123,5 +126,5 @@ class Classification(Task):
 
 
 def make_classification(config: Config) -> Classification:
-    """Returns the task; a model of −1 classes has no head."""
+    """Returns the task; `num_classes` of −1 means a backbone without a head."""
     return Classification(headless=config["model"].get("num_classes") == -1)

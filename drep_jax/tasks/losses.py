@@ -1,6 +1,6 @@
-"""Losses of labels: cross-entropy, batch-hard triplets (Hermans et al. 2017), centers (Wen et al. 2016).
+"""Label losses: cross-entropy, batch-hard triplets (Hermans et al. 2017), centers (Wen et al. 2016).
 
-On several devices each has triplets with the images of all of them, so the loss does not depend on their number.
+Triplets are formed across all devices, so the loss does not depend on the number of devices.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,18 @@ from drep_jax.parallel import devices
 def cross_entropy(
     logits: Float[Array, "batch classes"], batch: Mapping[str, Any], smoothing: float = 0.0
 ) -> Float[Array, ""]:
-    """Returns the mean cross-entropy in nats; of images mixed as s and 1 − s, s·loss("label") + (1 − s)·loss("label2").
+    """Returns the mean cross-entropy in nats.
+
+    For images mixed with weights s and 1 − s it is s·loss("label") + (1 − s)·loss("label2").
+
+    >>> float(cross_entropy(jnp.zeros((1, 2)), {"label": jnp.array([0])}))  # ln 2
+    0.6931471824645996
 
     Args:
       logits: (batch, classes).
-      batch: "label", int (batch,); where images were mixed also "label2", int (batch,), and "share", float (batch,).
-      smoothing: fraction of the target that is spread over all classes.
+      batch: "label", int (batch,); for mixed images also "label2", int (batch,), and their weights s,
+        "share", float (batch,).
+      smoothing: fraction of the target spread over all classes.
     """
 
     def each(labels: Any) -> Any:
@@ -37,14 +43,15 @@ def cross_entropy(
 def triplet_loss(
     features: Float[Array, "batch width"], labels: Int[Array, " batch"], margin: float
 ) -> Float[Array, ""]:
-    """Returns the batch-hard triplet loss: each image against its farthest positive and its nearest negative.
+    """Returns the batch-hard triplet loss (Hermans et al. 2017, Eq. 5).
 
-    mean over anchors a of [max_p d(a, p) − min_n d(a, n) + m]₊, or with m = 0 of log(1 + exp(max_p d − min_n d)), the soft
-    margin (Hermans et al. 2017, Eq. 5), d Euclidean. An image is no positive of its own; anchors that lack a positive or a
-    negative are left out of the mean.
+        mean over anchors a of [max_p d(a, p) − min_n d(a, n) + m]₊
+
+    or, with m = 0, of the soft margin log(1 + exp(max_p d − min_n d)). Distances d are Euclidean. An image is
+    not its own positive. Anchors without a positive or a negative are excluded from the mean.
 
     Args:
-      features: of this device's images; positives and negatives are sought on all devices.
+      features: of this device's images; positives and negatives come from all devices.
       labels: their identities.
       margin: m, in units of the features.
     """
@@ -59,14 +66,16 @@ def view_triplet_loss(
     views: Int[Array, " batch"],
     margin: float,
 ) -> Float[Array, ""]:
-    """Returns the triplet losses of viewpoint-aware metric learning (Chu et al. 2019), batch-hard.
+    """Returns the batch-hard triplet losses of viewpoint-aware metric learning (Chu et al. 2019).
 
-    Pairs of one view are compared in the first space, S, pairs of different views in the second, D. Within a space,
-    positives have to be nearer than negatives; across, positives of another view (in D) nearer than negatives of the same
-    view (in S), which look more alike: L = L_S + L_D + L_cross.
+        L = L_S + L_D + L_cross
+
+    Pairs of the same view are compared in space S, pairs of different views in space D. L_S and L_D require
+    positives to be nearer than negatives within a space. L_cross requires positives of another view (in D)
+    to be nearer than negatives of the same view (in S), which look more alike.
 
     Args:
-      same, different: features of the two branches.
+      same, different: features of the two branches, in S and D.
       labels, views: of the images.
       margin: see `triplet_loss`.
     """
@@ -84,26 +93,26 @@ def view_triplet_loss(
 def center_loss(
     features: Float[Array, "batch width"], labels: Int[Array, " batch"], centers: Float[Array, "classes width"]
 ) -> Float[Array, ""]:
-    """Returns the mean squared distance of features from the centers of their identities (Wen et al. 2016, twice Eq. 2)."""
+    """Returns the mean squared distance to the centers of identities (Wen et al. 2016, twice Eq. 2)."""
     return jnp.mean(jnp.sum((features - centers[labels]) ** 2, axis=-1))
 
 
 def _pairs(
     features: Float[Array, "batch width"], labels: Int[Array, " batch"]
 ) -> tuple[Float[Array, "batch all"], Bool[Array, "batch all"], Bool[Array, "batch all"]]:
-    """Returns distances from this device's images to all devices', where identities are equal, and where images are."""
-    everyone, identities = devices.gathered(features), devices.gathered(labels)
-    squares = jnp.sum(features**2, -1)[:, None] + jnp.sum(everyone**2, -1)[None]
-    squares = squares - 2 * jnp.matmul(features, everyone.T, precision=jax.lax.Precision.HIGHEST)
+    """Returns distances to the images of all devices, equality of identities, and of images."""
+    all_features, identities = devices.gathered(features), devices.gathered(labels)
+    squares = jnp.sum(features**2, -1)[:, None] + jnp.sum(all_features**2, -1)[None]
+    squares = squares - 2 * jnp.matmul(features, all_features.T, precision=jax.lax.Precision.HIGHEST)
     # The root has no derivative at 0.
     distances = jnp.sqrt(jnp.maximum(squares, 1e-12))
     first = devices.device_index() * len(features)
-    itself = (first + jnp.arange(len(features)))[:, None] == jnp.arange(len(everyone))[None]
+    itself = (first + jnp.arange(len(features)))[:, None] == jnp.arange(len(all_features))[None]
     return distances, labels[:, None] == identities[None], itself
 
 
 def _hardest(positives: Sequence[Any], negatives: Sequence[Any], margin: float) -> Float[Array, ""]:
-    """Returns the mean over all devices' anchors, as this device's share of it."""
+    """Returns this device's part of the mean over the anchors of all devices."""
     far = jnp.max(jnp.concatenate([jnp.where(mask, d, -jnp.inf) for d, mask in positives], axis=1), axis=1)
     near = jnp.min(jnp.concatenate([jnp.where(mask, d, jnp.inf) for d, mask in negatives], axis=1), axis=1)
     complete = jnp.isfinite(far) & jnp.isfinite(near)

@@ -30,41 +30,42 @@ from drep_jax.tasks.retrieval_checks import check_run, check_stage
 from drep_jax.typing import Config, Tree
 
 CENTERS = "centres"
-"""Name of the parameters that the center loss trains beside the backbone; checkpoints have it."""
+"""Name of the center loss's parameters, which is part of the checkpoint format."""
 
 NEIGHBORS = 5
-"""Nearest clean images of each that a network should go on finding."""
+"""Number of nearest clean images that a network should still rank first."""
 
 PLACES = (1, 5, 10)
-"""Of the cumulative match characteristic: rank1, rank5, rank10."""
+"""Ranks of the cumulative matching curve: rank1, rank5, rank10."""
 
 AGGREGATES = ("half", "sum", "mean")
 DISTANCES = ("cosine", "euclidean")
 CORRUPTED = ("both", "query", "gallery")
 SIDES = {"": (), "camera": ("camera",), "view": ("view",), "camera+view": ("camera", "view")}
-"""Which columns of the images make the number of their side information."""
+"""Setting `side` ↦ side-information columns."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval(Task):
-    """A backbone gives features, whose distances rank a gallery for each query.
+    """Retrieval by the distances of a backbone's features, which rank a gallery for each query.
 
     Attributes:
       metric: "cosine" or "euclidean".
       rerank: (k1, k2, λ) of k-reciprocal re-ranking, or None.
-      corrupted: which images of the test split a condition corrupts: "both", "query" or "gallery".
-      side: columns that the backbone is given beside the image, see `SIDES`.
-      identities, instances: of a batch of the labeled stages, P × K; 0 for batches of any images.
-      singletons: what becomes of identities of one image there: "refuse" or "drop".
-      id_weight, triplet_weight, center_weight: of the losses' sum.
+      corrupted: which test images a condition corrupts: "both", "query" or "gallery".
+      side: side-information columns, see `SIDES`.
+      identities, instances: P and K of the P × K batches of labeled stages; 0 for batches of any images.
+      singletons: treatment of identities with one image in these batches, "refuse" or "drop".
+      id_weight, triplet_weight, center_weight: weights in the sum of losses.
       margin: of the triplets; 0 for the soft margin.
       center_lr: learning rate of the centers, by plain gradient descent.
-      aggregate: of a backbone's several features and logits: "half" (the first one half, the others together the other half,
-        as TransReID), "sum" (as CLIP-ReID) or "mean".
-      bootstrap_unit: what intervals resample, "query" or "identity" (with all its queries, which are not independent).
-      examples_each: queries of each kind whose ranked results a report shows.
-      attributed: sites whose own effect on the ranking is measured.
-      views: whether triplets are those of viewpoint-aware metric learning, for backbones with two branches.
+      aggregate: aggregation of the losses of several features and logits: "half" (weight ½ for the first, ½
+        for the mean of the others, as TransReID), "sum" (as CLIP-ReID) or "mean".
+      bootstrap_unit: unit that intervals resample, "query" or "identity" (with all its queries, which are
+        dependent).
+      examples_each: queries of each kind in the report's ranked results.
+      attributed: number of sites whose individual effect on the ranking is measured.
+      views: whether to use triplets of viewpoint-aware metric learning, for backbones with two branches.
     """
 
     metric: str = "cosine"
@@ -102,17 +103,17 @@ class Retrieval(Task):
 
     @property
     def resampled(self) -> str:
-        """What the intervals resample, in the report."""
+        """Name of the units that intervals resample, in the report."""
         return "identities, each with all its queries" if self.bootstrap_unit == "identity" else "queries"
 
     @property
     def side_columns(self) -> tuple[str, ...]:
-        """Columns that the backbone is given beside the image."""
+        """Side-information columns, inputs of the backbone beside the image."""
         return self.side
 
     @property
     def branches(self) -> int:
-        """Number of spaces that the two halves, or the whole, of a feature are."""
+        """Number of spaces in a feature: 2 with views, one per half, otherwise 1."""
         return 2 if self.views else 1
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ class Retrieval(Task):
     # -----------------------------------------------------------------------------------------------------------------
 
     def check_test(self, source: Source) -> None:
-        """Refuses test images that are not queries and a gallery, or that are both where one kind alone is corrupted."""
+        """Refuses test images without queries and gallery, or in both if only one kind is corrupted."""
         table = table_of(source)
         if not {"label", "query", "gallery"} <= table.keys():
             raise ConfigError(
@@ -134,14 +135,14 @@ class Retrieval(Task):
             )
 
     def corrupted_rows(self, source: Source) -> np.ndarray | None:
-        """Returns the images that are queries, or in the gallery, where a condition corrupts those alone."""
+        """Returns which images are queries, or in the gallery, if only these are corrupted."""
         return None if self.corrupted == "both" else table_of(source)[self.corrupted] == 1
 
     def order(self, source: Source, seed: int) -> Order | None:
-        """Returns the order of the images in batches of P identities of K images; None for batches of any images.
+        """Returns the order of images in P × K batches (P identities, K images each), or None.
 
         Raises:
-          DrepError: its subclasses say which images make no such batches.
+          DrepError: its subclasses name the images that do not fit such batches.
         """
         if not self.instances:
             return None
@@ -155,7 +156,7 @@ class Retrieval(Task):
     # -----------------------------------------------------------------------------------------------------------------
 
     def extra_params(self, backbone: nn.Module, abstract: Tree, images: Any, key: jax.Array) -> dict[str, Tree]:
-        """Returns the centers of the training identities, for each feature of the backbone, drawn from N(0, 1)."""
+        """Returns the centers of the training identities for each feature, drawn from N(0, 1)."""
         if not self.center_weight:
             return {}
         outputs = jax.eval_shape(lambda v, x: backbone.apply(v, x, method="outputs"), abstract, images)
@@ -169,7 +170,7 @@ class Retrieval(Task):
         }
 
     def extra_optimizers(self) -> dict[str, optax.GradientTransformation]:
-        """Returns the optimizer of the centers, whose rate does not depend on the weight of their loss."""
+        """Returns the optimizer of the centers; its rate does not depend on `center_weight`."""
         if not self.center_weight:
             return {}
         return {CENTERS: optax.chain(optax.scale(1.0 / self.center_weight), optax.sgd(self.center_lr))}
@@ -182,13 +183,13 @@ class Retrieval(Task):
     def loss(
         self, outputs: Mapping[str, Any], batch: Mapping[str, Any], smoothing: float, extra: Mapping[str, Tree]
     ) -> tuple[Any, dict[str, Any]]:
-        """Returns this device's share of the mean loss over all images, and what is to be logged.
+        """Returns this device's part of the mean loss over all images, and the metrics to log.
 
         Args:
           outputs: "features", (batch, width) each, and "logits", (batch, identities) each.
-          batch: "label", int (batch,), and for `views` "view".
-          smoothing: of the labels.
-          extra: the centers, if there are any.
+          batch: "label", int (batch,), and with `views` also "view", int (batch,).
+          smoothing: label smoothing, a fraction.
+          extra: the centers, if any.
         """
         features, logits = outputs["features"], outputs["logits"]
         accuracy = jnp.mean(jnp.argmax(logits[0], -1) == batch["label"])
@@ -230,7 +231,7 @@ class Retrieval(Task):
         return {"feature": outputs.reshape(len(outputs), -1)}
 
     def items(self, statistics: Tree, source: Source, index: np.ndarray, what: str) -> Items:
-        """Returns mAP, mINP and the CMC of each query that has a match, by the protocol of the split."""
+        """Returns mAP, mINP and CMC of each query with a match, by the protocol of the split."""
         if not np.isfinite(statistics["feature"]).all():
             raise NonFiniteError(
                 f"{what} gives features with NaN or Inf, which cannot be ranked. Leave it out of --config.compare, or train "
@@ -240,25 +241,26 @@ class Retrieval(Task):
         return Items(result.scores, result.identity if self.bootstrap_unit == "identity" else None)
 
     def result(self, statistics: Tree, source: Source, index: np.ndarray) -> Result:
-        """Returns how well features of a test split rank, by its own protocol."""
+        """Returns the retrieval scores of a test split's features, by its own protocol."""
         options: dict[str, Any] = {"branches": self.branches, "rerank": self.rerank, "ks": PLACES}
         table = table_of(source, index)
         return evaluate(statistics["feature"], table, protocol_of(source), metric=self.metric, **options)
 
     def held_out_items(self, statistics: Tree, source: Source, index: np.ndarray) -> Items:
-        """Returns the average precision of held-out images; each is a query and, for the others, in the gallery."""
+        """Returns the average precision of held-out images; each is a query against all others."""
         features = statistics["feature"]
         if not np.isfinite(features).all():
             return Items({"mAP": np.full(len(index), np.nan)})
-        everything = np.ones(len(index), np.int32)
-        table = table_of(source, index) | {"query": everything, "gallery": everything}
+        every_image = np.ones(len(index), np.int32)
+        table = table_of(source, index) | {"query": every_image, "gallery": every_image}
         options: dict[str, Any] = {"metric": self.metric, "branches": self.branches}
         return Items(evaluate(features, table, protocol_of(source), **options).scores)
 
     def agreement(self, statistics: Tree, reference: Tree) -> Items:
-        """Returns how precisely each image finds the images that the unfused backbone finds nearest to its clean feature.
+        """Returns the average precision with which each image retrieves its clean reference neighbors.
 
-        One image found again would be the simpler question; this one changes as soon as rankings do.
+        The reference neighbors are the nearest images by the unfused backbone's clean features. Several of
+        them instead of one make the measure sensitive to small changes of the ranking.
         """
         return Items({"mAP": neighbor_precision(statistics["feature"], reference["feature"], NEIGHBORS)})
 
@@ -267,7 +269,7 @@ class Retrieval(Task):
     # -----------------------------------------------------------------------------------------------------------------
 
     def examples(self, exhibit: Exhibit) -> dict[str, Any]:
-        """Returns the report's `ranked`: examples of what two arms find, and what each of some sites does by itself."""
+        """Returns the report's `ranked`: ranked galleries of two arms, and effects of single sites."""
         if not (self.examples_each or self.attributed):
             return {}
         named = exhibit.sites[: self.attributed]
@@ -293,14 +295,14 @@ class Retrieval(Task):
         return {"ranked": ranked}
 
     def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
-        """Refuses settings, images or backbones that this task cannot use; see `drep_jax.tasks.retrieval_checks`."""
+        """Refuses what this task does not support; see `drep_jax.tasks.retrieval_checks`."""
         check_run(self, config, setup, chooses=chooses)
         for plan in plans:
             check_stage(self, config, setup, plan)
 
 
 def _effect(after: Result, before: Result) -> dict[str, Any]:
-    """Returns how rankings differ: mean change, and how many queries gained and lost."""
+    """Returns the mean change of the average precision, and the numbers of queries gained and lost."""
     change = after.scores["mAP"] - before.scores["mAP"]
     return {
         "mAP": 100.0 * float(np.mean(change)),
@@ -316,13 +318,13 @@ def _effect(after: Result, before: Result) -> dict[str, Any]:
 
 
 def make_retrieval(config: Config) -> Retrieval:
-    """Returns the task as `config.retrieval` asks for it.
+    """Returns the task of `config.retrieval`.
 
     Raises:
       ConfigError: naming the setting.
     """
     options = config["retrieval"]
-    for name, known in (
+    for name, choices in (
         ("metric", DISTANCES),
         ("corrupted", CORRUPTED),
         ("side", SIDES),
@@ -330,8 +332,8 @@ def make_retrieval(config: Config) -> Retrieval:
         ("singletons", ("refuse", "drop")),
         ("bootstrap_unit", ("query", "identity")),
     ):
-        if options[name] not in known:
-            raise ConfigError(f'Unknown retrieval.{name} "{options[name]}".{did_you_mean(options[name], known)}')
+        if options[name] not in choices:
+            raise ConfigError(f'Unknown retrieval.{name} "{options[name]}".{did_you_mean(options[name], choices)}')
     rerank = tuple(options["rerank"]) or None
     if rerank:
         if len(rerank) != 3:
@@ -359,7 +361,7 @@ def make_retrieval(config: Config) -> Retrieval:
             "triplets: at least 2 of each, or instances 0 for batches of any images."
         )
     fields = {field.name for field in dataclasses.fields(Retrieval)}
-    given = {name: value for name, value in options.items() if name in fields}
+    arguments = {name: value for name, value in options.items() if name in fields}
     return Retrieval(
-        **{**given, "rerank": rerank, "side": SIDES[options["side"]], "examples_each": options["examples"]}
+        **{**arguments, "rerank": rerank, "side": SIDES[options["side"]], "examples_each": options["examples"]}
     )

@@ -1,1 +1,1 @@
-"""Retrieval: queries are compared with a gallery by the distance of their features, as in re-identification."""
+"""Retrieval metrics: a gallery ranked by feature distance to each query, as in re-identification."""

@@ -1,7 +1,7 @@
-"""Distances between queries and gallery, a block of queries at once, each a single matrix product.
+"""Distances between queries and gallery: one matrix product per block of queries.
 
-With x̃ = [−2x, 1, ‖x‖²] for a query and ỹ = [y, ‖y‖², 1] for a gallery image, x̃·ỹ = ‖x − y‖²; for unit vectors the cosine
-distance is 1 − x·y, and −x·y has its order. What is ranked is this number in float32.
+With x̃ = [−2x, 1, ‖x‖²] for a query and ỹ = [y, ‖y‖², 1] for a gallery image, x̃·ỹ = ‖x − y‖². For unit
+vectors the cosine distance is 1 − x·y, and −x·y has the same order. The products in float32 are ranked.
 """
 
 import dataclasses
@@ -16,30 +16,30 @@ import numpy as np
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 
 METRICS = ("euclidean", "cosine")
-
+"""Distances by name."""
 
 BLOCK_BYTES = {"cpu": 32 * 2**20}
-"""Memory of one block of distances by backend; what the processor's cache holds is faster to count in."""
-
+"""Bytes of one block of distances by backend; counting is fastest where a block fits the cache."""
 
 OTHER_BLOCK_BYTES = 256 * 2**20
-
+"""Bytes of one block of distances on other backends."""
 
 MOST_ROWS = 512
-
+"""Largest number of queries in a block."""
 
 _CHUNK = 4096
+"""Rows processed at once on the host."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Queries and gallery, ready for distances.
+    """Queries and gallery in the form whose product is the distance.
 
     Attributes:
       query: (branches, q, width) float32, x̃ of each branch.
       gallery: (branches, g, width) float32 on the device, ỹ of each branch.
-      views: those of queries (q,) and gallery (g,) where there are two branches; −1 is unknown.
-      source: (g,) the column that each gallery image takes its distances from, or None where no feature occurs twice.
+      views: views of queries (q,) and gallery (g,) with two branches; −1 is unknown. None otherwise.
+      source: (g,) the column that holds each gallery image's distances; None if all features differ.
     """
 
     query: np.ndarray
@@ -54,7 +54,11 @@ class Pairs:
 
 
 def checked(features: Any, what: str) -> np.ndarray:
-    """Returns features as (n, width) float32, or says what is wrong with them.
+    """Returns features as float32, (n, width).
+
+    Args:
+      features: real numbers, (n, width).
+      what: name of the set in messages.
 
     Raises:
       DataError: for another shape, no rows, or values that are not finite in float32.
@@ -74,13 +78,13 @@ def checked(features: Any, what: str) -> np.ndarray:
     if bad.any():
         raise DataError(
             f"{bad.sum()} of {len(features)} features of the {what} hold NaN or Inf, the first in row "
-            f"{int(bad.argmax())}; such an image has no rank. Look for the layer or the image they come from."
+            f"{int(bad.argmax())}; such an image has no rank. Find the layer or the image that causes them."
         )
     return features
 
 
 def unit(features: np.ndarray, what: str) -> np.ndarray:
-    """Returns features of length one.
+    """Returns features scaled to unit length.
 
     Raises:
       DataError: for a feature of length zero, which has no direction.
@@ -90,13 +94,13 @@ def unit(features: np.ndarray, what: str) -> np.ndarray:
     if zero.size:
         raise DataError(
             f'{zero.size} of {len(features)} features of the {what} are zero, the first in row {zero[0]}: "cosine" needs '
-            'a direction. Use metric "euclidean", or look for the layer that gives nothing.'
+            'a direction. Use metric "euclidean", or find the layer whose output is zero.'
         )
     return features / lengths.astype(np.float32)
 
 
 def both_checked(query: Any, gallery: Any, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the features of queries and gallery as float32, or says why they cannot be compared by that metric.
+    """Returns the features of queries and gallery as float32, checked for a metric.
 
     Raises:
       ConfigError: for an unknown metric.
@@ -122,17 +126,17 @@ def prepare(
     query_views: Any = None,
     gallery_views: Any = None,
 ) -> Pairs:
-    """Checks features and brings them into the form whose product is the distance.
+    """Checks features and converts them to the form whose product is the distance.
 
     Args:
       query, gallery: (q, width) and (g, width).
-      metric: "euclidean", or "cosine", which is the same order for features of length one.
-      branches: 2 for features that are two halves, [same view | different view]: a pair is compared by the first half
-        where both views are known and equal, else by the second.
+      metric: "euclidean" or "cosine"; they rank unit vectors alike.
+      branches: 2 for features made of two halves, [same view | different view]. A pair is compared by
+        the first half if both views are known and equal, otherwise by the second.
       query_views, gallery_views: with two branches, views from 0; negative is unknown.
 
     Raises:
-      ConfigError: for an unknown metric, or another number of branches.
+      ConfigError: for an unknown metric or an unsupported number of branches.
       DataError: for features or views that cannot be used.
     """
     if branches not in (1, 2):
@@ -145,26 +149,26 @@ def prepare(
         views = numbers(query_views, len(query), "query views"), numbers(gallery_views, len(gallery), "gallery views")
     source = _source(gallery, views[1] if views else None)
     return Pairs(
-        _extended(query, metric, branches, "query set", asks=True),
-        jnp.asarray(_extended(gallery, metric, branches, "gallery", asks=False)),
+        _extended(query, metric, branches, "query set", is_query=True),
+        jnp.asarray(_extended(gallery, metric, branches, "gallery", is_query=False)),
         views,
         source,
     )
 
 
 def blocks(pairs: Pairs, rows: int | None = None) -> Iterator[jax.Array]:
-    """Yields the distances of all queries to the whole gallery, (rows, g) float32; the last block may be shorter.
+    """Yields the distances of consecutive queries to the whole gallery, (rows, g) float32.
 
-    The next block is computed while the last one is being used.
+    The last block may be shorter. The next block is computed while the caller uses the current one.
 
     Raises:
-      ConfigError: for fewer than one row a block.
+      ConfigError: for fewer than one row per block.
     """
     queries, gallery = pairs.shape
     if rows is None:
         rows = rows_at_once(gallery)
     if rows < 1:
-        raise ConfigError(f"block = {rows}: expected at least one query at once.")
+        raise ConfigError(f"block = {rows}: expected at least one query per block.")
     rows = min(rows, queries)
     ready: jax.Array | None = None
     for start in range(0, queries, rows):
@@ -183,16 +187,16 @@ def blocks(pairs: Pairs, rows: int | None = None) -> Iterator[jax.Array]:
 
 
 def rows_at_once(gallery: int) -> int:
-    """Returns how many queries a block has for a gallery of that many images."""
+    """Returns the number of queries per block for a gallery of `gallery` images."""
     rows = BLOCK_BYTES.get(jax.default_backend(), OTHER_BLOCK_BYTES) // (4 * gallery)
     return max(8, min(rows, MOST_ROWS) // 8 * 8)
 
 
 def numbers(values: Any, length: int, what: str) -> np.ndarray:
-    """Returns one integer an image.
+    """Returns `values` as one int64 per image.
 
     Raises:
-      DataError: for none, another length, or values that are not integers.
+      DataError: for None, another length, or values that are not integers.
     """
     if values is None:
         raise DataError(f"No {what}: expected one integer an image, ({length},).")
@@ -212,23 +216,23 @@ def _distances(
     gallery_views: jax.Array | None,
     source: jax.Array | None,
 ) -> jax.Array:
-    """Distances of one block, (b, g): equal gallery features get the very same number, whatever the product rounds to."""
+    """Returns the distances of a block, (b, g), with equal numbers for equal gallery features."""
     products = [
-        jax.lax.dot_general(ours, theirs, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-        for ours, theirs in zip(query, gallery, strict=True)
+        jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+        for x, y in zip(query, gallery, strict=True)
     ]
-    found = products[0]
+    distances = products[0]
     if query_views is not None and gallery_views is not None:
         same = (query_views[:, None] == gallery_views[None, :]) & (query_views >= 0)[:, None]
-        found = jnp.where(same, products[0], products[1])
-    return found if source is None else found[:, source]
+        distances = jnp.where(same, products[0], products[1])
+    return distances if source is None else distances[:, source]
 
 
-def _extended(features: np.ndarray, metric: str, branches: int, what: str, asks: bool) -> np.ndarray:
-    """Returns x̃ (a query asks) or ỹ of every branch."""
+def _extended(features: np.ndarray, metric: str, branches: int, what: str, is_query: bool) -> np.ndarray:
+    """Returns x̃ (queries) or ỹ (gallery) of every branch."""
     halves = np.split(features, branches, axis=1)
     if metric == "cosine":
-        return np.stack([-unit(half, what) if asks else unit(half, what) for half in halves])
+        return np.stack([-unit(half, what) if is_query else unit(half, what) for half in halves])
     width = halves[0].shape[1]
     extended = np.empty((branches, len(features), width + 2), np.float32)
     for half, out in zip(halves, extended, strict=True):
@@ -240,33 +244,34 @@ def _extended(features: np.ndarray, metric: str, branches: int, what: str, asks:
                 f"{large.size} of {len(half)} features of the {what} are too large to be squared in float32, the first in "
                 f'row {large[0]}. Scale them, or use metric "cosine".'
             )
-        out[:, :width] = -2 * half if asks else half
-        out[:, width], out[:, width + 1] = (1, squares) if asks else (squares, 1)
+        out[:, :width] = -2 * half if is_query else half
+        out[:, width], out[:, width + 1] = (1, squares) if is_query else (squares, 1)
     return extended
 
 
 def _source(gallery: np.ndarray, views: np.ndarray | None) -> np.ndarray | None:
-    """Returns for each gallery image the first one with the same feature (and view); None where all differ.
+    """Returns the first gallery image with the same feature (and view) as each; None if all differ.
 
-    A product may round equal columns differently by where they stand, so equal ones share one column's result.
+    A matrix product may round equal columns differently, depending on their position. So equal columns
+    use the result of the first of them.
     """
     weights = np.random.default_rng(0).integers(0, 2**32, gallery.shape[1], dtype=np.uint32) | np.uint32(1)
-    marks = np.concatenate(
+    hashes = np.concatenate(
         [
             ((gallery[at : at + _CHUNK] + np.float32(0)).view(np.uint32) * weights).sum(axis=1, dtype=np.uint32)
             for at in range(0, len(gallery), _CHUNK)
         ]
     )
-    _, place, times = np.unique(marks, return_inverse=True, return_counts=True)
-    suspects = np.flatnonzero(times[place] > 1)
-    if not suspects.size:
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    candidates = np.flatnonzero(counts[inverse] > 1)
+    if not candidates.size:
         return None
-    rows = gallery[suspects]
+    rows = gallery[candidates]
     if views is not None:
-        rows = np.concatenate([rows, views[suspects, None].astype(np.float32)], axis=1)
-    _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        rows = np.concatenate([rows, views[candidates, None].astype(np.float32)], axis=1)
+    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     source = np.arange(len(gallery))
-    source[suspects] = suspects[first[which.reshape(-1)]]
+    source[candidates] = candidates[first[inverse.reshape(-1)]]
     return None if np.array_equal(source, np.arange(len(gallery))) else source.astype(np.int32)
 
 

@@ -1,4 +1,4 @@
-"""A test split's retrieval scores under its protocol: single query, cross-camera rule, repeated random galleries."""
+"""Retrieval scores of a test split under its protocol: cross-camera rule, random galleries."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,17 @@ from drep_jax.metrics.retrieval.rerank import Rerank, reranked
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Scores of the queries that have a match; which these are depends on the table alone, so arms are aligned.
+    """Scores of the queries with a match, which depend on the table alone, so that arms are aligned.
 
     Attributes:
-      scores: metric ↦ (n,) fractions, one a query; over trials, the mean over those in which the image is a query.
-      queries: (n,) their rows in the table.
-      identity: (n,) theirs, for intervals over persons instead of queries.
-      trials: metric ↦ (trials,) mean over the queries of each trial, whose mean is the published number; one entry for a
-        split of its own.
-      counts: numbers of queries, of queries without a match, of gallery images, and of distractors among them (of
-        identities that no query has); over trials, of the first.
+      scores: metric ↦ (n,) fractions, one per query; with trials, the mean over those trials in which
+        the image is a query.
+      queries: (n,) rows of the queries in the table.
+      identity: (n,) identities of the queries, for intervals over persons instead of queries.
+      trials: metric ↦ (trials,) the mean over the queries of each trial; the mean of these is the
+        published number. Without trials there is one entry.
+      counts: numbers of queries, of queries without a match, of gallery images, and of distractors
+        (gallery images whose identity no query has); with trials, those of the first.
     """
 
     scores: dict[str, np.ndarray]
@@ -36,7 +37,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of the table that are queries and gallery."""
+    """Rows of the table that are queries, and rows that are gallery images."""
 
     query: np.ndarray
     gallery: np.ndarray
@@ -55,81 +56,87 @@ def evaluate(
     """Returns the retrieval scores of one arm.
 
     Args:
-      features: (n, width), one row an image of the table.
-      table: the test source's columns "label", "camera", "view", "query" and "gallery".
-      protocol: that of the data set.
-      metric: "euclidean" or "cosine" (Euclidean after making every feature of length one).
+      features: (n, width), one row per image of the table.
+      table: the columns "label", "camera", "view", "query" and "gallery" of the test source, (n,) each.
+      protocol: the evaluation protocol of the data set.
+      metric: "euclidean" or "cosine" (Euclidean on features of unit length).
       branches: 2 for features [same view | different view].
-      rerank: (k1, k2, λ) for k-reciprocal re-ranking, None for none.
-      ks: places of CMC to score.
+      rerank: (k1, k2, λ) of k-reciprocal re-ranking; None for none.
+      ks: ranks at which CMC is scored.
+
+    Returns:
+      The scores of all queries with a match, as fractions.
 
     Raises:
-      DataError: for a table or features that cannot be used, no queries, an empty gallery, or no query with a match.
-      ConfigError: for options that do not exist or do not go together.
+      DataError: for an invalid table or features, no queries, an empty gallery, or no query with a
+        match.
+      ConfigError: for unknown options or an invalid combination of them.
     """
     constants = None
     if rerank is not None:
         if branches != 1:
-            raise ConfigError("Re-ranking compares neighbours in one space; use it with branches = 1, or without.")
-        k1, k2, share = rerank
-        constants = Rerank(int(k1), int(k2), float(share))
+            raise ConfigError("Re-ranking compares neighbors in one space; set branches = 1, or leave out re-ranking.")
+        k1, k2, original_weight = rerank
+        constants = Rerank(int(k1), int(k2), float(original_weight))
     features = checked(features, "test split")
     columns = _columns(table, len(features))
-    found: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+    trials: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     counts: dict[str, int] = {}
     for split in splits(columns, protocol):
         ranking = _ranking(features, columns, split, protocol, metric, branches, constants)
-        found.append((split.query[ranking.valid], scores(ranking, ks)))
+        trials.append((split.query[ranking.valid], scores(ranking, ks)))
         counts = counts or _counts(columns["label"], split, ranking)
-    queries = np.unique(np.concatenate([rows for rows, _ in found]))
-    places = np.concatenate([np.searchsorted(queries, rows) for rows, _ in found])
-    times = np.bincount(places)
+    queries = np.unique(np.concatenate([rows for rows, _ in trials]))
+    positions = np.concatenate([np.searchsorted(queries, rows) for rows, _ in trials])
+    trials_of_query = np.bincount(positions)
     return Result(
         {
-            name: np.bincount(places, np.concatenate([values[name] for _, values in found])) / times
-            for name in found[0][1]
+            name: np.bincount(positions, np.concatenate([values[name] for _, values in trials])) / trials_of_query
+            for name in trials[0][1]
         },
         queries,
         columns["label"][queries],
-        {name: np.array([values[name].mean() for _, values in found]) for name in found[0][1]},
+        {name: np.array([values[name].mean() for _, values in trials]) for name in trials[0][1]},
         counts,
     )
 
 
 def splits(table: Mapping[str, np.ndarray], protocol: Protocol) -> list[Split]:
-    """Returns the split of the table, or for a protocol of `trials` that many: one random image an identity is the gallery.
+    """Returns the split of the table; with `protocol.trials`, one per random gallery.
+
+    A random gallery holds one image per identity; the other images are the queries.
 
     Raises:
       DataError: for no queries or an empty gallery.
     """
     if not protocol.trials:
-        drawn = [Split(np.flatnonzero(table["query"]), np.flatnonzero(table["gallery"]))]
+        result = [Split(np.flatnonzero(table["query"]), np.flatnonzero(table["gallery"]))]
     else:
-        rng, drawn = np.random.default_rng(protocol.seed), []
+        rng, result = np.random.default_rng(protocol.seed), []
         for _ in range(protocol.trials):
             order = rng.permutation(len(table["label"]))
             _, first = np.unique(table["label"][order], return_index=True)
             gallery = np.sort(order[first])
-            drawn.append(Split(np.setdiff1d(np.arange(len(order)), gallery), gallery))
-    for what, rows in (("queries", drawn[0].query), ("gallery images", drawn[0].gallery)):
+            result.append(Split(np.setdiff1d(np.arange(len(order)), gallery), gallery))
+    for what, rows in (("queries", result[0].query), ("gallery images", result[0].gallery)):
         if not len(rows):
-            why = (
+            reason = (
                 " every identity has one image"
                 if protocol.trials
                 else ' none has the flag; see its columns "query" and "gallery"'
             )
-            raise DataError(f"The test split has no {what}:{why}.")
-    return drawn
+            raise DataError(f"The test split has no {what}:{reason}.")
+    return result
 
 
 def pair_options(table: Mapping[str, np.ndarray], split: Split, protocol: Protocol) -> dict[str, Any]:
-    """Returns identities, cameras and own pictures of a split as `ranking.rules` takes them."""
+    """Returns the arguments of `ranking.rules` for a split: identities, cameras and image indices."""
     return {
         "cross_camera": protocol.cross_camera,
         **{
-            f"{who}_{what}": values[rows]
-            for who, rows in (("query", split.query), ("gallery", split.gallery))
-            for what, values in (
+            f"{side}_{column}": values[rows]
+            for side, rows in (("query", split.query), ("gallery", split.gallery))
+            for column, values in (
                 ("ids", table["label"]),
                 ("cameras", table["camera"]),
                 ("images", np.arange(len(table["label"]))),
@@ -170,10 +177,10 @@ def _columns(table: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarr
 
 
 def _counts(labels: np.ndarray, split: Split, ranking: Ranking) -> dict[str, int]:
-    known = np.isin(labels[split.gallery], labels[split.query])
+    matched = np.isin(labels[split.gallery], labels[split.query])
     return {
         "queries": len(split.query),
         "without_match": int((~ranking.valid).sum()),
         "gallery": len(split.gallery),
-        "distractors": int((~known).sum()),
+        "distractors": int((~matched).sum()),
     }

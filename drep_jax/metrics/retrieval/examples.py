@@ -1,4 +1,4 @@
-"""The ranked galleries that a report shows: which queries, and what two arms find for them."""
+"""The ranked galleries of a report: which queries to show, and the images two arms rank first."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,21 +14,27 @@ from drep_jax.metrics.retrieval.ranking import top
 GAINED, LOST, RANDOM = "largest gain", "largest loss", "drawn at random"
 
 
-def choose(ours: np.ndarray, theirs: np.ndarray, *, each: int = 2, seed: int = 0) -> list[tuple[int, str]]:
-    """Returns the queries to show and why: those that gained and lost most, and some of the others at random.
+def choose(after: np.ndarray, before: np.ndarray, *, each: int = 2, seed: int = 0) -> list[tuple[int, str]]:
+    """Returns the queries to show and the reason: largest gains, largest losses, random others.
+
+    >>> choose(np.array([0.9, 0.2, 0.5]), np.array([0.1, 0.6, 0.5]), each=1)
+    [(0, 'largest gain'), (1, 'largest loss'), (2, 'drawn at random')]
 
     Args:
-      ours, theirs: (n,) average precision of each query by the two arms.
-      each: how many of each kind; fewer where fewer gained or lost.
-      seed: of the draw.
+      after, before: (n,) average precision of each query by the two arms.
+      each: number of queries of each kind; fewer if fewer gained or lost.
+      seed: of the random ones.
+
+    Returns:
+      (index of the query, reason).
     """
-    change = ours - theirs
+    change = after - before
     order = np.argsort(-change, kind="stable")
-    chosen = [(int(index), GAINED) for index in order[:each] if change[index] > 0]
-    chosen += [(int(index), LOST) for index in order[::-1][:each] if change[index] < 0]
-    rest = np.setdiff1d(np.arange(len(change)), [index for index, _ in chosen])
-    drawn = np.random.default_rng(seed).permutation(rest)[:each]
-    return chosen + [(int(index), RANDOM) for index in drawn]
+    selected = [(int(index), GAINED) for index in order[:each] if change[index] > 0]
+    selected += [(int(index), LOST) for index in order[::-1][:each] if change[index] < 0]
+    rest = np.setdiff1d(np.arange(len(change)), [index for index, _ in selected])
+    random = np.random.default_rng(seed).permutation(rest)[:each]
+    return selected + [(int(index), RANDOM) for index in random]
 
 
 def ranked(
@@ -45,21 +51,22 @@ def ranked(
     each: int = 2,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Returns a report's `ranked`: some queries with the first images that two arms find, small pictures included.
+    """Returns a report's `ranked`: queries with the first images of two arms, as thumbnails.
 
-    Of a protocol with trials it is the first gallery. Distances are those of the features, without re-ranking.
+    With random galleries, the first of them is used. Distances are those of the features, without
+    re-ranking.
 
     Args:
-      features: by arm (two: the unchanged backbone, then the denoised one), (n, width) of the table's images.
-      results: by arm, what `evaluate` returned for them.
+      features: two arms ↦ (n, width) of the table's images; the unchanged backbone comes first.
+      results: arm ↦ the result of `evaluate`.
       table, protocol, metric, branches: as for `evaluate`.
-      picture: returns the image of a row of the table, uint8 (height, width, 3).
-      condition: what was done to the images, for the title.
-      k: gallery images a query.
+      picture: row of the table ↦ image, uint8 (height, width, 3).
+      condition: corruption of the images, for the title.
+      k: gallery images per query.
       each, seed: as for `choose`.
 
     Raises:
-      ConfigError: for another number of arms than two.
+      ConfigError: for a number of arms other than two.
       DataError: for arms that were not scored on the same queries.
     """
     if len(features) != 2 or list(features) != list(results):
@@ -71,34 +78,34 @@ def ranked(
     if not np.array_equal(before.queries, after.queries):
         raise DataError("The arms were scored on different queries; a comparison needs the same table and protocol.")
     split = splits(table, protocol)[0]
-    asked = np.flatnonzero(np.isin(before.queries, split.query))
-    chosen = choose(after.scores["mAP"][asked], before.scores["mAP"][asked], each=each, seed=seed)
-    places = asked[[index for index, _ in chosen]]
-    rows = before.queries[places]
-    shown = type(split)(rows, split.gallery)
-    found: dict[str, list[list[dict[str, Any]]]] = {}
-    for arm, own in features.items() if len(rows) else ():
-        own = np.asarray(own)
+    eligible = np.flatnonzero(np.isin(before.queries, split.query))
+    selected = choose(after.scores["mAP"][eligible], before.scores["mAP"][eligible], each=each, seed=seed)
+    positions = eligible[[index for index, _ in selected]]
+    rows = before.queries[positions]
+    selected_split = type(split)(rows, split.gallery)
+    rankings: dict[str, list[list[dict[str, Any]]]] = {}
+    for arm, arm_features in features.items() if len(rows) else ():
+        arm_features = np.asarray(arm_features)
         indices, values, right = top(
-            own[rows],
-            own[split.gallery],
+            arm_features[rows],
+            arm_features[split.gallery],
             k=k,
             metric=metric,
             branches=branches,
             query_views=table["view"][rows],
             gallery_views=table["view"][split.gallery],
-            **pair_options(table, shown, protocol),
+            **pair_options(table, selected_split, protocol),
         )
-        found[arm] = [
+        rankings[arm] = [
             [
                 {"image": int(split.gallery[index]), "distance": float(distance), "right": bool(good)}
-                for index, distance, good in zip(*one, strict=True)
+                for index, distance, good in zip(*ranking, strict=True)
                 if index >= 0
             ]
-            for one in zip(indices, values, right, strict=True)
+            for ranking in zip(indices, values, right, strict=True)
         ]
-    needed = {int(row) for row in rows}
-    needed |= {entry["image"] for lists in found.values() for listed in lists for entry in listed}
+    images = {int(row) for row in rows}
+    images |= {entry["image"] for lists in rankings.values() for entries in lists for entry in entries}
     return {
         "condition": condition,
         "metric": metric,
@@ -106,11 +113,11 @@ def ranked(
         "queries": [
             {
                 "image": int(row),
-                "why": why,
-                "ap": {arm: float(result.scores["mAP"][place]) for arm, result in results.items()},
-                "found": {arm: found[arm][index] for arm in features},
+                "why": reason,
+                "ap": {arm: float(result.scores["mAP"][position]) for arm, result in results.items()},
+                "found": {arm: rankings[arm][index] for arm in features},
             }
-            for index, (row, place, (_, why)) in enumerate(zip(rows, places, chosen, strict=True))
+            for index, (row, position, (_, reason)) in enumerate(zip(rows, positions, selected, strict=True))
         ],
-        "images": {str(row): small(picture(row)) for row in sorted(needed)},
+        "images": {str(row): small(picture(row)) for row in sorted(images)},
     }

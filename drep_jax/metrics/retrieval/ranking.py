@@ -1,8 +1,8 @@
-"""Average precision, CMC and inverse negative penalty of every query, from the ranks of its right images alone.
+"""Average precision, CMC and inverse negative penalty of every query, from the ranks of its right images.
 
-No gallery is sorted: the right image at distance t, the k-th of its query (from 0), has the rank k + #{wrong: d ≤ t}, also
-from 0. So a wrong image at the same distance comes before it (ties count against the network), and among right images at
-one distance it makes no difference which is called first.
+No gallery is sorted. The k-th right image of a query (from 0), at distance t, has rank
+k + #{wrong: d ≤ t}, also from 0. So ties count against the network: a wrong image at the same distance
+ranks before it. The order among right images at one distance does not matter.
 """
 
 import dataclasses
@@ -18,20 +18,21 @@ from drep_jax.errors import ConfigError, DataError
 from drep_jax.metrics.retrieval.distances import blocks, numbers, prepare
 
 MANY = 256
-"""Right images of a query from which on sorting its row is quicker than counting for each of them."""
+"""Number of right images above which sorting a row is faster than counting for each of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """What a query's ranked gallery amounts to; one entry a query, in the queries' order.
+    """The scores of every query's ranked gallery, in the order of the queries, (q,) each.
 
     Attributes:
-      ap: average precision, mean over the right images of (right ones up to it) / (its rank from 1); NaN without any.
-      inp: inverse negative penalty, right images / rank of the last of them from 1; NaN without any.
-      first: rank of the first right image from 0; −1 without any.
+      ap: average precision, the mean over right images of (right images up to it) / (its rank from 1);
+        NaN without a right image.
+      inp: inverse negative penalty, right images / (rank of the last of them from 1); NaN without one.
+      first: rank of the first right image from 0; −1 without one.
       valid: whether the gallery holds a right image.
-      matches: how many.
-      gallery: images it was compared with, without those left out by the protocol.
+      matches: number of right images.
+      gallery: number of gallery images compared, without those that the protocol excludes.
     """
 
     ap: np.ndarray
@@ -44,12 +45,13 @@ class Ranking:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which gallery images are right for a query, and which are left out; the rest are wrong.
+    """Which gallery images are right for a query, and which are excluded; the rest are wrong.
 
     Attributes:
       query, gallery: identities, (q,) and (g,).
-      cameras: those of queries and gallery where images of the query's identity and camera are left out, else None.
-      images: which picture each query and each gallery entry is, where a picture must not find itself, else None.
+      cameras: cameras of queries and gallery, if images of the query's identity and camera are excluded;
+        otherwise None.
+      images: image indices of queries and gallery, if a query's own image is excluded; otherwise None.
     """
 
     query: np.ndarray
@@ -57,19 +59,19 @@ class Rules:
     cameras: tuple[np.ndarray, np.ndarray] | None
     images: tuple[np.ndarray, np.ndarray] | None
 
-    def own(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields for each query the gallery images of its identity, and which of them are right (not left out)."""
+    def same_identity(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields each query's gallery images of the same identity, and which of them are right."""
         order = np.argsort(self.gallery, kind="stable")
         sorted_ids = self.gallery[order]
         starts = np.searchsorted(sorted_ids, self.query, side="left")
         ends = np.searchsorted(sorted_ids, self.query, side="right")
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            own = order[start:end]
-            right = np.ones(len(own), bool)
+            candidates = order[start:end]
+            right = np.ones(len(candidates), bool)
             for pair in (self.cameras, self.images):
                 if pair is not None:
-                    right &= pair[1][own] != pair[0][index]
-            yield own, right
+                    right &= pair[1][candidates] != pair[0][index]
+            yield candidates, right
 
 
 def rules(
@@ -84,12 +86,16 @@ def rules(
 ) -> Rules:
     """Returns the rules of one evaluation.
 
-    Identities are names and nothing else: none is special, negative ones neither. What a protocol calls junk is not to
-    be in the gallery at all; a distractor has an identity that no query has.
+    No identity is special, not even a negative one. Leave what a protocol calls junk out of the gallery.
+    A distractor has an identity that no query has.
+
+    Args:
+      query_ids, gallery_ids, query_cameras, gallery_cameras, cross_camera, query_images, gallery_images:
+        as for `rank`.
 
     Raises:
-      DataError: for arrays of the wrong length or type, no queries, an empty gallery, or the cross-camera rule without
-        cameras.
+      DataError: for arrays of the wrong length or type, no queries, an empty gallery, or the
+        cross-camera rule without cameras.
     """
     query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
     for what, ids in (("query", query_ids), ("gallery", gallery_ids)):
@@ -127,21 +133,30 @@ def rank(
     block: int | None = None,
     jitted: bool | None = None,
 ) -> Ranking:
-    """Ranks the gallery for every query, holding two blocks of queries × gallery.
+    """Ranks the gallery for every query; memory holds two blocks of queries × gallery.
+
+    >>> query, gallery = np.array([[0.0]]), np.array([[1.0], [2.0], [3.0]])
+    >>> ids = {"query_ids": np.array([7]), "gallery_ids": np.array([5, 7, 7])}
+    >>> ranking = rank(query, gallery, cross_camera=False, **ids)
+    >>> float(ranking.ap[0]), int(ranking.first[0])  # (1/2 + 2/3) / 2, rank from 0
+    (0.5833333333333333, 1)
 
     Args:
       query, gallery: (q, width) and (g, width) features; compared in float32.
       query_ids, gallery_ids: (q,) and (g,) identities.
       query_cameras, gallery_cameras: (q,) and (g,), for `cross_camera`.
-      cross_camera: leave out the gallery images that have the query's identity and its camera.
-      query_images, gallery_images: (q,) and (g,) numbers of the pictures; a query's own picture is left out.
+      cross_camera: whether to exclude gallery images with the query's identity and camera.
+      query_images, gallery_images: (q,) and (g,) image indices; a query's own image is excluded.
       query_views, gallery_views, branches, metric: see `drep_jax.metrics.retrieval.distances.prepare`.
-      block: queries at once; None for as many as a few MiB hold.
-      jitted: whether ranks are counted on JAX's device, or by NumPy; None for the first on an accelerator. The results
-        are the same.
+      block: queries per block; None for as many as fit a few MiB.
+      jitted: whether JAX's device counts the ranks instead of NumPy; None for JAX on an accelerator. The
+        results are the same.
+
+    Returns:
+      One entry per query.
 
     Raises:
-      DataError: for features, identities, cameras or views that cannot be used.
+      DataError: for invalid features, identities, cameras or views.
       ConfigError: for an unknown metric, or a number of branches other than 1 and 2.
     """
     rule = rules(
@@ -160,7 +175,12 @@ def rank(
 
 
 def rank_blocks(rows: Iterable[Any], rule: Rules, *, jitted: bool | None = None) -> Ranking:
-    """Ranks the gallery by distances that are given: blocks (b, g) of consecutive queries, all of them together (q, g).
+    """Ranks the gallery by given distances.
+
+    Args:
+      rows: blocks (b, g) of consecutive queries, together (q, g).
+      rule: which gallery images are right.
+      jitted: as for `rank`.
 
     Raises:
       DataError: for blocks of another shape, or distances that are NaN.
@@ -175,38 +195,52 @@ def rank_blocks(rows: Iterable[Any], rule: Rules, *, jitted: bool | None = None)
         np.zeros(q, np.int64),
         np.full(q, g, np.int64),
     )
-    each, index = rule.own(), 0
+    candidates, index = rule.same_identity(), 0
     for block in rows:
         if block.ndim != 2 or block.shape[1] != g or index + len(block) > q:
             raise DataError(f"Distances of shape {block.shape} at query {index} of {q}; expected (rows, {g}).")
-        own = list(itertools.islice(each, len(block)))
-        for ranks, (_, right) in zip(count(block, own), own, strict=True):
+        in_block = list(itertools.islice(candidates, len(block)))
+        for ranks, (_, right) in zip(count(block, in_block), in_block, strict=True):
             _enter(ranking, index, ranks, right)
             index += 1
     if index != q:
-        raise DataError(f"Distances of {index} queries; expected those of all {q}.")
+        raise DataError(f"Distances of {index} queries; expected all {q}.")
     return ranking
 
 
 def scores(ranking: Ranking, ks: Sequence[int] = (1, 5, 10)) -> dict[str, np.ndarray]:
-    """Returns the scores of every query that has a match, in the order of the queries, as fractions.
+    """Returns the scores of every query with a match, in the order of the queries.
+
+    Args:
+      ranking: of all queries.
+      ks: ranks of CMC.
 
     Returns:
-      {"mAP": (n,), "rank1": (n,) of 0 or 1, …, "mINP": (n,)}; their means are the published numbers.
+      {"mAP": (n,), "rank1": (n,) of 0 or 1, …, "mINP": (n,)}, fractions; their means are the published
+      numbers.
 
     Raises:
       DataError: where no query has a match.
     """
     valid = _some(ranking)
-    found = {"mAP": ranking.ap[valid]}
-    found |= {f"rank{k}": (ranking.first[valid] < k).astype(np.float64) for k in ks}
-    return found | {"mINP": ranking.inp[valid]}
+    hits = {f"rank{k}": (ranking.first[valid] < k).astype(np.float64) for k in ks}
+    return {"mAP": ranking.ap[valid], **hits, "mINP": ranking.inp[valid]}
 
 
 def cmc(ranking: Ranking, most: int = 50) -> np.ndarray:
-    """Returns the share of queries with a match among the first 1, 2, …, `most` images, (most,).
+    """Returns the cumulative matching curve: the fraction of queries matched by rank 1, 2, …, `most`.
 
-    It never falls, and stays at 1 from the size of the gallery on.
+    It never falls, and is 1 from the size of the gallery on.
+
+    Args:
+      ranking: of all queries; those without a match do not count.
+      most: last rank.
+
+    Returns:
+      Fractions, (most,).
+
+    Raises:
+      DataError: where no query has a match.
     """
     first = ranking.first[_some(ranking)]
     return np.cumsum(np.bincount(np.minimum(first, most), minlength=most + 1))[:most] / len(first)
@@ -215,41 +249,41 @@ def cmc(ranking: Ranking, most: int = 50) -> np.ndarray:
 def top(
     query: Any, gallery: Any, *, k: int = 10, metric: str = "euclidean", block: int | None = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the k nearest gallery images of every query under the rules of `rank`, the nearest first.
+    """Returns the k nearest gallery images of every query under the rules of `rank`, nearest first.
 
-    At one distance wrong images come before right ones, and lower indices before higher ones.
+    At equal distance, wrong images come before right ones, then lower indices before higher ones.
 
     Args:
       query, gallery, metric, block, **options: as for `rank`.
-      k: images a query.
+      k: images per query.
 
     Returns:
-      indices (q, k) into the gallery, −1 where it has no more images; their distances (q, k), Euclidean or 1 − cosine,
-      NaN there; whether each is right (q, k).
+      Gallery indices (q, k), distances (q, k; Euclidean or 1 − cosine), and whether each image is right
+      (q, k). Beyond the end of the gallery they are −1, NaN and False.
 
     Raises:
       DataError, ConfigError: as `rank`.
     """
     if k < 1:
-        raise ConfigError(f"k = {k}: expected at least one image a query.")
-    places = ("branches", "query_views", "gallery_views")
-    pairs = prepare(query, gallery, metric, **{name: options.pop(name) for name in places if name in options})
+        raise ConfigError(f"k = {k}: expected at least one image per query.")
+    of_pairs = ("branches", "query_views", "gallery_views")
+    pairs = prepare(query, gallery, metric, **{name: options.pop(name) for name in of_pairs if name in options})
     rule = rules(options.pop("query_ids"), options.pop("gallery_ids"), **options)
     _same_sizes(pairs.shape, rule)
     q = pairs.shape[0]
     indices, values, right = np.full((q, k), -1), np.full((q, k), np.nan), np.zeros((q, k), bool)
-    each, index = rule.own(), 0
+    candidates, index = rule.same_identity(), 0
     for rows in blocks(pairs, block):
-        for row, (own, good) in zip(np.array(rows), each, strict=False):
-            row[own[~good]] = np.inf
-            marks = np.zeros(len(row), bool)
-            marks[own[good]] = True
-            edge = np.partition(row, k - 1)[k - 1] if k < len(row) else np.inf
-            near = np.flatnonzero((row <= edge) & (row < np.inf))
-            near = near[np.lexsort((near, marks[near], row[near]))][:k]
-            indices[index, : len(near)] = near
-            values[index, : len(near)] = row[near]
-            right[index, : len(near)] = marks[near]
+        for row, (same, is_right) in zip(np.array(rows), candidates, strict=False):
+            row[same[~is_right]] = np.inf
+            right_in_row = np.zeros(len(row), bool)
+            right_in_row[same[is_right]] = True
+            limit = np.partition(row, k - 1)[k - 1] if k < len(row) else np.inf
+            nearest = np.flatnonzero((row <= limit) & (row < np.inf))
+            nearest = nearest[np.lexsort((nearest, right_in_row[nearest], row[nearest]))][:k]
+            indices[index, : len(nearest)] = nearest
+            values[index, : len(nearest)] = row[nearest]
+            right[index, : len(nearest)] = right_in_row[nearest]
             index += 1
     return indices, 1 + values if metric == "cosine" else np.sqrt(np.maximum(values, 0)), right
 
@@ -270,7 +304,7 @@ def _same_sizes(shape: tuple[int, int], rule: Rules) -> None:
 
 
 def _enter(ranking: Ranking, index: int, ranks: np.ndarray, right: np.ndarray) -> None:
-    """Writes one query's metrics from the ranks of its right images, ascending from 0."""
+    """Writes a query's metrics from the ranks of its right images, ascending from 0."""
     ranking.gallery[index] -= len(right) - int(right.sum())
     ranking.matches[index] = len(ranks)
     if len(ranks):
@@ -281,12 +315,12 @@ def _enter(ranking: Ranking, index: int, ranks: np.ndarray, right: np.ndarray) -
 
 
 def _ranks(distances: np.ndarray, right: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """Ranks of the right images of one query, ascending, from 0.
+    """Returns the ranks of a query's right images, ascending, from 0.
 
     Args:
-      distances: (m,) of the gallery images of its identity.
-      right: (m,) which of them are not left out.
-      near: gallery images up to the distance of each right one, those of its identity included, ascending.
+      distances: (m,) distances of the gallery images of its identity.
+      right: (m,) which of these are right.
+      near: number of gallery images up to the distance of each right one, of any identity, ascending.
     """
     thresholds = np.sort(distances[right])
     wrong = near - np.searchsorted(np.sort(distances), thresholds, side="right")
@@ -294,43 +328,43 @@ def _ranks(distances: np.ndarray, right: np.ndarray, near: np.ndarray) -> np.nda
 
 
 def _no_nan(largest: Any) -> None:
-    """Refuses a block whose maximum is NaN, which it is where any of it is."""
+    """Raises `DataError` if the maximum of a block is NaN, as it is if any entry is."""
     if np.isnan(largest):
         raise DataError("A distance is NaN; such an image has no rank.")
 
 
-def _count(block: Any, own: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
-    """Ranks of each query's right images, counted by NumPy: a row stays in the cache while its images are counted."""
+def _count(block: Any, candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Yields the ranks of each query's right images, counted by NumPy row by row, in the cache."""
     block = np.asarray(block)
     _no_nan(block.max())
     below = np.empty(block.shape[1], bool)
-    for row, (mine, right) in zip(block, own, strict=True):
-        thresholds = np.sort(row[mine[right]])
+    for row, (same, right) in zip(block, candidates, strict=True):
+        thresholds = np.sort(row[same[right]])
         if len(thresholds) > MANY:
             near = np.searchsorted(np.sort(row), thresholds, side="right")
         else:
             near = np.array([np.count_nonzero(np.less_equal(row, t, out=below)) for t in thresholds], np.int64)
-        yield _ranks(row[mine], right, near)
+        yield _ranks(row[same], right, near)
 
 
-def _count_on_device(block: Any, own: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
-    """Ranks of each query's right images, counted by one program for a whole block."""
-    most = max(1, *(len(mine) for mine, _ in own))
-    places = np.zeros((len(own), 1 << (most - 1).bit_length()), np.int32)  # few sizes, few compilations
-    for place, (mine, _) in zip(places, own, strict=True):
-        place[: len(mine)] = mine
-    distances, near, largest = jax.device_get(_counted(jnp.asarray(block), places))
+def _count_on_device(block: Any, candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Yields the ranks of each query's right images, counted by one program per block."""
+    most = max(1, *(len(same) for same, _ in candidates))
+    columns = np.zeros((len(candidates), 1 << (most - 1).bit_length()), np.int32)  # few sizes, few compilations
+    for row, (same, _) in zip(columns, candidates, strict=True):
+        row[: len(same)] = same
+    distances, near, largest = jax.device_get(_counted(jnp.asarray(block), columns))
     _no_nan(largest)
-    for row, count, (mine, right) in zip(distances, near, own, strict=True):
-        yield _ranks(row[: len(mine)], right, np.sort(count[: len(mine)][right]))
+    for row, count, (same, right) in zip(distances, near, candidates, strict=True):
+        yield _ranks(row[: len(same)], right, np.sort(count[: len(same)][right]))
 
 
 @jax.jit
-def _counted(block: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Distances at the given columns (b, m), how many of the row are no larger than each of them, and the largest of all."""
-    found = jnp.take_along_axis(block, places, axis=1)
-    if places.shape[1] > MANY:
-        near = jax.vmap(lambda row, at: jnp.searchsorted(row, at, side="right"))(jnp.sort(block, axis=1), found)
+def _counted(block: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns distances at `columns` (b, m), the count in the row up to each, and the maximum of the block."""
+    distances = jnp.take_along_axis(block, columns, axis=1)
+    if columns.shape[1] > MANY:
+        near = jax.vmap(lambda row, at: jnp.searchsorted(row, at, side="right"))(jnp.sort(block, axis=1), distances)
     else:
-        near = jnp.sum(block[:, None, :] <= found[:, :, None], axis=-1, dtype=jnp.int32)
-    return found, near, jnp.max(block)
+        near = jnp.sum(block[:, None, :] <= distances[:, :, None], axis=-1, dtype=jnp.int32)
+    return distances, near, jnp.max(block)

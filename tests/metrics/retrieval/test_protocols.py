@@ -132,7 +132,7 @@ def test_other_bad_input(market):
         evaluate(features, table | {"label": np.arange(90)}, Protocol(cross_camera=False, trials=2))
     with pytest.raises(DataError, match="no column camera, view"):
         evaluate(features, {name: table[name] for name in ("label", "query", "gallery")}, Protocol())
-    with pytest.raises(ConfigError, match=r"Re-ranking compares neighbou?rs in one space"):
+    with pytest.raises(ConfigError, match="Re-ranking compares neighbors in one space"):
         evaluate(features, table, Protocol(), branches=2, rerank=(20, 6, 0.3))
     with pytest.raises(DataError, match="test split hold NaN or Inf, the first in row 0"):
         evaluate(features * np.nan, table, Protocol())

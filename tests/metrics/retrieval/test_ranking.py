@@ -302,7 +302,7 @@ def test_distances_that_are_given(real):
     rows = np.array([[3.0, 2, 1], [1, 1, 1]], np.float32)
     found = ranking.rank_blocks([rows[:1], jnp.asarray(rows[1:])], rule)
     np.testing.assert_allclose(found.ap, [(1 + 2 / 3) / 2, 1 / 3])
-    with pytest.raises(DataError, match="Distances of 1 queries; expected those of all 2"):
+    with pytest.raises(DataError, match="Distances of 1 queries; expected all 2"):
         ranking.rank_blocks([rows[:1]], rule)
     with pytest.raises(DataError, match=r"expected \(rows, 3\)"):
         ranking.rank_blocks([rows[:, :2]], rule)

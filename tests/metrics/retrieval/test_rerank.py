@@ -69,7 +69,9 @@ def test_neighbours_correct_each_other():
     before = ranking.rank(images[query], images[gallery], **options)
     after = ranking.rank_blocks(reranked(images[query], images[gallery], Rerank(8, 3, 0.3)), ranking.rules(**options))
     assert after.ap.mean() > before.ap.mean() + 0.05
-    same = ranking.rank_blocks(reranked(images[query], images[gallery], Rerank(share=1.0)), ranking.rules(**options))
+    same = ranking.rank_blocks(
+        reranked(images[query], images[gallery], Rerank(original_weight=1.0)), ranking.rules(**options)
+    )
     np.testing.assert_allclose(same.ap, before.ap)  # λ = 1 leaves the order alone
 
 
