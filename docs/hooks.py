@@ -81,12 +81,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Leads links of docs/ to the pages that lie outside of it."""
+    """Leads links of docs/ to the pages that lie outside of it; links to other files become text."""
     source = page.file.src_uri
     if page.file.generated_by or source.startswith("api/"):
         return markdown
-    return re.sub(
-        r"\]\(\.\./([^)\s#]+)",
-        lambda match: f"]({ELSEWHERE[match[1]]}" if match[1] in ELSEWHERE else match[0],
-        markdown,
-    )
+    return _moved(markdown, f"docs/{source}")
