@@ -49,8 +49,8 @@ class Figure:
       bound: what arithmetic allows for the error.
       change: ‖explicit − base‖ / ‖base‖.
 
-    >>> figure([1.0, 1.0, 1e-4, 1e-12], epsilon=2.0**-23)  # squares of norms
-    Figure(error=0.0001, bound=0.000762939453125, change=0.01)
+    >>> figure([1.0, 1.0, 0.25, 0.0625], epsilon=2.0**-23)  # squares of norms
+    Figure(error=0.5, bound=1.52587890625e-05, change=0.5)
     """
 
     error: float
