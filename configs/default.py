@@ -96,10 +96,10 @@ def get_default() -> ConfigDict:
         "init_allow": (),  # regular expressions; names that may be missing, unused or of another shape
     }
     config.backbone = ConfigDict({**init, **stage})  # the network to denoise: read from a file, or trained with labels
-    # control arm: the backbone trained on for the budget of the denoisers; none if steps is 0
+    # the arm that trains the backbone on for the budget of the denoisers; none if steps is 0
     config.control = ConfigDict(stage)
 
-    config.retrieval = ConfigDict(  # task retrieval: labeled training and evaluation
+    config.retrieval = ConfigDict(  # labeled training and evaluation in task retrieval
         {
             "metric": "cosine",  # or euclidean
             "rerank": (),  # (k1, k2, λ) of k-reciprocal re-ranking, such as (20, 6, 0.3); () for none
@@ -142,7 +142,7 @@ def get_default() -> ConfigDict:
             "time_scale": 1.0,  # t = time_scale · steps · (N − i + 1); above 1 it assumes more noise than the paper
             "moment_images": 0,  # images for the moments, which give the optimum; 0 for all
             "moment_gib": 0.0,  # GiB per device for moments; further sites take another pass over the images; 0: one pass
-            "moment_tokens": 1.0,  # fraction of each image's tokens used; 0.25 costs 1.4 forward passes instead of 2.2
+            "moment_tokens": 1.0,  # fraction of each image's tokens used there; 0.25 costs 1.4 forward passes instead of 2.2
             "loss": "l2",  # l2, l1 or l1+l2
             "tokens": 1.0,  # fraction of each image's tokens that Algorithm 1 learns from
             "train_steps": 1000,  # steps of Algorithm 1
@@ -156,14 +156,14 @@ def get_default() -> ConfigDict:
             "label_lambda": 0.01,  # λ of Eq. 12: weight of Algorithm 1's loss in labeled stages
         }
     )
-    config.alternate = ConfigDict(  # learner alternating; its phases also follow `denoise` and `control`
+    config.alternate = ConfigDict(  # of learner alternating; its phases also follow `denoise` and `control`
         {
             "steps": 0,  # total steps of both phases
             "period": 100,  # steps of each phase; 10 epochs in the paper
             "order": ("denoise", "backbone"),  # the phases, first to last
         }
     )
-    config.measured = ConfigDict(  # learner measured
+    config.measured = ConfigDict(  # of learner measured
         {
             "images": 1500,  # training images used; 0 for all
             "draws": 1,  # corrupted versions of each image
@@ -174,10 +174,10 @@ def get_default() -> ConfigDict:
             "shortcut": True,  # whether layers also remove the noise of the shortcut that they are added to
         }
     )
-    config.wiener = ConfigDict(  # learner wiener
+    config.wiener = ConfigDict(  # of learner wiener
         {"ratios": (0.001, 0.003, 0.01, 0.03, 0.1)}  # of noise to mean feature power, candidates
     )
-    config.select = ConfigDict(  # how wiener and measured choose on held-out images
+    config.select = ConfigDict(  # choice of learners wiener and measured on held-out images
         {
             "strengths": (0.0, 0.25, 0.5, 0.75, 1.0),  # of fusion, candidates
             "conditions": (),  # to choose by; () for those of the evaluation

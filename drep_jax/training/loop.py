@@ -103,9 +103,8 @@ def run_stage(
     def log(number: int) -> None:
         check()
         speed = pace.images_per_second()
-        names = dict.fromkeys(
-            key for values in unlogged for key in values
-        )  # alternating steps report different metrics
+        # Alternating steps report different metrics.
+        names = dict.fromkeys(key for values in unlogged for key in values)
         scalars = {key: statistics.fmean(values[key] for values in unlogged if key in values) for key in names}
         unlogged.clear()
         extra = log_extra(devices.unreplicate(current.params)) if log_extra else {}
