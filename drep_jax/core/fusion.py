@@ -9,6 +9,8 @@ and with strength τ it becomes (1 − τ) W + τ W', and likewise for b. `drep_
 computes W' and b' without a product of two d×d matrices.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,7 +129,21 @@ def fuse_layer(
         raise FusionError(
             f"{layer.name}: expected {'a' if layer.bias else 'no'} bias leaf in the backbone's parameters."
         )
-    wide = jnp.promote_types(affine["kernel"].dtype, jnp.float32)
+    stacked = site.stack is not None if stacked is None else stacked
+    return _fuse_copies(*_forms(layer, site), stacked, affine, dict(denoiser), triples, strength)
+
+
+def _forms(layer: Layer, site: Site) -> tuple[Layer, Site]:
+    """Returns what decides the arithmetic of a layer, and not its name: equal forms share one program."""
+    layer = dataclasses.replace(layer, path=(), stack=None, scan=None, reads=0, order=0, writable=True, refusal=None)
+    return layer, dataclasses.replace(site, path=(), layers=(), times=(), stack=None)
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "site", "stacked"))
+def _fuse_copies(
+    layer: Layer, site: Site, stacked: bool, weights: Any, denoiser: Any, triples: Any, strength: Any
+) -> dict[str, Any]:
+    wide = jnp.promote_types(weights["kernel"].dtype, jnp.float32)
     wide = jnp.promote_types(wide, dtype_of(denoiser))
 
     def fuse_copy(weights: Any, denoiser: Any, triples: Any) -> Any:
@@ -137,8 +153,7 @@ def fuse_layer(
         mix = {name: (1 - tau) * leaf + tau * fused[name] for name, leaf in base.items()}  # exact at τ = 0 and 1
         return {name: leaf.astype(weights[name].dtype) for name, leaf in mix.items()}
 
-    run = jax.vmap(fuse_copy) if (site.stack is not None if stacked is None else stacked) else fuse_copy
-    return run(affine, dict(denoiser), jnp.asarray(triples, wide))
+    return (jax.vmap(fuse_copy) if stacked else fuse_copy)(weights, denoiser, triples)
 
 
 def _compose(layer: Layer, site: Site, weights: Any, denoiser: Any, triples: Any) -> dict[str, Any]:
