@@ -70,7 +70,7 @@ def run(tmp_path_factory):
         patch.setitem(TASKS, "quadrants", lambda config: Quadrants())
         patch.setattr(train, "measure_cost", lambda *arguments: None)  # tested elsewhere
         config = get_config()
-        config.task, config.learner, config.compare = "quadrants", "measured", ()
+        config.task, config.learner, config.compare = "quadrants", "closed_form", ("measured",)
         config.noise = "gaussian:60"
         config.model.depth = 1
         config.control.steps = 3
@@ -90,7 +90,10 @@ def test_the_job_is_done_by_its_metric(run):
     assert content["quadrants"]["of"] == 600 and content["items"]["are"] == "test images"
     for entry in content["metrics"].values():
         assert entry["n"] == 600 and entry["mcnemar"] == {}
-        assert set(entry["control"]) == {"placebo", "continued"} and set(entry["denoised"]) == {"measured"}
+        assert set(entry["control"]) == {"placebo", "continued"} and set(entry["denoised"]) == {
+            "closed_form",
+            "measured",
+        }
         for pair, difference in entry["difference"].items():
             low, high = entry["interval"][pair]["mIoU"]
             assert (low <= difference["mIoU"] <= high and low < high) or not difference["mIoU"]
@@ -109,7 +112,7 @@ def test_values_are_those_of_a_loop_over_the_images(run):
     apply = jax.jit(setup.backbone.apply)
     for condition, entry in content["metrics"].items():
         seen = setup.inputs({**batch, "image": corrupt(batch["image"], batch["index"], condition, config["seed"])})
-        for values, network in ((entry["baseline"], variables), (entry["denoised"]["measured"], fused)):
+        for values, network in ((entry["baseline"], variables), (entry["denoised"]["closed_form"], fused)):
             both, either = np.zeros(QUADRANTS), np.zeros(QUADRANTS)
             for logits, label in zip(np.asarray(apply(network, seen)), batch["label"], strict=True):
                 for quadrant in range(QUADRANTS):
@@ -125,7 +128,8 @@ def test_further_jobs_take_it_too(run, tmp_path):
     config, directory, content = run
     again, _ = evaluate.evaluate(config, directory)
     for condition, entry in content["metrics"].items():
-        assert again["metrics"][condition]["denoised"]["measured"] == pytest.approx(entry["denoised"]["measured"])
+        for arm, values in entry["denoised"].items():
+            assert again["metrics"][condition]["denoised"][arm] == pytest.approx(values)
     options = ["--sweep", "--sweep_images=48", "--rule=wiener:0.1", "--strength=0.5"]
     ended = call("fuse.py", f"--workdir={directory}", f"--out={tmp_path}", *options)
     assert ended.status == 0 and "by mIoU (%)" in ended.output and "PASSED" in ended.output, ended
