@@ -8,8 +8,8 @@ Arms:
 - a placebo: random maps with the norms of the measured ones;
 - Algorithm 1 and its closed form at the paper's settings;
 - the Wiener filter, which uses clean images only;
-- noise measured on Gaussian noise alone ("gaussian"; every other corruption is unseen) and on a mixture
-  of sensor noise, blur and compression ("mixed");
+- noise measured on Gaussian noise alone ("gaussian"; every other corruption is unseen) and on a
+  mixture of sensor noise, blur and compression ("mixed");
 - self-distillation: the whole backbone learns its own clean answers on noisy images, with the same
   images and the same wall time, without labels;
 - as the upper bound, the backbone fine-tuned with labels on the same Gaussian noise.

@@ -3,11 +3,12 @@
     PYTHONPATH=. python benchmarks/data.py                # needs PyTorch (requirements-parity.txt)
     PYTHONPATH=. python benchmarks/data.py --sides ours   # without PyTorch
 
-The work: read a JPEG of 500 × 375 pixels, decode it, random resized crop to 224 × 224 (bicubic), random
-horizontal flip, uint8 batches of 64. Every side is a process (a process group with its workers) that reads
-without end. While one is timed, the others are stopped, so that none reads ahead. "ours" has eight threads;
-"ours_2" has two, as many as "torch" has workers: on a busy machine, more threads get more of the processor.
-Rounds are interleaved; figures are medians, also of the ratios within a round.
+The work: read a JPEG of 500 × 375 pixels, decode it, random resized crop to 224 × 224 (bicubic),
+random horizontal flip, uint8 batches of 64. Every side is a process (a process group with its
+workers) that reads without end. While one is timed, the others are stopped, so that none reads
+ahead. "ours" has eight threads; "ours_2" has two, as many as "torch" has workers: on a busy
+machine, more threads get more of the processor. Rounds are interleaved; figures are medians, also
+of the ratios within a round.
 """
 
 import argparse

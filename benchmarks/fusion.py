@@ -1,9 +1,10 @@
-"""Time and peak memory of fusing ViT-S, ViT-B and ResNet-50, jitted in float32 and exact in float64.
+"""Time and peak memory of fusing ViT-S, ViT-B and ResNet-50, jitted (float32) and exact (float64).
 
     PYTHONPATH=. python benchmarks/fusion.py
 
-Exports use float64. Every case runs in its own process, so its peak memory is its own. Peak memory includes
-the weights and the non-zero denoisers; "above the weights" subtracts the memory resident before fusion.
+Exports use float64. Every case runs in its own process, so its peak memory is its own. Peak memory
+includes the weights and the non-zero denoisers; "above the weights" subtracts the memory resident
+before fusion.
 """
 
 import argparse
@@ -34,7 +35,7 @@ CASES = {
 
 
 def one(case, precision, rounds):
-    """Prints sites, parameters, seconds to compile and to fuse, peak bytes, bytes above the weights."""
+    """Prints sites, parameters, seconds to compile and fuse, peak bytes, bytes above weights."""
     name, pattern = CASES[case]
     model = create_model(name, num_classes=1000, image_size=(224, 224))
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)

@@ -2,13 +2,15 @@
 
     PYTHONPATH=. python benchmarks/learn.py
 
-First ViT-S/16 at 224 px with random weights, every transformer linear a site: one batch of the moments, of
-a step of Algorithm 1 and of the plain forward pass, interleaved, next to the *arithmetic floor*, which is
-the forward pass plus the bare products FᵀF of every site's features, timed in the same rounds.
+First ViT-S/16 at 224 px with random weights, every transformer linear a site: one batch of the
+moments, of a step of Algorithm 1 and of the plain forward pass, interleaved, next to the
+*arithmetic floor*, which is the forward pass plus the bare products FᵀF of every site's features,
+timed in the same rounds.
 
-Then the small ViT of configs/digits.py, trained for `--backbone_steps` steps on the digits: the losses that
-the closed form and 20 epochs at the paper's settings (learning rate 4e-4, batches of 64) reach. The losses
-are exact, from the moments of all images and tokens. Seconds exclude compilation.
+Then the small ViT of configs/digits.py, trained for `--backbone_steps` steps on the digits: the
+losses that the closed form and 20 epochs at the paper's settings (learning rate 4e-4, batches of
+64) reach. The losses are exact, from the moments of all images and tokens. Seconds exclude
+compilation.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""Every backbone against its PyTorch reference, forward and with gradients, float32, one thread each.
+"""Every backbone against its PyTorch reference: forward and gradients, float32, one thread each.
 
     pip install torch torchvision timm                 # see requirements-parity.txt
     PYTHONPATH=. python benchmarks/models.py           # or: … benchmarks/models.py vit_s16 resnet50
 
-Both sides run in one process on one core: XLA by its flags and the process's affinity (`single_thread`),
-PyTorch by `set_num_threads(1)`. For both, the allocator keeps freed memory (`drep_jax.cli.allocator`);
---return_memory turns that off. Rounds are interleaved. Seconds are medians of processor time; a ratio is
-the median over rounds of ours / PyTorch's in the same round. Both networks are in inference mode with their
-own random weights, so they compute the same amount. Gradients are those of the mean square of the logits by
-all parameters. A reference that is not installed is skipped with the reason. That of VMamba is a checkout of
-its repository at the path VMAMBA_REFERENCE (tests/parity/vmamba_reference.py), in its plain PyTorch path.
+Both sides run in one process on one core: XLA by its flags and the process's affinity
+(`single_thread`), PyTorch by `set_num_threads(1)`. For both, the allocator keeps freed memory
+(`drep_jax.cli.allocator`); --return_memory turns that off. Rounds are interleaved. Seconds are
+medians of processor time; a ratio is the median over rounds of ours / PyTorch's in the same round.
+Both networks are in inference mode with their own random weights, so they compute the same amount.
+Gradients are those of the mean square of the logits by all parameters. A reference that is not
+installed is skipped with the reason. That of VMamba is a checkout of its repository at the path
+VMAMBA_REFERENCE (tests/parity/vmamba_reference.py), in its plain PyTorch path.
 """
 
 import argparse

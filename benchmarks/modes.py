@@ -1,13 +1,14 @@
-"""The gain of every way of training: several seeds of one run each, with equal budgets for all arms.
+"""The gain of every way of training: several seeds, with equal budgets for all arms of a run.
 
     PYTHONPATH=. python benchmarks/modes.py --config=configs/resnet20_cifar10.py --workdir=runs/modes
 
-Each seed is one run of the main job on the same test images, with its own images, order, noise and dropout
-and the same given backbone. Its learners are `algorithm1` and `closed_form` (label-free), `label_augmented`
-(Eq. 12), `alternating` (appendix A) and `final_only` (DenoiseRep⁻). Its control arms are the placebo and
-`continued`, the backbone trained further with labels for the same steps on the same images. Differences are
-in points of accuracy: their mean over seeds with Student's 95 % interval, and the number of seeds whose
-paired tests (interval and McNemar) are significant. An interrupted run is resumed.
+Each seed is one run of the main job on the same test images, with its own images, order, noise and
+dropout and the same given backbone. Its learners are `algorithm1` and `closed_form` (label-free),
+`label_augmented` (Eq. 12), `alternating` (appendix A) and `final_only` (DenoiseRep⁻). Its control
+arms are the placebo and `continued`, the backbone trained further with labels for the same steps on
+the same images. Differences are in points of accuracy: their mean over seeds with Student's 95 %
+interval, and the number of seeds whose paired tests (interval and McNemar) are significant. An
+interrupted run is resumed.
 """
 
 import argparse

@@ -3,11 +3,12 @@
     PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid           # DREP_DATA has reid_pku74.npz
     PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid_t --backbone=transreid
 
-Each seed is one run of configs/reid_pku.py. A backbone is trained from scratch on 38 persons; then every
-learner starts from it. The label-free learners use no labels, not even to select their strength. Differences
-are in points: their mean over seeds with Student's 95 % interval, and the number of seeds in which the
-paired interval over the run's queries excludes zero. An interrupted run is resumed. Latency is that of
-baseline, fused and DenoiseRep⁻, as in the paper's table, interleaved in one run.
+Each seed is one run of configs/reid_pku.py. A backbone is trained from scratch on 38 persons; then
+every learner starts from it. The label-free learners use no labels, not even to select their
+strength. Differences are in points: their mean over seeds with Student's 95 % interval, and the
+number of seeds in which the paired interval over the run's queries excludes zero. An interrupted
+run is resumed. Latency is that of baseline, fused and DenoiseRep⁻, as in the paper's table,
+interleaved in one run.
 """
 
 import argparse

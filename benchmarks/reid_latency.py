@@ -1,10 +1,10 @@
-"""Latency of a re-identification network: plain, fused, with DenoiseRep⁻, and explicit (paper, Table 4).
+"""Latency of a re-identification network: plain, fused, DenoiseRep⁻, explicit (paper, Table 4).
 
     PYTHONPATH=. python benchmarks/reid_latency.py --model=transreid_ssl_s16 --batch=32 --rounds=15
 
-Weights and denoisers are random, which cost the same as trained ones. The sites are all linears of the MLPs;
-for ResNets all convolutions, with pointwise denoisers. Rounds are interleaved in one run; figures are
-medians, and a ratio is the median over rounds of the ratio to the plain network.
+Weights and denoisers are random, which cost the same as trained ones. The sites are all linears of
+the MLPs; for ResNets all convolutions, with pointwise denoisers. Rounds are interleaved in one run;
+figures are medians, and a ratio is the median over rounds of the ratio to the plain network.
 """
 
 import argparse

@@ -1,20 +1,21 @@
-"""Time and memory of training steps by mode: ViT-S/16, 224 px, every transformer linear, one thread.
+"""Time and memory of training steps by mode: ViT-S/16, 224 px, all transformer linears, one thread.
 
     PYTHONPATH=. python benchmarks/step.py                     # label-free step and plain forward pass
     PYTHONPATH=. python benchmarks/step.py --modes --batch=64  # every mode and plain fine-tuning
 
 The *arithmetic floor* is the cost of the multiplications alone at the speed of the forward pass F:
 
-- label-free: F, D(X) and the gradient of W_D at every site, 2·2·n·d² operations for n tokens (the input
-  needs no gradient);
+- label-free: F, D(X) and the gradient of W_D at every site, 2·2·n·d² operations for n tokens (the
+  input needs no gradient);
 - fine-tuning: 3 F;
-- through fused weights: F, the gradient by the activations (F) and by the trained or fused weights, and the
-  fusion, 2·d²·m operations for a d×m kernel and each of k steps, and as many for its gradient;
+- through fused weights: F, the gradient by the activations (F) and by the trained or fused weights,
+  and the fusion, 2·d²·m operations for a d×m kernel and each of k steps, and as many for its
+  gradient;
 - Eq. 12: through fused weights, plus the label-free step.
 
-Memory is that of the compiled program: arguments (state and batch) and temporaries. The first command also
-trains a small ViT on the digits with the label-free variants and prints the gap to the known optimum after
-the same number of steps.
+Memory is that of the compiled program: arguments (state and batch) and temporaries. The first
+command also trains a small ViT on the digits with the label-free variants and prints the gap to the
+known optimum after the same number of steps.
 """
 
 import argparse
@@ -54,7 +55,7 @@ LINEARS = r".*(attn/(query|key|value|out)|mlp/fc[12])"
 
 
 def make_step(model, variables, sites, tx, tokens):
-    """Returns the jitted step (denoise, opt_state, images, index, key) ↦ (denoise, opt_state, loss)."""
+    """Returns the jitted (denoise, opt_state, images, index, key) ↦ (denoise, opt_state, loss)."""
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))  # as the training loop does
     def step(variables, denoise, opt_state, images, index, key):
@@ -70,7 +71,7 @@ def make_step(model, variables, sites, tx, tokens):
 
 
 def site_operations(sites, vectors):
-    """Returns the operations of D and of the gradient of W_D: 2·2·n·d², multiplications and additions."""
+    """Returns the operations of D and of the gradient of W_D, 2·2·n·d² per site."""
     return sum(4.0 * vectors * site.width**2 * site.groups for site in sites)
 
 

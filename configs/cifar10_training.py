@@ -1,4 +1,4 @@
-"""The paper's ways of training on CIFAR-10 with ResNet-20 or a ViT, with control arms of equal budget.
+"""The paper's ways of training on CIFAR-10, ResNet-20 or ViT, with control arms of equal budget.
 
     python train.py --config=configs/cifar10_training.py:label_free       # Algorithm 1
     python train.py --config=configs/cifar10_training.py:label_augmented  # Eq. 12
@@ -7,10 +7,10 @@
     python train.py --config=configs/cifar10_training.py:final_only       # DenoiseRep⁻, explicit
     python train.py --config=configs/cifar10_training.py:alternating:vit  # the ViT
 
-Ten epochs of 45,000 images in batches of 64 (7,030 steps); alternating training changes phase every epoch.
-The paper trains 120 epochs with phases of ten. Convolutions have pointwise denoisers, as in the paper. Data
-and weights are read from DREP_DATA, as in configs/resnet20_cifar10.py. `benchmarks/modes.py` repeats all
-modes over seeds; docs/results.md has the results.
+Ten epochs of 45,000 images in batches of 64 (7,030 steps); alternating training changes phase every
+epoch. The paper trains 120 epochs with phases of ten. Convolutions have pointwise denoisers, as in
+the paper. Data and weights are read from DREP_DATA, as in configs/resnet20_cifar10.py.
+`benchmarks/modes.py` repeats all modes over seeds; docs/results.md has the results.
 """
 
 from ml_collections import ConfigDict

@@ -5,11 +5,11 @@
         --config.backbone.init_from=FILE
     python train.py --config=configs/vit_b_flowers102.py --config.dry_run=true  # no data needed
 
-The protocol is the field's: short side 256 and the central 224 px in evaluation; crops of at least a quarter
-of the area and horizontal flips in training. There are 1,020 training, 1,020 validation and 6,149 test
-images, as published. Denoisers train for 120 epochs in batches of 64, as in the paper. Weights must be
-fine-tuned on these classes (docs/weights.md); mean and std 0.5 are those of the published ViTs. Not yet
-measured here.
+The protocol is the field's: short side 256 and the central 224 px in evaluation; crops of at least
+a quarter of the area and horizontal flips in training. There are 1,020 training, 1,020 validation
+and 6,149 test images, as published. Denoisers train for 120 epochs in batches of 64, as in the
+paper. Weights must be fine-tuned on these classes (docs/weights.md); mean and std 0.5 are those of
+the published ViTs. Not yet measured here.
 """
 
 from ml_collections import ConfigDict

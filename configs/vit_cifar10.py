@@ -3,8 +3,9 @@
     python train.py --config=configs/vit_cifar10.py --config.noise=gaussian:0..40
     python train.py --config=configs/vit_cifar10.py --config.learner=wiener  # clean images only
 
-The weights are published ones. Data and weights are read from the directory DREP_DATA: cifar10_train.npz and
-cifar10_test.npz (their format is in docs/results.md), and weights/vit_d128_l6_cifar10.npz. docs/results.md has the results.
+The weights are published ones. Data and weights are read from the directory DREP_DATA:
+cifar10_train.npz and cifar10_test.npz (their format is in docs/results.md), and
+weights/vit_d128_l6_cifar10.npz. docs/results.md has the results.
 """
 
 import os

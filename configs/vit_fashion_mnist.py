@@ -4,8 +4,8 @@
     python train.py --config=configs/vit_fashion_mnist.py --config.data.source=tfds:fashion_mnist
 
 DIR/fashion-mnist holds the four original files (train-images-idx3-ubyte.gz, …). The default is
-/usr/share/datasets, where the Debian package dataset-fashion-mnist installs them. docs/results.md has the
-results.
+/usr/share/datasets, where the Debian package dataset-fashion-mnist installs them. docs/results.md
+has the results.
 """
 
 from ml_collections import ConfigDict

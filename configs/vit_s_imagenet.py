@@ -1,4 +1,4 @@
-"""ViT-S/16 at 224 px on ImageNet-1k: denoisers without labels for the MLP of every block (paper, Table 1).
+"""ViT-S/16 at 224 px on ImageNet-1k: denoisers without labels for all MLPs (paper, Table 1).
 
     python -m drep_jax.data.prepare imagenet2012 --data_dir=DIR  # once; TensorFlow and the two tars
     python train.py --config=configs/vit_s_imagenet.py --config.data.data_dir=DIR \\
@@ -6,14 +6,14 @@
     python train.py --config=configs/vit_s_imagenet.py --config.data.source=folder:DIR …  # any folders
     python train.py --config=configs/vit_s_imagenet.py --config.dry_run=true  # no data needed
 
-The protocol is the field's: short side 249, the central 224 px (0.9) in evaluation, and mean and std 0.5, as
-for the published ViT-S of "How to train your ViT"; random resized crops and horizontal flips in training. The
-last 10,000 of the 1,281,167 training images are held out for selection; the 50,000 validation images are the
-test images.
+The protocol is the field's: short side 249, the central 224 px (0.9) in evaluation, and mean and
+std 0.5, as for the published ViT-S of "How to train your ViT"; random resized crops and horizontal
+flips in training. The last 10,000 of the 1,281,167 training images are held out for selection; the
+50,000 validation images are the test images.
 
 Weights are read by the names of this project's own ViT (see docs/architecture.md). Without weights,
-`--config.backbone.steps=375300 --config.backbone.batch_size=1024` first trains the backbone from scratch for
-300 epochs. The paper reports 83.87 → 84.02 acc@1 for its ViT-S; not yet measured here.
+`--config.backbone.steps=375300 --config.backbone.batch_size=1024` first trains the backbone from
+scratch for 300 epochs. The paper reports 83.87 → 84.02 acc@1 for its ViT-S; not yet measured here.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Export of fused backbones: files of this project, the format of the original, others, programs."""
+"""Export of fused backbones: files of this project, foreign formats, compiled programs."""
 
 import dataclasses
 import os
@@ -43,7 +43,8 @@ class Output:
     Attributes:
       directory: made if absent.
       dtype: storage type of new files; None keeps the type of each parameter.
-      allow_rounding: whether to write even if less than 90 % of the change survives the storage type.
+      allow_rounding: whether to write even if less than 90 % of the change survives the storage
+        type.
       forms: further files: "same", names of formats, or names of `PROGRAMS`.
       init_from: the file of the backbone's weights, if it moved since the run.
       init_names: its name table, if it moved.
@@ -65,7 +66,7 @@ class Output:
 
 
 def fuse_and_certify(run: Run, variables: Tree, denoise: Tree, *, rule: str, steps: int) -> tuple[Tree, Certificate]:
-    """Returns the fused parameters, rounded once to their own types, and their certificate on real images."""
+    """Returns fused parameters, rounded once to their own types, and their certificate."""
     params = {"backbone": variables["params"], "denoise": denoise}
     fused = fuse_exact(params, run.setup.sites, run.setup.schedule, rule=rule, steps=steps)
     images = certificate_images(run)
@@ -91,7 +92,7 @@ def certificate_images(run: Run) -> jax.Array:
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:
-    """Reads the foreign file of the backbone's weights if an export needs it; checks all requested forms.
+    """Checks all requested forms; reads the foreign file of the backbone if an export needs it.
 
     Args:
       run: a finished run.
@@ -143,7 +144,7 @@ def _table(where: str) -> tuple[weights.Format, ...]:
 
 
 def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
-    """Returns whether a storage type differs from the parameters', so that float64 weights are needed."""
+    """Returns whether a storage type differs from the parameters', which needs float64 weights."""
     return output.dtype is not None or (original is not None and original.rounds)
 
 
@@ -168,7 +169,7 @@ def write(
     original: weights.Foreign | None = None,
     images: jax.Array | None = None,
 ) -> list[str]:
-    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors`, requested exports.
+    """Writes the backbone with fused weights: `orbax/`, `fused.safetensors`, requested exports.
 
     Args:
       output: what to write.
@@ -186,7 +187,8 @@ def write(
     Raises:
       CheckpointError: if rounding would lose more than 10 % of the change, or the directory is not
         writable.
-      ExportError: if BatchNorms cannot be folded, or the outputs of a program differ from the network's.
+      ExportError: if BatchNorms cannot be folded, or the outputs of a program differ from the
+        network's.
     """
     exact = fused if exact is None else exact
     if output.dtype is not None:
@@ -229,7 +231,7 @@ def write(
 
 
 def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
-    """Returns exact variables with BatchNorms folded; prints the certificate for the rounded variables."""
+    """Returns exact variables with BatchNorms folded; prints the rounded variables' certificate."""
     folds = find_folds(setup.backbone, images)
     certificate = certify_folds(setup.backbone, fused, folds, images)
     print(certificate)
