@@ -87,7 +87,7 @@ def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1
                 "belong to other sites or another image size. Delete the file and run again."
             )
         moments[site.path] = Moments(
-            int(arrays[f"{site.name}:count"]), arrays_of_site["mean"], arrays_here["covariance"]
+            int(arrays[f"{site.name}:count"]), arrays_of_site["mean"], arrays_of_site["covariance"]
         )
     return moments
 
