@@ -1,18 +1,14 @@
-"""The CIFAR-10-C protocol on ResNet-20: 15 corruptions × 5 severities, all arms in one run.
+"""The corruption benchmark: ResNet-20 on the CIFAR-10-C protocol, all arms in one run.
 
     DREP_DATA=… PYTHONPATH=. python benchmarks/cifar10c.py [--images=1000] [--out=cifar10c.json]
 
-Arms:
-
-- the backbone, and the backbone with batch norm adapted to each test batch;
-- a placebo: random maps with the norms of the measured ones;
-- Algorithm 1 and its closed form at the paper's settings;
-- the Wiener filter, which uses clean images only;
-- noise measured on Gaussian noise alone ("gaussian"; every other corruption is unseen) and on a
-  mixture of sensor noise, blur and compression ("mixed");
-- self-distillation: the whole backbone learns its own clean answers on noisy images, with the same
-  images and the same wall time, without labels;
-- as the upper bound, the backbone fine-tuned with labels on the same Gaussian noise.
+The protocol has 15 corruptions × 5 severities. Arms: the backbone; batch norm adapted to each test
+batch; a placebo (random maps of the same norm as the measured ones); Algorithm 1 and its closed
+form at the paper's settings; the Wiener filter (clean images only); noise measured on Gaussian
+noise alone ("gaussian": every other corruption is unseen) and on a mixture of sensor noise, blur
+and compression ("mixed"); self-distillation (the whole backbone learns its own clean answers on
+noisy images: same images, same wall time, no labels); and, as the upper bound, the backbone
+fine-tuned with labels on the same Gaussian noise.
 """
 
 import argparse

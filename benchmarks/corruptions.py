@@ -1,4 +1,4 @@
-"""Seconds to corrupt images on one core: every corruption, and the whole CIFAR-10-C protocol.
+"""Time of corrupting images on one core: every corruption, and the whole CIFAR-10-C protocol.
 
 PYTHONPATH=. python benchmarks/corruptions.py [--count 1000] [--size 32]
 """

@@ -1,14 +1,14 @@
-"""Images per second of our loader and a plain PyTorch loader, and the rate that a step needs.
+"""Images per second of our loader and of a plain PyTorch loader: same work, same cores.
 
-    PYTHONPATH=. python benchmarks/data.py                # needs PyTorch (requirements-parity.txt)
-    PYTHONPATH=. python benchmarks/data.py --sides ours   # without PyTorch
+    PYTHONPATH=. python benchmarks/data.py                # needs requirements-parity.txt
+    PYTHONPATH=. python benchmarks/data.py --sides ours   # without PyTorch and torchvision
 
-The work: read a JPEG of 500 × 375 pixels, decode it, random resized crop to 224 × 224 (bicubic),
-random horizontal flip, uint8 batches of 64. Every side is a process (a process group with its
-workers) that reads without end. While one is timed, the others are stopped, so that none reads
-ahead. "ours" has eight threads; "ours_2" has two, as many as "torch" has workers: on a busy
-machine, more threads get more of the processor. Rounds are interleaved; figures are medians, also
-of the ratios within a round.
+The work: read a JPEG of 500 × 375 pixels, decode it, crop and resize to 224 × 224 at random
+(bicubic), flip horizontally at random, uint8 batches of 64. Every side is a process (with its
+workers a process group) that reads without end. While one is timed the others are stopped, so that
+none reads ahead for free. "ours" has its eight threads, "ours_2" two, the number of workers of
+"torch": on a machine that is otherwise busy, more threads get more of it. Rounds are interleaved;
+the results are medians, and the median of the ratios within a round.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Time and peak memory of fusing ViT-S, ViT-B and ResNet-50, jitted (float32) and exact (float64).
+"""Time and peak memory of fusing ViT-S, ViT-B and ResNet-50, in float32 and in float64.
 
     PYTHONPATH=. python benchmarks/fusion.py
 
-Exports use float64. Every case runs in its own process, so its peak memory is its own. Peak memory
-includes the weights and the non-zero denoisers; "above the weights" subtracts the memory resident
-before fusion.
+float32 is jitted, float64 is exact as in exports. Every case runs in a process of its own, so that
+its peak memory is its own. The weights and the (non-zero) denoisers count in the memory; "above the
+weights" subtracts the memory in use before fusing began.
 """
 
 import argparse

@@ -1,15 +1,13 @@
-"""The closed form against Algorithm 1: the cost of the moments, and the losses reached. One thread.
+"""The closed form against Algorithm 1: cost of the pass for the moments, and losses reached.
 
     PYTHONPATH=. python benchmarks/learn.py
 
-First ViT-S/16 at 224 px with random weights, every transformer linear a site: one batch of the
-moments, of a step of Algorithm 1 and of the plain forward pass, interleaved, next to the
-*arithmetic floor*, which is the forward pass plus the bare products FᵀF of every site's features,
-timed in the same rounds.
-
-Then the small ViT of configs/digits.py, trained for `--backbone_steps` steps on the digits: the
-losses that the closed form and 20 epochs at the paper's settings (learning rate 4e-4, batches of
-64) reach. The losses are exact, from the moments of all images and tokens. Seconds exclude
+One thread. First ViT-S/16, 224 px, every transformer linear a site, random weights: one batch of
+the pass, of a step of Algorithm 1 and of the plain forward pass in turn, next to the *arithmetic
+floor*: the forward pass plus the bare products FᵀF of every site's features, timed in the same
+rounds. Then the small ViT of configs/digits.py, trained for `--backbone_steps` steps on the real
+digits: the loss of the closed form and of 20 epochs at the paper's settings (learning rate 4e-4,
+batches of 64), exactly (from the moments of all images and tokens), with the seconds taken without
 compilation.
 """
 

@@ -3,14 +3,14 @@
     pip install torch torchvision timm                 # see requirements-parity.txt
     PYTHONPATH=. python benchmarks/models.py           # or: … benchmarks/models.py vit_s16 resnet50
 
-Both sides run in one process on one core: XLA by its flags and the process's affinity
-(`single_thread`), PyTorch by `set_num_threads(1)`. For both, the allocator keeps freed memory
-(`drep_jax.cli.allocator`); --return_memory turns that off. Rounds are interleaved. Seconds are
-medians of processor time; a ratio is the median over rounds of ours / PyTorch's in the same round.
-Both networks are in inference mode with their own random weights, so they compute the same amount.
-Gradients are those of the mean square of the logits by all parameters. A reference that is not
-installed is skipped with the reason. That of VMamba is a checkout of its repository at the path
-VMAMBA_REFERENCE (tests/parity/vmamba_reference.py), in its plain PyTorch path.
+Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch
+by `set_num_threads(1)`. For both, the allocator keeps freed memory (`allocator`), which `train.py`
+does not; --return_memory measures without. Rounds are interleaved, seconds are medians of processor
+time, and a ratio is the median over the rounds of ours / PyTorch's in the same round. Both networks
+are in inference mode with their own random weights, so that there is the same to compute. Gradients
+are of the mean square of the logits by all parameters. A reference that is not installed is skipped
+with the reason. VMamba's is a checkout of its repository, whose path VMAMBA_REFERENCE gives
+(tests/parity/vmamba_reference.py); it runs the authors' plain PyTorch path.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import single_thread  # noqa: F401, I001 (first of all)
+from allocator import keep_freed_memory
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,6 @@ import numpy as np
 from tabulate import tabulate
 
 from drep_jax.evaluation import cost
-from drep_jax.cli.allocator import keep_freed_memory
 from drep_jax.models import MODELS, create_model
 
 

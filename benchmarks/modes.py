@@ -1,14 +1,14 @@
-"""The gain of every way of training: several seeds, with equal budgets for all arms of a run.
+"""The results of every training mode: several seeds, all arms of equal budgets, same test images.
 
     PYTHONPATH=. python benchmarks/modes.py --config=configs/resnet20_cifar10.py --workdir=runs/modes
 
-Each seed is one run of the main job on the same test images, with its own images, order, noise and
-dropout and the same given backbone. Its learners are `algorithm1` and `closed_form` (label-free),
-`label_augmented` (Eq. 12), `alternating` (appendix A) and `final_only` (DenoiseRep⁻). Its control
-arms are the placebo and `continued`, the backbone trained further with labels for the same steps on
-the same images. Differences are in points of accuracy: their mean over seeds with Student's 95 %
-interval, and the number of seeds whose paired tests (interval and McNemar) are significant. An
-interrupted run is resumed.
+Each seed is one run of the main job (images, order, noise and dropout drawn anew; the given
+backbone is the same) with the learners `algorithm1` and `closed_form` (label-free),
+`label_augmented` (Eq. 12), `alternating` (appendix A), `final_only` (DenoiseRep⁻), and the control
+arms: placebo, and the backbone trained on with labels for the same steps on the same images
+(`continued`). Differences are in points of accuracy: their mean over the seeds with Student's 95 %
+interval, and the number of seeds in which the paired test of that run (interval and McNemar) is
+significant. A stopped run is resumed.
 """
 
 import argparse

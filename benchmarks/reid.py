@@ -1,14 +1,14 @@
-"""Every way of training on the two-camera person set: several seeds, each with other test persons.
+"""Every training mode on the real set of two cameras: several seeds, each with other test persons.
 
-    PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid           # DREP_DATA has reid_pku74.npz
+    PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid          # DREP_DATA has reid_pku74.npz
     PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid_t --backbone=transreid
 
-Each seed is one run of configs/reid_pku.py. A backbone is trained from scratch on 38 persons; then
-every learner starts from it. The label-free learners use no labels, not even to select their
-strength. Differences are in points: their mean over seeds with Student's 95 % interval, and the
-number of seeds in which the paired interval over the run's queries excludes zero. An interrupted
-run is resumed. Latency is that of baseline, fused and DenoiseRep⁻, as in the paper's table,
-interleaved in one run.
+Each seed is one run of configs/reid_pku.py: a backbone is trained from scratch on 38 persons, then
+every learner learns from it, the label-free ones without labels even for the choice of their
+strength. Differences are in points: their mean over the seeds with Student's 95 % interval, and the
+number of seeds in which the paired interval over that run's queries excludes zero. A stopped run is
+resumed. Latency corresponds to the paper's Table 4: baseline, fused, and DenoiseRep⁻, interleaved
+in one run.
 """
 
 import argparse

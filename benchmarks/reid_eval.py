@@ -1,13 +1,13 @@
-"""Time and memory of retrieval metrics at the size of Market-1501 and MSMT17, and of a NumPy loop.
+"""Time and memory of exact retrieval metrics at the sizes of Market-1501 and MSMT17.
 
     PYTHONPATH=. python benchmarks/reid_eval.py                      # both sizes
     PYTHONPATH=. python benchmarks/reid_eval.py --sizes market --rounds 5 --rerank
 
-"usual" is the common code of re-identification: the whole matrix of distances, argsort of all rows,
-then cumulated hits of each query's ranked row. If its arrays do not fit into free memory, it works
-on 500 queries at a time, with the same work per query. Every measurement is its own process, the
-sides interleaved. Memory is the peak above that of the process before (features, imports). "ours,
-first" includes compilation.
+"usual" is the NumPy loop of re-identification code: the whole distance matrix, argsort of all its
+rows, then for each query the cumulated hits of its ranked row. Where its arrays would not fit into
+free memory, it handles 500 queries at a time, which is the same work a query. Every measurement is
+a process of its own, the sides in turn; memory is the peak above what the process held before
+(features, imports). "ours, first" includes compilation.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Latency of a re-identification network: plain, fused, DenoiseRep⁻, explicit (paper, Table 4).
+"""The equivalent of the paper's Table 4: latency plain, fused, with DenoiseRep⁻, and explicit.
 
     PYTHONPATH=. python benchmarks/reid_latency.py --model=transreid_ssl_s16 --batch=32 --rounds=15
 
-Weights and denoisers are random, which cost the same as trained ones. The sites are all linears of
-the MLPs; for ResNets all convolutions, with pointwise denoisers. Rounds are interleaved in one run;
-figures are medians, and a ratio is the median over rounds of the ratio to the plain network.
+Random weights and random denoisers at every linear of the MLPs (for ResNets, pointwise ones at
+every convolution), which cost the same as trained ones. One run, interleaved, medians; a ratio is
+the median of the rounds' own ratios to the plain network.
 """
 
 import argparse

@@ -3,14 +3,15 @@
     PYTHONPATH=. python benchmarks/scaling.py
     PYTHONPATH=. python benchmarks/scaling.py --seconds=0.2 --bandwidth=50
 
-The second command takes the seconds of a step measured on one of your devices, and its bandwidth in
-GB/s. Bytes follow from shapes alone (`jax.eval_shape`); nothing is run. The time of a step on n
-devices, each with the batch measured on one, is
+The second command takes a step measured on one of your devices, and GB/s. Bytes follow from shapes
+alone (`jax.eval_shape`): nothing is run. The time of a step on n devices, each with the batch that
+was measured on one, is taken to be
 
     t(n) = t(1) + 2 (n − 1) / n · bytes / bandwidth
 
-for a ring all-reduce that does not overlap with computation, so it is an upper bound. `--bandwidth`
-is the rate at which one device sends, in GB/s, while all send at once.
+an all-reduce that waits for the whole step and goes around a ring: no overlap, so it is an upper
+bound where the bandwidth is right. `--bandwidth` is the rate at which one device sends, in GB/s,
+while all send at once.
 """
 
 import argparse

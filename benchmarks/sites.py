@@ -1,7 +1,9 @@
-"""Lists sites and time steps of the registered backbones, as in docs/models.md, from shapes alone.
+"""Lists the denoising sites and time steps of the registered backbones, as in docs/models.md.
 
-PYTHONPATH=. python benchmarks/sites.py                     # one line per backbone
-PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
+    PYTHONPATH=. python benchmarks/sites.py                     # one line a backbone
+    PYTHONPATH=. python benchmarks/sites.py vmamba_t ".*"       # every site of one, for a pattern
+
+Nothing is computed.
 """
 
 import argparse

@@ -1,21 +1,17 @@
-"""Time and memory of training steps by mode: ViT-S/16, 224 px, all transformer linears, one thread.
+"""Training steps by mode, in time and memory: ViT-S/16, 224 px, one thread.
 
-    PYTHONPATH=. python benchmarks/step.py                     # label-free step and plain forward pass
-    PYTHONPATH=. python benchmarks/step.py --modes --batch=64  # every mode and plain fine-tuning
+    PYTHONPATH=. python benchmarks/step.py                      # the label-free step, the forward pass
+    PYTHONPATH=. python benchmarks/step.py --modes --batch=64   # every mode, plain fine-tuning
 
-The *arithmetic floor* is the cost of the multiplications alone at the speed of the forward pass F:
-
-- label-free: F, D(X) and the gradient of W_D at every site, 2·2·n·d² operations for n tokens (the
-  input needs no gradient);
-- fine-tuning: 3 F;
-- through fused weights: F, the gradient by the activations (F) and by the trained or fused weights,
-  and the fusion, 2·d²·m operations for a d×m kernel and each of k steps, and as many for its
-  gradient;
-- Eq. 12: through fused weights, plus the label-free step.
-
-Memory is that of the compiled program: arguments (state and batch) and temporaries. The first
-command also trains a small ViT on the digits with the label-free variants and prints the gap to the
-known optimum after the same number of steps.
+Every transformer linear is a site. The *arithmetic floor* is the cost of the multiplications alone
+at the speed of the forward pass F. Label-free: F, D(X) and the gradient of W_D at every site
+(2·2·n·d² operations for n feature vectors; no gradient goes to the input). Fine-tuning: 3 F.
+Through fused weights: F, the gradient by the activations (F) and by the weights that are trained or
+fused, and the fusion itself, 2·d²·m operations for a d×m kernel and each of k steps, and as many
+again for the gradient by W_D or W. Eq. 12: that and the label-free step. Memory is the compiled
+program's: arguments (state and batch) and temporaries. The first form also applies the label-free
+variants to a small ViT on the real digits and prints the gap to the known optimum after as many
+steps.
 """
 
 import argparse

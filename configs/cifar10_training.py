@@ -1,4 +1,4 @@
-"""The paper's ways of training on CIFAR-10, ResNet-20 or ViT, with control arms of equal budget.
+"""The paper's training modes on CIFAR-10's published ResNet-20 or ViT, with control arms.
 
     python train.py --config=configs/cifar10_training.py:label_free       # Algorithm 1
     python train.py --config=configs/cifar10_training.py:label_augmented  # Eq. 12
@@ -7,10 +7,11 @@
     python train.py --config=configs/cifar10_training.py:final_only       # DenoiseRep⁻, explicit
     python train.py --config=configs/cifar10_training.py:alternating:vit  # the ViT
 
-Ten epochs of 45,000 images in batches of 64 (7,030 steps); alternating training changes phase every
-epoch. The paper trains 120 epochs with phases of ten. Convolutions have pointwise denoisers, as in
-the paper. Data and weights are read from DREP_DATA, as in configs/resnet20_cifar10.py.
-`benchmarks/modes.py` repeats all modes over seeds; docs/results.md has the results.
+`control` takes as many steps as the others. `final_only` is compared with the closed form. Ten
+epochs of 64 images (7,030 steps of the 45,000 images for learning) in phases of one epoch; the
+paper takes 120 in phases of ten. Convolutions have pointwise denoisers, the paper's. Data and
+weights are expected in DREP_DATA, as by configs/resnet20_cifar10.py. `benchmarks/modes.py` repeats
+all of them over seeds; the results are in docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -64,7 +64,7 @@ def get_default() -> ConfigDict:
     )
     config.model = ConfigDict(  # the backbone's architecture; models have further settings (docs/models.md)
         {
-            "name": "vit",  # in the registry
+            "name": "vit",  # in the registry, or PACKAGE.MODULE:NAME or FILE.py:NAME of your own (docs/own_model.md)
             "num_classes": 0,  # 0: those of the images; -1: no head, the backbone gives features
         },
         type_safe=False,
@@ -90,7 +90,7 @@ def get_default() -> ConfigDict:
     init = {
         "init_from": "",  # file of trained weights (docs/weights.md); "" to train from scratch with steps > 0
         "init_format": "",  # of a foreign file; "" recognizes it by the names of its tensors
-        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/weights.md)
+        "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/own_model.md)
         "init_state": "",  # state within the file, such as "model_ema"; "" for the only one, or the averaged one
         "init_grid": (),  # (height, width) in patches of its position embeddings, if they are to be resized
         "init_allow": (),  # regular expressions; names that may be missing, unused or of another shape
@@ -170,6 +170,7 @@ def get_default() -> ConfigDict:
             "clean_share": (0.75,),  # weight of the clean images; of several, the best on held-out images is chosen
             "ridge": 1e-3,  # regularization towards the identity, in units of a site's mean feature power
             "vectors": 400,  # feature vectors per site, in multiples of its width
+            "chunk": 64,  # images whose patches are held at once, at most; fewer take less memory (docs/own_model.md)
             "shortcut": True,  # whether layers also remove the noise of the shortcut that they are added to
         }
     )

@@ -1,4 +1,4 @@
-"""The embedded data set, UCI handwritten digits (8×8 pixels): small ViT, denoisers without labels.
+"""The built-in data set, UCI handwritten digits (8×8 pixels): a small ViT, label-free denoisers.
 
 python train.py --config=configs/digits.py        # or just: python train.py
 """

@@ -1,4 +1,4 @@
-"""A network and images of your own, with every other setting at its default (docs/models.md).
+"""A network and images of your own, with every other setting at its default (docs/own_model.md).
 
     python train.py --config=configs/own_model.py --config.model.name=mynet.py:MyNet --config.model.width=64 \\
         --config.backbone.init_from=net.pth --config.backbone.init_names=names.py \\

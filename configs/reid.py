@@ -1,4 +1,4 @@
-"""Re-identification (paper, Tables 2 to 4 and 6): its data sets, backbones and ways of training.
+"""Re-identification as in the paper's Tables 2 to 4 and 6: data sets, backbones, training modes.
 
     python train.py --config=configs/reid.py:market1501:transreid_ssl_s \\
         --config.data.source=market1501:DIR --config.backbone.init_from=vit_small.pth
@@ -9,19 +9,15 @@
     python train.py --config=configs/reid.py:folder:transreid_ssl_s \\
         --config.data.source=reid_folder:DIR …
 
-The argument is DATASET:BACKBONE or DATASET:BACKBONE:MODE. Weights are the published files
-(docs/weights.md).
-
-The protocol is the field's. Images are resized to 256 × 128 without keeping their proportions
-(vehicles 256 × 256; transreid_ssl_b_ics 384 × 128, as published). Training uses horizontal flips,
-shifts by up to 10 pixels, and random erasing of a rectangle in half of the images, in batches of 16
-identities with 4 images each. Evaluation is single-query with the cross-camera rule. Backbones with
-view information (transreid_b, resnet50_views) read `veri:DIR?views=known`, which excludes images of
-unknown view.
-
-The paper's merged training is `--config.data.merge="(('msmt17:DIR', 1.0),)"` with mode label_free.
-Results on these data sets have not been measured here, since they are not public; docs/results.md
-has results on a two-camera set.
+The first word is the data set, the second the backbone, and the optional third the training mode.
+Weights are the published files (docs/weights.md). The field's protocol: images squashed to 256 ×
+128 (vehicles 256 × 256; transreid_ssl_b_ics 384 × 128, for which it is published), flipped, shifted
+by up to 10 pixels, half of them with a rectangle erased; batches of 16 identities with 4 images
+each; single query, cross-camera. Views are read from `veri:DIR?views=known` (transreid_b,
+resnet50_views), which leaves out the images of unknown view. The paper's merged training is
+`--config.data.merge="(('msmt17:DIR', 1.0),)"` with the mode label_free. Results on these data sets
+were not measured here: they are not public. Results on a real set of two cameras are in
+docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
-"""Two-camera person set: small ResNet from scratch, denoised for noise, blur, dark, compression.
+"""Persons in front of two cameras: a small ResNet trained from scratch, denoised label-free.
 
-    python train.py --config=configs/reid_pku.py                  # reid_pku74.npz in DREP_DATA
+    python train.py --config=configs/reid_pku.py                  # expects reid_pku74.npz in DREP_DATA
     python train.py --config=configs/reid_pku.py:transreid        # a small TransReID instead
 
-The set has 74 persons with eight views from each of two cameras. A number after the backbone
-(`resnet:3`) is the seed of the split of persons: 40 % are test persons, with queries from camera 1
-and gallery from camera 2, and 15 % of the others are held out for selection without labels.
-`benchmarks/reid.py` repeats this over seeds with every way of training; docs/results.md has the
-results.
+The corruptions are noise, blur, low light and compression. The set has 74 persons with eight views
+in each of two cameras. A number behind the backbone (`resnet:3`) is the seed, which splits the
+persons anew: 40 % are tested, queries from camera 1 and gallery from camera 2, and 15 % of the
+others are held out for choosing, without labels. `benchmarks/reid.py` repeats this over seeds, with
+every training mode; the results are in docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-"""ResNet-20 on CIFAR-10 (weights of Idelbayev, 91.73 %): noise measured on 1,500 unlabeled images.
+"""ResNet-20 on CIFAR-10 (Idelbayev's published weights, 91.73 %): noise measured without labels.
 
     python train.py --config=configs/resnet20_cifar10.py --config.noise=gaussian:0..40
-    python train.py --config=configs/resnet20_cifar10.py --config.learner=wiener  # clean images only
+    python train.py --config=configs/resnet20_cifar10.py --config.learner=wiener
 
-The weights are published ones. Data and weights are read from the directory DREP_DATA:
-cifar10_train.npz and cifar10_test.npz (their format is in docs/results.md), and
-weights/resnet20_cifar10.npz. docs/results.md has the results.
+It takes 1,500 unlabeled images. The second command knows no noise, only clean images. Data and
+weights are expected in the directory DREP_DATA: cifar10_train.npz, cifar10_test.npz (see
+docs/results.md for their form) and weights/resnet20_cifar10.npz. Results are in docs/results.md.
 """
 
 import os

@@ -1,14 +1,14 @@
 """ResNet-20 on CIFAR-10 of the TFDS catalog: `configs/resnet20_cifar10.py` with other files.
 
-    python -m drep_jax.data.prepare cifar10 --data_dir=DIR         # once; this alone needs TensorFlow
+    python -m drep_jax.data.prepare cifar10 --data_dir=DIR     # once; this alone needs TensorFlow
     python train.py --config=configs/resnet20_cifar10_tfds.py --config.data.data_dir=DIR
 
-The protocol is the field's: images of 32 px; horizontal flips and shifts by up to 4 pixels in
-training; mean and std of the published weights, which are read from the directory DREP_DATA. There
-are 50,000 training images, of which the last tenth is held out for selection, and 10,000 test
-images. Training from scratch for 200 epochs: `--config.backbone.init_from=
---config.backbone.steps=70400 --config.backbone.batch_size=128 --config.backbone.optimizer=sgd
---config.backbone.learning_rate=0.1`.
+Protocol of the field: 32 px, unscaled; horizontal flips and shifts of up to 4 pixels for training;
+mean and std of the published weights, which are expected in the directory DREP_DATA. 50,000
+training images, of which the last tenth is held out for choosing; 10,000 test images. Training from
+scratch is `--config.backbone.init_from= --config.backbone.steps=70400
+--config.backbone.batch_size=128 --config.backbone.optimizer=sgd
+--config.backbone.learning_rate=0.1`, 200 epochs.
 """
 
 from ml_collections import ConfigDict

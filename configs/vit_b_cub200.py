@@ -1,15 +1,15 @@
-"""ViT-B/16 at 448 px on CUB-200-2011, 200 birds: denoisers without labels (paper: 91.78 → 91.99).
+"""ViT-B/16 at 448 px on CUB-200-2011, 200 kinds of birds (paper: 91.78 → 91.99).
 
-    python -m drep_jax.data.prepare caltech_birds2011 --data_dir=DIR  # once; this alone needs TensorFlow
+    python -m drep_jax.data.prepare caltech_birds2011 --data_dir=DIR
     python train.py --config=configs/vit_b_cub200.py --config.data.data_dir=DIR \\
         --config.backbone.init_from=FILE
-    python train.py --config=configs/vit_b_cub200.py --config.dry_run=true  # no data needed
+    python train.py --config=configs/vit_b_cub200.py --config.dry_run=true     # no data needed
 
-The protocol is the field's: short side 600 and the central 448 px in evaluation; crops of at least
-half the area and horizontal flips in training. There are 5,994 training images, of which the last
-tenth is held out for selection, and 5,794 test images. Denoisers train for 120 epochs in batches of
-64, as in the paper. Weights must be fine-tuned on these classes (docs/weights.md); mean and std 0.5
-are those of the published ViTs. Not yet measured here.
+The first command is needed once; it alone needs TensorFlow. Protocol of the field: short side 600,
+the central 448 px for evaluation; crops of at least half the area and horizontal flips for
+training. 5,994 training images, of which the last tenth is held out for choosing; 5,794 test
+images. Denoisers: 120 epochs of batch 64, as in the paper. Weights must be fine-tuned on these
+classes (docs/weights.md); mean and std 0.5 are those of the published ViTs. Not yet measured here.
 """
 
 from ml_collections import ConfigDict

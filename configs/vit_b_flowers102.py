@@ -1,15 +1,15 @@
-"""ViT-B/16 at 224 px on Oxford Flowers 102: denoisers without labels (paper: 99.12 → 99.30).
+"""ViT-B/16 at 224 px on Oxford Flowers 102, 102 kinds (paper: 99.12 → 99.30).
 
-    python -m drep_jax.data.prepare oxford_flowers102 --data_dir=DIR  # once; this alone needs TensorFlow
+    python -m drep_jax.data.prepare oxford_flowers102 --data_dir=DIR
     python train.py --config=configs/vit_b_flowers102.py --config.data.data_dir=DIR \\
         --config.backbone.init_from=FILE
-    python train.py --config=configs/vit_b_flowers102.py --config.dry_run=true  # no data needed
+    python train.py --config=configs/vit_b_flowers102.py --config.dry_run=true     # no data needed
 
-The protocol is the field's: short side 256 and the central 224 px in evaluation; crops of at least
-a quarter of the area and horizontal flips in training. There are 1,020 training, 1,020 validation
-and 6,149 test images, as published. Denoisers train for 120 epochs in batches of 64, as in the
-paper. Weights must be fine-tuned on these classes (docs/weights.md); mean and std 0.5 are those of
-the published ViTs. Not yet measured here.
+The first command is needed once; it alone needs TensorFlow. Protocol of the field: short side 256,
+the central 224 px for evaluation; crops of at least a quarter of the area and horizontal flips for
+training. 1,020 training, 1,020 validation and 6,149 test images, as published. Denoisers: 120
+epochs of batch 64, as in the paper. Weights must be fine-tuned on these classes (docs/weights.md);
+mean and std 0.5 are those of the published ViTs. Not yet measured here.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-"""Small ViT on Fashion-MNIST, trained from scratch: denoisers without labels for unseen noise.
+"""Small ViT on Fashion-MNIST, trained from scratch: label-free denoisers for unseen noise.
 
     python train.py --config=configs/vit_fashion_mnist.py --config.data.data_dir=DIR
     python train.py --config=configs/vit_fashion_mnist.py --config.data.source=tfds:fashion_mnist
 
-DIR/fashion-mnist holds the four original files (train-images-idx3-ubyte.gz, …). The default is
-/usr/share/datasets, where the Debian package dataset-fashion-mnist installs them. docs/results.md
-has the results.
+DIR/fashion-mnist holds the four usual files (train-images-idx3-ubyte.gz, …). The Debian package
+dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist, which is the default. Results
+are in docs/results.md.
 """
 
 from ml_collections import ConfigDict

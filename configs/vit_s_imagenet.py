@@ -1,19 +1,20 @@
-"""ViT-S/16 at 224 px on ImageNet-1k: denoisers without labels for all MLPs (paper, Table 1).
+"""ViT-S/16 at 224 px on ImageNet-1k: label-free denoisers for every MLP (paper, Table 1).
 
-    python -m drep_jax.data.prepare imagenet2012 --data_dir=DIR  # once; TensorFlow and the two tars
+    python -m drep_jax.data.prepare imagenet2012 --data_dir=DIR
     python train.py --config=configs/vit_s_imagenet.py --config.data.data_dir=DIR \\
         --config.backbone.init_from=vit_s.safetensors
-    python train.py --config=configs/vit_s_imagenet.py --config.data.source=folder:DIR …  # any folders
-    python train.py --config=configs/vit_s_imagenet.py --config.dry_run=true  # no data needed
+    python train.py --config=configs/vit_s_imagenet.py --config.data.source=folder:DIR …
+    python train.py --config=configs/vit_s_imagenet.py --config.dry_run=true
 
-The protocol is the field's: short side 249, the central 224 px (0.9) in evaluation, and mean and
-std 0.5, as for the published ViT-S of "How to train your ViT"; random resized crops and horizontal
-flips in training. The last 10,000 of the 1,281,167 training images are held out for selection; the
-50,000 validation images are the test images.
+The first command is needed once, with TensorFlow and the two tars. The third takes any images in
+folders, the last needs no data. Protocol of the field: short side 249, the central 224 px (0.9) for
+evaluation, mean and std 0.5, as for the published ViT-S of "How to train your ViT"; random resized
+crops and horizontal flips for training. The last 10,000 of the 1,281,167 training images are held
+out for choosing; the 50,000 of the validation split are the test.
 
-Weights are read by the names of this project's own ViT (see docs/architecture.md). Without weights,
-`--config.backbone.steps=375300 --config.backbone.batch_size=1024` first trains the backbone from
-scratch for 300 epochs. The paper reports 83.87 → 84.02 acc@1 for its ViT-S; not yet measured here.
+Weights are read by the names of this project's own ViT (see docs/architecture.md). Without them,
+`--config.backbone.steps=375300 --config.backbone.batch_size=1024` trains the backbone from scratch
+first, for 300 epochs. The paper reports 83.87 → 84.02 acc@1 for its ViT-S; not yet measured here.
 """
 
 from ml_collections import ConfigDict

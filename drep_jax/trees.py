@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from drep_jax.errors import NonFiniteError
 from drep_jax.typing import Path, Tree
@@ -37,9 +38,15 @@ def set_in(tree: Tree, path: Path, value: Tree) -> dict[str, Any]:
 def check_finite(tree: Tree, what: str) -> None:
     """Raises `NonFiniteError` naming the first leaf of `tree` that holds NaN or Inf."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        with jax.ensure_compile_time_eval():  # so that concrete numbers can be read inside a trace
-            value = jnp.asarray(leaf)
-            finite = not jnp.issubdtype(value.dtype, jnp.inexact) or bool(jnp.isfinite(value).all())
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            continue
+        if isinstance(leaf, jax.Array) and any(device.platform != "cpu" for device in leaf.devices()):
+            with jax.ensure_compile_time_eval():  # so that concrete numbers can be read inside a trace
+                finite = bool(jnp.isfinite(leaf).all())
+        else:  # NumPy compiles nothing
+            with np.errstate(over="ignore"):
+                finite = bool(np.isfinite(np.asarray(leaf).astype(dtype, copy=False)).all())
         if not finite:
             name = "/".join(str(getattr(k, "key", k)) for k in path)
             raise NonFiniteError(f"{what}: {name or 'value'} contains NaN or Inf.")

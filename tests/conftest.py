@@ -1,50 +1,107 @@
 """Strict JAX, eight simulated devices, a cache of compiled programs, and one finished run that many tests look at."""
 
+import ctypes
+import fcntl
+import gc
 import os
 import pathlib
+import pickle
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes most of the tests' time: so nothing is optimised, and runs of one job in this process and in others share
-# their programs.
+# Compiling takes most of the tests' time. So programs are not optimized, XLA's fusion emitters (which go through MLIR and
+# cost twice the time of the plain ones) stay off, and this process shares its programs with all others of the tests.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
     ]
 )
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")  # which nobody reads
 
 import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-import tests.shapes  # noqa: F401  the hook finds its checker by this name
+from tests import medium, shapes
+from tests.medium import pytest_addoption, pytest_configure  # noqa: F401, hooks of pytest
 
-# Before anything imports it: the shapes that the annotations of the core state are checked at every call.
-install_import_hook("drep_jax.core", "tests.shapes.checked")
+# Before anything imports the core: what its annotations state is checked at every call.
+install_import_hook("drep_jax.core", f"{shapes.__name__}.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 
+LONG_FIRST = ("tasks", "learners", "jobs", "core", "models", "evaluation", "run")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Files of long tests go first, so that the processes of pytest-xdist end together."""
+    rank = {name: number for number, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
+    medium.mark(items)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def resident() -> float:
+    """Returns the memory of this process in GiB; 0 where the system does not say."""
+    try:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except OSError:
+        return 0.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """After a file that leaves the process large, forgets its compiled programs: each takes more than a megabyte."""
+    yield
+    if resident() > 2.5:
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed
+            libc.malloc_trim(0)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The tiny job, done once: its configuration, work directory, report and backbone as a file. Do not write there."""
+    """The tiny job, done once: its configuration, work directory, report and backbone as a file. Do not write there.
+
+    The first process of the tests to want it makes it, the others copy what was made.
+    """
     from drep_jax import weights
     from drep_jax.jobs import fuse, train
     from tests.command import Finished
     from tests.tiny_config import get_config
 
     config = get_config().to_dict()
-    directory = str(tmp_path_factory.mktemp("finished") / "run")
-    report = train.run(config, directory)
+    place = tmp_path_factory.mktemp("finished")
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    common = place if alone else tmp_path_factory.getbasetemp().parent
+    made, report_file = common / "finished_run", common / "finished_report"
+    with open(common / "finished_lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report_file.exists():
+            report_file.write_bytes(pickle.dumps(train.run(config, str(made))))
+    directory = str(made if alone else shutil.copytree(made, place / "run", symlinks=True))
+    report = pickle.loads(report_file.read_bytes())
     run, variables, denoise = fuse.load_run(directory)
-    backbone = os.path.join(os.path.dirname(directory), "backbone.safetensors")
+    backbone = str(place / "backbone.safetensors")
     weights.save_safetensors(backbone, variables)
     return Finished(config, directory, report, run.setup, variables, denoise, backbone)

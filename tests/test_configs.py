@@ -77,7 +77,7 @@ def test_every_way_of_training_has_a_control_of_the_same_budget(mode, backbone):
 @pytest.mark.parametrize("choice", [f"{d}:{b}" for d in ("msmt17", "veri", "vehicleid") for b in reid.BACKBONES])
 def test_every_cell_of_the_tables_on_re_identification_can_be_asked_for(choice):
     if choice in ("msmt17:resnet50_views", "vehicleid:resnet50_views"):
-        with pytest.raises(ConfigError, match="what is seen from where"):
+        with pytest.raises(ConfigError, match="needs the view of every image"):
             reid.get_config(choice)
         return
     for mode in reid.MODES:

@@ -155,8 +155,8 @@ def nets(draw):
 
 
 def normal(seed, shape, dtype=np.float32):
-    """Drawn by NumPy, since every new shape would cost JAX a compilation."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+    """Drawn by NumPy and put, not converted: every new shape would cost JAX a compilation."""
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def randomize(tree, seed=0, size=0.3):
@@ -165,7 +165,7 @@ def randomize(tree, seed=0, size=0.3):
 
     def add(leaf):
         leaf = np.asarray(leaf)
-        return jnp.asarray((leaf + size * random.normal(size=leaf.shape)).astype(leaf.dtype))
+        return jax.device_put((leaf + size * random.normal(size=leaf.shape)).astype(leaf.dtype))
 
     return jax.tree_util.tree_map(add, tree)
 

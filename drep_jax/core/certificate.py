@@ -49,8 +49,8 @@ class Figure:
       bound: what arithmetic allows for the error.
       change: ‖explicit − base‖ / ‖base‖.
 
-    >>> figure([1.0, 1.0, 1e-4, 1e-12], epsilon=2.0**-23)  # squares of norms
-    Figure(error=0.0001, bound=0.000762939453125, change=0.01)
+    >>> figure([1.0, 1.0, 2.0**-14, 2.0**-40], epsilon=2.0**-23)  # squares of norms
+    Figure(error=0.0001220703125, bound=0.0009765625, change=0.0078125)
     """
 
     error: float

@@ -46,7 +46,7 @@ from drep_jax.trees import set_in
 from drep_jax.typing import AnyArray, Path, Tree
 
 CHUNK = 64
-"""Images whose patches are held at once."""
+"""Images whose patches are held at once, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,7 @@ def measuring(
     ridge: float = 1e-3,
     vectors: int = 400,
     shortcut: bool = True,
+    chunk: int = CHUNK,
 ) -> Callable[[Sequence[float] | np.ndarray], Measured]:
     """Returns a function of the streams' weights that solves every site; it compiles once.
 
@@ -110,6 +111,7 @@ def measuring(
       vectors: feature vectors to use at a site, in multiples of its width; if there are more, every
         n-th of them.
       shortcut: whether layers cancel the noise of the shortcut that they are added to.
+      chunk: images whose patches are held at once, at most; fewer take less memory.
 
     Returns:
       weights ↦ `Measured`. There is one weight for each stream after the first, at least 0; only
@@ -124,7 +126,7 @@ def measuring(
         raise DataError(
             f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
         )
-    division = _Division.of(images.shape[1])
+    division = _Division.of(images.shape[1], chunk)
     solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut, division)
     program = devices.on_devices(lambda v, x, w: solver.run(backbone, v, x, w), in_axes=(None, 0, None))
     batch = division.split(np.asarray(images))
@@ -196,9 +198,9 @@ class _Division(NamedTuple):
         return self.images // self.chunk
 
     @classmethod
-    def of(cls, images: int) -> "_Division":
+    def of(cls, images: int, most: int = CHUNK) -> "_Division":
         """Divides a number of images among the devices of all hosts."""
-        chunk = next(c for c in range(min(CHUNK, images), 0, -1) if images % c == 0)
+        chunk = next(c for c in range(min(most, images), 0, -1) if images % c == 0)
         each = -(-(images // chunk) // devices.device_count())
         single_host = devices.host()[1] == 1
         return cls(images, chunk, each, -(-(images // chunk) // each) if single_host else devices.local_device_count())

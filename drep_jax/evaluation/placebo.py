@@ -18,7 +18,7 @@ def placebo_denoisers(
     schedule: Schedule,
     key: jax.Array,
     *,
-    rule: str = "ddpm",
+    rule: str | None = None,
     steps: int | None = None,
 ) -> Tree:
     """Returns random denoisers for rule "affine" with the norms of the learned ones.
@@ -28,11 +28,11 @@ def placebo_denoisers(
     learning is the gain over the placebo.
 
     Args:
-      params: {"backbone": parameters, "denoise": the learned denoisers}.
+      params: {"backbone": parameters, "denoise": the learned denoisers, a subtree or `Denoisers`}.
       sites: of the denoisers.
       schedule: noise schedule.
       key: of the random maps.
-      rule, steps: of the learned denoisers' fusion.
+      rule, steps: of a plain subtree, see `drep_jax.core.fusion.fuse`.
 
     Returns:
       A `denoise` subtree.

@@ -12,7 +12,7 @@ from drep_jax.core.fusion import fuse_exact
 from drep_jax.errors import CheckpointError, ConfigError, DataError
 from drep_jax.jobs.checks import agree, check_evaluation
 from drep_jax.jobs.scores import compared, scores_of
-from drep_jax.learners import LEARNERS, rule_and_steps
+from drep_jax.learners import LEARNERS, denoisers_of
 from drep_jax.parallel import processes
 from drep_jax.run import lock, workdir
 from drep_jax.run.backbone import read_weights
@@ -153,8 +153,8 @@ def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
         if saved is None:
             print(f"  {name}: nothing saved, so it is left out.")
             continue
-        params = {"backbone": saved.variables["params"], "denoise": saved.denoise}
-        fused = fuse_exact(params, setup.sites, setup.schedule, **rule_and_steps(name, config))
+        params = {"backbone": saved.variables["params"], "denoise": denoisers_of(name, config, saved.denoise)}
+        fused = fuse_exact(params, setup.sites, setup.schedule)
         add(name, {**saved.variables, "params": fused}, step=saved.step, steps=saved.steps)
     return arms, described
 

@@ -1,5 +1,6 @@
 """Findings on a finished run for its report: sites, spectra, example images, cost."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -42,8 +43,7 @@ def spectra(job: Run, variables: Tree, learned: Learned) -> dict[str, Any] | Non
     elif trained or (moments := kept_moments(job, variables)) is None:
         return None
     sites, schedule = job.setup.sites, job.setup.schedule
-    params = {"backbone": variables["params"], "denoise": learned.denoise}
-    maps = composed_maps(params, sites, schedule, rule=learned.rule, steps=learned.steps)
+    maps = composed_maps({"denoise": learned.denoisers}, sites, schedule)
     return {
         site.name: closed_form.spectrum(
             moments[site.path], np.eye(site.width) + np.swapaxes(np.asarray(maps[site.path]["matrix"]), -1, -2)
@@ -100,9 +100,9 @@ def exhibit_of(
         params = variables["params"]
         if name is not None:
             site = by_name[name]
-            denoise = set_in({}, site.path, get_in(learned.denoise, site.path))
-            one_site = {"backbone": params, "denoise": denoise}
-            params = fuse_exact(one_site, (site,), setup.schedule, rule=learned.rule, steps=learned.steps)
+            tree = set_in({}, site.path, get_in(learned.denoisers.tree, site.path))
+            one_site = {"backbone": params, "denoise": dataclasses.replace(learned.denoisers, tree=tree)}
+            params = fuse_exact(one_site, (site,), setup.schedule)
         return {**arms[exported], "params": params}
 
     return Exhibit(
@@ -165,13 +165,9 @@ def measure_cost(
     images = jax.random.normal(jax.random.key(0), (batch, *setup.images.shape[1:]))
     backbone = setup.backbone
     plain = jax.jit(lambda v, x: backbone.apply(v, x))
-    explicit = jax.jit(
-        lambda v, d, x: explicit_apply(
-            backbone, v, d, setup.sites, setup.schedule, x, rule=learned.rule, steps=learned.steps
-        )
-    )
+    explicit = jax.jit(lambda v, d, x: explicit_apply(backbone, v, d, setup.sites, setup.schedule, x))
     after = jax.device_put({**variables, "params": fused})
-    before, denoise = jax.device_put(dict(variables)), jax.device_put(learned.denoise)
+    before, denoise = jax.device_put(dict(variables)), jax.device_put(learned.denoisers)
     compiled = {name: jax.jit(network) for name, network in others.items()}
     times = cost.interleaved(
         {

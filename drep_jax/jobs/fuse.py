@@ -12,12 +12,13 @@ import numpy as np
 from drep_jax import files
 from drep_jax.core import closed_form
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.denoisers import as_affine, sample_noise, scaled
+from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.recipes import WIENER, Recipe, check_rule
 from drep_jax.core.reverse_map import site_steps
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from drep_jax.learners import LEARNERS, rule_and_steps
+from drep_jax.learners import LEARNERS, denoisers_of
+from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
 from drep_jax.run import workdir
 from drep_jax.run.checkpoints import last_saved
@@ -95,31 +96,29 @@ def fuse_run(
     requested = {"rule": rule, "steps": steps, "time_scale": time_scale, "beta_end": beta_end}
     requested = {name: value for name, value in requested.items() if value is not None}
     if resolve or (requested and config["learner"] == "closed_form"):
-        run, denoise, fusing = solve_again(run, variables, requested)
-        setup = run.setup
+        run, denoisers, recorded_rule = solve_again(run, variables, requested)
     else:
-        fusing = _as_learned(run, requested, noise)
-    recorded = {"rule": fusing["rule"], "steps": fusing["steps"], "strength": strength}
-    if fusing["rule"].startswith(WIENER):
-        fusing = {"rule": "affine", "steps": 1}
-        if noise == "sample":
-            raise ConfigError(f"Rule {recorded['rule']} is one step without noise, so --noise=sample does not apply.")
+        denoisers = _as_learned(run, denoise, requested, noise)
+        recorded_rule = denoisers.rule
+    setup = run.setup
+    recorded = {"rule": recorded_rule, "steps": denoisers.steps, "strength": strength}
     if noise == "sample":
-        denoise = sample_noise(denoise, setup.sites, jax.random.key(seed))
+        if recorded_rule.startswith(WIENER):
+            raise ConfigError(f"Rule {recorded_rule} is one step without noise, so --noise=sample does not apply.")
+        denoisers = denoisers.with_noise(setup.sites, jax.random.key(seed))
     if strength != 1.0:
-        denoise = scaled(as_affine(denoise, setup.sites, setup.schedule, **fusing), strength)
-        fusing = {"rule": "affine", "steps": 1}
-    return fuse_and_export(run, variables, denoise, output, fusing, recorded)
+        denoisers = denoisers.as_affine(setup.sites, setup.schedule).scaled(strength)
+    return fuse_and_export(run, variables, denoisers, output, recorded)
 
 
-def _as_learned(run: Run, requested: Mapping[str, Any], noise: str) -> dict[str, Any]:
-    """Returns rule and steps to fuse the run's own denoisers; refuses unsupported requests."""
+def _as_learned(run: Run, denoise: Tree, requested: Mapping[str, Any], noise: str) -> Denoisers:
+    """Returns the run's own denoisers for fusion; refuses requests they do not allow."""
     config, directory = run.config, run.directory
     direct = LEARNERS[config["learner"]].direct
     learned_at = {
         **config["denoise"],
         "beta_end": config["schedule"]["beta_end"],
-        **rule_and_steps(config["learner"], config),
+        **denoisers_of(config["learner"], config, denoise).keywords,
     }
     resolve = "Add --resolve to take the closed form from the run's moments instead."
     changed = [name for name, value in requested.items() if value != learned_at[name]]
@@ -145,10 +144,10 @@ def _as_learned(run: Run, requested: Mapping[str, Any], noise: str) -> dict[str,
         raise ConfigError(
             'Rule "affine" is for maps given directly; these denoisers predict noise. Use ddpm, paper or ddim.'
         )
-    return {"rule": rule, "steps": steps}
+    return Denoisers(denoise, rule, steps)
 
 
-def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tuple[Run, Tree, dict[str, Any]]:
+def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tuple[Run, Denoisers, str]:
     """Solves the denoisers of a run for other time steps, schedule or rule, from the run's moments.
 
     They are Algorithm 1's minimum, or a Wiener filter with rule `wiener:r`.
@@ -158,7 +157,7 @@ def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tupl
       requested: any of rule, steps, time_scale and beta_end; the run's own values for the others.
 
     Returns:
-      The run with these time steps, the denoisers, and their rule and steps.
+      The run with these time steps, the denoisers, and the rule as requested.
     """
     began = time.perf_counter()
     setup, learned_at = run.setup, run.config["denoise"]
@@ -168,8 +167,8 @@ def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tupl
     if (ratio := Recipe(rule).ratio) is not None:
         if useless := [f"--{name}" for name in requested if name != "rule"]:
             raise ConfigError(f"Rule {rule} has no time steps, so {', '.join(useless)} would change nothing.")
-        steps, where = 1, f"noise of {ratio:g} times each site's feature power"
-        denoise = closed_form.wiener_maps(moments, setup.sites, ratio)
+        where = f"noise of {ratio:g} times each site's feature power"
+        denoisers = direct_maps(closed_form.wiener_maps(moments, setup.sites, ratio))
     else:
         steps = requested.get("steps", learned_at["steps"])
         scale = requested.get("time_scale", learned_at["time_scale"])
@@ -177,18 +176,17 @@ def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tupl
         site_steps(setup.sites, setup.schedule, rule, steps)
         times = [t for site in setup.sites for t in site.times]
         where = f"t = {max(times)}…{min(times)}"
-        denoise = closed_form.closed_form(moments, setup.sites, setup.schedule)
+        denoisers = Denoisers(closed_form.closed_form(moments, setup.sites, setup.schedule), rule, steps)
     seconds = time.perf_counter() - began
     print(f"Denoisers solved anew for {where} from the run's moments in {seconds:.1f} s.")
-    return dataclasses.replace(run, setup=setup), denoise, {"rule": rule, "steps": steps}
+    return dataclasses.replace(run, setup=setup), denoisers, rule
 
 
 def fuse_and_export(*args: Any) -> tuple[Certificate, list[str]]:
     """Fuses in float64, certifies and writes weights and certificate, on the first process.
 
     Args:
-      *args: run, variables, denoisers and output; rule and steps of fusion; the record in the
-        files.
+      *args: run, variables, denoisers and output; the record in the files.
     """
     return processes.from_primary(lambda: _fuse_and_export(*args))
 
@@ -196,17 +194,16 @@ def fuse_and_export(*args: Any) -> tuple[Certificate, list[str]]:
 def _fuse_and_export(
     run: Run,
     variables: Tree,
-    denoise: Tree,
+    denoisers: Denoisers,
     output: Output,
-    fusing: Mapping[str, Any],
     recorded: Mapping[str, Any],
 ) -> tuple[Certificate, list[str]]:
     original = open_original(run, variables, output)
-    fused, certificate = fuse_and_certify(run, variables, denoise, **fusing)
+    fused, certificate = fuse_and_certify(run, variables, denoisers)
     exact = None
     if needs_exact(output, original):
-        params = {"backbone": variables["params"], "denoise": denoise}
-        exact = fuse_exact(params, run.setup.sites, run.setup.schedule, round_back=False, **fusing)
+        params = {"backbone": variables["params"], "denoise": denoisers}
+        exact = fuse_exact(params, run.setup.sites, run.setup.schedule, round_back=False)
     if not all(np.isfinite(figure.error) for figure in certificate.end_to_end.values()):
         description = f"rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g}"
         raise NonFiniteError(

@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from drep_jax import files, report
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.denoisers import init_denoise, scaled
+from drep_jax.core.denoisers import Denoisers, init_denoise
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.recipes import Grid, make_grid, solve
 from drep_jax.data.corruptions import CLEAN
@@ -25,7 +25,7 @@ from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.evaluation.selection import Candidate, Choice, Point, choose
 from drep_jax.jobs.fuse import fuse_and_export, load_run
 from drep_jax.jobs.scores import compared, scores_of
-from drep_jax.learners.base import selection_of
+from drep_jax.learners.base import direct_maps, selection_of
 from drep_jax.parallel import processes
 from drep_jax.report.formatting import fixed
 from drep_jax.report.lines import NO_METRICS
@@ -121,12 +121,12 @@ def sweep(
     recipe = grid.recipes[point.candidate]
     if recipe.ratio is None:
         setup = setup.respaced(steps=recipe.steps, time_scale=recipe.scale)
-    denoise = scaled(trees[point.candidate], point.strength) if choice.chosen else init_denoise(setup.sites)
+    solved = direct_maps(trees[point.candidate]).scaled(point.strength)
+    denoisers = solved if choice.chosen else direct_maps(init_denoise(setup.sites))
     recorded = {"rule": recipe.rule, "steps": recipe.steps, "strength": point.strength}
-    fusing: dict[str, Any] = {"rule": "affine", "steps": 1}
     run = dataclasses.replace(run, setup=setup)
-    certificate, paths = fuse_and_export(run, variables, denoise, output, fusing, recorded)
-    metrics = tested(run, variables, denoise, choice)
+    certificate, paths = fuse_and_export(run, variables, denoisers, output, recorded)
+    metrics = tested(run, variables, denoisers, choice)
     lines = [report.verdict(condition, entry, ARM) for condition, entry in metrics.items()]
     print("\n".join(["On the test images, looked at once:", *lines]) if lines else NO_METRICS)
     swept = Swept(choice, grid, certificate, metrics, paths)
@@ -148,17 +148,16 @@ def _narrowed(
     return {**options, **{name: value for name, value in requested.items() if value is not None}}
 
 
-def tested(run: Run, variables: Tree, denoise: Tree, choice: Choice) -> dict[str, Any]:
+def tested(run: Run, variables: Tree, denoisers: Denoisers, choice: Choice) -> dict[str, Any]:
     """Returns test metrics of backbone, placebo and selected network; {} without labels."""
     config, setup = run.config, run.setup
     if setup.test is None:
         return {}
-    params = {"backbone": variables["params"], "denoise": denoise}
-    direct: dict[str, Any] = {"rule": "affine", "steps": 1}
-    placebo = placebo_denoisers(params, setup.sites, setup.schedule, key_of(config, "placebo"), **direct)
+    key = key_of(config, "placebo")
+    placebo = direct_maps(placebo_denoisers({"denoise": denoisers}, setup.sites, setup.schedule, key))
     arms = {"baseline": variables}
-    for name, tree in (("placebo", placebo), (ARM, denoise)):
-        fused = fuse_exact({**params, "denoise": tree}, setup.sites, setup.schedule, **direct)
+    for name, maps in (("placebo", placebo), (ARM, denoisers)):
+        fused = fuse_exact({"backbone": variables["params"], "denoise": maps}, setup.sites, setup.schedule)
         arms[name] = {**variables, "params": fused}
     results = scores_of(config, setup, setup.test, arms, choice.conditions)
     return compared(config, setup, results, ["placebo"])

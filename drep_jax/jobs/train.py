@@ -23,6 +23,7 @@ from drep_jax.jobs.checks import agree, check
 from drep_jax.jobs.findings import describe_sites, exhibit_of, measure_cost, spectra
 from drep_jax.jobs.scores import compared, reading, scores_of
 from drep_jax.learners import Learned, LearnerInputs, learn, train_labeled
+from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
 from drep_jax.run import workdir
 from drep_jax.run.backbone import fresh_variables, read_weights
@@ -153,12 +154,13 @@ def finish(
 
 def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, Certificate | None]:
     """Returns the exported learner's fused parameters; on process 0 also the certificate."""
-    fusing: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
+    denoisers = exported.denoisers
     if not processes.primary():
-        params = {"backbone": variables["params"], "denoise": exported.denoise}
-        return fuse_exact(params, job.setup.sites, job.setup.schedule, **fusing), None
-    fused, certificate = fuse_and_certify(job, variables, exported.denoise, **fusing)
-    write(Output(os.path.join(job.directory, "fused")), job.setup, variables, fused, {**fusing, "strength": 1.0})
+        params = {"backbone": variables["params"], "denoise": denoisers}
+        return fuse_exact(params, job.setup.sites, job.setup.schedule), None
+    fused, certificate = fuse_and_certify(job, variables, denoisers)
+    record = {**denoisers.keywords, "strength": 1.0}
+    write(Output(os.path.join(job.directory, "fused")), job.setup, variables, fused, record)
     return fused, certificate
 
 
@@ -169,11 +171,9 @@ def arms_of(
     setup, name = job.setup, job.config["learner"]
     exported = learned[name]
     variables = exported.variables or baseline
-    params = {"backbone": variables["params"], "denoise": exported.denoise}
-    fusing: dict[str, Any] = {"rule": exported.rule, "steps": exported.steps}
     key = key_of(job.config, "placebo")
-    random_maps = placebo_denoisers(params, setup.sites, setup.schedule, key, **fusing)
-    placebo = fuse_exact({**params, "denoise": random_maps}, setup.sites, setup.schedule, rule="affine", steps=1)
+    random_maps = direct_maps(placebo_denoisers({"denoise": exported.denoisers}, setup.sites, setup.schedule, key))
+    placebo = fuse_exact({"backbone": variables["params"], "denoise": random_maps}, setup.sites, setup.schedule)
     arms: dict[str, Tree] = {"baseline": baseline, "placebo": {**variables, "params": placebo}}
     if continued is not None:
         arms["continued"] = continued[0]
@@ -186,8 +186,8 @@ def arms_of(
         elif result is exported:
             arms[learner] = {**backbone, "params": fused}
         elif learner not in arms:  # learner "continued" is the control arm, already there
-            unfused = {"backbone": backbone["params"], "denoise": result.denoise}
-            fused_here = fuse_exact(unfused, setup.sites, setup.schedule, rule=result.rule, steps=result.steps)
+            unfused = {"backbone": backbone["params"], "denoise": result.denoisers}
+            fused_here = fuse_exact(unfused, setup.sites, setup.schedule)
             arms[learner] = {**backbone, "params": fused_here}
     return Arms(arms, networks, controls)
 

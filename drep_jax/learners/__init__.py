@@ -1,9 +1,8 @@
 """Learners of denoisers, as rows of one table: `LearnerInputs` ↦ `Learned`."""
 
-from typing import Any
-
+from drep_jax.core.denoisers import Denoisers
 from drep_jax.errors import lookup
-from drep_jax.learners.base import Learned, Learner, LearnerInputs
+from drep_jax.learners.base import Learned, Learner, LearnerInputs, direct_maps, noise_predictors
 from drep_jax.learners.label_free import (
     learn_algorithm1,
     learn_closed_form,
@@ -17,15 +16,15 @@ from drep_jax.learners.labeled import (
     learn_label_augmented,
     train_labeled,
 )
-from drep_jax.typing import Config
+from drep_jax.typing import Config, Tree
 
 __all__ = [
     "LEARNERS",
     "Learned",
     "Learner",
     "LearnerInputs",
+    "denoisers_of",
     "learn",
-    "rule_and_steps",
     "train_labeled",
 ]
 
@@ -42,11 +41,9 @@ LEARNERS: dict[str, Learner] = {
 """Name in `config.learner` and `config.compare` ↦ learner."""
 
 
-def rule_and_steps(name: str, config: Config) -> dict[str, Any]:
-    """Returns the rule and the number of steps by which a learner's denoisers are fused."""
-    if LEARNERS[name].direct:
-        return {"rule": "affine", "steps": 1}
-    return {"rule": config["denoise"]["rule"], "steps": config["denoise"]["steps"]}
+def denoisers_of(name: str, config: Config, tree: Tree) -> Denoisers:
+    """Returns a learner's saved `denoise` subtree with the rule and the number of steps by which it is fused."""
+    return direct_maps(tree) if LEARNERS[name].direct else noise_predictors(config, tree)
 
 
 def learn(name: str, inputs: LearnerInputs) -> Learned:

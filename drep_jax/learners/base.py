@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from drep_jax.core import closed_form
-from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.denoisers import Denoisers, init_denoise
 from drep_jax.core.moments import Moments
 from drep_jax.evaluation.selection import Choice, Selection
 from drep_jax.parallel import processes
@@ -24,8 +24,7 @@ class Learned:
     """Denoisers and how to fuse them.
 
     Attributes:
-      denoise: the `denoise` subtree.
-      rule, steps: of the reverse process; "affine" and 1 for maps given directly.
+      denoisers: with their rule and steps; rule "affine" for maps given directly.
       section: the learner's section of the report.
       choice: the selection on held-out images, or None.
       variables: the backbone, if it was trained together with the denoisers; None for the run's
@@ -34,9 +33,7 @@ class Learned:
         weights.
     """
 
-    denoise: Tree
-    rule: str
-    steps: int
+    denoisers: Denoisers
     section: dict[str, Any]
     choice: Choice | None = None
     variables: Tree | None = None
@@ -126,7 +123,7 @@ def trained_section(run: Run, stage: str, steps: int, seconds: float) -> dict[st
 def keep(name: str, inputs: LearnerInputs, learned: Learned) -> None:
     """Writes a solved result to `checkpoints/<name>`, in the format of a trained stage."""
     backbone, others = split_variables(learned.variables or inputs.variables)
-    params = {"backbone": backbone, "denoise": learned.denoise}
+    params = {"backbone": backbone, "denoise": learned.denoisers.tree}
     state, frozen, _ = prepare(inputs.run, name, params, others)
     checkpointer = open_checkpoints(folder_of(inputs.run.directory, name))
     try:
@@ -160,3 +157,13 @@ def selection_of(config: Config, **changes: Any) -> Selection:
         seed=config["seed"],
         progress=config["progress"],
     )
+
+
+def noise_predictors(config: Config, tree: Tree) -> Denoisers:
+    """Returns denoisers that predict noise, with the rule and the number of steps of the configuration."""
+    return Denoisers(tree, config["denoise"]["rule"], config["denoise"]["steps"])
+
+
+def direct_maps(tree: Tree) -> Denoisers:
+    """Returns denoisers that are maps given directly."""
+    return Denoisers(tree, "affine", 1)

@@ -77,7 +77,7 @@ def check_choosing(config: Config, setup: Setup) -> None:
             pairs_of(config)
     elif all(part.high == 0 for part in parse_spec(config["noise"])):
         raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
-    for name in ("draws", "vectors"):
+    for name in ("draws", "vectors", "chunk"):
         if options[name] < 1:
             raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
     if not options["clean_share"] or not all(0.0 <= fraction < 1.0 for fraction in options["clean_share"]):

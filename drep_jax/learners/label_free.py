@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from drep_jax.core import closed_form
-from drep_jax.core.denoisers import scaled
 from drep_jax.core.measured import measuring
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
@@ -27,7 +26,16 @@ from drep_jax.data.loader import epoch_order
 from drep_jax.data.pairs import PairedSource, open_pairs
 from drep_jax.errors import DataError
 from drep_jax.evaluation.selection import Candidate, choose
-from drep_jax.learners.base import Learned, LearnerInputs, against_optimum, keep, selection_of, train
+from drep_jax.learners.base import (
+    Learned,
+    LearnerInputs,
+    against_optimum,
+    direct_maps,
+    keep,
+    noise_predictors,
+    selection_of,
+    train,
+)
 from drep_jax.learners.losses import denoising_objective
 from drep_jax.progress import pulsing
 from drep_jax.run.moments import moment_images
@@ -58,7 +66,7 @@ def learn_algorithm1(inputs: LearnerInputs) -> Learned:
 
     state, section = train(inputs, "algorithm1", loss_fn, gap)
     denoise = state.averaged["denoise"]
-    return Learned(denoise, options["rule"], options["steps"], {**section, **against_optimum(inputs, denoise)})
+    return Learned(noise_predictors(inputs.config, denoise), {**section, **against_optimum(inputs, denoise)})
 
 
 def learn_closed_form(inputs: LearnerInputs) -> Learned:
@@ -73,7 +81,7 @@ def learn_closed_form(inputs: LearnerInputs) -> Learned:
         "images": moment_images(inputs.run),
         **against_optimum(inputs, solved),
     }
-    learned = Learned(solved, inputs.config["denoise"]["rule"], inputs.config["denoise"]["steps"], section)
+    learned = Learned(noise_predictors(inputs.config, solved), section)
     keep("closed_form", inputs, learned)
     return learned
 
@@ -103,7 +111,7 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
     streams: Any = np.stack([setup.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
     candidates, errors = [], {}
     began = time.perf_counter()
-    fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut")}
+    fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut", "chunk")}
     solve = measuring(setup.backbone, inputs.variables, setup.sites, streams, **fitting)
     fractions, name = options["clean_share"], f"measuring {len(setup.sites)} sites on {len(clean)} images"
     with pulsing(name, len(fractions), "mixture", shown=config["progress"]) as steps:
@@ -129,7 +137,7 @@ def _chosen(
 ) -> Learned:
     choice = choose(inputs.setup, inputs.variables, candidates, selection_of(inputs.config))
     point = choice.points[choice.chosen]
-    denoise = scaled(candidates[point.candidate].denoise, point.strength)
+    denoisers = direct_maps(candidates[point.candidate].denoise).scaled(point.strength)
     section = {
         "steps": 0,
         "seconds": seconds,
@@ -141,7 +149,7 @@ def _chosen(
         "selection_images": choice.images,
         "selection_seconds": choice.seconds,
     }
-    learned = Learned(denoise, "affine", 1, section, choice)
+    learned = Learned(denoisers, section, choice)
     keep(name, inputs, learned)
     return learned
 

@@ -24,7 +24,16 @@ from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.layers import find_layers
 from drep_jax.core.sites import assign_times, select_sites
 from drep_jax.errors import ConfigError
-from drep_jax.learners.base import Learned, LearnerInputs, against_optimum, keep, train, trained_section
+from drep_jax.learners.base import (
+    Learned,
+    LearnerInputs,
+    against_optimum,
+    direct_maps,
+    keep,
+    noise_predictors,
+    train,
+    trained_section,
+)
 from drep_jax.learners.losses import augmented_objective, label_objective
 from drep_jax.run.moments import moment_images, moments_of
 from drep_jax.run.run import Run
@@ -62,7 +71,7 @@ def learn_label_augmented(inputs: LearnerInputs) -> Learned:
     state, section = train(inputs, "label_augmented", loss_fn)
     denoise = state.averaged["denoise"]
     section |= {"label_lambda": config["denoise"]["label_lambda"], **against_optimum(inputs, denoise)}
-    return Learned(denoise, config["denoise"]["rule"], config["denoise"]["steps"], section)
+    return Learned(noise_predictors(config, denoise), section)
 
 
 def learn_alternating(inputs: LearnerInputs) -> Learned:
@@ -81,8 +90,7 @@ def learn_alternating(inputs: LearnerInputs) -> Learned:
     section |= {"label_lambda": config["denoise"]["label_lambda"], "per_site": {}, "optimum": None}
     learned = state.averaged
     variables = {**state.others, "params": learned["backbone"]}
-    rule, steps = config["denoise"]["rule"], config["denoise"]["steps"]
-    return Learned(learned["denoise"], rule, steps, section, variables=variables)
+    return Learned(noise_predictors(config, learned["denoise"]), section, variables=variables)
 
 
 def learn_continued(inputs: LearnerInputs) -> Learned:
@@ -93,7 +101,7 @@ def learn_continued(inputs: LearnerInputs) -> Learned:
     variables, seconds = inputs.continued
     section = trained_section(inputs.run, "control", stage_of("control").steps(config), seconds)
     section |= {"per_site": {}, "optimum": None}
-    learned = Learned(init_denoise(setup.sites), "affine", 1, section, variables=variables)
+    learned = Learned(direct_maps(init_denoise(setup.sites)), section, variables=variables)
     keep("continued", inputs, learned)
     return learned
 
@@ -121,7 +129,7 @@ def learn_final_only(inputs: LearnerInputs) -> Learned:
     moments = moments_of(
         inputs.run, variables, os.path.join(inputs.run.directory, "final_moments.npz"), sites, setup.backbone
     )
-    denoise = closed_form.closed_form(moments, sites, setup.schedule)
+    denoisers = noise_predictors(config, closed_form.closed_form(moments, sites, setup.schedule))
     nothing = closed_form.expected_losses(moments, sites, setup.schedule, init_denoise(sites))
     best = closed_form.expected_losses(moments, sites, setup.schedule)
     section = {
@@ -132,10 +140,9 @@ def learn_final_only(inputs: LearnerInputs) -> Learned:
         "per_site": {name: [nothing[name], best[name]] for name in nothing},
         "optimum": best,
     }
-    fusing = {"rule": options["rule"], "steps": options["steps"]}
 
     def before_the_head(variables: Tree, images: Any) -> Any:
-        return explicit_apply(setup.backbone, variables, denoise, sites, setup.schedule, images, **fusing)
+        return explicit_apply(setup.backbone, variables, denoisers, sites, setup.schedule, images)
 
     def behind_the_backbone(variables: Tree, images: Any) -> Any:
         inside = with_final(setup, variables)
@@ -143,11 +150,9 @@ def learn_final_only(inputs: LearnerInputs) -> Learned:
 
     network = before_the_head
     if not setup.task.test_needs_head:  # identity layer and denoiser fuse to one linear layer
-        final = fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, setup.schedule, **fusing)[
-            "final"
-        ]
+        final = fuse_exact({"backbone": variables["params"], "denoise": denoisers}, sites, setup.schedule)["final"]
         network = behind_the_backbone
-    return Learned(denoise, options["rule"], options["steps"], section, network=network)
+    return Learned(denoisers, section, network=network)
 
 
 class WithFinal(nn.Module):

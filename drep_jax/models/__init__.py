@@ -1,9 +1,10 @@
 """Registry of backbones: plain Flax Linen modules, images in, logits out.
 
-Every entry makes a module that is called as `module(x, train=False)` on normalised images (batch, height, width,
-channels) and returns logits (batch, num_classes), or features when `num_classes=0`; those for retrieval return features
-always, and from their method `outputs` what the losses of training read. To add a model, add a line to
-`MODELS`.
+Every entry makes a module that is called as `module(x, train=False)` on normalized images (batch,
+height, width, channels) and returns logits (batch, num_classes), or features when `num_classes=0`;
+those for retrieval always return features, and their method `outputs` returns what the training
+losses read. To add a model, add a line to `MODELS`. A module that is not in the registry is imported
+by name, see `imported`.
 """
 
 import fnmatch
@@ -44,16 +45,19 @@ _vit_s = functools.partial(ViT, width=384, depth=12, num_heads=6, mlp_dim=1536)
 _vit_b = functools.partial(ViT, width=768, depth=12, num_heads=12, mlp_dim=3072)
 _vit_l = functools.partial(ViT, width=1024, depth=24, num_heads=16, mlp_dim=4096)
 
-# As published at https://github.com/facebookresearch/dinov2; its backbones have no head (num_classes=0).
+# As published at https://github.com/facebookresearch/dinov2; its backbones have no head
+# (num_classes=0).
 _DINOV2 = {"patch_size": 14, "layer_scale": True}
 _DINOV2_REGISTERS = {**_DINOV2, "registers": 4}
 # The plain ViT-S/16 of https://arxiv.org/abs/2205.01580, as in big_vision's vit_s16_i1k.
 _GAP = {"pool": "gap", "class_token": False, "positions": "sincos2d", "pre_logits": True, "activation": "gelu_tanh"}
 
-# The published ones: T[s1l8], S[s2l15] and B[s2l15], s being the ratio of scanned channels and l the depth of the third stage.
+# The published ones: T[s1l8], S[s2l15] and B[s2l15], s being the ratio of scanned channels and l
+# the depth of the third stage.
 _vmamba_s2l15 = functools.partial(VMamba, depths=(2, 2, 15, 2), ssm_ratio=2.0)
 
-# As published at https://github.com/damo-cv/TransReID; side_info is the number of cameras (and viewpoints) of the data.
+# As published at https://github.com/damo-cv/TransReID; side_info is the number of cameras (and
+# viewpoints) of the data.
 _transreid_s = functools.partial(TransReID, patch_size=16, width=384, depth=12, num_heads=6, mlp_dim=1536)
 _transreid_b = functools.partial(TransReID, patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072)
 
@@ -135,8 +139,8 @@ def create_model(name: str, *, num_classes: int, image_size: tuple[int, int], **
     (3, 3, 3)
 
     Args:
-      name: an entry of `MODELS`, or `PACKAGE.MODULE:NAME` or `FILE.py:NAME` of any Linen module, its class or a
-        function that makes it (docs/models.md).
+      name: an entry of `MODELS`, or `PACKAGE.MODULE:NAME` or `FILE.py:NAME` of any Linen module,
+        its class or a function that makes it (docs/own_model.md).
       num_classes: number of logits; 0 for features. Passed on if the module has such a field.
       image_size: (height, width) in pixels, likewise.
       **overrides: further fields of the module, such as `dtype`, or `depth` for a smaller ViT.
@@ -145,8 +149,8 @@ def create_model(name: str, *, num_classes: int, image_size: tuple[int, int], **
       The module, without parameters, called as `module(x, train=False)`.
 
     Raises:
-      ConfigError: for an unknown name or option, a module that cannot be imported or is no Linen module, a field
-        left unset, or a value that cannot work.
+      ConfigError: for an unknown name or option, a module that cannot be imported or is no Linen
+        module, a field left unset, or a value that cannot work.
     """
     entry = _entry(name)
     known, any_other = imported.options_of(entry)
@@ -157,7 +161,8 @@ def create_model(name: str, *, num_classes: int, image_size: tuple[int, int], **
     for key, value in (("num_classes", num_classes), ("image_size", image_size)):
         if key in known:
             given.setdefault(key, value)
-    # Configuration files give lists; these would make the module unhashable, so that jit could not take it as static.
+    # Configuration files give lists; these would make the module unhashable, so that jit could not
+    # take it as static.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     missing = [key for key, required in known.items() if required and key not in given]
     if missing:

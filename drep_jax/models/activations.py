@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns x·(1 + erf(x/√2))/2, in float32 at least.
 
-    `jax.nn.gelu` takes erfc, for the last digits of its left tail; on a CPU that is two to three times slower, and neither
-    PyTorch nor timm do.
+    `jax.nn.gelu` takes erfc, for the last digits of its left tail; on a CPU that is two to three
+    times slower, and neither PyTorch nor timm do.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)

@@ -43,7 +43,7 @@ class Backbone(nn.Module, kw_only=True):
         """`dtype` and `param_dtype`, as layers take them."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-    def block(self, kind: type[nn.Module]) -> Callable[..., Any]:
+    def rematerialized(self, kind: type[nn.Module]) -> Callable[..., Any]:
         """Returns a class of blocks, rematerialized if `remat` is set."""
         return nn.remat(kind) if self.remat else kind
 
@@ -52,7 +52,8 @@ class BatchNormBackbone(Backbone, kw_only=True):
     """Base of the backbones with batch norms.
 
     Attributes:
-      axis_name: mapped axis over which batch norms share their statistics; None keeps them per device.
+      axis_name: mapped axis over which batch norms share their statistics; None keeps them per
+        device.
     """
 
     axis_name: str | None = None

@@ -1,10 +1,11 @@
 """CLIP-ReID's image encoder (Li, Sun, Li 2023): CLIP's ViT, and necks behind its feature and behind its projection to the text.
 
-Of its blocks h_1 … h_L, class token only: the features are h_{L−1}, f = LN(h_L) and P f. All three go into the triplet loss;
-f and P f each have a BNNeck whose classifier goes into the identity loss, and side by side they are the feature of retrieval.
-Differences to our ViT: no bias of the patch embedding, a LayerNorm before the blocks, QuickGELU, LayerNorm eps 1e-5.
-The text encoder and the learned prompts serve the training of the published networks only, and are not here.
-Initial values are those of our ViT; normal of 1/√width for class token, positions and projection, as in CLIP.
+Of its blocks h_1 … h_L, class token only: the features are h_{L−1}, f = LN(h_L) and P f. All three
+go into the triplet loss; f and P f each have a BNNeck whose classifier goes into the identity loss,
+and side by side they are the feature of retrieval. Differences to our ViT: no bias of the patch
+embedding, a LayerNorm before the blocks, QuickGELU, LayerNorm eps 1e-5. The text encoder and the
+learned prompts serve the training of the published networks only, and are not here. Initial values
+are those of our ViT; normal of 1/√width for class token, positions and projection, as in CLIP.
 """
 
 import math
@@ -36,11 +37,12 @@ class CLIPReID(BatchNormBackbone, kw_only=True):
       projection: width of the feature that CLIP compares with texts.
       num_classes: identities of the training images; 0 for no classifiers.
       image_size: (height, width) in pixels.
-      patch_stride: distance of the patches; smaller than the patch where they overlap (12 in the published ones); None for
-        the patch's own size. There are (size - patch) // stride + 1 of them along a side.
-      side_info: number of learned embeddings of cameras or views, one of which is added to the class token; then images
-        have a fourth channel, a constant plane that holds the index of the image's embedding. An index that has none
-        makes the feature NaN. 0 for no embeddings.
+      patch_stride: distance of the patches; smaller than the patch where they overlap (12 in the
+        published ones); None for the patch's own size. There are (size - patch) // stride + 1 of
+        them along a side.
+      side_info: number of learned embeddings of cameras or views, one of which is added to the
+        class token; then images have a fourth channel, a constant plane that holds the index of the
+        image's embedding. An index that has none makes the feature NaN. 0 for no embeddings.
       sie_coefficient: what these embeddings are multiplied by.
       feature: of retrieval, that "before" or "after" the batch norm of BNNeck.
       dtype: see `Backbone`. The necks are float32 at least.
@@ -72,8 +74,9 @@ class CLIPReID(BatchNormBackbone, kw_only=True):
         """Returns the feature of retrieval [f | P f] (batch, width + projection), float32 at least.
 
         Args:
-          x: normalised images of `image_size`; with `side_info` of four channels.
-          train: whether the necks use, and update with, the statistics of this batch (make `batch_stats` mutable).
+          x: normalized images of `image_size`; with `side_info` of four channels.
+          train: whether the necks use, and update with, the statistics of this batch (make
+            `batch_stats` mutable).
 
         Raises:
           ConfigError: when the images are not of that shape.
@@ -96,7 +99,7 @@ class CLIPReID(BatchNormBackbone, kw_only=True):
     ) -> tuple[tuple[Vectors, ...], tuple[Vectors, ...], tuple[Vectors, ...]]:
         """Returns the three features, two of them after their necks, and the logits (none without classifiers)."""
         x = layer_norm("norm_pre", NORM_EPS, **self.dtypes)(self._embed(x))
-        block_class: Any = self.block(EncoderBlock)
+        block_class: Any = self.rematerialized(EncoderBlock)
         earlier = x
         for i in range(self.depth):
             earlier = x

@@ -139,7 +139,8 @@ def abstract_variables(module: nn.Module, images: jax.ShapeDtypeStruct) -> Any:
       images: a batch of them.
 
     Raises:
-      ConfigError: if the module cannot be initialized on such images; names their shape and the error.
+      ConfigError: if the module cannot be initialized on such images; names their shape and the
+        error.
     """
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
     try:
@@ -191,7 +192,7 @@ def _not_linen(name: str, kind: type) -> str:
     if "torch" in origins:
         return (
             f'Model "{name}" is a PyTorch module. Write the network with flax.linen, and read its weights through a name '
-            "table (docs/models.md)."
+            "table (docs/own_model.md)."
         )
     return f'Model "{name}" makes a {kind.__module__}.{kind.__qualname__}, which is no flax.linen.Module.'
 

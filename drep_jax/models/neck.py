@@ -15,7 +15,8 @@ class BNNeck(nn.Module):
 
     Attributes:
       num_classes: identities of the training images; 0 for no classifier.
-      axis_name: mapped axis over which the batch norm shares its statistics; None keeps them per device.
+      axis_name: mapped axis over which the batch norm shares its statistics; None keeps them per
+        device.
       dtype: of the computation.
       param_dtype: of the parameters.
     """

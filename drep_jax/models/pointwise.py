@@ -1,8 +1,9 @@
 """Convolution by a single pixel whose gradients are the matrix products that they are, for `nn.Conv(conv_general_dilated=…)`.
 
-XLA's CPU compiler computes the kernel's gradient of a convolution from transposed copies of its input: for (8, 56, 56, 64) and
-256 outputs on one core 46 ms, against 10 ms as a product. ResNet-50 has 36 such convolutions; forward and backward take
-4.5 s with the one and 2.5 s with the other (batch 8). The forward pass is the plain operator.
+XLA's CPU compiler computes the kernel's gradient of a convolution from transposed copies of its
+input: for (8, 56, 56, 64) and 256 outputs on one core 46 ms, against 10 ms as a product. ResNet-50
+has 36 such convolutions; forward and backward take 4.5 s with the one and 2.5 s with the other
+(batch 8). The forward pass is the plain operator.
 """
 
 import functools
@@ -23,13 +24,13 @@ def pointwise_conv(
     padding: Any,
     **options: Any,
 ) -> Float[Array, "batch height width outputs"]:
-    """Is `lax.conv_general_dilated`, with faster gradients where the window is one pixel (reverse mode only, no `jvp`).
+    """Computes `lax.conv_general_dilated`, with faster gradients where the window is one pixel (reverse mode only, no `jvp`).
 
     Args:
       x: the maps.
       kernel: of the convolution.
-      strides, padding, **options: as for `lax.conv_general_dilated`; windows of more pixels, groups, dilated inputs and
-        padding are left to it.
+      strides, padding, **options: as for `lax.conv_general_dilated`; windows of more pixels,
+        groups, dilated inputs and padding are left to it.
     """
     groups, dilation = options.get("feature_group_count", 1), options.get("lhs_dilation") or (1, 1)
     padded = not isinstance(padding, str) and any(side != 0 for sides in padding for side in sides)
@@ -64,5 +65,6 @@ def _backward(
 
 _convolve.defvjp(_forward, _backward)
 
-# `drep_jax.core.sites` takes it for what it is: a layer that computes with it is as linear as any convolution.
+# `drep_jax.core.layers` accepts layers that compute with a function marked like this: they are as
+# linear as any convolution.
 pointwise_conv.is_convolution = True  # type: ignore[attr-defined]

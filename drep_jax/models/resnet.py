@@ -1,10 +1,11 @@
 """Residual networks (He et al. 2016) as in torchvision, v1.5: a bottleneck's stride is in its 3x3 convolution.
 
-Paddings are explicit and symmetric as in PyTorch (Flax's "SAME" pads strided convolutions on one side more). BatchNorm:
-eps 1e-5, running statistics 0.9·old + 0.1·batch; the running variance is the biased one (PyTorch's is unbiased).
-Shortcuts are projected by a 1x1 convolution (torchvision) or, in the networks for CIFAR-10, take every second pixel and pad the
-new channels with zeros on both sides, which has no parameters (option A of He et al. 2016, section 4.2).
-Initial values: He normal by fan-out for convolutions, PyTorch's uniform 1/√fan-in for `fc`, zero bias.
+Paddings are explicit and symmetric as in PyTorch (Flax's "SAME" pads strided convolutions on one
+side more). BatchNorm: eps 1e-5, running statistics 0.9·old + 0.1·batch; the running variance is the
+biased one (PyTorch's is unbiased). Shortcuts are projected by a 1x1 convolution (torchvision) or,
+in the networks for CIFAR-10, take every second pixel and pad the new channels with zeros on both
+sides, which has no parameters (option A of He et al. 2016, section 4.2). Initial values: He normal
+by fan-out for convolutions, PyTorch's uniform 1/√fan-in for `fc`, zero bias.
 """
 
 import functools
@@ -91,13 +92,17 @@ class ResNet(BatchNormBackbone, kw_only=True):
     """Residual network; takes images of any size.
 
     Attributes:
-      stage_sizes: blocks in each stage; each stage after the first halves the maps and doubles the channels.
+      stage_sizes: blocks in each stage; each stage after the first halves the maps and doubles the
+        channels.
       block: "basic" or "bottleneck".
       num_classes: number of logits; 0 returns the pooled features.
       width: channels of the stem and of the first stage.
-      stem: "imagenet" (7x7 convolution of stride 2, max-pool) or "cifar" (3x3 of stride 1, no pool).
-      shortcut: "projection" (1x1 convolution) or "pad" (no parameters) where a block changes the shape.
-      last_stride: of the last stage; 1 keeps its maps twice as large, as person re-identification does.
+      stem: "imagenet" (7x7 convolution of stride 2, max-pool) or "cifar" (3x3 of stride 1, no
+        pool).
+      shortcut: "projection" (1x1 convolution) or "pad" (no parameters) where a block changes the
+        shape.
+      last_stride: of the last stage; 1 keeps its maps twice as large, as person re-identification
+        does.
     """
 
     stage_sizes: Sequence[int]
@@ -117,11 +122,13 @@ class ResNet(BatchNormBackbone, kw_only=True):
         """Classifies images.
 
         Args:
-          x: normalised images.
-          train: whether BatchNorm uses, and updates with, the statistics of this batch (make `batch_stats` mutable).
+          x: normalized images.
+          train: whether BatchNorm uses, and updates with, the statistics of this batch (make
+            `batch_stats` mutable).
 
         Returns:
-          Logits (batch, num_classes), float32 also when `dtype` is narrower; with `num_classes=0` features (batch, D).
+          Logits (batch, num_classes), float32 also when `dtype` is narrower; with `num_classes=0`
+          features (batch, D).
 
         Raises:
           ConfigError: when `x` is not a batch of images.

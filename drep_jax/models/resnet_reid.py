@@ -1,15 +1,17 @@
 """ResNets for re-identification: last stride 1, global average pooling and BNNeck; with one branch or two.
 
-One branch is the baseline of Luo et al. 2019 ("Bag of tricks", github.com/michuanhaohao/reid-strong-baseline), which vehicles
-are compared with as well. Two are the viewpoint-aware metric learning of Chu et al. 2019 (VANet), of which there is a
-description only: below a shared trunk one branch makes the feature for pairs seen from the same view, the other that for pairs
-seen from different views, and the distance of a pair is taken in the space that its views ask for. Taken from it: shared
-layers, two branches, two spaces. Chosen here: ResNet, whose last stage each branch has for itself, with a BNNeck each. Not
-here: the classifier that estimates the views (they come with the data), and the losses within and across the spaces.
+One branch is the baseline of Luo et al. 2019 ("Bag of tricks",
+github.com/michuanhaohao/reid-strong-baseline), the common baseline for vehicles as well. Two are
+the viewpoint-aware metric learning of Chu et al. 2019 (VANet), of which there is a description
+only: below a shared trunk one branch makes the feature for pairs seen from the same view, the other
+that for pairs seen from different views, and the distance of a pair is taken in the space that its
+views ask for. Taken from it: shared layers, two branches, two spaces. Chosen here: ResNet, whose
+last stage each branch has for itself, with a BNNeck each. Not here: the classifier that estimates
+the views (they come with the data), and the losses within and across the spaces.
 
-The published trunks differ in their stems, and so does what their weights compute:
-"torchvision" is 7x7 convolution, batch norm, ReLU, 3x3 max-pool; "strong_baseline" has no ReLU; "fast_reid" pools windows that
-begin at the first pixel, without padding before it.
+The published trunks differ in their stems, and so does what their weights compute: "torchvision" is
+7x7 convolution, batch norm, ReLU, 3x3 max-pool; "strong_baseline" has no ReLU; "fast_reid" pools
+windows that begin at the first pixel, without padding before it.
 """
 
 from collections.abc import Sequence
@@ -62,8 +64,9 @@ class ResNetReID(BatchNormBackbone, kw_only=True):
         """Returns the feature of retrieval, that of the branches side by side; float32 at least.
 
         Args:
-          x: normalised images.
-          train: whether BatchNorm uses, and updates with, the statistics of this batch (make `batch_stats` mutable).
+          x: normalized images.
+          train: whether BatchNorm uses, and updates with, the statistics of this batch (make
+            `batch_stats` mutable).
 
         Raises:
           ConfigError: when `x` is not a batch of images of three channels.
@@ -75,7 +78,7 @@ class ResNetReID(BatchNormBackbone, kw_only=True):
         """Returns what the losses read: "features" before the necks and "logits", one of each a branch.
 
         Args:
-          x: normalised images.
+          x: normalized images.
           train: as for `__call__`.
         """
         before, _, logits = self._run(x, train, classify=True)

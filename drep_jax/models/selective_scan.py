@@ -1,16 +1,19 @@
 """Selective scan (Gu and Dao 2023) over images: h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k x_k,  y_k = C_kᵀ h_k.
 
-The scan goes row by row, as in reading, with no loop over all pixels. Every row is first scanned from an empty state, all rows
-at once; then the states at the rows' ends are chained, h_row <- P_row h_{row-1} + h'_row with P_row the product of a row's
-decays; and the state that a row starts with, decayed, is added to its own. That is width + height steps instead of
-width · height, and memory linear in their product. Decays are exp(Δ A) with A < 0 < Δ: all factors are at most 1, and
-nothing is ever divided by them.
+The scan goes row by row, as in reading, with no loop over all pixels. Every row is first scanned
+from an empty state, all rows at once; then the states at the rows' ends are chained, h_row <- P_row
+h_{row-1} + h'_row with P_row the product of a row's decays; and the state that a row starts with,
+decayed, is added to its own. That is width + height steps instead of width · height, and memory
+linear in their product. Decays are exp(Δ A) with A < 0 < Δ: all factors are at most 1, and nothing
+is ever divided by them.
 
-The gradient is a scan the other way: with g_k = C_k dy_k + exp(Δ_{k+1} A) g_{k+1} and r_k = exp(Δ_k A) h_{k-1},
+The gradient is a scan the other way: with g_k = C_k dy_k + exp(Δ_{k+1} A) g_{k+1} and r_k = exp(Δ_k
+A) h_{k-1},
 
     dx = Δ Bᵀg,  dB = Δ Σ_channels g x,  dC = Σ_channels h dy,  dA = Σ_pixels Δ g r,  dΔ = Σ_states g (A r + B x).
 
-It is written out because what is derived from the equations above needs twice the memory and, on CPUs, twice the time.
+It is written out because what is derived from the equations above needs twice the memory and, on
+CPUs, twice the time.
 """
 
 import functools
@@ -103,7 +106,7 @@ def _recur(decay: States, inputs: States, along: int, reverse: bool, late: bool 
     Args:
       decay: in [0, 1].
       inputs: of the same shape.
-      along: the axis, 1 or 2, of neighbouring pixels; the other one leads from line to line.
+      along: the axis, 1 or 2, of neighboring pixels; the other one leads from line to line.
       reverse: whether k counts from the last pixel.
       late: whether a state decays as it is left instead of as the next is reached.
     """

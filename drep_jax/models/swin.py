@@ -1,11 +1,12 @@
 """Swin Transformer V2 (Liu et al. 2022): x <- x + LN(Attn(x)); x <- x + LN(MLP(x)), attention within shifted windows.
 
-Attention is softmax(s·cos(q, k) + bias + mask) v in each window. The scale s ≤ 100 is learned head by head. The bias is
-16·sigmoid of a small network of the two tokens' relative position, log-spaced, so it depends on the parameters only. Every
-other block shifts the windows by half their side, and the mask keeps pixels apart that are neighbours only because the
-shift wraps around. LayerNorm eps 1e-5, exact (erf) GELU. Initial values: truncated normal of standard deviation 0.02 for
-dense kernels, Xavier uniform for the patch embedding, zero biases, s = 10, and zero scales of the blocks' norms, so that
-every block starts as the identity.
+Attention is softmax(s·cos(q, k) + bias + mask) v in each window. The scale s ≤ 100 is learned head
+by head. The bias is 16·sigmoid of a small network of the two tokens' relative position, log-spaced,
+so it depends on the parameters only. Every other block shifts the windows by half their side, and
+the mask keeps pixels apart that are neighbors only because the shift wraps around. LayerNorm eps
+1e-5, exact (erf) GELU. Initial values: truncated normal of standard deviation 0.02 for dense
+kernels, Xavier uniform for the patch embedding, zero biases, s = 10, and zero scales of the blocks'
+norms, so that every block starts as the identity.
 """
 
 import functools
@@ -29,7 +30,7 @@ BIAS_HIDDEN = 512
 BIAS_RANGE = 16.0
 LARGEST_SCALE = 100.0
 MASKED = -100.0
-"""Added between pixels that are no neighbours. Finite as in the original, whose weights are trained with what leaks."""
+"""Added between pixels that are no neighbors. Finite as in the original, whose weights are trained with what leaks."""
 
 _norm = functools.partial(nn.LayerNorm, 1e-5, use_fast_variance=False)  # exact also where single channels are huge
 _trunc_normal = nn.initializers.truncated_normal(0.02)
@@ -54,7 +55,8 @@ class PositionBias(nn.Module):
         hidden = nn.relu(dense(BIAS_HIDDEN, name="fc1")(table))
         bias = BIAS_RANGE * nn.sigmoid(dense(self.num_heads, use_bias=False, name="fc2")(hidden))
         rows, columns = self.window
-        # (heads, Δrow, Δcolumn) to (heads, Δcolumn, row, row') to (heads, row, row', column, column')
+        # (heads, Δrow, Δcolumn) to (heads, Δcolumn, row, row') to (heads, row, row', column,
+        # column')
         bias = jnp.moveaxis(_toeplitz(jnp.transpose(bias, (2, 1, 0)), rows), 1, 3)
         bias = _toeplitz(bias, columns)
         return jnp.swapaxes(bias, 2, 3).reshape(self.num_heads, rows * columns, rows * columns)
@@ -63,7 +65,8 @@ class PositionBias(nn.Module):
 def _relative_positions(window: tuple[int, int], pretrained: int) -> np.ndarray:
     """Returns sign(d)·log₂(1 + |8d|)/3 for the offsets d of (row, column), over the pretrained window's largest one.
 
-    Offsets fall from window − 1 to 1 − window along each axis, which is the order that `_toeplitz` reads.
+    Offsets fall from window − 1 to 1 − window along each axis, which is the order that `_toeplitz`
+    reads.
     """
     sides = [(pretrained or side) - 1 for side in window]
     axes = [8.0 * np.arange(n - 1, -n, -1) / max(side, 1) for n, side in zip(window, sides, strict=True)]
@@ -84,7 +87,8 @@ def _toeplitz(values: Float[Array, "*batch offsets"], size: int) -> Float[Array,
 class WindowAttention(nn.Module):
     """Multi-head cosine attention within the windows of a feature map.
 
-    `query`, `key` and `value` are given the very same array, so that a trace can see that they read one tensor.
+    `query`, `key` and `value` are given the very same array, so that a trace can see that they read
+    one tensor.
     """
 
     num_heads: int
@@ -184,7 +188,7 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Adds normalised attention, then the normalised MLP; `drop_path` acts whenever it is not 0."""
+    """Adds normalized attention, then the normalized MLP; `drop_path` acts whenever it is not 0."""
 
     num_heads: int
     mlp_dim: int
@@ -233,18 +237,19 @@ class SwinV2(Backbone, kw_only=True):
       width: channels of the first stage; each later stage has twice as many.
       depths: number of blocks of each stage.
       num_heads: attention heads of each stage.
-      window_size: side of a window in pixels of the feature map, or (height, width). Along a side of a feature map that
-        is no longer than the window, the window is that side and is not shifted.
+      window_size: side of a window in pixels of the feature map, or (height, width). Along a side
+        of a feature map that is no longer than the window, the window is that side and is not
+        shifted.
       num_classes: number of logits; 0 returns the features that the head would read.
-      image_size: (height, width) in pixels. The windows must divide every stage's feature map, and all but the last
-        must have even sides.
+      image_size: (height, width) in pixels. The windows must divide every stage's feature map, and
+        all but the last must have even sides.
       patch_size: side of a patch in pixels, or (height, width).
       mlp_ratio: hidden dimension of the MLPs over their width.
       qkv_bias: whether query and value have biases; key never has.
-      pretrained_window_sizes: of each stage, the window that the weights were trained with where it was another one,
-        which keeps the position bias in its units; 0 for the same.
-      drop_path: rate at which a block's branch is left out for an image when `train`; it rises linearly from 0 in the
-        first block to this in the last. Needs an rng named "dropout".
+      pretrained_window_sizes: of each stage, the window that the weights were trained with where it
+        was another one, which keeps the position bias in its units; 0 for the same.
+      drop_path: rate at which a block's branch is left out for an image when `train`; it rises
+        linearly from 0 in the first block to this in the last. Needs an rng named "dropout".
     """
 
     width: int
@@ -270,12 +275,12 @@ class SwinV2(Backbone, kw_only=True):
         """Classifies images.
 
         Args:
-          x: normalised images of `image_size`.
+          x: normalized images of `image_size`.
           train: whether blocks are dropped.
 
         Returns:
-          Logits (batch, num_classes), or features (batch, width of the last stage) with `num_classes=0`; float32 also
-          when `dtype` is narrower.
+          Logits (batch, num_classes), or features (batch, width of the last stage) with
+          `num_classes=0`; float32 also when `dtype` is narrower.
 
         Raises:
           ConfigError: when the images are not of `image_size`.
@@ -291,7 +296,7 @@ class SwinV2(Backbone, kw_only=True):
         x = embedding(self.width, patch, strides=patch, padding="VALID", **self.dtypes)(x)
         x = _norm(**self.dtypes, name="embedding_norm")(x)
         rates = iter(np.linspace(0.0, self.drop_path if train else 0.0, sum(self.depths)).tolist())
-        block_class: Any = self.block(SwinBlock)
+        block_class: Any = self.rematerialized(SwinBlock)
         for stage, depth in enumerate(self.depths):
             if stage:
                 x = PatchMerging(**self.dtypes, name=f"stage{stage}_merge")(x)

@@ -25,7 +25,8 @@ TRUNC_NORMAL = nn.initializers.truncated_normal(0.02)
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q kᵀ / √d) v, with four separate dense layers.
 
-    `query`, `key` and `value` are given the very same array, so that a trace can see that they read one tensor.
+    `query`, `key` and `value` are given the very same array, so that a trace can see that they read
+    one tensor.
     """
 
     num_heads: int
@@ -84,8 +85,8 @@ class Mlp(nn.Module):
 def _rows(x: Float[Array, "batch tokens width"]) -> Float[Array, "rows width"]:
     """Returns the tokens of all images one below the other.
 
-    A kernel's gradient is then one plain product; over two axes XLA's CPU compiler copies the tokens transposed first, which
-    takes a twentieth of the backward pass.
+    A kernel's gradient is then one plain product; over two axes XLA's CPU compiler copies the
+    tokens transposed first, which takes a twentieth of the backward pass.
     """
     return x.reshape(-1, x.shape[-1])
 
@@ -146,8 +147,8 @@ class EncoderBlock(nn.Module):
 
 def _drop_path(y: Float[Array, "batch tokens width"], rate: Float[Array, ""], key: Array) -> Array:
     """Returns `y` with all of an image's numbers at zero with probability `rate`, the others scaled to the same mean."""
-    kept = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
-    return jnp.where(kept, y / (1 - rate).astype(y.dtype), 0)
+    survives = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
+    return jnp.where(survives, y / (1 - rate).astype(y.dtype), 0)
 
 
 def layer_norm(name: str, eps: float, dtype: Any, param_dtype: Any) -> nn.LayerNorm:

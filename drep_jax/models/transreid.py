@@ -1,8 +1,9 @@
 """TransReID (He et al. 2021) and TransReID-SSL (Luo et al. 2021): ViTs whose class token is the feature of a person or vehicle.
 
-Side information: every token gets λ·S[i], S one learned row for each camera and viewpoint, i the image's. Jigsaw branch: the
-patches after the last block but one are shifted, shuffled and dealt into four groups; a copy of the last block reads each
-group with the class token, another reads all of them. Each of these features has a BNNeck of its own.
+Side information: every token gets λ·S[i], S one learned row for each camera and viewpoint, i the
+image's. Jigsaw branch: the patches after the last block but one are shifted, shuffled and dealt
+into four groups; a copy of the last block reads each group with the class token, another reads all
+of them. Each of these features has a BNNeck of its own.
 """
 
 import functools
@@ -45,7 +46,7 @@ class Ibn(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch height width channels"]:
-        """Normalises each channel."""
+        """Normalizes each channel."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         half = x.shape[-1] // 2
         instance = nn.InstanceNorm(1e-5, **dtypes, use_fast_variance=False, name="instance")(x[..., :half])
@@ -63,9 +64,9 @@ def _batch_norm(name: str, train: bool, axis_name: str | None, dtype: Any, param
 class TransReID(BatchNormBackbone, kw_only=True):
     """TransReID, or with `jigsaw=False` and `side_info=0` its baseline; TransReID-SSL's networks are such baselines.
 
-    The tree is that of a ViT (`embedding`, `cls`, `pos_embedding`, `encoderblock_0`, …, `norm`) and `sie`, `neck`. With the
-    jigsaw branch `global_block`, `global_norm`, `local_block` and `local_norm` stand for the last block and `norm`, and
-    `neck_1` … `neck_4` are added.
+    The tree is that of a ViT (`embedding`, `cls`, `pos_embedding`, `encoderblock_0`, …, `norm`) and
+    `sie`, `neck`. With the jigsaw branch `global_block`, `global_norm`, `local_block` and
+    `local_norm` stand for the last block and `norm`, and `neck_1` … `neck_4` are added.
 
     Attributes:
       patch_size: side of a patch in pixels, or (height, width).
@@ -75,19 +76,22 @@ class TransReID(BatchNormBackbone, kw_only=True):
       mlp_dim: hidden dimension of the MLPs.
       num_classes: training identities; 0 for no classifiers.
       image_size: (height, width) in pixels.
-      patch_stride: distance of the patches, one number or (height, width); None for the patch's own size.
-      stem: "patch", or "ics": three convolutions with IBN before patches of half the size (TransReID-SSL).
+      patch_stride: distance of the patches, one number or (height, width); None for the patch's own
+        size.
+      stem: "patch", or "ics": three convolutions with IBN before patches of half the size
+        (TransReID-SSL).
       jigsaw: whether there is the jigsaw branch.
-      jigsaw_shift: the first patch, counted from 1, that it begins with. 5 for persons, 8 for vehicles in the paper's
-        configurations; 1 with one group leaves the patches in their order.
+      jigsaw_shift: the first patch, counted from 1, that it begins with. 5 for persons, 8 for
+        vehicles in the paper's configurations; 1 with one group leaves the patches in their order.
       jigsaw_groups: groups that are interleaved by the shuffle.
-      side_info: number of side-information embeddings (cameras, viewpoints, or cameras times viewpoints); with any the
-        images have a fourth channel, a constant plane that holds the index of the image's embedding. An index that has
-        none makes the feature NaN.
+      side_info: number of side-information embeddings (cameras, viewpoints, or cameras times
+        viewpoints); with any the images have a fourth channel, a constant plane that holds the
+        index of the image's embedding. An index that has none makes the feature NaN.
       sie_coefficient: λ, what the embeddings are multiplied by.
-      feature: whether the feature of retrieval is that "before" or "after" the batch norm of BNNeck.
-      drop_path: rate at which the last block's branches are left out in training, rising linearly from 0 at the first
-        block; needs an rng named "dropout".
+      feature: whether the feature of retrieval is that "before" or "after" the batch norm of
+        BNNeck.
+      drop_path: rate at which the last block's branches are left out in training, rising linearly
+        from 0 at the first block; needs an rng named "dropout".
       dtype: see `Backbone`. BNNeck computes in float32 at least.
     """
 
@@ -124,12 +128,13 @@ class TransReID(BatchNormBackbone, kw_only=True):
         """Returns the feature of retrieval.
 
         Args:
-          x: normalised images of `image_size`; with `side_info` the fourth channel holds the index.
-          train: whether drop path is on and batch norms use, and update with, the statistics of this batch.
+          x: normalized images of `image_size`; with `side_info` the fourth channel holds the index.
+          train: whether drop path is on and batch norms use, and update with, the statistics of
+            this batch.
 
         Returns:
-          Features (batch, width), with the jigsaw branch (batch, 5·width): the global one, then the four local ones, each
-          divided by four. float32 also when `dtype` is narrower.
+          Features (batch, width), with the jigsaw branch (batch, 5·width): the global one, then the
+          four local ones, each divided by four. float32 also when `dtype` is narrower.
 
         Raises:
           ConfigError: when the images are not of `image_size`, or have not the channels expected.
@@ -146,7 +151,8 @@ class TransReID(BatchNormBackbone, kw_only=True):
           train: as for `__call__`.
 
         Returns:
-          "features": before the batch norms, each (batch, width); "logits": of each, (batch, num_classes), or none.
+          "features": before the batch norms, each (batch, width); "logits": of each, (batch,
+          num_classes), or none.
         """
         features, _, logits = self._branches(x, train, classify=True)
         return {"features": features, "logits": logits}
@@ -171,7 +177,8 @@ class TransReID(BatchNormBackbone, kw_only=True):
         if self.jigsaw:
             last = None if rates is None else rates[-1:]
             whole = norm("global_norm")(run(x, ["global_block"], last)[:, 0])
-            # One call for all groups of an image, next to one another: what reads them sees the images in their order.
+            # One call for all groups of an image, next to one another: what reads them sees the
+            # images in their order.
             groups = run(self._groups(x), ["local_block"], last)[:, 0]
             local = norm("local_norm")(groups).reshape(-1, PARTS, self.width)
             before = [whole, *(local[:, i] for i in range(PARTS))]
@@ -253,8 +260,9 @@ class TransReID(BatchNormBackbone, kw_only=True):
 def jigsaw_order(patches: int, shift: int, groups: int) -> np.ndarray:
     """Returns the tokens that the jigsaw branch deals out, in its order; token 0 is the class token and does not occur.
 
-    Shift: the patches from number `shift` (counted from 1) on come first. Shuffle: that sequence is cut into `groups`
-    pieces of equal length, which are interleaved; if one patch is lacking for that, the last but one is taken twice.
+    Shift: the patches from number `shift` (counted from 1) on come first. Shuffle: that sequence is
+    cut into `groups` pieces of equal length, which are interleaved; if one patch is lacking for
+    that, the last but one is taken twice.
 
     >>> jigsaw_order(8, 3, 2).tolist()
     [3, 7, 4, 8, 5, 1, 6, 2]

@@ -1,10 +1,11 @@
 """Vision Transformer (Dosovitskiy et al. 2021), pre-norm: x <- x + Attn(LN(x)); x <- x + MLP(LN(x)).
 
-With `post_norm` the blocks are those of Vaswani et al. 2017: x <- LN(x + Attn(x)); x <- LN(x + MLP(x)).
-Tokens are in the order of DINOv2 and timm: class token, registers (Darcet et al. 2024), patches row by row. Defaults are
-timm's: class token, learned position embeddings that include it, LayerNorm eps 1e-6, exact (erf) GELU.
-Initial values: truncated normal of standard deviation 0.02 for dense kernels and positions, normal of 1e-6 for the class
-token and registers, Xavier uniform for the patch embedding, zero biases, 1e-5 for layer scales.
+With `post_norm` the blocks are those of Vaswani et al. 2017: x <- LN(x + Attn(x)); x <- LN(x +
+MLP(x)). Tokens are in the order of DINOv2 and timm: class token, registers (Darcet et al. 2024),
+patches row by row. Defaults are timm's: class token, learned position embeddings that include it,
+LayerNorm eps 1e-6, exact (erf) GELU. Initial values: truncated normal of standard deviation 0.02
+for dense kernels and positions, normal of 1e-6 for the class token and registers, Xavier uniform
+for the patch embedding, zero biases, 1e-5 for layer scales.
 """
 
 import math
@@ -46,28 +47,35 @@ class ViT(Backbone, kw_only=True):
       num_heads: attention heads.
       mlp_dim: hidden dimension of the MLPs.
       num_classes: number of logits; 0 returns the features that the head would read.
-      image_size: (height, width) in pixels; each a multiple of the patch, unless `patch_stride` is given.
-      pool: "cls" reads the class token after the final norm; "mean" averages the patch tokens (no others), then normalises
-        the average, as timm does; "gap" normalises the patch tokens, then averages, as big_vision does.
+      image_size: (height, width) in pixels; each a multiple of the patch, unless `patch_stride` is
+        given.
+      pool: "cls" reads the class token after the final norm; "mean" averages the patch tokens (no
+        others), then normalizes the average, as timm does; "gap" normalizes the patch tokens, then
+        averages, as big_vision does.
       class_token: whether there is one.
       registers: number of further learned tokens; they have no positions.
-      position_class_token: whether the class token has a position too (ViT, DeiT, DINOv2), or the patches only (DeiT-3,
-        big_vision, timm's networks with registers).
-      positions: "learned", or "sincos2d": fixed ones of the patches, as in MoCo v3 and big_vision's plain ViT-S/16.
-      patch_stride: distance of the patches, one number or (height, width), as in TransReID, where they overlap; None for
-        the patch's own size. There are (size - patch) // stride + 1 of them along a side.
+      position_class_token: whether the class token has a position too (ViT, DeiT, DINOv2), or the
+        patches only (DeiT-3, big_vision, timm's networks with registers).
+      positions: "learned", or "sincos2d": fixed ones of the patches, as in MoCo v3 and big_vision's
+        plain ViT-S/16.
+      patch_stride: distance of the patches, one number or (height, width), as in TransReID, where
+        they overlap; None for the patch's own size. There are (size - patch) // stride + 1 of them
+        along a side.
       layer_scale: whether what a block adds is scaled by one learned number a channel.
-      pre_logits: whether tanh(dense(·)) of the same width follows the pooled features, as in Google's older ViTs.
+      pre_logits: whether tanh(dense(·)) of the same width follows the pooled features, as in
+        Google's older ViTs.
       qkv_bias: whether query, key and value have biases.
-      scan: one compiled block looped over parameters stacked under `encoder` (see `stack_blocks`) instead of
-        `encoderblock_0`, ...; intercepted layers may sow into a collection named "denoise", stacked the same way.
-      post_norm: normalise each sum instead of each input.
-      activation: of the MLPs, "gelu" (exact), "gelu_tanh" (its approximation, which Google's ViTs were trained with),
-        "quick_gelu" (CLIP's) or "relu".
+      scan: one compiled block looped over parameters stacked under `encoder` (see `stack_blocks`)
+        instead of `encoderblock_0`, ...; intercepted layers may sow into a collection named
+        "denoise", stacked the same way.
+      post_norm: normalize each sum instead of each input.
+      activation: of the MLPs, "gelu" (exact), "gelu_tanh" (its approximation, which Google's ViTs
+        were trained with), "quick_gelu" (CLIP's) or "relu".
       norm_eps: of every LayerNorm.
-      dropout: rate after the embedding, the attention and the MLP when `train`; needs an rng named "dropout".
-      drop_path: rate at which the last block's branches are left out when `train` (stochastic depth), rising linearly from
-        0 at the first block; needs the same rng.
+      dropout: rate after the embedding, the attention and the MLP when `train`; needs an rng named
+        "dropout".
+      drop_path: rate at which the last block's branches are left out when `train` (stochastic
+        depth), rising linearly from 0 at the first block; needs the same rng.
     """
 
     patch_size: int | tuple[int, int]
@@ -118,12 +126,12 @@ class ViT(Backbone, kw_only=True):
         """Classifies images.
 
         Args:
-          x: normalised images of `image_size`.
+          x: normalized images of `image_size`.
           train: whether dropout and drop path are on.
 
         Returns:
-          Logits (batch, num_classes), or features (batch, width) with `num_classes=0`; float32 also when `dtype` is
-          narrower.
+          Logits (batch, num_classes), or features (batch, width) with `num_classes=0`; float32 also
+          when `dtype` is narrower.
 
         Raises:
           ConfigError: when the images are not of `image_size`.
@@ -137,7 +145,8 @@ class ViT(Backbone, kw_only=True):
         x = self._encode(self._embed(x, train), train)
         norm = layer_norm("norm", self.norm_eps, **self.dtypes)
         patches = x[:, x.shape[1] - math.prod(self.grid) :]
-        # The norm works token by token, so taking the class token first gives the same result for less work.
+        # The norm works token by token, so taking the class token first gives the same result for
+        # less work.
         features = {
             "cls": lambda: norm(x[:, 0]),
             "mean": lambda: norm(patches.mean(axis=1)),

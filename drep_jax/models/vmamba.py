@@ -1,18 +1,20 @@
 """VMamba, second version (Liu et al. 2024): x <- x + SS2D(LN(x)); x <- x + MLP(LN(x)), in four stages of maps.
 
-SS2D is out(LN(Σ_k scan_k(u))) with u = silu(conv(in(x))): four selective scans (see `selective_scan`) along the rows, down
-the columns, and both backwards. This is the form of the published networks VMamba-T[s1l8], -S[s2l15] and -B[s2l15] (called
-v05_noz there): no gate, a depthwise 3x3 convolution without bias, two 3x3 convolutions of stride 2 as stem, one between the
+SS2D is out(LN(Σ_k scan_k(u))) with u = silu(conv(in(x))): four selective scans (see
+`selective_scan`) along the rows, down the columns, and both backwards. This is the form of the
+published networks VMamba-T[s1l8], -S[s2l15] and -B[s2l15] (called v05_noz there): no gate, a
+depthwise 3x3 convolution without bias, two 3x3 convolutions of stride 2 as stem, one between the
 stages. Maps are channels-last. LayerNorm eps 1e-5, exact (erf) GELU.
 
-Every linear map is a layer of its own, so that each can be a denoising site. What the authors stack over the directions is
-taken apart: `x_proj` is one dense layer that gives Δ's coordinates, B and C of all four directions, which read the same
-pixel; `dt_proj_0` ... `dt_proj_3` expand Δ's coordinates, one dense layer a direction. Only A, `a_log`, and D, `skip`, are
-parameters without a layer. Where `dtype` is narrow, Δ and the scan are in float32 all the same.
+Every linear map is a layer of its own, so that each can be a denoising site. What the authors stack
+over the directions is taken apart: `x_proj` is one dense layer that gives Δ's coordinates, B and C
+of all four directions, which read the same pixel; `dt_proj_0` ... `dt_proj_3` expand Δ's
+coordinates, one dense layer a direction. Only A, `a_log`, and D, `skip`, are parameters without a
+layer. Where `dtype` is narrow, Δ and the scan are in float32 all the same.
 
-Initial values: truncated normal of standard deviation 0.02 for `in_proj`, `out_proj`, MLP and head; uniform 1/√fan-in for
-convolutions and `x_proj`; uniform 1/√rank for `dt_proj`, whose bias makes Δ log-uniform in [0.001, 0.1]; A = -1, ..., -N;
-D = 1; zero for other biases.
+Initial values: truncated normal of standard deviation 0.02 for `in_proj`, `out_proj`, MLP and head;
+uniform 1/√fan-in for convolutions and `x_proj`; uniform 1/√rank for `dt_proj`, whose bias makes Δ
+log-uniform in [0.001, 0.1]; A = -1, ..., -N; D = 1; zero for other biases.
 """
 
 import functools
@@ -147,14 +149,15 @@ class VMamba(Backbone, kw_only=True):
     """VMamba; takes images of any size.
 
     Attributes:
-      depths: blocks in each stage; each stage after the first halves the maps and doubles the channels.
+      depths: blocks in each stage; each stage after the first halves the maps and doubles the
+        channels.
       width: channels of the first stage, an even number.
       num_classes: number of logits; 0 returns the pooled features.
       ssm_ratio: channels that are scanned, relative to the stage's.
       d_state: numbers in the state of each scanned channel.
       mlp_ratio: hidden dimension of the MLPs, relative to the stage's channels.
-      drop_path: rate at which the last block's branches are dropped, image by image, when `train`; it grows linearly
-        from 0 at the first block. Needs an rng named "dropout".
+      drop_path: rate at which the last block's branches are dropped, image by image, when `train`;
+        it grows linearly from 0 at the first block. Needs an rng named "dropout".
     """
 
     depths: Sequence[int]
@@ -174,12 +177,12 @@ class VMamba(Backbone, kw_only=True):
         """Classifies images.
 
         Args:
-          x: normalised images.
+          x: normalized images.
           train: whether branches are dropped.
 
         Returns:
-          Logits (batch, num_classes), or features (batch, channels of the last stage) with `num_classes=0`; float32 also
-          when `dtype` is narrower.
+          Logits (batch, num_classes), or features (batch, channels of the last stage) with
+          `num_classes=0`; float32 also when `dtype` is narrower.
 
         Raises:
           ConfigError: when `x` is not a batch of images.
@@ -188,7 +191,7 @@ class VMamba(Backbone, kw_only=True):
         norm: Any = functools.partial(_layer_norm, **self.dtypes)
         x = norm("stem_norm1")(_halve(self.width // 2, "stem_conv1", **self.dtypes)(x))
         x = norm("stem_norm2")(_halve(self.width, "stem_conv2", **self.dtypes)(gelu(x)))
-        block: Any = self.block(VSSBlock)
+        block: Any = self.rematerialized(VSSBlock)
         rates = iter(np.linspace(0.0, self.drop_path if train else 0.0, sum(self.depths)).tolist())
         for stage, depth in enumerate(self.depths):
             channels = self.width * 2**stage

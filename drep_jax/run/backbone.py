@@ -13,7 +13,7 @@ from drep_jax.run.stages import key_of
 from drep_jax.typing import Config, Tree
 
 FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_allow")
-"""Settings that apply to foreign weight files only."""
+"""Settings that say how a foreign file of weights is read."""
 
 
 def fresh_variables(run: Run) -> Tree:

@@ -10,6 +10,7 @@ import numpy as np
 
 from drep_jax import weights
 from drep_jax.core.certificate import Certificate, certify
+from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.fusion import fuse_exact, survival
 from drep_jax.data.collate import read
 from drep_jax.errors import CheckpointError, ConfigError, ExportError, did_you_mean
@@ -27,10 +28,8 @@ from drep_jax.weights.formats import formats_of
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 """Types that fused weights can be stored in."""
 
-
 SAME = "same"
 """The export in the format that the backbone came in."""
-
 
 PROGRAMS: dict[str, Callable[..., Comparison]] = {"stablehlo": export_stablehlo, "onnx": export_onnx}
 """Exports of the network with its weights; add one by a line here."""
@@ -65,27 +64,18 @@ class Output:
             raise ConfigError(f'Unknown storage type "{self.dtype}".{did_you_mean(self.dtype, DTYPES)}')
 
 
-def fuse_and_certify(run: Run, variables: Tree, denoise: Tree, *, rule: str, steps: int) -> tuple[Tree, Certificate]:
+def fuse_and_certify(run: Run, variables: Tree, denoisers: Denoisers) -> tuple[Tree, Certificate]:
     """Returns fused parameters, rounded once to their own types, and their certificate."""
-    params = {"backbone": variables["params"], "denoise": denoise}
-    fused = fuse_exact(params, run.setup.sites, run.setup.schedule, rule=rule, steps=steps)
+    setup = run.setup
+    params = {"backbone": variables["params"], "denoise": denoisers}
+    fused = fuse_exact(params, setup.sites, setup.schedule)
     images = certificate_images(run)
-    certificate = certify(
-        run.setup.backbone,
-        variables,
-        denoise,
-        run.setup.sites,
-        run.setup.schedule,
-        images,
-        rule=rule,
-        steps=steps,
-        fused=fused,
-    )
-    return fused, certificate
+    backbone, sites, schedule = setup.backbone, setup.sites, setup.schedule
+    return fused, certify(backbone, variables, denoisers, sites, schedule, images, fused=fused)
 
 
 def certificate_images(run: Run) -> jax.Array:
-    """Returns the first test images (training images without a test set), normalized."""
+    """Returns the first few test images (training images if there is no test set), normalized."""
     source = run.setup.test if run.setup.test is not None else run.setup.train
     count = min(run.config["evaluate"]["certificate_images"], len(source))
     return run.setup.inputs(read(source, np.arange(count)))
@@ -219,7 +209,7 @@ def write(
             stem, suffix = os.path.splitext(os.path.basename(original.source.path))
             path = os.path.join(output.directory, f"{stem}_fused{suffix}")
             count = len(weights.write_back(original, path, variables, weights.stored_tree(original, full), fusion))
-            print(f"{path}: the file that the backbone came in, with {count} of its tensors replaced.")
+            print(f"{path}: the original file with {count} of its tensors replaced.")
         elif form in PROGRAMS:
             path = os.path.join(output.directory, f"fused.{form}")
             print(f"{path}: {PROGRAMS[form](setup.backbone, everything, setup.images.shape[1:3], path)}")
@@ -245,13 +235,13 @@ def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
 
 
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
-    """Prints the fraction of the change that a storage type preserves; refuses less than 90 %."""
+    """Prints the fraction of the change that a storage type keeps; refuses less than 90 %."""
     surviving = survival(before, exact, stored)
     print(
         f"Stored as {where}, {100 * surviving.fraction:.1f} % of the change survives (worst: {surviving.worst_layer})."
     )
     if surviving.fraction < 0.9 and not output.allow_rounding:
         raise CheckpointError(
-            f"Storing as {where} rounds away {100 * (1 - surviving.fraction):.0f} % of what fusion changed; the network would "
-            "be the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
+            f"Storing as {where} rounds away {100 * (1 - surviving.fraction):.0f} % of what fusion changed; the network "
+            "would be the backbone with rounding noise. Keep float32, or insist with --allow_rounding."
         )

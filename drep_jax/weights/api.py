@@ -50,7 +50,7 @@ def read(
       module: called as `module(images)`.
       image_size: (height, width) in pixels that its variables are made for.
       names: a name table: a format, several, or the path of a Python file that defines them
-        (docs/weights.md); "" for the built-in formats, and for files with the module's own names.
+        (docs/own_model.md); "" for the built-in formats, and for files with the module's own names.
       channels: of the images.
       **options: further ones of `load_foreign`, such as `state` and `allow`.
 
@@ -79,8 +79,8 @@ def write(
 ) -> str:
     """Writes variables as a file of the kind, names and types of a checkpoint, or as a new file of a format.
 
-    With a checkpoint whatever else was in its file stays as it was, and tensors whose numbers did not
-    change stay the same to the bit.
+    With a checkpoint whatever else was in its file stays as it was, and tensors whose numbers did
+    not change stay the same to the bit.
 
     Args:
       path: of the new file; nothing is there under that name until it is complete.

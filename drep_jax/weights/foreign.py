@@ -30,8 +30,8 @@ class Foreign:
       source: the file.
       format: its format.
       pieces: where each leaf lies in it.
-      notes: what a user should know about how it was read, as sentences.
-      state: which of several states in the file was asked for.
+      notes: how it was read, in sentences for the user.
+      state: the requested one of several states in the file.
     """
 
     variables: Tree
@@ -44,8 +44,8 @@ class Foreign:
     @property
     def rounds(self) -> bool:
         """Whether the file stores a floating parameter in fewer bits than the backbone."""
-        held, ours = self.source.tensors, names_of(self.variables)
-        return any(held[p.theirs].itemsize < ours[p.ours].itemsize for p in self.pieces if p.theirs in held)
+        stored, leaves = self.source.tensors, names_of(self.variables)
+        return any(stored[p.theirs].itemsize < leaves[p.ours].itemsize for p in self.pieces if p.theirs in stored)
 
 
 def load_foreign(
@@ -68,18 +68,19 @@ def load_foreign(
       module: the backbone.
       like: its variables, arrays or `jax.ShapeDtypeStruct`.
       format_name: of the format; "" recognizes it by the names in the file.
-      names: a name table instead of the built-in formats: a format, several, or the path of a file that
-        defines them, see `drep_jax.weights.formats.table`.
+      names: a name table instead of the built-in formats: a format, several, or the path of a file
+        that defines them, see `drep_jax.weights.formats.table`.
       state: which of several states in the file to take ("model", "model_ema", …).
-      allow: regular expressions over our paths and foreign names; what they match may be missing (then it stays as
-        initialised), left over, or of another shape (both).
+      allow: regular expressions over our paths and foreign names; what they match may be missing
+        (then it stays as initialized), left over, or of another shape (both).
       allow_fused: whether a file that carries a fusion already is accepted.
-      grid: (height, width) of the patches that the file's position embeddings are for; None: that of the format or, if
-        their number fits, of the backbone.
+      grid: (height, width) of the patches that the file's position embeddings are for; None: that
+        of the format or, if their number fits, of the backbone.
       fresh: makes initial variables, for what is allowed to be missing.
 
     Raises:
-      CheckpointError: if the file is damaged, of no known format, already fused, or does not fit; all names are listed.
+      CheckpointError: if the file is damaged, of no known format, already fused, or does not fit;
+        all names are listed.
       NonFiniteError: for NaN or Inf.
     """
     source = files.read(path, state=state)
@@ -91,19 +92,19 @@ def load_foreign(
     _check_refused(fmt, source.tensors, path)
     pieces = find_pieces(fmt, module, shapes, source.tensors)
     passed_over = map(re.escape, fmt.passed_over(module, source.tensors))
-    found = account(pieces, shapes, source.tensors, tuple(passed_over))
-    found, resized = _with_positions(found, fmt, module, pieces, shapes, source.tensors, grid)
-    absent = _check_account(found, fmt, path, (*allow, *fmt.fresh))
-    notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.found, *resized]
-    arrays: dict[str, Any] = dict(found.arrays)
+    accounted = account(pieces, shapes, source.tensors, tuple(passed_over))
+    accounted, resized = _with_positions(accounted, fmt, module, pieces, shapes, source.tensors, grid)
+    absent = _check_account(accounted, fmt, path, (*allow, *fmt.fresh))
+    notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.notes, *resized]
+    arrays: dict[str, Any] = dict(accounted.arrays)
     if absent:
         if fresh is None:
             raise CheckpointError(f"{path} lacks {some(absent)}, and there is nothing to fill them with.")
         initial = names_of(fresh())
         arrays.update({name: initial[name] for name in absent})
-        notes.extend(_left_as_initialised(absent, fmt))
-    if found.unexpected:
-        notes.append(f"in the file, but not in the model: {some(found.unexpected)}")
+        notes.extend(_left_as_initialized(absent, fmt))
+    if accounted.unexpected:
+        notes.append(f"in the file, but not in the model: {some(accounted.unexpected)}")
     leaves = [np.asarray(arrays[name], order="C").astype(leaf.dtype) for name, leaf in wanted.items()]
     variables = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves)
     check_finite(variables, path)
@@ -116,12 +117,12 @@ def _table(names: str | Format | Sequence[Format]) -> tuple[Format, ...]:
     return (names,) if isinstance(names, Format) else tuple(names)
 
 
-def _left_as_initialised(absent: Sequence[str], fmt: Format) -> list[str]:
+def _left_as_initialized(absent: Sequence[str], fmt: Format) -> list[str]:
     """Returns notes on the leaves that the file lacks: what such files never have by the names of its modules."""
     fresh = {name.split("/")[1]: None for name in absent if matches(fmt.fresh, name)}
     others = [name for name in absent if not matches(fmt.fresh, name)]
-    notes = [f"not in files of this format, and left as initialised: {', '.join(fresh)}"] if fresh else []
-    return [*notes, f"not in the file, and left as initialised: {some(others)}"] if others else notes
+    notes = [f"not in files of this format, and left as initialized: {', '.join(fresh)}"] if fresh else []
+    return [*notes, f"not in the file, and left as initialized: {some(others)}"] if others else notes
 
 
 def already_fused(path: str, fusion: Any) -> str:
@@ -133,7 +134,7 @@ def already_fused(path: str, fusion: Any) -> str:
 
 
 def _check_refused(fmt: Format, tensors: Mapping[str, np.ndarray], path: str) -> None:
-    """Refuses a file with names that only another network has, or with numbers where this one can have only zeros."""
+    """Refuses names that only another network has, and numbers where this one can have only zeros."""
     for pattern, reason in fmt.refused:
         seen = [name for name in tensors if matches((pattern,), fmt.canonical(name))]
         if seen:
@@ -147,7 +148,7 @@ def _check_refused(fmt: Format, tensors: Mapping[str, np.ndarray], path: str) ->
 
 
 def _with_positions(
-    found: Account,
+    accounted: Account,
     fmt: Format,
     module: nn.Module,
     pieces: Sequence[Piece],
@@ -155,13 +156,14 @@ def _with_positions(
     tensors: Mapping[str, np.ndarray],
     grid: tuple[int, int] | None,
 ) -> tuple[Account, list[str]]:
-    """Resizes position embeddings of another grid; where that is not known, says in the account how to tell it.
+    """Resizes position embeddings of another grid; where the grid is unknown, the account says how to give it.
 
     Returns:
       The account, and notes for the user.
 
     Raises:
-      CheckpointError: if `grid` was given and does not fit the file, or there is nothing that it could be of.
+      CheckpointError: if `grid` was given and does not fit the file, or there is nothing that it
+        could be of.
     """
     positions = fmt.positions(module) if fmt.positions else None
     piece = next((p for p in pieces if positions and p.ours == positions.leaf and p.theirs in tensors), None)
@@ -170,33 +172,37 @@ def _with_positions(
             raise CheckpointError(
                 f"There are no position embeddings of format {fmt.name} to resize: leave out --config.backbone.init_grid."
             )
-        return found, []
+        return accounted, []
     tensor = piece.read(tensors[piece.theirs])
     if tensor.shape[::2] != shapes[piece.ours][::2] or tensor.shape[1] <= positions.prefix:
-        return found, []  # of another width: the account says so
+        return accounted, []  # of another width: the account says so
     old = source_grid(positions, tensor.shape, grid)
     if old == positions.grid:
-        return found, []
+        return accounted, []
     ours = "×".join(map(str, positions.grid))
-    shaped = dict(found.shaped)
+    shaped = dict(accounted.shaped)
     if old is None:
         shaped[piece.ours] += (
             f", whose patches are {ours}: to resize the positions, give the grid of the file, such as "
             f'--config.backbone.init_grid="(14, 14)" (height, width). {CLASS_TOKEN}'
         )
-        return dataclasses.replace(found, shaped=shaped), []
+        return dataclasses.replace(accounted, shaped=shaped), []
     shaped.pop(piece.ours, None)
-    arrays = {**found.arrays, piece.ours: resize(positions, tensor, old)}
+    arrays = {**accounted.arrays, piece.ours: resize(positions, tensor, old)}
     theirs = "×".join(map(str, old))
     note = f"{piece.theirs} resized from {theirs} to {ours} patches ({positions.interpolation.name})"
-    return dataclasses.replace(found, arrays=arrays, shaped=shaped), [note]
+    return dataclasses.replace(accounted, arrays=arrays, shaped=shaped), [note]
 
 
-def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:
-    """Returns the leaves to be left as initialised, or refuses what does not fit and is not allowed to."""
-    missing = {ours: name for ours, name in found.missing.items() if not (matches(allow, ours) or matches(allow, name))}
-    unexpected = [name for name in found.unexpected if not matches(allow, name)]
-    shaped = {ours: text for ours, text in found.shaped.items() if not (matches(allow, ours) or _named(allow, text))}
+def _check_account(accounted: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:
+    """Returns the leaves to be left as initialized, or refuses what does not fit and is not allowed to."""
+    missing = {
+        ours: name for ours, name in accounted.missing.items() if not (matches(allow, ours) or matches(allow, name))
+    }
+    unexpected = [name for name in accounted.unexpected if not matches(allow, name)]
+    shaped = {
+        ours: text for ours, text in accounted.shaped.items() if not (matches(allow, ours) or _named(allow, text))
+    }
     if missing or unexpected or shaped:
         raise CheckpointError(
             f"The weights in {path} (format {fmt.name}) do not fit this model.\n"
@@ -206,7 +212,7 @@ def _check_account(found: Account, fmt: Format, path: str, allow: Sequence[str])
             "Choose the model that the file is of, or allow what may differ with "
             "--config.backbone.init_allow=\"('regular expression',)\"."
         )
-    return [*found.missing, *found.shaped]
+    return [*accounted.missing, *accounted.shaped]
 
 
 def _listed(lines: Sequence[str], most: int = 20) -> str:
@@ -234,7 +240,8 @@ def write_back(foreign: Foreign, path: str, before: Tree, after: Tree, fusion: M
       Foreign names of the tensors that were replaced.
 
     Raises:
-      CheckpointError: if two leaves tied to one tensor differ, or the file written does not read back as it should.
+      CheckpointError: if two leaves tied to one tensor differ, or the file written does not read
+        back as it should.
     """
     old, new = names_of(before), names_of(after)
     changed = {n: np.asarray(new[n]) for n in new if not np.array_equal(np.asarray(old[n]), np.asarray(new[n]))}
@@ -251,10 +258,10 @@ def write_back(foreign: Foreign, path: str, before: Tree, after: Tree, fusion: M
 
 def _check_places(foreign: Foreign, changed: Mapping[str, np.ndarray]) -> None:
     """Refuses changes of leaves that the file had no tensor, or one of another shape, for."""
-    held = foreign.source.tensors
+    stored = foreign.source.tensors
     for piece in foreign.pieces:
         if piece.ours in changed and (
-            piece.theirs not in held or piece.read(held[piece.theirs]).shape != changed[piece.ours].shape
+            piece.theirs not in stored or piece.read(stored[piece.theirs]).shape != changed[piece.ours].shape
         ):
             raise CheckpointError(
                 f"{piece.ours} was fused, but {foreign.source.path} has no such tensor ({piece.theirs}) to put it in. Leave "

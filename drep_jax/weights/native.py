@@ -1,7 +1,8 @@
 """Our own weight files: safetensors and Orbax, written whole or not at all, read against a known tree.
 
-Names are the paths of the variable tree, collection first, as in "params/encoderblock_0/mlp/fc1/kernel". Both forms carry
-what was fused into them, so that fused weights are never fused again by mistake.
+Names are the paths of the variable tree, collection first, as in
+"params/encoderblock_0/mlp/fc1/kernel". Both forms carry what was fused into them, so that fused
+weights are never fused again by mistake.
 """
 
 import hashlib
@@ -98,7 +99,8 @@ def load(path: str, like: Tree, *, allow_fused: bool = False) -> Tree:
       The variables, in the structure and types of `like`.
 
     Raises:
-      CheckpointError: if it is absent, damaged or already fused, or if names or shapes differ; both lists are shown.
+      CheckpointError: if it is absent, damaged or already fused, or if names or shapes differ; both
+        lists are shown.
       NonFiniteError: for NaN or Inf.
     """
     if os.path.isdir(path):
@@ -150,12 +152,12 @@ def _read_orbax(path: str, like: Tree) -> tuple[dict[str, Any], Any]:
         with open(mark, encoding="utf-8") as file:
             fused = json.load(file).get("fused")
         with ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.restore(os.path.abspath(path))
+            tree = checkpointer.restore(os.path.abspath(path))
     except Exception as error:
         raise CheckpointError(
             f"The Orbax checkpoint {path} is damaged: {(str(error).splitlines() or [''])[0][:200]}"
         ) from error
-    return names_of(found), fused
+    return names_of(tree), fused
 
 
 def is_native(path: str) -> bool:

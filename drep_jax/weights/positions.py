@@ -1,7 +1,8 @@
 """Position embeddings of another grid of patches, resized the way their own project does it: P' = A_h P A_wᵀ.
 
-Every interpolation is separable, so it is one small matrix of weights along each axis: row i holds how much each old place
-contributes to the new place i. The grid that a file was made for is never guessed: a format fixes it, or the user says it.
+Every interpolation is separable, so it is one small matrix of weights along each axis: row i holds
+how much each old place contributes to the new place i. The grid that a file was made for is never
+guessed: a format fixes it, or the user says it.
 """
 
 import dataclasses
@@ -106,10 +107,10 @@ def _gathered(places: np.ndarray, weights: np.ndarray, old: int) -> np.ndarray:
 
 
 def _bicubic(old: int, new: int, scale: float) -> np.ndarray:
-    """Returns cubic interpolation (a = -0.75) at the pixel centres (i + 1/2)·scale."""
-    centre = (np.arange(new) + 0.5) * scale - 0.5
-    places = np.floor(centre).astype(int)[:, None] + np.arange(-1, 3)
-    return _gathered(places, _cubic(centre[:, None] - places, -0.75), old)
+    """Returns cubic interpolation (a = -0.75) at the pixel centers (i + 1/2)·scale."""
+    center = (np.arange(new) + 0.5) * scale - 0.5
+    places = np.floor(center).astype(int)[:, None] + np.arange(-1, 3)
+    return _gathered(places, _cubic(center[:, None] - places, -0.75), old)
 
 
 def bicubic_weights(old: int, new: int) -> np.ndarray:
@@ -126,9 +127,9 @@ def bicubic_antialias_weights(old: int, new: int) -> np.ndarray:
     """Returns the weights of `interpolate(mode="bicubic", antialias=True)`: a = -0.5, the kernel as wide as a new pixel."""
     scale = old / new
     width = max(scale, 1.0)
-    centre = (np.arange(new)[:, None] + 0.5) * scale
+    center = (np.arange(new)[:, None] + 0.5) * scale
     place = np.arange(old)[None] + 0.5
-    weights = _cubic((place - centre) / width, -0.5)
+    weights = _cubic((place - center) / width, -0.5)
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -142,9 +143,9 @@ def linear_corner_weights(old: int, new: int) -> np.ndarray:
     return _linear(np.arange(new) * ((old - 1) / max(new - 1, 1)), old)
 
 
-def _linear(centre: np.ndarray, old: int) -> np.ndarray:
-    first = np.floor(centre).astype(int)
-    part = centre - first
+def _linear(center: np.ndarray, old: int) -> np.ndarray:
+    first = np.floor(center).astype(int)
+    part = center - first
     return _gathered(first[:, None] + np.arange(2), np.stack([1 - part, part], axis=1), old)
 
 

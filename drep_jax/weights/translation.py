@@ -57,8 +57,9 @@ class Rule:
       ours: regular expression that matches all of a leaf's path without its collection
         ("encoderblock_3/attn/query/kernel"), or of its module's path ("encoderblock_3/attn/query").
         The first rule that matches counts.
-      theirs: template for `re.Match.expand`, or a function of the match: the tensor's name if `ours`
-        matched the leaf, the module's name otherwise, to which PyTorch's name of the leaf is added.
+      theirs: template for `re.Match.expand`, or a function of the match: the tensor's name if
+        `ours` matched the leaf, the module's name otherwise, to which PyTorch's name of the leaf is
+        added.
       part: (i, n) if our leaf is the i-th of n equal parts of their tensor along its first axis.
       layout: None for the usual one of a kernel with 2 or 4 axes, and no change for all else.
     """
@@ -88,20 +89,21 @@ class Format:
       marks: regular expressions; a file is of this format if each matches one of its names.
       rules: the rules, or a function that makes them for a backbone of the family.
       ignored: regular expressions over foreign names that hold nothing trained, such as buffers of
-        indices, or nothing of the backbone, such as the projection head of self-supervised training.
+        indices, or nothing of the backbone, such as the projection head of self-supervised
+        training.
       suffix: of a new file.
       canonical: foreign name ↦ the name that marks and rules use, where files of one kind name the
         same tensor in several ways; no two names of a file may become one.
-      refused: (regular expression over canonical names, reason) of what only another network's files
-        have.
+      refused: (regular expression over canonical names, reason) of what only another network's
+        files have.
       unused: (backbone, the file's canonical names) ↦ regular expressions over the canonical names
         that this backbone does not read; as `ignored`, but depending on the backbone.
       zeros: regular expressions over canonical names that are left out if they hold nothing but
         zeros, as shifts that were never trained; else the file is refused.
-      fresh: regular expressions over our paths of what files of the format lack and a new task begins
-        with; it stays as initialized, and a note says so.
-      positions: of a backbone's position embeddings, so that those of another grid of patches can be
-        read.
+      fresh: regular expressions over our paths of what files of the format lack and a new task
+        begins with; it stays as initialized, and a note says so.
+      positions: of a backbone's position embeddings, so that those of another grid of patches can
+        be read.
     """
 
     name: str
@@ -163,7 +165,8 @@ def find_pieces(
       fmt: the format.
       module: the backbone.
       shapes: {path with collection: shape} of its variables.
-      names: of the file's tensors, which may be others than the canonical ones; none for a new file.
+      names: of the file's tensors, which may be others than the canonical ones; none for a new
+        file.
 
     Raises:
       CheckpointError: naming the leaves that the format has no place for.
@@ -251,13 +254,15 @@ def put_back(pieces: Sequence[Piece], arrays: Arrays, tensors: Arrays | None = N
     Args:
       pieces: the places of the arrays; others are passed over.
       arrays: {path: array}; all the same dtype within a foreign tensor.
-      tensors: the file's own, for what the arrays do not cover; None for a new file, in which they must cover all.
+      tensors: the file's own, for what the arrays do not cover; None for a new file, in which they
+        must cover all.
 
     Returns:
       {foreign name: tensor} for each tensor that holds one of the arrays.
 
     Raises:
-      CheckpointError: if two leaves that the file ties to one tensor differ, or a new tensor would have gaps.
+      CheckpointError: if two leaves that the file ties to one tensor differ, or a new tensor would
+        have gaps.
     """
     by_name: dict[str, dict[tuple[int, int], Piece]] = {}
     for piece in pieces:

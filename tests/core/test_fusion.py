@@ -56,13 +56,28 @@ def compiled(params, sites, **options):
     return jax.jit(lambda p: fuse(p, sites, SCHEDULE, **options))(params)
 
 
+def explicit_outputs(net, variables, denoise, sites, x, **options):
+    """`explicit_apply` as one program."""
+    return jax.jit(lambda v, d, x: explicit_apply(net, v, d, sites, SCHEDULE, x, **options))(variables, denoise, x)
+
+
+def outputs(net, variables, x, **options):
+    """`net.apply` as one program."""
+    return jax.jit(lambda v, x: net.apply(v, x, **options))(variables, x)
+
+
 def compare(net, variables, fused, denoise, sites, x, **options):
     """The certificate's figure of the outputs, with the type's own ε."""
-    base = net.apply(variables, x)
-    explicit = explicit_apply(net, variables, denoise, sites, SCHEDULE, x, **options)
-    after = net.apply({**variables, "params": fused}, x)
-    squares = [jnp.sum(jnp.square(v)) for v in (base, explicit, explicit - base, after - explicit)]
-    return figure(np.asarray(squares), float(jnp.finfo(base.dtype).eps))
+
+    @jax.jit
+    def squares(variables, fused, denoise, x):
+        base = net.apply(variables, x)
+        explicit = explicit_apply(net, variables, denoise, sites, SCHEDULE, x, **options)
+        after = net.apply({**variables, "params": fused}, x)
+        return jnp.stack([jnp.sum(jnp.square(v)) for v in (base, explicit, explicit - base, after - explicit)])
+
+    sums = np.asarray(squares(variables, fused, denoise, x))
+    return figure(sums, float(jnp.finfo(sums.dtype).eps))
 
 
 schedules = st.builds(
@@ -156,14 +171,14 @@ def test_dropout_draws_the_same_mask_in_both():
 
     x, rngs = normal(1, (4, 5)), {"dropout": jax.random.key(3)}
     sites = find_sites(Dropped(), x, train=True)
-    variables = randomize(Dropped().init(jax.random.key(0), x, train=False))
+    variables = randomize(jax.jit(lambda key: Dropped().init(key, x, train=False))(jax.random.key(0)))
     denoise = randomize(init_denoise(sites), 1)
-    fused = fuse(params_of(variables, denoise), sites, SCHEDULE)
-    explicit = explicit_apply(Dropped(), variables, denoise, sites, SCHEDULE, x, train=True, rngs=rngs)
-    after = Dropped().apply({"params": fused}, x, train=True, rngs=rngs)
+    fused = compiled(params_of(variables, denoise), sites)
+    explicit = explicit_outputs(Dropped(), variables, denoise, sites, x, train=True, rngs=rngs)
+    after = outputs(Dropped(), {"params": fused}, x, train=True, rngs=rngs)
     np.testing.assert_allclose(after, explicit, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(after, Dropped().apply(variables, x, train=True, rngs=rngs), atol=1e-3)
-    assert not np.allclose(after, Dropped().apply({"params": fused}, x, train=False), atol=1e-1)
+    assert not np.allclose(after, outputs(Dropped(), variables, x, train=True, rngs=rngs), atol=1e-3)
+    assert not np.allclose(after, outputs(Dropped(), {"params": fused}, x, train=False), atol=1e-1)
 
 
 def test_stacked_copies_fuse_as_the_unrolled_layers_do():
@@ -189,14 +204,15 @@ def test_stacked_copies_fuse_as_the_unrolled_layers_do():
     params = params_of(variables, denoise)
 
     def unroll(tree):
-        return {f"block{i}": jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], tree["blocks"]) for i in range(3)}
+        arrays = jax.tree_util.tree_map(np.asarray, tree["blocks"])
+        return {f"block{i}": jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], arrays) for i in range(3)}
 
     assert [site.times[0] for site in sites[Unrolled()]] == [12, 10, 8, 6, 4, 2]
-    one = unroll(fuse(params, sites[Stacked()], SCHEDULE))
-    other = fuse({name: unroll(tree) for name, tree in params.items()}, sites[Unrolled()], SCHEDULE)
+    one = unroll(compiled(params, sites[Stacked()]))
+    other = compiled({name: unroll(tree) for name, tree in params.items()}, sites[Unrolled()])
     jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), one, other)
     explicit = [
-        explicit_apply(net, {"params": p}, d, sites[net], SCHEDULE, x)
+        explicit_outputs(net, {"params": p}, d, sites[net], x)
         for net, p, d in (
             (Stacked(), variables["params"], denoise),
             (Unrolled(), unroll(variables["params"]), unroll(denoise)),
@@ -232,8 +248,8 @@ def test_patch_denoisers_are_exact_at_borders(conv, padding):
     base = conv_oracle(conv, image, weights["kernel"], weights.get("bias"))
     assert np.linalg.norm(expected - base) > 1e-3 * np.linalg.norm(base)
     np.testing.assert_allclose(after - base, expected - base, rtol=1e-9, atol=1e-11)
-    np.testing.assert_allclose(net.apply(variables, x), base, rtol=1e-4, atol=1e-5)  # the oracle itself
-    explicit = explicit_apply(net, variables, denoise, [site], SCHEDULE, x)
+    np.testing.assert_allclose(outputs(net, variables, x), base, rtol=1e-4, atol=1e-5)  # the oracle itself
+    explicit = explicit_outputs(net, variables, denoise, [site], x)
     np.testing.assert_allclose(explicit, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -300,17 +316,17 @@ def test_k_steps_equal_k_single_fusions():
 def test_fewer_steps_start_at_the_same_t():
     sites, variables, denoise = mixed()
     single = [dataclasses.replace(site, steps=1) for site in sites]
-    one = fuse(params_of(variables, denoise), sites, SCHEDULE, steps=1)
-    jax.tree_util.tree_map(np.testing.assert_array_equal, one, fuse(params_of(variables, denoise), single, SCHEDULE))
+    one = compiled(params_of(variables, denoise), sites, steps=1)
+    jax.tree_util.tree_map(np.testing.assert_array_equal, one, compiled(params_of(variables, denoise), single))
     with pytest.raises(FusionError, match="learned at other time steps"):
         fuse(params_of(variables, denoise), sites, SCHEDULE, steps=4)
 
 
 def test_zero_denoiser_under_the_papers_rule_is_the_identity():
     sites, variables, _ = mixed()
-    fused = fuse(params_of(variables, init_denoise(sites)), sites, SCHEDULE, rule="paper")
+    fused = compiled(params_of(variables, init_denoise(sites)), sites, rule="paper")
     jax.tree_util.tree_map(np.testing.assert_array_equal, fused, variables["params"])
-    other = fuse(params_of(variables, init_denoise(sites)), sites, SCHEDULE, rule="ddpm")
+    other = compiled(params_of(variables, init_denoise(sites)), sites, rule="ddpm")
     assert not np.array_equal(other["head"]["kernel"], variables["params"]["head"]["kernel"])
 
 
@@ -365,7 +381,7 @@ def test_structure_shapes_types_and_container_are_kept():
 def test_unselected_layers_are_untouched():
     sites = find_sites(MIXED, X, pattern="head")
     variables, denoise = setup(MIXED, X, sites)
-    fused = fuse(params_of(variables, denoise), sites, SCHEDULE)
+    fused = compiled(params_of(variables, denoise), sites)
     for name in variables["params"]:
         same = jax.tree_util.tree_map(np.array_equal, fused[name], variables["params"][name])
         assert all(jax.tree_util.tree_leaves(same)) == (name != "head")
@@ -385,11 +401,13 @@ def test_jit_compiles_once_and_pmap_agrees():
     assert len(traced) == 1
     count = jax.local_device_count()
     assert count == 8
-    copies = jax.tree_util.tree_map(lambda leaf: jnp.stack([leaf * (i + 1) for i in range(count)]), params)
+    copies = jax.tree_util.tree_map(
+        lambda leaf: np.stack([np.asarray(leaf) * np.float32(i + 1) for i in range(count)]), params
+    )
     everywhere = jax.pmap(lambda p: fuse(p, sites, SCHEDULE))(copies)
     first = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[0], everywhere)
     jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), first, plain)
-    third = jitted(jax.tree_util.tree_map(lambda leaf: leaf * 3, params))
+    third = jitted(jax.tree_util.tree_map(lambda leaf: np.asarray(leaf) * np.float32(3), params))
     on_third = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[2], everywhere)
     jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), on_third, third)
 
@@ -415,7 +433,7 @@ def test_sampled_noise_is_fixed_by_its_seed():
     sites = find_sites(MIXED, X, pattern="head|scan.*", steps=2)
     variables, denoise = setup(MIXED, X, sites)
     one, same, other = (sample_noise(denoise, sites, jax.random.key(seed)) for seed in (1, 1, 2))
-    fused = [fuse(params_of(variables, d), sites, SCHEDULE) for d in (one, one, same, other, denoise)]
+    fused = [compiled(params_of(variables, d), sites) for d in (one, one, same, other, denoise)]
     for twin in fused[1:3]:
         jax.tree_util.tree_map(np.testing.assert_array_equal, fused[0], twin)
     for different in fused[3:]:

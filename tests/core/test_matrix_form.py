@@ -17,20 +17,26 @@ from tests import trees
 def both(net, x, kind, picks_of):
     """Returns all vectors and the sampled ones of every site, [(vectors (batch, n, …), picks, sampled)]."""
     sites = assign_times(select_sites(find_layers(net, x), r"conv\d|dense\d|general\d", kind=kind), timesteps=1000)
-    results = []
+    picked = []
 
-    def visit(site, layer, module, extra, inputs, call):
-        lead = 1 if site.groups == 1 else 2
-        vectors = features(layer, site.kind, inputs)
-        vectors = vectors.reshape(x.shape[0], -1, *vectors.shape[-lead:])
-        picks = picks_of(vectors.shape[1])
-        results.append((vectors, picks, sampled_features(layer, site.kind, inputs, jnp.asarray(picks))))
-        return call(inputs)
+    @jax.jit
+    def run(variables, x):
+        results = []
+
+        def visit(site, layer, module, extra, inputs, call):
+            lead = 1 if site.groups == 1 else 2
+            vectors = features(layer, site.kind, inputs)
+            vectors = vectors.reshape(x.shape[0], -1, *vectors.shape[-lead:])
+            picked.append(picks_of(vectors.shape[1]))
+            results.append((vectors, sampled_features(layer, site.kind, inputs, jnp.asarray(picked[-1]))))
+            return call(inputs)
+
+        visit_sites(net, variables, sites, {site.path: jnp.zeros(()) for site in sites}, visit, x)
+        return results
 
     variables = trees.zeros(jax.eval_shape(net.init, jax.random.key(0), x))
-    extras = {site.path: jnp.zeros(()) for site in sites}
-    visit_sites(net, trees.randomize(variables), sites, extras, visit, x)
-    return results
+    results = run(trees.randomize(variables), x)
+    return [(vectors, picks, sampled) for (vectors, sampled), picks in zip(results, picked, strict=True)]
 
 
 @settings(max_examples=12, deadline=None)

@@ -194,7 +194,7 @@ def test_images_of_their_own_size_are_evaluated_in_buckets(folder):
     np.testing.assert_array_equal(sizes, [source[index]["image"].shape[:2] for index in good])
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_a_png_may_tell_its_orientation_behind_the_pixels(tmp_path, orientation, place):
     exif = Image.Exif()

@@ -210,4 +210,4 @@ def test_classification_scored_arm_by_arm_is_its_accuracy(digits, arms):
         images = np.stack([digits[i]["image"] for i in range(600)])
         answers = np.argmax(Linear().apply(variables, normalize(images, MEAN, STD)), axis=-1)
         accuracy = summary.value_of(classification.METRICS["acc@1"], items[arm])
-        assert accuracy == pytest.approx(np.mean(answers == scored.columns["label"]), abs=1.1 / 600)
+        assert accuracy == pytest.approx(np.mean(np.asarray(answers) == scored.columns["label"]), abs=1.1 / 600)

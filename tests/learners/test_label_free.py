@@ -112,6 +112,7 @@ def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, 
 
     os.remove(path)
     config["evaluate"]["spectra"] = True
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     again = train.run(config, directory)
     assert taken == [1, 1] and os.path.exists(path)
     assert set(again["spectra"]) == {site["path"] for site in again["sites"]}

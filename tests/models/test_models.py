@@ -175,7 +175,7 @@ def test_parameter_count_and_output_with_and_without_classes(name):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_initialised_forward_and_gradients_are_finite_and_reach_every_parameter(name):
+def test_initialized_forward_and_gradients_are_finite_and_reach_every_parameter(name):
     module, x = tiny(name, **({"depth": 1} if name == "vit" else {"stage_sizes": (1,)})), images()
     variables = random_variables(module, x)
     logits, _ = jax.jit(module.init_with_output)(quick_key(0), x)

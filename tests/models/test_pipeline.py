@@ -111,7 +111,7 @@ def test_every_family_has_a_narrow_network():
 
 # Those that take longest, or are mostly another one, run with `pytest -m slow`.
 LONG = ("vit", "resnet", "clip_reid", "resnet_reid", "swinv2", "transreid", "vmamba")
-# CLIP normalises its class token before the blocks, and TransReID's is the output itself: with small kernels they would see
+# CLIP normalizes its class token before the blocks, and TransReID's is the output itself: with small kernels they would see
 # little of the images.
 SPREAD = {"clip_reid": 0.2, "transreid": 0.2}
 

@@ -103,7 +103,7 @@ def test_openai_clip_is_read_and_its_positions_are_resized_as_there(modules, str
     like = abstract(module)
     initial = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     found = weights.load_foreign(str(tmp_path / "ViT-B-16.pt"), module, like, fresh=lambda: initial)
-    assert any("left as initialised" in note and "neck" in note for note in found.notes)
+    assert any("left as initialized" in note and "neck" in note for note in found.notes)
     state = {name: tensor.float() for name, tensor in torch.load(tmp_path / "ViT-B-16.pt").items()}
     theirs = reference.resized(clip, state, module.grid, stride).visual
     images = np.random.default_rng(1).normal(size=(2, 256, 128, 4)).astype(np.float32)

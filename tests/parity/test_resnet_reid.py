@@ -120,7 +120,7 @@ def test_torchvisions_weights_are_where_it_begins(branches, tmp_path):
     like = abstract(module, size)
     initial = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), like)
     found = weights.load_foreign(str(tmp_path / "resnet50.pth"), module, like, fresh=lambda: initial)
-    assert any("left as initialised" in note and "neck" in note for note in found.notes)
+    assert any("left as initialized" in note and "neck" in note for note in found.notes)
     first, net.fc = net.layer4[0], torch.nn.Identity()
     first.conv2.stride = first.downsample[0].stride = (1, 1)
     images = pictures(2, size)

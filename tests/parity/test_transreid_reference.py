@@ -185,7 +185,7 @@ def test_pre_trained_files_begin_with_the_same_network(jigsaw, tmp_path):
         return module.init(jax.random.key(0), np.zeros((1, *size, 3), np.float32))
 
     found = weights.load_foreign(path, module, like, grid=(14, 14), fresh=fresh)
-    assert any("left as initialised" in note for note in found.notes)
+    assert any("left as initialized" in note for note in found.notes)
     x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
     got = np.asarray(jax.jit(module.apply)(found.variables, x))
     print(f"\njigsaw {jigsaw}, from a pre-trained ViT: {error(got, reference.run(net, x)):.1e}", end="")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from drep_jax import weights
+from drep_jax import fuse_exact, weights
 from drep_jax.jobs import fuse, train
 from drep_jax.run import workdir
 from drep_jax.run.run import Run
@@ -64,11 +64,8 @@ def test_it_resumes_and_ends_with_the_same_weights(run, monkeypatch):
         assert [line["step"] for line in now] == [line["step"] for line in lines]
         np.testing.assert_allclose([line["loss"] for line in now], [line["loss"] for line in lines], rtol=1e-4)
     loaded = Run(config, build(config), str(run))
-    params = {"backbone": fuse.load_run(str(run))[1]["params"], "denoise": learned["algorithm1"].denoise}
-    from drep_jax.core.fusion import fuse_exact
-
-    result = learned["algorithm1"]
-    fused = fuse_exact(params, loaded.setup.sites, loaded.setup.schedule, rule=result.rule, steps=result.steps)
+    params = {"backbone": fuse.load_run(str(run))[1]["params"], "denoise": learned["algorithm1"].denoisers}
+    fused = fuse_exact(params, loaded.setup.sites, loaded.setup.schedule)
     there = weights.load(str(run / "fused" / "fused.safetensors"), loaded.setup.abstract, allow_fused=True)["params"]
     for name in ("fc1", "fc2"):
         ours, old = (tree["encoderblock_0"]["mlp"][name]["kernel"] for tree in (fused, there))

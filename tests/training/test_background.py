@@ -164,7 +164,7 @@ def test_fields_that_a_checkpoint_lacks_are_empty_or_it_is_refused(tmp_path):
     checkpointer = Checkpointer(str(tmp_path))
     checkpointer.save(state, {}, {})
     assert same_bits(checkpointer.restore(state, {})[0], state)
-    with pytest.raises(CheckpointError, match=r"other settings of training.*ema"):
+    with pytest.raises(CheckpointError, match=r"other training settings.*ema"):
         checkpointer.restore(state.replace(ema=state.params), {})
     checkpointer.close()
 

@@ -107,9 +107,9 @@ def test_post_norm_vit(tmp_path):
     got = model.apply(loaded(tmp_path / "net.npz", model, (4, 4)), x)[0]
 
     def norm(y, name):
-        centred = y - y.mean(-1, keepdims=True)
+        centered = y - y.mean(-1, keepdims=True)
         return (
-            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * arrays[f"{name}.weight"]
+            centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * arrays[f"{name}.weight"]
             + arrays[f"{name}.bias"]
         )
 

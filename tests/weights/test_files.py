@@ -83,7 +83,7 @@ def test_what_pytorch_wrote_is_read_exactly(kind):
     same_all(found.tensors, FLAT)
     assert found.stored == {name: name for name in FLAT}
     assert all(array.flags.aligned and not array.flags.writeable for array in found.tensors.values())
-    assert any("bfloat16 (4 numbers), float16 (5 numbers), float32" in line for line in found.found)
+    assert any("bfloat16 (4 numbers), float16 (5 numbers), float32" in line for line in found.notes)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
@@ -92,7 +92,7 @@ def test_a_training_checkpoint(kind):
     found = files.read(path)
     same_all(found.tensors, {"fc.weight": -numbers(2, 2, dtype=np.float16), "fc.bias": -numbers(2, dtype=np.float16)})
     assert found.stored["fc.bias"] == "model_ema/module.fc.bias"
-    assert found.found == (
+    assert found.notes == (
         'state under "model_ema" (also there: "model")',
         'tensors beside it: "optimizer"',
         'prefix "module." taken off',
@@ -211,7 +211,7 @@ def test_safetensors_keep_their_order_and_metadata(tmp_path):
 def test_npz_members_stay_as_they_were(kind, tmp_path):
     tensors = {**TENSORS, "big": numbers(3).astype(">f4"), "objects": np.array([None, "a"]), "b/c": numbers(2)}
     source = files.read(a_file(kind, tmp_path, tensors))
-    assert "objects" not in source.tensors and "1 entries that are no tensors ignored" in source.found
+    assert "objects" not in source.tensors and "1 entries that are no tensors ignored" in source.notes
     same(source.tensors["big"], numbers(3))
     files.write_changed(source, str(tmp_path / "out.npz"), {"big": numbers(3) + 1, "transposed": np.ones((2, 3))}, MARK)
     old, new = records_of(source.path), records_of(tmp_path / "out.npz")
@@ -228,7 +228,7 @@ def test_npz_of_bfloat16(tmp_path):
     np.savez(tmp_path / "a.npz", w=numbers(2, 2, dtype=BFLOAT))
     found = files.read(str(tmp_path / "a.npz"))
     same(found.tensors["w"], numbers(2, 2, dtype=BFLOAT))
-    assert any("taken for bfloat16" in line for line in found.found)
+    assert any("taken for bfloat16" in line for line in found.notes)
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".pt", ".bin", ".th"])

@@ -15,7 +15,7 @@ from tests.command import same_bits
 
 
 class Small(nn.Module):
-    """One of each: convolution, normalisation with statistics, packed projections, a reshaped one, a vector of its own."""
+    """One of each: convolution, normalization with statistics, packed projections, a reshaped one, a vector of its own."""
 
     classes: int = 3
 
@@ -185,7 +185,7 @@ def test_what_may_differ_can_be_allowed_by_either_name(variables, tmp_path):
     assert same_bits(found.variables["params"]["head"], fresh["params"]["head"])
     assert same_bits(found.variables["params"]["stem"], variables["params"]["stem"])
     text = "\n".join(found.notes)
-    assert "left as initialised: params/head/bias; params/head/kernel" in text and "extra.weight" in text
+    assert "left as initialized: params/head/bias; params/head/kernel" in text and "extra.weight" in text
     refused(path, variables, "unexpected: \n    extra.weight", allow=(r"head\..*",), fresh=lambda: fresh)
     after = jax.tree_util.tree_map(lambda leaf: leaf + 1, found.variables)
     with pytest.raises(CheckpointError, match="has no such tensor"):

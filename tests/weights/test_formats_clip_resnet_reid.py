@@ -124,7 +124,7 @@ def test_openai_clip_gives_the_encoder_and_its_square_of_positions(tmp_path):
     )
     np.testing.assert_allclose(params["pos_embedding"][0, 1:], expected.reshape(8, 8), rtol=1e-6)
     np.testing.assert_array_equal(params["pos_embedding"][0, 0], square[0].astype(np.float32))
-    fresh = [note for note in found.notes if "left as initialised" in note]
+    fresh = [note for note in found.notes if "left as initialized" in note]
     assert len(fresh) == 1 and "neck" in fresh[0]
     assert {float(params[name].ravel()[0]) for name in ("sie",)} == {7.0}
     notes = "\n".join(found.notes)
@@ -180,4 +180,4 @@ def test_torchvisions_resnet_gives_the_trunk(branches, tmp_path):
         np.testing.assert_array_equal(kernel, state["layer2.0.conv1.weight"].transpose(2, 3, 1, 0))
     necks = [name for name in params if name.startswith("neck")]
     assert len(necks) == branches and all(params[n]["classifier"]["kernel"].ravel()[0] == 7 for n in necks)
-    assert any("left as initialised" in note for note in found.notes)
+    assert any("left as initialized" in note for note in found.notes)

@@ -78,7 +78,7 @@ def test_a_trained_file_is_read_and_written_back_to_the_bit(name, prefix, tmp_pa
     module = net(**NETS[name])
     tensors = trained(module)
     found = read(save(tmp_path / "t.safetensors", {prefix + n: a for n, a in tensors.items()}), module)
-    assert found.format.name == "transreid" and not any("left as initialised" in note for note in found.notes)
+    assert found.format.name == "transreid" and not any("left as initialized" in note for note in found.notes)
     params = found.variables["params"]
     np.testing.assert_array_equal(params["neck"]["classifier"]["kernel"], tensors["classifier.weight"].T)
     np.testing.assert_array_equal(
@@ -170,7 +170,7 @@ def test_a_pre_trained_vit_is_enough_to_begin_with(options, tmp_path):
     tensors = pre_trained(patch_stride=options.get("patch_stride"))
     found = read(save(tmp_path / "jx_vit.safetensors", tensors), net(**options))
     assert found.format.name == "timm"
-    (note,) = [n for n in found.notes if "left as initialised" in n]
+    (note,) = [n for n in found.notes if "left as initialized" in n]
     names = {"neck", *(("neck_1", "neck_2", "neck_3", "neck_4", "sie") if options else ())}
     assert set(note.split(": ")[1].split(", ")) == names
     params = found.variables["params"]
@@ -216,7 +216,7 @@ def test_the_teacher_of_transreid_ssl_with_and_without_its_stem(options, tmp_pat
     found = read(path, module)
     assert found.format.name == "transreid_ssl"
     np.testing.assert_array_equal(found.variables["params"]["norm"]["bias"], trunk["norm.bias"])
-    (note,) = [n for n in found.notes if "left as initialised" in n]
+    (note,) = [n for n in found.notes if "left as initialized" in n]
     assert "stem" not in note
 
     taller = net(size=(384, 128), **{**options, "patch_size": 16, "depth": 1})

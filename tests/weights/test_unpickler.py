@@ -153,7 +153,7 @@ def test_what_scripts_save_beside_their_weights_is_passed_over(tmp_path):
         start = 2 if protocol < 4 else 11
         both = b"\x80\x02}(U\x01a" + tensor() + b"U\x04rest" + program[start:-1] + b"u."
         found = files.read(pickles.zip_file(tmp_path / "a.pth", both))
-        assert found.tensors["a"].shape == (2, 3) and "1 entries that are no tensors ignored" not in found.found
+        assert found.tensors["a"].shape == (2, 3) and "1 entries that are no tensors ignored" not in found.notes
 
 
 def test_objects_take_any_state_and_run_none_of_it(wrap):

@@ -1,7 +1,7 @@
 """Checkpoint files of other projects: read as {foreign name: array}, and written again with some numbers changed.
 
-Nothing of a file is ever executed, and PyTorch is not needed. One module a container: `torch_file` (.pth, zip and legacy),
-`safetensors_file`, `npz_file`. What names mean is not decided here.
+No part of a file is ever executed, and PyTorch is not needed. One module per container: `torch_file`
+(.pth, zip and legacy), `safetensors_file`, `npz_file`. The meaning of the names is decided in `formats`.
 """
 
 import json
@@ -48,10 +48,11 @@ class ForeignFile:
     Attributes:
       path: where it lies.
       kind: "safetensors", "pth (zip)", "pth (legacy)" or "npz".
-      tensors: {name without wrappers and prefixes: array in the stored dtype}; read-only, and parts of the mapped file
-        where possible, so the file must stay as it is while they are used.
-      stored: {name in `tensors`: full name in the file}, entries of wrappers first, with "/" between.
-      found: what was recognised, as sentences.
+      tensors: {name without wrappers and prefixes: array in the stored dtype}; read-only, and parts
+        of the mapped file where possible, so the file must stay as it is while they are used.
+      stored: {name in `tensors`: full name in the file}, entries of wrappers first, with "/"
+        between.
+      notes: what was recognized, as sentences.
       fused: what an earlier export marked the file with, or None.
     """
 
@@ -59,33 +60,35 @@ class ForeignFile:
     kind: str
     tensors: dict[str, np.ndarray]
     stored: dict[str, str]
-    found: tuple[str, ...]
+    notes: tuple[str, ...]
     fused: Any
 
 
 def read(path: str, *, state: str | None = None) -> ForeignFile:
-    """Reads a checkpoint; which kind it is, its first bytes say.
+    """Reads a checkpoint; its first bytes say of which kind it is.
 
     Args:
       path: a .pth of PyTorch (zip or legacy), .safetensors or .npz file.
-      state: which entry of a wrapper ("model", "state_dict_ema", "teacher", …) or which prefix of the names to take; None:
-        averaged weights (EMA, teacher) if there are any, else the usual names.
+      state: which entry of a wrapper ("model", "state_dict_ema", "teacher", …) or which prefix of
+        the names to take; None: averaged weights (EMA, teacher) if there are any, else the usual
+        names.
 
     Returns:
-      Its tensors by name, and what was recognised.
+      Its tensors by name, and what was recognized.
 
     Raises:
-      CheckpointError: if it is absent, of another kind, damaged, or asks for anything but data; or if `state` is not there.
+      CheckpointError: if it is absent, of another kind, damaged, or asks for anything but data; or
+        if `state` is not there.
     """
     contents = _contents(path)
-    names, found = find_state(path, contents.views, state)
+    names, notes = find_state(path, contents.views, state)
     tensors = {name: contents.array(where) for name, where in names.items()}
     return ForeignFile(
         path=path,
         kind=contents.kind,
         tensors=tensors,
         stored={name: full_name(where) for name, where in names.items()},
-        found=(*found, *contents.notes, *_others(contents, names.values()), _dtypes(tensors)),
+        notes=(*notes, *contents.notes, *_others(contents, names.values()), _dtypes(tensors)),
         fused=_fused(contents),
     )
 
@@ -93,18 +96,20 @@ def read(path: str, *, state: str | None = None) -> ForeignFile:
 def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarray], mark: Mapping[str, Any]) -> None:
     """Writes the file again with other numbers in some tensors; all else stays as it was, byte for byte where it can.
 
-    The mark goes where the kind's own readers do not look: a record NAME/drep_jax.json (.pth, zip), behind the last storage
-    (.pth, legacy), the metadata (.safetensors), the archive's comment (.npz). An earlier mark is replaced.
+    The mark goes where the kind's own readers do not look: a record NAME/drep_jax.json (.pth, zip),
+    behind the last storage (.pth, legacy), the metadata (.safetensors), the archive's comment
+    (.npz). An earlier mark is replaced.
 
     Args:
       source: the file as `read` gave it.
       path: the new file, of the same kind. It appears when it is complete and has been read back.
-      changed: {name in `source.tensors`: array}, of the stored shape; any float dtype is cast to the stored one.
+      changed: {name in `source.tensors`: array}, of the stored shape; any float dtype is cast to
+        the stored one.
       mark: what `read` will give back as `fused`, as JSON.
 
     Raises:
-      CheckpointError: for an unknown name, another shape, numbers that do not fit the dtype, tensors that share numbers of
-        which only some are changed, or a path that cannot be written.
+      CheckpointError: for an unknown name, another shape, numbers that do not fit the dtype,
+        tensors that share numbers of which only some are changed, or a path that cannot be written.
     """
     for name in changed:
         if name not in source.tensors:
@@ -123,7 +128,7 @@ def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarr
     if lost or contents.kind != source.kind:
         raise CheckpointError(f"{source.path} has changed since it was read: read it again.")
     by_path = {paths[source.stored[name]]: np.asarray(value) for name, value in changed.items()}
-    kept = {paths[source.stored[name]]: array for name, array in source.tensors.items() if name not in changed}
+    unchanged = {paths[source.stored[name]]: array for name, array in source.tensors.items() if name not in changed}
     text = json.dumps({"fused": mark})
     rewrite = REWRITE[contents.kind]
 
@@ -134,7 +139,7 @@ def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarr
             if where in by_path:
                 wanted = cast(by_path[where], view, full_name(where), source.path)
             else:
-                wanted = kept[where] if where in kept else contents.array(where)
+                wanted = unchanged[where] if where in unchanged else contents.array(where)
             if not same_numbers(written.array(where), wanted):
                 raise CheckpointError(f'"{full_name(where)}" in {temporary} did not come back as it was written.')
 
@@ -161,8 +166,10 @@ def create(path: str, tensors: Mapping[str, np.ndarray], mark: Mapping[str, Any]
     text = json.dumps({"fused": mark})
 
     def verify(written: Contents) -> None:
-        found = {full_name(where): written.array(where) for where in written.views}
-        if found.keys() != arrays.keys() or not all(same_numbers(found[name], array) for name, array in arrays.items()):
+        stored = {full_name(where): written.array(where) for where in written.views}
+        if stored.keys() != arrays.keys() or not all(
+            same_numbers(stored[name], array) for name, array in arrays.items()
+        ):
             raise CheckpointError(f"{temporary_of(path)} did not come back as it was written.")
 
     _publish(path, lambda place: CREATE[suffix](place, arrays, text), verify)
@@ -247,9 +254,9 @@ def _fused(contents: Contents) -> Any:
     if contents.mark is None:
         return None
     try:
-        found = json.loads(contents.mark)
+        content = json.loads(contents.mark)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise CheckpointError(f"{contents.path} has a mark of this project that is no JSON: it is damaged.")
-    return found.get("fused")
+    return content.get("fused")

@@ -1,7 +1,7 @@
 """What every kind of foreign file is read as: blocks of bytes and, on them, named strided views (PyTorch's tensors).
 
-Nothing is copied on reading: blocks are slices of the mapped file. Several views may lie on one block (tied weights), so
-what a change does to the others is decided here, for all kinds.
+Nothing is copied on reading: blocks are slices of the mapped file. Several views may lie on one
+block (tied weights), so what a change does to the others is decided here, for all kinds.
 """
 
 import math
@@ -18,7 +18,8 @@ from drep_jax.errors import CheckpointError
 Path = tuple[str, ...]
 MARK = "drep_jax"  # under this key, or with it in its name, a file written here says what was fused into it
 
-# A view may repeat numbers (stride 0): such a view costs nothing until it is copied, so it is bounded by itself.
+# A view may repeat numbers (stride 0): such a view costs nothing until it is copied, so it is
+# bounded by itself.
 MOST_REPEATED = 2**24
 MOST_IN_A_DIMENSION = 2**40
 MOST_DIMENSIONS = 32
@@ -150,7 +151,8 @@ def cast(values: np.ndarray, view: View, name: str, path: str) -> np.ndarray:
     """Returns `values` in the dtype of a stored tensor, C order.
 
     Raises:
-      CheckpointError: if the shape differs, numbers are not of that sort, or finite ones become infinite.
+      CheckpointError: if the shape differs, numbers are not of that sort, or finite ones become
+        infinite.
     """
     values = np.asarray(values)
     if values.shape != view.shape:
@@ -178,7 +180,8 @@ def changed_blocks(contents: Contents, changed: Mapping[Path, np.ndarray]) -> It
     """Yields the new bytes of each block that holds a changed tensor, one at a time.
 
     Raises:
-      CheckpointError: if tensors share numbers and the changes to them disagree, or only one of them is given.
+      CheckpointError: if tensors share numbers and the changes to them disagree, or only one of
+        them is given.
     """
     wanted: dict[str, list[Path]] = defaultdict(list)
     for path in changed:

@@ -31,13 +31,14 @@ PLAIN = (
     "backbone",
     "student",
 )
-# Entries with tensors that are no weights of a network.
+# Entries whose tensors are not the weights of a network.
 BESIDES = re.compile(
     r"(.*_)?(optim\w*|sched\w*|lr_schedul\w*|scaler|amp|rng\w*|loss\w*|criterion|callbacks|loops)(_.*)?"
 )
 PREFIXES = ("module", "_orig_mod", "model", "backbone", "encoder", "base", "teacher", "student")
-# What may stand beside a prefixed network without belonging to it. Where anything else does, the prefix is the network's
-# own: the blocks of torchvision's ViT are "encoder.layers…", beside "conv_proj" and "class_token".
+# What may stand beside a prefixed network without belonging to it. Where anything else does, the
+# prefix is the network's own: the blocks of torchvision's ViT are "encoder.layers…", beside
+# "conv_proj" and "class_token".
 ENDS = re.compile(
     r".*head.*|fc|classifier|.*decoder.*|neck.*|projector|predictor|projection|queue.*|criterion|loss.*|logit_scale|"
     r"mask_token|bottleneck.*|aux.*|pixel_mean|pixel_std|n_averaged|center"
@@ -50,10 +51,11 @@ def find_state(where: str, paths: Iterable[Path], state: str | None) -> tuple[di
     Args:
       where: what errors call the file.
       paths: of all its tensors.
-      state: the entry (or entries, with "/" between) of a wrapper, or the prefix, to take; None: the usual one.
+      state: the entry (or entries, with "/" between) of a wrapper, or the prefix, to take; None:
+        the usual one.
 
     Returns:
-      {name without wrappers and prefix: path}, and sentences that say what was recognised.
+      {name without wrappers and prefix: path}, and sentences that say what was recognized.
 
     Raises:
       CheckpointError: if `state` is not there, or no entry or several could be meant.

@@ -1,6 +1,7 @@
 """NumPy's .npz files: a zip archive with one .npy array a member. Arrays of Python objects (pickles) are left alone.
 
-The mark is the archive's comment, which np.load does not look at: a member would show up among the arrays.
+The mark is the archive's comment, which np.load does not look at: a member would show up among the
+arrays.
 """
 
 import json

@@ -87,10 +87,10 @@ def read(path: str, buffer: memoryview) -> Contents:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise ValueError("a name twice")
-    return found
+    return unique
 
 
 def _entry(path: str, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:

@@ -1,8 +1,9 @@
 """PyTorch's checkpoint files, zip (1.6 and later) and legacy, read and written without PyTorch and without running pickles.
 
-zip: NAME/data.pkl (a pickle whose tensors refer to storages), NAME/data/KEY (the storages), NAME/byteorder.
-legacy: five pickles (magic number, protocol, system, the object, the keys of the storages), then each storage as its number
-of elements (int64) and its bytes, little-endian.
+zip: NAME/data.pkl (a pickle whose tensors refer to storages), NAME/data/KEY (the storages),
+NAME/byteorder.
+legacy: five pickles (magic number, protocol, system, the object, the keys of the storages), then
+each storage as its number of elements (int64) and its bytes, little-endian.
 """
 
 import os
@@ -17,7 +18,8 @@ import numpy as np
 from drep_jax.errors import CheckpointError
 from drep_jax.weights.files import zip_records
 from drep_jax.weights.files.contents import MARK, Block, Contents, Path, View, check_view, dense_strides
-from drep_jax.weights.files.unpickler import DTYPES, STORAGES, Storage, Tensor, Unpickled, unpickle
+from drep_jax.weights.files.pickled import DTYPES, STORAGES, Storage, Tensor
+from drep_jax.weights.files.unpickler import Unpickled, unpickle
 
 MAGIC_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the end of the pickle that every legacy file begins with
 ALIGNMENT = 64
@@ -159,7 +161,8 @@ def _views(
             continue
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
         inner = [((*where, _part(key)), value) for key, value in items if isinstance(value, _ENTRIES)]
-        # One list may be in many others, or in itself: so what is met is counted, however few bytes it has in the file.
+        # One list may be in many others, or in itself: so what is met is counted, however few bytes
+        # it has in the file.
         values, entries = values + len(items), entries + len(inner)
         if values > MOST_VALUES or entries > MOST_ENTRIES or len(where) > DEEPEST:
             raise CheckpointError(

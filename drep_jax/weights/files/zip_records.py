@@ -1,6 +1,7 @@
 """Zip archives as the records of a mapped file: where each lies, and replacing the bytes of some in place.
 
-Everything that is not replaced keeps its place, padding included, so that PyTorch can still map the file.
+Everything that is not replaced keeps its place, padding included, so that PyTorch can still map the
+file.
 """
 
 import struct
@@ -49,12 +50,12 @@ def records(path: str, buffer: memoryview) -> tuple[dict[str, Record], bytes]:
             f"{path} ({len(buffer)} bytes) begins like a zip archive (.pth, .npz) and is incomplete or damaged: {error}. "
             "Is the download complete?"
         ) from error
-    found: dict[str, Record] = {}
+    by_name: dict[str, Record] = {}
     for info in infos:
-        if info.filename in found:
+        if info.filename in by_name:
             raise CheckpointError(f"{path} holds two records {info.filename!r}: it is damaged or malicious.")
-        found[info.filename] = Record(info, _start(path, buffer, info, directory))
-    return found, comment
+        by_name[info.filename] = Record(info, _start(path, buffer, info, directory))
+    return by_name, comment
 
 
 def _start(path: str, buffer: memoryview, info: zipfile.ZipInfo, directory: int) -> int:
@@ -98,7 +99,8 @@ def replace(file: BinaryIO, archive: zipfile.ZipFile, record: Record, data: byte
 
     Args:
       file: the archive's own stream, opened for reading and writing.
-      archive: the archive on that stream, opened with mode "a"; it writes its directory when it is closed.
+      archive: the archive on that stream, opened with mode "a"; it writes its directory when it is
+        closed.
       record: the record.
       data: as many bytes as it has.
     """

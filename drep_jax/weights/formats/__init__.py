@@ -67,7 +67,8 @@ def find_format(
 
     Raises:
       ConfigError: if there is no such format for this family of backbones.
-      CheckpointError: if the file is of none of the family's formats; says what it is, if that is known.
+      CheckpointError: if the file is of none of the family's formats; says what it is, if that is
+        known.
     """
     if name:
         return named_format(module, name, table)
@@ -84,7 +85,7 @@ def find_format(
     else:
         seen = (
             f"Its first names are: {some(sorted(names), 5)}. Those of the module are: {some(sorted(leaves), 5)}. Say how they "
-            "correspond in a name table, --config.backbone.init_names=FILE.py (docs/weights.md)."
+            "correspond in a name table, --config.backbone.init_names=FILE.py (docs/own_model.md)."
         )
     known = ", ".join(sorted({fmt.name for fmt in table or FORMATS if isinstance(module, fmt.family)})) or "none"
     raise CheckpointError(f"{path} is in none of the formats known for a {type(module).__name__} ({known}). {seen}")

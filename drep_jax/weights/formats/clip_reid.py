@@ -1,7 +1,8 @@
 """CLIP's own image encoder (github.com/openai/CLIP, state dicts), and networks trained by CLIP-ReID from it.
 
-Both hold the text encoder as well, and CLIP-ReID's its learned prompts: they are left. CLIP has neither necks, classifiers nor
-embeddings of cameras; these are then as initialised. CLIP's positions are for the square of 224 pixels.
+Both hold the text encoder as well, and CLIP-ReID's its learned prompts: they are left. CLIP has
+neither necks, classifiers nor embeddings of cameras; these are then as initialized. CLIP's
+positions are for the square of 224 pixels.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """DINOv2 (github.com/facebookresearch/dinov2), with or without registers: timm's names, but for the registers.
 
-Networks trained in shards count blocks within chunks too ("blocks.0.3." is block 3). The files of all published sizes have
-positions for 37 x 37 patches (518 pixels).
+Networks trained in shards count blocks within chunks too ("blocks.0.3." is block 3). The files of
+all published sizes have positions for 37 x 37 patches (518 pixels).
 """
 
 import re

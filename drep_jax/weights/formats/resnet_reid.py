@@ -1,8 +1,8 @@
 """ResNets of re-identification: reid-strong-baseline's and fast-reid's own files, and torchvision's to begin from.
 
-torchvision's have no necks; these are then as initialised, and `fc` is left. Both branches of a network with two are read from
-the one that a file has. What the same names compute depends on the stem, so a file of the one project is refused by a network
-with the stem of the other.
+torchvision's have no necks; these are then as initialized, and `fc` is left. Both branches of a
+network with two are read from the one that a file has. What the same names compute depends on the
+stem, so a file of the one project is refused by a network with the stem of the other.
 """
 
 import dataclasses

@@ -1,9 +1,11 @@
 """TransReID's networks, as trained by its public code or TransReID-SSL's, and the pre-trained ViTs that they begin with.
 
-A trained file has the whole network: the ViT under "base.", the two copies of its last block of the jigsaw branch ("b1" reads
-all patches, "b2" the groups), each with its norm, and a bottleneck and a classifier for each feature. It also holds what the
-network never reads: ImageNet's classifier ("base.fc") and, with the jigsaw branch, the last block and the norm that the
-copies were made from. A file without the jigsaw branch is seen without "base.", as a prefix that all of the ViT has.
+A trained file has the whole network: the ViT under "base.", the two copies of its last block of the
+jigsaw branch ("b1" reads all patches, "b2" the groups), each with its norm, and a bottleneck and a
+classifier for each feature. It also holds what the
+network never reads: ImageNet's classifier ("base.fc") and, with the jigsaw branch, the last block
+and the norm that the copies were made from. A file without the jigsaw branch is seen without
+"base.", as a prefix that all of the ViT has.
 """
 
 import re
@@ -66,7 +68,8 @@ def _trunk_rules(net: Any) -> tuple[Rule, ...]:
 
 def _net_unused(net: Any, names: Collection[str]) -> tuple[str, ...]:
     last = f"base.blocks.{net.depth - 1}."
-    # A file of fewer blocks has originals too, but not where this network has them: then the norm is one name too many.
+    # A file of fewer blocks has originals too, but not where this network has them: then the norm
+    # is one name too many.
     copied = net.jigsaw and any(name.startswith(last) for name in names)
     originals = (rf"{re.escape(last)}.*", r"base\.norm\..*") if copied else ()
     classifiers = () if net.num_classes else (r"classifier(_\d)?\.weight",)

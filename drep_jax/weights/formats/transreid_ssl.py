@@ -1,8 +1,8 @@
 """Person re-identification: ViTs pre-trained by TransReID-SSL, and ViT baselines of TransReID trained from them; timm's names.
 
-The pre-trained files (DINO on LUPerson, 256x128 pixels) hold the whole training state: the teacher's network is taken, its
-projection head is left. Of trained networks the classifier and the batch norm before it are left: the feature is that before
-the batch norm (TEST.NECK_FEAT "before").
+The pre-trained files (DINO on LUPerson, 256x128 pixels) hold the whole training state: the
+teacher's network is taken, its projection head is left. Of trained networks the classifier and the
+batch norm before it are left: the feature is that before the batch norm (TEST.NECK_FEAT "before").
 """
 
 import dataclasses

@@ -1,9 +1,11 @@
 """Google's ViTs as .npz: github.com/google-research/vision_transformer and big_vision. Layouts are Flax's, heads an own axis.
 
-Old and new files of both projects differ in ways that mean nothing: a prefix of all names, how the parts of a block are
-numbered (Flax once counted all of them on, and now each kind by itself), and where big_vision keeps its positions. What does
-differ is where the positions begin: in vision_transformer's at the class token, in big_vision's at the patches
-(`position_class_token=False`). Both were trained with the tanh form of GELU (`activation="gelu_tanh"`).
+Old and new files of both projects differ in ways that mean nothing: a prefix of all names, how the
+parts of a block are numbered (Flax once counted all of them on, and now each kind by itself), and
+where big_vision keeps its positions. What does
+differ is where the positions begin: in vision_transformer's at the class token, in big_vision's at
+the patches (`position_class_token=False`). Both were trained with the tanh form of GELU
+(`activation="gelu_tanh"`).
 """
 
 import re

@@ -1,8 +1,9 @@
 """Checkpoints of VMamba's authors (github.com/MzeroMiko/VMamba), second version; the parameters lie under "model".
 
-They stack over the four directions what is a layer each in our tree (see `drep_jax.models.vmamba`): D of the scan as
-(4·inner,), A as (4·inner, states), the Δ projections as (4, inner, rank), and the projections to Δ's coordinates, B and C
-as (4, rank + 2·states, inner), which are one dense layer of ours.
+They stack over the four directions what is a layer each in our tree (see `drep_jax.models.vmamba`):
+D of the scan as (4·inner,), A as (4·inner, states), the Δ projections as (4, inner, rank), and the
+projections to Δ's coordinates, B and C as (4, rank + 2·states, inner), which are one dense layer of
+ours.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Memory that was freed is used again without a fault for each page."""
+"""The benchmarks' allocator setting: freed memory is used again without a fault for each page."""
 
 import platform
 import subprocess
@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from drep_jax.cli import allocator
+from benchmarks import allocator
 
 FAULTS = """
 import resource, sys
-from drep_jax.cli.allocator import keep_freed_memory
+from benchmarks.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def touch():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
