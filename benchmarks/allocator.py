@@ -1,12 +1,12 @@
-"""Keeps freed memory in the process, so that timings on the CPU contain no page faults; and what that changes.
+"""Keeps freed memory, so that CPU timings contain no page faults, and measures the effect.
 
     PYTHONPATH=. python benchmarks/allocator.py        # training steps of ViT-S/16 with and without it
 
-XLA takes one block for all temporaries of a program and frees it at the end. glibc returns blocks of
-that size to the system at once, and a fresh block costs a page fault for each of its pages. This is
-a setting of benchmarks only: `train.py` leaves the allocator as the system has it, since the process
-would stay at its peak of memory, and only training of the whole backbone on a CPU would gain
-(benchmarks/README.md).
+XLA takes one block for all temporaries of a program and frees it at the end. glibc returns blocks
+of that size to the system at once, and a fresh block costs a page fault for each of its pages. This
+is a setting of benchmarks only: `train.py` leaves the allocator as the system has it, since the
+process would stay at its peak of memory, and only training of the whole backbone on a CPU would
+gain (benchmarks/README.md).
 """
 
 import argparse

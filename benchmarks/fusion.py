@@ -35,7 +35,7 @@ CASES = {
 
 
 def one(case, precision, rounds):
-    """Prints sites, parameters, seconds to compile and to fuse, peak bytes, bytes above the weights."""
+    """Prints sites, parameters, seconds to compile and fuse, peak bytes, bytes above weights."""
     name, pattern = CASES[case]
     model = create_model(name, num_classes=1000, image_size=(224, 224))
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)

@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python benchmarks/measured_memory.py resnet18 --size=224 --rows=16:1:16,16:1:4,32:1:4,16:4:4
 
-A row is images:draws:chunk, in a process of its own on one device, so that its peak is that of nothing
-else. The line below the table is the least-squares fit peak = a + (b · images + c · chunk) · (2 + draws):
-the clean images count twice, once for what is fitted to and once for the weight of clean accuracy.
+A row is images:draws:chunk, in a process of its own on one device, so that its peak is that of
+nothing else. The line below the table is the least-squares fit peak = a + (b · images + c · chunk)
+· (2 + draws): the clean images count twice, once for what is fitted to and once for the weight of
+clean accuracy.
 """
 
 import argparse

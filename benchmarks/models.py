@@ -1,15 +1,15 @@
-"""Every backbone against its PyTorch reference, forward and with gradients, float32, one thread each.
+"""Every backbone against its PyTorch reference: forward and gradients, float32, one thread each.
 
     pip install torch torchvision timm                 # see requirements-parity.txt
     PYTHONPATH=. python benchmarks/models.py           # or: … benchmarks/models.py vit_s16 resnet50
 
-Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch by
-`set_num_threads(1)`. For both, the allocator keeps freed memory (`allocator`), which `train.py` does
-not; --return_memory measures without. Rounds are interleaved, seconds are medians of processor time,
-and a ratio is the median over the rounds of ours / PyTorch's in the same round. Both networks are in
-inference mode with their own random weights, so that there is the same to compute. Gradients are of
-the mean square of the logits by all parameters. A reference that is not installed is skipped with the
-reason. VMamba's is a checkout of its repository, whose path VMAMBA_REFERENCE gives
+Both sides run on one core: XLA by its flags and the process's affinity (`single_thread`), PyTorch
+by `set_num_threads(1)`. For both, the allocator keeps freed memory (`allocator`), which `train.py`
+does not; --return_memory measures without. Rounds are interleaved, seconds are medians of processor
+time, and a ratio is the median over the rounds of ours / PyTorch's in the same round. Both networks
+are in inference mode with their own random weights, so that there is the same to compute. Gradients
+are of the mean square of the logits by all parameters. A reference that is not installed is skipped
+with the reason. VMamba's is a checkout of its repository, whose path VMAMBA_REFERENCE gives
 (tests/parity/vmamba_reference.py); it runs the authors' plain PyTorch path.
 """
 

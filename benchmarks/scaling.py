@@ -52,7 +52,7 @@ def numbers(tree):
 
 
 def inputs(model, shape):
-    """Returns the numbers that linear layers and convolutions read per image, and their operations."""
+    """Returns the numbers that linears and convolutions read per image, and their operations."""
     read, operations = [], []
 
     def note(next_fun, args, kwargs, context):

@@ -51,7 +51,7 @@ LINEARS = r".*(attn/(query|key|value|out)|mlp/fc[12])"
 
 
 def make_step(model, variables, sites, tx, tokens):
-    """Returns the jitted step (denoise, opt_state, images, index, key) ↦ (denoise, opt_state, loss)."""
+    """Returns the jitted (denoise, opt_state, images, index, key) ↦ (denoise, opt_state, loss)."""
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))  # as the training loop does
     def step(variables, denoise, opt_state, images, index, key):
@@ -67,7 +67,7 @@ def make_step(model, variables, sites, tx, tokens):
 
 
 def site_operations(sites, vectors):
-    """Returns the operations of D and of the gradient of W_D: 2·2·n·d², multiplications and additions."""
+    """Returns the operations of D and of the gradient of W_D, 2·2·n·d² per site."""
     return sum(4.0 * vectors * site.width**2 * site.groups for site in sites)
 
 

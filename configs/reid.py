@@ -56,7 +56,7 @@ BACKBONES = {
     "resnet50_views": {"model": {"name": "resnet50_vanet"}, "data": IMAGENET, "margin": 0.3, "views": True},
 }
 SIDE = {"veri": "camera+view", "vehicleid": ""}
-"""Side information of the published TransReID networks for vehicles; for persons it is the camera."""
+"""Side information of published TransReID networks for vehicles; for persons it is the camera."""
 SMOOTHED = ("clip_reid", "resnet50", "resnet50_views")
 """Backbones published with label smoothing."""
 

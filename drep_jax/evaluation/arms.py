@@ -1,4 +1,4 @@
-"""Scores of several networks on the same test images under the same corruptions, for paired comparison.
+"""Scores of several networks on the same test images and corruptions, for paired comparison.
 
 Statistics are computed on the devices, batch by batch. The host holds one row per image, never the
 outputs of a test set.
@@ -66,12 +66,13 @@ def score_arms(
       batch_size: images per batch over all hosts, a multiple of the number of devices.
       seed: of the corruptions; every arm sees the same images.
       networks: name ↦ network, for the arms that are not the backbone itself.
-      buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`; one program per bucket.
+      buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`; one program
+        per bucket.
       progress: whether to show a progress bar.
 
     Returns:
-      (condition, statistics of all images, on every host), one condition after the other. Padding of the
-      last batch is removed, so the statistics are exact for any number of images.
+      (condition, statistics of all images, on every host), one condition after the other. Padding
+      of the last batch is removed, so the statistics are exact for any number of images.
     """
     devices.check_batch(batch_size, "evaluate.batch_size")
     task = setup.task
@@ -107,7 +108,7 @@ def score_arms(
 
 @functools.lru_cache(maxsize=8)
 def backbone_program(task: Task, backbone: nn.Module) -> Callable[..., Any]:
-    """Returns (variables, images, labels) ↦ the task's statistics, compiled once for all callers."""
+    """Returns (variables, images, labels) ↦ statistics of the task, compiled once per backbone."""
 
     def statistics(variables: Tree, images: Any, labels: Tree) -> Tree:
         return task.statistics(task.predict(backbone, variables, images, labels), labels)
@@ -148,8 +149,8 @@ def in_order(rows: np.ndarray, batches: int) -> np.ndarray:
     """Returns the rows of all hosts in the order in which batches were made, on every host.
 
     Args:
-      rows: the rows of this host, (batches · rows per batch and host, …); all hosts have equal slices of
-        each batch.
+      rows: the rows of this host, (batches · rows per batch and host, …); all hosts have equal
+        slices of each batch.
       batches: number of batches.
     """
     by_host = devices.gather(rows)

@@ -38,14 +38,14 @@ def interleaved(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Times functions in turn, A B C, B C A, …, so that drift of a shared machine affects all alike.
+    """Times functions in turn, A B C, B C A, …, so that drift of the machine affects all alike.
 
     Args:
       functions: name ↦ function without arguments; its result is waited for.
       rounds: number of timed calls of each.
       warmup: number of untimed calls of each before, which compile.
-      clock: returns seconds. `time.process_time` counts the processor time of this process, which other
-        processes hardly affect.
+      clock: returns seconds. `time.process_time` counts the processor time of this process, which
+        other processes hardly affect.
 
     Returns:
       name ↦ seconds, one entry per round.

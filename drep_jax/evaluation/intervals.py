@@ -1,8 +1,8 @@
-"""Paired comparison of two arms on the same items: bootstrap intervals of any metric, and McNemar's test.
+"""Paired comparison of two arms on the same items: bootstrap intervals, McNemar's test.
 
-The bootstrap draws weights: the weight of an item is the number of times it was drawn. A metric is a
-function of (statistics, weights), so one set of resamples serves all arms and metrics, and both arms of
-a pair are resampled together.
+The bootstrap draws weights: the weight of an item is the number of times it was drawn. A metric is
+a function of (statistics, weights), so one set of resamples serves all arms and metrics, and both
+arms of a pair are resampled together.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class Interval:
 class Bootstrap:
     """Resamples of n items with replacement, or of clusters, each with all its items.
 
-    Dependent items, such as the queries of one person, carry less information than independent ones. With
-    clusters, whole clusters are drawn, and they are the independent units.
+    Dependent items, such as the queries of one person, carry less information than independent
+    ones. With clusters, whole clusters are drawn, and they are the independent units.
 
     >>> bootstrap = Bootstrap(3, resamples=100, seed=0)
     >>> weights = np.concatenate(list(bootstrap.weights()))
@@ -85,13 +85,13 @@ class Bootstrap:
     def conclusive(self) -> bool:
         """Whether there are enough units to show a difference.
 
-        If all units agree in sign, chance does that with probability 2^(1−units), which must not exceed
-        1 − level.
+        If all units agree in sign, chance does that with probability 2^(1−units), which must not
+        exceed 1 − level.
         """
         return 2.0 ** (1 - self.units) <= 1.0 - self.level
 
     def weights(self) -> Iterator[np.ndarray]:
-        """Yields batches of weights, float64 (resamples of the batch, n): the count of each item."""
+        """Yields batches of weights, the counts of items, float64 (resamples of the batch, n)."""
         rng = np.random.default_rng(self.seed)
         batch = max(1, BATCH_NUMBERS // self.units)
         for first in range(0, self.resamples, batch):
@@ -116,9 +116,9 @@ class Bootstrap:
     def interval(self, difference: float, resampled: np.ndarray) -> Interval:
         """Returns the expanded percentile interval of the resampled differences.
 
-        It holds the middle `level` of them, widened by Student's t and √(n/(n−1)). Without that, ten items
-        would cover 90 % instead of 95 %; for hundreds of items it makes no difference. The width is 0 if
-        all resampled differences are equal.
+        It holds the middle `level` of them, widened by Student's t and √(n/(n−1)). Without that,
+        ten items would cover 90 % instead of 95 %; for hundreds of items it makes no difference.
+        The width is 0 if all resampled differences are equal.
 
         Args:
           difference: of the two arms on all items.
@@ -147,12 +147,14 @@ def paired_interval(
     Interval(difference=1.0, low=1.0, high=1.0)
 
     Args:
-      first, second: (n,) one score per item, in the same order; 100 × correct gives points of accuracy.
+      first, second: (n,) one score per item, in the same order; 100 × correct gives points of
+        accuracy.
       level, resamples, seed, clusters: see `Bootstrap`.
 
     Returns:
-      An `Interval` of mean(first) − mean(second). It is unbounded with too few items for a conclusion
-      (fewer than 6 at 95 %; see `Bootstrap.conclusive`), and has no width if all differences are equal.
+      An `Interval` of mean(first) − mean(second). It is unbounded with too few items for a
+      conclusion (fewer than 6 at 95 %; see `Bootstrap.conclusive`), and has no width if all
+      differences are equal.
 
     Raises:
       DataError: for arms or clusters of different length, no items, or scores that are not finite.
@@ -170,7 +172,7 @@ def paired_interval(
 
 
 def mcnemar(correct_a: Any, correct_b: Any) -> float:
-    """Returns the exact two-sided p-value of McNemar's test of two arms' correctness (McNemar 1947).
+    """Returns the exact two-sided p-value of McNemar's test of two arms (McNemar 1947).
 
         p = P(|X − m/2| ≥ |a − m/2|),  X ~ Binomial(m, ½)
 

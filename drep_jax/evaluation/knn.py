@@ -1,6 +1,7 @@
-"""Nearest-neighbor accuracy: a test image gets the class of the training image with the nearest feature.
+"""Accuracy by nearest neighbor: a test image gets the class of the nearest training feature.
 
-Similarity is the cosine. This compares arms on images whose classes the backbone's head does not know.
+Similarity is the cosine. This compares arms on images whose classes the backbone's head does not
+know.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ METRICS: Mapping[str, Metric] = {METRIC: mean_of(METRIC)}
 def score_by_neighbors(
     setup: Setup, arms: Mapping[str, Tree], images: Labeled, conditions: Sequence[str], **options: Any
 ) -> dict[str, dict[str, Items]]:
-    """Classifies test images by every arm's features under every condition; the gallery stays clean.
+    """Classifies test images by the features of every arm and condition, with a clean gallery.
 
     Args:
       setup: of the run; its backbone without a head gives the features.

@@ -23,9 +23,9 @@ def placebo_denoisers(
 ) -> Tree:
     """Returns random denoisers for rule "affine" with the norms of the learned ones.
 
-    The learned map of a site is x̂ = x + x·M + c. Its placebo is x̂ = x + x·R + r with Gaussian R and r,
-    scaled to ‖R‖_F = ‖M‖_F and ‖r‖ = ‖c‖ in each group and stacked copy. The gain of learning is the gain
-    over the placebo.
+    The learned map of a site is x̂ = x + x·M + c. Its placebo is x̂ = x + x·R + r with Gaussian R
+    and r, scaled to ‖R‖_F = ‖M‖_F and ‖r‖ = ‖c‖ in each group and stacked copy. The gain of
+    learning is the gain over the placebo.
 
     Args:
       params: {"backbone": parameters, "denoise": the learned denoisers, a subtree or `Denoisers`}.

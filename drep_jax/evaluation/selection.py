@@ -1,10 +1,10 @@
-"""Selects denoisers and strength on held-out images, in one program; one option is the unchanged backbone.
+"""Selection of denoisers and strength on held-out images; one option is the unchanged backbone.
 
-Every candidate is a `denoise` subtree for rule "affine". A point of the grid is a candidate and a strength
-τ. With labels, a point is scored by the task's headline metric. Without, it is scored by *agreement*: the
-same metric against the task's pseudo-labels, the unfused backbone's predictions on the clean images. The
-two criteria agree on every image whose pseudo-label is right, so for accuracy they differ by at most the
-backbone's clean error.
+Every candidate is a `denoise` subtree for rule "affine". A point of the grid is a candidate and a
+strength τ. With labels, a point is scored by the task's headline metric. Without, it is scored by
+*agreement*: the same metric against the task's pseudo-labels, the unfused backbone's predictions on
+the clean images. The two criteria agree on every image whose pseudo-label is right, so for accuracy
+they differ by at most the backbone's clean error.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A candidate at a strength with its scores by condition, in percent (NaN if outputs overflowed).
+    """A candidate at a strength, with percentages by condition (NaN if outputs overflowed).
 
     Attributes:
       change: τ·‖I − A‖, the root mean square over all directions of all sites; 0 for the backbone.
@@ -138,14 +138,15 @@ def grid_statistics(
     Args:
       setup: the unfused network and the task.
       variables: of the unfused network.
-      candidates: stacked, so that one program serves all; large ones in several stacks of one shape.
+      candidates: stacked, so that one program serves all; large ones in several stacks of one
+        shape.
       points: (index of the candidate, strength).
       against_labels: whether to compute statistics against the labels of the images.
 
     Returns:
-      (images, their columns, pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics, "finite": bool},
-      each with axes (points, images, …). "labels" is {} without `against_labels`, "pseudo" is {} without
-      pseudo-labels.
+      (images, their columns, pseudo-labels) ↦ {"labels": statistics, "pseudo": statistics,
+      "finite": bool}, each with axes (points, images, …). "labels" is {} without `against_labels`,
+      "pseudo" is {} without pseudo-labels.
     """
     size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(candidates[0].denoise))
     per_stack = min(len(candidates), max(1, STACK_BYTES // max(1, size)))
@@ -205,8 +206,8 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     """Scores every candidate at every strength on held-out images and selects the best.
 
     The best point has the highest mean over the conditions among the points that lose at most
-    `max_clean_loss` percentage points on clean images against the unchanged backbone. Ties go to the smaller
-    change. Each host scores its part of the images; all hosts get the same result.
+    `max_clean_loss` percentage points on clean images against the unchanged backbone. Ties go to
+    the smaller change. Each host scores its part of the images; all hosts get the same result.
 
     Args:
       setup: the backbone, the task and the held-out images.
@@ -327,7 +328,7 @@ Percents = dict[str, list[float]]
 
 
 def _pseudo_labels(setup: Setup, variables: Tree, images: Batch, batch_size: int) -> dict[str, np.ndarray]:
-    """Returns pseudo-labels from the unfused backbone's clean outputs, (n, …) each; {} if the task has none."""
+    """Returns pseudo-labels of the unfused backbone, (n, …) each; {} if the task has none."""
     task, inputs = setup.task, np.asarray(setup.inputs(images))
 
     columns = {name: column for name, column in images.items() if name != "image"}
@@ -374,7 +375,7 @@ def _padded(tree: Tree, count: int) -> Tree:
 
 
 def _on_devices(tree: Tree) -> Tree:
-    """Returns rows split over this host's devices, padded with zeros to a multiple of their number."""
+    """Returns rows split over this host's devices, zero-padded to a multiple of their number."""
     number = devices.local_device_count()
     return devices.shard(
         jax.tree_util.tree_map(

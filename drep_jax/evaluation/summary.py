@@ -1,4 +1,4 @@
-"""The report's `metrics` from the items of all arms: percentages, paired differences, intervals, tests."""
+"""The report's `metrics` from the items of all arms: percentages, differences, intervals, tests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,21 +23,21 @@ def summarize(
     """Turns the items of all arms into the report's `metrics`.
 
     Args:
-      results: {condition: {arm: items}}; arms other than `baseline` and the controls are denoised networks.
-        All arms of a condition have the same items in the same order.
+      results: {condition: {arm: items}}; arms other than `baseline` and the controls are denoised
+        networks. All arms of a condition have the same items in the same order.
       metrics: name ↦ metric, a fraction.
       controls: names of the control arms, such as the placebo.
       resamples, seed: of the bootstrap; one set of resamples serves all arms and metrics.
-      exact_test: metric of 0 or 1 per item for McNemar's test, also the name of its statistic; None for no
-        test.
+      exact_test: metric of 0 or 1 per item for McNemar's test, also the name of its statistic; None
+        for no test.
 
     Returns:
-      {condition: the entry that docs/report.md describes}. Every denoised arm is compared with the baseline
-      and every control, and every control with the baseline.
+      {condition: the entry that docs/report.md describes}. Every denoised arm is compared with the
+      baseline and every control, and every control with the baseline.
 
     Raises:
-      DataError: if the baseline or a control has no scores, arms differ in their items, or a metric is
-        not finite.
+      DataError: if the baseline or a control has no scores, arms differ in their items, or a metric
+        is not finite.
     """
     return {
         condition: _entry(condition, arms, metrics, controls, resamples, seed, exact_test)
@@ -125,7 +125,8 @@ def arms_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
 def pairs_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the pairs of arms to compare.
 
-    They are every denoised arm with the baseline and every control, and every control with the baseline.
+    They are every denoised arm with the baseline and every control, and every control with the
+    baseline.
     """
     references = ["baseline", *result["control"]]
     pairs = [(arm, other) for arm in result["denoised"] for other in references]

@@ -1,4 +1,4 @@
-"""Checks before a run: its settings against backbone, images and devices, and between its processes."""
+"""Checks before a run: settings against backbone, images and devices, and between processes."""
 
 import hashlib
 
@@ -25,7 +25,7 @@ from drep_jax.typing import Config
 
 
 def check(config: Config, setup: Setup) -> None:
-    """Refuses settings that any later stage cannot use, before the first stage and before any file is written.
+    """Refuses settings that any stage cannot use, before the first stage and before writing files.
 
     Raises:
       DrepError: its subclasses name the setting.
@@ -163,7 +163,7 @@ def _described(source: Source) -> str:
 
 
 def _steps(config: Config, stage: Stage) -> int:
-    """Returns the steps a run trains a stage for; 0 if it is not requested or its backbone is given."""
+    """Returns the steps of a stage in a run; 0 if not requested or if the backbone is given."""
     pretrained = stage.name == "backbone" and config["backbone"]["init_from"]
     requested = stage.section == stage.name or stage.name in (config["learner"], *config["compare"])
     return stage.steps(config) if requested and not pretrained else 0

@@ -22,7 +22,7 @@ from drep_jax.typing import Config, Tree
 
 
 def dry_run(config: Config) -> str:
-    """Takes two label-free steps of the job on random images and returns its time and memory as text."""
+    """Takes two label-free steps on random images and returns the time and memory as text."""
     if config["dry_run_batch"] < 1:
         raise ConfigError(f"dry_run_batch={config['dry_run_batch']} must be at least 1.")
     # −1 is a backbone without a head. A backbone without `num_classes` has a fixed number of classes.

@@ -1,4 +1,4 @@
-"""Evaluation without training: a run's arms, finished or not, and weight files on the test conditions."""
+"""Evaluation without training: arms of a run, finished or not, and weight files."""
 
 import contextlib
 import datetime
@@ -33,7 +33,7 @@ FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_c
 def configuration(
     command_line: Config, directory: str, *, overrides: Mapping[str, Any], explicit: bool
 ) -> dict[str, Any]:
-    """Returns the configuration of an evaluation: that of the run with the overrides of the command line.
+    """Returns the configuration of an evaluation: the run's, with the command line's overrides.
 
     Args:
       command_line: the complete configuration from the command line.
@@ -80,7 +80,8 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
 
     Args:
       config: see `configuration`.
-      directory: of the run. If it holds no run, `backbone.init_from` or else the first file is the baseline.
+      directory: of the run. If it holds no run, `backbone.init_from` or else the first file is the
+        baseline.
       files: further weights of the same backbone, plain or fused, each FILE or NAME=FILE.
 
     Returns:

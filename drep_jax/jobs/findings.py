@@ -30,9 +30,10 @@ from drep_jax.typing import Path, Tree
 def spectra(job: Run, variables: Tree, learned: Learned) -> dict[str, Any] | None:
     """Returns the report's `spectra`: the gain of each site's denoiser along principal axes.
 
-    They need the moments of the features. Only with `evaluate.spectra` are moments computed for this alone.
-    Otherwise the result is None if no learner needed the moments, or if the backbone was trained together
-    with its denoisers, since the run's moments do not describe the trained backbone.
+    They need the moments of the features. Only with `evaluate.spectra` are moments computed for
+    this alone. Otherwise the result is None if no learner needed the moments, or if the backbone
+    was trained together with its denoisers, since the run's moments do not describe the trained
+    backbone.
     """
     trained = learned.variables is not None
     moments: Mapping[Path, Moments] | None
@@ -119,7 +120,7 @@ def exhibit_of(
 
 
 def describe_sites(setup: Setup, before: Tree, after: Tree) -> list[dict[str, Any]]:
-    """Returns the report's list of sites with relative changes ‖W' − W‖ / ‖W‖, the maximum over layers.
+    """Returns the report's list of sites, with changes ‖W' − W‖ / ‖W‖ (maximum over layers).
 
     Args:
       setup: of the run.

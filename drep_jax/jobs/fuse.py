@@ -1,4 +1,4 @@
-"""Fuses a finished run again by another strength, rule or time steps, without training or images."""
+"""Fuses a finished run again by other strength, rule or time steps, without training."""
 
 import dataclasses
 import os
@@ -66,15 +66,15 @@ def fuse_run(
 ) -> tuple[Certificate, list[str]]:
     """Fuses a finished run again, without training, and writes weights and certificate.
 
-    A denoiser belongs to its time step. If the run's learner is `closed_form`, or with `resolve`, the
-    denoisers are solved again for the requested time steps, from the run's moments and without images.
-    Trained denoisers can only be fused by another rule or with fewer steps.
+    A denoiser belongs to its time step. If the run's learner is `closed_form`, or with `resolve`,
+    the denoisers are solved again for the requested time steps, from the run's moments and without
+    images. Trained denoisers can only be fused by another rule or with fewer steps.
 
     Args:
       directory: of the run.
       output: what to write, and where.
-      rule, steps, time_scale, beta_end: None for the run's own. With solved denoisers the rule may also be
-        `wiener:r`.
+      rule, steps, time_scale, beta_end: None for the run's own. With solved denoisers the rule may
+        also be `wiener:r`.
       strength: τ, the fraction of the change by fusion; 0 gives the backbone.
       resolve: whether to solve the denoisers again, whatever the run's learner.
       noise: "zero", or "sample" for z drawn once from `seed` and stored in the weights.
@@ -112,7 +112,7 @@ def fuse_run(
 
 
 def _as_learned(run: Run, denoise: Tree, requested: Mapping[str, Any], noise: str) -> Denoisers:
-    """Returns the run's own denoisers as they are to be fused; refuses requests they do not allow."""
+    """Returns the run's own denoisers for fusion; refuses requests they do not allow."""
     config, directory = run.config, run.directory
     direct = LEARNERS[config["learner"]].direct
     learned_at = {

@@ -1,8 +1,8 @@
 """Selects the best of a grid of isotropic denoisers for a finished run, on held-out images.
 
-The denoisers are solved from the run's moments; nothing is trained. Until the selection, only held-out
-images are read (and the training images once, if the run has no moments). Then the test images are
-scored once, for the selected point alone.
+The denoisers are solved from the run's moments; nothing is trained. Until the selection, only
+held-out images are read (and the training images once, if the run has no moments). Then the test
+images are scored once, for the selected point alone.
 """
 
 import dataclasses
@@ -82,9 +82,11 @@ def sweep(
     """Scores the run's grid on held-out images; fuses, certifies, writes and tests the best point.
 
     Args:
-      directory: of the finished run; its settings `sweep` and `select` define the grid and the selection.
+      directory: of the finished run; its settings `sweep` and `select` define the grid and the
+        selection.
       output: what to write, and where; `sweep.json` is written to the same directory.
-      rule, steps, time_scale, strength: each narrows the grid to this value; strength 0 stays in it.
+      rule, steps, time_scale, strength: each narrows the grid to this value; strength 0 stays in
+        it.
       beta_end: another end of the noise schedule.
       images: number of held-out images; 0 for all, None for the run's own `select.images`.
 
@@ -147,7 +149,7 @@ def _narrowed(
 
 
 def tested(run: Run, variables: Tree, denoisers: Denoisers, choice: Choice) -> dict[str, Any]:
-    """Returns the metrics of backbone, placebo and selected network on test images; {} without labels."""
+    """Returns test metrics of backbone, placebo and selected network; {} without labels."""
     config, setup = run.config, run.setup
     if setup.test is None:
         return {}

@@ -1,4 +1,4 @@
-"""The main job: train or load a backbone, learn denoisers, fuse, certify, compare with controls, report.
+"""The main job: train or load a backbone, learn denoisers, fuse, certify, compare, report.
 
 Steps of a run in a work directory, each resumed, or skipped if it is done:
 backbone → control arm (backbone trained further) → denoisers → fusion, certificate, export
@@ -39,8 +39,8 @@ from drep_jax.typing import Config, Tree
 def run(config: Config, directory: str) -> dict[str, Any]:
     """Runs the whole job in `directory`, or resumes the one there, and returns the report.
 
-    Every process of a run calls this. The first one writes the directory and returns the report; the
-    others return {"certificate": {"passed": …}} alone.
+    Every process of a run calls this. The first one writes the directory and returns the report;
+    the others return {"certificate": {"passed": …}} alone.
 
     Raises:
       DrepError: its subclasses name the setting or file that cannot be used.
@@ -153,7 +153,7 @@ def finish(
 
 
 def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, Certificate | None]:
-    """Returns the exported learner's fused parameters and, on the first process, their certificate."""
+    """Returns the exported learner's fused parameters; on process 0 also the certificate."""
     denoisers = exported.denoisers
     if not processes.primary():
         params = {"backbone": variables["params"], "denoise": denoisers}
@@ -167,7 +167,7 @@ def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, C
 def arms_of(
     job: Run, baseline: Tree, continued: tuple[Tree, float] | None, learned: Mapping[str, Learned], fused: Tree
 ) -> Arms:
-    """Returns all arms: baseline, placebo of the exported denoisers, control arm, one per learner."""
+    """Returns all arms: baseline, placebo of the exported learner, control arm, learners."""
     setup, name = job.setup, job.config["learner"]
     exported = learned[name]
     variables = exported.variables or baseline
@@ -195,7 +195,7 @@ def arms_of(
 def evaluate_arms(
     job: Run, arms: Arms, variables: Tree, fused: Tree, exported: Learned
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the report's `metrics` of all arms on the test images, and the task's examples of them."""
+    """Returns the report's `metrics` of all arms on the test images, and the task's examples."""
     config, setup = job.config, job.setup
     if setup.test is None:
         return {}, {}
@@ -221,7 +221,7 @@ def evaluate_arms(
 
 
 def score_other(job: Run, part: Labeled, arms: Arms) -> dict[str, Any]:
-    """Returns the report's metrics of a further source, by its test split or by nearest neighbors."""
+    """Returns the report's metrics of a further source, by test split or nearest neighbors."""
     config, setup = job.config, job.setup
     conditions = config["evaluate"]["conditions"]
     if part.gallery is None:

@@ -27,8 +27,10 @@ class Learned:
       denoisers: with their rule and steps; rule "affine" for maps given directly.
       section: the learner's section of the report.
       choice: the selection on held-out images, or None.
-      variables: the backbone, if it was trained together with the denoisers; None for the run's own.
-      network: (variables, images) ↦ outputs, for a result that cannot be fused; None for fused weights.
+      variables: the backbone, if it was trained together with the denoisers; None for the run's
+        own.
+      network: (variables, images) ↦ outputs, for a result that cannot be fused; None for fused
+        weights.
     """
 
     denoisers: Denoisers
@@ -85,7 +87,8 @@ class Learner:
       labeled: whether it trains with labels; then the control arm gets the same budget.
       chooses: whether it selects the strength of fusion on held-out images.
       direct: whether its denoisers are maps given directly, fused by rule "affine".
-      explicit: whether its result is evaluated on the explicit path and cannot be fused or exported.
+      explicit: whether its result is evaluated on the explicit path and cannot be fused or
+        exported.
     """
 
     learn: Callable[[LearnerInputs], Learned]

@@ -44,7 +44,7 @@ from drep_jax.typing import Config, Tree
 
 PAIRS = "pairs:"
 CORRUPTION_SEED = 1
-"""Added to the run's seed for the noise of training images, so that it differs from the test noise."""
+"""Added to the run's seed for training noise, so that it differs from the test noise."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def learn_wiener(inputs: LearnerInputs) -> Learned:
 
 
 def learn_measured(inputs: LearnerInputs) -> Learned:
-    """Solves for the noise of a corruption at each site and selects the strength on held-out images."""
+    """Solves for the measured noise at each site and selects the strength on held-out images."""
     config, setup, options = inputs.config, inputs.setup, inputs.config["measured"]
     batch, corrupted = measuring_images(config, setup)
     clean = batch["image"]
@@ -155,7 +155,7 @@ def _chosen(
 
 
 def measuring_images(config: Config, setup: Setup) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Returns the training images as a batch, and `measured.draws` corrupted versions, (n, h, w, c).
+    """Returns a batch of training images and `measured.draws` corrupted versions, (n, h, w, c).
 
     Raises:
       DataError: if there are none.

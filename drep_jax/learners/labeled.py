@@ -109,8 +109,8 @@ def learn_continued(inputs: LearnerInputs) -> Learned:
 def learn_final_only(inputs: LearnerInputs) -> Learned:
     """Solves Algorithm 1 for one denoiser of the final feature, applied explicitly.
 
-    The final feature is the input of the head. A backbone scored without a head outputs it; there an
-    identity layer is appended as the site of the denoiser.
+    The final feature is the input of the head. A backbone scored without a head outputs it; there
+    an identity layer is appended as the site of the denoiser.
     """
     config, setup = inputs.config, inputs.setup
     began = time.perf_counter()

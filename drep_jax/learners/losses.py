@@ -24,7 +24,7 @@ Outcome = tuple[Any, tuple[dict[str, Any], Tree]]
 def denoising_objective(
     setup: Setup, options: Config, params: Tree, others: Tree, batch: Tree, key: jax.Array
 ) -> Outcome:
-    """Returns Algorithm 1's loss summed over sites, on the frozen backbone; each site is a metric."""
+    """Returns Algorithm 1's loss summed over sites (frozen backbone); each site is a metric."""
     losses = algorithm1_losses(
         computing(setup, options),
         {**others, "params": params["backbone"]},
@@ -62,7 +62,8 @@ def label_objective(
       setup, options: of the run and the stage; `options["label_smoothing"]` is used.
       weights: the backbone's parameters, for example fused ones.
       others: its other collections.
-      batch: images and labels; both labels of mixed images, see `drep_jax.tasks.losses.cross_entropy`.
+      batch: images and labels; both labels of mixed images, see
+        `drep_jax.tasks.losses.cross_entropy`.
       key: of dropout.
       train: whether the backbone is in training mode, with dropout and updated batch statistics.
       extra: further trained parameters of the loss, such as the centers of identities.
@@ -93,9 +94,10 @@ def augmented_objective(
     weight: float,
     train: bool,
 ) -> Outcome:
-    """Returns (1 − λ)·Loss_label + λ·Loss_denoise (Eq. 12), with the label loss of the fused weights.
+    """Returns (1 − λ)·Loss_label + λ·Loss_denoise (Eq. 12), the former of the fused weights.
 
-    Gradients pass through `fuse`, so labels train the denoisers. Loss_denoise uses the unfused backbone.
+    Gradients pass through `fuse`, so labels train the denoisers. Loss_denoise uses the unfused
+    backbone.
 
     Args:
       setup, options, params, others, batch, key: see above; rule and steps of fusion are the run's.
@@ -116,7 +118,7 @@ def augmented_objective(
 
 
 def computing(setup: Setup, options: Config) -> nn.Module:
-    """Returns the backbone of a stage: computing in `options["compute"]`, with float32 parameters."""
+    """Returns the backbone that computes in `options["compute"]`, with float32 parameters."""
     dtype = jnp.dtype(options["compute"])
     backbone = setup.backbone
     if dtype == jnp.float32 and not options["remat"]:

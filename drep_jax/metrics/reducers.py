@@ -1,7 +1,8 @@
 """Metrics as functions of (statistics of items, weights of items).
 
-Weights of 1 give the published number. Where weight w_i is the count of item i in a bootstrap resample,
-the metric gives the number of that resample. So paired intervals work for every metric, not only for means.
+Weights of 1 give the published number. Where weight w_i is the count of item i in a bootstrap
+resample, the metric gives the number of that resample. So paired intervals work for every metric,
+not only for means.
 """
 
 from collections.abc import Callable

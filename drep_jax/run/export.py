@@ -1,4 +1,4 @@
-"""Writes a fused backbone: as our own files, as the file that it came from, in other formats, as programs."""
+"""Export of fused backbones: files of this project, foreign formats, compiled programs."""
 
 import dataclasses
 import os
@@ -41,13 +41,13 @@ class Output:
 
     Attributes:
       directory: made if absent.
-      dtype: storage type of our own and of new files; None keeps each parameter's own.
-      allow_rounding: write even if less than 90 % of the change survives a storage type.
-      forms: further files: "same", or names of formats or of `PROGRAMS`.
-      init_from: the file of the backbone's weights, if it is no longer where the run read it.
-      init_names: its name table, likewise.
-      fold_batchnorm: whether BatchNorms become constants, their scale and shift part of the layers
-        before them.
+      dtype: storage type of new files; None keeps the type of each parameter.
+      allow_rounding: whether to write even if less than 90 % of the change survives the storage
+        type.
+      forms: further files: "same", names of formats, or names of `PROGRAMS`.
+      init_from: the file of the backbone's weights, if it moved since the run.
+      init_names: its name table, if it moved.
+      fold_batchnorm: whether to fold scale and shift of BatchNorms into the layers before them.
     """
 
     directory: str
@@ -65,7 +65,7 @@ class Output:
 
 
 def fuse_and_certify(run: Run, variables: Tree, denoisers: Denoisers) -> tuple[Tree, Certificate]:
-    """Returns the fused parameters, rounded once to their own types, and their certificate on real images."""
+    """Returns fused parameters, rounded once to their own types, and their certificate."""
     setup = run.setup
     params = {"backbone": variables["params"], "denoise": denoisers}
     fused = fuse_exact(params, setup.sites, setup.schedule)
@@ -82,7 +82,7 @@ def certificate_images(run: Run) -> jax.Array:
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:
-    """Checks the requested forms, and reads the foreign file of the backbone's weights where one of them needs it.
+    """Checks all requested forms; reads the foreign file of the backbone if an export needs it.
 
     Args:
       run: a finished run.
@@ -134,7 +134,7 @@ def _table(where: str) -> tuple[weights.Format, ...]:
 
 
 def needs_exact(output: Output, original: weights.Foreign | None) -> bool:
-    """Returns whether a file has another type than the parameters, so that it is rounded from float64."""
+    """Returns whether a storage type differs from the parameters', which needs float64 weights."""
     return output.dtype is not None or (original is not None and original.rounds)
 
 
@@ -159,7 +159,7 @@ def write(
     original: weights.Foreign | None = None,
     images: jax.Array | None = None,
 ) -> list[str]:
-    """Writes the plain backbone with fused weights: `orbax/`, `fused.safetensors` and the requested further files.
+    """Writes the backbone with fused weights: `orbax/`, `fused.safetensors`, requested exports.
 
     Args:
       output: what to write.
@@ -175,10 +175,10 @@ def write(
       The paths.
 
     Raises:
-      CheckpointError: if rounding would lose more than 10 % of the change, or the directory cannot
-        be written.
-      ExportError: if BatchNorms cannot be folded, or a program computes something else than the
-        network.
+      CheckpointError: if rounding would lose more than 10 % of the change, or the directory is not
+        writable.
+      ExportError: if BatchNorms cannot be folded, or the outputs of a program differ from the
+        network's.
     """
     exact = fused if exact is None else exact
     if output.dtype is not None:
@@ -221,7 +221,7 @@ def write(
 
 
 def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
-    """Returns exact variables with BatchNorms folded; prints the certificate for the rounded variables."""
+    """Returns exact variables with BatchNorms folded; prints the rounded variables' certificate."""
     folds = find_folds(setup.backbone, images)
     certificate = certify_folds(setup.backbone, fused, folds, images)
     print(certificate)
@@ -235,7 +235,7 @@ def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
 
 
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
-    """Prints the fraction of the change that a storage type keeps, and refuses one that keeps less than 90 %."""
+    """Prints the fraction of the change that a storage type keeps; refuses less than 90 %."""
     surviving = survival(before, exact, stored)
     print(
         f"Stored as {where}, {100 * surviving.fraction:.1f} % of the change survives (worst: {surviving.worst_layer})."

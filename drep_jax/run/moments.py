@@ -1,4 +1,4 @@
-"""The moments of a run: computed once, saved in its directory, tied to a backbone and an image size."""
+"""The moments of a run: computed once, saved in its directory, tied to backbone and image size."""
 
 import dataclasses
 import itertools
@@ -93,7 +93,7 @@ def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1
 
 
 def run_moments(run: Run, variables: Tree) -> dict[Path, Moments]:
-    """Returns the moments of a run's sites over its training images, from its directory if saved."""
+    """Returns the moments of a run's sites over training images, from its directory if saved."""
     return moments_of(run, variables, os.path.join(run.directory, MOMENTS))
 
 
@@ -101,7 +101,8 @@ def kept_moments(run: Run, variables: Tree) -> dict[Path, Moments] | None:
     """Returns the moments saved in a run's directory, or None if there are none.
 
     Raises:
-      CheckpointError: if they belong to another backbone, image size, fraction of tokens or set of sites.
+      CheckpointError: if they belong to another backbone, image size, fraction of tokens or set of
+        sites.
     """
     path, tokens = os.path.join(run.directory, MOMENTS), run.config["denoise"]["moment_tokens"]
     owner = owner_of(run.setup, variables)

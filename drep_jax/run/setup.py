@@ -83,8 +83,8 @@ class Setup:
     def inputs(self, batch: Mapping[str, Any]) -> jax.Array:
         """Returns the inputs of the backbone, float32 (batch, height, width, channels).
 
-        They are normalized images. With side information, a fourth channel holds its index, the same at
-        every pixel: for columns a and b it is a · (cardinality of b) + b.
+        They are normalized images. With side information, a fourth channel holds its index, the
+        same at every pixel: for columns a and b it is a · (cardinality of b) + b.
 
         Args:
           batch: "image", from 0 to 255, and the columns of `side`; a missing column counts as 0.
@@ -213,7 +213,7 @@ def _backbones(
 
 
 def _check_outputs(config: Config, outputs: int, images: Images, task: Task) -> None:
-    """Refuses images with more classes than the outputs of a backbone without a field `num_classes`.
+    """Refuses more classes than the outputs of a backbone without a field `num_classes`.
 
     Raises:
       ConfigError: naming both numbers.

@@ -1,4 +1,4 @@
-"""The training stages of a run as rows of a table, and how the configuration prepares and runs them."""
+"""The training stages of a run as rows of a table, prepared and run from the configuration."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -34,12 +34,14 @@ class Stage:
     Attributes:
       name: of the stage, or of a learner that solves instead of training.
       section: of its settings.
-      trains: names of the subtrees that it trains. Extra parameters of the task are trained in every
-        labeled stage, too.
+      trains: names of the subtrees that it trains. Extra parameters of the task are trained in
+        every labeled stage, too.
       labeled: whether it trains with labels.
-      stream: identifies its order of the images; learners with labels share that of the control arm.
+      stream: identifies its order of the images; learners with labels share that of the control
+        arm.
       steps_setting: section and name of the number of optimizer steps; None for a solved result.
-      batch_section: section of its batch size; stages that train the backbone use the control arm's.
+      batch_section: section of its batch size; stages that train the backbone use the control
+        arm's.
     """
 
     name: str
@@ -107,13 +109,13 @@ def key_of(config: Config, purpose: str) -> jax.Array:
 
 
 def phase_of(config: Config, number: int) -> str:
-    """Returns the subtree trained in step `number` (from 1) of alternating fine-tuning (appendix A)."""
+    """Returns the subtree trained in step `number` (from 1) of "alternating" (appendix A)."""
     order = config["alternate"]["order"]
     return order[(number - 1) // config["alternate"]["period"] % len(order)]
 
 
 def optimizer_of(config: Config, name: str) -> Any:
-    """Returns a stage's optimizer; for a stage in phases {subtree: optimizer}, with its own steps each.
+    """Returns a stage's optimizer; for a stage in phases {subtree: optimizer}.
 
     Raises:
       ConfigError: naming the stage.
@@ -151,7 +153,7 @@ def split_variables(variables: Tree) -> tuple[Tree, Tree]:
 
 
 def starting(run: Run, name: str, variables: Tree) -> tuple[Tree, Tree]:
-    """Returns the initial {subtree: parameters} of a stage, and the backbone's other collections."""
+    """Returns a stage's initial {subtree: parameters} and the backbone's other collections."""
     stage, setup = stage_of(name), run.setup
     backbone, others = split_variables(variables)
     params = {"backbone": backbone}

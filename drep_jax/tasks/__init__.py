@@ -1,4 +1,4 @@
-"""Tasks: the meaning of labels and outputs. A new task is a file here, a line in `TASKS`, its metrics."""
+"""Tasks, the meaning of labels and outputs: one file and one line in `TASKS` each."""
 
 from collections.abc import Callable
 

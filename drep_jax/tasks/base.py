@@ -1,16 +1,17 @@
 """The task convention: one object per task holds everything that depends on the meaning of labels.
 
-No file outside tasks/, metrics/, configs/ and docs/ names a task. The rest of the project uses the task of
-the run, `Setup.task`. `Task` holds the defaults, so a task defines only what differs.
+No file outside tasks/, metrics/, configs/ and docs/ names a task. The rest of the project uses the
+task of the run, `Setup.task`. `Task` holds the defaults, so a task defines only what differs.
 
 The outputs of a network become a number in three steps:
 
     outputs ──statistics──▶ one row per image ──items──▶ one row per item ──metrics──▶ one number
 
-`statistics` runs on the device, batch by batch, so the host never holds the outputs of a test set. `items`
-runs once, on the host, over the rows of the whole split. An item is the unit that intervals resample: an
-image, or a query of a ranking. A metric is a function of (statistics of n items, weights of the items).
-Weights of 1 give the published number; the weights of a bootstrap resample give that of the resample.
+`statistics` runs on the device, batch by batch, so the host never holds the outputs of a test set.
+`items` runs once, on the host, over the rows of the whole split. An item is the unit that intervals
+resample: an image, or a query of a ranking. A metric is a function of (statistics of n items,
+weights of the items). Weights of 1 give the published number; the weights of a bootstrap resample
+give that of the resample.
 """
 
 import dataclasses
@@ -34,8 +35,8 @@ class Items(NamedTuple):
 
     Attributes:
       statistics: a tree of arrays whose first axis is the items.
-      clusters: (n,) the cluster of each item, such as the person of a query, if intervals resample clusters;
-        otherwise None.
+      clusters: (n,) the cluster of each item, such as the person of a query, if intervals resample
+        clusters; otherwise None.
     """
 
     statistics: Tree
@@ -117,7 +118,7 @@ class Task:
     """Whether scoring test images needs a head for their labels."""
 
     columns: ClassVar[tuple[Column, ...]] = ()
-    """Label columns of the images, but for those of one int32 an image, which need no declaration."""
+    """Label columns of the images; columns of one int32 per image need no declaration."""
 
     mixes: ClassVar[bool] = False
     """Whether the labels of two images can be mixed (mixup, cutmix)."""
@@ -167,7 +168,7 @@ class Task:
         return {}
 
     def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
-        """Returns what `loss` needs of the backbone; with `mutable` among the options, the changed collections too.
+        """Returns the outputs for `loss`; with option `mutable`, the changed collections, too.
 
         Args:
           backbone, variables: the network.
@@ -196,7 +197,7 @@ class Task:
     # -----------------------------------------------------------------------------------------------------------------
 
     def without_head(self) -> "Task":
-        """Returns the task of a backbone without its head; `statistics` are {"feature": (n, width)}."""
+        """Returns the task without a head, whose `statistics` are {"feature": (n, width)}."""
         return self
 
     def predict(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any]) -> Any:
@@ -205,14 +206,14 @@ class Task:
         return backbone.apply(variables, images)
 
     def statistics(self, outputs: Any, batch: Mapping[str, Any]) -> Tree:
-        """Returns one row per image of a batch, on the device; rows of padding may hold any value."""
+        """Returns one row per image, on the device; rows of padding may hold any value."""
         raise NotImplementedError
 
     def pseudo_labels(self, outputs: Any) -> dict[str, Any]:
         """Returns labels predicted from the unfused backbone's clean outputs, one row per image.
 
-        This runs on the device. A task without labels of single images returns {} and compares networks in
-        `agreement` instead.
+        This runs on the device. A task without labels of single images returns {} and compares
+        networks in `agreement` instead.
         """
         del outputs
         return {}

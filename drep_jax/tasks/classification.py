@@ -24,8 +24,9 @@ class Classification(Task):
     """Classification by the logits of a backbone.
 
     Attributes:
-      headless: whether the backbone outputs features instead. Then nothing is scored against labels, and two
-        networks agree on an image if, among all images, its features by the two are nearest to each other.
+      headless: whether the backbone outputs features instead. Then nothing is scored against
+        labels, and two networks agree on an image if, among all images, its features by the two are
+        nearest to each other.
     """
 
     headless: bool = False
@@ -58,17 +59,18 @@ class Classification(Task):
         return {} if self.headless else {"label": jnp.argmax(outputs, axis=-1)}
 
     def agreement(self, statistics: Tree, reference: Tree) -> Items:
-        """Returns hits against pseudo-labels; without a head, whether the own clean feature is nearest."""
+        """Returns hits on pseudo-labels, or without a head on the own clean feature as nearest."""
         if not self.headless:
             return Items(statistics)
         rows = nearest(reference["feature"], statistics["feature"])
         return Items({"acc@1": (rows == np.arange(len(rows))).astype(np.float64)})
 
     def examples(self, exhibit: Exhibit) -> dict[str, Any]:
-        """Returns the report's `examples`: test images with both arms' answers, changed answers first.
+        """Returns the report's `examples`: test images with answers of both arms, changed first.
 
-        Changed answers are sorted by the confidence of both arms, alternating between corrected, broken and
-        otherwise changed. Random images with unchanged answers fill the remaining places.
+        Changed answers are sorted by the confidence of both arms, alternating between corrected,
+        broken and otherwise changed. Random images with unchanged answers fill the remaining
+        places.
         """
         before, after = (exhibit.statistics[arm] for arm in exhibit.arms)
         if not len(before["answer"]):

@@ -1,4 +1,4 @@
-"""Label losses: cross-entropy, batch-hard triplets (Hermans et al. 2017), centers (Wen et al. 2016).
+"""Label losses: cross-entropy, triplets (Hermans et al. 2017), centers (Wen et al. 2016).
 
 Triplets are formed across all devices, so the loss does not depend on the number of devices.
 """
@@ -26,8 +26,8 @@ def cross_entropy(
 
     Args:
       logits: (batch, classes).
-      batch: "label", int (batch,); for mixed images also "label2", int (batch,), and their weights s,
-        "share", float (batch,).
+      batch: "label", int (batch,); for mixed images also "label2", int (batch,), and their weights
+        s, "share", float (batch,).
       smoothing: fraction of the target spread over all classes.
     """
 
@@ -47,8 +47,9 @@ def triplet_loss(
 
         mean over anchors a of [max_p d(a, p) − min_n d(a, n) + m]₊
 
-    or, with m = 0, of the soft margin log(1 + exp(max_p d − min_n d)). Distances d are Euclidean. An image is
-    not its own positive. Anchors without a positive or a negative are excluded from the mean.
+    or, with m = 0, of the soft margin log(1 + exp(max_p d − min_n d)). Distances d are Euclidean.
+    An image is not its own positive. Anchors without a positive or a negative are excluded from the
+    mean.
 
     Args:
       features: of this device's images; positives and negatives come from all devices.
@@ -70,9 +71,9 @@ def view_triplet_loss(
 
         L = L_S + L_D + L_cross
 
-    Pairs of the same view are compared in space S, pairs of different views in space D. L_S and L_D require
-    positives to be nearer than negatives within a space. L_cross requires positives of another view (in D)
-    to be nearer than negatives of the same view (in S), which look more alike.
+    Pairs of the same view are compared in space S, pairs of different views in space D. L_S and L_D
+    require positives to be nearer than negatives within a space. L_cross requires positives of
+    another view (in D) to be nearer than negatives of the same view (in S), which look more alike.
 
     Args:
       same, different: features of the two branches, in S and D.
@@ -93,7 +94,7 @@ def view_triplet_loss(
 def center_loss(
     features: Float[Array, "batch width"], labels: Int[Array, " batch"], centers: Float[Array, "classes width"]
 ) -> Float[Array, ""]:
-    """Returns the mean squared distance to the centers of identities (Wen et al. 2016, twice Eq. 2)."""
+    """Returns the mean squared distance to identity centers (Wen et al. 2016, twice Eq. 2)."""
     return jnp.mean(jnp.sum((features - centers[labels]) ** 2, axis=-1))
 
 

@@ -1,6 +1,7 @@
-"""Retrieval, as in re-identification: identity loss, triplets and centers; rankings of a gallery for each query.
+"""Retrieval, as in re-identification: identity, triplet and center losses; ranked galleries.
 
-A backbone for retrieval gives one feature an image; its `outputs` give what the losses see, see `drep_jax.models.neck`.
+A backbone for retrieval gives one feature an image; its `outputs` give what the losses see, see
+`drep_jax.models.neck`.
 """
 
 import dataclasses
@@ -54,18 +55,20 @@ class Retrieval(Task):
       rerank: (k1, k2, λ) of k-reciprocal re-ranking, or None.
       corrupted: which test images a condition corrupts: "both", "query" or "gallery".
       side: side-information columns, see `SIDES`.
-      identities, instances: P and K of the P × K batches of labeled stages; 0 for batches of any images.
+      identities, instances: P and K of the P × K batches of labeled stages; 0 for batches of any
+        images.
       singletons: treatment of identities with one image in these batches, "refuse" or "drop".
       id_weight, triplet_weight, center_weight: weights in the sum of losses.
       margin: of the triplets; 0 for the soft margin.
       center_lr: learning rate of the centers, by plain gradient descent.
-      aggregate: aggregation of the losses of several features and logits: "half" (weight ½ for the first, ½
-        for the mean of the others, as TransReID), "sum" (as CLIP-ReID) or "mean".
-      bootstrap_unit: unit that intervals resample, "query" or "identity" (with all its queries, which are
-        dependent).
+      aggregate: aggregation of the losses of several features and logits: "half" (weight ½ for the
+        first, ½ for the mean of the others, as TransReID), "sum" (as CLIP-ReID) or "mean".
+      bootstrap_unit: unit that intervals resample, "query" or "identity" (with all its queries,
+        which are dependent).
       examples_each: queries of each kind in the report's ranked results.
       attributed: number of sites whose individual effect on the ranking is measured.
-      views: whether to use triplets of viewpoint-aware metric learning, for backbones with two branches.
+      views: whether to use triplets of viewpoint-aware metric learning, for backbones with two
+        branches.
     """
 
     metric: str = "cosine"
@@ -121,7 +124,7 @@ class Retrieval(Task):
     # -----------------------------------------------------------------------------------------------------------------
 
     def check_test(self, source: Source) -> None:
-        """Refuses test images without queries and gallery, or in both if only one kind is corrupted."""
+        """Refuses test images without queries and gallery, or in both if one is corrupted."""
         table = table_of(source)
         if not {"label", "query", "gallery"} <= table.keys():
             raise ConfigError(
@@ -176,7 +179,7 @@ class Retrieval(Task):
         return {CENTERS: optax.chain(optax.scale(1.0 / self.center_weight), optax.sgd(self.center_lr))}
 
     def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
-        """Returns {"features": …, "logits": …}, and with `mutable` among the options the changed collections."""
+        """Returns {"features": …, "logits": …}; with `mutable` also the changed collections."""
         del batch
         return backbone.apply(variables, images, method="outputs", **options)
 
@@ -257,10 +260,10 @@ class Retrieval(Task):
         return Items(evaluate(features, table, protocol_of(source), **options).scores)
 
     def agreement(self, statistics: Tree, reference: Tree) -> Items:
-        """Returns the average precision with which each image retrieves its clean reference neighbors.
+        """Returns the average precision of each image's retrieval of its clean neighbors.
 
-        The reference neighbors are the nearest images by the unfused backbone's clean features. Several of
-        them instead of one make the measure sensitive to small changes of the ranking.
+        The reference neighbors are the nearest images by the unfused backbone's clean features.
+        Several of them instead of one make the measure sensitive to small changes of the ranking.
         """
         return Items({"mAP": neighbor_precision(statistics["feature"], reference["feature"], NEIGHBORS)})
 
@@ -269,7 +272,7 @@ class Retrieval(Task):
     # -----------------------------------------------------------------------------------------------------------------
 
     def examples(self, exhibit: Exhibit) -> dict[str, Any]:
-        """Returns the report's `ranked`: ranked galleries of two arms, and effects of single sites."""
+        """Returns the report's `ranked`: galleries ranked by two arms, effects of single sites."""
         if not (self.examples_each or self.attributed):
             return {}
         named = exhibit.sites[: self.attributed]
@@ -302,7 +305,7 @@ class Retrieval(Task):
 
 
 def _effect(after: Result, before: Result) -> dict[str, Any]:
-    """Returns the mean change of the average precision, and the numbers of queries gained and lost."""
+    """Returns the mean change of average precision, and the numbers of queries gained and lost."""
     change = after.scores["mAP"] - before.scores["mAP"]
     return {
         "mAP": 100.0 * float(np.mean(change)),

@@ -1,4 +1,4 @@
-"""What retrieval refuses before any work: backbones without branches or a neck, batches without triplets."""
+"""Checks of retrieval before any work: branches, neck, identities and batches with triplets."""
 
 from typing import Any
 

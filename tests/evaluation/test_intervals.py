@@ -212,7 +212,7 @@ def test_clusters_of_one_item_are_items():
     np.testing.assert_allclose([alone.low, alone.high], [plain.low, plain.high], atol=1e-12)
     few = paired_interval(ours, theirs, clusters=np.arange(80) % 5)
     assert math.isinf(few.low) and few.difference == plain.difference
-    with pytest.raises(DataError, match=r"Clusters have shape \(3,\); expected one an item, \(80,\)"):
+    with pytest.raises(DataError, match=r"Clusters have shape \(3,\); expected one per item, \(80,\)"):
         paired_interval(ours, theirs, clusters=[1, 2, 3])
 
 

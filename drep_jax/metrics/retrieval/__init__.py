@@ -1,1 +1,1 @@
-"""Retrieval metrics: a gallery ranked by feature distance to each query, as in re-identification."""
+"""Retrieval metrics: a gallery ranked by feature distance, as in re-identification."""

@@ -1,7 +1,8 @@
 """Distances between queries and gallery: one matrix product per block of queries.
 
-With x̃ = [−2x, 1, ‖x‖²] for a query and ỹ = [y, ‖y‖², 1] for a gallery image, x̃·ỹ = ‖x − y‖². For unit
-vectors the cosine distance is 1 − x·y, and −x·y has the same order. The products in float32 are ranked.
+With x̃ = [−2x, 1, ‖x‖²] for a query and ỹ = [y, ‖y‖², 1] for a gallery image, x̃·ỹ = ‖x − y‖². For
+unit vectors the cosine distance is 1 − x·y, and −x·y has the same order. The products in float32
+are ranked.
 """
 
 import dataclasses
@@ -38,8 +39,10 @@ class Pairs:
     Attributes:
       query: (branches, q, width) float32, x̃ of each branch.
       gallery: (branches, g, width) float32 on the device, ỹ of each branch.
-      views: views of queries (q,) and gallery (g,) with two branches; −1 is unknown. None otherwise.
-      source: (g,) the column that holds each gallery image's distances; None if all features differ.
+      views: views of queries (q,) and gallery (g,) with two branches; −1 is unknown. None
+        otherwise.
+      source: (g,) the column that holds each gallery image's distances; None if all features
+        differ.
     """
 
     query: np.ndarray
@@ -131,8 +134,8 @@ def prepare(
     Args:
       query, gallery: (q, width) and (g, width).
       metric: "euclidean" or "cosine"; they rank unit vectors alike.
-      branches: 2 for features made of two halves, [same view | different view]. A pair is compared by
-        the first half if both views are known and equal, otherwise by the second.
+      branches: 2 for features made of two halves, [same view | different view]. A pair is compared
+        by the first half if both views are known and equal, otherwise by the second.
       query_views, gallery_views: with two branches, views from 0; negative is unknown.
 
     Raises:
@@ -252,8 +255,8 @@ def _extended(features: np.ndarray, metric: str, branches: int, what: str, is_qu
 def _source(gallery: np.ndarray, views: np.ndarray | None) -> np.ndarray | None:
     """Returns the first gallery image with the same feature (and view) as each; None if all differ.
 
-    A matrix product may round equal columns differently, depending on their position. So equal columns
-    use the result of the first of them.
+    A matrix product may round equal columns differently, depending on their position. So equal
+    columns use the result of the first of them.
     """
     weights = np.random.default_rng(0).integers(0, 2**32, gallery.shape[1], dtype=np.uint32) | np.uint32(1)
     hashes = np.concatenate(

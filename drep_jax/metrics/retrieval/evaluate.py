@@ -15,11 +15,11 @@ from drep_jax.metrics.retrieval.rerank import Rerank, reranked
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Scores of the queries with a match, which depend on the table alone, so that arms are aligned.
+    """Scores of the queries with a match; these depend on the table alone, so arms are aligned.
 
     Attributes:
-      scores: metric ↦ (n,) fractions, one per query; with trials, the mean over those trials in which
-        the image is a query.
+      scores: metric ↦ (n,) fractions, one per query; with trials, the mean over those trials in
+        which the image is a query.
       queries: (n,) rows of the queries in the table.
       identity: (n,) identities of the queries, for intervals over persons instead of queries.
       trials: metric ↦ (trials,) the mean over the queries of each trial; the mean of these is the
@@ -57,7 +57,8 @@ def evaluate(
 
     Args:
       features: (n, width), one row per image of the table.
-      table: the columns "label", "camera", "view", "query" and "gallery" of the test source, (n,) each.
+      table: the columns "label", "camera", "view", "query" and "gallery" of the test source, (n,)
+        each.
       protocol: the evaluation protocol of the data set.
       metric: "euclidean" or "cosine" (Euclidean on features of unit length).
       branches: 2 for features [same view | different view].
@@ -130,7 +131,7 @@ def splits(table: Mapping[str, np.ndarray], protocol: Protocol) -> list[Split]:
 
 
 def pair_options(table: Mapping[str, np.ndarray], split: Split, protocol: Protocol) -> dict[str, Any]:
-    """Returns the arguments of `ranking.rules` for a split: identities, cameras and image indices."""
+    """Returns a split's arguments of `ranking.rules`: identities, cameras and image indices."""
     return {
         "cross_camera": protocol.cross_camera,
         **{

@@ -1,8 +1,8 @@
-"""Average precision, CMC and inverse negative penalty of every query, from the ranks of its right images.
+"""Average precision, CMC and inverse negative penalty of queries, from ranks of right images.
 
-No gallery is sorted. The k-th right image of a query (from 0), at distance t, has rank
-k + #{wrong: d ≤ t}, also from 0. So ties count against the network: a wrong image at the same distance
-ranks before it. The order among right images at one distance does not matter.
+No gallery is sorted. The k-th right image of a query (from 0), at distance t, has rank k + #{wrong:
+d ≤ t}, also from 0. So ties count against the network: a wrong image at the same distance ranks
+before it. The order among right images at one distance does not matter.
 """
 
 import dataclasses
@@ -26,9 +26,10 @@ class Ranking:
     """The scores of every query's ranked gallery, in the order of the queries, (q,) each.
 
     Attributes:
-      ap: average precision, the mean over right images of (right images up to it) / (its rank from 1);
-        NaN without a right image.
-      inp: inverse negative penalty, right images / (rank of the last of them from 1); NaN without one.
+      ap: average precision, the mean over right images of (right images up to it) / (its rank from
+        1); NaN without a right image.
+      inp: inverse negative penalty, right images / (rank of the last of them from 1); NaN without
+        one.
       first: rank of the first right image from 0; −1 without one.
       valid: whether the gallery holds a right image.
       matches: number of right images.
@@ -49,9 +50,10 @@ class Rules:
 
     Attributes:
       query, gallery: identities, (q,) and (g,).
-      cameras: cameras of queries and gallery, if images of the query's identity and camera are excluded;
-        otherwise None.
-      images: image indices of queries and gallery, if a query's own image is excluded; otherwise None.
+      cameras: cameras of queries and gallery, if images of the query's identity and camera are
+        excluded; otherwise None.
+      images: image indices of queries and gallery, if a query's own image is excluded; otherwise
+        None.
     """
 
     query: np.ndarray
@@ -86,12 +88,12 @@ def rules(
 ) -> Rules:
     """Returns the rules of one evaluation.
 
-    No identity is special, not even a negative one. Leave what a protocol calls junk out of the gallery.
-    A distractor has an identity that no query has.
+    No identity is special, not even a negative one. Leave what a protocol calls junk out of the
+    gallery. A distractor has an identity that no query has.
 
     Args:
-      query_ids, gallery_ids, query_cameras, gallery_cameras, cross_camera, query_images, gallery_images:
-        as for `rank`.
+      query_ids, gallery_ids, query_cameras, gallery_cameras, cross_camera, query_images,
+        gallery_images: as for `rank`.
 
     Raises:
       DataError: for arrays of the wrong length or type, no queries, an empty gallery, or the
@@ -147,10 +149,11 @@ def rank(
       query_cameras, gallery_cameras: (q,) and (g,), for `cross_camera`.
       cross_camera: whether to exclude gallery images with the query's identity and camera.
       query_images, gallery_images: (q,) and (g,) image indices; a query's own image is excluded.
-      query_views, gallery_views, branches, metric: see `drep_jax.metrics.retrieval.distances.prepare`.
+      query_views, gallery_views, branches, metric: see
+        `drep_jax.metrics.retrieval.distances.prepare`.
       block: queries per block; None for as many as fit a few MiB.
-      jitted: whether JAX's device counts the ranks instead of NumPy; None for JAX on an accelerator. The
-        results are the same.
+      jitted: whether JAX's device counts the ranks instead of NumPy; None for JAX on an
+        accelerator. The results are the same.
 
     Returns:
       One entry per query.
@@ -216,8 +219,8 @@ def scores(ranking: Ranking, ks: Sequence[int] = (1, 5, 10)) -> dict[str, np.nda
       ks: ranks of CMC.
 
     Returns:
-      {"mAP": (n,), "rank1": (n,) of 0 or 1, …, "mINP": (n,)}, fractions; their means are the published
-      numbers.
+      {"mAP": (n,), "rank1": (n,) of 0 or 1, …, "mINP": (n,)}, fractions; their means are the
+      published numbers.
 
     Raises:
       DataError: where no query has a match.
@@ -228,7 +231,7 @@ def scores(ranking: Ranking, ks: Sequence[int] = (1, 5, 10)) -> dict[str, np.nda
 
 
 def cmc(ranking: Ranking, most: int = 50) -> np.ndarray:
-    """Returns the cumulative matching curve: the fraction of queries matched by rank 1, 2, …, `most`.
+    """Returns the cumulative matching curve, the fraction of queries matched by each rank.
 
     It never falls, and is 1 from the size of the gallery on.
 
@@ -258,8 +261,8 @@ def top(
       k: images per query.
 
     Returns:
-      Gallery indices (q, k), distances (q, k; Euclidean or 1 − cosine), and whether each image is right
-      (q, k). Beyond the end of the gallery they are −1, NaN and False.
+      Gallery indices (q, k), distances (q, k; Euclidean or 1 − cosine), and whether each image is
+      right (q, k). Beyond the end of the gallery they are −1, NaN and False.
 
     Raises:
       DataError, ConfigError: as `rank`.
@@ -320,7 +323,8 @@ def _ranks(distances: np.ndarray, right: np.ndarray, near: np.ndarray) -> np.nda
     Args:
       distances: (m,) distances of the gallery images of its identity.
       right: (m,) which of these are right.
-      near: number of gallery images up to the distance of each right one, of any identity, ascending.
+      near: number of gallery images up to the distance of each right one, of any identity,
+        ascending.
     """
     thresholds = np.sort(distances[right])
     wrong = near - np.searchsorted(np.sort(distances), thresholds, side="right")
@@ -361,7 +365,7 @@ def _count_on_device(block: Any, candidates: Sequence[tuple[np.ndarray, np.ndarr
 
 @jax.jit
 def _counted(block: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns distances at `columns` (b, m), the count in the row up to each, and the maximum of the block."""
+    """Returns distances at `columns` (b, m), counts of the row up to each, and the maximum."""
     distances = jnp.take_along_axis(block, columns, axis=1)
     if columns.shape[1] > MANY:
         near = jax.vmap(lambda row, at: jnp.searchsorted(row, at, side="right"))(jnp.sort(block, axis=1), distances)

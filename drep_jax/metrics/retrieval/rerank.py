@@ -2,9 +2,9 @@
 
     d* = (1 − λ) d_J + λ d̃,    d_J(p, g) = 1 − Σ min(V_p, V_g) / Σ max(V_p, V_g)
 
-over all n = q + g images. d̃ is the squared Euclidean distance divided by the maximum of its row. V_p is
-sparse: exp(−d̃) at the expanded k₁-reciprocal neighbors of p, normalized to sum 1 and averaged over the
-k₂ nearest images of p.
+over all n = q + g images. d̃ is the squared Euclidean distance divided by the maximum of its row.
+V_p is sparse: exp(−d̃) at the expanded k₁-reciprocal neighbors of p, normalized to sum 1 and
+averaged over the k₂ nearest images of p.
 """
 
 import dataclasses
@@ -55,10 +55,11 @@ def reranked(
 ) -> Iterator[np.ndarray]:
     """Yields re-ranked distances of consecutive queries to the whole gallery, (rows, g) float32.
 
-    An image is its own first neighbor. Others at equal distance follow by index, queries before gallery.
+    An image is its own first neighbor. Others at equal distance follow by index, queries before
+    gallery.
 
-    Memory: two blocks of distances to all n images, k₁ + 1 neighbors per image, and V with dozens to a
-    few hundred entries per image (8 bytes each, twice). It never holds n² numbers.
+    Memory: two blocks of distances to all n images, k₁ + 1 neighbors per image, and V with dozens
+    to a few hundred entries per image (8 bytes each, twice). It never holds n² numbers.
 
     Args:
       query, gallery: (q, width) and (g, width) features.
@@ -91,7 +92,7 @@ def reranked(
 
 
 def _neighbors(pairs: distances.Pairs, count: int, block: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns every image's nearest images (n, count), itself first, and largest squared distance (n,)."""
+    """Returns the nearest images (n, count), itself first, and largest squared distances (n,)."""
     count = min(count, pairs.shape[1])
     nearest, largest, start = [], [], 0
     for rows in distances.blocks(pairs, block):
@@ -168,7 +169,7 @@ def _direct(images: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarr
 
 
 def _overlap(weights: sparse.csr_array, columns: sparse.csc_array, index: int) -> np.ndarray:
-    """Returns Σ_c min(V[index, c], V[j, c]) for all images j, over the nonzero columns c of V[index]."""
+    """Returns Σ_c min(V[index, c], V[j, c]) for all images j, over nonzeros c of V[index]."""
     span = slice(weights.indptr[index], weights.indptr[index + 1])
     nonzero, values = weights.indices[span], weights.data[span]
     starts, lengths = columns.indptr[nonzero], np.diff(columns.indptr)[nonzero]
