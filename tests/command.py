@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from absl import app, flags
 
+import drep_jax.data.loader  # noqa: F401  (grain defines flags when it is first imported; `call` would remove them)
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 
