@@ -43,8 +43,8 @@ class Backbone(nn.Module, kw_only=True):
         """`dtype` and `param_dtype`, as layers take them."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-    def block(self, kind: type[nn.Module]) -> Callable[..., Any]:
-        """Returns a class of blocks, rematerialized if `remat` is set."""
+    def rematerialized(self, kind: type[nn.Module]) -> Callable[..., Any]:
+        """Returns a class of blocks, recomputed in the backward pass if `remat` is set."""
         return nn.remat(kind) if self.remat else kind
 
 

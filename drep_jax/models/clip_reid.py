@@ -99,7 +99,7 @@ class CLIPReID(BatchNormBackbone, kw_only=True):
     ) -> tuple[tuple[Vectors, ...], tuple[Vectors, ...], tuple[Vectors, ...]]:
         """Returns the three features, two of them after their necks, and the logits (none without classifiers)."""
         x = layer_norm("norm_pre", NORM_EPS, **self.dtypes)(self._embed(x))
-        block_class: Any = self.block(EncoderBlock)
+        block_class: Any = self.rematerialized(EncoderBlock)
         earlier = x
         for i in range(self.depth):
             earlier = x

@@ -116,7 +116,7 @@ def with_train(module: nn.Module, name: str = "") -> nn.Module:
         )
     if [p.name for p in modes] == ["train"] and modes[0].default is False:
         return module
-    return _adapted(type(module), tuple(p.name for p in modes))(**_fields(module))
+    return _adapted(type(module), tuple(p.name for p in modes))(**_fields(module))  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -296,7 +296,7 @@ class SwinV2(Backbone, kw_only=True):
         x = embedding(self.width, patch, strides=patch, padding="VALID", **self.dtypes)(x)
         x = _norm(**self.dtypes, name="embedding_norm")(x)
         rates = iter(np.linspace(0.0, self.drop_path if train else 0.0, sum(self.depths)).tolist())
-        block_class: Any = self.block(SwinBlock)
+        block_class: Any = self.rematerialized(SwinBlock)
         for stage, depth in enumerate(self.depths):
             if stage:
                 x = PatchMerging(**self.dtypes, name=f"stage{stage}_merge")(x)

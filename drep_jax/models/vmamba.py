@@ -191,7 +191,7 @@ class VMamba(Backbone, kw_only=True):
         norm: Any = functools.partial(_layer_norm, **self.dtypes)
         x = norm("stem_norm1")(_halve(self.width // 2, "stem_conv1", **self.dtypes)(x))
         x = norm("stem_norm2")(_halve(self.width, "stem_conv2", **self.dtypes)(gelu(x)))
-        block: Any = self.block(VSSBlock)
+        block: Any = self.rematerialized(VSSBlock)
         rates = iter(np.linspace(0.0, self.drop_path if train else 0.0, sum(self.depths)).tolist())
         for stage, depth in enumerate(self.depths):
             channels = self.width * 2**stage
