@@ -1,6 +1,7 @@
 """Peak memory of the learner `measured` against the number of images, of corrupted versions of each, and the chunk.
 
     PYTHONPATH=. python benchmarks/measured_memory.py resnet18 --size=224 --rows=16:1:16,16:1:4,32:1:4,16:4:4
+    PYTHONPATH=. python benchmarks/measured_memory.py resnet --options='{"stage_sizes": [1], "block": "basic", "width": 32}'
 
 A row is images:draws:chunk, in a process of its own on one device, so that its peak is that of
 nothing else. The line below the table is the least-squares fit peak = a + (b · images + c · chunk)
@@ -9,23 +10,25 @@ clean accuracy.
 """
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import tabulate
 
 
-def one(model: str, size: int, images: int, draws: int, chunk: int) -> None:
+def one(model: str, options: dict[str, Any], size: int, images: int, draws: int, chunk: int) -> None:
     """Measures once in this process and prints its peak in MiB before and after, and the seconds."""
     import jax
 
     import drep_jax
     from drep_jax.models import create_model
 
-    net = create_model(model, num_classes=1000, image_size=(size, size))
+    net = create_model(model, num_classes=1000, image_size=(size, size), **options)
     rng = np.random.default_rng(0)
     clean = rng.normal(size=(images, size, size, 3)).astype(np.float32)
     variables = jax.jit(net.init)(jax.random.key(0), clean[:1])
@@ -46,16 +49,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="resnet18")
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--options", default="{}", help="of the model, as JSON")
     parser.add_argument("--rows", default="16:1:16,16:1:4,32:1:4,16:4:4")
     parser.add_argument("--alone", action="store_true", help="one row, in this process")
     options = parser.parse_args()
     settings = [tuple(map(int, row.split(":"))) for row in options.rows.split(",")]
     if options.alone:
-        one(options.model, options.size, *settings[0])
+        one(options.model, json.loads(options.options), options.size, *settings[0])
         return
     rows = []
     for images, draws, chunk in settings:
-        command = [sys.executable, __file__, options.model, f"--size={options.size}", "--alone"]
+        command = [
+            sys.executable,
+            __file__,
+            options.model,
+            f"--size={options.size}",
+            "--alone",
+            f"--options={options.options}",
+        ]
         command.append(f"--rows={images}:{draws}:{chunk}")
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append([images, draws, chunk, *map(float, done.stdout.split()[-3:])])

@@ -12,13 +12,16 @@ from drep_jax.errors import ConfigError, did_you_mean
 
 SUFFIX = ".py"
 
+_FILES: dict[str, tuple[int, ModuleType]] = {}
+"""{path: (time of its last change, module)} of the files that were imported."""
+
 
 def import_module(name: str) -> ModuleType:
     """Imports a module.
 
     Args:
       name: a dotted name, sought on Python's path and then in the current directory, or a path that
-        ends with ".py". A file is executed again at every call.
+        ends with ".py". A file is executed again only if it has changed.
 
     Raises:
       ConfigError: if there is no such module, or an error is raised while it is imported.
@@ -26,8 +29,7 @@ def import_module(name: str) -> ModuleType:
     if name.endswith(SUFFIX):
         return _import_file(name)
     directory = os.getcwd()
-    if directory not in sys.path:
-        sys.path.append(directory)
+    _search(directory)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -50,17 +52,28 @@ def _import_file(path: str) -> ModuleType:
         )
         hint = did_you_mean(path, [file for file in near if file.endswith(SUFFIX)])
         raise ConfigError(f"There is no file {path} (current directory: {os.getcwd()}).{hint}")
-    name = os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(f"drep_jax_user_{name}", path)
+    place, changed = os.path.realpath(path), os.stat(path).st_mtime_ns
+    if place in _FILES and _FILES[place][0] == changed:
+        return _FILES[place][1]
+    name = f"drep_jax_user{len(_FILES)}_{os.path.splitext(os.path.basename(path))[0]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} cannot be read as a Python module.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # dataclasses look their module up there
+    _search(os.path.dirname(place))  # for what the file imports from beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise _not_imported(path, error) from error
+    _FILES[place] = (changed, module)
     return module
+
+
+def _search(directory: str) -> None:
+    """Adds a directory to Python's path, behind all others, so that it hides nothing that is installed."""
+    if directory not in sys.path:
+        sys.path.append(directory)
 
 
 def import_attribute(module: str, name: str) -> Any:

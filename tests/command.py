@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from absl import app, flags
 
+import drep_jax.data.loader  # noqa: F401  (grain defines flags when it is first imported; `call` would remove them)
 from drep_jax.run.run import Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

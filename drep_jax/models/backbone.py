@@ -44,7 +44,7 @@ class Backbone(nn.Module, kw_only=True):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def rematerialized(self, kind: type[nn.Module]) -> Callable[..., Any]:
-        """Returns a class of blocks, rematerialized if `remat` is set."""
+        """Returns a class of blocks, recomputed in the backward pass if `remat` is set."""
         return nn.remat(kind) if self.remat else kind
 
 

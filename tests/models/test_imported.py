@@ -89,6 +89,7 @@ def test_a_class_a_factory_a_module_and_a_file():
     assert make("usernet:Headed") == make("usernet:Headed") and hash(make("usernet:Plain")) == hash(
         make("usernet:Plain")
     )
+    assert make("usernet.py:Plain") == make("usernet.py:Plain")
     assert takes_classes("usernet:Headed") and takes_classes("usernet:factory") and not takes_classes("usernet:Plain")
     x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     plain = make("usernet:Plain")

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from scipy.special import erf
 
 from drep_jax.errors import ConfigError
-from drep_jax.models import MODELS, create_model, list_models
+from drep_jax.models import MODELS, Backbone, create_model, list_models
 from drep_jax.models.vit import ViT, stack_blocks
 
 TINY_VIT = {"patch_size": (2, 4), "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
@@ -188,6 +188,14 @@ def test_initialized_forward_and_gradients_are_finite_and_reach_every_parameter(
         assert np.isfinite(gradient).all(), path
         # A bias of the keys adds the same to all scores of a query, which the softmax ignores.
         assert np.abs(gradient).max() > 0 or path.endswith("key/bias"), path
+
+
+def test_every_model_has_the_types_and_the_remat_of_the_base():
+    for name, entry in MODELS.items():
+        while isinstance(entry, functools.partial):
+            entry = entry.func
+        assert issubclass(entry, Backbone), name
+        assert {"dtype", "param_dtype", "remat"} <= entry.__dataclass_fields__.keys(), name
 
 
 def test_adding_a_model_is_one_line(monkeypatch):
