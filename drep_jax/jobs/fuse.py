@@ -159,16 +159,14 @@ def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tupl
     Returns:
       The run with these time steps, the denoisers, and the rule as requested.
     """
-    began = time.perf_counter()
     setup, learned_at = run.setup, run.config["denoise"]
     rule = requested.get("rule", learned_at["rule"])
     check_rule(rule, setup.schedule)
-    moments = run_moments(run, variables)
-    if (ratio := Recipe(rule).ratio) is not None:
+    ratio = Recipe(rule).ratio
+    if ratio is not None:
         if useless := [f"--{name}" for name in requested if name != "rule"]:
             raise ConfigError(f"Rule {rule} has no time steps, so {', '.join(useless)} would change nothing.")
         where = f"noise of {ratio:g} times each site's feature power"
-        denoisers = direct_maps(closed_form.wiener_maps(moments, setup.sites, ratio))
     else:
         steps = requested.get("steps", learned_at["steps"])
         scale = requested.get("time_scale", learned_at["time_scale"])
@@ -176,6 +174,11 @@ def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tupl
         site_steps(setup.sites, setup.schedule, rule, steps)
         times = [t for site in setup.sites for t in site.times]
         where = f"t = {max(times)}…{min(times)}"
+    began = time.perf_counter()
+    moments = run_moments(run, variables)  # after the checks, since it may take a pass over the images
+    if ratio is not None:
+        denoisers = direct_maps(closed_form.wiener_maps(moments, setup.sites, ratio))
+    else:
         denoisers = Denoisers(closed_form.closed_form(moments, setup.sites, setup.schedule), rule, steps)
     seconds = time.perf_counter() - began
     print(f"Denoisers solved anew for {where} from the run's moments in {seconds:.1f} s.")

@@ -2,7 +2,7 @@
 
 Every entry makes a module that is called as `module(x, train=False)` on normalized images (batch,
 height, width, channels) and returns logits (batch, num_classes), or features when `num_classes=0`;
-those for retrieval always return features, and their method `outputs` returns what the training
+those for re-identification always return features, and their method `outputs` returns what the training
 losses read. To add a model, add a line to `MODELS`. A module that is not in the registry is imported
 by name, see `imported`.
 """

@@ -2,7 +2,7 @@
 
 Of its blocks h_1 … h_L, class token only: the features are h_{L−1}, f = LN(h_L) and P f. All three
 go into the triplet loss; f and P f each have a BNNeck whose classifier goes into the identity loss,
-and side by side they are the feature of retrieval. Differences to our ViT: no bias of the patch
+and side by side they are the feature that is ranked. Differences to our ViT: no bias of the patch
 embedding, a LayerNorm before the blocks, QuickGELU, LayerNorm eps 1e-5. The text encoder and the
 learned prompts serve the training of the published networks only, and are not here. Initial values
 are those of our ViT; normal of 1/√width for class token, positions and projection, as in CLIP.
@@ -27,7 +27,7 @@ Vectors = Float[Array, "batch width"]
 
 
 class CLIPReID(BatchNormBackbone, kw_only=True):
-    """Vision Transformer of CLIP that returns the feature of retrieval.
+    """Vision Transformer of CLIP that returns the feature that is ranked.
 
     Attributes:
       patch_size: side of a patch in pixels.
@@ -44,7 +44,7 @@ class CLIPReID(BatchNormBackbone, kw_only=True):
         class token; then images have a fourth channel, a constant plane that holds the index of the
         image's embedding. An index that has none makes the feature NaN. 0 for no embeddings.
       sie_coefficient: what these embeddings are multiplied by.
-      feature: of retrieval, that "before" or "after" the batch norm of BNNeck.
+      feature: what is ranked, "before" or "after" the batch norm of BNNeck.
       dtype: see `Backbone`. The necks are float32 at least.
     """
 
@@ -71,7 +71,7 @@ class CLIPReID(BatchNormBackbone, kw_only=True):
         return grid_of(self.image_size, (self.patch_size, self.patch_size), (stride, stride))
 
     def __call__(self, x: Images, train: bool = False) -> Float[Array, "batch outputs"]:
-        """Returns the feature of retrieval [f | P f] (batch, width + projection), float32 at least.
+        """Returns the feature that is ranked [f | P f] (batch, width + projection), float32 at least.
 
         Args:
           x: normalized images of `image_size`; with `side_info` of four channels.

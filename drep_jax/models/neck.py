@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 FEATURES = ("before", "after")
-"""Where the feature of retrieval is taken: before or after the batch norm."""
+"""Where the feature that is ranked is taken: before or after the batch norm."""
 
 
 class BNNeck(nn.Module):
@@ -35,7 +35,7 @@ class BNNeck(nn.Module):
         Args:
           feature: that before the batch norm.
           train: whether the batch norm uses, and updates with, the statistics of this batch.
-          classify: whether the classifier runs; retrieval has no use for it.
+          classify: whether the classifier runs; ranking has no use for it.
         """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         after = nn.BatchNorm(

@@ -33,14 +33,14 @@ Vectors = Float[Array, "batch width"]
 
 
 class ResNetReID(BatchNormBackbone, kw_only=True):
-    """Residual network that returns the feature of retrieval; takes images of any size.
+    """Residual network that returns the feature that is ranked; takes images of any size.
 
     Attributes:
       stage_sizes: blocks in each stage.
       block: "basic" or "bottleneck".
       num_classes: identities of the training images; 0 for no classifier.
       branches: 1, or 2: [feature for the same view | feature for different views], each of the full width.
-      feature: of retrieval, that "before" or "after" the batch norm of BNNeck.
+      feature: what is ranked, "before" or "after" the batch norm of BNNeck.
       stem: "torchvision", "strong_baseline" or "fast_reid", see above.
       width: channels of the stem and of the first stage.
       last_stride: of the last stage, 1 or 2.
@@ -61,7 +61,7 @@ class ResNetReID(BatchNormBackbone, kw_only=True):
         _check(self)
 
     def __call__(self, x: Images, train: bool = False) -> Float[Array, "batch outputs"]:
-        """Returns the feature of retrieval, that of the branches side by side; float32 at least.
+        """Returns the feature that is ranked, that of the branches side by side; float32 at least.
 
         Args:
           x: normalized images.

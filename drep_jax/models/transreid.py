@@ -88,7 +88,7 @@ class TransReID(BatchNormBackbone, kw_only=True):
         viewpoints); with any the images have a fourth channel, a constant plane that holds the
         index of the image's embedding. An index that has none makes the feature NaN.
       sie_coefficient: λ, what the embeddings are multiplied by.
-      feature: whether the feature of retrieval is that "before" or "after" the batch norm of
+      feature: whether what is ranked is the feature "before" or "after" the batch norm of
         BNNeck.
       drop_path: rate at which the last block's branches are left out in training, rising linearly
         from 0 at the first block; needs an rng named "dropout".
@@ -125,7 +125,7 @@ class TransReID(BatchNormBackbone, kw_only=True):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch outputs"]:
-        """Returns the feature of retrieval.
+        """Returns the feature that is ranked.
 
         Args:
           x: normalized images of `image_size`; with `side_info` the fourth channel holds the index.
