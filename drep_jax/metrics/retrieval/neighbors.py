@@ -20,14 +20,15 @@ def neighbor_precision(
     Args:
       features: (n, width), such as those of corrupted images.
       reference: (n, width2), the unfused backbone's features of the clean images.
-      count: neighbors of an image that count as right.
+      count: neighbors of an image that count as right, of few images at most half of the others:
+        if all others were right, every ranking would be perfect.
 
     Returns:
       Fractions, (n,); all NaN if any feature is NaN or Inf.
     """
     if not np.isfinite(features).all() or not np.isfinite(reference).all():
         return np.full(len(features), np.nan)
-    neighbors = order(reference)[:, :count]
+    neighbors = order(reference)[:, : min(count, max(1, (len(reference) - 1) // 2))]
     is_neighbor = np.zeros((len(features), len(features)), bool)
     np.put_along_axis(is_neighbor, neighbors, True, axis=1)
     right = np.take_along_axis(is_neighbor, order(features), axis=1)

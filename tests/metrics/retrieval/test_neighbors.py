@@ -37,3 +37,11 @@ def test_features_that_are_no_numbers_agree_with_nothing(bad):
     broken[3, 0] = bad
     for features, reference in ((broken, clean), (clean, broken)):
         assert np.isnan(neighbor_precision(features, reference, NEIGHBORS)).all()
+
+
+def test_of_few_images_not_all_others_are_neighbors():
+    """With as many neighbors as there are other images, every ranking would be perfect and nothing could be chosen by it."""
+    rng = np.random.default_rng(0)
+    clean, other = rng.normal(size=(2, NEIGHBORS + 1, 4))
+    np.testing.assert_allclose(neighbor_precision(clean, clean, NEIGHBORS), 1.0)
+    assert neighbor_precision(other, clean, NEIGHBORS).mean() < 0.95
