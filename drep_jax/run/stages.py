@@ -210,7 +210,7 @@ def run_training(
     options = config[stage.section]
     state, frozen, optimizers = prepare(run, name, params, others)
     seed = config["seed"] * 3 + stage.stream
-    augmentation = augmentation_of(config["data"], labelled=stage.labeled)
+    augmentation = augmentation_of(config["data"], labeled=stage.labeled)
     order = run.setup.task.order(source, seed) if stage.labeled else None
     columns = run.setup.task.columns if stage.labeled else ()
 

@@ -251,7 +251,7 @@ def test_a_mixture_is_of_neighbors_and_keeps_the_own_label_first():
 def test_stages_without_labels_never_mix():
     data = {**get_default().data.to_dict(), "mixup": 0.8, "cutmix": 1.0, "flip": True}
     assert augmentation_of(data).mixes
-    assert augmentation_of(data, labelled=False) == Augmentation(flip=True)
+    assert augmentation_of(data, labeled=False) == Augmentation(flip=True)
     with pytest.raises(ConfigError, match=r"pictures has none"):
         training_batches(Pictures(8, labelled=False), 4, seed=0, augmentation=augmentation_of(data))
     for options in ({"batch_size": 5}, {"batch_size": 6, "shard": (0, 2)}):

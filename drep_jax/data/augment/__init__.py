@@ -151,12 +151,12 @@ class Augmentation:
 OFF = Augmentation()
 
 
-def augmentation_of(data: Mapping[str, Any], *, labelled: bool = True) -> Augmentation:
+def augmentation_of(data: Mapping[str, Any], *, labeled: bool = True) -> Augmentation:
     """Returns the augmentation of the settings `config.data`.
 
     Args:
       data: the settings; those that an older configuration lacks are off.
-      labelled: whether the stage learns from labels. A stage without labels never mixes images:
+      labeled: whether the stage learns from labels. A stage without labels never mixes images:
         denoisers are to learn what real images look like inside the network, and a mixture's second
         label means nothing to them.
 
@@ -169,4 +169,4 @@ def augmentation_of(data: Mapping[str, Any], *, labelled: bool = True) -> Augmen
         for field in fields
     }
     augmentation = Augmentation(**given)
-    return augmentation if labelled else dataclasses.replace(augmentation, mixup=0.0, cutmix=0.0)
+    return augmentation if labeled else dataclasses.replace(augmentation, mixup=0.0, cutmix=0.0)

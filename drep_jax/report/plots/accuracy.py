@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from drep_jax.evaluation.summary import arms_of
 from drep_jax.report.comparisons import compare
-from drep_jax.report.plots.canvas import COLORS, GREY, MARKERS, NAME, png, shortened, styled
+from drep_jax.report.plots.canvas import COLORS, GRAY, MARKERS, NAME, png, shortened, styled
 
 _CONTROLS = (("#E69F00", "s"), ("#999999", "^"), ("#B09060", "v"), ("#777777", "P"))
 
@@ -23,7 +23,7 @@ def plot_accuracy(report: Mapping[str, Any]) -> bytes | None:
         return None
     metric = next(iter(next(iter(results.values()))["baseline"]))
     shown = {condition: entry for condition, entry in results.items() if metric in entry["baseline"]}
-    looks = {"baseline": (GREY, "o")}
+    looks = {"baseline": (GRAY, "o")}
     for kind, choices in (("control", _CONTROLS), ("denoised", tuple(zip(COLORS, MARKERS, strict=True)))):
         names = dict.fromkeys(arm for entry in shown.values() for arm in entry[kind])
         looks |= {arm: choices[index % len(choices)] for index, arm in enumerate(names)}

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colors, distinct with any color vision; markers differ too.
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"
+BLUE, RED, GRAY = "#0072B2", "#D55E00", "#555555"
 COLORS = (BLUE, RED, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("D", "X", "*", "p", "h", "8")
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from drep_jax.report.plots.canvas import COLORS, GREY, NAME, RED, png, shortened
+from drep_jax.report.plots.canvas import COLORS, GRAY, NAME, RED, png, shortened
 
 GREEN = COLORS[2]
 _COLUMNS = 4
@@ -48,7 +48,7 @@ def plot_examples(report: Mapping[str, Any]) -> bytes | None:
             extent = (left + place, left + place + 0.97, top + _HEAD + tall, top + _HEAD)
             axes.imshow(image, extent=extent, aspect="auto", interpolation="antialiased")
             axes.add_patch(
-                Rectangle((left + place, top + _HEAD), 0.97, tall, fill=False, edgecolor=GREY, linewidth=0.8)
+                Rectangle((left + place, top + _HEAD), 0.97, tall, fill=False, edgecolor=GRAY, linewidth=0.8)
             )
         for line, arm in enumerate(arms, start=1):
             answer = one["answers"][arm]

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from drep_jax.report.plots.canvas import BLUE, COLORS, GREY, MARKERS, NAME, RED, png, shortened, styled
+from drep_jax.report.plots.canvas import BLUE, COLORS, GRAY, MARKERS, NAME, RED, png, shortened, styled
 
 MOST_LABELS = 16
 """Most points that all get a label.
@@ -50,7 +50,7 @@ def plot_front(report: Mapping[str, Any]) -> bytes | None:
     special = []
     for index, point in enumerate(points):
         if point["strength"] == 0:
-            axes.plot(*places[index], "s", color=GREY, markersize=9, label="unchanged backbone")
+            axes.plot(*places[index], "s", color=GRAY, markersize=9, label="unchanged backbone")
             special.append(index)
         if known[index] == front["chosen"]:
             look = {"color": RED, "markerfacecolor": "none", "markeredgewidth": 2, "markersize": 13}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from drep_jax.report.plots.canvas import COLORS, GREY, NAME, RED, png, shortened
+from drep_jax.report.plots.canvas import COLORS, GRAY, NAME, RED, png, shortened
 
 GREEN = COLORS[2]
 _INCH = 0.66
@@ -49,7 +49,7 @@ def plot_ranked(report: Mapping[str, Any]) -> bytes | None:
         for arm in arms:
             name = shortened(arm, 16)
             axes.text(0.2 - _LEFT, top + tall / 2, name, fontsize=7, va="center", parse_math=False)
-            _draw(axes, pictures[str(query["image"])], (0, top), tall, GREY, "-", "query")
+            _draw(axes, pictures[str(query["image"])], (0, top), tall, GRAY, "-", "query")
             for place, one in enumerate(query["found"][arm], start=1):
                 left = place * (1 + _GAP) + 2 * _GAP
                 color, line, mark = (GREEN, "-", "✓") if one["right"] else (RED, (0, (2, 1.2)), "✗")
