@@ -141,8 +141,8 @@ def get_default() -> ConfigDict:
             "rank": 0,  # of each denoiser's matrix minus a multiple of the identity; 0 for full matrices
             "time_scale": 1.0,  # t = time_scale · steps · (N − i + 1); above 1 it assumes more noise than the paper
             "moment_images": 0,  # images for the moments, which give the optimum; 0 for all
-            "moment_gib": 0.0,  # GiB per device for moments; further sites take another pass over the images; 0: one pass
-            "moment_tokens": 1.0,  # fraction of each image's tokens used there; 0.25 costs 1.4 forward passes instead of 2.2
+            "moment_gib": 0.0,  # GiB per device for moments; more sites take further passes; 0: one pass
+            "moment_tokens": 1.0,  # fraction of each image's tokens used; 0.25 costs 1.4 forward passes instead of 2.2
             "loss": "l2",  # l2, l1 or l1+l2
             "tokens": 1.0,  # fraction of each image's tokens that Algorithm 1 learns from
             "train_steps": 1000,  # steps of Algorithm 1

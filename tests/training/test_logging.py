@@ -145,7 +145,7 @@ def test_what_cannot_be_followed_is_refused(tmp_path, wandb):
         MetricWriter(str(tmp_path), asking(entity="nobody"))
     with pytest.raises(ConfigError, match=r'"ofline".*Did you mean "offline"'):
         check_wandb(asking(mode="ofline")["wandb"])
-    with pytest.raises(ConfigError, match=r"wandb.name, wandb.group would have no effect .*wandb.project"):
+    with pytest.raises(ConfigError, match=r"wandb.name, wandb.group would have no effect: .*wandb.project"):
         check_wandb(asking(project="", name="x", group="y")["wandb"])
 
 
