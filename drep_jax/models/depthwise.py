@@ -1,8 +1,8 @@
 """Depthwise convolution as a sum of shifted maps, y[p] = Σ_o k[o]·x[p + o], for `nn.Conv(conv_general_dilated=…)`.
 
 XLA has no fast depthwise convolution for CPUs: on (8, 56, 56, 96) with a 3x3 kernel and two cores
-its own operator takes 63 ms, forward and backward 200 ms; this takes 3 ms and 12 ms. A stride above
-1 drops rows and columns of the same sum. `benchmarks/depthwise.py` measures both.
+its own operator takes 63 ms, forward and backward 200 ms; this takes 3 ms and 12 ms
+(`benchmarks/depthwise.py`). With stride 2 XLA's operator is the faster one.
 """
 
 import functools
@@ -20,7 +20,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 def depthwise_conv(x: Maps, kernel: Kernel, strides: Sequence[int], padding: Any, **options: Any) -> Maps:
-    """Computes `lax.conv_general_dilated`, faster for maps that are convolved channel by channel.
+    """Computes `lax.conv_general_dilated`, faster for maps that are convolved channel by channel with stride 1.
 
     Sums are in float32 at least. In a network of your own it is an argument of a layer:
 
@@ -36,27 +36,20 @@ def depthwise_conv(x: Maps, kernel: Kernel, strides: Sequence[int], padding: Any
     Args:
       x: the maps.
       kernel: one window a channel.
-      strides, padding, **options: as for `lax.conv_general_dilated`; what is not depthwise, is
-        dilated, or is padded by name is left to it.
+      strides, padding, **options: as for `lax.conv_general_dilated`; what is not depthwise, has a
+        stride above 1, is dilated, or is padded by name is left to it.
     """
     groups, dilated = options.get("feature_group_count", 1), (options.get(f"{s}hs_dilation") or () for s in "lr")
     simple = (
         x.ndim == 4
         and groups == x.shape[-1] == kernel.shape[-1]
         and not isinstance(padding, str)
-        and all(n == 1 for sizes in dilated for n in sizes)
+        and all(n == 1 for sizes in (strides, *dilated) for n in sizes)
     )
     if not simple:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
     (top, bottom), (left, right) = padding
-    y = _convolve(((top, bottom), (left, right)), x, kernel)
-    return y if all(n == 1 for n in strides) else _every(y, tuple(strides))
-
-
-def _every(y: Maps, strides: tuple[int, ...]) -> Maps:
-    """Returns every so many rows and columns, by an operator that does not name the size of the batch."""
-    zero = jnp.zeros((), y.dtype)
-    return lax.reduce_window(y, zero, lax.add, (1, 1, 1, 1), (1, *strides, 1), "VALID")
+    return _convolve(((top, bottom), (left, right)), x, kernel)
 
 
 # `drep_jax.core.layers` accepts layers that compute with a function marked like this: they are as

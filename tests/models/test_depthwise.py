@@ -33,22 +33,22 @@ def test_outputs_and_gradients_are_those_of_xlas_operator(size, strides, padding
     assert np.abs(results[0][1][1]).max() > 1
 
 
-class Strided(nn.Module):
+class Separable(nn.Module):
     @nn.compact
     def __call__(self, x):
         pad = ((1, 1), (1, 1))
         x = nn.Conv(
-            3, (3, 3), (2, 2), pad, feature_group_count=3, conv_general_dilated=depthwise_conv, name="depthwise"
+            3, (3, 3), (1, 1), pad, feature_group_count=3, conv_general_dilated=depthwise_conv, name="depthwise"
         )(x)
         return nn.Dense(4, name="head")(nn.relu(x).mean((1, 2)))
 
 
-def test_measured_noise_passes_through_a_strided_one():
+def test_noise_is_measured_through_it():
     """Streams have other batch sizes than the trace, so no equation may name the size of the batch."""
     rng = np.random.default_rng(0)
     clean = rng.normal(size=(24, 6, 6, 3)).astype(np.float32)
     streams = np.stack([clean, clean, clean + rng.normal(0, 0.5, clean.shape).astype(np.float32)])
-    net = Strided()
+    net = Separable()
     variables = net.init(jax.random.key(0), clean[:1])
     sites = drep_jax.find_sites(net, clean[:1])
     assert [site.name for site in sites] == ["depthwise", "head"]
