@@ -161,3 +161,18 @@ def test_types_are_defined_once():
     again = {module_of(path): defined_at_the_top(path) & shared for path in FILES if path.name != "typing.py"}
     again["drep_jax.weights.files.contents"].remove("Path")  # where a tensor lies in a file
     assert not {module: names for module, names in again.items() if names}
+
+
+MECHANISM = ("core", "metrics", "training", "evaluation", "parallel", "models")
+"""Packages that get plain arguments; the configuration is read above them."""
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if unit_of(module_of(p)) in MECHANISM], ids=str)
+def test_mechanism_never_indexes_the_configuration(path):
+    indexed = [
+        node.lineno
+        for node in ast.walk(tree_of(path))
+        if (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "config")
+        or (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config")
+    ]
+    assert not indexed, indexed

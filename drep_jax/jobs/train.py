@@ -53,7 +53,9 @@ def run(config: Config, directory: str) -> dict[str, Any]:
     if not primary:
         config = {**config, "progress": False}
     with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
-        with contextlib.closing(processes.on_primary(lambda: MetricWriter(directory, config))) as writer:
+        with contextlib.closing(
+            processes.on_primary(lambda: MetricWriter(directory, wandb=config["wandb"], record=config))
+        ) as writer:
             if primary:
                 unreadable.keep_records(directory, setup.parts)
             job = Run(config, setup, directory, writer)

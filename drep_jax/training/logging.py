@@ -28,12 +28,16 @@ class MetricWriter:
     Every line is written at once, in the caller's thread, so a full disk is noticed immediately.
     """
 
-    def __init__(self, workdir: str, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, workdir: str, *, wandb: Mapping[str, Any] | None = None, record: Mapping[str, Any] | None = None
+    ) -> None:
         """Opens the files.
 
         Args:
           workdir: of the run.
-          config: of the run; its section `wandb` configures Weights & Biases. None for none.
+          wandb: options of Weights & Biases, the section `wandb` of a configuration; None, or one without a project, for
+            none.
+          record: what is kept there of the run, its whole configuration.
 
         Raises:
           CheckpointError: if they cannot be written.
@@ -41,7 +45,7 @@ class MetricWriter:
         """
         self._path = os.path.join(workdir, FILE)
         self._folder = os.path.join(workdir, "tensorboard")
-        self._wandb = _WeightsAndBiases(workdir, config) if config and config["wandb"]["project"] else None
+        self._wandb = _WeightsAndBiases(workdir, wandb, record or {}) if wandb and wandb["project"] else None
         try:
             os.makedirs(self._folder, exist_ok=True)
             self._board = EventsWriter(os.path.join(self._folder, "events"), f".{os.getpid()}")
@@ -153,8 +157,7 @@ def _package() -> Any:
 class _WeightsAndBiases:
     """One run there for one work directory, also when it is resumed."""
 
-    def __init__(self, workdir: str, config: Mapping[str, Any]) -> None:
-        options = config["wandb"]
+    def __init__(self, workdir: str, options: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         wandb = _package()
         try:
             self._run = wandb.init(
@@ -167,7 +170,7 @@ class _WeightsAndBiases:
                 dir=workdir,
                 id=_identity(workdir),
                 resume="allow",
-                config=dict(config),
+                config=dict(record),
             )
         except wandb.Error as error:
             raise ConfigError(

@@ -121,7 +121,7 @@ def asking(**options):
 def test_one_work_directory_is_one_run_there_and_nothing_is_sent_twice(tmp_path, wandb):
     config = asking(tags=("a",), group="g")
     for steps, start in (((1, 2, 3), 0), ((3, 4), 2)):  # the first one was killed after step 3, and resumes from 2
-        writer = MetricWriter(str(tmp_path), config)
+        writer = MetricWriter(str(tmp_path), wandb=config["wandb"], record=config)
         writer.rewind("control", start)
         for step in steps:
             writer.write("control", step, {"loss": 1 / step})
@@ -136,13 +136,14 @@ def test_one_work_directory_is_one_run_there_and_nothing_is_sent_twice(tmp_path,
 
 
 def test_without_a_project_nothing_is_started(tmp_path, wandb):
-    MetricWriter(str(tmp_path), get_config().to_dict()).close()
+    config = get_config().to_dict()
+    MetricWriter(str(tmp_path), wandb=config["wandb"], record=config).close()
     assert not wandb.started
 
 
 def test_what_cannot_be_followed_is_refused(tmp_path, wandb):
     with pytest.raises(ConfigError, match=r"no such entity.*wandb.mode=offline"):
-        MetricWriter(str(tmp_path), asking(entity="nobody"))
+        MetricWriter(str(tmp_path), wandb=asking(entity="nobody")["wandb"])
     with pytest.raises(ConfigError, match=r'"ofline".*Did you mean "offline"'):
         check_wandb(asking(mode="ofline")["wandb"])
     with pytest.raises(ConfigError, match=r"wandb.name, wandb.group would have no effect: .*wandb.project"):
