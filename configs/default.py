@@ -47,7 +47,7 @@ def get_default() -> ConfigDict:
             "max_unreadable": 0.0,  # unreadable images to tolerate: a number, or a fraction below 1; 0 for none
             "data_dir": "",  # folder of TFDS data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
             "image_size": (224, 224),  # (height, width)
-            "resize": "crop",  # crop, crop:FRACTION of the short side, squash or exact
+            "resize": "crop",  # crop, crop:FRACTION of the short side, squash, pad (whole image, padded) or exact
             "mean": (0.5, 0.5, 0.5),  # of the normalization, on the scale 0 to 1, as the weights expect
             "std": (0.5, 0.5, 0.5),  # of the normalization
             "flip": False,  # augmentation: horizontal flip with probability 1/2 (docs/data.md)
