@@ -120,13 +120,11 @@ def test_fused_equals_explicit_and_the_dense_matrix(network):
     full = with_rank(sites, 0)
     as_dense = {
         "backbone": variables["params"],
-        "denoise": jax.jit(
-            lambda tree: jax.tree_util.tree_map(
-                lambda leaves: {"kernel": dense(leaves), "bias": leaves["bias"]},
-                tree,
-                is_leaf=lambda node: "down" in node,
-            )
-        )(denoise),
+        "denoise": jax.tree_util.tree_map(
+            lambda leaves: {"kernel": dense(leaves), "bias": leaves["bias"]},
+            denoise,
+            is_leaf=lambda node: "down" in node,
+        ),
     }
     one, other = (jax.jit(lambda p, s=s: fuse(p, s, SCHEDULE))(p) for p, s in ((params, sites), (as_dense, full)))
     leaves = (jax.tree_util.tree_leaves(tree) for tree in (one, other, params["backbone"]))
