@@ -90,7 +90,7 @@ def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
         size = backbone.get("persons", PERSONS)
     if backbone.get("views") and dataset not in ("veri", "folder"):
         raise ConfigError(
-            "resnet50_views needs to know what is seen from where, which of these data sets veri and folder alone can tell."
+            "resnet50_views needs the view of every image, which of these data sets only veri and folder give."
         )
 
     config = get_default()

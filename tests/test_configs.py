@@ -89,7 +89,7 @@ def test_every_cell_of_the_tables_on_re_identification_can_be_asked_for(choice):
         for learner in {config["learner"], *config["compare"]} & {"algorithm1", "label_augmented", "alternating"}:
             budgets.add((stage_of(learner).steps(config), stage_of(learner).batch_size(config)))
         assert len(budgets) <= 1 and all(size == task.identities * task.instances for _, size in budgets)
-        assert mode not in reid.LABELLED or config["control"]["steps"]
+        assert mode not in reid.LABELED or config["control"]["steps"]
         model = {**config["model"], "num_classes": 5}
         network = create_model(model.pop("name"), image_size=config["data"]["image_size"], **model)
         assert (getattr(network, "branches", 1) == 2) == task.views and hasattr(network, "outputs")

@@ -219,7 +219,7 @@ def test_nan_in_a_saved_denoiser_is_refused(finished, fuse, tmp_path, monkeypatc
     copied = shutil.copytree(finished.directory, tmp_path / "run")
     monkeypatch.setattr("drep_jax.training.checkpoint.check_finite", lambda tree, what: None)
     params = {"backbone": finished.variables["params"], "denoise": finished.denoise}
-    state, frozen, _ = prepare(finished.config, "algorithm1", params, {})
+    state, frozen, _ = prepare(finished.run, "algorithm1", params, {})
     place = ("encoderblock_1", "mlp", "fc2", "kernel")
     bad = jnp.asarray(get_in(finished.denoise, place)).at[0, 0].set(jnp.nan)
     state = state.replace(params={"denoise": set_in(finished.denoise, place, bad)})

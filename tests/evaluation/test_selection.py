@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from drep_jax.core.closed_form import spectrum, wiener_maps
-from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.denoisers import init_denoise, scaled
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.moments import Moments
 from drep_jax.core.sites import find_sites
 from drep_jax.data.loader import normalize
 from drep_jax.errors import ConfigError, NonFiniteError
 from drep_jax.evaluation import selection
-from drep_jax.evaluation.selection import Candidate, Point, best_point, choose, grid_statistics, scaled
+from drep_jax.evaluation.selection import Candidate, Point, best_point, choose, grid_statistics
 from drep_jax.learners.base import selection_of
 from drep_jax.parallel import devices
 from drep_jax.run.setup import build
@@ -49,7 +49,7 @@ class Seen(Task):
 
 def grid_outputs(setup, variables, candidates, points):
     """Returns what every point's network gives for a batch."""
-    statistics = grid_statistics(setup, variables, candidates, points)
+    statistics = grid_statistics(setup, variables, candidates, points, against_labels=True)
 
     def outputs(x):
         labels = {"label": np.arange(len(x), dtype=np.int32)}

@@ -97,7 +97,7 @@ def test_a_file_that_computes_something_else_replaces_nothing(tmp_path, monkeypa
     monkeypatch.setattr(
         "drep_jax.exporting.stablehlo.load_stablehlo", lambda p: lambda x: wrong(module.apply(variables, x))
     )
-    with pytest.raises(ExportError, match="the exported network is not the live one"):
+    with pytest.raises(ExportError, match="the exported network differs from the live one"):
         export_stablehlo(module, variables, SIZE, str(path), platforms=("cpu",))
     assert path.read_bytes() == b"the good one"
     assert os.listdir(tmp_path) == ["fused.stablehlo"]

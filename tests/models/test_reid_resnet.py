@@ -155,7 +155,7 @@ def test_bfloat16_computes_narrow_and_gives_float32():
         ({"block": "bottlenek"}, 'Unknown block "bottlenek". Did you mean "bottleneck"?'),
         ({"stage_sizes": ()}, "stage_sizes must be the number of blocks"),
         ({"width": 0}, "width must be a number of channels, at least 1, got 0"),
-        ({"num_classes": -1}, "num_classes must be 0 (no classifier) or more, got -1"),
+        ({"num_classes": -1}, "num_classes must be 0 (no head: features) or more, got -1"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_traced(options, message):

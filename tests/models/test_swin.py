@@ -279,7 +279,7 @@ def test_one_set_of_weights_serves_other_windows_and_sizes():
         ((256, 256), {"num_heads": (3, 5, 12, 24)}, "Stage 1 is 192 wide, which 5 heads do not divide"),
         ((256, 256), {"pretrained_window_sizes": (12,)}, "pretrained_window_sizes must be 4 whole numbers"),
         ((256, 256), {"pretrained_window_sizes": (12, 12, 12, -6)}, "pretrained_window_sizes must be 4 whole numbers"),
-        ((256, 256), {"num_classes": -1}, "num_classes must be 0 (features) or more, got -1"),
+        ((256, 256), {"num_classes": -1}, "num_classes must be 0 (no head: features) or more, got -1"),
         ((256, 256), {"drop_path": 1.0}, "drop_path must be in [0, 1), got 1.0"),
         ((256, 256), {"mlp_ratio": 0.0}, "mlp_ratio must leave the MLPs at least one hidden unit, got 0.0"),
         ((256, 256), {"windows": 8}, 'no option "windows"'),

@@ -501,7 +501,7 @@ def test_every_linear_map_can_be_a_site_and_the_mlps_are_the_default():
         ({"mlp_ratio": "4"}, "mlp_ratio times width must give at least one channel, got '4'"),
         ({"d_state": 0}, "d_state must be a whole number, at least 1, got 0"),
         ({"drop_path": 1.0}, "drop_path must be in [0, 1), got 1.0"),
-        ({"num_classes": -1}, "num_classes must be 0 (features) or more, got -1"),
+        ({"num_classes": -1}, "num_classes must be 0 (no head: features) or more, got -1"),
         ({"droppath": 0.1}, 'no option "droppath". Did you mean "drop_path"?'),
     ],
 )

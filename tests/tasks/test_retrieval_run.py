@@ -12,7 +12,7 @@ from PIL import Image
 
 from configs.default import get_default
 from drep_jax import weights
-from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.denoisers import Denoisers, init_denoise
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
@@ -188,7 +188,7 @@ def test_scores_are_those_of_features_compared_by_hand(run):
 def exhibit_for(run, saved, arm, condition, baseline=None):
     """Returns what a report may show of a learner's result."""
     setup = run.setup
-    learned = Learned(saved.denoise, "affine", 1, {})
+    learned = Learned(Denoisers(saved.denoise, "affine", 1), {})
     params = {"backbone": saved.variables["params"], "denoise": saved.denoise}
     fused = fuse_exact(params, setup.sites, setup.schedule, rule="affine", steps=1)
     first = saved.variables if baseline is None else baseline
@@ -345,7 +345,7 @@ def test_features_that_are_no_numbers_are_refused_by_the_arm_s_name(run):
     setup = run.setup
     found = last_saved(run, "backbone")
     broken = jax.tree_util.tree_map(lambda leaf: np.full_like(leaf, np.nan), found.variables)
-    with pytest.raises(NonFiniteError, match="Arm broken gives features with NaN or Inf on clean images"):
+    with pytest.raises(NonFiniteError, match="Arm broken on clean images gives features with NaN or Inf"):
         scores_of(run.config, setup, setup.test, {"broken": broken}, ("clean",))
 
 
@@ -397,12 +397,16 @@ def test_stages_with_labels_see_identities_and_those_without_any_images(run, mon
             ConfigError,
             r"control.batch_size=16, but retrieval.identities=4",
         ),
-        ({"data.mixup": 0.2}, ConfigError, "mix identities"),
+        ({"data.mixup": 0.2}, ConfigError, "mix labels, which task retrieval cannot use"),
         ({"retrieval.views": True}, ConfigError, r"has 1 branch\(es\)"),
         ({"retrieval.identities": 40, "retrieval.instances": 2}, ConfigError, "retrieval.identities=40 of"),
         ({"model.name": "vit", "model.num_classes": 0, "retrieval.side": ""}, ConfigError, "no option|has no neck"),
-        ({"retrieval.side": "view"}, ConfigError, 'names "view", which .* does not tell'),
-        ({"noise": "pairs:DIR"}, ConfigError, 'retrieval.side="camera" is not known'),
+        ({"retrieval.side": "view"}, ConfigError, 'names "view", which .* does not give for every image'),
+        (
+            {"noise": "pairs:DIR"},
+            ConfigError,
+            r"side information \(camera\), which is not known of the images in pairs",
+        ),
         (
             {"data.source": "digits", "data.resize": "squash"},
             ConfigError,
