@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import shutil
-import tarfile
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from drep_jax.run.stages import prepare
 from drep_jax.training.checkpoint import Checkpointer, folder_of
 from drep_jax.training.logging import lines_of, read_metrics
 from drep_jax.weights.native import names_of
+from tests.archives import unpack
 from tests.command import call
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "first_release.tar.gz"
@@ -35,8 +35,7 @@ FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "first_release.tar.gz"
 @pytest.fixture
 def run(tmp_path):
     """A copy of the work directory."""
-    with tarfile.open(FIXTURE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(FIXTURE, tmp_path)
     return tmp_path / "run"
 
 

@@ -7,7 +7,6 @@ measured noise and alternating fine-tuning; its configuration has the settings' 
 import json
 import pathlib
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from drep_jax.run import workdir
 from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.training.logging import lines_of
+from tests.archives import unpack
 from tests.command import call
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "flat_layout.tar.gz"
@@ -27,8 +27,7 @@ FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "flat_layout.tar.gz"
 @pytest.fixture
 def run(tmp_path):
     """A copy of the work directory."""
-    with tarfile.open(FIXTURE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(FIXTURE, tmp_path)
     return tmp_path / "run"
 
 
