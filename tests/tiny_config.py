@@ -4,6 +4,9 @@ from ml_collections import ConfigDict
 
 from configs.default import get_default
 
+RESNET = {"name": "resnet", "num_classes": 0, "stage_sizes": (1,), "block": "basic", "width": 4, "stem": "cifar"}
+"""A model with batch statistics, to be trained instead."""
+
 
 def get_config() -> ConfigDict:
     """Returns the configuration; batches divide among 8 devices."""

@@ -23,7 +23,7 @@ from drep_jax.run import moments, stages
 from drep_jax.run.run import Run
 from drep_jax.training.logging import CLOCK, read_metrics
 from tests.command import ROOT, TINY, call, largest_difference, same_bits, start
-from tests.tiny_config import get_config
+from tests.tiny_config import RESNET, get_config
 
 DIE = """
 import os, signal
@@ -266,14 +266,7 @@ def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_pa
 @pytest.mark.slow
 def test_resnet_with_batch_statistics_end_to_end(tmp_path):
     config = copy.deepcopy(get_config().to_dict())
-    config["model"] = {
-        "name": "resnet",
-        "num_classes": 0,
-        "stage_sizes": (1,),
-        "block": "basic",
-        "width": 4,
-        "stem": "cifar",
-    }
+    config["model"] = dict(RESNET)
     config["learner"] = "closed_form"
     config["denoise"].update(steps=1, rule="ddim")
     config["control"]["steps"] = 0

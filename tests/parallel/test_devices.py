@@ -24,7 +24,7 @@ from drep_jax.tasks.losses import cross_entropy
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
 from tests.command import largest_difference
-from tests.tiny_config import get_config
+from tests.tiny_config import RESNET, get_config
 
 STEPS = 3
 
@@ -74,14 +74,7 @@ def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
 
 def test_labelled_steps_share_batch_statistics_among_the_devices(tmp_path):
     config = copy.deepcopy(get_config().to_dict())
-    config["model"] = {
-        "name": "resnet",
-        "num_classes": 0,
-        "stage_sizes": (1,),
-        "block": "basic",
-        "width": 4,
-        "stem": "cifar",
-    }
+    config["model"] = dict(RESNET)
     config["denoise"]["steps"] = 1
     config["backbone"].update(steps=STEPS, batch_size=32, optimizer="sgd", learning_rate=0.1, warmup=0)
     setup = build(config)
