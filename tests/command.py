@@ -22,6 +22,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 
 
+@contextlib.contextmanager
+def whole_reports():
+    """Jobs inside draw their plots and time their networks, which the other jobs of the tests do not."""
+    from drep_jax import report
+    from drep_jax.jobs import findings, train
+    from drep_jax.report import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "PLOTS", plots.PLOTS)
+        patch.setattr(train, "measure_cost", findings.measure_cost)
+        yield
+
+
 class Finished(NamedTuple):
     """A finished run, see the fixture of that name."""
 

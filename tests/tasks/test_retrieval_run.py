@@ -35,7 +35,7 @@ from drep_jax.run.setup import build
 from drep_jax.run.stages import starting
 from drep_jax.tasks.retrieval import CENTERS
 from tests import reid_trees
-from tests.command import same_bits
+from tests.command import same_bits, whole_reports
 
 LEARNERS = ("algorithm1", "label_augmented", "alternating", "final_only")
 """Beside the exported one, where every way is tried; that takes a minute of compiling."""
@@ -83,7 +83,8 @@ def config_for(people, **changes):
 def run(people, tmp_path_factory):
     config = config_for(people, **{"compare": ("final_only",), "control.steps": 0})
     directory = str(tmp_path_factory.mktemp("run") / "people")
-    report = train.run(config, directory)
+    with whole_reports():
+        report = train.run(config, directory)
     return Run(config, build(config), directory), report
 
 
