@@ -1,6 +1,7 @@
 """Fused backbones as foreign files: the file that was read with some numbers changed, or a new one of a format."""
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from drep_jax.weights.computed import Computed, find_computed, refusal
 from drep_jax.weights.foreign import Foreign
 from drep_jax.weights.formats import named_format
 from drep_jax.weights.native import names_of
-from drep_jax.weights.translation import Format, find_pieces, put_back, some
+from drep_jax.weights.translation import Format, Piece, find_pieces, put_back, some
 
 
 def write_back(foreign: Foreign, path: str, before: Tree, after: Tree, fusion: Mapping[str, Any]) -> tuple[str, ...]:
@@ -38,7 +39,7 @@ def write_back(foreign: Foreign, path: str, before: Tree, after: Tree, fusion: M
     """
     old, new = names_of(before), names_of(after)
     changed = {n: np.asarray(new[n]) for n in new if not np.array_equal(np.asarray(old[n]), np.asarray(new[n]))}
-    _check_places(foreign, changed)
+    _check_places(foreign, {name: array.shape for name, array in changed.items()})
     stored, source = foreign.tensors, foreign.source
     replaced = put_back(foreign.pieces, changed, stored)
     tensors: dict[str, np.ndarray] = {}
@@ -71,7 +72,7 @@ def fused_name(foreign: Foreign) -> str:
     """Returns what the fused file is called: NAME_fused.SUFFIX, or a folder with shards of the original names."""
     name = os.path.basename(foreign.source.path)
     if foreign.source.shards:
-        return os.path.join(f"{name.partition('.')[0]}_fused", name)
+        return os.path.join(f"{re.split(r'-[0-9]{5}-of-|[.]', name)[0]}_fused", name)
     stem, suffix = os.path.splitext(name)
     return f"{stem}_fused{suffix}"
 
@@ -101,21 +102,29 @@ def check_can_write_back(foreign: Foreign, leaves: Collection[str]) -> None:
     Raises:
       CheckpointError: naming what it is, and the way out.
     """
-    files.check_can_rewrite(foreign.source, {p.theirs for p in foreign.pieces if p.ours in set(leaves)})
-    for piece in foreign.pieces:
-        if piece.ours in leaves and piece.theirs in foreign.computed:
-            how = foreign.computed[piece.theirs].how
-            if how.write is None:
-                raise CheckpointError(refusal(piece.theirs, how))
+    changed = set(leaves)
+    theirs = {piece.theirs for piece in foreign.pieces if piece.ours in changed}
+    computed = {name: foreign.computed[name] for name in sorted(theirs & foreign.computed.keys())}
+    for name, weight in computed.items():
+        if weight.how.write is None:
+            raise CheckpointError(refusal(name, weight.how))
+    parts = {part for weight in computed.values() for part in weight.parts.values()}
+    files.check_can_rewrite(foreign.source, (theirs - computed.keys()) | parts)
+    _check_places(foreign, {n: leaf.shape for n, leaf in names_of(foreign.variables).items() if n in changed})
 
 
-def _check_places(foreign: Foreign, changed: Mapping[str, np.ndarray]) -> None:
+def _holds(piece: Piece, tensors: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> bool:
+    try:
+        return piece.theirs in tensors and piece.read(tensors[piece.theirs]).shape == shape
+    except ValueError:
+        return False
+
+
+def _check_places(foreign: Foreign, changed: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses changes of leaves that the file had no tensor, or one of another shape, for."""
     stored = foreign.tensors
     for piece in foreign.pieces:
-        if piece.ours in changed and (
-            piece.theirs not in stored or piece.read(stored[piece.theirs]).shape != changed[piece.ours].shape
-        ):
+        if piece.ours in changed and not _holds(piece, stored, changed[piece.ours]):
             raise CheckpointError(
                 f"{piece.ours} was fused, but {foreign.source.path} has no such tensor ({piece.theirs}) of its shape to put it "
                 "in. Leave the layer out of the sites with --config.sites.pattern, or write a new file with --export=FORMAT."

@@ -93,7 +93,7 @@ def read(path: str, *, state: str | None = None) -> ForeignFile:
     names, notes = naming.find_state(path, contents.views, state)
     tensors = {name: contents.array(where) for name, where in names.items()}
     return ForeignFile(
-        path=path,
+        path=contents.path,
         kind=contents.kind,
         tensors=tensors,
         stored={name: full_name(where) for name, where in names.items()},

@@ -72,7 +72,7 @@ _ITEM = re.compile(r"\[\d+\]")
 # What training keeps beside a network and is no part of it: counters of averages, states of metrics
 # and losses. Left out where no leaf asks for it.
 BOOKKEEPING = re.compile(
-    r"(.*\.)?(n_averaged|num_updates|initted|ema_decay)|(steps?|decay|epoch|iteration|global_step)|"
+    r"(.*\.)?(n_averaged|num_updates|initted|ema_decay)|((model_)?ema\.)?(steps?|decay|epoch|iteration|global_step)|"
     r"([^.]*_)?(criterion|loss|losses|loss_fn|metrics?|acc|accuracy|acc1|acc5|top1|top5|f1|f1_score|auroc|auc|precision|"
     r"recall|confmat|confusion_matrix|iou|miou|psnr|ssim|fid|perplexity)(_[^.]*)?(\..*)?"
 )
@@ -127,6 +127,8 @@ def find_state(where: str, paths: Iterable[Path], state: str | None) -> tuple[di
         also = f" (also there: {_listed(states[1:])})" if len(states) > 1 else ""
         found.append(f'state under "{full_name(inside)}"{also}')
     names = {full_name(path[len(inside) :]): path for path in chosen if len(path) == len(inside) + 1}
+    if pending is None:
+        names = _without_copies(names, found)
     names, prefixes, pending = _without_prefixes(names, pending, found)
     if pending:
         options = {*_groups(paths, 0), *(name.partition(".")[0] for name in names if "." in name)}
@@ -139,7 +141,7 @@ def find_state(where: str, paths: Iterable[Path], state: str | None) -> tuple[di
         left = [name for name, path in names.items() if not path[-1].startswith(prefixes)]
         if left:
             found[-1] += f" (not there: {_listed(left)})"
-    return _without_copies(_without_wrappers(names, found), found), found
+    return _without_wrappers(names, found), found
 
 
 def other_namings(stored: Mapping[str, str]) -> list[tuple[dict[str, str], str]]:
@@ -214,15 +216,14 @@ def _without_wrappers(names: dict[str, Path], found: list[str]) -> dict[str, Pat
 
 def _without_copies(names: dict[str, Path], found: list[str]) -> dict[str, Path]:
     """Leaves out averaged copies that stand beside the names they are of, with other signs in place of the dots."""
-    flat = {name.replace(".", sign) for name in names for sign in ("_", "")}
-    copies = [
-        name
-        for name in names
-        if (match := re.fullmatch(r"(?:model_ema|ema)[._](.+)", name)) and "." not in match[1] and match[1] in flat
-    ]
-    if copies:
-        found.append(f"copies beside the weights, not used: {_listed(copies)}")
-    return {name: path for name, path in names.items() if name not in set(copies)}
+    matches = {name: re.fullmatch(r"(?:model_ema|ema)[._]([^.]+)", name) for name in names}
+    cores = {_core(name) for name, match in matches.items() if not match}
+    flat = {core.replace(".", sign) for core in cores for sign in ("_", "")}
+    copies = {name: match[1] for name, match in matches.items() if match and match[1] in flat}
+    if set(copies.values()) <= cores:  # averages of a network whose names have no dots: a prefix like any other
+        return names
+    found.append(f"copies beside the weights, not used: {_listed(copies)}")
+    return {name: path for name, path in names.items() if name not in copies}
 
 
 def _entry(paths: list[Path], wanted: Path) -> Path | None:

@@ -79,6 +79,7 @@ def read_zip(path: str, buffer: memoryview) -> Contents:
         others,
         unnamed,
         mark.decode("utf-8", "replace") or None,
+        notes=_about_arrays(inline),
         inline=inline,
         layout=(root, records),
     )
@@ -123,7 +124,7 @@ def read_legacy(path: str, buffer: memoryview) -> Contents:
         raise CheckpointError(f"{path} is damaged: it lacks the storages {', '.join(missing[:5])}.")
     views, others, unnamed, inline = _views(path, pickled, blocks, swapped=False)
     mark, end = _legacy_mark(buffer, position)
-    return Contents(path, "pth (legacy)", blocks, views, others, unnamed, mark, inline=inline, layout=end)
+    return Contents(path, "pth (legacy)", blocks, views, others, unnamed, mark, _about_arrays(inline), inline, end)
 
 
 def _storages(path: str, pickled: Unpickled) -> list[Storage]:
@@ -200,6 +201,10 @@ def _add_arrays(
         check_view(view, len(array.data), path)
         views[where] = view
     return frozenset(inline.values())
+
+
+def _about_arrays(inline: frozenset[str]) -> tuple[str, ...]:
+    return (f"{len(inline)} NumPy arrays inside the pickle; fused ones need a new file",) if inline else ()
 
 
 def _part(key: Any) -> str:
