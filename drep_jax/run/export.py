@@ -219,7 +219,8 @@ def write(
             shards = original.source.shards
             what = f"the original file's {len(shards.paths)} shards" if shards else "the original file"
             print(f"{path}: {what} with {count} of its tensors replaced.")
-            print("\n".join(weights.remarks_on(original, variables, full)), end="")
+            for remark in weights.remarks_on(original, variables, full):
+                print(f"  {remark}")
         elif form in PROGRAMS:
             path = os.path.join(output.directory, f"fused.{form}")
             print(f"{path}: {PROGRAMS[form](setup.backbone, everything, setup.images.shape[1:3], path)}")

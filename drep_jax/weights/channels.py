@@ -23,6 +23,16 @@ WAYS: Mapping[str, Callable[[np.ndarray, int], np.ndarray]] = {
 }
 
 
+def check_way(way: str) -> None:
+    """Refuses an unknown way.
+
+    Raises:
+      ConfigError: naming those that there are.
+    """
+    if way not in WAYS:
+        raise ConfigError(f'Unknown init_channels "{way}".{did_you_mean(way, WAYS)}')
+
+
 def other_channels(array: np.ndarray, shape: tuple[int, ...]) -> bool:
     """Returns whether a stored kernel (height, width, in, out) differs from the model's shape in its inputs only."""
     return (
@@ -39,10 +49,5 @@ def convert(kernel: np.ndarray, count: int, way: str) -> np.ndarray:
       kernel: (height, width, in, out).
       count: input channels of the model.
       way: a key of `WAYS`.
-
-    Raises:
-      ConfigError: for an unknown way.
     """
-    if way not in WAYS:
-        raise ConfigError(f'Unknown init_channels "{way}".{did_you_mean(way, WAYS)}')
     return WAYS[way](kernel.astype(np.float64), count).astype(kernel.dtype)

@@ -14,7 +14,7 @@ from drep_jax.errors import CheckpointError
 from drep_jax.trees import check_finite
 from drep_jax.typing import Tree
 from drep_jax.weights import files
-from drep_jax.weights.channels import convert, other_channels
+from drep_jax.weights.channels import check_way, convert, other_channels
 from drep_jax.weights.computed import Computed, notes_on, with_computed
 from drep_jax.weights.formats.table import read_table
 from drep_jax.weights.native import names_of
@@ -225,12 +225,11 @@ def _with_channels(
     others = [
         piece for piece in pieces if piece.ours in accounted.shaped and _has_other_channels(piece, shapes, tensors)
     ]
+    if way:
+        check_way(way)
     if len(others) != 1:  # several: another network
-        if way and not others:
-            raise CheckpointError(
-                "There is no convolution of another number of input channels: leave out --config.backbone.init_channels."
-            )
-        return accounted, []
+        unused = f'init_channels="{way}" was not needed: the first convolution has the number of channels of the model'
+        return accounted, [unused] if way and not others else []
     piece, shaped = others[0], dict(accounted.shaped)
     kernel, count = piece.read(tensors[piece.theirs]), shapes[piece.ours][-2]
     if not way:

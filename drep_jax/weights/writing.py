@@ -78,7 +78,7 @@ def fused_name(foreign: Foreign) -> str:
 
 
 def remarks_on(foreign: Foreign, before: Tree, after: Tree) -> list[str]:
-    """Returns what a user should know of a fused file whose weights were stored in parts, as lines."""
+    """Returns what a user should know of a fused file whose weights were stored in parts, as sentences."""
     old, new = names_of(before), names_of(after)
     kinds: dict[str, list[str]] = {}
     for piece in foreign.pieces:
@@ -89,7 +89,7 @@ def remarks_on(foreign: Foreign, before: Tree, after: Tree) -> list[str]:
             and not np.array_equal(np.asarray(old[piece.ours]), np.asarray(new[piece.ours]))
         ):
             kinds.setdefault(f"{weight.how.kind}: {weight.how.remark}", []).append(piece.theirs)
-    return [f"  {text} ({some(dict.fromkeys(names))}).\n" for text, names in kinds.items()]
+    return [f"{text} ({some(dict.fromkeys(names))})." for text, names in kinds.items()]
 
 
 def check_can_write_back(foreign: Foreign, leaves: Collection[str]) -> None:
