@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -128,6 +129,39 @@ def test_other_states_of_a_training_checkpoint(base, tmp_path):
     alone = b"\x80\x02}U\x0dshadow_params(" + first + b"ls."
     with pytest.raises(CheckpointError, match="in a list, without names"):
         files.read(pickles.zip_file(tmp_path / "c.pth", alone, storages))
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="fc")(x)
+
+
+class Wrapping(nn.Module):
+    """A network whose own names look like wrappers'."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Inner(name="module")(Inner(name="model")(x))
+
+
+class OnlyModel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Inner(name="model")(x)
+
+
+def test_a_network_whose_own_names_look_like_wrappers(tmp_path):
+    like = jax.eval_shape(Wrapping().init, jax.random.key(0), np.zeros((1, 2), np.float32))
+    tensors = {f"model.fc.{n}": np.full((2, 2)[: 1 + (n == "weight")], 3, np.float32) for n in ("weight", "bias")}
+    both = tensors | {n.replace("model", "module"): 2 * a for n, a in tensors.items()}
+    checkpoint = weights.load_foreign(write(tmp_path / "a.npz", both), Wrapping(), like)
+    assert checkpoint.variables["params"]["module"]["fc"]["bias"].tolist() == [6, 6]
+    alone = jax.eval_shape(OnlyModel().init, jax.random.key(0), np.zeros((1, 2), np.float32))
+    checkpoint = weights.load_foreign(write(tmp_path / "b.npz", tensors), OnlyModel(), alone)
+    assert "names taken as they stand in the file" in checkpoint.notes
+    weights.write(str(tmp_path / "c.npz"), jax.tree.map(lambda leaf: leaf + 1, checkpoint.variables), checkpoint)
+    assert np.load(tmp_path / "c.npz")["model.fc.bias"].tolist() == [4, 4]
 
 
 def trained(tensors, value=1.0):
