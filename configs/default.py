@@ -93,6 +93,7 @@ def get_default() -> ConfigDict:
         "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/own_model.md)
         "init_state": "",  # state within the file, such as "model_ema"; "" for the only one, or the averaged one
         "init_grid": (),  # (height, width) in patches of its position embeddings, if they are to be resized
+        "init_channels": "",  # "sum", "mean" or "repeat": how a first convolution of other channels is read; "" refuses it
         "init_allow": (),  # regular expressions; names that may be missing, unused or of another shape
     }
     config.backbone = ConfigDict({**init, **stage})  # the network to denoise: read from a file, or trained with labels

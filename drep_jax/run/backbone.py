@@ -12,7 +12,7 @@ from drep_jax.run.run import Run
 from drep_jax.run.stages import key_of
 from drep_jax.typing import Config, Tree
 
-FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_allow")
+FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_channels", "init_allow")
 """Settings that say how a foreign file of weights is read."""
 
 
@@ -59,4 +59,5 @@ def init_options(config: Config) -> dict[str, Any]:
         "state": backbone["init_state"] or None,
         "allow": tuple(backbone["init_allow"]),
         "grid": tuple(backbone["init_grid"]) or None,
+        "input_channels": backbone["init_channels"],
     }

@@ -120,7 +120,15 @@ def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign 
         raise CheckpointError(
             f"The weights in {path} are not the backbone of this run; give the file that it was read from with --init_from."
         )
+    if SAME in output.forms or original.format.name in output.forms:
+        weights.check_can_write_back(original, _fused_leaves(run.setup))
     return original
+
+
+def _fused_leaves(setup: Setup) -> set[str]:
+    """Returns the paths, with their collection, of all parameters that fusion may change."""
+    layers = {"/".join(("params", *layer.path)) for site in setup.sites for layer in site.layers}
+    return {name for name in weights.names_of(setup.abstract) if name.rpartition("/")[0] in layers}
 
 
 def _table(where: str) -> tuple[weights.Format, ...]:
@@ -206,10 +214,13 @@ def write(
     weights.save_orbax(paths[1], everything, fusion)
     for form in dict.fromkeys(output.forms):
         if original is not None and form in (SAME, original.format.name):
-            stem, suffix = os.path.splitext(os.path.basename(original.source.path))
-            path = os.path.join(output.directory, f"{stem}_fused{suffix}")
+            path = os.path.join(output.directory, weights.fused_name(original))
             count = len(weights.write_back(original, path, variables, weights.stored_tree(original, full), fusion))
-            print(f"{path}: the original file with {count} of its tensors replaced.")
+            shards = original.source.shards
+            what = f"the original file's {len(shards.paths)} shards" if shards else "the original file"
+            print(f"{path}: {what} with {count} of its tensors replaced.")
+            for remark in weights.remarks_on(original, variables, full):
+                print(f"  {remark}")
         elif form in PROGRAMS:
             path = os.path.join(output.directory, f"fused.{form}")
             print(f"{path}: {PROGRAMS[form](setup.backbone, everything, setup.images.shape[1:3], path)}")
