@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from drep_jax.core.interceptor import intercepting
 from drep_jax.core.jaxpr import independent, mark
 from drep_jax.trees import get_in
 from drep_jax.typing import Path
@@ -141,7 +142,7 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
         return next_fun(*args, **kwargs)
 
     def trace(variables: Any, *args: Any) -> Any:
-        with nn.intercept_methods(record):
+        with intercepting(record):
             return module.apply(variables, *args, rngs={"dropout": keys["dropout"]}, mutable=[COLLECTION], **kwargs)
 
     constant = independent(trace, variables, *args)
