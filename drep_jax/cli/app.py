@@ -152,6 +152,7 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
       The exit status: that of `main`, 1 for bad input, 130 after Ctrl-C, 75 after SIGTERM.
     """
     machine.choose_cache()
+    machine.allow_promotion()
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
 
     # Orbax logs every save, and tracebacks of errors that are reported here.

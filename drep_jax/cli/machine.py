@@ -50,6 +50,11 @@ def choose_cache() -> None:
         )
 
 
+def allow_promotion() -> None:
+    """Lets types of numbers mix as JAX does by default; under the strict mode Optax's schedules fail."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
 def docstring_of(module: Mapping[str, Any]) -> str:
     """Returns a module's docstring, from its file where Python has dropped it (-OO).
 

@@ -15,6 +15,7 @@ import jax
 
 from drep_jax.core.interceptor import intercepting
 from drep_jax.core.jaxpr import independent, mark
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.trees import get_in
 from drep_jax.typing import Path
 
@@ -100,6 +101,7 @@ class Layer:
         return math.prod(self.kernel_shape) * (self.stack or 1)
 
 
+@standard_promotion
 def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Finds the linear layers of `module` in the order in which they run.
 
