@@ -44,7 +44,8 @@ def load_run(directory: str, *, images: bool = True) -> tuple[Run, Tree, Tree]:
     """
     config = processes.from_primary(lambda: workdir.read_config(directory))
     inputs = None if images else processes.from_primary(lambda: load_inputs(directory))
-    run = Run(config, build(config, inputs and (inputs.unopened(config), inputs.side)), directory)
+    kept = None if inputs is None else (inputs.unopened(config), inputs.side)
+    run = Run(config, build(config, kept), directory)
     saved = last_saved(run, config["learner"])
     if saved is None:
         raise CheckpointError(

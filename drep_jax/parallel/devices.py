@@ -39,7 +39,7 @@ def check_platform() -> None:
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # "cuda" without its plugin is a bare assertion
-        requested = jax.config.jax_platforms
+        requested = jax.config.read("jax_platforms")
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise ConfigError(
             f"JAX cannot use the devices of JAX_PLATFORMS={requested or ''}{f': {reason}' if reason else ''}. Install the "

@@ -28,8 +28,8 @@ INPUTS = "inputs.npz"
 class NoImages:
     """An empty source that stands for images which are not opened."""
 
-    note = None
-    class_names = None
+    note: str | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, name: str, num_classes: int | None, image_size: tuple[int, int]) -> None:
         self.name = name
