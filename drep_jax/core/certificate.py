@@ -24,6 +24,7 @@ from drep_jax.core.explicit import call_denoised, explicit_apply, explicit_extra
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.trees import get_in
@@ -175,6 +176,7 @@ class Certificate:
         return "\n".join(lines)
 
 
+@standard_promotion
 def certify(
     backbone: nn.Module,
     variables: Tree,

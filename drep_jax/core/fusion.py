@@ -23,6 +23,7 @@ from drep_jax.core.denoisers import check_params, resolve_params
 from drep_jax.core.layers import Layer
 from drep_jax.core.linear_denoiser import dtype_of
 from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.reverse_map import carry_through_steps, compose_steps, site_steps
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
@@ -31,6 +32,7 @@ from drep_jax.trees import check_finite, get_in
 from drep_jax.typing import AnyArray, Path, Tree
 
 
+@standard_promotion
 def fuse(
     params: Tree,
     sites: Sequence[Site],
@@ -186,6 +188,7 @@ def composed_maps(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@standard_promotion
 def fuse_exact(
     params: Tree,
     sites: Sequence[Site],
@@ -235,6 +238,7 @@ class Survival(NamedTuple):
     worst_layer: str
 
 
+@standard_promotion
 def survival(base: Tree, fused64: Tree, stored: Tree) -> Survival:
     """Measures what rounding to a storage type leaves of the change of the weights.
 

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from drep_jax.core.interceptor import intercepting
 from drep_jax.core.layers import COLLECTION, Layer
 from drep_jax.core.sites import Site
 from drep_jax.errors import SiteError
@@ -63,7 +64,7 @@ def visit_sites(
         x = args[0] if args else kwargs["inputs"]
         return visit(*table[module.path], module, module.get_variable("params", EXTRA), x, next_fun)
 
-    with nn.intercept_methods(intercept):
+    with intercepting(intercept):
         outputs = backbone.apply(
             {**variables, "params": params}, *args, mutable=[COLLECTION] if collect else False, **kwargs
         )

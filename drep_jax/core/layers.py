@@ -13,7 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from drep_jax.core.interceptor import intercepting
 from drep_jax.core.jaxpr import independent, mark
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.trees import get_in
 from drep_jax.typing import Path
 
@@ -99,6 +101,7 @@ class Layer:
         return math.prod(self.kernel_shape) * (self.stack or 1)
 
 
+@standard_promotion
 def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Finds the linear layers of `module` in the order in which they run.
 
@@ -141,7 +144,7 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
         return next_fun(*args, **kwargs)
 
     def trace(variables: Any, *args: Any) -> Any:
-        with nn.intercept_methods(record):
+        with intercepting(record):
             return module.apply(variables, *args, rngs={"dropout": keys["dropout"]}, mutable=[COLLECTION], **kwargs)
 
     constant = independent(trace, variables, *args)

@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Float64, Num, Shaped
 from drep_jax.core.fusion import fuse_layer
 from drep_jax.core.interpreter import Call, trace, walk
 from drep_jax.core.matrix_form import kernel_matrix
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.regression import regress, regression_sums
 from drep_jax.core.schedule import Schedule, reverse_steps
 from drep_jax.core.sites import Site
@@ -65,6 +66,7 @@ class Measured:
     outputs: Shaped[np.ndarray, "streams images *output"]
 
 
+@standard_promotion
 def measure(
     backbone: nn.Module,
     variables: Tree,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Num, UInt32
 from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features, sampled_features
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.sampling import systematic
 from drep_jax.core.sites import Site
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
@@ -226,6 +227,7 @@ SHIFT_IMAGES = 8
 """Number of images whose mean feature is near enough to the mean of all."""
 
 
+@standard_promotion
 def collect_moments(
     backbone: nn.Module,
     variables: Tree,

@@ -11,6 +11,7 @@ import numpy as np
 from drep_jax.data.decode import fitted, fitted_size
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.files import expanded
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LAYOUTS = "DIR/SPLIT/CLASS/IMAGE, DIR/CLASS/IMAGE, DIR/SPLIT/IMAGE or DIR/IMAGE"
@@ -76,7 +77,7 @@ def open_folder(
     del data_dir
     if not argument:
         raise ConfigError('The data source "folder" needs a directory: "folder:DIR".')
-    root = Path(argument).expanduser()
+    root = Path(expanded(argument))
     if not root.is_dir():
         raise DataError(f"There is no directory {root} (looked for {root.absolute()}).")
     stored = split_folders(root) or {"train": root}
@@ -178,7 +179,7 @@ def scan(folder: Path) -> Listing:
     images, folders, ignored = [], [], 0
     with os.scandir(folder) as entries:  # tells files from folders without a system call an entry
         for entry in sorted(entries, key=lambda entry: entry.name):  # file systems list in any order
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or leads_back(entry.path):
                 ignored += 1
             elif entry.is_dir():
                 folders.append(Path(entry.path))
@@ -187,6 +188,19 @@ def scan(folder: Path) -> Listing:
             else:
                 ignored += 1
     return Listing(images, folders, ignored)
+
+
+def leads_back(path: str) -> bool:
+    """Returns whether a path is a symbolic link to itself or to a folder that it lies in.
+
+    Below such a link the same files come again, without end. Other links are followed.
+    """
+    if not os.path.islink(path):
+        return False
+    try:
+        return Path(path).parent.resolve().is_relative_to(Path(path).resolve(strict=True))
+    except (OSError, RuntimeError) as error:  # a link to itself
+        return not isinstance(error, FileNotFoundError)
 
 
 def holds_images(folder: Path) -> bool:

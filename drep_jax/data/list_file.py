@@ -9,6 +9,7 @@ from typing import NamedTuple
 from drep_jax.data.folder import FolderSource, tenth
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.errors import ConfigError, DataError, did_you_mean
+from drep_jax.files import expanded
 
 COLUMNS = ("path", "label", "split")
 SHOWN = 5
@@ -37,7 +38,7 @@ def open_list(
     """
     if not argument:
         raise ConfigError('The data source "list" needs a file: "list:FILE".')
-    file = Path(data_dir or "").expanduser() / Path(argument).expanduser()
+    file = Path(expanded(data_dir or "")) / expanded(argument)
     entries = read_list(file)
     # Over all splits, so that a class which one of them lacks does not shift the labels of the
     # others.

@@ -14,6 +14,7 @@ import numpy as np
 from drep_jax.data.decode import as_rgb, decode, fit
 from drep_jax.data.splits import SPLITS, Part, plan
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.files import expanded
 
 MOST_CLASSES = 1_000_000
 
@@ -83,7 +84,7 @@ def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str
     if argument.endswith(".npz"):
         return _open_file(argument, split, image_size, resize, data_dir)
     folder = data_dir or os.environ.get("DREP_DATA", "")
-    base = os.path.join(os.path.expanduser(folder), argument)
+    base = os.path.join(expanded(folder), argument)
     stored = {name: f"{base}_{name}.npz" for name in SPLITS if os.path.isfile(f"{base}_{name}.npz")}
     if not stored:
         raise DataError(
@@ -99,7 +100,7 @@ def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str
 def _open_file(
     argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None
 ) -> ArraySource:
-    path = os.path.join(os.path.expanduser(data_dir or ""), os.path.expanduser(argument))
+    path = os.path.join(expanded(data_dir or ""), expanded(argument))
     if not os.path.isfile(path):
         raise DataError(f"There is no file {path} (looked for {os.path.abspath(path)}).")
     images, labels, names = read_npz(path, Part("train"))

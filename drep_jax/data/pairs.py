@@ -8,6 +8,7 @@ from drep_jax.data.decode import decode, fit
 from drep_jax.data.fits import parse_fit
 from drep_jax.data.folder import SUFFIXES, scan
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.files import expanded
 
 SIDES = ("clean", "corrupted")
 SHOWN = 3
@@ -65,7 +66,7 @@ def open_pairs(directory: str, image_size: tuple[int, int], resize: str = "crop"
         raise ConfigError(f"The image size is (height, width), both at least 1; got {tuple(image_size)}.")
     if not directory:
         raise ConfigError('Pairs of images need a directory: "pairs:DIR".')
-    root = Path(directory).expanduser()
+    root = Path(expanded(directory))
     absent = [str(root / side) for side in SIDES if not (root / side).is_dir()]
     if absent:
         raise DataError(

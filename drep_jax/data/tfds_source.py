@@ -10,6 +10,7 @@ import numpy as np
 from drep_jax.data.decode import fitted, fitted_size
 from drep_jax.data.splits import SPLITS, Part, plan
 from drep_jax.errors import ConfigError, DataError, did_you_mean
+from drep_jax.files import expanded
 
 FORMAT = "array_record"
 # How many of the last train images stand in for a missing validation split, where a tenth would be
@@ -119,7 +120,7 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
 
 def data_root(data_dir: str | None) -> Path:
     """Returns where TFDS keeps its data sets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return Path(expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def instruction(name: str, part: Part, size: int) -> str:

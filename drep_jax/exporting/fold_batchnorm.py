@@ -20,6 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
+from drep_jax.core.interceptor import intercepting
 from drep_jax.core.jaxpr import bodies, inline
 from drep_jax.core.layers import Layer, find_layers
 from drep_jax.errors import ExportError
@@ -102,7 +103,7 @@ def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
 
     def forward(variables: Tree, *args: Any) -> Any:
-        with nn.intercept_methods(mark):
+        with intercepting(mark):
             return module.apply(variables, *args, rngs={"dropout": keys["dropout"]}, **kwargs)
 
     variables = nn.unbox(jax.eval_shape(lambda *a: module.init(keys, *a, **kwargs), *args))

@@ -10,6 +10,7 @@ from typing import Any
 from drep_jax import report, weights
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.errors import CheckpointError, ConfigError, DataError
+from drep_jax.files import expanded
 from drep_jax.jobs.checks import agree, check_evaluation
 from drep_jax.jobs.scores import compared, scores_of
 from drep_jax.learners import LEARNERS, denoisers_of
@@ -163,7 +164,7 @@ def _named(file: str) -> tuple[str, str]:
     """Splits NAME=FILE; a plain FILE is named after itself, without the extension."""
     match = re.fullmatch(r"([\w.-]+)=(.+)", file)
     if match:
-        return match[1], match[2]
+        return match[1], expanded(match[2])
     return os.path.splitext(os.path.basename(os.path.normpath(file)))[0], file
 
 

@@ -29,6 +29,7 @@ from drep_jax.run import workdir
 from drep_jax.run.backbone import fresh_variables, read_weights
 from drep_jax.run.environment import environment
 from drep_jax.run.export import Output, fuse_and_certify, write
+from drep_jax.run.inputs import save_inputs
 from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.run.stages import key_of
@@ -58,6 +59,7 @@ def run(config: Config, directory: str) -> dict[str, Any]:
         ) as writer:
             if primary:
                 unreadable.keep_records(directory, setup.parts)
+                save_inputs(directory, config, setup)
             job = Run(config, setup, directory, writer)
             variables = make_backbone(job)
             continued = train_labeled(job, "control", variables) if config["control"]["steps"] else None

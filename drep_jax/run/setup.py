@@ -50,6 +50,7 @@ class Setup:
       headless: the backbone without its head.
       task: the meaning of outputs and labels.
       side: side-information columns with their cardinalities; see `inputs`.
+      num_classes: of the first source; None if it is unlabeled.
     """
 
     backbone: nn.Module
@@ -67,6 +68,7 @@ class Setup:
     headless: nn.Module
     task: Task
     side: tuple[tuple[str, int], ...]
+    num_classes: int | None = None
 
     @property
     def parts(self) -> dict[str, Source | None]:
@@ -114,8 +116,13 @@ class Setup:
         return dataclasses.replace(self, schedule=schedule, sites=sites)
 
 
-def build(config: Config) -> Setup:
+def build(config: Config, kept: tuple[Images, tuple[tuple[str, int], ...]] | None = None) -> Setup:
     """Opens the images, makes the backbone and finds its sites.
+
+    Args:
+      config: of the run.
+      kept: images that need not be opened, with their side information; see
+        `drep_jax.run.inputs`.
 
     Raises:
       DrepError: its subclasses name the setting that cannot be used.
@@ -130,16 +137,7 @@ def build(config: Config) -> Setup:
     task = make_task(config)
     _check_augmentation(config, task)
     features = config["model"].get("num_classes") == FEATURES
-    gallery = config["evaluate"].get("gallery", GALLERY)
-    images = open_images(
-        data,
-        head=not features,
-        gallery=gallery,
-        seed=config["seed"],
-        test_needs_head=task.test_needs_head,
-        check_test=task.check_test,
-    )
-    side = _side_information(task, images)
+    images, side = kept or _opened(config, task, head=not features)
     backbone, headless = _backbones(config, images, task, side)
     one_image = jax.ShapeDtypeStruct((1, *data["image_size"], 4 if side else 3), jnp.float32)
     abstract = abstract_variables(backbone, one_image)
@@ -162,7 +160,20 @@ def build(config: Config) -> Setup:
         headless=headless,
         task=task,
         side=side,
+        num_classes=images.num_classes,
     )
+
+
+def _opened(config: Config, task: Task, *, head: bool) -> tuple[Images, tuple[tuple[str, int], ...]]:
+    images = open_images(
+        config["data"],
+        head=head,
+        gallery=config["evaluate"].get("gallery", GALLERY),
+        seed=config["seed"],
+        test_needs_head=task.test_needs_head,
+        check_test=task.check_test,
+    )
+    return images, _side_information(task, images)
 
 
 def _check_augmentation(config: Config, task: Task) -> None:

@@ -10,6 +10,7 @@ from drep_jax.data.reid.listing import Listed
 from drep_jax.data.reid.source import ReidSource, split_source
 from drep_jax.data.reid.split import share_of
 from drep_jax.errors import ConfigError, did_you_mean, lookup
+from drep_jax.files import expanded
 
 HELD_OUT = "0.1"
 
@@ -56,7 +57,7 @@ def open_reid(
     reader = lookup(READERS, kind, "data set for re-identification")
     path, options = parsed(kind, argument, (*reader.options, "held_out"))
     share = share_of(options.pop("held_out", HELD_OUT), "held_out")
-    listed = reader.read(Path(data_dir or "").expanduser() / Path(path).expanduser(), options)
+    listed = reader.read(Path(expanded(data_dir or "")) / expanded(path), options)
     return split_source(listed, split, share, name=f"{kind}:{argument}", image_size=image_size, resize=resize)
 
 

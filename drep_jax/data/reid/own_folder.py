@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from drep_jax.data.folder import SUFFIXES
+from drep_jax.data.folder import SUFFIXES, leads_back
 from drep_jax.data.reid.layout import MARKET_FOLDERS
 from drep_jax.data.reid.listing import JUNK, Entry, Listed, check_listed_files, counted, few, in_order, merged
 from drep_jax.data.reid.split import drawn_by_hash, query_and_gallery, seed_of, share_of
@@ -171,7 +171,7 @@ def _part_folders(root: Path) -> list[tuple[str | None, Path]]:
 def _below(folder: Path | str) -> Iterator[str]:
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if name.startswith("."):
+        if name.startswith(".") or leads_back(path):
             continue
         if name.lower().endswith(SUFFIXES):
             yield path

@@ -253,7 +253,8 @@ def rewrite_legacy(contents: Contents, path: str, blocks: Blocks, mark: str) -> 
     with open(path, "r+b") as file:
         for key, data in blocks:
             offset = contents.blocks[key].offset
-            assert offset is not None  # noqa: S101 (a legacy file is never compressed)
+            if offset is None:  # compressed, which a legacy file never is
+                raise CheckpointError(f"{contents.path}: storage {key} has no place of its own in the file.")
             file.seek(offset)
             file.write(data)
         file.seek(contents.layout)
