@@ -29,6 +29,8 @@ UNREADABLE = (
     KeyError,
     TypeError,
     AttributeError,
+    AssertionError,
+    RuntimeError,
     OverflowError,
     MemoryError,
     struct.error,
@@ -45,6 +47,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SWAPPING = (5, 6, 7, 8)  # orientations that swap height and width
+PNG_TEXTS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # that may hold an orientation
 GAP = 2
 """Least ratio of a box that is decoded at reduced size to the wanted size; below it, it shows."""
 
@@ -66,7 +70,6 @@ def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
       UnreadableError: for a file that is absent, truncated or not an image.
     """
     with _reading(where), Image.open(_opened(encoded)) as image:
-        image.load()
         return _rgb(_upright(image), where)
 
 
@@ -90,7 +93,7 @@ def decode_box(
       UnreadableError: as for `decode`.
     """
     with _reading(where), Image.open(_opened(encoded)) as image:
-        if image.mode != "RGB" or image.format != "JPEG" or _orientation(image) in UPRIGHT:
+        if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
             return resized_box(_rgb(_upright(image), where), choose, size)
         width, height = image.size
         top, left, rows, columns = choose(height, width)
@@ -151,11 +154,7 @@ def stored_size(encoded: bytes | str | os.PathLike, where: str) -> Size:
     """
     with _reading(where), Image.open(_opened(encoded)) as image:
         width, height = image.size
-        # Pillow decodes a whole PNG to find EXIF behind the pixels; the names of the chunks tell
-        # whether there is any.
-        if image.format == "PNG" and "exif" not in image.info and not _has_late_text(encoded):
-            return height, width
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return (width, height) if _sides_swap(image, encoded) else (height, width)
 
 
 def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
@@ -215,15 +214,29 @@ def _opened(encoded: bytes | str | os.PathLike) -> Any:
 
 
 def _orientation(image: Image.Image) -> int:
+    """Returns the orientation that is still to be applied: 1 of a TIFF that Pillow has loaded, as it turns those."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except UNREADABLE:
         return 1  # a damaged EXIF block says nothing about the pixels
+    return orientation if orientation in UPRIGHT else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # before the question what is left to do
     orientation = _orientation(image)
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    return image.transpose(UPRIGHT[orientation]) if orientation != 1 else image
+
+
+def _sides_swap(image: Image.Image, encoded: bytes | str | os.PathLike) -> bool:
+    """Returns whether an image that is not loaded yet has height for width, without loading it."""
+    # Pillow decodes a whole PNG to find EXIF behind the pixels; the names of the chunks tell
+    # whether there is any.
+    if image.format == "PNG" and not PNG_TEXTS & image.info.keys() and not _has_late_text(encoded):
+        return False
+    if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(ORIENTATION, 1) in SWAPPING:
+        return False  # Pillow gives the size that it will have
+    return _orientation(image) in SWAPPING
 
 
 def _rgb(image: Image.Image, where: str) -> np.ndarray:
