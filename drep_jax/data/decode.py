@@ -158,14 +158,36 @@ def stored_size(encoded: bytes | str | os.PathLike, where: str) -> Size:
 
 
 def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
-    """Returns a decoded image, (H, W) or (H, W, 1, 3 or 4), gray or RGB, as uint8 (H, W, 3)."""
-    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-    try:
-        return _rgb(Image.fromarray(array), where)
-    except (TypeError, ValueError) as error:
+    """Returns a decoded image as uint8 (H, W, 3).
+
+    Args:
+      array: uint8 (H, W, 3); gray, (H, W) or (H, W, 1), is uint8, uint16 or bool.
+      where: what to call the image in messages.
+
+    Raises:
+      DataError: for another type or number of channels: a fourth one may be anything.
+    """
+    expected = "expected uint8 (height, width, 3), or (height, width) if it is gray"
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    elif array.ndim == 3 and array.shape[-1] != 3:
         raise DataError(
-            f"{where} is {array.dtype} {array.shape}, not an image: expected uint8 (height, width, channels)."
-        ) from error
+            f"{where} is an array of {array.shape[-1]} channels, {array.shape}: {expected}. Choose the channels that are "
+            "shown; what a further one means (transparency, infrared, …) is not known here."
+        )
+    if array.ndim not in (2, 3) or array.dtype not in (
+        (np.uint8, np.uint16, np.bool_) if array.ndim == 2 else (np.uint8,)
+    ):
+        raise DataError(f"{where} is {array.dtype} {array.shape}, not an image: {expected}.")
+    return _rgb(Image.fromarray(array), where)
+
+
+def on_white(images: np.ndarray) -> np.ndarray:
+    """Returns transparent images, uint8 (N, H, W, 4), composited on white, uint8 (N, H, W, 3)."""
+    rgb = np.empty((*images.shape[:3], 3), np.uint8)
+    for place, image in zip(rgb, images, strict=True):
+        place[:] = _on_white(Image.fromarray(np.ascontiguousarray(image)))
+    return rgb
 
 
 def fit(image: np.ndarray, size: Size, how: str, where: str = "image") -> np.ndarray:
@@ -246,10 +268,12 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
         raise DataError(
             f"{where} has floating-point pixels, whose range is unknown. Save it with 8 or 16 bits a channel."
         )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return np.array((_on_white(image) if image.has_transparency_data else image).convert("RGB"))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _sixteen_bit(gray: np.ndarray, where: str) -> np.ndarray:

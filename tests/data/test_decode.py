@@ -149,8 +149,20 @@ def test_absent_and_foreign_files_are_named(tmp_path):
 def test_arrays_are_treated_like_files():
     np.testing.assert_array_equal(as_rgb(RAMP[:, :, None], "x"), RAMP[:, :, None].repeat(3, 2))
     np.testing.assert_array_equal(as_rgb(COLOR, "x"), COLOR)
-    with pytest.raises(DataError, match="array 7"):
-        as_rgb(np.zeros((2, 2, 5), np.uint8), "array 7")
+    for array in (RAMP > 90, (RAMP > 90) * np.uint16(65535)):
+        np.testing.assert_array_equal(as_rgb(array, "x")[..., 0], np.where(RAMP > 90, 255, 0))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_channels_of_arrays_are_not_guessed(channels):
+    with pytest.raises(DataError, match=rf"array 7 is an array of {channels} channels"):
+        as_rgb(np.zeros((2, 2, channels), np.uint8), "array 7")
+
+
+@pytest.mark.parametrize("array", [RAMP.astype(np.int32), COLOR.astype(np.uint16), RAMP / 255, RAMP[0]])
+def test_arrays_whose_range_is_unknown_are_refused(array):
+    with pytest.raises(DataError, match=r"array 7 is .* not an image"):
+        as_rgb(array, "array 7")
 
 
 def test_crop_keeps_the_aspect_ratio_and_the_center():
