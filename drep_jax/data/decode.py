@@ -5,6 +5,7 @@ import io
 import math
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from drep_jax.data.columns import Columns, follow, geometric
 from drep_jax.data.fits import KEEP, parse_fit, transform_of_fit
 from drep_jax.data.geometry import Transform
 from drep_jax.data.steps import Size
-from drep_jax.errors import DataError, UnreadableError
+from drep_jax.errors import ConfigError, DataError, UnreadableError
 
 # What Pillow raises on damaged files, depending on the format.
 UNREADABLE = (
@@ -37,6 +38,8 @@ UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
+PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
+"""Half the pixels of the largest image that Pillow decodes by itself, 179 million."""
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,6 +54,25 @@ SWAPPING = (5, 6, 7, 8)  # orientations that swap height and width
 PNG_TEXTS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # that may hold an orientation
 GAP = 2
 """Least ratio of a box that is decoded at reduced size to the wanted size; below it, it shows."""
+
+
+def limit_pixels(millions: float) -> None:
+    """Sets how large an image may be, for the whole process.
+
+    Args:
+      millions: of pixels; 0 for Pillow's limit, 179.
+
+    Raises:
+      ConfigError: for a number below 0, or none.
+    """
+    if isinstance(millions, bool) or not isinstance(millions, int | float) or not 0 <= millions < math.inf:
+        raise ConfigError(
+            f"data.max_megapixels={millions!r}: expected the pixels of the largest image in millions, such as 500; 0 for "
+            "Pillow's limit."
+        )
+    # Pillow refuses above twice that number, and warns above it, of images that the user allows.
+    Image.MAX_IMAGE_PIXELS = math.ceil(millions * 1e6 / 2) or PILLOWS_LIMIT
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
@@ -212,8 +234,17 @@ def _reading(where: str) -> Iterator[None]:
     except UNREADABLE as error:
         if isinstance(error, UnreadableError):
             raise
-        known = isinstance(error, DataError)
-        message = str(error) if known else f"Cannot read the image {where}: {error}. Repair or remove it."
+        if isinstance(error, DataError):
+            message = str(error)
+        elif isinstance(error, Image.DecompressionBombError):
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+            message = (
+                f"The image {where} has more than {limit:,.4g} million pixels ({error}) If it is meant to be so large, raise "
+                "the limit: --config.data.max_megapixels=MILLIONS. It takes 3 to 8 bytes of memory a pixel in each of up to "
+                "eight threads."
+            )
+        else:
+            message = f"Cannot read the image {where}: {error}. Repair or remove it."
         raise UnreadableError(message, where) from error
 
 

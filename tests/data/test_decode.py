@@ -1,13 +1,14 @@
 """Decoding and resizing: every color mode, orientation, and damaged files."""
 
 import io
+import math
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from drep_jax.data.decode import as_rgb, decode, decode_box, fit
+from drep_jax.data.decode import as_rgb, decode, decode_box, fit, limit_pixels, stored_size
 from drep_jax.errors import ConfigError, DataError, UnreadableError
 from tests.pictures import textured
 
@@ -192,6 +193,25 @@ def test_exact_refuses_other_sizes_and_says_all():
         fit(COLOR, (16, 12), "exact", "cat.png")
     with pytest.raises(ConfigError, match='Did you mean "squash"'):
         fit(COLOR, (16, 12), "squish")
+
+
+def test_images_above_the_limit_name_the_setting_that_raises_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # restored in the end
+    data = encoded(Image.fromarray(np.zeros((300, 700), np.uint8)))
+    limit_pixels(0.1)
+    for read in (
+        lambda: decode(data, "big.png"),
+        lambda: stored_size(data, "big.png"),
+        lambda: decode_box(data, "big.png", lambda *size: (0, 0, *size), (8, 8)),
+    ):
+        with pytest.raises(UnreadableError, match=r"big\.png has more than 0\.1 million pixels.*data\.max_megapixels"):
+            read()
+    for allowed in (0.21, 0.3, 0):  # also between half the limit and the limit, where Pillow warns
+        limit_pixels(allowed)
+        assert decode(data, "big.png").shape == (300, 700, 3)
+    for wrong in (-1, math.nan, math.inf, "many", True):
+        with pytest.raises(ConfigError, match=r"data\.max_megapixels="):
+            limit_pixels(wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
