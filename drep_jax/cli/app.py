@@ -1,6 +1,8 @@
 """Shared by `train.py` and `fuse.py`: flags, and errors as messages that name the nearest option."""
 
+import codecs
 import errno
+import io
 import os
 import re
 import signal
@@ -149,6 +151,7 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
     Returns:
       The exit status: that of `main`, 1 for bad input, 130 after Ctrl-C, 75 after SIGTERM.
     """
+    write_any_text()
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
         import jax
 
@@ -210,6 +213,26 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
     except SystemExit as end:
         return int(end.code or 0) if not isinstance(end.code, str) else EXIT_ERROR
     return 0
+
+
+def write_any_text() -> None:
+    """Makes the output streams take any text: where their encoding lacks a character, something like it is written."""
+    codecs.register_error("drep_jax.similar", _similar)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not one that is closed, or that a test has put there
+            stream.reconfigure(errors="drep_jax.similar")
+
+
+SIMILAR = {"–": "-", "—": "-", "−": "-", "×": "x", "·": "*", "…": "...", "±": "+-", "≤": "<=", "≥": ">=", "→": "->"}
+SIMILAR |= {"≡": "=", "≠": "!=", "≈": "~", "“": '"', "”": '"', "’": "'", "α": "alpha", "β": "beta", "σ": "sigma"}
+
+
+def _similar(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    written = "".join(SIMILAR.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in text)
+    return written, error.end
 
 
 def _hide_late_reports() -> None:
