@@ -45,6 +45,7 @@ def get_default() -> ConfigDict:
             "merge": (),  # further sources for learning without labels, with weights: (("folder:DIR", 2.0), …)
             "weight": 1.0,  # of `source` when sources are merged
             "max_unreadable": 0.0,  # unreadable images to tolerate: a number, or a fraction below 1; 0 for none
+            "max_megapixels": 0.0,  # largest image to decode, in millions of pixels; 0 for Pillow's limit of 179
             "data_dir": "",  # folder of TFDS data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
             "image_size": (224, 224),  # (height, width)
             "resize": "crop",  # crop, crop:FRACTION of the short side, squash, pad (whole image, padded) or exact

@@ -85,8 +85,18 @@ def whole(path: str, mode: str = "w") -> Iterator[IO[Any]]:
       path: of the file.
       mode: "w" for text in UTF-8, or "wb".
     """
-    with replacing(path) as temporary, open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+    with replacing(path) as temporary, open(temporary, mode, encoding=encoding, errors=errors) as file:
         yield file
+
+
+def utf8(text: str) -> bytes:
+    r"""Returns text in UTF-8; what it cannot hold, of file names in another encoding, as `\udc..`, also in JSON.
+
+    >>> utf8("caf\udce9")
+    b'caf\\udce9'
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_bytes(path: str, content: bytes) -> None:

@@ -1,5 +1,7 @@
 """Shared by `train.py` and `fuse.py`: flags, and errors as messages that name the nearest option."""
 
+import codecs
+import io
 import os
 import re
 import signal
@@ -151,6 +153,7 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
     Returns:
       The exit status: that of `main`, 1 for bad input, 130 after Ctrl-C, 75 after SIGTERM.
     """
+    write_any_text()
     machine.choose_cache()
     machine.allow_promotion()
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
@@ -207,6 +210,37 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
     except SystemExit as end:
         return int(end.code or 0) if not isinstance(end.code, str) else EXIT_ERROR
     return 0
+
+
+def write_any_text() -> None:
+    """Makes the output streams take any text: where their encoding lacks a character, something like it is written."""
+    codecs.register_error("drep_jax.similar", _similar)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not one that is closed, or that a test has put there
+            stream.reconfigure(errors="drep_jax.similar")
+
+
+SIMILAR = {"–": "-", "—": "-", "−": "-", "×": "x", "·": "*", "…": "...", "±": "+-", "≤": "<=", "≥": ">=", "→": "->"}
+SIMILAR |= {
+    "≡": "=",
+    "≠": "!=",
+    "≈": "~",
+    "“": '"',
+    "”": '"',
+    "’": "'",
+    "α": "alpha",
+    "β": "beta",
+    "σ": "sigma",
+    "λ": "lambda",
+}
+
+
+def _similar(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    written = "".join(SIMILAR.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in text)
+    return written, error.end
 
 
 def _hide_late_reports() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from drep_jax.data import Source, open_source
+from drep_jax.data.decode import limit_pixels
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.merged import MergedSource, epoch_counts
 from drep_jax.data.source import Subset
@@ -77,6 +78,7 @@ def open_images(
     """
     options = {"image_size": tuple(data["image_size"]), "resize": data["resize"], "data_dir": data["data_dir"] or None}
     allowed = data.get("max_unreadable", 0)
+    limit_pixels(data.get("max_megapixels", 0))
     specs, weights = sources_of(data)
     if specs[1:]:
         epoch_counts([1] * len(specs), weights)  # weights are refused before images are looked for

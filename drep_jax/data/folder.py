@@ -171,7 +171,7 @@ def class_folders(base: Path) -> list[str]:
 
 def tenth(path: Path) -> int:
     """Returns the tenth, 0 to 9, of an image by its path: new images move no old one."""
-    return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") % 10
+    return int.from_bytes(hashlib.sha256(os.fsencode(path.as_posix())).digest()[:8], "big") % 10
 
 
 def scan(folder: Path) -> Listing:

@@ -1,6 +1,7 @@
 """Images named in a text file: lines of `path label`, or CSV with a header `path,label,split`."""
 
 import csv
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 from drep_jax.data.folder import FolderSource, tenth
 from drep_jax.data.splits import SPLITS, plan
+from drep_jax.data.text import existing, read_text_lines, separator_of
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 from drep_jax.files import expanded
 
@@ -55,14 +57,15 @@ def open_list(
             f"None of the {len(entries)} images of {file} falls into the {split} part. Name more images, or give the file a "
             f"column split with {', '.join(SPLITS)}."
         )
-    paths = [file.parent / entry.path for entry in chosen]
+    paths = existing(file.parent, [entry.path for entry in chosen])
     absent = [entry for entry, path in zip(chosen, paths, strict=True) if not path.is_file()]
     if absent:
         shown = ", ".join(f"{entry.path} (line {entry.line})" for entry in absent[:SHOWN])
         more = f", and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
         raise DataError(
             f"{len(absent)} of the {len(chosen)} images of {file} are not there: {shown}{more}. Paths are relative to the "
-            "folder of the file; write those with spaces in quotes."
+            "folder of the file; write those with spaces in quotes. A table needs a header that names the column path, as in "
+            "path,label,split; without one a line is a path and then its label."
         )
     numbers = {name: number for number, name in enumerate(class_names or ())}
     return FolderSource(
@@ -82,17 +85,10 @@ def read_list(file: Path) -> list[Entry]:
     Raises:
       DataError: naming the line that is not understood, or twice there.
     """
-    try:
-        with open(file, encoding="utf-8", newline="") as stream:
-            lines = stream.read().splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file {file} (looked for {file.absolute()}).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as text: {error}.") from error
+    lines = read_text_lines(file)
     first = next((line for line in lines if line.strip() and not line.lstrip().startswith("#")), "")
-    header = [cell.strip() for cell in first.split(",")]
-    is_csv = header[0] == "path" and (len(header) > 1 or first.strip() == "path")
-    entries = list(_from_csv(file, lines) if is_csv else _from_words(file, lines))
+    separator = separator_of(first, "path")
+    entries = list(_from_words(file, lines) if separator is None else _from_csv(file, lines, separator))
     if not entries:
         raise DataError(
             f'{file} names no images: expected lines of "path label", or CSV with the header path,label,split.'
@@ -116,8 +112,12 @@ def _from_words(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
+        lexer.whitespace_split, lexer.commenters = True, ""
+        # Of Windows paths the backslash is a part, unless it stands before a space or a quote.
+        lexer.escape = "\\" if re.search(r"""\\[\s"'\\]""", line) else ""
         try:
-            words = shlex.split(line, posix=True)
+            words = list(lexer)
         except ValueError as error:
             raise DataError(f"{file}, line {number}: {error}: {line.strip()!r}.") from error
         if len(words) > 2:
@@ -128,13 +128,16 @@ def _from_words(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
         yield Entry(number, words[0], words[1] if len(words) == 2 else None, None)
 
 
-def _from_csv(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
+def _from_csv(file: Path, lines: Sequence[str], separator: str) -> Iterator[Entry]:
     columns: list[str] | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip() or (columns is None and line.lstrip().startswith("#")):
             continue
         try:
-            cells = [cell.strip() for cell in next(csv.reader([line], strict=True, skipinitialspace=True))]
+            cells = [
+                cell.strip()
+                for cell in next(csv.reader([line], strict=True, skipinitialspace=True, delimiter=separator))
+            ]
         except csv.Error as error:
             raise DataError(f"{file}, line {number}: {error}: {line.strip()!r}.") from error
         if columns is None:

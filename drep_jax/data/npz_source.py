@@ -1,8 +1,8 @@
 """Images in NumPy files: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, or one `FILE.npz`.
 
 A file has either `images`, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), or pictures `webp_00`,
-`webp_01`, …, each a `grid` of (rows, columns) images in row-major order. It may have `labels` (N,),
-numbers from 0 or names.
+`webp_01`, …, each a `grid` of (rows, columns) images in row-major order. Of other channels the
+option `?channels=…` says which are shown. It may have `labels` (N,), numbers from 0 or names.
 """
 
 import os
@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from drep_jax.data.arrays import shown, text_of
 from drep_jax.data.decode import as_rgb, decode, fit
+from drep_jax.data.options import parsed
 from drep_jax.data.splits import SPLITS, Part, plan
-from drep_jax.errors import ConfigError, DataError
+from drep_jax.errors import ConfigError, DataError, DrepError
 from drep_jax.files import expanded
 
 MOST_CLASSES = 1_000_000
@@ -70,7 +72,8 @@ def cut(
 def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None) -> ArraySource:
     """Opens `npz:NAME`, the files NAME_train.npz, NAME_validation.npz, NAME_test.npz.
 
-    They are in `data_dir` or in $DREP_DATA, or NAME is a path.
+    They are in `data_dir` or in $DREP_DATA, or NAME is a path. The option `?channels=…` names the
+    channels that are shown (`drep_jax.data.arrays.shown`).
 
     `npz:FILE.npz` is one file, whose path may be relative to `data_dir`. Of every ten images the
     first eight are train, one is validation and one test, so that a file sorted by class has all
@@ -81,10 +84,11 @@ def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str
     """
     if not argument:
         raise ConfigError('The data source "npz" needs a name, as in "npz:cifar10" for cifar10_train.npz.')
-    if argument.endswith(".npz"):
-        return _open_file(argument, split, image_size, resize, data_dir)
+    path, options = parsed("npz", argument, ("channels",))
+    if path.endswith(".npz"):
+        return _open_file(argument, path, options.get("channels"), split, image_size, resize, data_dir)
     folder = data_dir or os.environ.get("DREP_DATA", "")
-    base = os.path.join(expanded(folder), argument)
+    base = os.path.join(expanded(folder), path)
     stored = {name: f"{base}_{name}.npz" for name in SPLITS if os.path.isfile(f"{base}_{name}.npz")}
     if not stored:
         raise DataError(
@@ -92,18 +96,24 @@ def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str
             "the environment variable DREP_DATA."
         )
     part = plan(stored, split, f"npz:{argument}")
-    images, labels, names = read_npz(stored[part.stored], part)
+    images, labels, names = read_npz(stored[part.stored], part, channels=options.get("channels"))
     whole = Part(part.stored, note=part.note)
     return cut(f"npz:{argument}", whole, images, labels, names, image_size, resize)
 
 
 def _open_file(
-    argument: str, split: str, image_size: tuple[int, int], resize: str, data_dir: str | None
+    argument: str,
+    path: str,
+    channels: str | None,
+    split: str,
+    image_size: tuple[int, int],
+    resize: str,
+    data_dir: str | None,
 ) -> ArraySource:
-    path = os.path.join(expanded(data_dir or ""), expanded(argument))
+    path = os.path.join(expanded(data_dir or ""), expanded(path))
     if not os.path.isfile(path):
         raise DataError(f"There is no file {path} (looked for {os.path.abspath(path)}).")
-    images, labels, names = read_npz(path, Part("train"))
+    images, labels, names = read_npz(path, Part("train"), channels=channels)
     part = plan(("train",), split, path)
     tenth = np.arange(len(images)) % 10
     chosen = (tenth >= part.start) & (tenth < part.stop)
@@ -116,8 +126,15 @@ def _open_file(
     return cut(f"npz:{argument}", whole, images[chosen], chosen_labels, names, image_size, resize)
 
 
-def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
+def read_npz(
+    path: str, part: Part, *, channels: str | None = None
+) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
     """Returns images, labels and class names of one part of a file; the rest is not decoded.
+
+    Args:
+      path: of the file.
+      part: which of its images.
+      channels: which channels are shown, as for `drep_jax.data.arrays.shown`.
 
     Raises:
       DataError: naming the file and what is wrong with it.
@@ -125,10 +142,10 @@ def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tupl
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = file.files
-            labels = file["labels"] if "labels" in names else None
-            classes = tuple(map(str, file["label_names"])) if "label_names" in names else None
+            labels = text_of(file["labels"], path) if "labels" in names else None
+            classes = tuple(map(str, text_of(file["label_names"], path))) if "label_names" in names else None
             if "images" in names:
-                images = file["images"]
+                images = shown(file["images"], channels, path)
                 start, stop = (len(images) * tenth // 10 for tenth in (part.start, part.stop))
                 images, total, first = images[start:stop], len(images), start
             else:
@@ -142,10 +159,11 @@ def read_npz(path: str, part: Part) -> tuple[np.ndarray, np.ndarray | None, tupl
                 parts = [_tiles(file[name].tobytes(), rows, columns, f"{path}:{name}") for name in pictures[low:high]]
                 first = start
                 images = np.concatenate(parts)[start - low * rows * columns :][: stop - start]
+                images = shown(images, channels, path)
+    except DrepError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise DataError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 (N, H, W, 3) or (N, H, W).")
     if labels is None:
         return images, None, None
     labels, classes = _numbered(path, labels, total, classes)

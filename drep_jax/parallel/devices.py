@@ -39,8 +39,7 @@ def check_platform() -> None:
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # "cuda" without its plugin is a bare assertion
-        config: Any = jax.config  # without types for its flags
-        requested = config.jax_platforms
+        requested = getattr(jax.config, "jax_platforms", None)
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise ConfigError(
             f"JAX cannot use the devices of JAX_PLATFORMS={requested or ''}{f': {reason}' if reason else ''}. Install the "

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from drep_jax.errors import CheckpointError
-from drep_jax.files import write_bytes
+from drep_jax.files import utf8, write_bytes
 from drep_jax.report.as_html import html
 from drep_jax.report.as_markdown import markdown
 from drep_jax.report.comparisons import verdict
@@ -57,10 +57,10 @@ def write_report(report: Mapping[str, Any], workdir: str) -> None:
             _write(path, plots[name])
         else:  # left by an earlier report, it would mislead
             _remove(path)
-    _write(os.path.join(workdir, "report.md"), markdown(report, plots).encode())
-    _write(os.path.join(workdir, "report.html"), html(report, plots).encode())
+    _write(os.path.join(workdir, "report.md"), utf8(markdown(report, plots)))
+    _write(os.path.join(workdir, "report.html"), utf8(html(report, plots)))
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    _write(os.path.join(workdir, "report.json"), (text + "\n").encode())
+    _write(os.path.join(workdir, "report.json"), utf8(text + "\n"))
 
 
 def write_evaluation(content: Mapping[str, Any], folder: str) -> None:
@@ -74,9 +74,9 @@ def write_evaluation(content: Mapping[str, Any], folder: str) -> None:
       CheckpointError: where the folder cannot be written to.
     """
     content = plain(content)
-    _write(os.path.join(folder, "evaluation.md"), evaluation_markdown(content).encode())
+    _write(os.path.join(folder, "evaluation.md"), utf8(evaluation_markdown(content)))
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    _write(os.path.join(folder, "evaluation.json"), (text + "\n").encode())
+    _write(os.path.join(folder, "evaluation.json"), utf8(text + "\n"))
 
 
 def _write(path: str, content: bytes) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from drep_jax.errors import DataError
 from drep_jax.evaluation.summary import pairs_of
+from drep_jax.files import utf8
 
 SCHEMA = 2
 NETWORKS = ("baseline", "fused", "explicit")
@@ -193,7 +194,7 @@ def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def plain(value: Any, where: str = "report") -> Any:
-    """Returns `value` in JSON's types: arrays as lists, NaN and Inf as null.
+    """Returns `value` in JSON's types: arrays as lists, NaN and Inf as null, text that can be written and drawn.
 
     >>> plain({"t": (1, np.float32(0.5)), "loss": float("nan")})
     {'t': [1, 0.5], 'loss': None}
@@ -201,14 +202,16 @@ def plain(value: Any, where: str = "report") -> Any:
     Raises:
       DataError: naming the place of a value that has no such form.
     """
+    if isinstance(value, str):
+        return utf8(value).decode()
     if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {utf8(str(key)).decode(): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}.{index}") for index, item in enumerate(value)]
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist(), where)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | int):
         return value
     raise DataError(f"{where} is a {type(value).__name__}; expected numbers, text, booleans, lists or dicts.")

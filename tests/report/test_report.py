@@ -717,6 +717,14 @@ def test_an_incomplete_report_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_names_that_are_not_utf_8_can_be_written_and_drawn():
+    examples = examples_of(("a", "b"), images=1)
+    examples["images"][0]["answers"]["a"]["answer"] = "v\udcf6gel"
+    report = plain({"examples": examples, "v\udcf6gel": 1})
+    assert report["examples"]["images"][0]["answers"]["a"]["answer"] == "v\\udcf6gel" in report
+    assert PLOTS["examples"](report) is not None
+
+
 def test_plain_makes_valid_json_or_says_where_it_cannot():
     value = {"a": np.float32(0.5), "b": (1, np.int64(2)), "c": np.array([1.0, np.nan]), "d": np.bool_(True), 3: np.inf}
     assert plain(value) == {"a": 0.5, "b": [1, 2], "c": [1.0, None], "d": True, "3": None}

@@ -23,6 +23,7 @@ from drep_jax.data.folder import SUFFIXES, leads_back
 from drep_jax.data.reid.layout import MARKET_FOLDERS
 from drep_jax.data.reid.listing import JUNK, Entry, Listed, check_listed_files, counted, few, in_order, merged
 from drep_jax.data.reid.split import drawn_by_hash, query_and_gallery, seed_of, share_of
+from drep_jax.data.text import read_text_lines, separator_of
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 from drep_jax.metrics.protocol import Protocol
 
@@ -181,9 +182,12 @@ def _below(folder: Path | str) -> Iterator[str]:
 
 def _from_csv(file: Path) -> Iterator[NamedImage]:
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.reader(stream, strict=True, skipinitialspace=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = read_text_lines(file)
+        separator = separator_of(lines[0], "path") or ","
+        rows = list(
+            csv.reader((f"{line}\n" for line in lines), strict=True, skipinitialspace=True, delimiter=separator)
+        )
+    except csv.Error as error:
         raise DataError(f"{file} cannot be read as CSV: {error}.") from error
     header = [name.strip() for name in rows[0]] if rows else []
     unknown = [name for name in header if name not in COLUMNS]
