@@ -12,6 +12,7 @@ from drep_jax.core.fusion import fuse_exact
 from drep_jax.errors import CheckpointError, ConfigError, DataError
 from drep_jax.jobs.checks import agree, check_evaluation
 from drep_jax.jobs.scores import compared, scores_of
+from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners import LEARNERS, denoisers_of
 from drep_jax.parallel import processes
 from drep_jax.run import lock, workdir
@@ -91,13 +92,17 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
       DataError: without labeled test images.
       CheckpointError: without weights to evaluate, or if they do not fit the backbone.
     """
+    config = _with_side(config, directory)
     setup = build(config)
     if setup.test is None:
         raise DataError(
             "There are no labeled test images, or the backbone has no head, so there is nothing to evaluate."
         )
     check_evaluation(config)
+    data = check_scoring(config, setup)
     agree(config, setup)
+    if processes.primary():
+        print("\n".join(report.data_lines({"data": data})), flush=True)
     run = Run(config, setup, directory)
     with lock.reading(directory) if processes.primary() else contextlib.nullcontext():
         arms, described = _of_run(run)
@@ -122,11 +127,36 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         "config": config,
         "environment": environment(),
         "arms": described,
+        "data": data,
         "metrics": compared(config, setup, results, controls),
     }
     if processes.primary():
         report.write_evaluation(content, folder)
     return content, folder
+
+
+def _with_side(config: Config, directory: str) -> Config:
+    """Returns the configuration with what the run's backbone knows of side information.
+
+    Only for other images than the run's own, whose cameras are other ones.
+
+    Raises:
+      ConfigError: if the run's images, which tell it, are not there.
+    """
+    task, saved = make_task(config), _config_there(directory)
+    if saved is None or not task.side_columns or task.side_known:
+        return config
+    if saved["data"]["source"] == config["data"]["source"]:
+        return config
+    setting = f"{task.name}.side_values"
+    try:
+        side = build(saved).side
+    except DataError as error:
+        raise ConfigError(
+            f"The backbone is told {' and '.join(task.side_columns)}, and how many it knows cannot be found out, since the "
+            f"run's own images cannot be opened: {error} Give the numbers with --config.{setting}=(…,)."
+        ) from error
+    return {**config, task.name: {**config[task.name], "side_values": tuple(count for _, count in side)}}
 
 
 def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:

@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from drep_jax.core.layers import find_layers
 from drep_jax.core.schedule import RULES, Schedule, reverse_steps
@@ -16,11 +15,12 @@ from drep_jax.core.sites import Coverage, Site, assign_times, coverage, select_s
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
 from drep_jax.data.datasets import TEST, TRAIN, VALIDATION, Images, Labeled, open_images
+from drep_jax.data.labels import check_classes
 from drep_jax.data.loader import normalize
-from drep_jax.data.metadata import table_of
 from drep_jax.data.source import image_size_of
 from drep_jax.errors import ConfigError
 from drep_jax.models import abstract_variables, create_model, output_shape, takes_classes
+from drep_jax.run.side import side_information
 from drep_jax.tasks import Task, make_task
 from drep_jax.typing import Config, Tree
 
@@ -50,6 +50,8 @@ class Setup:
       headless: the backbone without its head.
       task: the meaning of outputs and labels.
       side: side-information columns with their cardinalities; see `inputs`.
+      told: for each of them, value of an image ↦ value that the backbone is told, -1 for none; ()
+        where all are told as they are.
     """
 
     backbone: nn.Module
@@ -67,6 +69,7 @@ class Setup:
     headless: nn.Module
     task: Task
     side: tuple[tuple[str, int], ...]
+    told: tuple[tuple[int, ...], ...] = ()
 
     @property
     def parts(self) -> dict[str, Source | None]:
@@ -84,7 +87,8 @@ class Setup:
         """Returns the inputs of the backbone, float32 (batch, height, width, channels).
 
         They are normalized images. With side information, a fourth channel holds its index, the
-        same at every pixel: for columns a and b it is a · (cardinality of b) + b.
+        same at every pixel: for columns a and b it is a · (cardinality of b) + b, or -1 for an image
+        whose side information is not told.
 
         Args:
           batch: "image", from 0 to 255, and the columns of `side`; a missing column counts as 0.
@@ -93,8 +97,14 @@ class Setup:
         if not self.side:
             return images
         index = jnp.zeros(images.shape[:1], jnp.float32)
-        for name, count in self.side:
-            index = index * count + jnp.asarray(batch.get(name, 0), jnp.float32)
+        known = jnp.ones(images.shape[:1], bool)
+        for place, (name, count) in enumerate(self.side):
+            value = jnp.asarray(batch.get(name, 0))
+            if self.told:
+                value = jnp.asarray(self.told[place])[value]
+                known &= value >= 0
+            index = index * count + value.astype(jnp.float32)
+        index = jnp.where(known, index, -1.0) if self.told else index
         plane = jnp.broadcast_to(index[:, None, None, None], (*images.shape[:3], 1))
         return jnp.concatenate([images, plane], axis=-1)
 
@@ -139,7 +149,7 @@ def build(config: Config) -> Setup:
         test_needs_head=task.test_needs_head,
         check_test=task.check_test,
     )
-    side = _side_information(task, images)
+    side, told = side_information(task, images)
     backbone, headless = _backbones(config, images, task, side)
     one_image = jax.ShapeDtypeStruct((1, *data["image_size"], 4 if side else 3), jnp.float32)
     abstract = abstract_variables(backbone, one_image)
@@ -162,6 +172,7 @@ def build(config: Config) -> Setup:
         headless=headless,
         task=task,
         side=side,
+        told=told,
     )
 
 
@@ -199,6 +210,8 @@ def _backbones(
         )
     # Test images scored without a head need no classes. The task checks the stages that need them.
     if num_classes != FEATURES and not fixed and task.test_needs_head and (images.num_classes or 0) > classes:
+        if images.test is not None:  # a folder of the test split that is no class is the usual reason
+            check_classes(images.train, images.test, unknown="refuse", setting="evaluate.unknown_classes")
         raise ConfigError(
             f"model.num_classes={classes}, but {config['data']['source']} has {images.num_classes} classes."
         )
@@ -228,27 +241,3 @@ def _check_outputs(config: Config, outputs: int, images: Images, task: Task) -> 
             f"{name} has {outputs} outputs, but {config['data']['source']} has {images.num_classes} classes. If the outputs "
             "are features and no logits, set --config.model.num_classes=-1."
         )
-
-
-def _side_information(task: Task, images: Images) -> tuple[tuple[str, int], ...]:
-    """Returns the side-information columns and their cardinalities.
-
-    Raises:
-      ConfigError: for images that have no such column.
-    """
-    result = []
-    for name in task.side_columns:
-        counts = []
-        for source in (images.train, images.held_out, images.test):
-            if source is None or not len(source):
-                continue
-            column = table_of(source).get(name)
-            if column is None or np.min(column) < 0:
-                raise ConfigError(
-                    f'{task.name}.side names "{name}", which {source.name} does not give for every image. '
-                    "Leave it out, or give it (veri:DIR?views=known leaves out the images without)."
-                )
-            counts.append(int(np.max(column)) + 1)
-            counts.append(int(getattr(source, f"{name}s", 0)))  # of the whole data set, if known
-        result.append((name, max(counts)))
-    return tuple(result)
