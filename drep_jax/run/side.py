@@ -81,6 +81,4 @@ def _told(
         value = int(task.side_unseen.removeprefix("map:"))
         if value >= known or (seen and value not in seen):
             raise ConfigError(f"{setting}={task.side_unseen}: the backbone knows no {name} {value}.")
-    for number in unseen:
-        told[number] = value
-    return tuple(told)
+    return tuple(number if number in seen else value for number in told)
