@@ -44,25 +44,29 @@ def labeled_images(source: Any) -> np.ndarray | None:
     return None if labels is None or np.all(labels != MISSING) else labels != MISSING
 
 
-def check_scorable(source: Any) -> None:
-    """Refuses test images without any label, and labels outside the classes.
+def check_scorable(source: Any, what: str = "test images") -> None:
+    """Refuses images without any label, and labels outside the classes.
 
     Where the source does not know its labels without reading, some images are looked at.
+
+    Args:
+      source: the images.
+      what: what to call them.
 
     Raises:
       DataError: with what to do.
     """
-    labels, what = labels_of(source), "its"
+    labels, which = labels_of(source), "its"
     if labels is None and source.num_classes is not None and len(source):
         items = [raw_item(source, place) for place in spread(len(source), PROBED)]
         labels = np.array([item.get("label", MISSING) for item in items])
         if labels.ndim > 1 or labels.dtype.kind not in "iu":
             return  # of another form, for a task that declares it
-        what = f"{len(labels)} of its"
+        which = f"{len(labels)} of its"
     if source.num_classes is None or (labels is not None and len(labels) and (labels == MISSING).all()):
         raise DataError(
-            f"None of {what} {len(source):,} test images of {source.name} has a label, so nothing can be scored. Give labeled "
-            "test images (a split folder `test` or `val` with class folders, or labels other than -1), or remove the split: "
+            f"None of {which} {len(source):,} {what} of {source.name} has a label, so nothing can be scored. Give labeled "
+            "images (a split folder `test` or `val` with class folders, or labels other than -1), or remove the split: "
             "then a part of the training images serves (docs/data.md)."
         )
     if labels is not None:
@@ -132,16 +136,19 @@ def check_classes(train: Any, test: Any, *, unknown: str, setting: str, also: An
     """
     if train.num_classes is None or test.num_classes is None:
         return None
-    known, tested = set(_classes(train)), set(_classes(test))
+    # A list of numbers stands for no names: a file without names is compared with one that has them by number.
+    named = train.class_names is not None and test.class_names is not None
+    named = named and _numbered(train.class_names) == _numbered(test.class_names)
+    known, tested = set(_classes(train, named)), set(_classes(test, named))
     if also is not None and also.num_classes is not None:
-        known |= set(_classes(also))
+        known |= set(_classes(also, named))
     lists = f"Training: {_listed(known)}. Test: {_listed(tested)}."
     if not known & tested:
         raise DataError(
             f"The test images of {test.name} and the training images of {train.name} have no class in common, so every score "
             f"would be 0. {lists} Name the folders or labels of both splits alike."
         )
-    if train.class_names is not None and test.class_names is not None:
+    if named:
         numbers = {name: number for number, name in enumerate(train.class_names)}
         moved = [n for i, n in enumerate(test.class_names) if n in tested and numbers.get(n, i) != i]
         if moved:
@@ -161,13 +168,17 @@ def check_classes(train: Any, test: Any, *, unknown: str, setting: str, also: An
     return f"{len(strange):,} of {len(tested):,} classes of the test images have no training image: {_listed(strange)}."
 
 
-def _classes(source: Any) -> list[str]:
+def _numbered(names: Sequence[str]) -> bool:
+    return all(name == str(number) for number, name in enumerate(names))
+
+
+def _classes(source: Any, named: bool) -> list[str]:
     """Returns the names, or numbers as text, of the classes that have images."""
     labels = labels_of(source)
     numbers: Sequence[int] = range(source.num_classes)
     if labels is not None:
         numbers = [number for number in np.unique(labels).tolist() if number != MISSING]
-    names = source.class_names
+    names = source.class_names if named else None
     return [names[number] if names is not None and 0 <= number < len(names) else str(number) for number in numbers]
 
 

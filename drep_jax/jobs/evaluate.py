@@ -9,10 +9,12 @@ from typing import Any
 
 from drep_jax import report, weights
 from drep_jax.core.fusion import fuse_exact
-from drep_jax.errors import CheckpointError, ConfigError, DataError
+from drep_jax.data import open_source
+from drep_jax.data.labels import check_classes
+from drep_jax.errors import CheckpointError, ConfigError, DataError, DrepError
 from drep_jax.jobs.checks import agree, check_evaluation
 from drep_jax.jobs.scores import compared, scores_of
-from drep_jax.jobs.scoring_checks import check_scoring
+from drep_jax.jobs.scoring_checks import UNKNOWN, check_scoring
 from drep_jax.learners import LEARNERS, denoisers_of
 from drep_jax.parallel import processes
 from drep_jax.run import lock, workdir
@@ -20,7 +22,7 @@ from drep_jax.run.backbone import read_weights
 from drep_jax.run.checkpoints import last_saved
 from drep_jax.run.environment import environment
 from drep_jax.run.run import Run
-from drep_jax.run.setup import build
+from drep_jax.run.setup import Setup, build
 from drep_jax.tasks import make_task
 from drep_jax.typing import Config, Tree
 
@@ -100,6 +102,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         )
     check_evaluation(config)
     data = check_scoring(config, setup)
+    _check_classes(config, directory, setup)
     agree(config, setup)
     if processes.primary():
         print("\n".join(report.data_lines({"data": data})), flush=True)
@@ -157,6 +160,34 @@ def _with_side(config: Config, directory: str) -> Config:
             f"run's own images cannot be opened: {error} Give the numbers with --config.{setting}=(…,)."
         ) from error
     return {**config, task.name: {**config[task.name], "side_values": tuple(count for _, count in side)}}
+
+
+def _check_classes(config: Config, directory: str, setup: Setup) -> None:
+    """Refuses test images of other classes than those that the run's backbone was trained with.
+
+    Only for other images than the run's own, and only where those can be opened.
+
+    Raises:
+      DataError: with both lists of classes, and what to do.
+    """
+    saved = _config_there(directory)
+    if saved is None or saved["data"]["source"] == config["data"]["source"] or not setup.task.test_needs_head:
+        return
+    if config["evaluate"].get("unknown_classes", "refuse") != "refuse" or setup.test is None:
+        return
+    data = saved["data"]
+    options = {"image_size": tuple(data["image_size"]), "resize": data["resize"], "data_dir": data["data_dir"] or None}
+    try:
+        trained = open_source(data["source"], "train", **options)
+    except DrepError:
+        return
+    try:
+        check_classes(trained, setup.test, unknown="refuse", setting=UNKNOWN)
+    except DataError as error:
+        raise DataError(
+            f"{error} The backbone of the run was trained on {trained.name}. If both have the same classes in the same order "
+            f'under other names, set --config.{UNKNOWN}="score".'
+        ) from error
 
 
 def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:

@@ -7,9 +7,10 @@ import numpy as np
 
 from drep_jax.data import Source
 from drep_jax.data.collate import read_or_mask
-from drep_jax.data.labels import check_classes, described
+from drep_jax.data.labels import check_classes, check_scorable, described
 from drep_jax.errors import DataError, DrepError
 from drep_jax.run.setup import Setup
+from drep_jax.run.side import check_seen
 from drep_jax.tasks import Task
 from drep_jax.typing import Config
 
@@ -30,6 +31,7 @@ def check_scoring(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     data = described(setup.parts)
     if setup.test is not None:
         task.check_test(setup.test)
+        data["test"]["notes"] += check_seen(task, setup)
         if task.test_needs_head:
             divided = getattr(setup.test, "stored", None) is not None and _stored(setup.test) == _stored(setup.train)
             also = setup.held_out if divided else None
@@ -39,7 +41,8 @@ def check_scoring(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     for other in setup.others:
         if other.gallery is not None:
             check_classes(other.gallery, other.test, unknown="score", setting=UNKNOWN)  # the gallery is a sample
-            Task.check_test(task, other.test)
+            check_scorable(other.gallery, "training images")
+            check_scorable(other.test)
         else:
             task.check_test(other.test)
     return data

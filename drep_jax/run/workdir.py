@@ -17,7 +17,15 @@ CONFIG, STARTS = "config.json", "run.json"
 """Names of its files."""
 
 
-FREE = ("log_every", "checkpoint_every", "progress", "latency_rounds", "profile", "wandb.")
+FREE = (
+    "log_every",
+    "checkpoint_every",
+    "progress",
+    "latency_rounds",
+    "profile",
+    "wandb.",
+    "evaluate.unknown_classes",
+)
 """Settings, and sections as `section.`, that may differ on resuming: they do not affect learning."""
 
 

@@ -169,6 +169,7 @@ def test_classes_of_both_splits_may_differ_otherwise():
     train, test = source_of([0, 1, 2], names), source_of([2, -1, 0], names)
     assert check_classes(train, test, **REFUSE) is None
     few = source_of([0, 1], names)
+    assert check_classes(few, source_of([1, 0]), **REFUSE) is None, "a file without names has numbers"
     assert check_classes(few, test, **{**REFUSE, "unknown": "score"}).startswith("1 of 2 classes")
     # Divided from the same images: a class of one image may fall into the test part.
     assert check_classes(few, test, also=source_of([2], names), **REFUSE) is None

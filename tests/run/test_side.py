@@ -12,9 +12,15 @@ from drep_jax.data.datasets import Images
 from drep_jax.data.npz_source import ArraySource
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.jobs import evaluate
-from drep_jax.run.side import side_information
+from drep_jax.run.side import check_seen, side_information
 from drep_jax.tasks import make_task
 from tests.setups import make_setup
+
+
+class Nothing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x.mean(axis=(1, 2)))
 
 
 def source_of(cameras, views=None, name="mine", known=0):
@@ -36,6 +42,12 @@ def task_of(side="camera", **options):
     return make_task(config.to_dict())
 
 
+def checked(task, images):
+    side, told = side_information(task, images)
+    parts = {part: getattr(images, part) for part in ("train", "held_out", "test")}
+    return side, told, check_seen(task, make_setup(Nothing(), np.zeros((1, 4, 4, 3), np.float32), side=side, **parts))
+
+
 def test_values_that_training_saw_are_told_as_they_are():
     assert side_information(task_of(), images_of([0, 1, 2], [2, 1])) == ((("camera", 3),), ())
     assert side_information(task_of(""), images_of([0], [4])) == ((), ())
@@ -48,14 +60,20 @@ def test_values_that_training_saw_are_told_as_they_are():
 )
 def test_values_that_training_never_saw_are_refused_with_the_ways_out(test, held_out, where):
     with pytest.raises(
-        DataError, match=rf"{where} images of .*no training image has it.*retrieval\.unseen=drop.*map:VALUE"
+        DataError, match=rf"{where} images .*no training image has it.*retrieval\.unseen=drop.*map:VALUE"
     ):
-        side_information(task_of(), images_of([0, 1], test, held_out))
+        checked(task_of(), images_of([0, 1], test, held_out))
 
 
 def test_they_are_dropped_mapped_or_kept():
     images = images_of([0, 2], [1, 3, 2])
-    assert side_information(task_of(unseen="drop"), images) == ((("camera", 4),), ((0, -1, 2, -1),))
+    side, told, notes = checked(task_of(unseen="drop"), images)
+    assert (side, told) == ((("camera", 4),), ((0, -1, 2, -1),))
+    assert notes == [
+        "2 of 3 test images have a camera that the backbone does not know (camera 1, 3; no training image has it): "
+        "retrieval.unseen=drop."
+    ]
+    assert checked(task_of(), images_of([0, 1], [1, 0]))[-1] == []
     assert side_information(task_of(unseen="map:2"), images) == ((("camera", 4),), ((0, 2, 2, 2),))
     assert side_information(task_of(unseen="keep"), images) == ((("camera", 4),), ())
     with pytest.raises(ConfigError, match="map:1: the backbone knows no camera 1"):
@@ -64,14 +82,12 @@ def test_they_are_dropped_mapped_or_kept():
 
 def test_cameras_of_another_set_are_all_unknown():
     images = images_of([0, 1], [1, 3])
-    with pytest.raises(
-        DataError, match=r"2 of 2 test images .*camera 0, 1, 3; the backbone was trained on another set"
-    ):
-        side_information(task_of(side_values=(2,)), images)
+    with pytest.raises(DataError, match=r"2 of 2 test images .*camera 1, 3; the backbone was trained on another set"):
+        checked(task_of(side_values=(2,)), images)
     assert side_information(task_of(side_values=(2,), unseen="drop"), images) == ((("camera", 2),), ((-1,) * 4,))
     assert side_information(task_of(side_values=(2,), unseen="map:1"), images) == ((("camera", 2),), ((1,) * 4,))
-    with pytest.raises(ConfigError, match="camera 3 is beyond the 2 that the backbone knows"):
-        side_information(task_of(side_values=(2,), unseen="keep"), images)
+    with pytest.raises(DataError, match="camera 3 is beyond the 2 that the backbone knows"):
+        checked(task_of(side_values=(2,), unseen="keep"), images)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +96,6 @@ def test_cameras_of_another_set_are_all_unknown():
 def test_settings_that_cannot_be(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         task_of(**options)
-
-
-class Nothing(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(2)(x.mean(axis=(1, 2)))
 
 
 def test_the_plane_holds_what_is_told():
