@@ -1,6 +1,8 @@
 """Labels of every source: missing ones are known as such, those out of range refused, classes of the splits compared."""
 
+import shutil
 from collections import Counter
+from dataclasses import make_dataclass
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from drep_jax.data.npz_source import ArraySource
 from drep_jax.data.source import Subset
 from drep_jax.data.unreadable import tolerating
 from drep_jax.errors import DataError
+from drep_jax.jobs import evaluate
 from drep_jax.tasks.base import Task
 from tests.reid_trees import picture
 
@@ -235,3 +238,26 @@ def test_what_a_source_says_is_told_with_counts(tmp_path):
     }
     assert described({"x": source_of([0, -1])})["x"]["unlabeled"] == 1
     assert ignored_note(Counter(), "DIR", ()) is None
+
+
+def test_an_evaluation_on_another_source_compares_the_classes_of_both(tmp_path, monkeypatch):
+    ours, theirs = (
+        folders(tmp_path / name, *(f"{split}/{each}/x.png" for split in ("train", "val") for each in names))
+        for name, names in (("ours", "abc"), ("theirs", "bcd"))
+    )
+    saved = {"data": ours, "evaluate": {}}
+    monkeypatch.setattr(evaluate, "_config_there", lambda directory: saved)
+
+    def check(data, **options):
+        test = open_source(data["source"], "test", **SIZE)
+        setup = make_dataclass("Known", ["test", "task"])(test, Task())
+        evaluate._check_classes({"data": data, "evaluate": options}, "run", setup)
+
+    check(ours)
+    check(theirs, unknown_classes="score")
+    with pytest.raises(
+        DataError, match=r"another number in the test split.*The backbone of the run was trained on folder:"
+    ):
+        check(theirs)
+    shutil.rmtree(tmp_path / "ours")
+    check(theirs)  # which classes the run had is then not known
