@@ -99,8 +99,6 @@ def sweep(
     run, variables, _ = load_run(directory)
     config, setup = run.config, run.setup
     data = check_scoring(config, setup)
-    if processes.primary():
-        print("\n".join(report.data_lines({"data": data})), flush=True)
     check_finite(variables, "Refusing to fuse")
     if beta_end is not None:
         learned_at = config["denoise"]
@@ -110,6 +108,8 @@ def sweep(
     grid = make_grid(setup.sites, setup.schedule, **settings)
     if grid.dropped:
         print(f"Left out, since they do not fit in the schedule: {'; '.join(grid.dropped)}.")
+    if processes.primary():
+        print("\n".join(report.data_lines({"data": data})), flush=True)
     began = time.perf_counter()
     moments = run_moments(run, variables)
     trees = solve(grid.recipes, moments, setup.sites, setup.schedule)
