@@ -110,6 +110,8 @@ def get_default() -> ConfigDict:
             "examples": 2,  # queries in the report of each kind: largest gain, largest loss, at random; 0 for none
             "attributed": 0,  # sites that change most whose single effect on the ranking is measured; 0 for none
             "side": "",  # side information given to the backbone: camera, view or camera+view
+            "unseen": "refuse",  # its values that training never saw: refuse, drop (no embedding), map:VALUE or keep
+            "side_values": (),  # numbers of cameras and views the backbone knows, to evaluate it on other ones
             "identities": 16,  # P of a labeled stage's P × K batches
             "instances": 4,  # K images of each identity; 0 for batches of any images
             "singletons": "refuse",  # or drop: identities with a single image, which P × K batches cannot use
@@ -201,6 +203,7 @@ def get_default() -> ConfigDict:
         {
             "conditions": ("clean", "gaussian:40", "gaussian:80"),  # of the test images (docs/corruptions.md)
             "batch_size": 200,  # images per batch, over all devices
+            "unknown_classes": "refuse",  # test images of classes without a training image; score: the backbone knows them
             "gallery": 2000,  # training images of each merged source among which nearest neighbors are sought
             "resamples": 10_000,  # bootstrap resamples
             "certificate_images": 16,  # images on which the fused network is compared with the explicit one

@@ -31,7 +31,9 @@ def open_idx(argument: str, split: str, image_size: tuple[int, int], resize: str
     labels = read_idx(_find(folder, f"{prefix}-labels-idx1-ubyte"), 1)
     if len(images) != len(labels):
         raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels in {prefix}.")
-    classes = tuple(map(str, range(int(labels.max()) + 1)))
+    # Over both files, so that both splits have the same classes.
+    of_both = [read_idx(_find(folder, f"{each}-labels-idx1-ubyte"), 1) for each in PREFIX.values()]
+    classes = tuple(map(str, range(max(int(each.max(initial=0)) for each in of_both) + 1)))
     return cut(f"idx:{argument}", part, images, labels, classes, image_size, resize)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from drep_jax.data.folder import FolderSource, tenth
+from drep_jax.data.labels import MISSING
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.data.text import existing, read_text_lines, separator_of
 from drep_jax.errors import ConfigError, DataError, did_you_mean
@@ -46,7 +47,8 @@ def open_list(
     # others.
     class_names = _classes(file, entries)
     stored = {entry.split or "train" for entry in entries}
-    part = plan(stored, split, str(file))
+    labeled = {entry.split or "train" for entry in entries if entry.label is not None}
+    part = plan(stored, split, str(file), stored - labeled)
     chosen = [
         entry
         for entry in entries
@@ -70,12 +72,15 @@ def open_list(
     numbers = {name: number for number, name in enumerate(class_names or ())}
     return FolderSource(
         paths,
-        None if class_names is None else [numbers[entry.label] for entry in chosen if entry.label is not None],
+        [MISSING if entry.label is None else numbers[entry.label] for entry in chosen]
+        if part.stored in labeled
+        else None,
         class_names,
         name=f"list:{argument}",
         note=part.note,
         image_size=image_size,
         resize=resize,
+        stored=part.stored,
     )
 
 
@@ -98,13 +103,12 @@ def read_list(file: Path) -> list[Entry]:
         if entry.path in seen:
             raise DataError(f"{file}, line {entry.line}: {entry.path} is already in line {seen[entry.path]}.")
         seen[entry.path] = entry.line
-    for what in ("label", "split"):
-        lacking = [entry.line for entry in entries if getattr(entry, what) is None]
-        if lacking and len(lacking) < len(entries):
-            raise DataError(
-                f"{file}, line {lacking[0]}: no {what}, but other lines have one ({len(lacking)} of {len(entries)} lines lack "
-                "it). Give it for all images or for none."
-            )
+    lacking = [entry.line for entry in entries if entry.split is None]
+    if lacking and len(lacking) < len(entries):
+        raise DataError(
+            f"{file}, line {lacking[0]}: no split, but other lines have one ({len(lacking)} of {len(entries)} lines lack "
+            "it). Give it for all images or for none."
+        )
     return entries
 
 
@@ -125,7 +129,7 @@ def _from_words(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
                 f'{file}, line {number}: {len(words)} words, expected "path" or "path label": {line.strip()!r}. Write paths '
                 "and class names with spaces in quotes."
             )
-        yield Entry(number, words[0], words[1] if len(words) == 2 else None, None)
+        yield Entry(number, words[0], _label(words[1] if len(words) == 2 else ""), None)
 
 
 def _from_csv(file: Path, lines: Sequence[str], separator: str) -> Iterator[Entry]:
@@ -160,7 +164,12 @@ def _from_csv(file: Path, lines: Sequence[str], separator: str) -> Iterator[Entr
         part = "validation" if part == "val" else part
         if part is not None and part not in SPLITS:
             raise DataError(f'{file}, line {number}: unknown split "{part}".{did_you_mean(part, SPLITS)}')
-        yield Entry(number, row["path"], row.get("label") or None, part)
+        yield Entry(number, row["path"], _label(row.get("label", "")), part)
+
+
+def _label(text: str) -> str | None:
+    """Returns the label of a line; None for a missing one, which is nothing or -1."""
+    return None if text in ("", str(MISSING)) else text
 
 
 def _classes(file: Path, entries: Sequence[Entry]) -> tuple[str, ...] | None:

@@ -16,6 +16,7 @@ from drep_jax.report.as_markdown import markdown
 from drep_jax.report.comparisons import verdict
 from drep_jax.report.console import console_table
 from drep_jax.report.evaluation import evaluation_markdown, evaluation_text
+from drep_jax.report.lines import data_lines
 from drep_jax.report.plots import PLOTS
 from drep_jax.report.schema import KEYS, SCHEMA, plain, validate
 
@@ -24,6 +25,7 @@ __all__ = [
     "PLOTS",
     "SCHEMA",
     "console_table",
+    "data_lines",
     "evaluation_text",
     "html",
     "markdown",
@@ -67,7 +69,7 @@ def write_evaluation(content: Mapping[str, Any], folder: str) -> None:
     """Writes evaluation.md and evaluation.json, whole or not at all.
 
     Args:
-      content: `config`, `environment`, `arms` and `metrics`; see docs/running.md.
+      content: `config`, `environment`, `arms`, `data` and `metrics`; see docs/running.md.
       folder: to write to.
 
     Raises:

@@ -15,9 +15,11 @@ NETWORKS = ("baseline", "fused", "explicit")
 """The networks whose cost is measured."""
 
 _FIGURE = {"passed": None, "error": None, "bound": None, "change": None}
-_METRICS: dict[str, Any] = {"n": None} | {
-    key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")
-}
+_METRICS: dict[str, Any] = (
+    {"n": None}
+    | {key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")}
+    | {"left_out??": {}}
+)
 # "*" stands for every entry of a list or an object. "?" marks a value that may be null, "??" one
 # that may be absent too.
 KEYS: dict[str, Any] = {
@@ -84,6 +86,8 @@ KEYS: dict[str, Any] = {
     "items??": {"are": None, "resampled": None},
     "recovery??": {"*": {}},
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},
+    "data??": {"*": dict.fromkeys(("source", "images", "classes", "unlabeled")) | {"notes": {"*": None}}},
+    "evaluation_failed??": None,
     "unreadable??": {"*": dict.fromkeys(("count", "limit", "images")) | {"first": {"*": None}}},
 }
 """The keys of a report; further keys stay in report.json and are not shown."""

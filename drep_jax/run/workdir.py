@@ -20,7 +20,16 @@ CONFIG, STARTS = "config.json", "run.json"
 PIXELS = "data.max_megapixels"
 """May be raised on resuming, by a run that has met an image above it; what reads the run later needs it, too."""
 
-FREE = ("log_every", "checkpoint_every", "progress", "latency_rounds", "profile", "wandb.", PIXELS)
+FREE = (
+    "log_every",
+    "checkpoint_every",
+    "progress",
+    "latency_rounds",
+    "profile",
+    "wandb.",
+    "evaluate.unknown_classes",
+    PIXELS,
+)
 """Settings, and sections as `section.`, that may differ on resuming: they do not affect learning."""
 
 

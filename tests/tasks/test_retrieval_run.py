@@ -324,8 +324,12 @@ def test_a_run_is_evaluated_on_a_set_of_more_identities(run, people):
     changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
     assert build(changed).train.num_classes > setup.train.num_classes
     with pytest.raises(CheckpointError, match="classifier"):
-        evaluate.evaluate(changed, directory)
+        evaluate.evaluate({**changed, "retrieval": {**changed["retrieval"], "unseen": "keep"}}, directory)
     overrides["model.num_classes"] = setup.train.num_classes
+    changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
+    with pytest.raises(DataError, match=r"trained on another set\), whose embedding means nothing.*unseen=drop"):
+        evaluate.evaluate(changed, directory)
+    overrides["retrieval.unseen"] = "drop"
     changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
     content, _ = evaluate.evaluate(changed, directory)
     assert set(content["arms"]) >= {"baseline", "measured"}
