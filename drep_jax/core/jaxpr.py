@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from drep_jax.typing import Path
+
 PREFIX = "drep:"
 """Beginning of the names of marked calls."""
 
@@ -32,6 +34,20 @@ def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.__name__ = PREFIX + name
     return jax.jit(call)
+
+
+def mark_name(path: Path) -> str:
+    """Returns a path as the name of a mark; parts that contain a slash stay apart.
+
+    >>> mark_name(("a/b", "c")), path_of(mark_name(("a/b", "c")))
+    ('a~1b/c', ('a/b', 'c'))
+    """
+    return "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def path_of(name: str) -> Path:
+    """Inverse of `mark_name`."""
+    return tuple(part.replace("~1", "/").replace("~0", "~") for part in name.split("/"))
 
 
 def name_of(eqn: Any) -> str | None:
@@ -145,9 +161,18 @@ def independent(function: Callable[..., Any], fixed: Any, *args: Any) -> set[str
     {'weights'}
     """
     closed = jax.make_jaxpr(function)(fixed, *args)
-    fixed_count = len(jax.tree_util.tree_leaves(fixed))
+    return independent_marks(closed.jaxpr, len(jax.tree_util.tree_leaves(fixed)))
+
+
+def independent_marks(jaxpr: Any, fixed_count: int) -> set[str]:
+    """Returns the names of the marks of a program that none of its inputs after the first ones reaches.
+
+    Args:
+      jaxpr: the program.
+      fixed_count: number of its first inputs that do not count.
+    """
     reached: dict[str, bool] = {}
-    _follow(closed.jaxpr, [index >= fixed_count for index in range(len(closed.jaxpr.invars))], reached)
+    _follow(jaxpr, [index >= fixed_count for index in range(len(jaxpr.invars))], reached)
     return {name for name, depends in reached.items() if not depends}
 
 
