@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-from drep_jax.core.jaxpr import body_of, bodies, name_of
+from drep_jax.core.jaxpr import bodies, body_of, name_of
 from drep_jax.typing import Path
 
 UNCHANGED = ("copy", "copy_p", "sharding_constraint", "optimization_barrier")
