@@ -15,6 +15,7 @@ import jax
 
 from drep_jax.core.jaxpr import independent_marks, mark, mark_name, marked
 from drep_jax.core.reads import Marked, Use, find_reads
+from drep_jax.errors import SiteError
 from drep_jax.trees import get_in
 from drep_jax.typing import Path, Tree
 
@@ -28,6 +29,14 @@ LAYER_KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 
 LEAVES = ("bias", "kernel")
 """Names of a layer's parameters, in tree order."""
+
+
+NNX = (
+    "is a module of flax.nnx, whose layers cannot be intercepted, also behind flax.nnx.bridge.to_linen. Write the network with "
+    "flax.linen: nnx.to_pure_dict(nnx.state(model, nnx.Param)) are its parameters, and flax.nnx.bridge.ToNNX brings it back "
+    "into an nnx program (docs/own_model.md)."
+)
+"""What is said of an nnx module."""
 
 
 TWO_FORMS = "its weights are used as two different layers, and one change cannot be right for both"
@@ -134,12 +143,19 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
     Returns:
       The layers. Layers with equal `reads` read the very same tensor.
 
+    Raises:
+      SiteError: for a module of `flax.nnx`, or anything else that is no Linen module.
+
     >>> net = nn.Sequential([nn.Dense(4), nn.Dense(2)])
     >>> for layer in find_layers(net, jax.ShapeDtypeStruct((1, 3), "float32")):
     ...     print(layer.name, layer.kind, layer.kernel_shape, layer.refusal)
     layers_0 dense (3, 4) None
     layers_1 dense (4, 2) None
     """
+    if not isinstance(module, nn.Module):
+        kind = type(module)
+        nnx = any(base.__module__.startswith("flax.nnx") for base in kind.__mro__)
+        raise SiteError(f"{kind.__name__} {NNX if nnx else 'is no flax.linen.Module.'}")
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
     variables = nn.unbox(jax.eval_shape(lambda *inputs: module.init(keys, *inputs, **kwargs), *args))
     params = variables.get("params", {})
@@ -147,11 +163,14 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
     tensors: list[Any] = []  # keeps every traced input alive, so that identities stay unique
     reads: dict[Path, list[int]] = {}  # index of the tensor that each call reads
     shapes: dict[Path, set[tuple[int, ...]]] = {}  # of the inputs
+    bridged: list[str] = []  # modules of flax.nnx inside
     inside = False  # a marked call, where the layer is called once more, alone
 
     def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         nonlocal inside
         layer = context.module
+        if type(layer).__module__.startswith("flax.nnx"):
+            bridged.append(getattr(layer, "nnx_class", type(layer)).__name__)
         if inside or not isinstance(layer, LAYER_KINDS) or context.method_name != "__call__":
             return next_fun(*args, **kwargs)
         x = args[0] if args else kwargs["inputs"]
@@ -177,6 +196,8 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
             return module.apply(variables, *args, rngs={"dropout": keys["dropout"]}, mutable=[COLLECTION], **kwargs)
 
     jaxpr = jax.make_jaxpr(trace)(variables, *args).jaxpr
+    if bridged and not layers:
+        raise SiteError(f"{bridged[0]} {NNX}")
     leaves = [_keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
     constant = independent_marks(jaxpr, len(leaves))
     called = {

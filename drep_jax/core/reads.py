@@ -111,7 +111,7 @@ def _follow(
     for eqn, out_live in _live(jaxpr, live):
         operands = [leaf_of(atom) for atom in eqn.invars]
         name = name_of(eqn)
-        if name in layers:
+        if name is not None and name in layers:
             _call(eqn, operands, place, layers[name], reads.uses[name], reads)
             continue
         for var, leaf in zip(eqn.outvars, _pass_on(eqn, operands, out_live, place, layers, reads), strict=True):

@@ -151,3 +151,43 @@ def test_coarse_types_are_left_to_float64():
 def test_figures_that_are_not_finite_fail():
     assert not figure([1.0, 1.0, 1.0, np.nan], 1e-7).passed
     assert not figure([1.0, np.inf, np.inf, 1.0], 1e-7).passed
+
+
+class Typed(nn.Module):
+    """Two layers with types of their own, and a cast between them."""
+
+    dtype_of_layers: object = None
+    param_dtype: object = jnp.float32
+    cast: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        types = {"dtype": self.dtype_of_layers, "param_dtype": self.param_dtype}
+        x = jnp.tanh(nn.Dense(5, **types, name="one")(x))
+        x = x if self.cast is None else x.astype(self.cast)
+        return nn.Dense(3, name="two")(x)
+
+
+@pytest.mark.parametrize(
+    ("net", "held"),
+    [
+        (Typed(param_dtype=jnp.bfloat16), None),
+        (Typed(dtype_of_layers=jnp.float16, param_dtype=jnp.float16), None),
+        (Typed(cast=jnp.bfloat16), "bfloat16"),
+    ],
+    ids=["weights", "layers", "cast"],
+)
+def test_the_bound_follows_the_types_of_weights_and_code(net, held):
+    """Each is a right fusion in a type that cannot show it; a wrong one still fails, in float64."""
+    x = normal(1, (6, 4))
+    sites = find_sites(net, x, pattern=".*")
+    variables, denoise = setup(net, x, sites)
+    right = certify(net, variables, denoise, sites, SCHEDULE, x)
+    assert right.passed, str(right)
+    assert right.held == right.to_json()["held"] == held
+    assert right.end_to_end["float64"].decisive == (held is None)
+    assert all(site.figure.error < 1e-10 for site in right.sites["float64"])
+    assert ("its outputs cannot show float64" in str(right)) == (held is not None)
+    fused = fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, SCHEDULE)
+    wrong = {**variables["params"], "two": fused["two"]}  # one layer is left as it was
+    assert not certify(net, variables, denoise, sites, SCHEDULE, x, fused=wrong).passed
