@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from drep_jax.core.customized import differing, overrides
 from drep_jax.core.jaxpr import independent_marks, mark, mark_name, marked
 from drep_jax.core.reads import Marked, Use, find_reads
 from drep_jax.errors import SiteError
@@ -349,7 +350,7 @@ def _refusal(
       transforms: names of the Flax transformations around the layer, outermost first.
       stacked: whether the two shapes differ.
     """
-    if overridden := _overrides(type(layer)):
+    if overridden := overrides(type(layer)):
         return (
             f"{type(layer).__name__} overrides {', '.join(overridden)}, so it need not be a linear map; if it only pads or "
             "scales, do that in a module around a plain layer"
@@ -375,6 +376,11 @@ def _refusal(
     products = [f for f in (getattr(layer, name, None) for name in custom) if f is not None]
     if not all(getattr(f, "is_convolution", False) for f in products):
         return "it replaces the matrix product, which then need not be linear (if it is, say f.is_convolution = True)"
+    if isinstance(layer, nn.Conv) and (name := differing(layer, products, _window(layer), shape)):
+        return (
+            f"its function {name} says is_convolution and computes something else than jax.lax.conv_general_dilated; if it "
+            "pads, do that in a module around the layer"
+        )
     if stacked and "vmap" in transforms:
         return "nn.vmap stacks its kernel: its copies run side by side and have no order in time"
     if stacked and transforms.count("scan") != 1:
@@ -382,11 +388,3 @@ def _refusal(
     if stacked and outer[1:] != shape:
         return f"its kernel {outer} is not stacked on the first axis (use variable_axes={{'params': 0}})"
     return None
-
-
-def _overrides(kind: type) -> list[str]:
-    """Returns the methods that a class replaces of the Flax layer that it is made from."""
-    before = kind.__mro__[: next(n for n, cls in enumerate(kind.__mro__) if cls.__module__ == nn.linear.__name__)]
-    base = kind.__mro__[len(before)]
-    names = [name for cls in before for name, value in vars(cls).items() if callable(value) and hasattr(base, name)]
-    return sorted({name for name in names if name == "__call__" or not name.startswith("__")} - {"setup"})

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drep_jax.core.jaxpr import bodies, follow
+from drep_jax.errors import FusionError
 from drep_jax.typing import Tree
 
 
@@ -18,20 +19,23 @@ from drep_jax.typing import Tree
 def widened() -> Iterator[None]:
     """Runs modules that have a `dtype` in float64, however deep in a network they are.
 
+    Recurrent cells make their first state in their `param_dtype`, which is replaced as well.
+
     A network passes its own `dtype` on to its layers, but a layer may also be given one in the code.
     What the code rounds otherwise, such as by `x.astype(jnp.bfloat16)`, stays; see `rounding`.
     """
 
     def widen(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module: Any = context.module
-        dtype = module.dtype if any(field.name == "dtype" for field in dataclasses.fields(module)) else None
-        if not _is_floating(dtype):
-            return next_fun(*args, **kwargs)
-        object.__setattr__(module, "dtype", jnp.float64)  # modules are frozen against it
+        fields = [field.name for field in dataclasses.fields(module) if field.name in ("dtype", "param_dtype")]
+        types = {name: getattr(module, name) for name in fields if _is_floating(getattr(module, name))}
         try:
+            for name in types:
+                object.__setattr__(module, name, jnp.float64)  # modules are frozen against it
             return next_fun(*args, **kwargs)
         finally:
-            object.__setattr__(module, "dtype", dtype)
+            for name, dtype in types.items():
+                object.__setattr__(module, name, dtype)
 
     with nn.intercept_methods(widen):
         yield
@@ -65,6 +69,9 @@ def rounding(apply: Callable[[Any, Any], Any], variables: Tree, args: Any) -> An
 
     Returns:
       The type, or None if no equation makes a coarser type of a finer one.
+
+    Raises:
+      FusionError: if the network cannot be run in the types that it is given.
     """
     coarse: list[Any] = []
 
@@ -79,7 +86,13 @@ def rounding(apply: Callable[[Any, Any], Any], variables: Tree, args: Any) -> An
             if finest and hasattr(var.aval, "dtype") and epsilon([var.aval.dtype]) > min(finest)
         )
 
-    jaxpr = jax.make_jaxpr(apply)(variables, args).jaxpr
+    try:
+        jaxpr = jax.make_jaxpr(apply)(variables, args).jaxpr
+    except TypeError as error:  # such as a loop whose state is made in float32
+        raise FusionError(
+            "The certificate compares in float64, in which this network cannot be run. Make arrays in its code in the type "
+            f"of its input, as in jnp.zeros(shape, x.dtype), and not in a fixed one. {str(error).strip().splitlines()[0]}"
+        ) from error
     fixed_count = len(jax.tree_util.tree_leaves(variables))
     follow(jaxpr, [index >= fixed_count for index in range(len(jaxpr.invars))], see)
     return max(coarse, key=lambda dtype: epsilon([dtype]), default=None)

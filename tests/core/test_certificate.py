@@ -14,6 +14,7 @@ from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.fusion import fuse, fuse_exact
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
+from drep_jax.errors import FusionError
 from tests.trees import Conv, Dense, Net, Scan, normal, setup
 
 SCHEDULE = Schedule(beta_end=0.02)
@@ -191,3 +192,17 @@ def test_the_bound_follows_the_types_of_weights_and_code(net, held):
     fused = fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, SCHEDULE)
     wrong = {**variables["params"], "two": fused["two"]}  # one layer is left as it was
     assert not certify(net, variables, denoise, sites, SCHEDULE, x, fused=wrong).passed
+
+
+def test_a_network_that_cannot_be_widened_is_named():
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(3, name="layer")(x)
+            return jax.lax.scan(lambda c, _: (c + x, None), jnp.zeros(x.shape, jnp.float32), None, length=2)[0]
+
+    x = normal(1, (6, 4))
+    sites = find_sites(Loop(), x)
+    variables, denoise = setup(Loop(), x, sites)
+    with pytest.raises(FusionError, match=r"in which this network cannot be run.*jnp.zeros\(shape, x.dtype\)"):
+        certify(Loop(), variables, denoise, sites, SCHEDULE, x)

@@ -26,7 +26,7 @@ from drep_jax.trees import get_in
 from tests import trees
 
 SCHEDULE = Schedule(beta_end=0.02)
-X = trees.normal(3, (4, 5, 6, 4))
+X = trees.normal(3, (8, 5, 4, 4))  # one image for each device
 
 
 def conv(*args, outputs=3, **options):
@@ -212,8 +212,12 @@ def test_every_kind_is_learned():
         assert {layer.calls for layer in site.layers} == {calls.get(kind, 1)}, kind
 
 
-def test_every_kind_called_once_is_measured():
-    names = [*ONCE]
+PADDED = ["name with a slash", "CIRCULAR", "REFLECT", "CAUSAL", "two batch axes", "nn.vmap over images", "shared scope"]
+"""Kinds that tests/core/test_measured.py does not have."""
+
+
+@pytest.mark.parametrize("names", [PADDED, pytest.param([*ONCE], marks=pytest.mark.slow)], ids=["some", "all"])
+def test_every_kind_called_once_is_measured(names):
     net, sites, variables, _ = case(names)
     streams = np.stack([X, X, X + 0.3 * trees.normal(5, X.shape)])
     measured = measure(net, variables, sites, streams, [1, 1], train=False)
@@ -310,6 +314,14 @@ class Branch(nn.Module):
         return nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: x, layer, x)
 
 
+def padding(x, kernel, strides, _, **options):
+    x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", **options)
+
+
+padding.is_convolution = True
+
+
 def doubled(x, kernel, bias, dtype=None):
     return x, 2 * kernel, bias
 
@@ -321,6 +333,10 @@ REFUSED = {
     "method that reads the kernel": (attending, "its kernel is read outside of the layer"),
     "standardized weights": (lambda x: Standardized(3, (2, 2), name="layer")(x), "Standardized overrides param"),
     "padding in the layer": (lambda x: Padded(3, (2, 2), name="layer")(x), "Padded overrides __call__"),
+    "function that pads": (
+        lambda x: nn.Conv(3, (3, 3), padding="SAME", conv_general_dilated=padding, name="layer")(x),
+        "its function padding says is_convolution and computes something else",
+    ),
     "adapter in its scope": (lambda x: Adapted(name="adapted")(x), "its scope belongs to another module, .* low there"),
     "lifted weights": (lambda x: Doubled(name="doubled")(x), "its weights (pass through map_variables|are changed)"),
     "branch": (lambda x: Branch(name="branch")(x), "branch|cond"),
