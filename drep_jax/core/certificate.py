@@ -229,10 +229,12 @@ def certify(
 
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         free = backbone.clone(dtype=None) if getattr(backbone, "dtype", None) is not None else backbone
-        trees: list[Any] = [jax.tree_util.tree_map(wide_leaf, t) for t in (variables, denoise, measured, args)]
+        base, denoisers, after, inputs = (
+            jax.tree_util.tree_map(wide_leaf, tree) for tree in (variables, denoise, measured, args)
+        )
         with widened():
-            held = rounding(lambda variables, args: free.apply(variables, *args, **kwargs), trees[0], trees[3])
-            results = {"float64": _measure((free, *settings[1:]), *trees, held, wide=True)}
+            held = rounding(lambda variables, args: free.apply(variables, *args, **kwargs), base, inputs)
+            results = {"float64": _measure((free, *settings[1:]), base, denoisers, after, inputs, held, wide=True)}
     name = type_name(get_in(deployed, layer.path)["kernel"] for site in sites for layer in site.layers)
     if name != "float64":
         results[name] = _measure(settings, variables, denoise, deployed, args, held, wide=False)
