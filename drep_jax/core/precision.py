@@ -27,18 +27,28 @@ def widened() -> Iterator[None]:
 
     def widen(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module: Any = context.module
-        fields = [field.name for field in dataclasses.fields(module) if field.name in ("dtype", "param_dtype")]
-        types = {name: getattr(module, name) for name in fields if _is_floating(getattr(module, name))}
+        # A recurrent loop asks its cell for the first state by a method that cannot be intercepted.
+        parts = [value for value in _values(module).values() if isinstance(value, nn.Module)]
+        before = [
+            (owner, name, value)
+            for owner in (module, *parts)
+            for name, value in _values(owner).items()
+            if name in ("dtype", "param_dtype") and _is_floating(value)
+        ]
         try:
-            for name in types:
-                object.__setattr__(module, name, jnp.float64)  # modules are frozen against it
+            for owner, name, _ in before:
+                object.__setattr__(owner, name, jnp.float64)  # modules are frozen against it
             return next_fun(*args, **kwargs)
         finally:
-            for name, dtype in types.items():
-                object.__setattr__(module, name, dtype)
+            for owner, name, value in before:
+                object.__setattr__(owner, name, value)
 
     with nn.intercept_methods(widen):
         yield
+
+
+def _values(module: Any) -> dict[str, Any]:
+    return {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.name != "parent"}
 
 
 def _is_floating(dtype: Any) -> bool:

@@ -18,7 +18,7 @@ from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.layers import find_layers
 from drep_jax.core.measured import measure
-from drep_jax.core.moments import collect_moments
+from drep_jax.core.moments import batch_sums, collect_moments, moments_from_sums
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
 from drep_jax.errors import SiteError
@@ -181,43 +181,60 @@ def case(names):
     return net, sites, trees.randomize(variables, 0, 0.5), trees.randomize(denoise, 1, 0.1)
 
 
-def kinds_of(sites, names):
-    return {names[int(site.path[0].removeprefix("kind"))] for site in sites}
-
-
-def test_every_kind_is_fused_to_what_the_explicit_path_computes():
-    """Tracing, explicit path, fusion and certificate. One compilation for 29 kinds, so it takes some seconds."""
+def test_every_kind_is_found_with_its_number_of_calls():
     names = [*ONCE, *SEVERAL]
+    sites = find_sites(SideBySide(tuple(names)), X, pattern=".*", train=False)
+    assert {names[int(site.path[0].removeprefix("kind"))] for site in sites} == {*names}
+    counts = {name: count for name, (_, count) in SEVERAL.items()}
+    for site in sites:
+        kind = names[int(site.path[0].removeprefix("kind"))]
+        assert {layer.calls for layer in site.layers} == {counts.get(kind, 1)}, kind
+        assert {layer.spread for layer in site.layers} == {kind in SEVERAL and "vmap" in kind}, kind
+
+
+SOME = ["name with a slash", "CIRCULAR", "CAUSAL", "two batch axes", "shared scope", "recurrent cell"]
+"""Kinds that no other test of these operations has; compiling all of them takes a minute."""
+
+
+some_and_all = pytest.mark.parametrize(
+    "names", [SOME, pytest.param([*ONCE, *SEVERAL], marks=pytest.mark.slow)], ids=["some", "all"]
+)
+
+
+@some_and_all
+def test_every_kind_is_fused_to_what_the_explicit_path_computes(names):
+    """Tracing, explicit path, fusion and certificate."""
     net, sites, variables, denoise = case(names)
-    assert kinds_of(sites, names) == {*names}
     certificate = certify(net, variables, denoise, sites, SCHEDULE, X, train=False)
     assert certificate.passed, str(certificate)
     assert min(site.figure.change for site in certificate.sites["float64"]) > 1e-5
 
 
-def test_every_kind_is_learned():
+@some_and_all
+def test_every_kind_is_learned(names):
     """Moments, closed form and Algorithm 1, whose least loss the closed form has; all calls of a layer are pooled."""
-    names = [*ONCE, *SEVERAL]
     net, sites, variables, _ = case(names)
-    moments = collect_moments(net, variables, sites, [(np.asarray(X), np.ones(len(X), np.float32))], train=False)
+    shifts = {site.name: np.zeros(site.denoiser_shape[:-1], np.float32) for site in sites}
+    mask = np.ones(len(X), np.float32)
+    sums = jax.device_get(jax.jit(lambda v: batch_sums(net, v, sites, shifts, mask, X, train=False))(variables))
+    moments = {site.path: moments_from_sums(site, sums[site.name], shifts[site.name]) for site in sites}
     denoise = closed_form(moments, sites, SCHEDULE)
     arguments = (jax.random.key(0), jnp.arange(len(X)), X)
     losses = jax.jit(lambda d: algorithm1_losses(net, variables, d, sites, SCHEDULE, *arguments, train=False))(denoise)
     for site in sites:
         expected = expected_loss(site, moments[site.path], SCHEDULE, get_in(denoise, site.path))
         np.testing.assert_allclose(losses[site.name], expected, rtol=0.5, err_msg=site.name)
-    calls = {name: count for name, (_, count) in SEVERAL.items()}
-    for site in sites:
-        kind = names[int(site.path[0].removeprefix("kind"))]
-        assert {layer.calls for layer in site.layers} == {calls.get(kind, 1)}, kind
 
 
-PADDED = ["name with a slash", "CIRCULAR", "REFLECT", "CAUSAL", "two batch axes", "nn.vmap over images", "shared scope"]
-"""Kinds that tests/core/test_measured.py does not have."""
+def test_moments_take_arguments_of_the_backbone():
+    net, sites, variables, _ = case(["dense"])
+    moments = collect_moments(net, variables, sites, [(np.asarray(X), np.ones(len(X), np.float32))], train=False)
+    np.testing.assert_allclose(moments[sites[0].path].mean, 0.5 * np.mean(X, axis=(0, 1, 2)), atol=1e-6)
 
 
-@pytest.mark.parametrize("names", [PADDED, pytest.param([*ONCE], marks=pytest.mark.slow)], ids=["some", "all"])
+@some_and_all
 def test_every_kind_called_once_is_measured(names):
+    names = [name for name in names if name in ONCE]
     net, sites, variables, _ = case(names)
     streams = np.stack([X, X, X + 0.3 * trees.normal(5, X.shape)])
     measured = measure(net, variables, sites, streams, [1, 1], train=False)
