@@ -137,7 +137,8 @@ def fuse_layer(
 
 def _forms(layer: Layer, site: Site) -> tuple[Layer, Site]:
     """Returns what decides the arithmetic of a layer, and not its name: equal forms share one program."""
-    layer = dataclasses.replace(layer, path=(), stack=None, scan=None, reads=0, order=0, writable=True, refusal=None)
+    nameless: dict[str, Any] = {"path": (), "stack": None, "scan": None, "reads": 0, "order": 0, "writable": True}
+    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False)
     return layer, dataclasses.replace(site, path=(), layers=(), times=(), stack=None)
 
 

@@ -19,8 +19,19 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from drep_jax.core.intercept import visit_sites
-from drep_jax.core.jaxpr import bind, body_of, holds_mark, inline, mark_of, marked, reach, varying_vars
-from drep_jax.core.layers import Layer
+from drep_jax.core.jaxpr import (
+    bind,
+    body_of,
+    holds_mark,
+    inline,
+    mark_name,
+    mark_of,
+    marked,
+    path_of,
+    reach,
+    varying_vars,
+)
+from drep_jax.core.layers import Layer, alone, leaves_of
 from drep_jax.core.sites import Site
 from drep_jax.errors import SiteError
 from drep_jax.typing import Path, Tree
@@ -72,7 +83,59 @@ class Call:
     correction: Callable[[Any, Callable[[Any], Any]], Any] | None
 
 
-def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: Any) -> core.ClosedJaxpr:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The equations of a backbone with its layers marked.
+
+    Attributes:
+      closed: the program.
+      layers: {layer path: (leaves, x) ↦ output}, for inputs of any batch size. The marked equations
+        are for one size: what Flax reshapes or pads has numbers of it in them.
+    """
+
+    closed: core.ClosedJaxpr
+    layers: Mapping[Path, Callable[[Tree, Any], Any]]
+
+    @property
+    def jaxpr(self) -> core.Jaxpr:
+        """The equations."""
+        return self.closed.jaxpr
+
+    @property
+    def consts(self) -> Sequence[Any]:
+        """Values of the equations' constants."""
+        return self.closed.consts
+
+
+def check_measurable(sites: Sequence[Site]) -> None:
+    """Checks that every layer of the sites is called once, on a batch of features.
+
+    Learning, fusion and the certificate pool the calls of a layer. Measured noise solves a layer
+    where it is called, with what the layers before it leave of the noise, which differs from call
+    to call.
+
+    Raises:
+      SiteError: listing the layers that measured noise cannot solve, each with the reason.
+    """
+    reasons = {
+        layer.name: f"it is called {layer.calls} times in one forward pass"
+        if layer.calls > 1
+        else "nn.vmap spreads its input over calls; call it on the whole batch"
+        for site in sites
+        for layer in site.layers
+        if layer.calls > 1 or layer.spread
+    }
+    if reasons:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        raise SiteError(
+            "Measured noise solves a layer at its one call in a forward pass; narrow sites.pattern, or take another learner "
+            f"(Algorithm 1, the closed form) for:\n{lines}"
+        )
+
+
+def trace(
+    backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: Any, kwargs: Mapping[str, Any] | None = None
+) -> Program:
     """Returns the equations of a backbone, with every layer of `sites` marked.
 
     Nested calls are inlined, except loops.
@@ -82,38 +145,31 @@ def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: A
       variables: its variables.
       sites: whose layers are marked.
       images: the batch.
+      kwargs: further arguments of the backbone, such as `train`.
 
     Returns:
       The program. Its inputs are the leaves of (variables, images), in tree order.
     """
+    functions: dict[Path, Callable[[Tree, Any], Any]] = {}
 
     def mark(site: Site, layer: Layer, module: nn.Module, extra: Any, x: Any, call: Any) -> Any:
         del site, extra, call
-        leaves: Tree = {
-            name: module.get_variable("params", name)
-            for name in ("kernel", "bias")
-            if module.has_variable("params", name)
-        }
-        alone = module.clone(parent=None, name=None)
-
-        def run(leaves: Tree, x: Any) -> Any:
-            return alone.apply({"params": leaves}, x)
-
-        return marked(layer.name, run)(leaves, x)
+        functions[layer.path] = alone(module)
+        return marked(mark_name(layer.path), functions[layer.path])(leaves_of(module), x)
 
     def forward(variables: Tree, images: Any) -> Any:
         # The visitor needs no extras. But every layer must have one, and with a stack its axis.
         layers = [layer for site in sites for layer in site.layers]
         extras = {layer.path: jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
-        return visit_sites(backbone, variables, sites, extras, mark, images)
+        return visit_sites(backbone, variables, sites, extras, mark, images, **(kwargs or {}))
 
-    return inline(jax.make_jaxpr(forward)(variables, images))
+    return Program(inline(jax.make_jaxpr(forward)(variables, images)), functions)
 
 
 def _path(eqn: Any) -> Path | None:
     """Returns the path of the layer that an equation computes, or None."""
     name = mark_of(eqn)
-    return None if name is None else tuple(name.split("/"))
+    return None if name is None else path_of(name)
 
 
 def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
@@ -208,12 +264,12 @@ def _correction(
 
 
 def walk(
-    closed: core.ClosedJaxpr, args: Sequence[Any], varying: Sequence[bool], visit: Visitor
+    program: Program, args: Sequence[Any], varying: Sequence[bool], visit: Visitor
 ) -> tuple[list[Any], dict[Path, Any]]:
     """Evaluates the equations, with `visit` in place of marked layers that depend on the images.
 
     Args:
-      closed: from `trace`.
+      program: from `trace`.
       args: its inputs.
       varying: which of them are images.
       visit: Call ↦ (output of the layer, tree of arrays to record or None).
@@ -224,12 +280,12 @@ def walk(
     Raises:
       SiteError: for a marked layer inside a branch or a `while` loop.
     """
-    jaxpr = closed.jaxpr
+    jaxpr = program.jaxpr
     varying_here = varying_vars(jaxpr, varying)
     junctions = find_junctions(jaxpr, varying_here)
     producer = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
     layers = {path: eqn for eqn in jaxpr.eqns if (path := _path(eqn)) is not None}
-    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *args], strict=True))
     evaluated: set[int] = set()
     records: dict[Path, Any] = {}
 
@@ -272,15 +328,14 @@ def walk(
                 correction = _correction(jaxpr, junction, eqn.outvars[0], read, read(junction.other))
 
             def apply(tree: Tree, x: Any) -> Any:
-                flat = [tree[name] for name in sorted(tree)]
-                return jax.jit(core.jaxpr_as_fun(eqn.params["jaxpr"]))(*flat, x)[0]
+                return jax.jit(program.layers[path])(tree, x)
 
             output, record = visit(Call(path, x, _unflatten(leaves), apply, leaves_of, correction))
             outs = [output]
             if record is not None:
                 records[path] = record
         elif (body := body_of(eqn)) is not None and holds_mark(body.jaxpr):
-            outs, inner_records = _walk_loop(eqn, values, [_is_in(v, varying_here) for v in eqn.invars], visit)
+            outs, inner_records = _walk_loop(eqn, values, [_is_in(v, varying_here) for v in eqn.invars], visit, program)
             records.update(inner_records)
         else:
             outs = bind(eqn, values)
@@ -301,7 +356,7 @@ def _unflatten(leaves: Sequence[Any]) -> Tree:
 
 
 def _walk_loop(
-    eqn: Any, values: Sequence[Any], varying: Sequence[bool], visit: Visitor
+    eqn: Any, values: Sequence[Any], varying: Sequence[bool], visit: Visitor, program: Program
 ) -> tuple[list[Any], Mapping[Path, Any]]:
     """Walks the body of a `scan` in a scan of its own; its records come out stacked."""
     if eqn.primitive.name != "scan":
@@ -312,7 +367,7 @@ def _walk_loop(
     const_count, carry_count = params["num_consts"], params["num_carry"]
     first_x = const_count + carry_count
     consts, start, xs = values[:const_count], values[const_count:first_x], values[first_x:]
-    body = inline(params["jaxpr"])
+    body = Program(inline(params["jaxpr"]), program.layers)
     flags = [*varying[:const_count], *[True] * carry_count, *varying[first_x:]]
 
     def step(carry: Any, x: Any) -> Any:

@@ -35,7 +35,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Num, Shaped
 
 from drep_jax.core.fusion import fuse_layer
-from drep_jax.core.interpreter import Call, trace, walk
+from drep_jax.core.interpreter import Call, check_measurable, trace, walk
 from drep_jax.core.matrix_form import kernel_matrix
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.regression import regress, regression_sums
@@ -78,7 +78,8 @@ def measure(
     """Solves every site in execution order for one mixture of the streams.
 
     Args:
-      backbone, variables, sites, images, **options: see `measuring`.
+      backbone, variables, sites, images, **options: see `measuring`; `train=False` and other
+        arguments of the backbone are among the options.
       weights: of the corrupted streams.
 
     Returns:
@@ -100,6 +101,7 @@ def measuring(
     vectors: int = 400,
     shortcut: bool = True,
     chunk: int = CHUNK,
+    **kwargs: Any,
 ) -> Callable[[Sequence[float] | np.ndarray], Measured]:
     """Returns a function of the streams' weights that solves every site; it compiles once.
 
@@ -114,6 +116,7 @@ def measuring(
         n-th of them.
       shortcut: whether layers cancel the noise of the shortcut that they are added to.
       chunk: images whose patches are held at once, at most; fewer take less memory.
+      **kwargs: for the backbone, such as `train=False`.
 
     Returns:
       weights ↦ `Measured`. There is one weight for each stream after the first, at least 0; only
@@ -122,15 +125,16 @@ def measuring(
     Raises:
       NonFiniteError: if features or solutions are not finite, naming the site.
       DataError: for fewer than two streams, or weights that do not fit them.
-      SiteError: if a site's features cannot be followed.
+      SiteError: if a layer is called several times, or a site's features cannot be followed.
     """
+    check_measurable(sites)
     if images.ndim < 3 or images.shape[0] < 2 or images.shape[1] < 1:
         raise DataError(
             f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
         )
     division = _Division.of(images.shape[1], chunk)
     solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut, division)
-    program = devices.on_devices(lambda v, x, w: solver.run(backbone, v, x, w), in_axes=(None, 0, None))
+    program = devices.on_devices(lambda v, x, w: solver.run(backbone, v, x, w, kwargs), in_axes=(None, 0, None))
     batch = division.split(np.asarray(images))
 
     def solve(weights: Sequence[float] | np.ndarray) -> Measured:
@@ -240,10 +244,11 @@ class _Solver:
         variables: Tree,
         images: Float[Array, "streams images *image_shape"],
         weights: Float64[Array, " corrupted"],
+        kwargs: dict[str, Any],
     ) -> tuple[Shaped[Array, "streams images *output"], dict[Path, Any]]:
         """Returns the outputs on one device, and {site path: {"kernel", "bias", "errors"}}."""
         flat = images.reshape(-1, *images.shape[2:])
-        closed = trace(backbone, variables, self.sites, flat)
+        closed = trace(backbone, variables, self.sites, flat, kwargs)
         leaves = jax.tree_util.tree_leaves(variables)
         table = {layer.path: (site, layer) for site in self.sites for layer in site.layers}
         denoisers: dict[Path, Any] = {}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from drep_jax.core.precision import held_line
 from drep_jax.report.formatting import fixed, percent, power
 
 NO_METRICS = (
@@ -97,6 +98,8 @@ def certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
         if worst:
             line += f"; worst site {worst['path']}: {power(worst['error'])}, bound {power(worst['bound'])}"
         lines.append(line + f"  {outcome(result)}")
+    if certificate.get("held"):
+        lines.append("  " + held_line(certificate["held"]))
     marks = (f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in certificate["structure"].items())
     return [*lines, f"  {', '.join(marks)}"]
 

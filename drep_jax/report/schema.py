@@ -43,6 +43,7 @@ KEYS: dict[str, Any] = {
         "steps": None,
         "results": {"*": _FIGURE | {"sites": {"*": _FIGURE | {"path": None, "slice": None, "t": {}}}}},
         "structure": dict.fromkeys(("same_tree", "same_dtypes", "same_program")),
+        "held??": None,
     },
     "cost?": {
         "flops": dict.fromkeys(NETWORKS),

@@ -103,7 +103,7 @@ def test_the_plane_holds_what_is_told():
     batch["image"] = np.zeros((3, 4, 4, 3), np.uint8)
     plain = make_setup(Nothing(), np.zeros((1, 4, 4, 3), np.float32), side=side)
     assert np.array_equal(plain.inputs(batch)[:, 0, 0, 3], [1, 2, 5])
-    told = dataclasses.replace(plain, told=((0, 2, -1), (0, 1)))
+    told = dataclasses.replace(plain, side_tables=((0, 2, -1), (0, 1)))
     assert np.array_equal(
         told.inputs(batch)[..., 3], np.broadcast_to(jnp.reshape(jnp.array([1, 4, -1]), (3, 1, 1)), (3, 4, 4))
     )
