@@ -1,6 +1,6 @@
 """The marker `medium`: what `make test` leaves out to take two minutes on two cores.
 
-`tests/medium.txt` lists what takes more than a second of a processor: tests, and fixtures, which mark all tests that use
+`tests/medium.txt` lists what takes more than half a second of a processor: tests, and fixtures, which mark all tests that use
 them. A test that is not listed has no marker. `pytest --list-medium` runs the tests and renews the list.
 """
 
@@ -10,7 +10,7 @@ import pathlib
 import pytest
 
 LIST = pathlib.Path(__file__).with_name("medium.txt")
-LIMIT = 1.0  # seconds
+LIMIT = 0.5  # seconds
 TEST, FIXTURE = "test", "fixture"
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import threading
+from collections import Counter
 
 import flax.linen as nn
 import jax
@@ -161,9 +162,9 @@ def test_links_that_lead_back_are_not_followed(tmp_path):
     (root / "train" / "anna" / "again").symlink_to("../../train", target_is_directory=True)
     (root / "train" / "self.png").symlink_to("self.png")
     images, ignored = list_images(root / "train")
-    assert images == before[0] and ignored == before[1] + 3
+    assert images == before[0] and ignored - before[1] == {"links to a folder above them": 3}
     assert list(split_folders(root)) == ["train"]
-    assert len(list(own_folder._below(root / "train"))) == 4
+    assert len(list(own_folder._below(root / "train", Counter()))) == 4
     (root / "train" / "carl").symlink_to(root / "train" / "ben", target_is_directory=True)  # no loop: followed
     assert len(list_images(root / "train")[0]) == 6
     source = open_folder(str(root), "train", (8, 8), "fill", None)

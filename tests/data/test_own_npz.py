@@ -49,9 +49,9 @@ def test_one_file_serves_all_splits(tmp_path, shape, labels):
     [
         ({"labels": np.arange(29)}, "29 labels"),
         ({"labels": np.zeros((30, 2), int)}, r"30 images; their shape is \(30, 2\)"),
-        ({"labels": np.full(30, -1)}, "labels are int64 from -1 to -1"),
+        ({"labels": np.full(30, -2)}, "30 of 30 labels lie outside 0 … [0-9,]+, such as -2 of image 0"),
         ({"labels": np.full(30, 0.5)}, "labels are float64"),
-        ({"labels": np.full(30, 3), "label_names": np.array(["a", "b"])}, "below 2"),
+        ({"labels": np.full(30, 3), "label_names": np.array(["a", "b"])}, "lie outside 0 … 1, such as 3"),
         ({"labels": np.full(30, "c"), "label_names": np.array(["a", "b"])}, 'label "c" is not among'),
         ({"images": np.zeros((30, 4, 4), np.float32)}, "images are float32"),
         ({"images": np.zeros((30, 16), np.uint8)}, "images are uint8"),

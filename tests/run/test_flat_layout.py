@@ -55,7 +55,7 @@ def test_it_resumes_and_ends_with_the_same_weights(run, monkeypatch):
     report = json.loads((run / "report.json").read_text())
     before = {stage: lines_of(str(run), stage) for stage in ("algorithm1", "alternating", "control")}
     learned = {}
-    monkeypatch.setattr(train, "finish", lambda job, baseline, continued, results: learned.update(results))
+    monkeypatch.setattr(train, "finish", lambda job, baseline, continued, results, data: learned.update(results))
     train.run(config, str(run))
     assert list(learned) == ["measured", "alternating", "algorithm1"]
     for stage, lines in before.items():
