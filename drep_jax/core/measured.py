@@ -19,34 +19,47 @@ is over the layer's outputs,
 where A* is the smallest denoiser that fuses to W*. If the layer has more outputs than inputs, it
 fuses to the nearest weights that a denoiser can reach.
 
-All sites are solved in one program and one forward pass of all images, clean and corrupted side by
-side. The images are divided among the devices of all hosts in the chunks that one device would take
-one after another. Each device sums over its own images, and solves every site from the sums of all.
+Sites are solved one after another. At each, the images pass in chunks through the short stretch of
+the network since the site before (`drep_jax.core.stretches`); every device takes chunks and sums
+over them, and the host solves from the sums of all. Between sites, features wait in the host's
+memory, up to a bound; the others are computed again. The ridge of a site is chosen on held-out
+images (`drep_jax.core.shrinkage`).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Num, Shaped
+from jax.extend import core
+from jaxtyping import Float, Num, Shaped
 
-from drep_jax.core.fusion import fuse_layer
-from drep_jax.core.interpreter import Call, trace, walk
-from drep_jax.core.matrix_form import kernel_matrix
-from drep_jax.core.regression import regress, regression_sums
-from drep_jax.core.schedule import Schedule, reverse_steps
+from drep_jax.core.chunks import InMemory, Round, Streams, Waiting, live_bytes, passes, rounds_of
+from drep_jax.core.interpreter import trace
+from drep_jax.core.layers import Layer
+from drep_jax.core.matrix_form import bias_from_columns, features, kernel_from_matrix, kernel_matrix
+from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, joined, regress
+from drep_jax.core.shrinkage import Shrinkage, choose_ridge
 from drep_jax.core.sites import Site
+from drep_jax.core.stretches import Cut, Network, Place, Stretch, name_of, parameters
 from drep_jax.errors import DataError, NonFiniteError, SiteError
 from drep_jax.parallel import devices
 from drep_jax.trees import set_in
 from drep_jax.typing import AnyArray, Path, Tree
 
 CHUNK = 64
-"""Images whose patches are held at once, at most."""
+"""Images that are computed at once on a device, at most."""
+
+
+FOLDS = 5
+"""Folds of the images on which the ridge is chosen."""
+
+
+WORKING = 2**28
+"""Bytes that a chunk may take on a device; larger images go through in smaller chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +70,49 @@ class Measured:
       denoise: the `denoise` subtree for rule "affine": kernel (I − A*)ᵀ and bias −c*.
       errors: {site name, or site name[copy]: (before, after)} on the images: ‖t − W w‖² and
         ‖t − W* w − c‖², each over ‖t − E t‖².
-      outputs: of the backbone, fused site by site, for each stream.
+      outputs: of the backbone, fused site by site, for each stream; None if not wanted.
+      held_out: {site name: error after, on images that the solution has not seen}; {} with a given
+        ridge.
+      ridge: {site name: λ over the mean power of the features}; infinite for a site that is left as
+        it is, because no change of it held on images it was not fitted to.
     """
 
     denoise: Tree
     errors: dict[str, tuple[float, float]]
-    outputs: Shaped[np.ndarray, "streams images *output"]
+    outputs: Shaped[np.ndarray, "streams images *output"] | None
+    held_out: dict[str, float] = dataclasses.field(default_factory=dict)
+    ridge: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def left_alone(self) -> tuple[str, ...]:
+        """Names of the sites that are left as they are."""
+        return tuple(name for name, ridge in self.ridge.items() if np.isinf(ridge))
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a solution stands.
+
+    Attributes:
+      done, total: sites solved, and all of them; copies of a stacked site count each.
+      name: of the site that was solved last.
+      before, after: its errors, see `Measured`.
+      held_out: its error on held-out images, or None.
+    """
+
+    done: int
+    total: int
+    name: str
+    before: float
+    after: float
+    held_out: float | None
 
 
 def measure(
     backbone: nn.Module,
     variables: Tree,
     sites: Sequence[Site],
-    images: Float[AnyArray, "streams images *image_shape"],
+    images: Float[AnyArray, "streams images *image_shape"] | Streams,
     weights: Sequence[float] | Num[np.ndarray, " corrupted"],
     **options: Any,
 ) -> Measured:
@@ -92,46 +135,59 @@ def measuring(
     backbone: nn.Module,
     variables: Tree,
     sites: Sequence[Site],
-    images: Float[AnyArray, "streams images *image_shape"],
+    images: Float[AnyArray, "streams images *image_shape"] | Streams,
     *,
-    ridge: float = 1e-3,
+    ridge: float | None = None,
     vectors: int = 400,
     shortcut: bool = True,
     chunk: int = CHUNK,
-) -> Callable[[Sequence[float] | np.ndarray], Measured]:
+    memory_gib: float = 4.0,
+    outputs: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> Callable[..., Measured]:
     """Returns a function of the streams' weights that solves every site; it compiles once.
 
     Args:
       backbone, variables: the frozen backbone.
       sites: to solve, in execution order.
       images: normalized. The first stream is clean. The others are corrupted versions of the same
-        images in the same order; one that is clean again preserves clean accuracy. All are held in
-        memory at once, each image on one device.
-      ridge: λ over the mean power of a site's features, above 0.
+        images in the same order; one that is clean again preserves clean accuracy. An array, or
+        `Streams`, which make each chunk when it is needed.
+      ridge: λ over the mean power of a site's features, above 0; None chooses it for each site on
+        held-out images.
       vectors: feature vectors to use at a site, in multiples of its width; if there are more, every
-        n-th of them.
+        n-th of each image's, but at least one.
       shortcut: whether layers cancel the noise of the shortcut that they are added to.
-      chunk: images whose patches are held at once, at most; fewer take less memory.
+      chunk: images that are computed at once on a device, at most; large ones go through in smaller
+        chunks.
+      memory_gib: GiB of features that may wait in the memory of a host between sites. What does not
+        fit is computed again at each site.
+      outputs: whether the result has the backbone's outputs.
+      say: called with a line of text about memory, if features do not fit.
 
     Returns:
-      weights ↦ `Measured`. There is one weight for each stream after the first, at least 0; only
-      their ratios matter.
+      (weights, watch=None) ↦ `Measured`. There is one weight for each stream after the first, at
+      least 0; only their ratios matter. `watch` is called with a `Progress` after every site.
 
     Raises:
       NonFiniteError: if features or solutions are not finite, naming the site.
       DataError: for fewer than two streams, or weights that do not fit them.
-      SiteError: if a site's features cannot be followed.
+      SiteError: if a site's features cannot be followed, or its layer is called several times.
     """
-    if images.ndim < 3 or images.shape[0] < 2 or images.shape[1] < 1:
+    if len(images.shape) < 3 or images.shape[0] < 2 or images.shape[1] < 1:
         raise DataError(
             f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
         )
-    division = _Division.of(images.shape[1], chunk)
-    solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut, division)
-    program = devices.on_devices(lambda v, x, w: solver.run(backbone, v, x, w), in_axes=(None, 0, None))
-    batch = division.split(np.asarray(images))
+    if not memory_gib >= 0:
+        raise DataError(f"memory_gib={memory_gib} is a number of GiB and at least 0.")
+    streams = InMemory(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
+    solver = _Solver(backbone, variables, sites, streams, ridge, vectors, shortcut, chunk, memory_gib * 2**30, outputs)
+    if say is not None and (line := solver.about_memory()):
+        say(line)
 
-    def solve(weights: Sequence[float] | np.ndarray) -> Measured:
+    def solve(
+        weights: Sequence[float] | np.ndarray, watch: Callable[[Progress], None] | None = None
+    ) -> Measured:
         mixture = np.asarray(weights, np.float64)
         if mixture.shape != (images.shape[0] - 1,):
             raise DataError(
@@ -141,172 +197,318 @@ def measuring(
             raise DataError(
                 f"The weights of the corrupted streams must be at least 0 and not all 0, got {list(weights)}."
             )
-        with jax.enable_x64(True):  # for sums and solves; images and parameters keep their types
-            outputs, solutions = program(variables, batch, mixture / mixture.sum())
-        return _collect(sites, devices.unreplicate(solutions), division.join(np.asarray(outputs)))
+        return solver.solve(mixture / mixture.sum(), watch)
 
     return solve
 
 
-def _collect(
-    sites: Sequence[Site], solutions: dict[Path, Any], outputs: Shaped[np.ndarray, "streams images *output"]
-) -> Measured:
-    tree: Tree = {}
-    errors = {}
-    for site in sites:
-        shape = site.denoiser_shape
-        if site.path not in solutions:  # its input does not depend on the images
-            leaves: Any = {"kernel": np.zeros(shape, np.float32)}
-            if site.bias:
-                leaves["bias"] = np.zeros(shape[:-1], np.float32)
-            tree = set_in(tree, site.path, leaves)
-            continue
-        solution = solutions[site.path]
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(solution)):
-            raise NonFiniteError(
-                f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to them. "
-                "Check the images and the backbone's weights."
-            )
-        leaves = {"kernel": solution["kernel"].reshape(shape).astype(np.float32)}
-        if site.bias:
-            leaves["bias"] = solution["bias"].reshape(shape[:-1]).astype(np.float32)
-        tree = set_in(tree, site.path, leaves)
-        for copy, pair in enumerate(solution["errors"].reshape(-1, 2)):
-            errors[site.name if site.stack is None else f"{site.name}[{copy}]"] = (float(pair[0]), float(pair[1]))
-    return Measured(tree, errors, outputs)
+Leaves = tuple[AnyArray, ...]
+"""A layer's parameters in the order in which its equation reads them."""
 
 
-class _Division(NamedTuple):
-    """How images are divided among devices: in whole chunks, and each image counted once.
-
-    Attributes:
-      images: number of images.
-      chunk: images in a chunk, a divisor of their number.
-      each: chunks on a device. The last devices repeat chunks of others, which are not counted
-        there.
-      devices: devices that this host uses.
-    """
-
-    images: int
-    chunk: int
-    each: int
-    devices: int
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks."""
-        return self.images // self.chunk
-
-    @classmethod
-    def of(cls, images: int, most: int = CHUNK) -> "_Division":
-        """Divides a number of images among the devices of all hosts."""
-        chunk = next(c for c in range(min(most, images), 0, -1) if images % c == 0)
-        each = -(-(images // chunk) // devices.device_count())
-        single_host = devices.host()[1] == 1
-        return cls(images, chunk, each, -(-(images // chunk) // each) if single_host else devices.local_device_count())
-
-    def split(
-        self, images: Shaped[np.ndarray, "streams images *image_shape"]
-    ) -> Shaped[np.ndarray, "devices streams images_each *image_shape"]:
-        """Returns this host's part of all images, each · chunk of them for each device."""
-        size = self.each * self.chunk
-        first = devices.host()[0] * self.devices * size
-        part = images[:, (first + np.arange(self.devices * size)) % self.images]
-        return np.moveaxis(part.reshape(len(images), self.devices, size, *images.shape[2:]), 1, 0)
-
-    def join(
-        self, outputs: Shaped[np.ndarray, "devices streams images_each *output"]
-    ) -> Shaped[np.ndarray, "streams images *output"]:
-        """Returns the outputs for all images, from those of every host."""
-        of_all_hosts = devices.gather(outputs)
-        streams = np.moveaxis(of_all_hosts, 2, 0)
-        return streams.reshape(len(streams), -1, *outputs.shape[3:])[:, : self.images]
-
-
-@dataclasses.dataclass(frozen=True)
 class _Solver:
-    sites: Sequence[Site]
-    streams: int
-    ridge: float
-    vectors: int
-    shortcut: bool
-    division: _Division
+    """The programs of a backbone and its sites, for any weights of the streams."""
 
-    def run(
+    def __init__(
         self,
         backbone: nn.Module,
         variables: Tree,
-        images: Float[Array, "streams images *image_shape"],
-        weights: Float64[Array, " corrupted"],
-    ) -> tuple[Shaped[Array, "streams images *output"], dict[Path, Any]]:
-        """Returns the outputs on one device, and {site path: {"kernel", "bias", "errors"}}."""
-        flat = images.reshape(-1, *images.shape[2:])
-        closed = trace(backbone, variables, self.sites, flat)
-        leaves = jax.tree_util.tree_leaves(variables)
-        table = {layer.path: (site, layer) for site in self.sites for layer in site.layers}
-        denoisers: dict[Path, Any] = {}
+        sites: Sequence[Site],
+        images: Streams,
+        ridge: float | None,
+        vectors: int,
+        shortcut: bool,
+        chunk: int,
+        limit: float,
+        outputs: bool,
+    ) -> None:
+        self.sites, self.images, self.ridge, self.limit, self.wants_outputs = sites, images, ridge, limit, outputs
+        self.count, self.vectors = images.shape[:2], vectors
+        self.table = {layer.path: (site, layer) for site in sites for layer in site.layers}
+        corrected = {site.path for site in sites if shortcut and len(site.layers) == 1 and _kind(site) != "pointwise"}
+        first, folds = images.take(np.zeros(1, int)), 1 if ridge is not None else FOLDS
 
-        def visit(call: Call) -> Any:
-            site, layer = table[call.path]
-            if call.x.shape[0] % flat.shape[0]:
-                raise SiteError(
-                    f"{layer.name}: the first axis of its input {tuple(call.x.shape)} is not the batch of {flat.shape[0]} "
-                    "images, so clean and corrupted features cannot be told apart; narrow sites.pattern."
+        def network(rounds: Sequence[Round]) -> Network:
+            batch = self.count[0] * rounds[0].index.shape[1]
+            shape = jax.ShapeDtypeStruct((batch, *first.shape[2:]), first.dtype)
+            network = Network(trace(backbone, variables, sites, shape), {site.path for site in sites}, corrected)
+            for place, x in network.inputs.items():
+                if not x.aval.shape or x.aval.shape[0] % batch:
+                    raise SiteError(
+                        f"{name_of(place)}: the first axis of its input {tuple(x.aval.shape)} is not the batch of {batch} "
+                        "images, so clean and corrupted features cannot be told apart; narrow sites.pattern."
+                    )
+            return network
+
+        self.rounds = rounds_of(self.count[1], folds, chunk)
+        self.network = network(self.rounds)
+        size = self.rounds[0].index.shape[1]
+        fitting = int(WORKING / max(1.0, self._chunk_bytes() / size))
+        if fitting < size:
+            self.rounds = rounds_of(self.count[1], folds, max(1, fitting))
+            self.network = network(self.rounds)
+        self.fixed = self.network.fixed_values(jax.tree_util.tree_leaves(variables))
+        self.programs: dict[Any, Callable[..., Any]] = {}
+
+    # ---- sizes ------------------------------------------------------------------------------------------------------
+
+    def _form(self, cut: Cut) -> Form:
+        """Returns the form of the sums at a cut."""
+        site, layer = self.table[cut.place[0]]
+        kind, rows = _kind(site), self.count[0] * self.rounds[0].index.shape[1]
+        aval = jax.ShapeDtypeStruct(cut.x.aval.shape, cut.x.aval.dtype)
+        shape = jax.eval_shape(lambda x: features(layer, kind, x), aval).shape
+        positions = int(np.prod(shape)) // (site.groups * site.width * rows)
+        stride = max(1, positions * self.count[1] * (self.count[0] - 1) // (self.vectors * site.width))
+        columns = sum(_columns(site, layer) for layer in site.layers)
+        nameless = dataclasses.replace(
+            layer, path=(), stack=None, scan=None, reads=0, order=0, writable=True, refusal=None, bias=False
+        )
+        return Form(nameless, kind, site.groups, site.width, columns, positions, stride, site.bias)
+
+    def _chunk_bytes(self) -> int:
+        """Returns the bytes that a chunk takes on a device, at most."""
+        largest = self.network.working_bytes()
+        for cut in self.network.cuts:
+            form = self._form(cut)
+            vectors = self.count[0] * self.rounds[0].index.shape[1] * form.picks * form.groups
+            largest = max(largest, 4 * vectors * (2 * form.width + (form.columns if cut.chain else 0)))
+        return largest
+
+    def about_memory(self) -> str:
+        """Returns a line about features that do not fit into memory, or ""."""
+        here = len(self.rounds[0].mine()[0])
+        sizes = [live_bytes(cut.live, here) for cut in self.network.cuts]
+        if not sizes or max(sizes) * len(self.rounds) <= self.limit:
+            return ""
+        widest = self.network.cuts[int(np.argmax(sizes))].place
+        return (
+            f"The features of {self.count[1]:,} images take up to {max(sizes) * len(self.rounds) / 2**30:.1f} GiB (at "
+            f"{name_of(widest)}), of which {self.limit / 2**30:g} GiB may wait in memory (measured.memory_gib). The rest is "
+            f"computed again at each site: about {passes(sizes, len(self.rounds), self.limit):.1f} forward passes in all."
+        )
+
+    # ---- programs ---------------------------------------------------------------------------------------------------
+
+    def _stretch_program(self, stretch: Stretch) -> Callable[..., Any]:
+        """Returns (live, fixed, ((clean leaves, fused leaves) of each layer)) ↦ outputs, on all devices."""
+        streams = self.count[0]
+
+        def run(live: Any, fixed: Any, leaves: Any) -> Any:
+            def apply(index: int, eqn: Any, x: Any) -> Any:
+                layer, rows = jax.jit(core.jaxpr_as_fun(eqn.params["jaxpr"])), x.shape[0] // streams
+                clean, fused = leaves[index]
+                return jnp.concatenate([layer(*clean, x[:rows])[0], layer(*fused, x[rows:])[0]])
+
+            return stretch.run(live, fixed, apply)
+
+        key = ("stretch", stretch.key)
+        if key not in self.programs:
+            self.programs[key] = devices.on_devices(run, in_axes=(0, None, None))
+        return self.programs[key]
+
+    def _sums_program(self, cut: Cut, form: Form) -> Callable[..., Any]:
+        """Returns (x, q, what L reads, K, weights, index, mask) ↦ `Sums`, on all devices."""
+        streams = self.count[0]
+
+        def run(x: Any, other: Any, fixed: Any, matrix: Any, weights: Any, index: Any, mask: Any) -> Any:
+            delta = None
+            if cut.chain is not None:
+                (q,) = other
+                by_stream = q.reshape(streams, -1, *q.shape[1:])
+                delta = cut.correction(fixed, (by_stream[:1] - by_stream).reshape(q.shape))
+                delta = delta[delta.shape[0] // streams :]
+            return chunk_sums(form, x, matrix, delta, weights, index, mask)
+
+        key = ("sums", form, cut.chain and cut.chain.key, cut.sign, cut.y.aval.str_short())
+        if key not in self.programs:
+            self.programs[key] = devices.on_devices(run, in_axes=(0, 0, None, None, None, 0, 0))
+        return self.programs[key]
+
+    # ---- from site to site ------------------------------------------------------------------------------------------
+
+    def solve(self, weights: np.ndarray, watch: Callable[[Progress], None] | None) -> Measured:
+        """Solves all sites for weights that sum to 1."""
+        walk = _Walk(self)
+        solutions: dict[Path, dict[int | None, tuple[Solution, Shrinkage | None]]] = {}
+        for number, cut in enumerate(self.network.cuts):
+            site, _ = self.table[cut.place[0]]
+            form = self._form(cut)
+            matrices = [self._matrix(layer, site, cut.place[1]) for layer in site.layers]
+            matrix = np.concatenate(matrices, axis=-1)
+            if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
+                matrix = None
+            whole, folds = self._sums(walk, number, cut, form, matrix, weights)
+            if not all(np.isfinite(value).all() for value in whole):
+                raise NonFiniteError(
+                    f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
+                    "them. Check the images and the backbone's weights."
                 )
-            x = call.x.reshape(self.streams, -1, *call.x.shape[1:])
-            clean = call.apply(call.leaves, x[0])
-            solution = None
-            if site.path == call.path:
-                denoisers[site.path], solution = self._solve(site, call, x, clean, weights)
-            fused = fuse_layer(layer, site, call.leaves, denoisers[site.path], AFFINE, 1.0, stacked=False)
-            corrupted = call.apply(fused, x[1:].reshape(-1, *x.shape[2:]))
-            return jnp.concatenate([clean, corrupted]), solution
+            shrinkage = None if self.ridge is not None else choose_ridge(whole, folds, matrix)
+            ridge = self.ridge if shrinkage is None else shrinkage.ridge
+            solution = regress(whole, matrix, ridge, site.bias)
+            for layer, old in zip(site.layers, matrices, strict=True):
+                walk.fused[layer.path, cut.place[1]] = self._fused(layer, site, cut.place[1], old, solution)
+            solutions.setdefault(site.path, {})[cut.place[1]] = (solution, shrinkage)
+            if watch is not None:
+                error = None if shrinkage is None else shrinkage.held_out
+                done = Progress(
+                    number + 1, len(self.network.cuts), name_of(cut.place), solution.before, solution.after, error
+                )
+                watch(done)
+        return self._collect(solutions, walk.outputs() if self.wants_outputs else None)
 
-        outputs, solutions = walk(closed, [*leaves, flat], [False] * len(leaves) + [True], visit)
-        return outputs[0].reshape(*images.shape[:2], *outputs[0].shape[1:]), solutions
+    def _leaves(self, place: Place) -> Tree:
+        return parameters(self.network.leaves[place], self.fixed)
 
-    def _solve(
-        self,
-        site: Site,
-        call: Call,
-        x: Float[Array, "streams rows *input_shape"],
-        y: Float[Array, "rows *output_shape"],
-        weights: Float64[Array, " corrupted"],
-    ) -> tuple[Tree, Tree]:
-        """Solves a site.
+    def _matrix(self, layer: Layer, site: Site, copy: int | None) -> np.ndarray:
+        kernel = self._leaves((layer.path, copy))["kernel"].astype(np.float64)
+        return np.asarray(kernel_matrix(layer, _kind(site), kernel))
 
-        Args:
-          site: the site.
-          call: of its first layer.
-          x: the layer's inputs, by stream.
-          y: its output for the clean stream.
-          weights: of the corrupted streams.
+    def _fused(self, layer: Layer, site: Site, copy: int | None, matrix: np.ndarray, solution: Solution) -> Leaves:
+        """Returns a layer's parameters with the solution fused into them, in their own types."""
+        leaves = self._leaves((layer.path, copy))
+        kernel = kernel_from_matrix(layer, _kind(site), matrix - solution.kernel @ matrix)
+        fused = {**leaves, "kernel": np.asarray(kernel).astype(leaves["kernel"].dtype)}
+        if solution.constant is not None and "bias" in leaves:
+            columns = np.einsum("gdc,gd->gc", matrix, -solution.constant)
+            bias = leaves["bias"].astype(np.float64) + bias_from_columns(layer, _kind(site), columns)
+            fused["bias"] = np.asarray(bias).astype(leaves["bias"].dtype)
+        return tuple(fused[name] for name in sorted(fused))
 
-        Returns:
-          The denoiser, and the same with its errors.
-        """
-        matrices = [
-            kernel_matrix(layer, site.kind, call.leaves_of(layer.path)["kernel"]).astype(jnp.float64)
-            for layer in site.layers
-        ]
-        matrix = jnp.concatenate(matrices, axis=-1)
-        delta = None
-        if self.shortcut and call.correction is not None and len(site.layers) == 1 and site.kind != "pointwise":
-            by_stream = (self.streams, *y.shape)
-            change = lambda q: _by_stream(q, self.streams, lambda s: s[:1] - s)  # noqa: E731
-            clean_y = jnp.broadcast_to(y[None], by_stream).reshape(-1, *y.shape[1:])
-            delta = call.correction(clean_y, change).reshape(by_stream)[1:]
-        if delta is None and (site.kind == "pointwise" or matrix.shape[-1] >= site.width):
-            matrix = jnp.broadcast_to(jnp.eye(site.width), (site.groups, site.width, site.width))
-        division = {"parts": self.division.each, "chunks": self.division.chunks, "vectors": self.vectors}
-        sums = regression_sums(site, site.layers[0], x, matrix, delta, weights, **division)
-        return regress(site, matrix, sums, self.ridge, direct=matrix.shape[-1] == site.width and delta is None)
+    def _sums(
+        self, walk: "_Walk", number: int, cut: Cut, form: Form, matrix: np.ndarray | None, weights: np.ndarray
+    ) -> tuple[Sums, list[Sums]]:
+        """Returns the sums of a site over the images of all hosts, and over each fold of them."""
+        program = self._sums_program(cut, form)
+        kernel = None if matrix is None else jnp.asarray(matrix, jnp.float32)
+        chain = () if cut.chain is None else tuple(jnp.asarray(self.fixed[v]) for v in cut.chain.fixed)
+        mixture = jnp.asarray(weights, jnp.float32)
+        folds: list[Sums | None] = [None] * (self.rounds[-1].fold + 1)
+        for round_number, images in enumerate(self.rounds):
+            values = walk.advance(round_number, number)
+            index, mask = images.mine()
+            other = () if cut.chain is None else (values[cut.other],)
+            sums = program(values[cut.x], other, chain, kernel, mixture, index.astype(np.int32), mask)
+            host_sums = [np.asarray(leaf) for leaf in sums]
+            for device in range(len(mask)):
+                part = Sums(*(leaf[device] for leaf in host_sums))
+                folds[images.fold] = joined(folds[images.fold], part)
+        walk.forget(number)
+        whole: Sums | None = None
+        for fold, local in enumerate(folds):
+            assert local is not None
+            by_host = [devices.gather(leaf).reshape(-1, *leaf.shape) for leaf in map(np.asarray, local)]
+            total: Sums | None = None
+            for host in range(len(by_host[0])):
+                total = joined(total, Sums(*(leaf[host] for leaf in by_host)))
+            assert total is not None
+            whole = joined(whole, total)
+            folds[fold] = total._replace(square=np.float32(total.square), cross=np.float32(total.cross))
+        assert whole is not None
+        return whole, [fold for fold in folds if fold is not None]
+
+    def _collect(self, solutions: Mapping[Path, Mapping[int | None, Any]], outputs: np.ndarray | None) -> Measured:
+        tree: Tree = {}
+        errors, held_out, ridges = {}, {}, {}
+        for site in self.sites:
+            shape = site.denoiser_shape
+            kernel, bias = np.zeros(shape, np.float32), np.zeros(shape[:-1], np.float32)
+            for copy, (solution, shrinkage) in sorted(solutions.get(site.path, {}).items(), key=lambda item: item[0] or 0):
+                place = () if copy is None else (copy,)
+                kernel[place] = solution.kernel.reshape(kernel[place].shape)
+                if solution.constant is not None:
+                    bias[place] = solution.constant.reshape(bias[place].shape)
+                name = name_of((site.path, copy))
+                errors[name] = (solution.before, solution.after)
+                if shrinkage is not None:
+                    held_out[name], ridges[name] = shrinkage.held_out, shrinkage.ridge
+            leaves = {"kernel": kernel, "bias": bias} if site.bias else {"kernel": kernel}
+            tree = set_in(tree, site.path, leaves)
+        return Measured(tree, errors, outputs, held_out, ridges)
 
 
-AFFINE = reverse_steps(Schedule(), 1, 1, "affine")
-"""The triple of rule "affine"."""
+class _Walk:
+    """The images on their way through the network, fused so far."""
+
+    def __init__(self, solver: _Solver) -> None:
+        self._solver, self._network = solver, solver.network
+        self._waiting = Waiting(solver.limit)
+        self._placed: dict[int, tuple[Any, Any]] = {}
+        self.fused: dict[Place, Leaves] = {}
+
+    def advance(self, round_number: int, cut: int) -> Mapping[Any, Any]:
+        """Returns what is alive at a cut of a round's images, by variable, and lets it wait if it may."""
+        network = self._network
+        base, values = self._waiting.get(round_number)
+        if base < 0:
+            values = {network.image: self._images(round_number)}
+        for number in range(base + 1, cut + 1):
+            stretch = network.stretches[number]
+            program, (fixed, leaves) = self._solver._stretch_program(stretch), self._parameters(number)
+            live = network.cuts[number].live if number < len(network.cuts) else network.outputs
+            outs = program(tuple(values[v] for v in stretch.live), fixed, leaves) if stretch.outputs else ()
+            values = {**values, **dict(zip(stretch.outputs, outs, strict=True))}
+            values = {v: values[v] for v in live if not isinstance(v, core.Literal) and v in values}
+        resident = isinstance(self._solver.images, InMemory) and set(values) == {network.image}
+        if base < cut < len(network.cuts) and not resident:
+            size = sum(value.nbytes for value in values.values())
+            held = {v: np.asarray(value) for v, value in values.items()}
+            self._waiting.put(round_number, cut, size, held)
+        return values
+
+    def forget(self, cut: int) -> None:
+        """Drops parameters of stretches that all images have behind them."""
+        earliest = self._waiting.earliest(len(self._solver.rounds))
+        self._placed = {number: placed for number, placed in self._placed.items() if number > earliest}
+
+    def _images(self, round_number: int) -> np.ndarray:
+        """Returns the images of a round, (devices, streams · chunk, *image_shape)."""
+        index, _ = self._solver.rounds[round_number].mine()
+        images = self._solver.images.take(index.reshape(-1))
+        images = images.reshape(len(images), *index.shape, *images.shape[2:])
+        return np.moveaxis(images, 0, 1).reshape(len(index), -1, *images.shape[3:])
+
+    def _parameters(self, number: int) -> tuple[Any, Any]:
+        """Returns what a stretch reads of parameters: fixed values, and its layers' leaves, clean and fused."""
+        if number not in self._placed:
+            network, values = self._network, self._solver.fixed
+            stretch = network.stretches[number]
+            leaves = []
+            for place in stretch.places:
+                clean = tuple(jnp.asarray(values[v]) for v in network.leaves[place])
+                leaves.append((clean, tuple(map(jnp.asarray, self.fused[place]))))
+            self._placed[number] = (tuple(jnp.asarray(values[v]) for v in stretch.fixed), tuple(leaves))
+        return self._placed[number]
+
+    def outputs(self) -> np.ndarray:
+        """Returns the backbone's outputs for all images of every stream."""
+        solver, network = self._solver, self._network
+        streams, images = solver.count
+        result: np.ndarray | None = None
+        output = network.outputs[0]
+        for round_number, chunk in enumerate(solver.rounds):
+            values = self.advance(round_number, len(network.cuts))
+            index, mask = chunk.mine()
+            if isinstance(output, core.Literal) or output not in values:  # it does not depend on the images
+                value = np.asarray(output.val if isinstance(output, core.Literal) else solver.fixed[output])
+                here = np.broadcast_to(value, (len(index), *value.shape))
+            else:
+                here = np.asarray(values[output])
+            gathered = devices.gather(here).reshape(len(chunk.index), streams, chunk.index.shape[1], *here.shape[2:])
+            result = np.zeros((streams, images, *here.shape[2:]), here.dtype) if result is None else result
+            counted = chunk.mask > 0
+            result[:, chunk.index[counted]] = np.moveaxis(gathered, 1, 0)[:, counted]
+        assert result is not None
+        return result
 
 
-def _by_stream(a: Any, streams: int, change: Any) -> Any:
-    """Applies `change` to an array with the streams as an axis of its own."""
-    return change(a.reshape(streams, -1, *a.shape[1:])).reshape(a.shape)
+def _kind(site: Site) -> str:
+    """Returns how a site's features are read: a 1×1 convolution reads patches of one pixel."""
+    window = site.layers[0].window
+    return "patch" if window is not None and window.single else site.kind
+
+
+def _columns(site: Site, layer: Layer) -> int:
+    """Returns the number of columns of a layer's matrix for each group."""
+    return layer.kernel_size // (layer.stack or 1) // (site.groups * site.width)
