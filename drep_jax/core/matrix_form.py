@@ -124,7 +124,8 @@ def patches(window: Window, x: Float[AnyArray, "*pixels channels"]) -> Float[Arr
     rank = len(window.kernel_size)
     named = isinstance(window.padding, str)
     if window.single and not window.fills_with_zeros and (named or not any(map(any, window.padding))):
-        return jnp.asarray(x[(..., *(slice(None, None, step) for step in window.strides), slice(None))])
+        steps: Any = tuple(slice(None, None, step) for step in window.strides)
+        return jnp.asarray(x)[(..., *steps, slice(None))]
     batch = x.shape[: -rank - 1]
     x, padding = _pad_by_copies(window, x.reshape(-1, *x.shape[-rank - 1 :]))
     spatial = "DHW"[-rank:] if rank <= 3 else "".join(chr(ord("a") + i) for i in range(rank))

@@ -27,6 +27,7 @@ images (`drep_jax.core.shrinkage`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,17 +35,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jaxtyping import Float, Num, Shaped
 
-from drep_jax.core.chunks import InMemory, Round, Streams, Waiting, live_bytes, passes, rounds_of
+from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, rounds_of
 from drep_jax.core.interpreter import trace
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import bias_from_columns, features, kernel_from_matrix, kernel_matrix
-from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, joined, regress
+from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, joined, of_all_hosts, regress
 from drep_jax.core.shrinkage import Shrinkage, choose_ridge
 from drep_jax.core.sites import Site
-from drep_jax.core.stretches import Cut, Network, Place, Stretch, name_of, parameters
+from drep_jax.core.stretches import Cut, Network, Place, name_of, parameters
+from drep_jax.core.walk import Leaves, Walk
 from drep_jax.errors import DataError, NonFiniteError, SiteError
 from drep_jax.parallel import devices
 from drep_jax.trees import set_in
@@ -185,9 +186,7 @@ def measuring(
     if say is not None and (line := solver.about_memory()):
         say(line)
 
-    def solve(
-        weights: Sequence[float] | np.ndarray, watch: Callable[[Progress], None] | None = None
-    ) -> Measured:
+    def solve(weights: Sequence[float] | np.ndarray, watch: Callable[[Progress], None] | None = None) -> Measured:
         mixture = np.asarray(weights, np.float64)
         if mixture.shape != (images.shape[0] - 1,):
             raise DataError(
@@ -200,10 +199,6 @@ def measuring(
         return solver.solve(mixture / mixture.sum(), watch)
 
     return solve
-
-
-Leaves = tuple[AnyArray, ...]
-"""A layer's parameters in the order in which its equation reads them."""
 
 
 class _Solver:
@@ -248,6 +243,7 @@ class _Solver:
             self.rounds = rounds_of(self.count[1], folds, max(1, fitting))
             self.network = network(self.rounds)
         self.fixed = self.network.fixed_values(jax.tree_util.tree_leaves(variables))
+        self.stretch_programs: dict[str, Callable[..., Any]] = {}
         self.programs: dict[Any, Callable[..., Any]] = {}
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
@@ -290,23 +286,6 @@ class _Solver:
 
     # ---- programs ---------------------------------------------------------------------------------------------------
 
-    def _stretch_program(self, stretch: Stretch) -> Callable[..., Any]:
-        """Returns (live, fixed, ((clean leaves, fused leaves) of each layer)) ↦ outputs, on all devices."""
-        streams = self.count[0]
-
-        def run(live: Any, fixed: Any, leaves: Any) -> Any:
-            def apply(index: int, eqn: Any, x: Any) -> Any:
-                layer, rows = jax.jit(core.jaxpr_as_fun(eqn.params["jaxpr"])), x.shape[0] // streams
-                clean, fused = leaves[index]
-                return jnp.concatenate([layer(*clean, x[:rows])[0], layer(*fused, x[rows:])[0]])
-
-            return stretch.run(live, fixed, apply)
-
-        key = ("stretch", stretch.key)
-        if key not in self.programs:
-            self.programs[key] = devices.on_devices(run, in_axes=(0, None, None))
-        return self.programs[key]
-
     def _sums_program(self, cut: Cut, form: Form) -> Callable[..., Any]:
         """Returns (x, q, what L reads, K, weights, index, mask) ↦ `Sums`, on all devices."""
         streams = self.count[0]
@@ -320,7 +299,7 @@ class _Solver:
                 delta = delta[delta.shape[0] // streams :]
             return chunk_sums(form, x, matrix, delta, weights, index, mask)
 
-        key = ("sums", form, cut.chain and cut.chain.key, cut.sign, cut.y.aval.str_short())
+        key = (form, cut.chain and cut.chain.key, cut.sign, cut.y.aval.str_short())
         if key not in self.programs:
             self.programs[key] = devices.on_devices(run, in_axes=(0, 0, None, None, None, 0, 0))
         return self.programs[key]
@@ -329,13 +308,13 @@ class _Solver:
 
     def solve(self, weights: np.ndarray, watch: Callable[[Progress], None] | None) -> Measured:
         """Solves all sites for weights that sum to 1."""
-        walk = _Walk(self)
-        solutions: dict[Path, dict[int | None, tuple[Solution, Shrinkage | None]]] = {}
+        walk = Walk(self.network, self.images, self.rounds, self.fixed, self.limit, self.stretch_programs)
+        solutions: dict[Path, dict[int | None, tuple[Solution, Shrinkage]]] = {}
         for number, cut in enumerate(self.network.cuts):
             site, _ = self.table[cut.place[0]]
             form = self._form(cut)
             matrices = [self._matrix(layer, site, cut.place[1]) for layer in site.layers]
-            matrix = np.concatenate(matrices, axis=-1)
+            matrix: Any = np.concatenate(matrices, axis=-1)
             if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
                 matrix = None
             whole, folds = self._sums(walk, number, cut, form, matrix, weights)
@@ -344,18 +323,15 @@ class _Solver:
                     f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
                     "them. Check the images and the backbone's weights."
                 )
-            shrinkage = None if self.ridge is not None else choose_ridge(whole, folds, matrix)
-            ridge = self.ridge if shrinkage is None else shrinkage.ridge
-            solution = regress(whole, matrix, ridge, site.bias)
+            fixed = self.ridge is not None
+            shrinkage = Shrinkage(self.ridge or 0.0, None) if fixed else choose_ridge(whole, folds, matrix)
+            solution = regress(whole, matrix, shrinkage.ridge, site.bias)
             for layer, old in zip(site.layers, matrices, strict=True):
                 walk.fused[layer.path, cut.place[1]] = self._fused(layer, site, cut.place[1], old, solution)
             solutions.setdefault(site.path, {})[cut.place[1]] = (solution, shrinkage)
             if watch is not None:
-                error = None if shrinkage is None else shrinkage.held_out
-                done = Progress(
-                    number + 1, len(self.network.cuts), name_of(cut.place), solution.before, solution.after, error
-                )
-                watch(done)
+                errors = (solution.before, solution.after, shrinkage.held_out)
+                watch(Progress(number + 1, len(self.network.cuts), name_of(cut.place), *errors))
         return self._collect(solutions, walk.outputs() if self.wants_outputs else None)
 
     def _leaves(self, place: Place) -> Tree:
@@ -377,14 +353,14 @@ class _Solver:
         return tuple(fused[name] for name in sorted(fused))
 
     def _sums(
-        self, walk: "_Walk", number: int, cut: Cut, form: Form, matrix: np.ndarray | None, weights: np.ndarray
+        self, walk: Walk, number: int, cut: Cut, form: Form, matrix: np.ndarray | None, weights: np.ndarray
     ) -> tuple[Sums, list[Sums]]:
         """Returns the sums of a site over the images of all hosts, and over each fold of them."""
         program = self._sums_program(cut, form)
         kernel = None if matrix is None else jnp.asarray(matrix, jnp.float32)
         chain = () if cut.chain is None else tuple(jnp.asarray(self.fixed[v]) for v in cut.chain.fixed)
         mixture = jnp.asarray(weights, jnp.float32)
-        folds: list[Sums | None] = [None] * (self.rounds[-1].fold + 1)
+        by_fold: dict[int, Sums] = {}
         for round_number, images in enumerate(self.rounds):
             values = walk.advance(round_number, number)
             index, mask = images.mine()
@@ -393,20 +369,11 @@ class _Solver:
             host_sums = [np.asarray(leaf) for leaf in sums]
             for device in range(len(mask)):
                 part = Sums(*(leaf[device] for leaf in host_sums))
-                folds[images.fold] = joined(folds[images.fold], part)
-        walk.forget(number)
-        whole: Sums | None = None
-        for fold, local in enumerate(folds):
-            assert local is not None
-            by_host = [devices.gather(leaf).reshape(-1, *leaf.shape) for leaf in map(np.asarray, local)]
-            total: Sums | None = None
-            for host in range(len(by_host[0])):
-                total = joined(total, Sums(*(leaf[host] for leaf in by_host)))
-            assert total is not None
-            whole = joined(whole, total)
-            folds[fold] = total._replace(square=np.float32(total.square), cross=np.float32(total.cross))
-        assert whole is not None
-        return whole, [fold for fold in folds if fold is not None]
+                by_fold[images.fold] = joined(by_fold.get(images.fold), part)
+        walk.forget()
+        folds = [of_all_hosts(by_fold[fold]) for fold in sorted(by_fold)]
+        whole = functools.reduce(joined, folds)
+        return whole, [f._replace(square=f.square.astype("f4"), cross=f.cross.astype("f4")) for f in folds]
 
     def _collect(self, solutions: Mapping[Path, Mapping[int | None, Any]], outputs: np.ndarray | None) -> Measured:
         tree: Tree = {}
@@ -414,93 +381,21 @@ class _Solver:
         for site in self.sites:
             shape = site.denoiser_shape
             kernel, bias = np.zeros(shape, np.float32), np.zeros(shape[:-1], np.float32)
-            for copy, (solution, shrinkage) in sorted(solutions.get(site.path, {}).items(), key=lambda item: item[0] or 0):
+            for copy, (solution, shrinkage) in sorted(
+                solutions.get(site.path, {}).items(), key=lambda item: item[0] or 0
+            ):
                 place = () if copy is None else (copy,)
                 kernel[place] = solution.kernel.reshape(kernel[place].shape)
                 if solution.constant is not None:
                     bias[place] = solution.constant.reshape(bias[place].shape)
                 name = name_of((site.path, copy))
                 errors[name] = (solution.before, solution.after)
-                if shrinkage is not None:
-                    held_out[name], ridges[name] = shrinkage.held_out, shrinkage.ridge
+                ridges[name] = shrinkage.ridge
+                if shrinkage.held_out is not None:
+                    held_out[name] = shrinkage.held_out
             leaves = {"kernel": kernel, "bias": bias} if site.bias else {"kernel": kernel}
             tree = set_in(tree, site.path, leaves)
         return Measured(tree, errors, outputs, held_out, ridges)
-
-
-class _Walk:
-    """The images on their way through the network, fused so far."""
-
-    def __init__(self, solver: _Solver) -> None:
-        self._solver, self._network = solver, solver.network
-        self._waiting = Waiting(solver.limit)
-        self._placed: dict[int, tuple[Any, Any]] = {}
-        self.fused: dict[Place, Leaves] = {}
-
-    def advance(self, round_number: int, cut: int) -> Mapping[Any, Any]:
-        """Returns what is alive at a cut of a round's images, by variable, and lets it wait if it may."""
-        network = self._network
-        base, values = self._waiting.get(round_number)
-        if base < 0:
-            values = {network.image: self._images(round_number)}
-        for number in range(base + 1, cut + 1):
-            stretch = network.stretches[number]
-            program, (fixed, leaves) = self._solver._stretch_program(stretch), self._parameters(number)
-            live = network.cuts[number].live if number < len(network.cuts) else network.outputs
-            outs = program(tuple(values[v] for v in stretch.live), fixed, leaves) if stretch.outputs else ()
-            values = {**values, **dict(zip(stretch.outputs, outs, strict=True))}
-            values = {v: values[v] for v in live if not isinstance(v, core.Literal) and v in values}
-        resident = isinstance(self._solver.images, InMemory) and set(values) == {network.image}
-        if base < cut < len(network.cuts) and not resident:
-            size = sum(value.nbytes for value in values.values())
-            held = {v: np.asarray(value) for v, value in values.items()}
-            self._waiting.put(round_number, cut, size, held)
-        return values
-
-    def forget(self, cut: int) -> None:
-        """Drops parameters of stretches that all images have behind them."""
-        earliest = self._waiting.earliest(len(self._solver.rounds))
-        self._placed = {number: placed for number, placed in self._placed.items() if number > earliest}
-
-    def _images(self, round_number: int) -> np.ndarray:
-        """Returns the images of a round, (devices, streams · chunk, *image_shape)."""
-        index, _ = self._solver.rounds[round_number].mine()
-        images = self._solver.images.take(index.reshape(-1))
-        images = images.reshape(len(images), *index.shape, *images.shape[2:])
-        return np.moveaxis(images, 0, 1).reshape(len(index), -1, *images.shape[3:])
-
-    def _parameters(self, number: int) -> tuple[Any, Any]:
-        """Returns what a stretch reads of parameters: fixed values, and its layers' leaves, clean and fused."""
-        if number not in self._placed:
-            network, values = self._network, self._solver.fixed
-            stretch = network.stretches[number]
-            leaves = []
-            for place in stretch.places:
-                clean = tuple(jnp.asarray(values[v]) for v in network.leaves[place])
-                leaves.append((clean, tuple(map(jnp.asarray, self.fused[place]))))
-            self._placed[number] = (tuple(jnp.asarray(values[v]) for v in stretch.fixed), tuple(leaves))
-        return self._placed[number]
-
-    def outputs(self) -> np.ndarray:
-        """Returns the backbone's outputs for all images of every stream."""
-        solver, network = self._solver, self._network
-        streams, images = solver.count
-        result: np.ndarray | None = None
-        output = network.outputs[0]
-        for round_number, chunk in enumerate(solver.rounds):
-            values = self.advance(round_number, len(network.cuts))
-            index, mask = chunk.mine()
-            if isinstance(output, core.Literal) or output not in values:  # it does not depend on the images
-                value = np.asarray(output.val if isinstance(output, core.Literal) else solver.fixed[output])
-                here = np.broadcast_to(value, (len(index), *value.shape))
-            else:
-                here = np.asarray(values[output])
-            gathered = devices.gather(here).reshape(len(chunk.index), streams, chunk.index.shape[1], *here.shape[2:])
-            result = np.zeros((streams, images, *here.shape[2:]), here.dtype) if result is None else result
-            counted = chunk.mask > 0
-            result[:, chunk.index[counted]] = np.moveaxis(gathered, 1, 0)[:, counted]
-        assert result is not None
-        return result
 
 
 def _kind(site: Site) -> str:

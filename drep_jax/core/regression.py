@@ -13,7 +13,6 @@ images in float32; sums are joined and solved on the host in float64, by Cholesk
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Float64
 
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features, sampled_features
-from drep_jax.typing import AnyArray
+from drep_jax.parallel import devices
 
 BATCHED = 64
 """Largest width of grouped matrices that are solved side by side."""
@@ -60,21 +59,22 @@ class Sums(NamedTuple):
     """Sums over images, each averaged over its feature vectors and corrupted streams.
 
     Attributes:
-      count: number of images.
-      mean_w, mean_t, mean_r: means of features, targets and residuals; zero if nothing is centered.
-      square: Σ w wᵀ, about the means.
-      cross: Σ w rᵀ, about the means.
-      power_t, power_r: Σ ‖t‖² and Σ ‖r‖², about the means.
+      images: their number.
+      mean_w, mean_t, mean_r: means of features (groups, d), and of targets and residuals (groups,
+        columns); zero if nothing is centered.
+      square: Σ w wᵀ about the means, (groups, d, d).
+      cross: Σ w rᵀ about the means, (groups, d, columns).
+      power_t, power_r: Σ ‖t‖² and Σ ‖r‖² about the means, (groups,).
     """
 
-    count: Float[AnyArray, ""]
-    mean_w: Float[AnyArray, "groups d"]
-    mean_t: Float[AnyArray, "groups columns"]
-    mean_r: Float[AnyArray, "groups columns"]
-    square: Float[AnyArray, "groups d d"]
-    cross: Float[AnyArray, "groups d columns"]
-    power_t: Float[AnyArray, " groups"]
-    power_r: Float[AnyArray, " groups"]
+    images: Any
+    mean_w: Any
+    mean_t: Any
+    mean_r: Any
+    square: Any
+    cross: Any
+    power_t: Any
+    power_r: Any
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,14 +155,23 @@ def chunk_sums(
 def joined(one: Sums | None, other: Sums) -> Sums:
     """Returns the sums over two sets of images (Chan, Golub and LeVeque, 1983), in float64."""
     other = Sums(*(np.asarray(value, np.float64) for value in other))
-    if one is None or not one.count:
+    if one is None or not one.images:
         return other
-    if not other.count:
+    if not other.images:
         return one
-    count = one.count + other.count
-    means = [a + (other.count / count) * (b - a) for a, b in zip(one[1:4], other[1:4], strict=True)]
-    between = _between(one, other, one.count * other.count / count)
+    count = one.images + other.images
+    means = [a + (other.images / count) * (b - a) for a, b in zip(one[1:4], other[1:4], strict=True)]
+    between = _between(one, other, one.images * other.images / count)
     return Sums(count, *means, *(a + b + c for a, b, c in zip(one[4:], other[4:], between, strict=True)))
+
+
+def of_all_hosts(local: Sums) -> Sums:
+    """Returns the sums over the images of all hosts, the same bits on each."""
+    by_host = [devices.gather(leaf).reshape(-1, *leaf.shape) for leaf in map(np.asarray, local)]
+    total = None
+    for host in range(len(by_host[0])):
+        total = joined(total, Sums(*(leaf[host] for leaf in by_host)))
+    return local if total is None else total
 
 
 def _between(one: Sums, other: Sums, factor: Any) -> tuple[Any, Any, Any, Any]:
@@ -215,7 +224,9 @@ class Solution(NamedTuple):
     after: float
 
 
-def regress(sums: Sums, matrix: Float64[np.ndarray, "groups d columns"] | None, ridge: float, centered: bool) -> Solution:
+def regress(
+    sums: Sums, matrix: Float64[np.ndarray, "groups d columns"] | None, ridge: float, centered: bool
+) -> Solution:
     """Solves the regression of a site.
 
     Args:
@@ -224,13 +235,13 @@ def regress(sums: Sums, matrix: Float64[np.ndarray, "groups d columns"] | None, 
       ridge: λ over the mean power of the features; infinite to leave the site as it is.
       centered: whether the denoiser may have a constant.
     """
-    before = (sums.power_r / sums.count).sum() + (sums.mean_r**2).sum()
-    scale = max((sums.power_t / sums.count).sum(), 1e-300)
+    before = (sums.power_r / sums.images).sum() + (sums.mean_r**2).sum()
+    scale = max((sums.power_t / sums.images).sum(), 1e-300)
     if np.isinf(ridge):
         nothing = np.zeros_like(sums.square)
         constant = np.zeros_like(sums.mean_w) if centered else None
         return Solution(nothing, constant, float(before / scale), float(before / scale))
-    change = ridge_change(sums.square / sums.count, sums.cross / sums.count, ridge)
+    change = ridge_change(sums.square / sums.images, sums.cross / sums.images, ridge)
     if matrix is None:
         kernel = -change
         inverse = None
@@ -245,5 +256,5 @@ def regress(sums: Sums, matrix: Float64[np.ndarray, "groups d columns"] | None, 
         missing = sums.mean_r - np.einsum("gdc,gd->gc", change, sums.mean_w)
         constant = -(missing if inverse is None else np.einsum("gc,gcd->gd", missing, inverse))
     products = (change * (sums.square @ change - 2.0 * sums.cross)).sum()
-    after = max(0.0, (sums.power_r.sum() + products) / sums.count)
+    after = max(0.0, (sums.power_r.sum() + products) / sums.images)
     return Solution(kernel, constant, float(before / scale), float(after / scale))

@@ -35,11 +35,11 @@ class Shrinkage(NamedTuple):
 
     Attributes:
       ridge: λ over the mean power of the features; infinite if the site is left as it is.
-      held_out: error on images that the solution has not seen, over E‖t − E t‖².
+      held_out: error on images that the solution has not seen, over E‖t − E t‖²; None if unknown.
     """
 
     ridge: float
-    held_out: float
+    held_out: float | None
 
 
 def choose_ridge(
@@ -52,9 +52,9 @@ def choose_ridge(
       folds: over each fold of them.
       matrix: K of the targets, or None for I.
     """
-    folds = [fold for fold in folds if fold.count]
-    scale = max(float(whole.power_t.sum() / whole.count), 1e-300)
-    alone = sum(float(f.power_r.sum() + f.count * (f.mean_r**2).sum()) for f in folds) / float(whole.count)
+    folds = [fold for fold in folds if fold.images]
+    scale = max(float(whole.power_t.sum() / whole.images), 1e-300)
+    alone = sum(float(f.power_r.sum() + f.images * (f.mean_r**2).sum()) for f in folds) / float(whole.images)
     left_alone = Shrinkage(float("inf"), alone / scale)
     if len(folds) < 2:
         return left_alone
@@ -92,15 +92,15 @@ class _Test:
 
     def __init__(self, whole: Sums, fold: Sums, directions: np.ndarray, reachable: np.ndarray) -> None:
         self._whole, self._fold = whole, fold
-        self.share = float(fold.count / whole.count)
-        self._others = whole.count - fold.count
+        self.share = float(fold.images / whole.images)
+        self._others = whole.images - fold.images
         # of the fold about the mean of the others
-        self._w, r = (whole.count / self._others * (fold[i] - whole[i]) for i in (1, 3))
-        self._unseen = (fold.cross @ directions) / fold.count + self._w[..., :, None] * (r[..., None, :] @ directions)
-        self._between = self._others * fold.count / whole.count
+        self._w, r = (whole.images / self._others * (fold[i] - whole[i]) for i in (1, 3))
+        self._unseen = (fold.cross @ directions) / fold.images + self._w[..., :, None] * (r[..., None, :] @ directions)
+        self._between = self._others * fold.images / whole.images
         between = self._w[..., :, None] * (r[..., None, :] @ reachable)
         self._seen = ((whole.cross - fold.cross) @ reachable - self._between * between) / self._others
-        self._power = float(fold.power_r.sum() / fold.count + (r**2).sum())
+        self._power = float(fold.power_r.sum() / fold.images + (r**2).sum())
 
     def error(self, ridge: float) -> float:
         """Returns the error on the fold; infinite if the equations have no solution in float64."""
@@ -112,6 +112,6 @@ class _Test:
             change = ridge_change(square, self._seen, ridge)
         except np.linalg.LinAlgError:
             return float("inf")
-        explained = (change * (self._fold.square @ change)).sum() / self._fold.count
+        explained = (change * (self._fold.square @ change)).sum() / self._fold.images
         explained += (np.einsum("gd,gdc->gc", w, change) ** 2).sum()
         return max(0.0, self._power + float(explained - 2.0 * (change * self._unseen).sum()))

@@ -7,11 +7,13 @@ shapes have equal keys and share one compiled program.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -52,17 +54,20 @@ class Stretch:
     outputs: tuple[Any, ...]
     key: str
 
-    def run(self, live: Sequence[Any], fixed: Sequence[Any], apply: Callable[[int, Any, Any], Any]) -> list[Any]:
+    def run(
+        self, live: Sequence[Any], fixed: Sequence[Any], apply: Callable[[int, Any, Any], Any] | None = None
+    ) -> list[Any]:
         """Evaluates the equations.
 
         Args:
           live, fixed: values of the variables.
-          apply: (index of a marked layer in `places`, its equation, input) ↦ its output.
+          apply: (index of a marked layer in `places`, its equation, input) ↦ its output; needed where
+            there are such layers.
         """
         env: dict[Any, Any] = dict(zip([*self.live, *self.fixed], [*live, *fixed], strict=True))
         layers = 0
         for eqn, fused in self.eqns:
-            if fused:
+            if fused and apply is not None:
                 outs = [apply(layers, eqn, env[eqn.invars[-1]])]
                 layers += 1
             else:
@@ -95,13 +100,10 @@ class Cut:
 
     def correction(self, fixed: Sequence[Any], change: Any) -> Any:
         """Returns the change of y that changes the sum as `change` of q does, see `correction`."""
-        assert self.chain is not None
-        chain, zeros = self.chain, jax.numpy.zeros(self.y.aval.shape, self.y.aval.dtype)
-        return correction(lambda y: chain.run([y], fixed, _no_layer)[0], zeros, self.sign * change)
-
-
-def _no_layer(index: int, eqn: Any, x: Any) -> Any:
-    raise AssertionError(f"layer {index} inside a scaling: {eqn}")
+        zeros = jnp.zeros(self.y.aval.shape, self.y.aval.dtype)
+        return correction(
+            lambda y: y if self.chain is None else self.chain.run([y], fixed)[0], zeros, self.sign * change
+        )
 
 
 class Network:
@@ -150,11 +152,9 @@ class Network:
         order = self._order()
         starts = [number for number, index in enumerate(order) if self._is_cut(index, first_layers)]
         bounds = [0, *starts, len(order)]
-        self._pieces = [order[first:end] for first, end in zip(bounds, bounds[1:], strict=False)]
+        self._pieces = [order[first:end] for first, end in itertools.pairwise(bounds)]
         alive = self._alive()
-        self.stretches = tuple(
-            self._stretch(piece, alive[number + 1]) for number, piece in enumerate(self._pieces)
-        )
+        self.stretches = tuple(self._stretch(piece, alive[number + 1]) for number, piece in enumerate(self._pieces))
         self.cuts = tuple(self._cut(order[start], alive[number + 1]) for number, start in enumerate(starts))
 
     def _is_cut(self, index: int, first_layers: Collection[Path]) -> bool:
@@ -384,5 +384,3 @@ def name_of(place: Place) -> str:
 def parameters(place_leaves: Sequence[Any], values: dict[Any, Any]) -> Tree:
     """Returns a layer's parameters as NumPy arrays."""
     return tree_of([np.asarray(v.val if isinstance(v, core.Literal) else values[v]) for v in place_leaves])
-
-
