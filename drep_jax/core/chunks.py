@@ -20,6 +20,11 @@ class Streams(abc.ABC):
     def shape(self) -> tuple[int, ...]:
         """(streams, images, *image_shape)."""
 
+    @property
+    def resident(self) -> bool:
+        """Whether all images are in memory, so that none need wait there."""
+        return False
+
     @abc.abstractmethod
     def take(self, index: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, "streams n *image_shape"]:
         """Returns some images of every stream."""
@@ -35,6 +40,11 @@ class InMemory(Streams):
     def shape(self) -> tuple[int, ...]:
         """(streams, images, *image_shape)."""
         return self._images.shape
+
+    @property
+    def resident(self) -> bool:
+        """Always."""
+        return True
 
     def take(self, index: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, "streams n *image_shape"]:
         """Returns some images of every stream."""

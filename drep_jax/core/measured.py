@@ -40,8 +40,8 @@ from jaxtyping import Float, Num, Shaped
 from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, rounds_of
 from drep_jax.core.interpreter import trace
 from drep_jax.core.layers import Layer
-from drep_jax.core.matrix_form import bias_from_columns, features, kernel_from_matrix, kernel_matrix
-from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, joined, of_all_hosts, regress
+from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, form_of, joined, kind_of, of_all_hosts, regress
 from drep_jax.core.shrinkage import Shrinkage, choose_ridge
 from drep_jax.core.sites import Site
 from drep_jax.core.stretches import Cut, Network, Place, name_of, parameters
@@ -220,7 +220,7 @@ class _Solver:
         self.sites, self.images, self.ridge, self.limit, self.wants_outputs = sites, images, ridge, limit, outputs
         self.count, self.vectors = images.shape[:2], vectors
         self.table = {layer.path: (site, layer) for site in sites for layer in site.layers}
-        corrected = {site.path for site in sites if shortcut and len(site.layers) == 1 and _kind(site) != "pointwise"}
+        corrected = {site.path for site in sites if shortcut and len(site.layers) == 1 and kind_of(site) != "pointwise"}
         first, folds = images.take(np.zeros(1, int)), 1 if ridge is not None else FOLDS
 
         def network(rounds: Sequence[Round]) -> Network:
@@ -251,16 +251,8 @@ class _Solver:
     def _form(self, cut: Cut) -> Form:
         """Returns the form of the sums at a cut."""
         site, layer = self.table[cut.place[0]]
-        kind, rows = _kind(site), self.count[0] * self.rounds[0].index.shape[1]
-        aval = jax.ShapeDtypeStruct(cut.x.aval.shape, cut.x.aval.dtype)
-        shape = jax.eval_shape(lambda x: features(layer, kind, x), aval).shape
-        positions = int(np.prod(shape)) // (site.groups * site.width * rows)
-        stride = max(1, positions * self.count[1] * (self.count[0] - 1) // (self.vectors * site.width))
-        columns = sum(_columns(site, layer) for layer in site.layers)
-        nameless = dataclasses.replace(
-            layer, path=(), stack=None, scan=None, reads=0, order=0, writable=True, refusal=None, bias=False
-        )
-        return Form(nameless, kind, site.groups, site.width, columns, positions, stride, site.bias)
+        x = jax.ShapeDtypeStruct(cut.x.aval.shape, cut.x.aval.dtype)
+        return form_of(site, layer, x, self.rounds[0].index.shape[1], *self.count, self.vectors)
 
     def _chunk_bytes(self) -> int:
         """Returns the bytes that a chunk takes on a device, at most."""
@@ -339,16 +331,16 @@ class _Solver:
 
     def _matrix(self, layer: Layer, site: Site, copy: int | None) -> np.ndarray:
         kernel = self._leaves((layer.path, copy))["kernel"].astype(np.float64)
-        return np.asarray(kernel_matrix(layer, _kind(site), kernel))
+        return np.asarray(kernel_matrix(layer, kind_of(site), kernel))
 
     def _fused(self, layer: Layer, site: Site, copy: int | None, matrix: np.ndarray, solution: Solution) -> Leaves:
         """Returns a layer's parameters with the solution fused into them, in their own types."""
         leaves = self._leaves((layer.path, copy))
-        kernel = kernel_from_matrix(layer, _kind(site), matrix - solution.kernel @ matrix)
+        kernel = kernel_from_matrix(layer, kind_of(site), matrix - solution.kernel @ matrix)
         fused = {**leaves, "kernel": np.asarray(kernel).astype(leaves["kernel"].dtype)}
         if solution.constant is not None and "bias" in leaves:
             columns = np.einsum("gdc,gd->gc", matrix, -solution.constant)
-            bias = leaves["bias"].astype(np.float64) + bias_from_columns(layer, _kind(site), columns)
+            bias = leaves["bias"].astype(np.float64) + bias_from_columns(layer, kind_of(site), columns)
             fused["bias"] = np.asarray(bias).astype(leaves["bias"].dtype)
         return tuple(fused[name] for name in sorted(fused))
 
@@ -396,14 +388,3 @@ class _Solver:
             leaves = {"kernel": kernel, "bias": bias} if site.bias else {"kernel": kernel}
             tree = set_in(tree, site.path, leaves)
         return Measured(tree, errors, outputs, held_out, ridges)
-
-
-def _kind(site: Site) -> str:
-    """Returns how a site's features are read: a 1×1 convolution reads patches of one pixel."""
-    window = site.layers[0].window
-    return "patch" if window is not None and window.single else site.kind
-
-
-def _columns(site: Site, layer: Layer) -> int:
-    """Returns the number of columns of a layer's matrix for each group."""
-    return layer.kernel_size // (layer.stack or 1) // (site.groups * site.width)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float64
 
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features, sampled_features
+from drep_jax.core.sites import Site
 from drep_jax.parallel import devices
 
 BATCHED = 64
@@ -53,6 +54,34 @@ class Form:
     def picks(self) -> int:
         """Feature vectors used of an image."""
         return max(1, self.positions // self.stride)
+
+
+def form_of(site: Site, layer: Layer, x: Any, chunk: int, streams: int, images: int, vectors: int) -> Form:
+    """Returns the form of a site's sums.
+
+    Args:
+      site, layer: the site and its first layer.
+      x: shape and type of the layer's input for a chunk.
+      chunk, streams, images: number of images in the chunk, of streams, and of images.
+      vectors: see `drep_jax.core.measured.measuring`.
+    """
+    kind = kind_of(site)
+    shape = jax.eval_shape(lambda x: features(layer, kind, x), x).shape
+    positions = int(np.prod(shape)) // (site.groups * site.width * streams * chunk)
+    stride = max(1, positions * images * (streams - 1) // (vectors * site.width))
+    sizes = [layer.kernel_size // (layer.stack or 1) for layer in site.layers]
+    columns = sum(sizes) // (site.groups * site.width)
+    # without what tells equal layers apart
+    nameless = dataclasses.replace(
+        layer, path=(), stack=None, scan=None, reads=0, order=0, writable=True, refusal=None, bias=False
+    )
+    return Form(nameless, kind, site.groups, site.width, columns, positions, stride, site.bias)
+
+
+def kind_of(site: Site) -> str:
+    """Returns how a site's features are read: a 1×1 convolution reads patches of one pixel."""
+    window = site.layers[0].window
+    return "patch" if window is not None and window.single else site.kind
 
 
 class Sums(NamedTuple):

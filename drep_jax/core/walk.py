@@ -9,7 +9,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Shaped
 
-from drep_jax.core.chunks import InMemory, Round, Streams, Waiting
+from drep_jax.core.chunks import Round, Streams, Waiting
 from drep_jax.core.stretches import Network, Place, Stretch
 from drep_jax.parallel import devices
 from drep_jax.typing import AnyArray
@@ -78,7 +78,7 @@ class Walk:
             outs = program(tuple(values[v] for v in stretch.live), fixed, leaves) if stretch.outputs else ()
             values = {**values, **dict(zip(stretch.outputs, outs, strict=True))}
             values = {v: values[v] for v in live if not isinstance(v, core.Literal) and v in values}
-        resident = isinstance(self._images, InMemory) and set(values) == {network.image}
+        resident = self._images.resident and set(values) == {network.image}
         if base < cut < len(network.cuts) and not resident:
             size = sum(value.nbytes for value in values.values())
             held = {v: np.asarray(value) for v, value in values.items()}
