@@ -69,14 +69,39 @@ def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: A
 
         return marked(layer.name, run)(leaves, x)
 
-    def forward(variables: Tree, images: Any) -> Any:
-        # The visitor needs no extras. But every layer must have one, and with a stack its axis.
-        layers = [layer for site in sites for layer in site.layers]
-        extras = {layer.path: jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
-        return visit_sites(backbone, variables, sites, extras, mark, images)
-
-    closed = jax.make_jaxpr(forward)(variables, images)
+    closed = jax.make_jaxpr(lambda v, x: visit_sites(backbone, v, sites, _no_extras(sites), mark, x))(variables, images)
     return jax.make_jaxpr(lambda *args: _flat(closed.jaxpr, closed.consts, args, None))(*closed.in_avals)
+
+
+def _no_extras(sites: Sequence[Site]) -> Tree:
+    """Returns the extras of a visitor that needs none; every layer must have one, and with a stack its axis."""
+    layers = [layer for site in sites for layer in site.layers]
+    return {layer.path: jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
+
+
+def check_batch_axis(backbone: nn.Module, variables: Tree, sites: Sequence[Site], image: jax.ShapeDtypeStruct) -> None:
+    """Checks that the first axis of every layer's input has an equal number of rows of each image.
+
+    Args:
+      backbone, variables, sites: see `trace`.
+      image: shape of a batch of one.
+
+    Raises:
+      SiteError: naming the layer.
+    """
+    batch = 23  # numbers of tokens or channels are rarely a multiple of it
+
+    def check(site: Site, layer: Layer, module: nn.Module, extra: Any, x: Any, call: Any) -> Any:
+        del site, module, extra
+        if not x.shape or x.shape[0] % batch:
+            raise SiteError(
+                f"{layer.name}: the first axis of its input {tuple(x.shape)} is not the batch of {batch} images, so clean and "
+                "corrupted features cannot be told apart; narrow sites.pattern."
+            )
+        return call(x)
+
+    images = jax.ShapeDtypeStruct((batch, *image.shape[1:]), image.dtype)
+    jax.eval_shape(lambda v, x: visit_sites(backbone, v, sites, _no_extras(sites), check, x), variables, images)
 
 
 def _flat(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], copy: int | None) -> list[Any]:

@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Float, Num, Shaped
 
 from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, rounds_of
-from drep_jax.core.interpreter import trace
+from drep_jax.core.interpreter import check_batch_axis, trace
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
 from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, form_of, joined, kind_of, of_all_hosts, regress
@@ -46,7 +46,7 @@ from drep_jax.core.shrinkage import Shrinkage, choose_ridge
 from drep_jax.core.sites import Site
 from drep_jax.core.stretches import Cut, Network, Place, name_of, parameters
 from drep_jax.core.walk import Leaves, Walk
-from drep_jax.errors import DataError, NonFiniteError, SiteError
+from drep_jax.errors import DataError, NonFiniteError
 from drep_jax.parallel import devices
 from drep_jax.trees import set_in
 from drep_jax.typing import AnyArray, Path, Tree
@@ -226,15 +226,9 @@ class _Solver:
         def network(rounds: Sequence[Round]) -> Network:
             batch = self.count[0] * rounds[0].index.shape[1]
             shape = jax.ShapeDtypeStruct((batch, *first.shape[2:]), first.dtype)
-            network = Network(trace(backbone, variables, sites, shape), {site.path for site in sites}, corrected)
-            for place, x in network.inputs.items():
-                if not x.aval.shape or x.aval.shape[0] % batch:
-                    raise SiteError(
-                        f"{name_of(place)}: the first axis of its input {tuple(x.aval.shape)} is not the batch of {batch} "
-                        "images, so clean and corrupted features cannot be told apart; narrow sites.pattern."
-                    )
-            return network
+            return Network(trace(backbone, variables, sites, shape), {site.path for site in sites}, corrected)
 
+        check_batch_axis(backbone, variables, sites, jax.ShapeDtypeStruct((1, *first.shape[2:]), first.dtype))
         self.rounds = rounds_of(self.count[1], folds, chunk)
         self.network = network(self.rounds)
         size = self.rounds[0].index.shape[1]
@@ -252,7 +246,7 @@ class _Solver:
         """Returns the form of the sums at a cut."""
         site, layer = self.table[cut.place[0]]
         x = jax.ShapeDtypeStruct(cut.x.aval.shape, cut.x.aval.dtype)
-        return form_of(site, layer, x, self.rounds[0].index.shape[1], *self.count, self.vectors)
+        return form_of(site, layer, x, self.rounds[0].index.shape[1], self.count[0], self.count[1], self.vectors)
 
     def _chunk_bytes(self) -> int:
         """Returns the bytes that a chunk takes on a device, at most."""

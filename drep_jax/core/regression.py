@@ -13,6 +13,7 @@ images in float32; sums are joined and solved on the host in float64, by Cholesk
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
