@@ -10,13 +10,14 @@ about the means elsewhere. The ridge with the least held-out error is taken. If 
 layer as it is, then the images are no evidence for a change, and the site is left alone.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
-from drep_jax.core.regression import Sums, ridge_change
+from drep_jax.core.regression import Sums, joined, ridge_change
 
 RIDGES = tuple(float(10.0**exponent) for exponent in np.arange(-4.0, 2.5, 0.5))
 """Candidates for λ over the mean power of a site's features."""
@@ -28,6 +29,10 @@ START = RIDGES.index(1e-3)
 
 COLUMNS = 128
 """Targets of wide layers are judged along so many random directions."""
+
+
+WIDE = 1024
+"""Sites that are wider are judged on three larger folds, to factor fewer matrices."""
 
 
 class Shrinkage(NamedTuple):
@@ -58,6 +63,8 @@ def choose_ridge(
     left_alone = Shrinkage(float("inf"), alone / scale)
     if len(folds) < 2:
         return left_alone
+    if whole.square.shape[-1] > WIDE:
+        folds = [functools.reduce(joined, folds[first::3]) for first in range(min(3, len(folds)))]
     directions = _directions(whole.cross.shape[-1])
     reachable = directions if matrix is None else (np.linalg.pinv(matrix, rcond=1e-6) @ matrix) @ directions
     tests = [_Test(whole, fold, directions, reachable) for fold in folds]
@@ -69,9 +76,10 @@ def choose_ridge(
         return errors[number]
 
     best = START
-    for step in (1, -1):
-        while 0 <= best + step < len(RIDGES) and error(best + step) < error(best):
-            best += step
+    for size in (2, 1):
+        for step in (size, -size):
+            while 0 <= best + step < len(RIDGES) and error(best + step) < error(best):
+                best += step
     return Shrinkage(RIDGES[best], error(best) / scale) if error(best) < alone else left_alone
 
 

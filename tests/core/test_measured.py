@@ -323,16 +323,16 @@ GOLDEN = pathlib.Path(__file__).parent / "fixtures" / "measured.npz"
 """Outputs and errors of the design that solved all sites in one program (revision 8c7117c), by network."""
 
 
-@pytest.mark.parametrize("name", ["basic", "scan"])
-def test_the_result_is_that_of_one_program_for_all_sites(name):
-    model = {
-        "basic": lambda: create_model(
-            "resnet", 3, (8, 8), stage_sizes=(1, 1), width=4, block="basic", stem="cifar", shortcut="pad"
-        ),
-        "scan": lambda: create_model(
-            "vit", 3, (8, 8), patch_size=4, width=8, depth=2, num_heads=2, mlp_dim=12, scan=True
-        ),
-    }[name]()
+@pytest.mark.parametrize(
+    "name, model, options",
+    [
+        ("basic", "resnet", {"stage_sizes": (1, 1), "width": 4, "block": "basic", "stem": "cifar", "shortcut": "pad"}),
+        ("scan", "vit", {"patch_size": 4, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12, "scan": True}),
+    ],
+    ids=["resnet", "vit"],
+)
+def test_the_result_is_that_of_one_program_for_all_sites(name, model, options):
+    model = create_model(model, num_classes=3, image_size=(8, 8), **options)
     with np.load(GOLDEN) as file:
         golden = {key: file[f"{name}:{key}"] for key in ("images", "outputs", "errors")}
         variables = {}
@@ -341,8 +341,7 @@ def test_the_result_is_that_of_one_program_for_all_sites(name):
                 variables = set_in(variables, tuple(key.split("/")[1:]), file[key])
     images = golden["images"]
     sites = find_sites(model, images[0], pattern=".*")
-    options = {"ridge": 1e-2, "vectors": 10**6, "chunk": 4}
-    result = measure(model, variables, sites, images, [0.6, 0.4], **options)
+    result = measure(model, variables, sites, images, [0.6, 0.4], ridge=1e-2, vectors=10**6, chunk=4)
     np.testing.assert_allclose(result.outputs, golden["outputs"], atol=1e-5)
     np.testing.assert_allclose(list(result.errors.values()), golden["errors"], rtol=1e-4, atol=1e-5)
     assert np.abs(result.outputs[2] - result.outputs[0]).max() > 0.01
@@ -351,19 +350,20 @@ def test_the_result_is_that_of_one_program_for_all_sites(name):
 # ---- from site to site -------------------------------------------------------------------------------------------------
 
 
-def deep(**options):
+def blocks(depth, images):
+    """A ViT of so many blocks, its parameters and its sites."""
     small = {"patch_size": 4, "width": 8, "num_heads": 2, "mlp_dim": 12}
-    return create_model("vit", num_classes=3, image_size=(8, 8), **{"depth": 3, **small, **options})
+    model = create_model("vit", num_classes=3, image_size=(8, 8), depth=depth, **small)
+    variables = jax.jit(model.init)(KEY, images[0, :1])
+    return model, variables, find_sites(model, images[0, :1], pattern=".*(fc1|fc2)")
 
 
-def test_features_wait_within_the_bound_or_are_computed_again_and_alike_stretches_share_a_program(monkeypatch):
+def test_features_wait_within_the_bound_or_are_computed_again(monkeypatch):
     rng = np.random.default_rng(0)
     clean = rng.normal(size=(23, 8, 8, 3)).astype(np.float32)
     images = np.stack([clean, clean, clean + rng.normal(size=clean.shape).astype(np.float32)])
-    model = deep()
-    variables = model.init(KEY, clean[:1])
-    sites = find_sites(model, clean[:1], pattern=".*(fc1|fc2)")
-    most, lines = [], []
+    model, variables, sites = blocks(2, images)
+    most = []
     put = Waiting.put
 
     def watched(self, *arguments):
@@ -371,29 +371,32 @@ def test_features_wait_within_the_bound_or_are_computed_again_and_alike_stretche
         most.append(self.used)
 
     monkeypatch.setattr(Waiting, "put", watched)
+    solver = _Solver(model, variables, sites, InMemory(images), 1e-2, 400, True, 1, 2.0**32, True)
     results = {}
-    for gib in (4.0, 2e-5, 0.0):
+    for limit in (2.0**32, 20_000, 0):
         most.clear()
-        solve = measuring(model, variables, sites, images, chunk=1, memory_gib=gib, ridge=1e-2, say=lines.append)
-        results[gib] = solve([0.5, 0.5]).outputs
-        assert max(most) <= gib * 2**30 and (max(most) > 0) == (gib > 0)
-    np.testing.assert_allclose(results[2e-5], results[4.0], atol=1e-6)
-    np.testing.assert_allclose(results[0.0], results[4.0], atol=1e-6)
-    assert np.abs(results[0.0][2] - model.apply(variables, images[2])).max() > 1e-3
-    assert len(lines) == 2 and re.search(r"up to 0.0 GiB \(at .*measured.memory_gib.* forward passes", lines[0])
+        solver.limit = limit
+        results[limit] = solver.solve(np.array([0.5, 0.5]), None).outputs
+        assert max(most) <= limit and (max(most) > 0) == (limit > 0)
+        line = solver.about_memory()
+        assert (line == "") == (limit == 2.0**32)
+    assert re.search(r"up to 0.0 GiB \(at .*measured.memory_gib.*about 2.5 forward passes", line)
+    np.testing.assert_allclose(results[20_000], results[2.0**32], atol=1e-6)
+    np.testing.assert_allclose(results[0], results[2.0**32], atol=1e-6)
+    assert np.abs(results[0][2] - model.apply(variables, images[2])).max() > 1e-3
+
+
+def test_alike_stretches_share_a_program():
+    images = np.zeros((2, 9, 8, 8, 3), np.float32)
 
     def programs(depth):
-        net = deep(depth=depth)
-        given = net.init(KEY, clean[:1])
-        solver = _Solver(
-            net, given, find_sites(net, clean[:1], pattern=".*(fc1|fc2)"), InMemory(images), 1.0, 9, True, 9, 1e9, False
-        )
-        network = solver.network
-        keys = {stretch.key for stretch in network.stretches}
-        return len(network.cuts), len(keys), {(solver._form(cut), cut.chain and cut.chain.key) for cut in network.cuts}
+        solver = _Solver(*blocks(depth, images), InMemory(images), 1.0, 9, True, 9, 1e9, False)
+        cuts = solver.network.cuts
+        stretches = {stretch.key for stretch in solver.network.stretches}
+        return len(cuts), len(stretches), {(solver._form(cut), cut.chain and cut.chain.key) for cut in cuts}
 
-    (few, keys, forms), (many, again, same) = programs(3), programs(7)
-    assert (few, many) == (6, 14) and keys == again == 4 and forms == same and len(forms) == 2
+    (few, stretches, forms), (many, again, same) = programs(3), programs(7)
+    assert (few, many) == (6, 14) and stretches == again == 4 and forms == same and len(forms) == 2
 
 
 def test_any_number_of_images_and_any_chunk_give_the_same():
@@ -426,15 +429,14 @@ class Separable(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for index in range(3):
-            x = nn.relu(nn.Conv(24, (1, 1), name=f"wide{index}")(x))
-            x = nn.Conv(24, (3, 3), feature_group_count=24, name=f"depthwise{index}")(x)
+        for index in range(4):
+            x = nn.relu(nn.Conv(24, (3, 3), feature_group_count=24, name=f"depthwise{index}")(x))
         return x.mean((1, 2))
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_rounds_of_depthwise_layers_end(rounds):
-    clean = np.random.default_rng(0).normal(size=(10, 6, 6, 3)).astype(np.float32)
+    clean = np.random.default_rng(0).normal(size=(10, 6, 6, 24)).astype(np.float32)
     images = np.stack([clean, clean + 0.3])
     model = Separable()
     variables = model.init(KEY, clean[:1])
@@ -453,7 +455,7 @@ def test_many_rounds_of_depthwise_layers_end(rounds):
 
 def test_no_program_of_a_device_factors_a_matrix():
     """Decompositions side by side in one program wait for each other's threads for ever (jaxlib 0.10.2 on CPUs)."""
-    layer = find_sites(Separable(), jnp.zeros((1, 6, 6, 3)), pattern="depthwise0")[0].layers[0]
+    layer = find_sites(Separable(), jnp.zeros((1, 6, 6, 24)), pattern="depthwise0")[0].layers[0]
     form = Form(layer, "patch", 24, 9, 9, 36, 1, True)
     text = str(
         jax.make_jaxpr(lambda *a: chunk_sums(form, *a))(
@@ -542,6 +544,6 @@ def test_more_images_never_hurt_where_few_say_nothing():
         return float(np.mean((outputs - model.apply(variables, test[0])) ** 2))
 
     nothing = float(np.mean((model.apply(variables, test[2]) - model.apply(variables, test[0])) ** 2))
-    chosen = [error(count, None) for count in (5, 20, 200)]
-    assert chosen[0] < 1.1 * nothing and chosen[1] < 1.05 * nothing and chosen[2] < 0.95 * nothing
+    few, many = error(5, None), error(200, None)
+    assert few < 1.1 * nothing and many < 0.95 * nothing
     assert error(5, 1e-3) > 1.2 * nothing
