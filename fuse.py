@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from drep_jax.cli.app import absl_main
+from drep_jax.files import expanded
 from drep_jax.parallel import processes
 from drep_jax.parallel.hosts import define_flags
 from drep_jax.run import lock
@@ -56,16 +57,17 @@ HOSTS = define_flags()
 
 def main(argv: list[str]) -> int:
     """Fuses a run; returns the exit status."""
-    with processes.joined(HOSTS()), lock.reading(WORKDIR.value) if processes.primary() else nullcontext():
-        return fuse_again()
+    workdir = expanded(WORKDIR.value)
+    with processes.joined(HOSTS()), lock.reading(workdir) if processes.primary() else nullcontext():
+        return fuse_again(workdir)
 
 
-def fuse_again() -> int:
-    """Fuses, prints the certificate and returns the exit status."""
+def fuse_again(workdir: str) -> int:
+    """Fuses the run in `workdir`, prints the certificate and returns the exit status."""
     from drep_jax.run.export import Output
 
     output = Output(
-        OUT.value or os.path.join(WORKDIR.value, "sweep" if SWEEP.value else "fused"),
+        expanded(OUT.value or os.path.join(workdir, "sweep" if SWEEP.value else "fused")),
         dtype=DTYPE.value,
         allow_rounding=ALLOW_ROUNDING.value,
         forms=tuple(EXPORT.value),
@@ -79,26 +81,26 @@ def fuse_again() -> int:
         "time_scale": TIME_SCALE.value,
         "beta_end": BETA_END.value,
     }
-    certificate, paths = fused(output, options)
+    certificate, paths = fused(workdir, output, options)
     print(certificate)
     print(f"Weights: {', '.join(paths)}")
     return 0 if certificate.passed else 3
 
 
-def fused(output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """Fuses as the flags say; returns the certificate and the paths of the files."""
+def fused(workdir: str, output: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Fuses a run as the flags say; returns the certificate and the paths of the files."""
     from drep_jax.jobs import fuse, sweep
 
     if SWEEP.value:
         if NOISE.value != "zero":
             raise flags.Error("--sweep compares without noise, so --noise does not go with it.")
-        best = sweep.sweep(WORKDIR.value, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
+        best = sweep.sweep(workdir, output, strength=STRENGTH.value, images=SWEEP_IMAGES.value, **options)
         return best.certificate, best.paths
     if SWEEP_IMAGES.value is not None:
         raise flags.Error("--sweep_images goes with --sweep only.")
     strength = 1.0 if STRENGTH.value is None else STRENGTH.value
     again = {"resolve": RESOLVE.value, "noise": NOISE.value, "seed": SEED.value}
-    return fuse.fuse_run(WORKDIR.value, output, strength=strength, **again, **options)
+    return fuse.fuse_run(workdir, output, strength=strength, **again, **options)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def get_default() -> ConfigDict:
             "merge": (),  # further sources for learning without labels, with weights: (("folder:DIR", 2.0), …)
             "weight": 1.0,  # of `source` when sources are merged
             "max_unreadable": 0.0,  # unreadable images to tolerate: a number, or a fraction below 1; 0 for none
+            "max_megapixels": 0.0,  # largest image to decode, in millions of pixels; 0 for Pillow's limit of 179
             "data_dir": "",  # folder of TFDS data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
             "image_size": (224, 224),  # (height, width)
             "resize": "crop",  # crop, crop:FRACTION of the short side, squash, pad (whole image, padded) or exact
@@ -93,6 +94,7 @@ def get_default() -> ConfigDict:
         "init_names": "",  # name table of a foreign file, FILE.py or a module; "" for the built-in ones (docs/own_model.md)
         "init_state": "",  # state within the file, such as "model_ema"; "" for the only one, or the averaged one
         "init_grid": (),  # (height, width) in patches of its position embeddings, if they are to be resized
+        "init_channels": "",  # "sum", "mean" or "repeat": how a first convolution of other channels is read; "" refuses it
         "init_allow": (),  # regular expressions; names that may be missing, unused or of another shape
     }
     config.backbone = ConfigDict({**init, **stage})  # the network to denoise: read from a file, or trained with labels
@@ -108,6 +110,8 @@ def get_default() -> ConfigDict:
             "examples": 2,  # queries in the report of each kind: largest gain, largest loss, at random; 0 for none
             "attributed": 0,  # sites that change most whose single effect on the ranking is measured; 0 for none
             "side": "",  # side information given to the backbone: camera, view or camera+view
+            "unseen": "refuse",  # its values that training never saw: refuse, drop (no embedding), map:VALUE or keep
+            "side_values": (),  # numbers of cameras and views the backbone knows, to evaluate it on other ones
             "identities": 16,  # P of a labeled stage's P × K batches
             "instances": 4,  # K images of each identity; 0 for batches of any images
             "singletons": "refuse",  # or drop: identities with a single image, which P × K batches cannot use
@@ -200,6 +204,7 @@ def get_default() -> ConfigDict:
         {
             "conditions": ("clean", "gaussian:40", "gaussian:80"),  # of the test images (docs/corruptions.md)
             "batch_size": 200,  # images per batch, over all devices
+            "unknown_classes": "refuse",  # test images of classes without a training image; score: the backbone knows them
             "gallery": 2000,  # training images of each merged source among which nearest neighbors are sought
             "resamples": 10_000,  # bootstrap resamples
             "certificate_images": 16,  # images on which the fused network is compared with the explicit one

@@ -50,6 +50,10 @@ class CheckpointError(DrepError, ValueError):
     """A checkpoint or work directory that is missing, damaged, foreign or not writable."""
 
 
+class EvaluationError(DrepError, RuntimeError):
+    """An evaluation that failed after everything was learned and written."""
+
+
 class ExportError(DrepError, ValueError):
     """A network that cannot be exported in a format, or would compute something else there."""
 

@@ -12,6 +12,33 @@ import shutil
 from collections.abc import Iterator
 from typing import IO, Any
 
+from drep_jax.errors import ConfigError
+
+
+def home() -> str | None:
+    """Returns the user's home directory; None without HOME and without an entry in the list of users."""
+    place = os.path.expanduser("~")
+    return None if place in ("", "~") else place
+
+
+def expanded(path: str) -> str:
+    """Returns a path with `~` and `~USER` at its start replaced by the home directory.
+
+    >>> expanded("runs/digits")
+    'runs/digits'
+
+    Raises:
+      ConfigError: if that home directory is unknown; a folder called `~` is written `./~`.
+    """
+    result = os.path.expanduser(path)
+    if result.startswith("~"):
+        first = path.replace(os.sep, "/").partition("/")[0]
+        raise ConfigError(
+            f"{path}: the home directory {first} is unknown on this machine (no variable HOME, and no such user). Set HOME, or "
+            "give the whole path."
+        )
+    return result
+
 
 def temporary_of(path: str) -> str:
     """Returns the name under which a file is written before it is complete.
@@ -58,8 +85,18 @@ def whole(path: str, mode: str = "w") -> Iterator[IO[Any]]:
       path: of the file.
       mode: "w" for text in UTF-8, or "wb".
     """
-    with replacing(path) as temporary, open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+    with replacing(path) as temporary, open(temporary, mode, encoding=encoding, errors=errors) as file:
         yield file
+
+
+def utf8(text: str) -> bytes:
+    r"""Returns text in UTF-8; what it cannot hold, of file names in another encoding, as `\udc..`, also in JSON.
+
+    >>> utf8("caf\udce9")
+    b'caf\\udce9'
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_bytes(path: str, content: bytes) -> None:

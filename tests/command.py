@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,10 +17,24 @@ import pytest
 from absl import app, flags
 
 import drep_jax.data.loader  # noqa: F401  (grain defines flags when it is first imported; `call` would remove them)
+from drep_jax.parallel import session
 from drep_jax.run.run import Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
+
+
+@contextlib.contextmanager
+def whole_reports():
+    """Jobs inside draw their plots and time their networks, which the other jobs of the tests do not."""
+    from drep_jax import report
+    from drep_jax.jobs import findings, train
+    from drep_jax.report import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "PLOTS", plots.PLOTS)
+        patch.setattr(train, "measure_cost", findings.measure_cost)
+        yield
 
 
 class Finished(NamedTuple):
@@ -61,7 +76,12 @@ def call(script, *arguments):
     output, messages = io.StringIO(), io.StringIO()
     sys.argv = [str(ROOT / script), *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(messages), pytest.raises(SystemExit) as end:
+        with (
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(messages),
+            mock.patch.object(session, "end_process", sys.exit),  # which would end the tests
+            pytest.raises(SystemExit) as end,
+        ):
             runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.argv = argv

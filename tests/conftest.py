@@ -24,7 +24,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # reading a smaller one takes as long
 os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")  # which nobody reads
 
 import hypothesis
@@ -68,15 +68,45 @@ def resident() -> float:
         return 0.0
 
 
+def memory_share() -> float:
+    """Returns half of this process's share of the machine's memory in GiB, 1.5 at least; 2.5 where it is unknown."""
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (OSError, ValueError):
+        return 2.5
+    return max(1.5, machine / 2 / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """After a file that leaves the process large, forgets its compiled programs: each takes more than a megabyte."""
+    """After a file that leaves the process large, forgets its compiled programs: each takes more than a megabyte.
+
+    That takes seconds, and what follows is compiled again, so it is done late.
+    """
     yield
-    if resident() > 2.5:
+    if resident() > memory_share():
         jax.clear_caches()
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed
             libc.malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lean_jobs(request):
+    """Jobs draw no plots and time no networks, which takes six seconds of a processor each.
+
+    `finished` does both, and so does what tests/report draws.
+    """
+    if request.path.parent.name == "report":
+        yield
+        return
+    from drep_jax import report
+    from drep_jax.jobs import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "PLOTS", {})
+        patch.setattr(train, "measure_cost", lambda *arguments: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +117,7 @@ def finished(tmp_path_factory):
     """
     from drep_jax import weights
     from drep_jax.jobs import fuse, train
-    from tests.command import Finished
+    from tests.command import Finished, whole_reports
     from tests.tiny_config import get_config
 
     config = get_config().to_dict()
@@ -98,7 +128,8 @@ def finished(tmp_path_factory):
     with open(common / "finished_lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not report_file.exists():
-            report_file.write_bytes(pickle.dumps(train.run(config, str(made))))
+            with whole_reports():
+                report_file.write_bytes(pickle.dumps(train.run(config, str(made))))
     directory = str(made if alone else shutil.copytree(made, place / "run", symlinks=True))
     report = pickle.loads(report_file.read_bytes())
     run, variables, denoise = fuse.load_run(directory)

@@ -1,6 +1,7 @@
 """Shared by `train.py` and `fuse.py`: flags, and errors as messages that name the nearest option."""
 
-import errno
+import codecs
+import io
 import os
 import re
 import signal
@@ -12,9 +13,12 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
+from drep_jax.cli import machine
 from drep_jax.cli.help import HELP, usage
 from drep_jax.errors import ConfigError, DrepError, did_you_mean
+from drep_jax.files import expanded
 from drep_jax.imports import import_module
+from drep_jax.parallel.session import end_process
 from drep_jax.run.config import announce, new_names, renamed
 from drep_jax.run.workdir import flatten
 from drep_jax.training.signals import Interrupted, Terminated, raising_on_sigterm
@@ -113,7 +117,7 @@ class Flags:
     @property
     def workdir(self) -> str | None:
         """The work directory, or None."""
-        return self._workdir.value
+        return None if self._workdir.value is None else expanded(self._workdir.value)
 
 
 def define_config(default: str) -> Flags:
@@ -149,11 +153,9 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
     Returns:
       The exit status: that of `main`, 1 for bad input, 130 after Ctrl-C, 75 after SIGTERM.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
-        import jax
-
-        cache = os.path.join(os.path.expanduser("~"), ".cache", "drep_jax", "xla")
-        jax.config.update("jax_compilation_cache_dir", cache)
+    write_any_text()
+    machine.choose_cache()
+    machine.allow_promotion()
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ml_collections")
 
     # Orbax logs every save, and tracebacks of errors that are reported here.
@@ -163,7 +165,7 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
         try:
             if argv[1:]:
                 raise flags.Error(f"Unexpected argument {argv[1]!r}; every option starts with --.")
-            with raising_on_sigterm():
+            with raising_on_sigterm(lambda: end_process(terminated())):
                 return main(argv)
         except Interrupted as error:
             status = EXIT_INTERRUPTED if error.number == signal.SIGINT else EXIT_PREEMPTED
@@ -171,18 +173,16 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
         except KeyboardInterrupt:
             return _say(f"\nStopped by Ctrl-C. To go on from the last checkpoint: {resume}", EXIT_INTERRUPTED)
         except Terminated:
-            return _say(f"\nStopped by SIGTERM. To go on from the last checkpoint: {resume}", EXIT_PREEMPTED)
+            return terminated()
         except (DrepError, flags.Error) as error:
             return _say(f"Error: {error}", EXIT_ERROR)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EDQUOT):
-                where = error.filename or "while writing"
-                return _say(
-                    f"Error: {error.strerror}: {where}. Complete files are untouched. Free some space or make the "
-                    "place writable, then give the same command again.",
-                    EXIT_ERROR,
-                )
+        except (OSError, MemoryError, RuntimeError) as error:
+            if explanation := machine.explained(error):
+                return _say(f"Error: {explanation}", EXIT_ERROR)
             raise
+
+    def terminated() -> int:
+        return _say(f"\nStopped by SIGTERM. To go on from the last checkpoint: {resume}", EXIT_PREEMPTED)
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -194,7 +194,7 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
             sys.exit(_say(f"Error: {_explain(error)}", EXIT_ERROR))
 
     if help_arguments := [argument for argument in sys.argv[1:] if argument in HELP]:
-        doc = main.__globals__["__doc__"]
+        doc = machine.docstring_of(main.__globals__)
         if config is None:
             print(usage(doc, None))
             return 0
@@ -210,6 +210,37 @@ def absl_main(main: Callable[[list[str]], int], *, resume: str, config: Flags | 
     except SystemExit as end:
         return int(end.code or 0) if not isinstance(end.code, str) else EXIT_ERROR
     return 0
+
+
+def write_any_text() -> None:
+    """Makes the output streams take any text: where their encoding lacks a character, something like it is written."""
+    codecs.register_error("drep_jax.similar", _similar)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not one that is closed, or that a test has put there
+            stream.reconfigure(errors="drep_jax.similar")
+
+
+SIMILAR = {"–": "-", "—": "-", "−": "-", "×": "x", "·": "*", "…": "...", "±": "+-", "≤": "<=", "≥": ">=", "→": "->"}
+SIMILAR |= {
+    "≡": "=",
+    "≠": "!=",
+    "≈": "~",
+    "“": '"',
+    "”": '"',
+    "’": "'",
+    "α": "alpha",
+    "β": "beta",
+    "σ": "sigma",
+    "λ": "lambda",
+}
+
+
+def _similar(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    written = "".join(SIMILAR.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in text)
+    return written, error.end
 
 
 def _hide_late_reports() -> None:

@@ -16,6 +16,7 @@ from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.linear_denoiser import dtype_of, predict
 from drep_jax.core.matrix_form import features
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.sampling import draw, systematic, threefry
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
@@ -31,6 +32,7 @@ LOSSES: dict[str, Callable[[Any], Any]] = {
 """Name ↦ loss of the residuals ε − D(X_t)."""
 
 
+@standard_promotion
 def algorithm1_losses(
     backbone: nn.Module,
     variables: Tree,

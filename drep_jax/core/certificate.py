@@ -6,6 +6,10 @@ is what arithmetic of precision ε allows:
 
     error = ‖(fused − base) − (explicit − base)‖ / ‖explicit − base‖
     bound = 32·ε·(‖base‖ + ‖explicit‖) / ‖explicit − base‖
+
+ε is that of the coarsest type that the numbers go through: the arithmetic, and the weights as they
+are stored. In float64 each layer is compared by itself, so that its error is measured whatever the
+network rounds to in between.
 """
 
 import dataclasses
@@ -24,6 +28,8 @@ from drep_jax.core.explicit import call_denoised, explicit_apply, explicit_extra
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
+from drep_jax.core.precision import epsilon, held_line, rounding, type_name, widened
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.trees import get_in
@@ -77,7 +83,7 @@ def figure(squares: Any, epsilon: float) -> Figure:
 
     Args:
       squares: sums of squares of base, explicit, explicit − base and fused − explicit.
-      epsilon: ε of the type that the outputs are computed in.
+      epsilon: ε of the coarsest type that the outputs have gone through.
     """
     base, explicit, change, error = (math.sqrt(float(value)) for value in squares)
     if change == 0.0:
@@ -112,7 +118,8 @@ class Certificate:
     """The result of `certify`.
 
     It is passed if every error is within its bound, every float64 bound is decisive, and the
-    structure is the backbone's.
+    structure is the backbone's. If the code of the network rounds to a coarser type (`held`), the
+    bound of its outputs follows that type and need not be decisive; those of the layers are.
 
     Attributes:
       rule: the reverse-step rule.
@@ -122,6 +129,7 @@ class Certificate:
       sites: {precision: figures of the layers}.
       structure: {"same_tree", "same_dtypes"} of the parameters, and "same_program": whether the
         optimized program compiled for the fused weights is the backbone's own, to the letter.
+      held: the type that the network rounds to even if it is given float64, or None.
     """
 
     rule: str
@@ -129,12 +137,15 @@ class Certificate:
     end_to_end: Mapping[str, Figure]
     sites: Mapping[str, tuple[SiteFigure, ...]]
     structure: Mapping[str, bool]
+    held: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether fused equals explicit and the structure is the backbone's."""
         figures = [*self.end_to_end.values(), *(site.figure for rows in self.sites.values() for site in rows)]
-        exact = [self.end_to_end["float64"], *(site.figure for site in self.sites["float64"])]
+        exact = [site.figure for site in self.sites["float64"]]
+        if self.held is None:
+            exact.append(self.end_to_end["float64"])
         return (
             all(f.passed for f in figures)
             and all(f.decisive or f.change <= NO_CHANGE for f in exact)
@@ -157,6 +168,7 @@ class Certificate:
             "steps": self.steps,
             "results": results,
             "structure": dict(self.structure),
+            "held": self.held,
         }
 
     def __str__(self) -> str:
@@ -171,10 +183,13 @@ class Certificate:
                 + ("" if end.decisive else "  (too coarse a type to decide)")
             )
         marks = ", ".join(f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in self.structure.items())
+        if self.held is not None:
+            lines.append("  " + held_line(self.held))
         lines.append(f"  denoising changes the output by {100 * self.end_to_end['float64'].change:.3g} %;  {marks}")
         return "\n".join(lines)
 
 
+@standard_promotion
 def certify(
     backbone: nn.Module,
     variables: Tree,
@@ -216,17 +231,22 @@ def certify(
 
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         free = backbone.clone(dtype=None) if getattr(backbone, "dtype", None) is not None else backbone
-        wide = [jax.tree_util.tree_map(wide_leaf, tree) for tree in (variables, denoise, measured, args)]
-        results = {"float64": _measure((free, *settings[1:]), *wide)}
-    name = str(np.result_type(*{np.asarray(get_in(deployed, s.layers[0].path)["kernel"]).dtype for s in sites}))
+        base, denoisers, after, inputs = (
+            jax.tree_util.tree_map(wide_leaf, tree) for tree in (variables, denoise, measured, args)
+        )
+        with widened():
+            held = rounding(lambda variables, args: free.apply(variables, *args, **kwargs), base, inputs)
+            results = {"float64": _measure((free, *settings[1:]), base, denoisers, after, inputs, held, wide=True)}
+    name = type_name(get_in(deployed, layer.path)["kernel"] for site in sites for layer in site.layers)
     if name != "float64":
-        results[name] = _measure(settings, variables, denoise, deployed, args)
+        results[name] = _measure(settings, variables, denoise, deployed, args, held, wide=False)
     return Certificate(
         rule=rule,
         steps=sites[0].steps if steps is None else steps,
         end_to_end={name: end for name, (end, _) in results.items()},
         sites={name: rows for name, (_, rows) in results.items()},
         structure=structure_kept(backbone, variables, {**variables, "params": deployed}, args, kwargs),
+        held=None if held is None else str(held),
     )
 
 
@@ -272,9 +292,16 @@ def wide_leaf(leaf: Any) -> Any:
 
 
 def _measure(
-    settings: Any, variables: Tree, denoise: Tree, fused: Tree, args: Any
+    settings: Any, variables: Tree, denoise: Tree, fused: Tree, args: Any, held: Any, *, wide: bool
 ) -> tuple[Figure, tuple[SiteFigure, ...]]:
-    """Returns the figures of the outputs and of all layers, in the arguments' precision."""
+    """Returns the figures of the outputs and of all layers, in the arguments' precision.
+
+    Args:
+      settings: backbone, sites, schedule, rule, steps and further arguments of the backbone.
+      variables, denoise, fused, args: as for `certify`.
+      held: the coarsest type that the network rounds to even in float64, or None.
+      wide: whether this is the comparison in float64, where each layer is given its input so.
+    """
     backbone, sites, schedule, rule, steps, kwargs = settings
     types: dict[str, Any] = {}
 
@@ -284,11 +311,14 @@ def _measure(
         def run(weights: Tree, x: Any) -> Any:
             return module.clone(parent=None, name=None).apply({"params": weights}, x)
 
-        base = call(x)
+        returned = base = call(x)
+        if wide and x.dtype != np.float64:
+            x = x.astype(np.float64)
+            base = run(weights, x)
         explicit = call_denoised(site, layer, module, extra, x, lambda clean: run(weights, clean))
         types[layer.name] = base.dtype
         sow(module, layer, "squares", _squares(base, explicit, run(extra["fused"], x)))
-        return base
+        return returned
 
     def compare(variables: Tree, denoise: Tree, fused: Tree, args: Any) -> Any:
         options = {"rule": rule, "steps": steps, **kwargs}
@@ -306,18 +336,21 @@ def _measure(
 
     with jax.default_matmul_precision("highest"):
         end, collected = jax.device_get(jax.jit(compare)(variables, denoise, fused, args))
-    rows = []
+    rows, coarsest = [], []
     for site in sites:
         for layer in site.layers:
             values = np.asarray(get_in(collected, layer.path)["squares"])
             values = values.reshape(site.stack or 1, -1, 4).sum(axis=1)  # over all calls, if a scan repeats one layer
             for copy, squares in enumerate(values):
                 times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
-                epsilon = float(jnp.finfo(types[layer.name]).eps)
-                rows.append(SiteFigure(layer.name, copy, times, figure(squares, epsilon)))
+                leaves = get_in(fused, layer.path)
+                stored = [jnp.result_type(leaves[leaf]) for leaf in ("kernel", "bias") if leaf in leaves]
+                coarsest.append(epsilon([types[layer.name], *stored]))
+                rows.append(SiteFigure(layer.name, copy, times, figure(squares, coarsest[-1])))
     # The coarsest type in the network decides what the output can resolve.
-    epsilon = max(float(jnp.finfo(dtype).eps) for dtype in types.values())
-    return figure(np.asarray(end), epsilon), tuple(rows)
+    return figure(
+        np.asarray(end), max(*coarsest, epsilon([types["output"], *([] if held is None else [held])]))
+    ), tuple(rows)
 
 
 def floating_leaves(tree: Tree) -> list[Any]:

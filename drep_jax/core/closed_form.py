@@ -19,6 +19,7 @@ from jaxtyping import Float
 from drep_jax.core.denoisers import Denoisers, resolve
 from drep_jax.core.linear_denoiser import dense
 from drep_jax.core.moments import Moments
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.trees import get_in, set_in
@@ -124,6 +125,7 @@ def _low_rank_minimizer(site: Site, moments: Moments, bars: Any) -> dict[str, np
     return leaves
 
 
+@standard_promotion
 def closed_form(
     moments: Mapping[Path, Moments], sites: Sequence[Site], schedule: Schedule, dtype: Any = np.float32
 ) -> Tree:
@@ -142,6 +144,7 @@ def closed_form(
     return tree
 
 
+@standard_promotion
 def wiener_maps(moments: Mapping[Path, Moments], sites: Sequence[Site], ratio: float) -> Tree:
     """Returns the best linear maps against isotropic noise of power `ratio` times the features'.
 
@@ -233,6 +236,7 @@ def expected_loss(
     return loss if site.groups == 1 else loss.mean(axis=-1)
 
 
+@standard_promotion
 def expected_losses(
     moments: Mapping[Path, Moments], sites: Sequence[Site], schedule: Schedule, denoise: Tree | Denoisers | None = None
 ) -> dict[str, float]:

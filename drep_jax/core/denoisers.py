@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drep_jax.core.linear_denoiser import FACTORS, dtype_of, has_matrix
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.reverse_map import compose_steps
 from drep_jax.core.schedule import Schedule, is_single_step
 from drep_jax.core.sites import Site
@@ -149,6 +150,7 @@ def resolve_params(params: Tree, rule: str | None = None, steps: int | None = No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@standard_promotion
 def init_denoise(sites: Sequence[Site], dtype: Any = jnp.float32) -> dict[str, Any]:
     """Returns denoisers that predict no noise: zeros, for which Algorithm 1's l2 loss is 1.
 

@@ -14,6 +14,7 @@ from drep_jax.core.intercept import visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.linear_denoiser import dtype_of, predict
 from drep_jax.core.matrix_form import affine, features, input_from_features, kernel_matrix
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.reverse_map import site_steps
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
@@ -81,6 +82,7 @@ def floating(values: Float[np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.asarray(values, jax.dtypes.canonicalize_dtype(np.float64))
 
 
+@standard_promotion
 def explicit_apply(
     backbone: nn.Module,
     variables: Tree,

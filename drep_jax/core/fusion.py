@@ -23,6 +23,7 @@ from drep_jax.core.denoisers import check_params, resolve_params
 from drep_jax.core.layers import Layer
 from drep_jax.core.linear_denoiser import dtype_of
 from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.reverse_map import carry_through_steps, compose_steps, site_steps
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
@@ -31,6 +32,7 @@ from drep_jax.trees import check_finite, get_in
 from drep_jax.typing import AnyArray, Path, Tree
 
 
+@standard_promotion
 def fuse(
     params: Tree,
     sites: Sequence[Site],
@@ -135,7 +137,8 @@ def fuse_layer(
 
 def _forms(layer: Layer, site: Site) -> tuple[Layer, Site]:
     """Returns what decides the arithmetic of a layer, and not its name: equal forms share one program."""
-    layer = dataclasses.replace(layer, path=(), stack=None, scan=None, reads=0, order=0, writable=True, refusal=None)
+    nameless: dict[str, Any] = {"path": (), "stack": None, "scan": None, "reads": 0, "order": 0, "writable": True}
+    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False)
     return layer, dataclasses.replace(site, path=(), layers=(), times=(), stack=None)
 
 
@@ -186,6 +189,7 @@ def composed_maps(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@standard_promotion
 def fuse_exact(
     params: Tree,
     sites: Sequence[Site],
@@ -235,6 +239,7 @@ class Survival(NamedTuple):
     worst_layer: str
 
 
+@standard_promotion
 def survival(base: Tree, fused64: Tree, stored: Tree) -> Survival:
     """Measures what rounding to a storage type leaves of the change of the weights.
 

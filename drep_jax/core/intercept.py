@@ -11,7 +11,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from drep_jax.core.layers import COLLECTION, Layer
+from drep_jax.core.interceptor import intercepting
+from drep_jax.core.layers import COLLECTION, LAYER_KINDS, Layer
 from drep_jax.core.sites import Site
 from drep_jax.errors import SiteError
 from drep_jax.trees import set_in
@@ -58,12 +59,13 @@ def visit_sites(
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        if context.method_name != "__call__" or module.path not in table:
+        # A module may share the scope, and with it the path, of one of its layers.
+        if context.method_name != "__call__" or module.path not in table or not isinstance(module, LAYER_KINDS):
             return next_fun(*args, **kwargs)
         x = args[0] if args else kwargs["inputs"]
         return visit(*table[module.path], module, module.get_variable("params", EXTRA), x, next_fun)
 
-    with nn.intercept_methods(intercept):
+    with intercepting(intercept):
         outputs = backbone.apply(
             {**variables, "params": params}, *args, mutable=[COLLECTION] if collect else False, **kwargs
         )

@@ -9,7 +9,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,14 +18,26 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from drep_jax.core.intercept import visit_sites
-from drep_jax.core.jaxpr import INLINED, PREFIX, bind, bodies, body_of, holds_mark, mark_of, marked, reach
-from drep_jax.core.layers import Layer
+from drep_jax.core.jaxpr import (
+    INLINED,
+    PREFIX,
+    bind,
+    bodies,
+    body_of,
+    holds_mark,
+    mark_name,
+    mark_of,
+    marked,
+    path_of,
+    reach,
+)
+from drep_jax.core.layers import Layer, alone, leaves_of
 from drep_jax.core.sites import Site
 from drep_jax.errors import SiteError
 from drep_jax.typing import Path, Tree
 
-COPY = "@"
-"""Between the name of a layer and the index of its copy under `nn.scan`."""
+COPY = "~2"
+"""Between the name of a layer, which cannot contain it, and the index of its copy under `nn.scan`."""
 
 
 MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p", "convert_element_type", "neg")
@@ -37,7 +49,59 @@ MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: Any) -> core.ClosedJaxpr:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The equations of a backbone with its layers marked.
+
+    Attributes:
+      closed: the program.
+      layers: {layer path: (leaves, x) ↦ output}, for inputs of any batch size. The marked equations
+        are for one size: what Flax reshapes or pads has numbers of it in them.
+    """
+
+    closed: core.ClosedJaxpr
+    layers: Mapping[Path, Callable[[Tree, Any], Any]]
+
+    @property
+    def jaxpr(self) -> core.Jaxpr:
+        """The equations."""
+        return self.closed.jaxpr
+
+    @property
+    def consts(self) -> Sequence[Any]:
+        """Values of the equations' constants."""
+        return self.closed.consts
+
+
+def check_measurable(sites: Sequence[Site]) -> None:
+    """Checks that every layer of the sites is called once, on a batch of features.
+
+    Learning, fusion and the certificate pool the calls of a layer. Measured noise solves a layer
+    where it is called, with what the layers before it leave of the noise, which differs from call
+    to call.
+
+    Raises:
+      SiteError: listing the layers that measured noise cannot solve, each with the reason.
+    """
+    reasons = {
+        layer.name: f"it is called {layer.calls} times in one forward pass"
+        if layer.calls > 1
+        else "nn.vmap spreads its input over calls; call it on the whole batch"
+        for site in sites
+        for layer in site.layers
+        if layer.calls > 1 or layer.spread
+    }
+    if reasons:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        raise SiteError(
+            "Measured noise solves a layer at its one call in a forward pass; narrow sites.pattern, or take another learner "
+            f"(Algorithm 1, the closed form) for:\n{lines}"
+        )
+
+
+def trace(
+    backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: Any, kwargs: Mapping[str, Any] | None = None
+) -> Program:
     """Returns the equations of a backbone, with every layer of `sites` marked.
 
     Nested calls are inlined, and loops around marked layers unrolled.
@@ -47,6 +111,7 @@ def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: A
       variables: its variables.
       sites: whose layers are marked.
       images: the batch, or its shape and type.
+      kwargs: further arguments of the backbone, such as `train`.
 
     Returns:
       The program. Its inputs are the leaves of (variables, images), in tree order.
@@ -54,23 +119,19 @@ def trace(backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: A
     Raises:
       SiteError: for a marked layer inside a branch or a `while` loop.
     """
+    functions: dict[Path, Callable[[Tree, Any], Any]] = {}
 
     def mark(site: Site, layer: Layer, module: nn.Module, extra: Any, x: Any, call: Any) -> Any:
         del site, extra, call
-        leaves: Tree = {
-            name: module.get_variable("params", name)
-            for name in ("kernel", "bias")
-            if module.has_variable("params", name)
-        }
-        alone = module.clone(parent=None, name=None)
+        functions[layer.path] = alone(module)
+        return marked(mark_name(layer.path), functions[layer.path])(leaves_of(module), x)
 
-        def run(leaves: Tree, x: Any) -> Any:
-            return alone.apply({"params": leaves}, x)
+    def forward(variables: Tree, images: Any) -> Any:
+        return visit_sites(backbone, variables, sites, _no_extras(sites), mark, images, **(kwargs or {}))
 
-        return marked(layer.name, run)(leaves, x)
-
-    closed = jax.make_jaxpr(lambda v, x: visit_sites(backbone, v, sites, _no_extras(sites), mark, x))(variables, images)
-    return jax.make_jaxpr(lambda *args: _flat(closed.jaxpr, closed.consts, args, None))(*closed.in_avals)
+    closed = jax.make_jaxpr(forward)(variables, images)
+    flat = jax.make_jaxpr(lambda *args: _flat(closed.jaxpr, closed.consts, args, None))(*closed.in_avals)
+    return Program(flat, functions)
 
 
 def _no_extras(sites: Sequence[Site]) -> Tree:
@@ -79,11 +140,17 @@ def _no_extras(sites: Sequence[Site]) -> Tree:
     return {layer.path: jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
 
 
-def check_batch_axis(backbone: nn.Module, variables: Tree, sites: Sequence[Site], image: jax.ShapeDtypeStruct) -> None:
+def check_batch_axis(
+    backbone: nn.Module,
+    variables: Tree,
+    sites: Sequence[Site],
+    image: jax.ShapeDtypeStruct,
+    kwargs: Mapping[str, Any] | None = None,
+) -> None:
     """Checks that the first axis of every layer's input has an equal number of rows of each image.
 
     Args:
-      backbone, variables, sites: see `trace`.
+      backbone, variables, sites, kwargs: see `trace`.
       image: shape of a batch of one.
 
     Raises:
@@ -101,7 +168,11 @@ def check_batch_axis(backbone: nn.Module, variables: Tree, sites: Sequence[Site]
         return call(x)
 
     images = jax.ShapeDtypeStruct((batch, *image.shape[1:]), image.dtype)
-    jax.eval_shape(lambda v, x: visit_sites(backbone, v, sites, _no_extras(sites), check, x), variables, images)
+
+    def forward(variables: Tree, images: Any) -> Any:
+        return visit_sites(backbone, variables, sites, _no_extras(sites), check, images, **(kwargs or {}))
+
+    jax.eval_shape(forward, variables, images)
 
 
 def _flat(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], copy: int | None) -> list[Any]:
@@ -151,7 +222,7 @@ def layer_of(eqn: Any) -> tuple[Path, int | None] | None:
     if name is None:
         return None
     path, _, copy = name.partition(COPY)
-    return tuple(path.split("/")), int(copy) if copy else None
+    return path_of(path), int(copy) if copy else None
 
 
 def tree_of(leaves: Sequence[Any]) -> Tree:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from drep_jax.typing import Path
+
 PREFIX = "drep:"
 """Beginning of the names of marked calls."""
 
@@ -32,6 +34,20 @@ def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.__name__ = PREFIX + name
     return jax.jit(call)
+
+
+def mark_name(path: Path) -> str:
+    """Returns a path as the name of a mark; parts that contain a slash stay apart.
+
+    >>> mark_name(("a/b", "c")), path_of(mark_name(("a/b", "c")))
+    ('a~1b/c', ('a/b', 'c'))
+    """
+    return "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def path_of(name: str) -> Path:
+    """Inverse of `mark_name`."""
+    return tuple(part.replace("~1", "/").replace("~0", "~") for part in name.split("/"))
 
 
 def name_of(eqn: Any) -> str | None:
@@ -145,19 +161,35 @@ def independent(function: Callable[..., Any], fixed: Any, *args: Any) -> set[str
     {'weights'}
     """
     closed = jax.make_jaxpr(function)(fixed, *args)
-    fixed_count = len(jax.tree_util.tree_leaves(fixed))
+    return independent_marks(closed.jaxpr, len(jax.tree_util.tree_leaves(fixed)))
+
+
+def independent_marks(jaxpr: Any, fixed_count: int) -> set[str]:
+    """Returns the names of the marks of a program that none of its inputs after the first ones reaches.
+
+    Args:
+      jaxpr: the program.
+      fixed_count: number of its first inputs that do not count.
+    """
     reached: dict[str, bool] = {}
-    _follow(closed.jaxpr, [index >= fixed_count for index in range(len(closed.jaxpr.invars))], reached)
+
+    def see(eqn: Any, flags: Sequence[bool]) -> None:
+        # Marks without outputs count too: `jax.grad` leaves no others of the forward pass.
+        if (name := name_of(eqn)) is not None:
+            reached[name] = reached.get(name, False) or any(flags)
+
+    follow(jaxpr, [index >= fixed_count for index in range(len(jaxpr.invars))], see)
     return {name for name, depends in reached.items() if not depends}
 
 
-def _follow(jaxpr: Any, inputs: Sequence[bool], reached: dict[str, bool]) -> list[bool]:
+def follow(jaxpr: Any, inputs: Sequence[bool], see: Callable[[Any, Sequence[bool]], None]) -> list[bool]:
     """Follows a program's equations from the inputs that are flagged as dependent.
 
     Args:
       jaxpr: the program.
       inputs: flag of each input.
-      reached: {name of a mark: whether any of its equations depends}, updated in place.
+      see: called with every equation and the flags of its inputs, at any depth; the equations of a
+        loop are seen several times. Marked calls are not entered.
 
     Returns:
       The flag of each output.
@@ -170,28 +202,26 @@ def _follow(jaxpr: Any, inputs: Sequence[bool], reached: dict[str, bool]) -> lis
     for eqn in jaxpr.eqns:
         in_flags = [flag(atom) for atom in eqn.invars]
         out_flags = [any(in_flags)] * len(eqn.outvars)
-        # Marks without outputs count too: `jax.grad` leaves no others of the forward pass.
-        if (name := name_of(eqn)) is not None:
-            reached[name] = reached.get(name, False) or any(in_flags)
-        else:
+        see(eqn, in_flags)
+        if name_of(eqn) is None:
             inner = list(_parts(eqn))
             if len(inner) == 1 and len(inner[0].invars) == len(in_flags) and len(inner[0].outvars) == len(out_flags):
-                out_flags = _follow_call(eqn, inner[0], in_flags, reached)
+                out_flags = _follow_call(eqn, inner[0], in_flags, see)
             else:
                 for body in inner:
-                    _follow(body, [any(in_flags)] * len(body.invars), reached)
+                    follow(body, [any(in_flags)] * len(body.invars), see)
         flags.update(zip(eqn.outvars, out_flags, strict=True))
     return [flag(atom) for atom in jaxpr.outvars]
 
 
-def _follow_call(eqn: Any, body: Any, in_flags: list[bool], reached: dict[str, bool]) -> list[bool]:
+def _follow_call(eqn: Any, body: Any, in_flags: list[bool], see: Any) -> list[bool]:
     """Follows a call, or a scan until the flags of its carry no longer change."""
-    out_flags = _follow(body, in_flags, reached)
+    out_flags = follow(body, in_flags, see)
     if eqn.primitive.name == "scan":
         first, count = eqn.params["num_consts"], eqn.params["num_carry"]
         carry = [before or after for before, after in zip(in_flags[first : first + count], out_flags, strict=False)]
         if carry != in_flags[first : first + count]:
-            return _follow_call(eqn, body, [*in_flags[:first], *carry, *in_flags[first + count :]], reached)
+            return _follow_call(eqn, body, [*in_flags[:first], *carry, *in_flags[first + count :]], see)
     return out_flags
 
 

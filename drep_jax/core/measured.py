@@ -38,9 +38,10 @@ import numpy as np
 from jaxtyping import Float, Num, Shaped
 
 from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, rounds_of
-from drep_jax.core.interpreter import check_batch_axis, trace
+from drep_jax.core.interpreter import check_batch_axis, check_measurable, trace
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, form_of, joined, kind_of, of_all_hosts, regress
 from drep_jax.core.shrinkage import Shrinkage, choose_ridge
 from drep_jax.core.sites import Site
@@ -109,6 +110,7 @@ class Progress:
     held_out: float | None
 
 
+@standard_promotion
 def measure(
     backbone: nn.Module,
     variables: Tree,
@@ -120,7 +122,8 @@ def measure(
     """Solves every site in execution order for one mixture of the streams.
 
     Args:
-      backbone, variables, sites, images, **options: see `measuring`.
+      backbone, variables, sites, images, **options: see `measuring`; `train=False` and other
+        arguments of the backbone are among the options.
       weights: of the corrupted streams.
 
     Returns:
@@ -132,6 +135,7 @@ def measure(
     return measuring(backbone, variables, sites, images, **options)(weights)
 
 
+@standard_promotion
 def measuring(
     backbone: nn.Module,
     variables: Tree,
@@ -145,6 +149,7 @@ def measuring(
     memory_gib: float = 4.0,
     outputs: bool = True,
     say: Callable[[str], None] | None = None,
+    **kwargs: Any,
 ) -> Callable[..., Measured]:
     """Returns a function of the streams' weights that solves every site; it compiles once.
 
@@ -165,6 +170,7 @@ def measuring(
         fit is computed again at each site.
       outputs: whether the result has the backbone's outputs.
       say: called with a line of text about memory, if features do not fit.
+      **kwargs: for the backbone, such as `train=False`.
 
     Returns:
       (weights, watch=None) ↦ `Measured`. There is one weight for each stream after the first, at
@@ -175,6 +181,7 @@ def measuring(
       DataError: for fewer than two streams, or weights that do not fit them.
       SiteError: if a site's features cannot be followed, or its layer is called several times.
     """
+    check_measurable(sites)
     if len(images.shape) < 3 or images.shape[0] < 2 or images.shape[1] < 1:
         raise DataError(
             f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
@@ -182,7 +189,9 @@ def measuring(
     if not memory_gib >= 0:
         raise DataError(f"memory_gib={memory_gib} is a number of GiB and at least 0.")
     streams = InMemory(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
-    solver = _Solver(backbone, variables, sites, streams, ridge, vectors, shortcut, chunk, memory_gib * 2**30, outputs)
+    solver = _Solver(
+        backbone, variables, sites, streams, ridge, vectors, shortcut, chunk, memory_gib * 2**30, outputs, kwargs
+    )
     if say is not None and (line := solver.about_memory()):
         say(line)
 
@@ -198,7 +207,7 @@ def measuring(
             )
         return solver.solve(mixture / mixture.sum(), watch)
 
-    return solve
+    return standard_promotion(solve)
 
 
 class _Solver:
@@ -216,6 +225,7 @@ class _Solver:
         chunk: int,
         limit: float,
         outputs: bool,
+        kwargs: Mapping[str, Any],
     ) -> None:
         self.sites, self.images, self.ridge, self.limit, self.wants_outputs = sites, images, ridge, limit, outputs
         self.count, self.vectors = images.shape[:2], vectors
@@ -226,9 +236,10 @@ class _Solver:
         def network(rounds: Sequence[Round]) -> Network:
             batch = self.count[0] * rounds[0].index.shape[1]
             shape = jax.ShapeDtypeStruct((batch, *first.shape[2:]), first.dtype)
-            return Network(trace(backbone, variables, sites, shape), {site.path for site in sites}, corrected)
+            return Network(trace(backbone, variables, sites, shape, kwargs), {site.path for site in sites}, corrected)
 
-        check_batch_axis(backbone, variables, sites, jax.ShapeDtypeStruct((1, *first.shape[2:]), first.dtype))
+        image = jax.ShapeDtypeStruct((1, *first.shape[2:]), first.dtype)
+        check_batch_axis(backbone, variables, sites, image, kwargs)
         self.rounds = rounds_of(self.count[1], folds, chunk)
         self.network = network(self.rounds)
         size = self.rounds[0].index.shape[1]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Num, UInt32
 from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features, sampled_features
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.sampling import systematic
 from drep_jax.core.sites import Site
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
@@ -115,6 +116,7 @@ def batch_sums(
     tokens: float = 1.0,
     keys: Any = None,
     first_slot: int = 0,
+    **kwargs: Any,
 ) -> dict[str, dict[str, Float[Array, "..."]]]:
     """Returns each site's sums over one batch: of F − shift, (F − shift)(F − shift)ᵀ and 1.
 
@@ -129,6 +131,7 @@ def batch_sums(
       keys: (batch,) threefry keys of the images, needed if `tokens` < 1. Other generators mapped
         over keys draw for the whole batch, not for each key.
       first_slot: number of sites, stacked copies counted, in earlier passes; see `passes`.
+      **kwargs: for the backbone.
 
     Returns:
       {site name: {"count", "first", "second0", "second1", …}}. The last are the row blocks of the
@@ -161,7 +164,7 @@ def batch_sums(
                 sow(module, layer, name, value)
         return call(x)
 
-    _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True)
+    _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
     return {site.name: _sum_calls(site, get_in(collected, site.path)) for site in sites}
 
 
@@ -226,6 +229,7 @@ SHIFT_IMAGES = 8
 """Number of images whose mean feature is near enough to the mean of all."""
 
 
+@standard_promotion
 def collect_moments(
     backbone: nn.Module,
     variables: Tree,
@@ -236,6 +240,7 @@ def collect_moments(
     tokens: float = 1.0,
     seed: int = 0,
     first_slot: int = 0,
+    **kwargs: Any,
 ) -> dict[Path, Moments]:
     """Takes the moments of every site in one pass; memory does not depend on the number of images.
 
@@ -255,6 +260,7 @@ def collect_moments(
         that a quarter of them gives nearly the same moments.
       seed: of the sample.
       first_slot: number of sites, stacked copies counted, in earlier passes; see `passes`.
+      **kwargs: for the backbone, such as `train=False`.
 
     Returns:
       {site path: moments}.
@@ -266,7 +272,7 @@ def collect_moments(
     """
     if not 0.0 < tokens <= 1.0:
         raise ConfigError(f"tokens is the fraction of feature vectors to use and lies in (0, 1], got {tokens!r}.")
-    center, add, total = programs(backbone, tuple(sites), tokens, first_slot)
+    center, add, total = programs(backbone, tuple(sites), tokens, first_slot, tuple(sorted(kwargs.items())))
     # Other generators, mapped over keys, draw for the whole batch and not for each key.
     key, seen = jax.random.key(seed, impl="threefry2x32"), 0
     host, host_count = devices.host()
@@ -307,9 +313,17 @@ def collect_moments(
 
 
 def programs(
-    backbone: nn.Module, sites: tuple[Site, ...], tokens: float, first_slot: int = 0
+    backbone: nn.Module,
+    sites: tuple[Site, ...],
+    tokens: float,
+    first_slot: int = 0,
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> tuple[Callable[..., Any], ...]:
     """Returns the compiled functions of a pass, the same ones for equal arguments.
+
+    Args:
+      backbone, sites, tokens, first_slot: as for `collect_moments`.
+      options: names and values of further arguments of the backbone.
 
     Returns:
       center: (variables, images, mask, keys) ↦ each site's mean feature, on one device.
@@ -319,20 +333,24 @@ def programs(
         numbers; donates both.
     """
     try:
-        return _programs(backbone, sites, tokens, first_slot)
+        return _programs(backbone, sites, tokens, first_slot, options)
     except TypeError:  # the attributes of a backbone need not be hashable
-        return _programs.__wrapped__(backbone, sites, tokens, first_slot)
+        return _programs.__wrapped__(backbone, sites, tokens, first_slot, options)
 
 
 @functools.lru_cache(maxsize=8)
 def _programs(
-    backbone: nn.Module, sites: tuple[Site, ...], tokens: float, first_slot: int
+    backbone: nn.Module,
+    sites: tuple[Site, ...],
+    tokens: float,
+    first_slot: int,
+    options: tuple[tuple[str, Any], ...],
 ) -> tuple[Callable[..., Any], ...]:
     origin = {site.name: jnp.zeros(site.denoiser_shape[:-1], jnp.float32) for site in sites}
 
     def sums_of(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
         keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
-        sampling = {"tokens": tokens, "keys": keys, "first_slot": first_slot}
+        sampling = {"tokens": tokens, "keys": keys, "first_slot": first_slot, **dict(options)}
         return batch_sums(backbone, variables, sites, shifts, mask, images, **sampling)
 
     def center(variables: Tree, *batch: Any) -> Any:

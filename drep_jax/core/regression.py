@@ -73,10 +73,9 @@ def form_of(site: Site, layer: Layer, x: Any, chunk: int, streams: int, images: 
     sizes = [layer.kernel_size // (layer.stack or 1) for layer in site.layers]
     columns = sum(sizes) // (site.groups * site.width)
     # without what tells equal layers apart
-    nameless = dataclasses.replace(
-        layer, path=(), stack=None, scan=None, reads=0, order=0, writable=True, refusal=None, bias=False
-    )
-    return Form(nameless, kind, site.groups, site.width, columns, positions, stride, site.bias)
+    nameless: dict[str, Any] = {"path": (), "stack": None, "scan": None, "reads": 0, "order": 0, "writable": True}
+    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, bias=False)
+    return Form(layer, kind, site.groups, site.width, columns, positions, stride, site.bias)
 
 
 def kind_of(site: Site) -> str:

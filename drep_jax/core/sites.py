@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 
 from drep_jax.core.layers import NO_IMAGES, Layer, find_layers
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.errors import ConfigError, SiteError, did_you_mean
 from drep_jax.typing import Path, Tree
 
@@ -233,6 +234,7 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_
     )
 
 
+@standard_promotion
 def find_sites(
     module: nn.Module,
     *args: Any,

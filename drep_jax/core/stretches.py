@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from drep_jax.core.interpreter import Junction, correction, find_junctions, layer_of, tree_of
+from drep_jax.core.interpreter import Junction, Program, correction, find_junctions, layer_of, tree_of
 from drep_jax.core.jaxpr import bind, bodies, varying_vars
 from drep_jax.errors import SiteError
 from drep_jax.typing import Path, Tree
@@ -55,20 +55,20 @@ class Stretch:
     key: str
 
     def run(
-        self, live: Sequence[Any], fixed: Sequence[Any], apply: Callable[[int, Any, Any], Any] | None = None
+        self, live: Sequence[Any], fixed: Sequence[Any], apply: Callable[[int, Any], Any] | None = None
     ) -> list[Any]:
         """Evaluates the equations.
 
         Args:
           live, fixed: values of the variables.
-          apply: (index of a marked layer in `places`, its equation, input) ↦ its output; needed where
+          apply: (index of a marked layer in `places`, its input) ↦ its output; needed where
             there are such layers.
         """
         env: dict[Any, Any] = dict(zip([*self.live, *self.fixed], [*live, *fixed], strict=True))
         layers = 0
         for eqn, fused in self.eqns:
             if fused and apply is not None:
-                outs = [apply(layers, eqn, env[eqn.invars[-1]])]
+                outs = [apply(layers, env[eqn.invars[-1]])]
                 layers += 1
             else:
                 outs = bind(eqn, [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars])
@@ -114,23 +114,24 @@ class Network:
       stretches: one more than cuts; number i ends at cut i, and the last one at the outputs.
       leaves: {place: variables of the layer's parameters}, of every marked layer that depends on the
         images.
+      layers: {layer path: (leaves, x) ↦ output}.
       inputs: {place: variable of its input}.
       image: variable that holds the images.
       outputs: variables, or literals, that the backbone gives.
     """
 
-    def __init__(self, closed: core.ClosedJaxpr, first_layers: Collection[Path], junctions: Collection[Path]) -> None:
+    def __init__(self, program: Program, first_layers: Collection[Path], junctions: Collection[Path]) -> None:
         """Cuts a program.
 
         Args:
-          closed: from `trace`; its last input are the images.
+          program: from `trace`; its last input are the images.
           first_layers: paths of the layers before which to cut.
           junctions: paths of those whose residual sums are of interest.
 
         Raises:
           SiteError: for a layer that is called several times.
         """
-        self._jaxpr, self._consts = closed.jaxpr, closed.consts
+        self._jaxpr, self._consts, self.layers = program.jaxpr, program.consts, program.layers
         jaxpr = self._jaxpr
         self.image, self.outputs = jaxpr.invars[-1], tuple(jaxpr.outvars)
         self._varying = varying_vars(jaxpr, [False] * (len(jaxpr.invars) - 1) + [True])
@@ -223,8 +224,12 @@ class Network:
             needed |= dict.fromkeys(v for v in used if self._varies(v))
             for var in (v for i in piece for v in eqns[i].outvars):
                 needed.pop(var, None)
-            alive.append(tuple(sorted(needed, key=lambda v: self._producer.get(v, -1))))
+            alive.append(tuple(sorted(needed, key=self._when)))
         return alive[::-1]
+
+    def _when(self, var: Any) -> int:
+        """Returns the index of the equation that computes a variable; −1 for the images."""
+        return self._producer.get(var, -1)
 
     def _stretch(self, piece: Sequence[int], wanted: Iterable[Any]) -> Stretch:
         """Makes a stretch of varying equations, with what it needs of parameters alone."""

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jaxtyping import Shaped
 
 from drep_jax.core.chunks import Round, Streams, Waiting
+from drep_jax.core.interpreter import tree_of
 from drep_jax.core.stretches import Network, Place, Stretch
 from drep_jax.parallel import devices
 from drep_jax.typing import AnyArray
@@ -54,10 +54,10 @@ class Walk:
         streams = self._images.shape[0]
 
         def run(live: Any, fixed: Any, leaves: Any) -> Any:
-            def apply(index: int, eqn: Any, x: Any) -> Any:
-                layer, rows = jax.jit(core.jaxpr_as_fun(eqn.params["jaxpr"])), x.shape[0] // streams
-                clean, fused = leaves[index]
-                return jnp.concatenate([layer(*clean, x[:rows])[0], layer(*fused, x[rows:])[0]])
+            def apply(index: int, x: Any) -> Any:
+                layer, rows = self._network.layers[stretch.places[index][0]], x.shape[0] // streams
+                clean, fused = map(tree_of, leaves[index])
+                return jnp.concatenate([layer(clean, x[:rows]), layer(fused, x[rows:])])
 
             return stretch.run(live, fixed, apply)
 

@@ -189,14 +189,23 @@ def read_augmented(
     *,
     seed: int,
     first_position: int,
+    stand_ins: np.ndarray | None = None,
 ) -> Batch:
-    """Returns images as `read` does, augmented by their position in the stream; labels follow."""
+    """Returns images as `read` does, augmented by their position in the stream; labels follow.
+
+    Args:
+      source, indices, columns: as for `read`.
+      augmentation: of the images.
+      seed: of the augmentation.
+      first_position: of the first image in the stream.
+      stand_ins: indices of the images that may replace an unreadable one; None for all.
+    """
     where = {"seed": seed, "first_position": first_position}
     if augmentation.crop_scale:
-        pairs = _read_cropped(source, indices, augmentation, columns, **where)
+        pairs = _read_cropped(source, indices, augmentation, columns, stand_ins, **where)
     else:
         load = functools.partial(item_of, source, columns=columns)
-        pairs = [_instead(source, int(index), load) for index in indices]
+        pairs = [_instead(source, int(index), load, stand_ins) for index in indices]
     if geometric(columns):
         moves = augmentation.transforms([item["image"].shape[:2] for _, item in pairs], **where)
         pairs = [
@@ -213,7 +222,14 @@ def item_of(source: Source, index: int, columns: Columns = ()) -> Item:
 
 
 def _read_cropped(
-    source: Source, indices: np.ndarray, augmentation: Augmentation, columns: Columns, *, seed: int, first_position: int
+    source: Source,
+    indices: np.ndarray,
+    augmentation: Augmentation,
+    columns: Columns,
+    stand_ins: np.ndarray | None,
+    *,
+    seed: int,
+    first_position: int,
 ) -> list[tuple[int, Item]]:
     """Returns random resized crops of the stored images."""
     scale, ratio = augmentation.crop_scale, augmentation.crop_ratio
@@ -234,15 +250,17 @@ def _read_cropped(
 
     numbers = crop_numbers(seed, first_position, len(indices))
     return [
-        _instead(source, int(index), functools.partial(cropped, row))
+        _instead(source, int(index), functools.partial(cropped, row), stand_ins)
         for index, row in zip(indices, numbers, strict=True)
     ]
 
 
-def _instead(source: Source, index: int, load: Load) -> tuple[int, Item]:
+def _instead(source: Source, index: int, load: Load, stand_ins: np.ndarray | None = None) -> tuple[int, Item]:
     """Returns the image at this index, or the next one that can be read, and its index."""
     for step in range(len(source)):
         place = (index + step) % len(source)
+        if step and stand_ins is not None and place not in stand_ins:
+            continue
         item = _tried(source, place, load)
         if item is not None:
             return place, item

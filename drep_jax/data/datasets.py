@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from drep_jax.data import Source, open_source
+from drep_jax.data.decode import limit_pixels
 from drep_jax.data.loader import epoch_order
 from drep_jax.data.merged import MergedSource, epoch_counts
 from drep_jax.data.source import Subset
 from drep_jax.data.unreadable import tolerating
-from drep_jax.errors import ConfigError
+from drep_jax.errors import ConfigError, DataError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -39,7 +40,8 @@ class Images:
     Attributes:
       train: images to learn from; unlabeled where several sources are merged.
       held_out: images to choose hyper-parameters on; likewise.
-      num_classes: of `data.source`, which the backbone's head knows; None when it is unlabeled.
+      num_classes: of `data.source`, which the backbone's head knows; None when it is unlabeled. If
+        only its test images are labeled, their number of classes.
       test: images of `data.source` to evaluate the head on, or None.
       others: labeled sources to evaluate by nearest neighbors.
     """
@@ -77,6 +79,7 @@ def open_images(
     """
     options = {"image_size": tuple(data["image_size"]), "resize": data["resize"], "data_dir": data["data_dir"] or None}
     allowed = data.get("max_unreadable", 0)
+    limit_pixels(data.get("max_megapixels", 0))
     specs, weights = sources_of(data)
     if specs[1:]:
         epoch_counts([1] * len(specs), weights)  # weights are refused before images are looked for
@@ -100,12 +103,13 @@ def open_images(
     test: Source | None = None
     if not test_needs_head:
         test = tolerating(_checked_test(specs[0], options, check_test), allowed)
-    elif labeled and head:
-        test = tolerating(open_source(specs[0], TEST, **options), allowed)
+    elif head:
+        test = _labeled_test(specs[0], options) if not labeled else open_source(specs[0], TEST, **options)
+        test = None if test is None else tolerating(test, allowed)
     return Images(
         train=tolerating(_one(trains, weights), allowed),
         held_out=tolerating(_one(*map(list, zip(*choosing, strict=True))), allowed),
-        num_classes=trains[0].num_classes,
+        num_classes=trains[0].num_classes or (test.num_classes if test is not None and test_needs_head else None),
         test=test,
         others=tuple(others),
     )
@@ -135,6 +139,15 @@ def sources_of(data: Mapping[str, Any]) -> tuple[list[str], list[float]]:
             f'data.merge: "{twice}" is there twice. Name every source once and give it the sum of the weights.'
         )
     return specs, [data.get("weight", 1.0), *(entry[1] for entry in merge)]
+
+
+def _labeled_test(spec: str, options: Mapping[str, Any]) -> Source | None:
+    """Returns the test images of a source whose training images have no labels, if they have some."""
+    try:
+        test = open_source(spec, TEST, **options)
+    except DataError:  # too few images for a part of their own
+        return None
+    return test if test.num_classes else None
 
 
 def _checked_test(spec: str, options: Mapping[str, Any], check: Callable[[Source], None]) -> Source:

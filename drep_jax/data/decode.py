@@ -5,6 +5,7 @@ import io
 import math
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from drep_jax.data.columns import Columns, follow, geometric
 from drep_jax.data.fits import KEEP, parse_fit, transform_of_fit
 from drep_jax.data.geometry import Transform
 from drep_jax.data.steps import Size
-from drep_jax.errors import DataError, UnreadableError
+from drep_jax.errors import ConfigError, DataError, UnreadableError
 
 # What Pillow raises on damaged files, depending on the format.
 UNREADABLE = (
@@ -29,12 +30,16 @@ UNREADABLE = (
     KeyError,
     TypeError,
     AttributeError,
+    AssertionError,
+    RuntimeError,
     OverflowError,
     MemoryError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
+PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
+"""Half the pixels of the largest image that Pillow decodes by itself, 179 million."""
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,8 +50,29 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SWAPPING = (5, 6, 7, 8)  # orientations that swap height and width
+PNG_TEXTS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # that may hold an orientation
 GAP = 2
 """Least ratio of a box that is decoded at reduced size to the wanted size; below it, it shows."""
+
+
+def limit_pixels(millions: float) -> None:
+    """Sets how large an image may be, for the whole process.
+
+    Args:
+      millions: of pixels; 0 for Pillow's limit, 179.
+
+    Raises:
+      ConfigError: for a number below 0, or none.
+    """
+    if isinstance(millions, bool) or not isinstance(millions, int | float) or not 0 <= millions < math.inf:
+        raise ConfigError(
+            f"data.max_megapixels={millions!r}: expected the pixels of the largest image in millions, such as 500; 0 for "
+            "Pillow's limit."
+        )
+    # Pillow refuses above twice that number, and warns above it, of images that the user allows.
+    Image.MAX_IMAGE_PIXELS = math.ceil(millions * 1e6 / 2) or PILLOWS_LIMIT
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
@@ -66,7 +92,6 @@ def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
       UnreadableError: for a file that is absent, truncated or not an image.
     """
     with _reading(where), Image.open(_opened(encoded)) as image:
-        image.load()
         return _rgb(_upright(image), where)
 
 
@@ -90,7 +115,7 @@ def decode_box(
       UnreadableError: as for `decode`.
     """
     with _reading(where), Image.open(_opened(encoded)) as image:
-        if image.mode != "RGB" or image.format != "JPEG" or _orientation(image) in UPRIGHT:
+        if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
             return resized_box(_rgb(_upright(image), where), choose, size)
         width, height = image.size
         top, left, rows, columns = choose(height, width)
@@ -151,22 +176,40 @@ def stored_size(encoded: bytes | str | os.PathLike, where: str) -> Size:
     """
     with _reading(where), Image.open(_opened(encoded)) as image:
         width, height = image.size
-        # Pillow decodes a whole PNG to find EXIF behind the pixels; the names of the chunks tell
-        # whether there is any.
-        if image.format == "PNG" and "exif" not in image.info and not _has_late_text(encoded):
-            return height, width
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return (width, height) if _sides_swap(image, encoded) else (height, width)
 
 
 def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
-    """Returns a decoded image, (H, W) or (H, W, 1, 3 or 4), gray or RGB, as uint8 (H, W, 3)."""
-    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-    try:
-        return _rgb(Image.fromarray(array), where)
-    except (TypeError, ValueError) as error:
+    """Returns a decoded image as uint8 (H, W, 3).
+
+    Args:
+      array: uint8 (H, W, 3); gray, (H, W) or (H, W, 1), is uint8, uint16 or bool.
+      where: what to call the image in messages.
+
+    Raises:
+      DataError: for another type or number of channels: a fourth one may be anything.
+    """
+    expected = "expected uint8 (height, width, 3), or (height, width) if it is gray"
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    elif array.ndim == 3 and array.shape[-1] != 3:
         raise DataError(
-            f"{where} is {array.dtype} {array.shape}, not an image: expected uint8 (height, width, channels)."
-        ) from error
+            f"{where} is an array of {array.shape[-1]} channels, {array.shape}: {expected}. Choose the channels that are "
+            "shown; what a further one means (transparency, infrared, …) is not known here."
+        )
+    if array.ndim not in (2, 3) or array.dtype not in (
+        (np.uint8, np.uint16, np.bool_) if array.ndim == 2 else (np.uint8,)
+    ):
+        raise DataError(f"{where} is {array.dtype} {array.shape}, not an image: {expected}.")
+    return _rgb(Image.fromarray(array), where)
+
+
+def on_white(images: np.ndarray) -> np.ndarray:
+    """Returns transparent images, uint8 (N, H, W, 4), composited on white, uint8 (N, H, W, 3)."""
+    rgb = np.empty((*images.shape[:3], 3), np.uint8)
+    for place, image in zip(rgb, images, strict=True):
+        place[:] = _on_white(Image.fromarray(np.ascontiguousarray(image)))
+    return rgb
 
 
 def fit(image: np.ndarray, size: Size, how: str, where: str = "image") -> np.ndarray:
@@ -191,8 +234,17 @@ def _reading(where: str) -> Iterator[None]:
     except UNREADABLE as error:
         if isinstance(error, UnreadableError):
             raise
-        known = isinstance(error, DataError)
-        message = str(error) if known else f"Cannot read the image {where}: {error}. Repair or remove it."
+        if isinstance(error, DataError):
+            message = str(error)
+        elif isinstance(error, Image.DecompressionBombError):
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+            message = (
+                f"The image {where} has more than {limit:,.4g} million pixels ({error}) If it is meant to be so large, raise "
+                "the limit: --config.data.max_megapixels=MILLIONS. It takes 3 to 8 bytes of memory a pixel in each of up to "
+                "eight threads."
+            )
+        else:
+            message = f"Cannot read the image {where}: {error}. Repair or remove it."
         raise UnreadableError(message, where) from error
 
 
@@ -215,15 +267,29 @@ def _opened(encoded: bytes | str | os.PathLike) -> Any:
 
 
 def _orientation(image: Image.Image) -> int:
+    """Returns the orientation that is still to be applied: 1 of a TIFF that Pillow has loaded, as it turns those."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except UNREADABLE:
         return 1  # a damaged EXIF block says nothing about the pixels
+    return orientation if orientation in UPRIGHT else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # before the question what is left to do
     orientation = _orientation(image)
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    return image.transpose(UPRIGHT[orientation]) if orientation != 1 else image
+
+
+def _sides_swap(image: Image.Image, encoded: bytes | str | os.PathLike) -> bool:
+    """Returns whether an image that is not loaded yet has height for width, without loading it."""
+    # Pillow decodes a whole PNG to find EXIF behind the pixels; the names of the chunks tell
+    # whether there is any.
+    if image.format == "PNG" and not PNG_TEXTS & image.info.keys() and not _has_late_text(encoded):
+        return False
+    if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(ORIENTATION, 1) in SWAPPING:
+        return False  # Pillow gives the size that it will have
+    return _orientation(image) in SWAPPING
 
 
 def _rgb(image: Image.Image, where: str) -> np.ndarray:
@@ -233,10 +299,12 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
         raise DataError(
             f"{where} has floating-point pixels, whose range is unknown. Save it with 8 or 16 bits a channel."
         )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return np.array((_on_white(image) if image.has_transparency_data else image).convert("RGB"))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _sixteen_bit(gray: np.ndarray, where: str) -> np.ndarray:

@@ -27,13 +27,13 @@ class DigitsSource:
         self.num_classes: int | None = 10
         self.class_names: tuple[str, ...] | None = tuple("0123456789")
         self._images = np.stack([fit(image, image_size, resize, f"digits image {i}") for i, image in enumerate(images)])
-        self._labels = labels[chosen].astype(np.int32)
+        self.labels = labels[chosen].astype(np.int32)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._images[index], "label": self._labels[index]}
+        return {"image": self._images[index], "label": self.labels[index]}
 
 
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:

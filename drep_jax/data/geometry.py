@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from drep_jax.data.resampling import INTERPOLATIONS, Resample, bilinear, nearest
-from drep_jax.data.steps import KINDS, Orient, Resize, Size, Step, Window
+from drep_jax.data.resampling import INTERPOLATIONS, bilinear, nearest_place
+from drep_jax.data.steps import KINDS, Margins, Orient, Resize, Size, Step, Window, padding, pixels_of
 from drep_jax.errors import DataError, lookup
 
 MOST_STEPS = 8
@@ -155,11 +155,53 @@ class Transform:
         Returns:
           uint8 of `size_out`; where possible a view of `array`.
         """
-        return self._pixels(array, lookup(INTERPOLATIONS, interpolation, "interpolation"), fill)
+        self._check(array)
+
+        def constant(shown: np.ndarray, margins: Sequence[tuple[int, int]]) -> np.ndarray:
+            return np.pad(shown, [*margins, *[(0, 0)] * (shown.ndim - 2)], constant_values=fill)
+
+        return pixels_of(self.steps, array, lookup(INTERPOLATIONS, interpolation, "interpolation"), constant)
 
     def mask(self, array: np.ndarray, *, fill: float = IGNORED) -> np.ndarray:
         """Applies it to a map of labels (H, W, …), nearest; pixels that show nothing get `fill`."""
-        return self._pixels(array, nearest, fill)
+        self._check(array)
+        rows, columns, swapped = self._read()
+        array = array.swapaxes(0, 1) if swapped else array
+        if not array.size:
+            return np.full((len(rows), len(columns), *array.shape[2:]), fill, array.dtype)
+        read = array[rows[:, None], columns]
+        if min(rows.min(), columns.min()) < 0:
+            read[(rows[:, None] < 0) | (columns < 0)] = fill
+        return read
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Returns what `mask` reads, from the last step back, so that nothing is larger than the result.
+
+        Returns:
+          For each row and each column of what comes out the one that it shows, -1 for none; and
+          whether they are those of the image with its axes swapped.
+        """
+        sizes = [self.size_in]
+        for step in self.steps:
+            sizes.append(step.size(sizes[-1]))
+        places = [np.arange(side) for side in sizes[-1]]
+        axes = [0, 1]  # axis of the image before the step that the rows and columns run along
+        for step, before in zip(reversed(self.steps), reversed(sizes[:-1]), strict=True):
+            after = step.size(before)
+            swap = False
+            for end, axis in enumerate(axes):
+                place = places[end]
+                if isinstance(step, Orient):
+                    swap = step.parts[0]
+                    place = np.where(place < 0, -1, after[axis] - 1 - place) if step.parts[1 + axis] else place
+                elif isinstance(step, Resize):
+                    place = np.where(place < 0, -1, nearest_place(place, before[axis], after[axis]))
+                else:
+                    moved = place + (step.top, step.left)[axis]
+                    place = np.where((place < 0) | (moved < 0) | (moved >= before[axis]), -1, moved)
+                places[end] = place
+            axes = axes[::-1] if swap else axes
+        return places[0], places[1], axes == [1, 0]
 
     def dense(self, array: np.ndarray, *, fill: float = float("nan")) -> np.ndarray:
         """Applies it to a map of numbers, such as predictions, bilinear.
@@ -172,14 +214,28 @@ class Transform:
           Floating point, (height, width, …) of `size_out`.
         """
 
-        def repeat_edge(shown: np.ndarray, margins: Sequence[tuple[int, int]]) -> np.ndarray:
-            more = [(0, 0)] * (shown.ndim - 2)
-            return np.pad(shown, [*margins, *more], mode="edge" if min(shown.shape[:2]) else "constant")
-
         self._check(array)
         values = array if array.dtype.kind == "f" else array.astype(np.float32)
-        for step in self.steps:
-            values = step.pixels(values, bilinear, repeat_edge)
+        margins: Margins = NO_MARGINS
+        steps = list(self.steps)
+        while steps and values.size:
+            step = steps.pop(0)
+            if isinstance(step, Resize):
+                size, part, around = (step.height, step.width), None, NO_MARGINS
+                if steps and isinstance(following := steps[0], Window):
+                    part, around = following.inside(size)
+                    steps.pop(0)
+                values, margins = bilinear(values, size, part, margins), around
+                continue
+            values, margins = _edge_repeated(values, margins), NO_MARGINS
+            if isinstance(step, Window):
+                part, margins = step.inside(values.shape[:2])
+                values = values[part]
+            else:
+                values = step.pixels(values, bilinear, _edge_repeated)
+        if not values.size:
+            return np.full((*self.size_out, *values.shape[2:]), fill, values.dtype)
+        values = _edge_repeated(values, margins)
         shows = self.shows()
         return values if shows.all() else np.where(shows.reshape(shows.shape + (1,) * (values.ndim - 2)), values, fill)
 
@@ -272,14 +328,12 @@ class Transform:
                 f"of shape {array.shape}."
             )
 
-    def _pixels(self, array: np.ndarray, resample: Resample, fill: float) -> np.ndarray:
-        def constant(shown: np.ndarray, margins: Sequence[tuple[int, int]]) -> np.ndarray:
-            return np.pad(shown, [*margins, *[(0, 0)] * (shown.ndim - 2)], constant_values=fill)
 
-        self._check(array)
-        for step in self.steps:
-            array = step.pixels(array, resample, constant)
-        return array
+NO_MARGINS: Margins = [(0, 0), (0, 0)]
+
+
+def _edge_repeated(shown: np.ndarray, margins: Sequence[tuple[int, int]]) -> np.ndarray:
+    return np.pad(shown, [*margins, *[(0, 0)] * (shown.ndim - 2)], mode="edge") if padding(list(margins)) else shown
 
 
 def _clipped(boxes: np.ndarray, size: Size) -> np.ndarray:

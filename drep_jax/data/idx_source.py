@@ -10,6 +10,7 @@ import numpy as np
 from drep_jax.data.npz_source import ArraySource, cut
 from drep_jax.data.splits import plan
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.files import expanded
 
 PREFIX = {"train": "train", "test": "t10k"}
 UBYTE = 0x08
@@ -23,14 +24,16 @@ def open_idx(argument: str, split: str, image_size: tuple[int, int], resize: str
     """
     if not argument:
         raise ConfigError('The data source "idx" needs a directory: "idx:DIR".')
-    folder = os.path.join(os.path.expanduser(data_dir or ""), os.path.expanduser(argument))
+    folder = os.path.join(expanded(data_dir or ""), expanded(argument))
     part = plan(("train", "test"), split, folder)
     prefix = PREFIX[part.stored]
     images = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"), 3)
     labels = read_idx(_find(folder, f"{prefix}-labels-idx1-ubyte"), 1)
     if len(images) != len(labels):
         raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels in {prefix}.")
-    classes = tuple(map(str, range(int(labels.max()) + 1)))
+    # Over both files, so that both splits have the same classes.
+    of_both = [read_idx(_find(folder, f"{each}-labels-idx1-ubyte"), 1) for each in PREFIX.values()]
+    classes = tuple(map(str, range(max(int(each.max(initial=0)) for each in of_both) + 1)))
     return cut(f"idx:{argument}", part, images, labels, classes, image_size, resize)
 
 

@@ -1,14 +1,18 @@
 """Images named in a text file: lines of `path label`, or CSV with a header `path,label,split`."""
 
 import csv
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from drep_jax.data.folder import FolderSource, tenth
+from drep_jax.data.labels import MISSING
 from drep_jax.data.splits import SPLITS, plan
+from drep_jax.data.text import existing, read_text_lines, separator_of
 from drep_jax.errors import ConfigError, DataError, did_you_mean
+from drep_jax.files import expanded
 
 COLUMNS = ("path", "label", "split")
 SHOWN = 5
@@ -37,13 +41,14 @@ def open_list(
     """
     if not argument:
         raise ConfigError('The data source "list" needs a file: "list:FILE".')
-    file = Path(data_dir or "").expanduser() / Path(argument).expanduser()
+    file = Path(expanded(data_dir or "")) / expanded(argument)
     entries = read_list(file)
     # Over all splits, so that a class which one of them lacks does not shift the labels of the
     # others.
     class_names = _classes(file, entries)
     stored = {entry.split or "train" for entry in entries}
-    part = plan(stored, split, str(file))
+    labeled = {entry.split or "train" for entry in entries if entry.label is not None}
+    part = plan(stored, split, str(file), stored - labeled)
     chosen = [
         entry
         for entry in entries
@@ -54,24 +59,28 @@ def open_list(
             f"None of the {len(entries)} images of {file} falls into the {split} part. Name more images, or give the file a "
             f"column split with {', '.join(SPLITS)}."
         )
-    paths = [file.parent / entry.path for entry in chosen]
+    paths = existing(file.parent, [entry.path for entry in chosen])
     absent = [entry for entry, path in zip(chosen, paths, strict=True) if not path.is_file()]
     if absent:
         shown = ", ".join(f"{entry.path} (line {entry.line})" for entry in absent[:SHOWN])
         more = f", and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
         raise DataError(
             f"{len(absent)} of the {len(chosen)} images of {file} are not there: {shown}{more}. Paths are relative to the "
-            "folder of the file; write those with spaces in quotes."
+            "folder of the file; write those with spaces in quotes. A table needs a header that names the column path, as in "
+            "path,label,split; without one a line is a path and then its label."
         )
     numbers = {name: number for number, name in enumerate(class_names or ())}
     return FolderSource(
         paths,
-        None if class_names is None else [numbers[entry.label] for entry in chosen if entry.label is not None],
+        [MISSING if entry.label is None else numbers[entry.label] for entry in chosen]
+        if part.stored in labeled
+        else None,
         class_names,
         name=f"list:{argument}",
         note=part.note,
         image_size=image_size,
         resize=resize,
+        stored=part.stored,
     )
 
 
@@ -81,17 +90,10 @@ def read_list(file: Path) -> list[Entry]:
     Raises:
       DataError: naming the line that is not understood, or twice there.
     """
-    try:
-        with open(file, encoding="utf-8", newline="") as stream:
-            lines = stream.read().splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file {file} (looked for {file.absolute()}).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as text: {error}.") from error
+    lines = read_text_lines(file)
     first = next((line for line in lines if line.strip() and not line.lstrip().startswith("#")), "")
-    header = [cell.strip() for cell in first.split(",")]
-    is_csv = header[0] == "path" and (len(header) > 1 or first.strip() == "path")
-    entries = list(_from_csv(file, lines) if is_csv else _from_words(file, lines))
+    separator = separator_of(first, "path")
+    entries = list(_from_words(file, lines) if separator is None else _from_csv(file, lines, separator))
     if not entries:
         raise DataError(
             f'{file} names no images: expected lines of "path label", or CSV with the header path,label,split.'
@@ -101,13 +103,12 @@ def read_list(file: Path) -> list[Entry]:
         if entry.path in seen:
             raise DataError(f"{file}, line {entry.line}: {entry.path} is already in line {seen[entry.path]}.")
         seen[entry.path] = entry.line
-    for what in ("label", "split"):
-        lacking = [entry.line for entry in entries if getattr(entry, what) is None]
-        if lacking and len(lacking) < len(entries):
-            raise DataError(
-                f"{file}, line {lacking[0]}: no {what}, but other lines have one ({len(lacking)} of {len(entries)} lines lack "
-                "it). Give it for all images or for none."
-            )
+    lacking = [entry.line for entry in entries if entry.split is None]
+    if lacking and len(lacking) < len(entries):
+        raise DataError(
+            f"{file}, line {lacking[0]}: no split, but other lines have one ({len(lacking)} of {len(entries)} lines lack "
+            "it). Give it for all images or for none."
+        )
     return entries
 
 
@@ -115,8 +116,12 @@ def _from_words(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
+        lexer.whitespace_split, lexer.commenters = True, ""
+        # Of Windows paths the backslash is a part, unless it stands before a space or a quote.
+        lexer.escape = "\\" if re.search(r"""\\[\s"'\\]""", line) else ""
         try:
-            words = shlex.split(line, posix=True)
+            words = list(lexer)
         except ValueError as error:
             raise DataError(f"{file}, line {number}: {error}: {line.strip()!r}.") from error
         if len(words) > 2:
@@ -124,16 +129,19 @@ def _from_words(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
                 f'{file}, line {number}: {len(words)} words, expected "path" or "path label": {line.strip()!r}. Write paths '
                 "and class names with spaces in quotes."
             )
-        yield Entry(number, words[0], words[1] if len(words) == 2 else None, None)
+        yield Entry(number, words[0], _label(words[1] if len(words) == 2 else ""), None)
 
 
-def _from_csv(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
+def _from_csv(file: Path, lines: Sequence[str], separator: str) -> Iterator[Entry]:
     columns: list[str] | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip() or (columns is None and line.lstrip().startswith("#")):
             continue
         try:
-            cells = [cell.strip() for cell in next(csv.reader([line], strict=True, skipinitialspace=True))]
+            cells = [
+                cell.strip()
+                for cell in next(csv.reader([line], strict=True, skipinitialspace=True, delimiter=separator))
+            ]
         except csv.Error as error:
             raise DataError(f"{file}, line {number}: {error}: {line.strip()!r}.") from error
         if columns is None:
@@ -156,7 +164,12 @@ def _from_csv(file: Path, lines: Sequence[str]) -> Iterator[Entry]:
         part = "validation" if part == "val" else part
         if part is not None and part not in SPLITS:
             raise DataError(f'{file}, line {number}: unknown split "{part}".{did_you_mean(part, SPLITS)}')
-        yield Entry(number, row["path"], row.get("label") or None, part)
+        yield Entry(number, row["path"], _label(row.get("label", "")), part)
+
+
+def _label(text: str) -> str | None:
+    """Returns the label of a line; None for a missing one, which is nothing or -1."""
+    return None if text in ("", str(MISSING)) else text
 
 
 def _classes(file: Path, entries: Sequence[Entry]) -> tuple[str, ...] | None:

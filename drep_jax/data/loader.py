@@ -32,10 +32,12 @@ class Order:
     Attributes:
       length: images an epoch.
       at: epoch ↦ the images in their order, int32 (length,).
+      images: indices of the images that may stand in for an unreadable one; None for all.
     """
 
     length: int
     at: Callable[[int], np.ndarray]
+    images: np.ndarray | None = None
 
 
 def training_batches(
@@ -90,13 +92,17 @@ def training_batches(
         raise ConfigError(f"Mixup and cutmix mix labels, too, but {source.name} has none. Set both to 0.")
     if order is None:
         order = Order(len(source), functools.partial(epoch_order, len(source), seed))
+    if not order.length:
+        raise DataError(f"None of the {len(source)} images of {source.name} has a label to train with.")
     length, order_at = order.length, functools.lru_cache(maxsize=4)(order.at)
+    stand_ins = order.images
 
     def load(step: int) -> Batch:
         positions = step * batch_size + np.arange(rows.start, rows.stop)
         epochs, places = np.divmod(positions, length)
         indices = np.concatenate([order_at(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
-        return read_augmented(source, indices, augmentation, columns, seed=seed, first_position=int(positions[0]))
+        where = {"seed": seed, "first_position": int(positions[0])}
+        return read_augmented(source, indices, augmentation, columns, stand_ins=stand_ins, **where)
 
     if num_threads is None and augmentation.slow:
         num_threads = READING_THREADS
@@ -155,6 +161,16 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """
     words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     return np.argsort(words, kind="stable").astype(np.int32)
+
+
+def order_of(images: np.ndarray, seed: int) -> Order:
+    """Returns the order in which each epoch is a new permutation of these images.
+
+    Args:
+      images: indices, int (n,).
+      seed: of the permutations.
+    """
+    return Order(len(images), lambda epoch: images[epoch_order(len(images), seed, epoch)].astype(np.int32), images)
 
 
 def normalize(

@@ -1,5 +1,6 @@
 """Pairs of a clean and a corrupted image of a scene: DIR/clean/NAME and DIR/corrupted/NAME."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import numpy as np
 from drep_jax.data.decode import decode, fit
 from drep_jax.data.fits import parse_fit
 from drep_jax.data.folder import SUFFIXES, scan
+from drep_jax.data.labels import ignored_note
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.files import expanded
 
 SIDES = ("clean", "corrupted")
 SHOWN = 3
@@ -19,10 +22,21 @@ class PairedSource:
     Attributes:
       name: as the user gave it.
       names: of the files, relative to the two folders.
+      num_classes: None, since pairs have no labels.
+      note: which entries of the folders were ignored, or None.
     """
 
-    def __init__(self, root: Path, names: tuple[str, ...], image_size: tuple[int, int], resize: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        names: tuple[str, ...],
+        image_size: tuple[int, int],
+        resize: str,
+        note: str | None = None,
+    ) -> None:
         self.name = f"pairs:{root}"
+        self.note = note
+        self.num_classes: int | None = None
         self.names = names
         self._root = root
         self._size = image_size
@@ -65,34 +79,38 @@ def open_pairs(directory: str, image_size: tuple[int, int], resize: str = "crop"
         raise ConfigError(f"The image size is (height, width), both at least 1; got {tuple(image_size)}.")
     if not directory:
         raise ConfigError('Pairs of images need a directory: "pairs:DIR".')
-    root = Path(directory).expanduser()
+    root = Path(expanded(directory))
     absent = [str(root / side) for side in SIDES if not (root / side).is_dir()]
     if absent:
         raise DataError(
             f"There is no directory {' and no '.join(absent)}. Pairs are DIR/clean/NAME and DIR/corrupted/NAME."
         )
-    clean, corrupted = (_names(root / side) for side in SIDES)
+    (clean, ignored), (corrupted, more) = (_names(root / side) for side in SIDES)
     if clean != corrupted:
         raise DataError(
             f"Not every image in {root} has a partner of the same name, ending included. "
             f"{_listed('Only clean', clean - corrupted)} {_listed('Only corrupted', corrupted - clean)} Add or remove them."
         )
     height, width = image_size
-    source = PairedSource(root, tuple(sorted(clean)), (int(height), int(width)), resize)
+    note = ignored_note(ignored + more, str(root), SUFFIXES)
+    source = PairedSource(root, tuple(sorted(clean)), (int(height), int(width)), resize, note)
     source[0]
     return source
 
 
-def _names(base: Path) -> set[str]:
+def _names(base: Path) -> tuple[set[str], Counter[str]]:
+    """Returns the images below a folder, and counts of ignored entries by kind."""
     folders = [base]
+    ignored: Counter[str] = Counter()
     names: set[str] = set()
     while folders:
         listing = scan(folders.pop())
         folders += listing.folders
+        ignored += listing.ignored
         names.update(file.relative_to(base).as_posix() for file in listing.images)
     if not names:
         raise DataError(f"No images in {base}: looked for files ending in {', '.join(SUFFIXES)}.")
-    return names
+    return names, ignored
 
 
 def _listed(what: str, names: set[str]) -> str:

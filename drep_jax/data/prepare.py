@@ -15,6 +15,7 @@ from pathlib import Path
 from drep_jax.data.reid import READERS
 from drep_jax.data.tfds_source import BY_HAND, FORMAT, data_root, prepared_folder
 from drep_jax.errors import ConfigError, DataError, DrepError, did_you_mean
+from drep_jax.files import expanded
 
 
 def prepare(argument: str, data_dir: str | None = None, manual_dir: str | None = None) -> str:
@@ -72,7 +73,7 @@ def _prepare_reid(name: str, config: str, root: Path, manual_dir: str | None) ->
         raise ConfigError(f'"{name}" has no configuration "{config}".{did_you_mean(config, configs)}')
     config = config or (configs[0] if configs else "")
     if prepared_folder(root, name, config) is None:
-        original = Path(manual_dir or "").expanduser().absolute()
+        original = Path(expanded(manual_dir or "")).absolute()
         if manual_dir is None or not original.is_dir() or not any(original.iterdir()):
             given = "none was given" if manual_dir is None else f"{original} is no directory or empty"
             raise DataError(f'"{name}" is prepared from its unpacked original, --manual_dir=DIR; {given}.')

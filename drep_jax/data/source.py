@@ -18,6 +18,9 @@ class Source(Protocol):
         nothing to say.
 
     Optional, for what a source can do besides:
+      labels: the label of every image, int32 (n,), -1 where an image has none, known without
+        decoding. By it images without a label are left out of what needs one, and counted.
+      stored: the stored split that the images come from, where one may have been divided.
       in_memory: true where images need no reading or decoding; they are then read without threads.
       raw(index): the item as it is stored: "image" is bytes, a path, or a decoded array; "where" is
         what to call it; labels with geometry fit the stored image once it is upright. With it go
@@ -43,6 +46,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `{"image": uint8 (H, W, 3), "label": int32 scalar}`; "label" is optional.
 
+        A label of -1 says that this image has none.
         Labels of another form are those that a task declares, see `drep_jax.data.columns`.
         """
         ...
@@ -82,16 +86,19 @@ OF_THE_SET = ("protocol", "cameras", "views")
 
 
 def pass_on(source: Any, wrapper: Any, indices: Sequence[int] | None = None) -> None:
-    """Copies what a source for re-identification has besides images to a source that wraps it.
+    """Copies what is known of the images of a source without decoding to a source that wraps it.
 
     Args:
-      source: the images; nothing is copied from any other source.
+      source: the images.
       wrapper: the source that wraps it.
       indices: which images the wrapper has; None for all.
     """
+    chosen = slice(None) if indices is None else np.array(indices, np.int64)
+    wrapper.stored = getattr(source, "stored", None)
+    labels = getattr(source, "labels", None)
+    wrapper.labels = None if labels is None else labels[chosen]
     if not hasattr(source, "table"):
         return
-    chosen = slice(None) if indices is None else np.array(indices, np.int64)
     wrapper.table = {name: values[chosen] for name, values in source.table.items()}
     for name in OF_THE_SET:
         setattr(wrapper, name, getattr(source, name))

@@ -24,21 +24,27 @@ def check_split(split: str) -> None:
         raise ConfigError(f'Unknown split "{split}".{did_you_mean(split, SPLITS)} Splits: {", ".join(SPLITS)}.')
 
 
-def plan(stored: Collection[str], split: str, where: str) -> Part:
+def plan(stored: Collection[str], split: str, where: str, unlabeled: Collection[str] = ()) -> Part:
     """Returns the images that serve as `split`; the three parts of one data set never overlap.
 
-    A missing test split is the stored validation split. A missing validation split (or one that had
+    A missing test split is the stored validation split; so is one without labels, if train and
+    validation have some: many data sets withhold the labels of their test split. A missing validation split (or one that had
     to serve as test) is a tenth of train. With train alone the parts are 80, 10 and 10 %.
 
     Args:
       stored: the splits that exist, among train, validation and test.
       split: the split that is wanted.
       where: the data set, for messages.
+      unlabeled: the stored splits in which no image has a label.
 
     Raises:
       DataError: when there is no train split to take from.
     """
     check_split(split)
+    if "test" in unlabeled and {"train", "validation"} <= set(stored) - set(unlabeled):
+        part = plan([name for name in stored if name != "test"], split, where)
+        remark = f"The test split of {where} has no labels: its validation split serves."
+        return dataclasses.replace(part, note=remark if split == "test" else f"{remark} {part.note}")
     test_from = next((name for name in ("test", "validation") if name in stored), None)
     own_validation = {"validation", "test"} <= set(stored)
     if split == "test" and test_from:

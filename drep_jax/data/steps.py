@@ -11,10 +11,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from drep_jax.data.resampling import Resample
+from drep_jax.data.resampling import Part, Resample
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
+
+Margins = list[tuple[int, int]]
+"""Pixels of padding: (above, below), (left, right)."""
 
 Pad = Callable[[np.ndarray, Sequence[tuple[int, int]]], np.ndarray]
 """(pixels (h, w, …), ((above, below), (left, right))) ↦ pixels with margins."""
@@ -120,15 +123,47 @@ class Window:
     def pixels(self, array: np.ndarray, resample: Resample, pad: Pad) -> np.ndarray:
         """Returns where the pixels (H, W, …) go."""
         del resample
-        margins, inside = [], []
-        for start, length, old in zip((self.top, self.left), (self.height, self.width), array.shape[:2], strict=True):
+        inside, margins = self.inside(array.shape[:2])
+        shown = array[inside]
+        return pad(shown, margins) if padding(margins) else shown
+
+    def inside(self, before: Size) -> tuple[Part, Margins]:
+        """Returns the part of an image of this size that is shown, and the padding around it."""
+        margins, parts = [], []
+        for start, length, old in zip((self.top, self.left), (self.height, self.width), before, strict=True):
             low, high = (min(max(edge, 0), old) for edge in (start, start + length))
-            before = min(max(-start, 0), length)
-            inside.append(slice(low, high))
-            margins.append((before, length - before - (high - low)))
-        shown = array[inside[0], inside[1]]
-        return shown if margins == [(0, 0), (0, 0)] else pad(shown, margins)
+            above = min(max(-start, 0), length)
+            parts.append(slice(low, high))
+            margins.append((above, length - above - (high - low)))
+        return (parts[0], parts[1]), margins
 
 
 Step = Orient | Resize | Window
 KINDS: dict[int, type[Orient] | type[Resize] | type[Window]] = {kind.KIND: kind for kind in (Orient, Resize, Window)}
+
+
+def padding(margins: Margins) -> bool:
+    """Returns whether there is any padding."""
+    return any(map(any, margins))
+
+
+def pixels_of(steps: Sequence[Step], array: np.ndarray, resample: Resample, pad: Pad) -> np.ndarray:
+    """Returns where the pixels (H, W, …) go in all steps.
+
+    Of a resize that a window follows, only what the window shows is computed: an image of one by a
+    thousand pixels, scaled to cover a square, would take as much memory as a thousand of them.
+    """
+    waiting: Resize | None = None
+    for step in steps:
+        if waiting is not None and isinstance(step, Window):
+            part, margins = step.inside((waiting.height, waiting.width))
+            array = resample(array, (waiting.height, waiting.width), part)
+            array, waiting = pad(array, margins) if padding(margins) else array, None
+            continue
+        if waiting is not None:
+            array, waiting = waiting.pixels(array, resample, pad), None
+        if isinstance(step, Resize):
+            waiting = step
+        else:
+            array = step.pixels(array, resample, pad)
+    return array if waiting is None else waiting.pixels(array, resample, pad)

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 
 from drep_jax.data.decode import fitted, fitted_size
+from drep_jax.data.labels import MISSING, spread
 from drep_jax.data.splits import SPLITS, Part, plan
 from drep_jax.errors import ConfigError, DataError, did_you_mean
+from drep_jax.files import expanded
 
 FORMAT = "array_record"
+PROBED = 16
+"""Number of test images that are looked at to find out whether a split has labels."""
 # How many of the last train images stand in for a missing validation split, where a tenth would be
 # more than needed.
 HELD_OUT = {"imagenet2012": 10_000}
@@ -40,17 +44,21 @@ class TfdsSource:
                 f'{self.name} has no feature "image"; it has {stored}. Export its images to a folder instead.'
             )
         sizes = {name: info.num_examples for name, info in builder.info.splits.items() if name in SPLITS}
-        part = plan(sizes, split, self.name)
+        label: Any = features.get("label")
+        labeled = isinstance(label, tfds.features.ClassLabel)
         # Images stay encoded, so that one decoder treats gray, CMYK and transparent images alike
         # for every source. Masks stay so, too: they are not read.
         pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        skipped = {name: tfds.decode.SkipDecoding() for name in pictures}
+        unlabeled = []
+        if labeled and {"train", "validation", "test"} <= sizes.keys():
+            tested = builder.as_data_source("test", decoders=skipped, file_format=FORMAT)
+            if all(int(tested[place]["label"]) == MISSING for place in spread(len(tested), PROBED)):
+                unlabeled = ["test"]
+        part = plan(sizes, split, self.name, unlabeled)
         self._data = builder.as_data_source(
-            instruction(builder.name, part, sizes[part.stored]),
-            decoders={name: tfds.decode.SkipDecoding() for name in pictures},
-            file_format=FORMAT,
+            instruction(builder.name, part, sizes[part.stored]), decoders=skipped, file_format=FORMAT
         )
-        label: Any = features.get("label")
-        labeled = isinstance(label, tfds.features.ClassLabel)
         self.num_classes: int | None = label.num_classes if labeled else None
         # TFDS calls unnamed classes "0", "1", ...
         self.class_names: tuple[str, ...] | None = tuple(label.names) if labeled else None
@@ -58,11 +66,12 @@ class TfdsSource:
         if builder.name in HELD_OUT and (part.start, part.stop) != (0, 10):
             size = sizes[part.stored]
             held = min(HELD_OUT[builder.name], size - size * 9 // 10)
+            withheld = f"The test split of {self.name} has no labels. " if unlabeled else ""
             self.note = (
-                f"{self.name} does not come in three splits: the last {held:,} of its {size:,} train images serve as "
-                "validation."
+                f"{withheld}{self.name} does not come in three splits: the last {held:,} of its {size:,} train images serve "
+                "as validation."
             )
-        self._part = part.stored
+        self.stored = part.stored
         self.image_size = image_size
         self.resize = resize
 
@@ -79,7 +88,7 @@ class TfdsSource:
     def raw(self, index: int) -> dict[str, Any]:
         """Returns an item with its image as it is stored, and "where", what to call it."""
         example = self._data[index]
-        raw: dict[str, Any] = {"image": example["image"], "where": f"{self.name}, {self._part} image {index}"}
+        raw: dict[str, Any] = {"image": example["image"], "where": f"{self.name}, {self.stored} image {index}"}
         return raw if self.num_classes is None else {**raw, "label": np.int32(example["label"])}
 
 
@@ -119,7 +128,7 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
 
 def data_root(data_dir: str | None) -> Path:
     """Returns where TFDS keeps its data sets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return Path(expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def instruction(name: str, part: Part, size: int) -> str:

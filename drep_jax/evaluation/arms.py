@@ -17,7 +17,9 @@ import numpy as np
 from drep_jax.data import Source
 from drep_jax.data.buckets import Bucket, restore_order
 from drep_jax.data.corruptions import CLEAN, corrupt
+from drep_jax.data.labels import check_range
 from drep_jax.data.loader import evaluation_batches
+from drep_jax.errors import DataError
 from drep_jax.parallel import devices
 from drep_jax.progress import bar
 from drep_jax.run.setup import Setup
@@ -27,20 +29,25 @@ from drep_jax.typing import Tree
 Network = Callable[[Tree, Any], Any]
 """(variables, images) ↦ outputs."""
 
+UNLABELED = "unlabeled"
+"""Name of the column of images without a label, which batches do not have."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """Statistics of all arms under one condition.
 
     Attributes:
-      index: (n,) indices of the images read.
+      index: (n,) indices of the images read that have a label to be scored by.
       columns: their scalar label columns, such as "label", (n,) each.
       statistics: arm ↦ tree with one row per image.
+      unlabeled: number of images that were left out because they have no label.
     """
 
     index: np.ndarray
     columns: dict[str, np.ndarray]
     statistics: dict[str, Tree]
+    unlabeled: int = 0
 
 
 def score_arms(
@@ -72,7 +79,11 @@ def score_arms(
 
     Returns:
       (condition, statistics of all images, on every host), one condition after the other. Padding
-      of the last batch is removed, so the statistics are exact for any number of images.
+      of the last batch is removed, so the statistics are exact for any number of images; so are
+      images without a label, see `Task.has_label`.
+
+    Raises:
+      DataError: for labels outside the classes of the source, or if no image is left.
     """
     devices.check_batch(batch_size, "evaluate.batch_size")
     task = setup.task
@@ -93,6 +104,9 @@ def score_arms(
         name = f"evaluation, {condition}"
         for batch in bar(batches, name, total, "batch", shown=progress):
             labels = {name: column for name, column in batch.items() if name != "image"}
+            labeled = task.has_label(labels) | ~batch["mask"]
+            if (numbers := labels.get("label")) is not None and numbers.ndim == 1:
+                check_range(numbers, source.num_classes, source.name, batch["index"])
             seen = corrupt(batch["image"], batch["index"], condition, seed, batch.get("size"))
             if corrupted is not None:
                 seen = np.where(corrupted[batch["index"]][:, None, None, None], seen, batch["image"])
@@ -100,10 +114,16 @@ def score_arms(
             images = prepare({**labels_there, "image": devices.shard(seen)})
             for name, variables in everywhere.items():
                 rows[name].append(devices.unshard(programs[name](variables, images, labels_there)))
+            labels = {**labels, "index": np.where(labeled, labels["index"], -1), UNLABELED: ~labeled}
             for name, column in labels.items():
                 if column.ndim == 1:
                     scalars.setdefault(name, []).append(column)
-        yield condition, _gathered(rows, scalars)
+        result = _gathered(rows, scalars)
+        if not len(result.index):
+            raise DataError(
+                f"None of the {len(source):,} images of {source.name} can be scored: none is readable and labeled."
+            )
+        yield condition, result
 
 
 @functools.lru_cache(maxsize=8)
@@ -132,17 +152,19 @@ def _gathered(rows: Mapping[str, list[Tree]], scalars: dict[str, list[np.ndarray
     def whole(*parts: np.ndarray) -> np.ndarray:
         return restore_order(index, everyone(*parts))
 
-    columns = {name: whole(*parts) for name, parts in scalars.items() if name not in ("index", "mask")}
+    columns = {name: whole(*parts) for name, parts in scalars.items() if name not in ("index", "mask", UNLABELED)}
     statistics = {name: jax.tree_util.tree_map(whole, *parts) for name, parts in rows.items()}
-    return Scored(restore_order(index, index), columns, statistics)
+    return Scored(restore_order(index, index), columns, statistics, int(everyone(*scalars[UNLABELED]).sum()))
 
 
 def items_of(setup: Setup, source: Source, scored: Scored, condition: str) -> dict[str, Items]:
     """Returns the items of every arm, such as queries, from the statistics of the images."""
-    return {
+    left_out = {"images without a label": scored.unlabeled} if scored.unlabeled else {}
+    items = {
         arm: setup.task.items(rows, source, scored.index, f"Arm {arm} on {condition} images")
         for arm, rows in scored.statistics.items()
     }
+    return {arm: each._replace(left_out={**left_out, **each.left_out}) for arm, each in items.items()}
 
 
 def in_order(rows: np.ndarray, batches: int) -> np.ndarray:

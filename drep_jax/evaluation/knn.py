@@ -57,7 +57,8 @@ def score_by_neighbors(
                         rows["feature"],
                         scored.columns["label"],
                     )
-                }
+                },
+                left_out={"images without a label": scored.unlabeled} if scored.unlabeled else {},
             )
             for arm, rows in scored.statistics.items()
         }

@@ -234,10 +234,12 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     images = read(source, mine, setup.task.columns)
     batch_size = min(max(1, options.batch_size // hosts), part)
     task = setup.task
+    columns = {name: column for name, column in images.items() if name != "image"}
+    has_label = np.flatnonzero(_of_all_hosts(task.has_label(columns), 0, count))
     labeled = options.labels and "label" in images and not (task.test_needs_head and setup.features)
+    labeled = labeled and len(has_label) > 0
     pseudo = _pseudo_labels(setup, variables, images, batch_size)
     statistics = grid_statistics(setup, variables, candidates, grid, against_labels=labeled or not pseudo)
-    columns = {name: column for name, column in images.items() if name != "image"}
     total = len(conditions) * -(-part // batch_size)
     all_columns = {name: _of_all_hosts(column, 0, count) for name, column in images.items() if column.ndim == 1}
     reference: Tree = None
@@ -264,7 +266,12 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
             ]
             if labeled:
                 accuracy[condition] = [
-                    _percent(task, task.held_out_items(_point(rows["labels"], number), source, all_columns["index"]))
+                    _percent(
+                        task,
+                        task.held_out_items(
+                            _point(rows["labels"], (number, has_label)), source, all_columns["index"][has_label]
+                        ),
+                    )
                     if finite[number]
                     else math.nan
                     for number in range(len(grid))
@@ -359,7 +366,7 @@ def _finite(outputs: Tree, count: int) -> Any:
     return jnp.stack(rows).all(axis=0)
 
 
-def _point(statistics: Tree, number: int) -> Tree:
+def _point(statistics: Tree, number: Any) -> Tree:
     return jax.tree_util.tree_map(lambda leaf: leaf[number], statistics)
 
 

@@ -101,6 +101,8 @@ def _entry(
                 entry["mcnemar"][pair] = mcnemar(*right)
     if exact_test in metrics:
         entry["tested"] = exact_test
+    if left_out := {reason: number for reason, number in arms["baseline"].left_out.items() if number}:
+        entry["left_out"] = left_out
     return entry
 
 

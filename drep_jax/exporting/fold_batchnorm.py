@@ -20,8 +20,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from drep_jax.core.jaxpr import bodies, inline
-from drep_jax.core.layers import Layer, find_layers
+from drep_jax.core.interceptor import intercepting
+from drep_jax.core.jaxpr import bodies, inline, mark_name, path_of
+from drep_jax.core.layers import LAYER_KINDS, Layer, find_layers
 from drep_jax.errors import ExportError
 from drep_jax.trees import check_finite, get_in, set_in
 from drep_jax.typing import Path, Tree
@@ -84,10 +85,11 @@ def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
 
     def mark(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         part: Any = context.module
-        if context.method_name != "__call__" or not (part.path in layers or isinstance(part, nn.BatchNorm)):
+        is_layer = isinstance(part, LAYER_KINDS) and part.path in layers
+        if context.method_name != "__call__" or not (is_layer or isinstance(part, nn.BatchNorm)):
             return next_fun(*args, **kwargs)
-        if part.path in layers:
-            return checkpoint_name(next_fun(*args, **kwargs), RETURNED + "/".join(part.path))
+        if is_layer:
+            return checkpoint_name(next_fun(*args, **kwargs), RETURNED + mark_name(part.path))
         owner = next(cls for cls in type(part).__mro__ if "__call__" in vars(cls))
         if vars(owner)["__call__"].__module__ != nn.normalization.__name__:
             left[part.path] = f"{type(part).__name__} overrides __call__"
@@ -96,13 +98,13 @@ def find_folds(module: nn.Module, *args: Any, **kwargs: Any) -> Folds:
         norms[part.path] = part.clone(parent=None, name=None, use_running_average=True)
         if part.axis not in (-1, x.ndim - 1):
             left[part.path] = f"it normalizes axis {part.axis} and not the last one"
-        x = checkpoint_name(x, READ + "/".join(part.path))
+        x = checkpoint_name(x, READ + mark_name(part.path))
         return next_fun(x, *args[1:], **{name: value for name, value in kwargs.items() if name != "x"})
 
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
 
     def forward(variables: Tree, *args: Any) -> Any:
-        with nn.intercept_methods(mark):
+        with intercepting(mark):
             return module.apply(variables, *args, rngs={"dropout": keys["dropout"]}, **kwargs)
 
     variables = nn.unbox(jax.eval_shape(lambda *a: module.init(keys, *a, **kwargs), *args))
@@ -163,7 +165,7 @@ def _reads(jaxpr: core.Jaxpr) -> Iterator[_Read]:
 
 
 def _path(name: str) -> Path:
-    return tuple(name.split(":", 1)[1].split("/"))
+    return path_of(name.split(":", 1)[1])
 
 
 def _variables(atoms: Any) -> Iterator[Any]:

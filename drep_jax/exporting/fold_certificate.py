@@ -21,6 +21,7 @@ import numpy as np
 from drep_jax.core.certificate import SAFETY, floating_leaves, structure_kept, undo_rounding, wide_leaf
 from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
+from drep_jax.core.precision import epsilon, type_name, widened
 from drep_jax.core.sites import Site, select_sites
 from drep_jax.exporting.fold_batchnorm import Fold, Folds, fold_batchnorm
 from drep_jax.trees import get_in
@@ -128,9 +129,9 @@ def certify_folds(
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         free = module.clone(dtype=None) if getattr(module, "dtype", None) is not None else module
         before, after, inputs = (jax.tree_util.tree_map(wide_leaf, tree) for tree in (variables, measured, args))
-        results = {"float64": _measure(free, folds, before, after, inputs, kwargs, wide=True)}
-    kernels = {np.asarray(get_in(deployed["params"], fold.layer.path)["kernel"]).dtype for fold in folds.found}
-    name = str(np.result_type(*kernels))
+        with widened():
+            results = {"float64": _measure(free, folds, before, after, inputs, kwargs, wide=True)}
+    name = type_name(get_in(deployed["params"], fold.layer.path)["kernel"] for fold in folds.found)
     if name != "float64":
         results[name] = _measure(module, folds, variables, deployed, args, kwargs, wide=False)
     structure = structure_kept(module, variables, deployed, args, kwargs)
@@ -205,13 +206,16 @@ def _measure(
 
     with jax.default_matmul_precision("highest"):
         end, collected = jax.device_get(jax.jit(run)(variables, folded, args))
-    rows = {}
+    rows: dict[str, FoldFigure] = {}
+    units: list[float] = []
     for path, fold in table.items():
         values = np.asarray(get_in(collected, path)["squares"]).reshape(-1, 3).sum(axis=0)
         size, error, terms = np.sqrt(values)
-        unit = float(jnp.finfo(types[fold.layer.name]).eps)
+        stored = [jnp.result_type(leaf) for leaf in jax.tree_util.tree_leaves(get_in(folded["params"], path))]
+        unit = epsilon([types[fold.layer.name], *stored])
+        units.append(unit)
         rows[fold.layer.name] = FoldFigure(float(error / (size or 1.0)), SAFETY * unit * float(terms / (size or 1.0)))
-    unit = max(float(jnp.finfo(dtype).eps) for dtype in types.values())
+    unit = max(*units, epsilon([types["output"]]))
     size, error = np.sqrt(np.asarray(end))
     bound = 2 * SAFETY * unit + sum(row.bound for row in rows.values())
     return FoldFigure(float(error / (size or 1.0)), bound), rows

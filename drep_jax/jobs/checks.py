@@ -1,6 +1,7 @@
 """Checks before a run: settings against backbone, images and devices, and between processes."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -9,9 +10,12 @@ from drep_jax.core.recipes import check_grid
 from drep_jax.core.reverse_map import site_steps
 from drep_jax.data import Source
 from drep_jax.data.corruptions import parse_spec
+from drep_jax.data.labels import described, labeled_images
 from drep_jax.errors import ConfigError, DataError, lookup
+from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners import LEARNERS
 from drep_jax.learners.checks import check_choosing, check_labeled
+from drep_jax.learners.streams import PAIRS, pairs_of
 from drep_jax.learners.losses import check_computing
 from drep_jax.parallel import devices, processes
 from drep_jax.run import workdir
@@ -23,9 +27,15 @@ from drep_jax.training.logging import check_wandb
 from drep_jax.training.profile import parse_profile
 from drep_jax.typing import Config
 
+UNKNOWN_CLASSES = ("refuse", "score")
+"""Values of `evaluate.unknown_classes`."""
 
-def check(config: Config, setup: Setup) -> None:
+
+def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     """Refuses settings that any stage cannot use, before the first stage and before writing files.
+
+    Returns:
+      The report's `data`: counts of every part of the images, and what its source has to say.
 
     Raises:
       DrepError: its subclasses name the setting.
@@ -68,6 +78,10 @@ def check(config: Config, setup: Setup) -> None:
     setup.task.check(config, setup, stage_plans(config), chooses=bool(choosing))
     if setup.test is not None or setup.others:
         check_evaluation(config)
+    data = check_scoring(config, setup)
+    if "measured" in (config["learner"], *config["compare"]) and config["noise"].startswith(PAIRS):
+        data |= described({"pairs": pairs_of(config)})
+    return data
 
 
 def choosing_learners(config: Config) -> list[str]:
@@ -96,6 +110,10 @@ def _check_stage(config: Config, setup: Setup, stage: Stage) -> None:
         )
     if section == name and train.num_classes is None:
         raise ConfigError(f"Stage {name} trains with labels, but {train.name} has none. Set --config.{name}.steps=0.")
+    if stage.labeled and (labeled := labeled_images(train)) is not None and not labeled.any():
+        raise DataError(
+            f"Stage {name} trains with labels, but none of the {len(train):,} images of {train.name} has one."
+        )
     if len(train) < batch:
         raise DataError(
             f"{train.name} has {len(train)} training images, fewer than one batch: {section}.batch_size is {batch}."
@@ -127,6 +145,10 @@ def check_evaluation(config: Config) -> None:
     """
     evaluate = config["evaluate"]
     devices.check_batch(evaluate["batch_size"], "evaluate.batch_size")
+    if evaluate.get("unknown_classes", "refuse") not in UNKNOWN_CLASSES:
+        raise ConfigError(
+            f'evaluate.unknown_classes="{evaluate["unknown_classes"]}": expected {" or ".join(UNKNOWN_CLASSES)}.'
+        )
     if evaluate["resamples"] < 100:
         raise ConfigError(f"evaluate.resamples={evaluate['resamples']}: at least 100 are needed for an interval.")
     if not evaluate["conditions"]:

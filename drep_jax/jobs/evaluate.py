@@ -9,9 +9,13 @@ from typing import Any
 
 from drep_jax import report, weights
 from drep_jax.core.fusion import fuse_exact
-from drep_jax.errors import CheckpointError, ConfigError, DataError
+from drep_jax.data import open_source
+from drep_jax.data.labels import check_classes
+from drep_jax.errors import CheckpointError, ConfigError, DataError, DrepError
+from drep_jax.files import expanded
 from drep_jax.jobs.checks import agree, check_evaluation
 from drep_jax.jobs.scores import compared, scores_of
+from drep_jax.jobs.scoring_checks import UNKNOWN, check_scoring
 from drep_jax.learners import LEARNERS, denoisers_of
 from drep_jax.parallel import processes
 from drep_jax.run import lock, workdir
@@ -19,7 +23,7 @@ from drep_jax.run.backbone import read_weights
 from drep_jax.run.checkpoints import last_saved
 from drep_jax.run.environment import environment
 from drep_jax.run.run import Run
-from drep_jax.run.setup import build
+from drep_jax.run.setup import Setup, build
 from drep_jax.tasks import make_task
 from drep_jax.typing import Config, Tree
 
@@ -91,13 +95,18 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
       DataError: without labeled test images.
       CheckpointError: without weights to evaluate, or if they do not fit the backbone.
     """
+    config = _with_side(config, directory)
     setup = build(config)
     if setup.test is None:
         raise DataError(
             "There are no labeled test images, or the backbone has no head, so there is nothing to evaluate."
         )
     check_evaluation(config)
+    data = check_scoring(config, setup)
+    _check_classes(config, directory, setup)
     agree(config, setup)
+    if processes.primary():
+        print("\n".join(report.data_lines({"data": data})), flush=True)
     run = Run(config, setup, directory)
     with lock.reading(directory) if processes.primary() else contextlib.nullcontext():
         arms, described = _of_run(run)
@@ -122,11 +131,64 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         "config": config,
         "environment": environment(),
         "arms": described,
+        "data": data,
         "metrics": compared(config, setup, results, controls),
     }
     if processes.primary():
         report.write_evaluation(content, folder)
     return content, folder
+
+
+def _with_side(config: Config, directory: str) -> Config:
+    """Returns the configuration with what the run's backbone knows of side information.
+
+    Only for other images than the run's own, whose cameras are other ones.
+
+    Raises:
+      ConfigError: if the run's images, which tell it, are not there.
+    """
+    task, saved = make_task(config), _config_there(directory)
+    if saved is None or not task.side_columns or task.side_known:
+        return config
+    if saved["data"]["source"] == config["data"]["source"]:
+        return config
+    setting = f"{task.name}.side_values"
+    try:
+        side = build(saved).side
+    except DataError as error:
+        raise ConfigError(
+            f"The backbone is told {' and '.join(task.side_columns)}, and how many it knows cannot be found out, since the "
+            f"run's own images cannot be opened: {error} Give the numbers with --config.{setting}=(…,)."
+        ) from error
+    return {**config, task.name: {**config[task.name], "side_values": tuple(count for _, count in side)}}
+
+
+def _check_classes(config: Config, directory: str, setup: Setup) -> None:
+    """Refuses test images of other classes than those that the run's backbone was trained with.
+
+    Only for other images than the run's own, and only where those can be opened.
+
+    Raises:
+      DataError: with both lists of classes, and what to do.
+    """
+    saved = _config_there(directory)
+    if saved is None or saved["data"]["source"] == config["data"]["source"] or not setup.task.test_needs_head:
+        return
+    if config["evaluate"].get("unknown_classes", "refuse") != "refuse" or setup.test is None:
+        return
+    data = saved["data"]
+    options = {"image_size": tuple(data["image_size"]), "resize": data["resize"], "data_dir": data["data_dir"] or None}
+    try:
+        trained = open_source(data["source"], "train", **options)
+    except DrepError:
+        return
+    try:
+        check_classes(trained, setup.test, unknown="refuse", setting=UNKNOWN)
+    except DataError as error:
+        raise DataError(
+            f"{error} The backbone of the run was trained on {trained.name}. If both have the same classes in the same order "
+            f'under other names, set --config.{UNKNOWN}="score".'
+        ) from error
 
 
 def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
@@ -163,7 +225,7 @@ def _named(file: str) -> tuple[str, str]:
     """Splits NAME=FILE; a plain FILE is named after itself, without the extension."""
     match = re.fullmatch(r"([\w.-]+)=(.+)", file)
     if match:
-        return match[1], match[2]
+        return match[1], expanded(match[2])
     return os.path.splitext(os.path.basename(os.path.normpath(file)))[0], file
 
 

@@ -22,22 +22,30 @@ from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
 from drep_jax.run import workdir
 from drep_jax.run.checkpoints import last_saved
-from drep_jax.run.export import Output, certificate_images, fuse_and_certify, needs_exact, open_original, write
-from drep_jax.run.moments import run_moments
+from drep_jax.run.export import Output, fuse_and_certify, needs_exact, open_original, write
+from drep_jax.run.inputs import certificate_images, load_inputs
+from drep_jax.run.moments import kept_moments, run_moments
 from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.trees import check_finite
 from drep_jax.typing import Tree
 
 
-def load_run(directory: str) -> tuple[Run, Tree, Tree]:
+def load_run(directory: str, *, images: bool = True) -> tuple[Run, Tree, Tree]:
     """Returns a finished run, its backbone's variables and its denoisers.
+
+    Args:
+      directory: of the run.
+      images: whether to open its images. Without, the run has none, unless an earlier release made
+        it: those did not keep what is needed of them.
 
     Raises:
       CheckpointError: if the run is absent, not finished, or damaged.
     """
     config = processes.from_primary(lambda: workdir.read_config(directory))
-    run = Run(config, build(config), directory)
+    inputs = None if images else processes.from_primary(lambda: load_inputs(directory))
+    kept = None if inputs is None else (inputs.unopened(config), inputs.side)
+    run = Run(config, build(config, kept), directory)
     saved = last_saved(run, config["learner"])
     if saved is None:
         raise CheckpointError(
@@ -90,7 +98,7 @@ def fuse_run(
         raise ConfigError(f'Unknown noise "{noise}"; it is "zero" or "sample".')
     if not (np.isfinite(strength) and strength >= 0):
         raise ConfigError(f"The strength must be a number of at least 0, got {strength}.")
-    run, variables, denoise = load_run(directory)
+    run, variables, denoise = load_run(directory, images=False)
     config, setup = run.config, run.setup
     check_finite({"backbone": variables, "denoise": denoise}, "Refusing to fuse")
     requested = {"rule": rule, "steps": steps, "time_scale": time_scale, "beta_end": beta_end}
@@ -175,7 +183,8 @@ def solve_again(run: Run, variables: Tree, requested: Mapping[str, Any]) -> tupl
         times = [t for site in setup.sites for t in site.times]
         where = f"t = {max(times)}…{min(times)}"
     began = time.perf_counter()
-    moments = run_moments(run, variables)  # after the checks, since it may take a pass over the images
+    # After the checks, since without saved moments this is a pass over the images.
+    moments = kept_moments(run, variables) or run_moments(dataclasses.replace(run, setup=build(run.config)), variables)
     if ratio is not None:
         denoisers = direct_maps(closed_form.wiener_maps(moments, setup.sites, ratio))
     else:
@@ -213,7 +222,7 @@ def _fuse_and_export(
             f"With {description} the fused network gives NaN or Inf on real images; nothing was written. Take a smaller "
             "strength or time steps."
         )
-    images = certificate_images(run)
+    images = certificate_images(run.config, run.setup, run.directory)
     paths = write(output, run.setup, variables, fused, recorded, exact=exact, original=original, images=images)
     files.write_json(os.path.join(output.directory, "certificate.json"), certificate.to_json())
     return certificate, paths

@@ -25,6 +25,7 @@ from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.evaluation.selection import Candidate, Choice, Point, choose
 from drep_jax.jobs.fuse import fuse_and_export, load_run
 from drep_jax.jobs.scores import compared, scores_of
+from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners.base import direct_maps, selection_of
 from drep_jax.parallel import processes
 from drep_jax.report.formatting import fixed
@@ -97,6 +98,7 @@ def sweep(
         raise ConfigError(f"The number of held-out images must be 0 (all of them) or more, got {images}.")
     run, variables, _ = load_run(directory)
     config, setup = run.config, run.setup
+    data = check_scoring(config, setup)
     check_finite(variables, "Refusing to fuse")
     if beta_end is not None:
         learned_at = config["denoise"]
@@ -106,6 +108,8 @@ def sweep(
     grid = make_grid(setup.sites, setup.schedule, **settings)
     if grid.dropped:
         print(f"Left out, since they do not fit in the schedule: {'; '.join(grid.dropped)}.")
+    if processes.primary():
+        print("\n".join(report.data_lines({"data": data})), flush=True)
     began = time.perf_counter()
     moments = run_moments(run, variables)
     trees = solve(grid.recipes, moments, setup.sites, setup.schedule)

@@ -8,14 +8,16 @@ backbone → control arm (backbone trained further) → denoisers → fusion, ce
 import contextlib
 import dataclasses
 import os
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from drep_jax import report
+from drep_jax import files, report
 from drep_jax.core.certificate import Certificate
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.data import unreadable
 from drep_jax.data.datasets import Labeled
+from drep_jax.errors import DrepError, EvaluationError
 from drep_jax.evaluation import knn, summary
 from drep_jax.evaluation.arms import Network, Scored, items_of, score_arms
 from drep_jax.evaluation.placebo import placebo_denoisers
@@ -29,10 +31,12 @@ from drep_jax.run import workdir
 from drep_jax.run.backbone import fresh_variables, read_weights
 from drep_jax.run.environment import environment
 from drep_jax.run.export import Output, fuse_and_certify, write
+from drep_jax.run.inputs import save_inputs
 from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.run.stages import key_of
 from drep_jax.training.logging import MetricWriter
+from drep_jax.training.signals import Interrupted
 from drep_jax.typing import Config, Tree
 
 
@@ -46,10 +50,12 @@ def run(config: Config, directory: str) -> dict[str, Any]:
       DrepError: its subclasses name the setting or file that cannot be used.
     """
     setup = build(config)
-    check(config, setup)
+    data = check(config, setup)
     agree(config, setup)
     directory = os.path.abspath(directory)
     primary = processes.primary()
+    if primary:
+        print("\n".join(report.data_lines({"data": data})), flush=True)
     if not primary:
         config = {**config, "progress": False}
     with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
@@ -58,11 +64,12 @@ def run(config: Config, directory: str) -> dict[str, Any]:
         ) as writer:
             if primary:
                 unreadable.keep_records(directory, setup.parts)
+                save_inputs(directory, config, setup)
             job = Run(config, setup, directory, writer)
             variables = make_backbone(job)
             continued = train_labeled(job, "control", variables) if config["control"]["steps"] else None
             learned = learn_all(job, variables, continued)
-        return finish(job, variables, continued, learned)
+        return finish(job, variables, continued, learned, data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,18 +124,48 @@ class Arms:
 
 
 def finish(
-    job: Run, baseline: Tree, continued: tuple[Tree, float] | None, learned: Mapping[str, Learned]
+    job: Run,
+    baseline: Tree,
+    continued: tuple[Tree, float] | None,
+    learned: Mapping[str, Learned],
+    data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Fuses, certifies, exports, evaluates all arms and writes the report."""
+    """Fuses, certifies, exports, evaluates all arms and writes the report.
+
+    Args:
+      job: the run.
+      baseline: variables of the unchanged backbone.
+      continued: the control arm and its seconds of training, or None.
+      learned: by learner, its result.
+      data: of the report.
+
+    Raises:
+      EvaluationError: if the evaluation fails; weights, certificate and a report without scores are
+        written before.
+    """
     config, setup = job.config, job.setup
     exported = learned[config["learner"]]
     variables = exported.variables or baseline
     fused, certificate = fuse_exported(job, variables, exported)
-    arms = arms_of(job, baseline, continued, learned, fused)
     processes.barrier("evaluation")
-    metrics, pictures = evaluate_arms(job, arms, variables, fused, exported)
-    sources = {part.name: score_other(job, part, arms) for part in setup.others}
-    site_spectra = spectra(job, variables, exported)
+    failure: Exception | None = None
+    metrics: dict[str, Any] = {}
+    pictures: dict[str, Any] = {}
+    sources: dict[str, Any] = {}
+    site_spectra = cost = None
+    try:
+        arms = arms_of(job, baseline, continued, learned, fused)
+        metrics, pictures = evaluate_arms(job, arms, variables, fused, exported)
+        sources = {part.name: score_other(job, part, arms) for part in setup.others}
+        site_spectra = spectra(job, variables, exported)
+        if certificate is not None:
+            cost = measure_cost(job, variables, fused, exported, arms.networks)
+    except Interrupted:
+        raise
+    except Exception as error:
+        if not processes.alone():  # the other processes may be waiting for this one
+            raise
+        failure, metrics, pictures, sources = error, {}, {}, {}
     passed = processes.from_primary(lambda: certificate is not None and certificate.passed)
     if certificate is None:
         return {"certificate": {"passed": passed}}
@@ -143,15 +180,34 @@ def finish(
         "items": {"are": setup.task.items_are, "resampled": setup.task.resampled},
         "metrics": metrics,
         "sources": sources or None,
+        "data": data,
         "unreadable": unreadable.summary(setup.parts),
         "certificate": certificate.to_json(),
-        "cost": measure_cost(job, variables, fused, exported, arms.networks),
+        "cost": cost,
         "spectra": site_spectra,
         "front": exported.choice.front() if exported.choice else None,
         **pictures,
     }
+    if failure is not None:
+        content["evaluation_failed"] = f"{type(failure).__name__}: {failure}"
     report.write_report(content, job.directory)
+    if failure is not None:
+        raise _failed(job, failure) from failure
     return content
+
+
+def _failed(job: Run, failure: Exception) -> EvaluationError:
+    """Returns the error of an evaluation that failed, which says what is there and how to go on."""
+    reason = str(failure)
+    if not isinstance(failure, DrepError):  # no bad input: what a developer needs is kept
+        path = os.path.join(job.directory, "evaluation_error.txt")
+        files.write_bytes(path, "".join(traceback.format_exception(failure)).encode())
+        reason = f"{type(failure).__name__}: {failure} (the traceback is in {path})"
+    return EvaluationError(
+        f"The evaluation failed: {reason}\nEverything was learned, and is kept: the fused weights are in "
+        f"{os.path.join(job.directory, 'fused')}, and report.md has their certificate. The same command again only evaluates. "
+        f"To evaluate on other images: python train.py --eval_only --workdir={job.directory} --config.data.source=…"
+    )
 
 
 def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, Certificate | None]:

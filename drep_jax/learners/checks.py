@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from drep_jax.core.interpreter import check_measurable
 from drep_jax.data.corruptions import parse_spec
 from drep_jax.errors import ConfigError
 from drep_jax.learners import LEARNERS
@@ -59,8 +60,11 @@ def check_choosing(config: Config, setup: Setup) -> None:
 
     Raises:
       ConfigError: naming the setting.
+      SiteError: if measured noise cannot solve a layer, such as one that is called several times.
     """
     options, select = config["measured"], config["select"]
+    if "measured" in (config["learner"], *config["compare"]):
+        check_measurable(setup.sites)
     if config["denoise"]["rank"]:
         for name in (name for name in ("wiener", "measured") if name in (config["learner"], *config["compare"])):
             raise ConfigError(

@@ -159,12 +159,15 @@ class CLIPReID(BatchNormBackbone, kw_only=True):
         return jnp.concatenate([tokens, patches], axis=1) + positions.astype(patches.dtype)
 
     def _side(self, numbers: Float[Array, " batch"]) -> Float[Array, "batch width"]:
-        """Returns the weighted embedding of each image's camera or view; NaN where there is none of that number."""
+        """Returns the weighted embedding of each image's camera or view; 0 for -1, which is none that is known.
+
+        NaN for any other number that there is not.
+        """
         table = self.param("sie", TRUNC_NORMAL, (self.side_info, self.width), self.param_dtype)
         index = jnp.round(numbers).astype(jnp.int32)
         known = (index >= 0) & (index < self.side_info)
         rows = table[jnp.clip(index, 0, self.side_info - 1)]
-        return self.sie_coefficient * jnp.where(known[:, None], rows, jnp.nan)
+        return self.sie_coefficient * jnp.where(known[:, None], rows, jnp.where(index == -1, 0.0, jnp.nan)[:, None])
 
 
 def _check(net: CLIPReID) -> None:

@@ -226,12 +226,15 @@ class TransReID(BatchNormBackbone, kw_only=True):
         return x
 
     def _side(self, plane: Float[Array, " batch"]) -> Float[Array, "batch 1 dim"]:
-        """Returns each image's embedding; NaN where there is none of its index, so that a wrong camera is not passed over."""
+        """Returns each image's embedding; 0 for the index -1, which stands for none that is known.
+
+        NaN for any other index that there is not, so that a wrong camera is not passed over.
+        """
         table = self.param("sie", TRUNC_NORMAL, (self.side_info, 1, self.width), self.param_dtype)
         index = jnp.round(plane.astype(jnp.float32)).astype(jnp.int32)
         known = (index >= 0) & (index < self.side_info)
         rows = jnp.take(jnp.asarray(table), jnp.clip(index, 0, self.side_info - 1), axis=0)
-        return jnp.where(known[:, None, None], rows, jnp.nan)
+        return jnp.where(known[:, None, None], rows, jnp.where(index == -1, 0.0, jnp.nan)[:, None, None])
 
     def _groups(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "groups tokens dim"]:
         """Returns for each image the four groups of patches, each behind the class token."""

@@ -29,6 +29,25 @@ PIECE = 2**22
 """Numbers per message of a broadcast."""
 
 
+def check_platform() -> None:
+    """Starts JAX's devices.
+
+    Raises:
+      ConfigError: if it has none of the kind that the variable JAX_PLATFORMS asks for; names the
+        kinds that it has.
+    """
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # "cuda" without its plugin is a bare assertion
+        requested = getattr(jax.config, "jax_platforms", None)
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise ConfigError(
+            f"JAX cannot use the devices of JAX_PLATFORMS={requested or ''}{f': {reason}' if reason else ''}. Install the "
+            'JAX of these devices (pip install "jax[cuda12]" or "jax[tpu]"; nvidia-smi must list the GPU), give '
+            "JAX_PLATFORMS=cpu to compute on the CPU, or unset it to take what there is."
+        ) from error
+
+
 def device_count() -> int:
     """Returns the number of devices of all hosts."""
     return jax.device_count()

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from drep_jax.errors import ConfigError
-from drep_jax.parallel import devices
+from drep_jax.parallel import devices, session
 from drep_jax.parallel.hosts import Hosts, check
 from drep_jax.parallel.session import Session
 
@@ -33,35 +33,45 @@ _session: Session | None = None
 def joined(hosts: Hosts) -> Iterator[None]:
     """Joins the other processes for as long as the block runs, and prints on process 0 only.
 
-    Alone, it does nothing.
+    Alone, it only checks that there are devices.
 
     Call it before anything touches a device. At the end of the block all processes wait for each
     other. If it ends with an error, the others are told and end, too; then `leave` must be the last
     call of this process.
 
     Raises:
-      ConfigError: for flags that do not fit together, or a cluster that does not say who is who.
+      ConfigError: for flags that do not fit together, a cluster that does not say who is who, or
+        devices that JAX cannot use.
     """
     global _session
     check(hosts)
     if not hosts.several:
+        devices.check_platform()
         yield
         return
-    session = _session = Session(hosts)
+    joined_run = _session = Session(hosts)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         try:
+            devices.check_platform()
             with contextlib.nullcontext() if primary() else contextlib.redirect_stdout(nowhere):
                 yield
         except BaseException as error:
-            session.report(error)
+            joined_run.report(error)
             raise
-    session.end()
+    joined_run.end()
     _session = None
 
 
 def leave(status: int) -> int:
-    """Returns the exit status; after an error among several processes it ends this one here."""
-    return status if _session is None else _session.leave(status)
+    """Returns the status 0 of a finished command; with any other status it ends this process here.
+
+    Threads may still read images, compile or compute where work was broken off, see `end_process`.
+    """
+    if _session is not None:
+        _session.leave(status)
+    if status:
+        session.end_process(status)
+    return status
 
 
 def alone() -> bool:

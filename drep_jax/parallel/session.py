@@ -37,9 +37,15 @@ ALIVE, ENDED = "drep_jax/alive/", "drep_jax/ended/"
 
 
 def end_process(status: int) -> NoReturn:
-    """Ends this process at once: JAX's farewell would wait for processes that no longer come."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Ends this process at once, after writing out what it has printed.
+
+    The interpreter's own end destroys the objects of XLA while its threads still compile or run
+    with them, which crashes (signal 11), and JAX's farewell waits for processes that no longer
+    come. The system does neither.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+            stream.flush()
     os._exit(status)
 
 

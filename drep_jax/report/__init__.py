@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from drep_jax.errors import CheckpointError
-from drep_jax.files import write_bytes
+from drep_jax.files import utf8, write_bytes
 from drep_jax.report.as_html import html
 from drep_jax.report.as_markdown import markdown
 from drep_jax.report.comparisons import verdict
 from drep_jax.report.console import console_table
 from drep_jax.report.evaluation import evaluation_markdown, evaluation_text
+from drep_jax.report.lines import data_lines
 from drep_jax.report.plots import PLOTS
 from drep_jax.report.schema import KEYS, SCHEMA, plain, validate
 
@@ -24,6 +25,7 @@ __all__ = [
     "PLOTS",
     "SCHEMA",
     "console_table",
+    "data_lines",
     "evaluation_text",
     "html",
     "markdown",
@@ -57,26 +59,26 @@ def write_report(report: Mapping[str, Any], workdir: str) -> None:
             _write(path, plots[name])
         else:  # left by an earlier report, it would mislead
             _remove(path)
-    _write(os.path.join(workdir, "report.md"), markdown(report, plots).encode())
-    _write(os.path.join(workdir, "report.html"), html(report, plots).encode())
+    _write(os.path.join(workdir, "report.md"), utf8(markdown(report, plots)))
+    _write(os.path.join(workdir, "report.html"), utf8(html(report, plots)))
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    _write(os.path.join(workdir, "report.json"), (text + "\n").encode())
+    _write(os.path.join(workdir, "report.json"), utf8(text + "\n"))
 
 
 def write_evaluation(content: Mapping[str, Any], folder: str) -> None:
     """Writes evaluation.md and evaluation.json, whole or not at all.
 
     Args:
-      content: `config`, `environment`, `arms` and `metrics`; see docs/running.md.
+      content: `config`, `environment`, `arms`, `data` and `metrics`; see docs/running.md.
       folder: to write to.
 
     Raises:
       CheckpointError: where the folder cannot be written to.
     """
     content = plain(content)
-    _write(os.path.join(folder, "evaluation.md"), evaluation_markdown(content).encode())
+    _write(os.path.join(folder, "evaluation.md"), utf8(evaluation_markdown(content)))
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    _write(os.path.join(folder, "evaluation.json"), (text + "\n").encode())
+    _write(os.path.join(folder, "evaluation.json"), utf8(text + "\n"))
 
 
 def _write(path: str, content: bytes) -> None:

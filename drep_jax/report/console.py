@@ -8,11 +8,12 @@ from tabulate import SEPARATING_LINE, tabulate
 from drep_jax.report.blocks import Table, as_text
 from drep_jax.report.comparisons import verdict
 from drep_jax.report.lines import (
-    NO_METRICS,
     certificate_lines,
     cost_lines,
     coverage_line,
+    left_out_lines,
     neighbor_note,
+    no_metrics_line,
     unreadable_lines,
 )
 from drep_jax.report.schema import plain, validate
@@ -31,7 +32,7 @@ def console_table(report: Mapping[str, Any]) -> str:
         parts.append(drawn_table(results_table(report, MOST_METRICS)) + f"\n\n{EXPORTED_NOTE}")
         parts.append("\n".join(verdict(name, entry, report["exported"]) for name, entry in report["metrics"].items()))
     else:
-        parts.append(NO_METRICS)
+        parts.append(no_metrics_line(report))
     for name, source in (report.get("sources") or {}).items():
         table = drawn_table(results_table({**report, "metrics": source["metrics"]}, MOST_METRICS))
         parts.append(f"{neighbor_note(name, source)}\n{table}")
@@ -40,7 +41,7 @@ def console_table(report: Mapping[str, Any]) -> str:
             "Fraction of the labeled fine-tuning's recovery\n" + drawn_table(recovery_table(report["recovery"]))
         )
     lines = [*certificate_lines(report["certificate"]), *cost_lines(report["cost"]), coverage_line(report)]
-    lines += unreadable_lines(report)
+    lines += left_out_lines(report["metrics"]) + unreadable_lines(report)
     return "\n\n".join([*parts, "\n".join(lines)])
 
 

@@ -6,12 +6,14 @@ from typing import Any
 from drep_jax.report.as_markdown import drawn
 from drep_jax.report.blocks import Block, Heading, Table, Text
 from drep_jax.report.console import drawn_table
+from drep_jax.report.lines import data_lines, left_out_lines
 from drep_jax.report.tables import results_table
 
 
 def evaluation_text(content: Mapping[str, Any]) -> str:
     """Returns the text for the console: the state of every arm, and the results."""
-    return f"{drawn_table(_arms(content))}\n\n{drawn_table(_results(content))}"
+    left_out = "".join(f"\n{line}" for line in left_out_lines(content["metrics"]))
+    return f"{drawn_table(_arms(content))}\n\n{drawn_table(_results(content))}{left_out}"
 
 
 def evaluation_markdown(content: Mapping[str, Any]) -> str:
@@ -22,6 +24,9 @@ def evaluation_markdown(content: Mapping[str, Any]) -> str:
         _arms(content),
         Heading("Results"),
         _results(content),
+        *map(Text, left_out_lines(content["metrics"])),
+        Heading("Images"),
+        *map(Text, data_lines(content)),
         Text(
             f"Made by `{environment['command']}` on {environment['date']} from revision "
             f"{environment['git_revision'] or 'unknown'}."

@@ -4,12 +4,49 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from drep_jax.core.precision import held_line
 from drep_jax.report.formatting import fixed, percent, power
 
 NO_METRICS = (
     "No accuracy: this run had no labeled test images, so no arms were compared. Whether the features got better is not "
     "known; give labeled test images to find out. Certificate and cost need no labels."
 )
+
+
+def no_metrics_line(report: Mapping[str, Any]) -> str:
+    """Returns why no arms were compared."""
+    if failed := report.get("evaluation_failed"):
+        return f"The evaluation FAILED, so no arms were compared: {failed}"
+    return NO_METRICS
+
+
+def data_lines(report: Mapping[str, Any]) -> list[str]:
+    """Returns the counts of every part of the data, and what its source has to say, once each."""
+    lines: list[str] = []
+    notes: set[str] = set()
+    for part, facts in (report.get("data") or {}).items():
+        counts = [f"{facts['images']:,} images"]
+        labeled = facts["classes"] is not None
+        counts += [f"{facts['classes']:,} classes" if labeled else "no labels"]
+        counts += [f"{facts['unlabeled']:,} without a label"] if labeled and facts["unlabeled"] else []
+        said = [note for note in facts["notes"] if note not in notes]
+        notes.update(said)
+        lines.append(" ".join([f"{part}: {facts['source']}, {', '.join(counts)}.", *said]))
+    return lines
+
+
+def left_out_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns one line on what was left out of the scores; none if all items were scored."""
+    by_condition = {
+        condition: ", ".join(f"{number:,} {reason}" for reason, number in entry.get("left_out", {}).items())
+        for condition, entry in metrics.items()
+    }
+    texts = dict.fromkeys(text for text in by_condition.values() if text)
+    return [
+        f"Left out of the scores{'' if len(texts) == 1 else f' ({condition})'}: {text}."
+        for text in texts
+        for condition in [next(name for name, other in by_condition.items() if other == text)]
+    ]
 
 
 def unreadable_lines(report: Mapping[str, Any]) -> list[str]:
@@ -61,6 +98,8 @@ def certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
         if worst:
             line += f"; worst site {worst['path']}: {power(worst['error'])}, bound {power(worst['bound'])}"
         lines.append(line + f"  {outcome(result)}")
+    if certificate.get("held"):
+        lines.append("  " + held_line(certificate["held"]))
     marks = (f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in certificate["structure"].items())
     return [*lines, f"  {', '.join(marks)}"]
 

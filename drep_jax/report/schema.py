@@ -8,15 +8,18 @@ import numpy as np
 
 from drep_jax.errors import DataError
 from drep_jax.evaluation.summary import pairs_of
+from drep_jax.files import utf8
 
 SCHEMA = 2
 NETWORKS = ("baseline", "fused", "explicit")
 """The networks whose cost is measured."""
 
 _FIGURE = {"passed": None, "error": None, "bound": None, "change": None}
-_METRICS: dict[str, Any] = {"n": None} | {
-    key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")
-}
+_METRICS: dict[str, Any] = (
+    {"n": None}
+    | {key: {} for key in ("baseline", "control", "denoised", "difference", "interval", "mcnemar")}
+    | {"left_out??": {}}
+)
 # "*" stands for every entry of a list or an object. "?" marks a value that may be null, "??" one
 # that may be absent too.
 KEYS: dict[str, Any] = {
@@ -40,6 +43,7 @@ KEYS: dict[str, Any] = {
         "steps": None,
         "results": {"*": _FIGURE | {"sites": {"*": _FIGURE | {"path": None, "slice": None, "t": {}}}}},
         "structure": dict.fromkeys(("same_tree", "same_dtypes", "same_program")),
+        "held??": None,
     },
     "cost?": {
         "flops": dict.fromkeys(NETWORKS),
@@ -83,6 +87,8 @@ KEYS: dict[str, Any] = {
     "items??": {"are": None, "resampled": None},
     "recovery??": {"*": {}},
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},
+    "data??": {"*": dict.fromkeys(("source", "images", "classes", "unlabeled")) | {"notes": {"*": None}}},
+    "evaluation_failed??": None,
     "unreadable??": {"*": dict.fromkeys(("count", "limit", "images")) | {"first": {"*": None}}},
 }
 """The keys of a report; further keys stay in report.json and are not shown."""
@@ -193,7 +199,7 @@ def _metric_problems(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def plain(value: Any, where: str = "report") -> Any:
-    """Returns `value` in JSON's types: arrays as lists, NaN and Inf as null.
+    """Returns `value` in JSON's types: arrays as lists, NaN and Inf as null, text that can be written and drawn.
 
     >>> plain({"t": (1, np.float32(0.5)), "loss": float("nan")})
     {'t': [1, 0.5], 'loss': None}
@@ -201,14 +207,16 @@ def plain(value: Any, where: str = "report") -> Any:
     Raises:
       DataError: naming the place of a value that has no such form.
     """
+    if isinstance(value, str):
+        return utf8(value).decode()
     if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {utf8(str(key)).decode(): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}.{index}") for index, item in enumerate(value)]
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist(), where)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | int):
         return value
     raise DataError(f"{where} is a {type(value).__name__}; expected numbers, text, booleans, lists or dicts.")

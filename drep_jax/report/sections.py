@@ -8,11 +8,13 @@ from drep_jax.report.blocks import Block, Cell, Code, Details, Heading, Picture,
 from drep_jax.report.comparisons import ALPHA, compare, direction, verdict
 from drep_jax.report.formatting import fixed, p_value, percent, power, si, signed, time_steps
 from drep_jax.report.lines import (
-    NO_METRICS,
     certificate_lines,
     cost_lines,
     coverage_line,
+    data_lines,
+    left_out_lines,
     neighbor_note,
+    no_metrics_line,
     outcome,
     unreadable_lines,
     worst_site,
@@ -29,12 +31,17 @@ def _in_short(report: Mapping[str, Any]) -> list[Block]:
     ]
     passed = "" if certificate is None else "passed" if certificate["passed"] else "failed"
     return [
-        *(verdicts or [Verdict(NO_METRICS, "")]),
+        *(verdicts or [Verdict(no_metrics_line(report), "failed" if report.get("evaluation_failed") else "")]),
         Verdict(certificate_lines(certificate)[0], passed),
         Text(cost_lines(report["cost"])[0]),
         Text(coverage_line(report)),
+        *map(Text, left_out_lines(report["metrics"])),
         *map(Text, unreadable_lines(report)),
     ]
+
+
+def _data(report: Mapping[str, Any]) -> list[Block]:
+    return [Text(line) for line in data_lines(report)]
 
 
 def _results(report: Mapping[str, Any]) -> list[Block]:
@@ -61,7 +68,8 @@ def _results(report: Mapping[str, Any]) -> list[Block]:
 def _other_sources(report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     for name, source in (report.get("sources") or {}).items():
-        blocks += [Text(neighbor_note(name, source)), results_table({**report, "metrics": source["metrics"]})]
+        blocks += [Text(neighbor_note(name, source)), *map(Text, left_out_lines(source["metrics"]))]
+        blocks += [results_table({**report, "metrics": source["metrics"]})]
         blocks += _differences(report, source["metrics"])
     return blocks
 
@@ -303,6 +311,7 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Block]]] = {
     "In short": _in_short,
+    "Images": _data,
     "Results": _results,
     "Other sources": _other_sources,
     "Certificate": _certificate,

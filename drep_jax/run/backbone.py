@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from drep_jax import weights
 from drep_jax.errors import ConfigError
+from drep_jax.files import expanded
 from drep_jax.parallel import processes
 from drep_jax.run.run import Run
 from drep_jax.run.stages import key_of
 from drep_jax.typing import Config, Tree
 
-FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_allow")
+FOREIGN_ONLY = ("init_format", "init_names", "init_state", "init_grid", "init_channels", "init_allow")
 """Settings that say how a foreign file of weights is read."""
 
 
@@ -33,6 +34,7 @@ def read_weights(run: Run, path: str, *, allow_fused: bool = False) -> Tree:
       ConfigError: for settings that do not apply to the file.
       CheckpointError: if the file does not fit the backbone.
     """
+    path = expanded(path)
     if weights.is_native(path):
         if useless := [name for name in FOREIGN_ONLY if run.config["backbone"][name]]:
             raise ConfigError(
@@ -55,8 +57,9 @@ def init_options(config: Config) -> dict[str, Any]:
     backbone = config["backbone"]
     return {
         "format_name": backbone["init_format"],
-        "names": backbone["init_names"],
+        "names": expanded(backbone["init_names"]),
         "state": backbone["init_state"] or None,
         "allow": tuple(backbone["init_allow"]),
         "grid": tuple(backbone["init_grid"]) or None,
+        "input_channels": backbone["init_channels"],
     }

@@ -12,14 +12,15 @@ from drep_jax import weights
 from drep_jax.core.certificate import Certificate, certify
 from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.fusion import fuse_exact, survival
-from drep_jax.data.collate import read
 from drep_jax.errors import CheckpointError, ConfigError, ExportError, did_you_mean
 from drep_jax.exporting.checked_file import Comparison
 from drep_jax.exporting.fold_batchnorm import find_folds, fold_batchnorm
 from drep_jax.exporting.fold_certificate import certify_folds
 from drep_jax.exporting.onnx_file import export_onnx
 from drep_jax.exporting.stablehlo import export_stablehlo
+from drep_jax.files import expanded
 from drep_jax.run.backbone import init_options
+from drep_jax.run.inputs import certificate_images
 from drep_jax.run.run import Run
 from drep_jax.run.setup import Setup
 from drep_jax.typing import Tree
@@ -69,16 +70,9 @@ def fuse_and_certify(run: Run, variables: Tree, denoisers: Denoisers) -> tuple[T
     setup = run.setup
     params = {"backbone": variables["params"], "denoise": denoisers}
     fused = fuse_exact(params, setup.sites, setup.schedule)
-    images = certificate_images(run)
+    images = certificate_images(run.config, setup, run.directory)
     backbone, sites, schedule = setup.backbone, setup.sites, setup.schedule
     return fused, certify(backbone, variables, denoisers, sites, schedule, images, fused=fused)
-
-
-def certificate_images(run: Run) -> jax.Array:
-    """Returns the first few test images (training images if there is no test set), normalized."""
-    source = run.setup.test if run.setup.test is not None else run.setup.train
-    count = min(run.config["evaluate"]["certificate_images"], len(source))
-    return run.setup.inputs(read(source, np.arange(count)))
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:
@@ -99,19 +93,20 @@ def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign 
         )
         raise ConfigError(f"{option}, so it goes with --export only.")
     options = init_options(run.config)
-    options["names"] = output.init_names or options["names"]
-    table = _table(options["names"]) if output.forms else ()
+    options["names"] = expanded(output.init_names or "") or options["names"]
+    files = [form for form in output.forms if form not in PROGRAMS]  # programs need no file of the backbone
+    table = _table(options["names"]) if files else ()
     for form in output.forms:
         if form != SAME:
             _check_form(run.setup, form, table)
-    path = output.init_from or run.config["backbone"]["init_from"]
+    path = expanded(output.init_from or run.config["backbone"]["init_from"])
     foreign = bool(path) and not weights.is_native(path)
     if SAME in output.forms and not foreign:
         raise ConfigError(
             "This run's backbone is from no foreign file, so --export=same has nothing to write again; name a format: "
             f"{', '.join(_forms(run.setup, table))}."
         )
-    if not output.forms or not foreign:
+    if not files or not foreign:
         return None
     original = weights.load_foreign(
         path, run.setup.backbone, run.setup.abstract, fresh=lambda: variables, **{**options, "names": table}
@@ -120,7 +115,15 @@ def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign 
         raise CheckpointError(
             f"The weights in {path} are not the backbone of this run; give the file that it was read from with --init_from."
         )
+    if SAME in output.forms or original.format.name in output.forms:
+        weights.check_can_write_back(original, _fused_leaves(run.setup))
     return original
+
+
+def _fused_leaves(setup: Setup) -> set[str]:
+    """Returns the paths, with their collection, of all parameters that fusion may change."""
+    layers = {"/".join(("params", *layer.path)) for site in setup.sites for layer in site.layers}
+    return {name for name in weights.names_of(setup.abstract) if name.rpartition("/")[0] in layers}
 
 
 def _table(where: str) -> tuple[weights.Format, ...]:
@@ -206,10 +209,13 @@ def write(
     weights.save_orbax(paths[1], everything, fusion)
     for form in dict.fromkeys(output.forms):
         if original is not None and form in (SAME, original.format.name):
-            stem, suffix = os.path.splitext(os.path.basename(original.source.path))
-            path = os.path.join(output.directory, f"{stem}_fused{suffix}")
+            path = os.path.join(output.directory, weights.fused_name(original))
             count = len(weights.write_back(original, path, variables, weights.stored_tree(original, full), fusion))
-            print(f"{path}: the original file with {count} of its tensors replaced.")
+            shards = original.source.shards
+            what = f"the original file's {len(shards.paths)} shards" if shards else "the original file"
+            print(f"{path}: {what} with {count} of its tensors replaced.")
+            for remark in weights.remarks_on(original, variables, full):
+                print(f"  {remark}")
         elif form in PROGRAMS:
             path = os.path.join(output.directory, f"fused.{form}")
             print(f"{path}: {PROGRAMS[form](setup.backbone, everything, setup.images.shape[1:3], path)}")

@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from drep_jax.core.layers import find_layers
 from drep_jax.core.schedule import RULES, Schedule, reverse_steps
@@ -16,11 +15,12 @@ from drep_jax.core.sites import Coverage, Site, assign_times, coverage, select_s
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
 from drep_jax.data.datasets import TEST, TRAIN, VALIDATION, Images, Labeled, open_images
+from drep_jax.data.labels import check_classes
 from drep_jax.data.loader import normalize
-from drep_jax.data.metadata import table_of
 from drep_jax.data.source import image_size_of
 from drep_jax.errors import ConfigError
 from drep_jax.models import abstract_variables, create_model, output_shape, takes_classes
+from drep_jax.run.side import Side, SideTables, side_information
 from drep_jax.tasks import Task, make_task
 from drep_jax.typing import Config, Tree
 
@@ -50,6 +50,9 @@ class Setup:
       headless: the backbone without its head.
       task: the meaning of outputs and labels.
       side: side-information columns with their cardinalities; see `inputs`.
+      num_classes: of the first source; None if it is unlabeled.
+      side_tables: for each of them, value of an image ↦ value that the backbone is told, -1 for none; ()
+        where all are told as they are.
     """
 
     backbone: nn.Module
@@ -66,7 +69,9 @@ class Setup:
     others: tuple[Labeled, ...]
     headless: nn.Module
     task: Task
-    side: tuple[tuple[str, int], ...]
+    side: Side
+    num_classes: int | None = None
+    side_tables: SideTables = ()
 
     @property
     def parts(self) -> dict[str, Source | None]:
@@ -84,7 +89,8 @@ class Setup:
         """Returns the inputs of the backbone, float32 (batch, height, width, channels).
 
         They are normalized images. With side information, a fourth channel holds its index, the
-        same at every pixel: for columns a and b it is a · (cardinality of b) + b.
+        same at every pixel: for columns a and b it is a · (cardinality of b) + b, or -1 for an image
+        whose side information is not told.
 
         Args:
           batch: "image", from 0 to 255, and the columns of `side`; a missing column counts as 0.
@@ -93,8 +99,14 @@ class Setup:
         if not self.side:
             return images
         index = jnp.zeros(images.shape[:1], jnp.float32)
-        for name, count in self.side:
-            index = index * count + jnp.asarray(batch.get(name, 0), jnp.float32)
+        known = jnp.ones(images.shape[:1], bool)
+        for place, (name, count) in enumerate(self.side):
+            value = jnp.asarray(batch.get(name, 0))
+            if self.side_tables:
+                value = jnp.asarray(self.side_tables[place])[value]
+                known &= value >= 0
+            index = index * count + value.astype(jnp.float32)
+        index = jnp.where(known, index, -1.0) if self.side_tables else index
         plane = jnp.broadcast_to(index[:, None, None, None], (*images.shape[:3], 1))
         return jnp.concatenate([images, plane], axis=-1)
 
@@ -114,8 +126,13 @@ class Setup:
         return dataclasses.replace(self, schedule=schedule, sites=sites)
 
 
-def build(config: Config) -> Setup:
+def build(config: Config, kept: tuple[Images, Side] | None = None) -> Setup:
     """Opens the images, makes the backbone and finds its sites.
+
+    Args:
+      config: of the run.
+      kept: images that need not be opened, with their side information; see
+        `drep_jax.run.inputs`.
 
     Raises:
       DrepError: its subclasses name the setting that cannot be used.
@@ -130,16 +147,7 @@ def build(config: Config) -> Setup:
     task = make_task(config)
     _check_augmentation(config, task)
     features = config["model"].get("num_classes") == FEATURES
-    gallery = config["evaluate"].get("gallery", GALLERY)
-    images = open_images(
-        data,
-        head=not features,
-        gallery=gallery,
-        seed=config["seed"],
-        test_needs_head=task.test_needs_head,
-        check_test=task.check_test,
-    )
-    side = _side_information(task, images)
+    images, side, side_tables = _opened(config, task, head=not features) if kept is None else (*kept, ())
     backbone, headless = _backbones(config, images, task, side)
     one_image = jax.ShapeDtypeStruct((1, *data["image_size"], 4 if side else 3), jnp.float32)
     abstract = abstract_variables(backbone, one_image)
@@ -162,7 +170,22 @@ def build(config: Config) -> Setup:
         headless=headless,
         task=task,
         side=side,
+        num_classes=images.num_classes,
+        side_tables=side_tables,
     )
+
+
+def _opened(config: Config, task: Task, *, head: bool) -> tuple[Images, Side, SideTables]:
+    """Opens the images; see `drep_jax.run.side.side_information` for the rest."""
+    images = open_images(
+        config["data"],
+        head=head,
+        gallery=config["evaluate"].get("gallery", GALLERY),
+        seed=config["seed"],
+        test_needs_head=task.test_needs_head,
+        check_test=task.check_test,
+    )
+    return images, *side_information(task, images)
 
 
 def _check_augmentation(config: Config, task: Task) -> None:
@@ -185,9 +208,7 @@ def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, sc
     return with_rank(sites, denoise["rank"])
 
 
-def _backbones(
-    config: Config, images: Images, task: Task, side: tuple[tuple[str, int], ...]
-) -> tuple[nn.Module, nn.Module]:
+def _backbones(config: Config, images: Images, task: Task, side: Side) -> tuple[nn.Module, nn.Module]:
     """Returns the backbone with a head for the classes of the images, and without a head."""
     num_classes = config["model"].get("num_classes")
     fixed = not takes_classes(config["model"]["name"])  # the classes of its own output
@@ -199,6 +220,8 @@ def _backbones(
         )
     # Test images scored without a head need no classes. The task checks the stages that need them.
     if num_classes != FEATURES and not fixed and task.test_needs_head and (images.num_classes or 0) > classes:
+        if images.test is not None:  # a folder of the test split that is no class is the usual reason
+            check_classes(images.train, images.test, unknown="refuse", setting="evaluate.unknown_classes")
         raise ConfigError(
             f"model.num_classes={classes}, but {config['data']['source']} has {images.num_classes} classes."
         )
@@ -228,27 +251,3 @@ def _check_outputs(config: Config, outputs: int, images: Images, task: Task) -> 
             f"{name} has {outputs} outputs, but {config['data']['source']} has {images.num_classes} classes. If the outputs "
             "are features and no logits, set --config.model.num_classes=-1."
         )
-
-
-def _side_information(task: Task, images: Images) -> tuple[tuple[str, int], ...]:
-    """Returns the side-information columns and their cardinalities.
-
-    Raises:
-      ConfigError: for images that have no such column.
-    """
-    result = []
-    for name in task.side_columns:
-        counts = []
-        for source in (images.train, images.held_out, images.test):
-            if source is None or not len(source):
-                continue
-            column = table_of(source).get(name)
-            if column is None or np.min(column) < 0:
-                raise ConfigError(
-                    f'{task.name}.side names "{name}", which {source.name} does not give for every image. '
-                    "Leave it out, or give it (veri:DIR?views=known leaves out the images without)."
-                )
-            counts.append(int(np.max(column)) + 1)
-            counts.append(int(getattr(source, f"{name}s", 0)))  # of the whole data set, if known
-        result.append((name, max(counts)))
-    return tuple(result)

@@ -8,6 +8,7 @@ import jax
 
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.data.augment import augmentation_of
+from drep_jax.data.labels import checked
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError
 from drep_jax.parallel import devices, processes
@@ -217,7 +218,8 @@ def run_training(
     def batches(start: int) -> Iterator[dict[str, Any]]:
         size, host = stage.batch_size(config), devices.host()
         options: dict[str, Any] = {"augmentation": augmentation, "shard": host, "order": order, "columns": columns}
-        return training_batches(source, size, seed=seed, start_step=start, **options)
+        stream = training_batches(source, size, seed=seed, start_step=start, **options)
+        return checked(stream, source) if stage.labeled else stream
 
     sharded = options["divide_optimizer"]
     steps = {

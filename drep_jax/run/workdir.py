@@ -17,7 +17,19 @@ CONFIG, STARTS = "config.json", "run.json"
 """Names of its files."""
 
 
-FREE = ("log_every", "checkpoint_every", "progress", "latency_rounds", "profile", "wandb.")
+PIXELS = "data.max_megapixels"
+"""May be raised on resuming, by a run that has met an image above it; what reads the run later needs it, too."""
+
+FREE = (
+    "log_every",
+    "checkpoint_every",
+    "progress",
+    "latency_rounds",
+    "profile",
+    "wandb.",
+    "evaluate.unknown_classes",
+    PIXELS,
+)
 """Settings, and sections as `section.`, that may differ on resuming: they do not affect learning."""
 
 
@@ -70,7 +82,11 @@ def _settle_config(workdir: str, config: Mapping[str, Any]) -> None:
     if not os.path.exists(path):
         write_json(path, config)
         return
-    changed = differences(read_config(workdir), config)
+    saved = read_config(workdir)
+    changed = differences(saved, config)
+    section, _, name = PIXELS.partition(".")
+    if not changed and name in config.get(section, {}) and saved.get(section, {}).get(name) != config[section][name]:
+        write_json(path, {**saved, section: {**saved[section], name: config[section][name]}})
     if changed and not _begun(workdir):
         write_json(path, config)  # for example to correct a mistyped path
     elif changed:

@@ -16,6 +16,7 @@ give that of the resample.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +25,8 @@ import numpy as np
 import optax
 
 from drep_jax.data.columns import Column
-from drep_jax.data.loader import Order
+from drep_jax.data.labels import MISSING, check_scorable, labeled_images
+from drep_jax.data.loader import Order, order_of
 from drep_jax.data.source import Source
 from drep_jax.metrics.reducers import Metric
 from drep_jax.typing import Batch, Config, Tree
@@ -37,10 +39,13 @@ class Items(NamedTuple):
       statistics: a tree of arrays whose first axis is the items.
       clusters: (n,) the cluster of each item, such as the person of a query, if intervals resample
         clusters; otherwise None.
+      left_out: numbers of what could not be scored, by the reason in words that follow the number,
+        such as "queries without a match".
     """
 
     statistics: Tree
     clusters: np.ndarray | None = None
+    left_out: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +141,40 @@ class Task:
         """Side-information columns, inputs of the backbone beside the pixels."""
         return ()
 
+    @property
+    def side_unseen(self) -> str:
+        """What becomes of their values that training never saw: refuse, drop, map:VALUE or keep."""
+        return "refuse"
+
+    @property
+    def side_known(self) -> tuple[int, ...]:
+        """Numbers of values that the backbone knows of each, all of another set; () for those of the images."""
+        return ()
+
     # -----------------------------------------------------------------------------------------------------------------
     # Images
     # -----------------------------------------------------------------------------------------------------------------
 
     def check_test(self, source: Source) -> None:
-        """Raises `ConfigError` for test images that this task cannot score."""
-        del source
+        """Refuses test images that this task cannot score, before any work.
+
+        Raises:
+          DrepError: its subclasses say what is wrong with the source; by default `DataError` for
+            images without labels and for labels outside the classes.
+        """
+        check_scorable(source)
+
+    def has_label(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns which images have a label to be scored by, bool (n,); the others are left out.
+
+        By default these are the images whose label is not -1, and all without a column "label".
+
+        Args:
+          columns: label columns of n images, on the host.
+        """
+        labels = columns.get("label")
+        count = len(next(iter(columns.values())))
+        return np.ones(count, bool) if labels is None or labels.ndim > 1 else labels != MISSING
 
     def corrupted_rows(self, source: Source) -> np.ndarray | None:
         """Returns which test images a condition corrupts, bool (n,); None for all."""
@@ -150,9 +182,12 @@ class Task:
         return None
 
     def order(self, source: Source, seed: int) -> Order | None:
-        """Returns the order of the images in a labeled stage; None for a random permutation."""
-        del source, seed
-        return None
+        """Returns the order of the images in a labeled stage; None for a permutation of all.
+
+        By default images without a label are left out, where the source knows them.
+        """
+        labeled = labeled_images(source)
+        return None if labeled is None else order_of(np.flatnonzero(labeled), seed)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training

@@ -27,7 +27,7 @@ from drep_jax.metrics.retrieval.neighbors import neighbor_precision
 from drep_jax.metrics.retrieval.rerank import Rerank
 from drep_jax.tasks.base import Exhibit, Items, StagePlan, Task
 from drep_jax.tasks.losses import center_loss, cross_entropy, triplet_loss, view_triplet_loss
-from drep_jax.tasks.retrieval_checks import check_run, check_stage
+from drep_jax.tasks.retrieval_checks import check_run, check_stage, side_values_of
 from drep_jax.typing import Config, Tree
 
 CENTERS = "centres"
@@ -55,6 +55,9 @@ class Retrieval(Task):
       rerank: (k1, k2, λ) of k-reciprocal re-ranking, or None.
       corrupted: which test images a condition corrupts: "both", "query" or "gallery".
       side: side-information columns, see `SIDES`.
+      unseen: what becomes of values of side information that training never saw: "refuse", "drop"
+        (no embedding), "map:VALUE" or "keep".
+      side_values: numbers of values that the backbone knows, if the images are of another set.
       identities, instances: P and K of the P × K batches of labeled stages; 0 for batches of any
         images.
       singletons: treatment of identities with one image in these batches, "refuse" or "drop".
@@ -75,6 +78,8 @@ class Retrieval(Task):
     rerank: tuple[int, int, float] | None = None
     corrupted: str = "both"
     side: tuple[str, ...] = ()
+    unseen: str = "refuse"
+    side_values: tuple[int, ...] = ()
     identities: int = 16
     instances: int = 4
     singletons: str = "refuse"
@@ -102,6 +107,8 @@ class Retrieval(Task):
         "retrieval.rerank",
         "retrieval.corrupted",
         "retrieval.bootstrap_unit",
+        "retrieval.unseen",
+        "retrieval.side_values",
     )
 
     @property
@@ -113,6 +120,16 @@ class Retrieval(Task):
     def side_columns(self) -> tuple[str, ...]:
         """Side-information columns, inputs of the backbone beside the image."""
         return self.side
+
+    @property
+    def side_unseen(self) -> str:
+        """What becomes of values of side information that training never saw."""
+        return self.unseen
+
+    @property
+    def side_known(self) -> tuple[int, ...]:
+        """Numbers of values of side information that the backbone knows, of another set."""
+        return self.side_values
 
     @property
     def branches(self) -> int:
@@ -241,7 +258,8 @@ class Retrieval(Task):
                 "it with a smaller learning rate; what the run has learned is kept."
             )
         result = self.result(statistics, source, index)
-        return Items(result.scores, result.identity if self.bootstrap_unit == "identity" else None)
+        clusters = result.identity if self.bootstrap_unit == "identity" else None
+        return Items(result.scores, clusters, {"queries without a match": result.counts["without_match"]})
 
     def result(self, statistics: Tree, source: Source, index: np.ndarray) -> Result:
         """Returns the retrieval scores of a test split's features, by its own protocol."""
@@ -337,6 +355,7 @@ def make_retrieval(config: Config) -> Retrieval:
     ):
         if options[name] not in choices:
             raise ConfigError(f'Unknown retrieval.{name} "{options[name]}".{did_you_mean(options[name], choices)}')
+    side_values = side_values_of(options, SIDES[options["side"]])
     rerank = tuple(options["rerank"]) or None
     if rerank:
         if len(rerank) != 3:
@@ -366,5 +385,11 @@ def make_retrieval(config: Config) -> Retrieval:
     fields = {field.name for field in dataclasses.fields(Retrieval)}
     arguments = {name: value for name, value in options.items() if name in fields}
     return Retrieval(
-        **{**arguments, "rerank": rerank, "side": SIDES[options["side"]], "examples_each": options["examples"]}
+        **{
+            **arguments,
+            "rerank": rerank,
+            "side": SIDES[options["side"]],
+            "side_values": side_values,
+            "examples_each": options["examples"],
+        }
     )

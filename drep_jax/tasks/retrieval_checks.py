@@ -1,5 +1,7 @@
 """Checks of retrieval before any work: branches, neck, identities and batches with triplets."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,3 +87,24 @@ def check_stage(task: Any, config: Config, setup: Any, plan: StagePlan) -> None:
             "negative. Take fewer parts."
         )
     task.order(setup.train, plan.seed)
+
+
+def side_values_of(options: Config, side: Sequence[str]) -> tuple[int, ...]:
+    """Returns the setting `side_values`, checked together with `unseen`.
+
+    Args:
+      options: `config.retrieval`.
+      side: names of the side-information columns.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    if not re.fullmatch(r"refuse|drop|keep|map:\d{1,6}", str(options["unseen"])):
+        raise ConfigError(f'retrieval.unseen="{options["unseen"]}": expected refuse, drop, keep or map:VALUE.')
+    values = tuple(options["side_values"])
+    if values and (len(values) != len(side) or not all(isinstance(value, int) and value > 0 for value in values)):
+        raise ConfigError(
+            f"retrieval.side_values={values}: expected a number above 0 for each column of side information "
+            f"({', '.join(side) or 'there is none'})."
+        )
+    return values

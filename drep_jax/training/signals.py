@@ -6,13 +6,16 @@ A second one ends the process.
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from drep_jax.errors import DrepError
 
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 """The signals that are handled, with their names in messages."""
+
+GRACE = 10.0
+"""Seconds after SIGTERM in which open files are closed and background writes end."""
 
 
 class Interrupted(DrepError):
@@ -74,11 +77,22 @@ def hearing_signals() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
-def raising_on_sigterm() -> Iterator[None]:
-    """Raises `Terminated` at SIGTERM while the block runs, so that open files are closed."""
+def raising_on_sigterm(otherwise: Callable[[], Any], grace: float = GRACE) -> Iterator[None]:
+    """Raises `Terminated` at SIGTERM while the block runs, so that open files are closed.
+
+    Args:
+      otherwise: called where the block has not ended `grace` seconds later: the signal may arrive
+        in a destructor or a callback of a library, where exceptions are dropped.
+      grace: seconds.
+    """
+    lost: threading.Timer | None = None
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal lost
         _leave_to_the_system()
+        lost = threading.Timer(grace, otherwise)
+        lost.daemon = True
+        lost.start()
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
@@ -88,6 +102,8 @@ def raising_on_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
+        if lost is not None:
+            lost.cancel()
         signal.signal(signal.SIGTERM, previous)
 
 

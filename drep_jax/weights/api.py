@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from drep_jax.errors import CheckpointError
 from drep_jax.typing import Tree
-from drep_jax.weights.foreign import Foreign, load_foreign, write_back, write_new
+from drep_jax.weights.foreign import Foreign, load_foreign
 from drep_jax.weights.translation import Format
+from drep_jax.weights.writing import write_back, write_new
 
 
 def read(

@@ -1,4 +1,4 @@
-"""Foreign checkpoints: read into a backbone with every tensor accounted for, and written back as the same kind of file."""
+"""Foreign checkpoints, read into a backbone with every tensor accounted for."""
 
 import dataclasses
 import os
@@ -14,11 +14,13 @@ from drep_jax.errors import CheckpointError
 from drep_jax.trees import check_finite
 from drep_jax.typing import Tree
 from drep_jax.weights import files
-from drep_jax.weights.formats import find_format, named_format
+from drep_jax.weights.channels import check_way, convert, other_channels
+from drep_jax.weights.computed import Computed, notes_on, with_computed
 from drep_jax.weights.formats.table import read_table
 from drep_jax.weights.native import names_of
 from drep_jax.weights.positions import CLASS_TOKEN, resize, source_grid
-from drep_jax.weights.translation import Account, Format, Piece, account, find_pieces, matches, put_back, some
+from drep_jax.weights.recognition import ADAPTER, adapters_refused, beside, prefix_hint, recognized
+from drep_jax.weights.translation import Account, Format, Piece, account, find_pieces, matches, some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Foreign:
       pieces: where each leaf lies in it.
       notes: how it was read, in sentences for the user.
       state: the requested one of several states in the file.
+      computed: the weights that it stores in parts, by the names that `pieces` use.
     """
 
     variables: Tree
@@ -40,11 +43,17 @@ class Foreign:
     pieces: tuple[Piece, ...]
     notes: tuple[str, ...]
     state: str | None
+    computed: Mapping[str, Computed] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The file's tensors, with computed weights in place of their parts."""
+        return with_computed(self.source.tensors, self.computed)
 
     @property
     def rounds(self) -> bool:
         """Whether the file stores a floating parameter in fewer bits than the backbone."""
-        stored, leaves = self.source.tensors, names_of(self.variables)
+        stored, leaves = self.tensors, names_of(self.variables)
         return any(stored[p.theirs].itemsize < leaves[p.ours].itemsize for p in self.pieces if p.theirs in stored)
 
 
@@ -59,6 +68,7 @@ def load_foreign(
     allow: Sequence[str] = (),
     allow_fused: bool = False,
     grid: tuple[int, int] | None = None,
+    input_channels: str = "",
     fresh: Callable[[], Tree] | None = None,
 ) -> Foreign:
     """Reads a foreign checkpoint into the variables of a backbone.
@@ -76,6 +86,8 @@ def load_foreign(
       allow_fused: whether a file that carries a fusion already is accepted.
       grid: (height, width) of the patches that the file's position embeddings are for; None: that
         of the format or, if their number fits, of the backbone.
+      input_channels: how a first convolution of another number of channels is read: "sum", "mean"
+        or "repeat" (`drep_jax.weights.channels`); "" refuses it.
       fresh: makes initial variables, for what is allowed to be missing.
 
     Raises:
@@ -87,15 +99,23 @@ def load_foreign(
     if source.fused and not allow_fused:
         raise CheckpointError(already_fused(path, source.fused))
     wanted = names_of(like)
-    fmt = find_format(module, wanted.keys(), source.tensors.keys(), path, format_name, _table(names))
     shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
-    _check_refused(fmt, source.tensors, path)
-    pieces = find_pieces(fmt, module, shapes, source.tensors)
-    passed_over = map(re.escape, fmt.passed_over(module, source.tensors))
-    accounted = account(pieces, shapes, source.tensors, tuple(passed_over))
-    accounted, resized = _with_positions(accounted, fmt, module, pieces, shapes, source.tensors, grid)
-    absent = _check_account(accounted, fmt, path, (*allow, *fmt.fresh))
-    notes = [f"{os.path.basename(path)}: {source.kind}, format {fmt.name}", *source.notes, *resized]
+    table = _table(names)
+    source, fmt, computed = recognized(source, module, shapes, format_name, table)
+    tensors = with_computed(source.tensors, computed)
+    _check_refused(fmt, tensors, path)
+    pieces = find_pieces(fmt, module, shapes, tensors)
+    passed_over = map(re.escape, fmt.passed_over(module, tensors))
+    accounted = account(pieces, shapes, tensors, tuple(passed_over))
+    accounted, resized = _with_positions(accounted, fmt, module, pieces, shapes, tensors, grid)
+    accounted, converted = _with_channels(accounted, pieces, shapes, tensors, input_channels)
+    accounted, left_out = _without_others(accounted, tensors, path, allow)
+    _check_types(accounted, pieces, wanted, path)
+    absent = _check_account(
+        accounted, fmt, path, (*allow, *fmt.fresh), lambda: prefix_hint(tensors, module, shapes, format_name, table)
+    )
+    read_as = f"{os.path.basename(path)}: {source.kind}, format {fmt.name}"
+    notes = [read_as, *source.notes, *notes_on(computed), *resized, *converted, *left_out]
     arrays: dict[str, Any] = dict(accounted.arrays)
     if absent:
         if fresh is None:
@@ -108,7 +128,7 @@ def load_foreign(
     leaves = [np.asarray(arrays[name], order="C").astype(leaf.dtype) for name, leaf in wanted.items()]
     variables = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), leaves)
     check_finite(variables, path)
-    return Foreign(variables, source, fmt, tuple(pieces), tuple(notes), state)
+    return Foreign(variables, source, fmt, tuple(pieces), tuple(notes), state, computed)
 
 
 def _table(names: str | Format | Sequence[Format]) -> tuple[Format, ...]:
@@ -194,7 +214,76 @@ def _with_positions(
     return dataclasses.replace(accounted, arrays=arrays, shaped=shaped), [note]
 
 
-def _check_account(accounted: Account, fmt: Format, path: str, allow: Sequence[str]) -> list[str]:
+def _with_channels(
+    accounted: Account,
+    pieces: Sequence[Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, np.ndarray],
+    way: str,
+) -> tuple[Account, list[str]]:
+    """Converts a first convolution of another number of channels; if no way is given, the account says how to."""
+    others = [
+        piece for piece in pieces if piece.ours in accounted.shaped and _has_other_channels(piece, shapes, tensors)
+    ]
+    if way:
+        check_way(way)
+    if len(others) != 1:  # several: another network
+        unused = f'init_channels="{way}" was not needed: the first convolution has the number of channels of the model'
+        return accounted, [unused] if way and not others else []
+    piece, shaped = others[0], dict(accounted.shaped)
+    kernel, count = piece.read(tensors[piece.theirs]), shapes[piece.ours][-2]
+    if not way:
+        shaped[piece.ours] += (
+            f": the model expects images of {count} channels, and the file is for {kernel.shape[-2]}. "
+            '--config.backbone.init_channels=sum converts it; also "mean" and "repeat" (docs/weights.md)'
+        )
+        return dataclasses.replace(accounted, shaped=shaped), []
+    del shaped[piece.ours]
+    arrays = {**accounted.arrays, piece.ours: convert(kernel, count, way)}
+    note = f"{piece.theirs} converted from {kernel.shape[-2]} to {count} input channels ({way})"
+    return dataclasses.replace(accounted, arrays=arrays, shaped=shaped), [note]
+
+
+def _has_other_channels(piece: Piece, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]) -> bool:
+    try:
+        return other_channels(piece.read(tensors[piece.theirs]), shapes[piece.ours])
+    except ValueError:
+        return False
+
+
+def _without_others(
+    accounted: Account, tensors: Mapping[str, np.ndarray], path: str, allow: Sequence[str]
+) -> tuple[Account, list[str]]:
+    """Takes what is no part of a network from the tensors left over, and says so; refuses adapters that change it."""
+    left = beside(accounted.unexpected, tensors)
+    names = {name for group in left.values() for name in group}
+    unexpected = tuple(name for name in accounted.unexpected if name not in names)
+    adapters = [name for name in unexpected if ADAPTER.fullmatch(name) and not matches(allow, name)]
+    if adapters:
+        raise CheckpointError(adapters_refused(path, adapters))
+    notes = [f"left out, {what}: {some(group)}" for what, group in left.items()]
+    return dataclasses.replace(accounted, unexpected=unexpected), notes
+
+
+def _check_types(accounted: Account, pieces: Sequence[Piece], wanted: Mapping[str, Any], path: str) -> None:
+    """Refuses quantized weights: bytes in the place of a floating parameter are numbers only with their scales."""
+    bytewise = [
+        f"{piece.theirs} ({accounted.arrays[piece.ours].dtype})"
+        for piece in pieces
+        if piece.ours in accounted.arrays
+        and np.issubdtype(wanted[piece.ours].dtype, np.floating)
+        and accounted.arrays[piece.ours].dtype in (np.int8, np.uint8, np.bool_, np.complex64, np.complex128)
+    ]
+    if bytewise:
+        raise CheckpointError(
+            f"{path} holds quantized or complex numbers where the model has floating-point weights: {some(bytewise, 4)}. "
+            "Save the weights dequantized, as float32 or float16."
+        )
+
+
+def _check_account(
+    accounted: Account, fmt: Format, path: str, allow: Sequence[str], hint: Callable[[], str]
+) -> list[str]:
     """Returns the leaves to be left as initialized, or refuses what does not fit and is not allowed to."""
     missing = {
         ours: name for ours, name in accounted.missing.items() if not (matches(allow, ours) or matches(allow, name))
@@ -210,7 +299,7 @@ def _check_account(accounted: Account, fmt: Format, path: str, allow: Sequence[s
             f"  unexpected: {_listed(unexpected)}\n"
             f"  mis-shaped: {_listed([f'{text} ({ours})' for ours, text in shaped.items()])}\n"
             "Choose the model that the file is of, or allow what may differ with "
-            "--config.backbone.init_allow=\"('regular expression',)\"."
+            "--config.backbone.init_allow=\"('regular expression',)\"." + (hint() if missing else "")
         )
     return [*accounted.missing, *accounted.shaped]
 
@@ -224,77 +313,3 @@ def _listed(lines: Sequence[str], most: int = 20) -> str:
 def _named(allow: Sequence[str], text: str) -> bool:
     """Returns whether the foreign name that a message about a shape begins with is allowed to differ."""
     return matches(allow, text.split(" ", 1)[0])
-
-
-def write_back(foreign: Foreign, path: str, before: Tree, after: Tree, fusion: Mapping[str, Any]) -> tuple[str, ...]:
-    """Writes the foreign file again with the tensors replaced that differ between two variable trees; all else as it was.
-
-    Args:
-      foreign: as read.
-      path: of the new file; nothing is there under that name until it is complete.
-      before: the variables that the file holds.
-      after: those to write, float64 or as they are.
-      fusion: recorded in the file where it can hold that.
-
-    Returns:
-      Foreign names of the tensors that were replaced.
-
-    Raises:
-      CheckpointError: if two leaves tied to one tensor differ, or the file written does not read
-        back as it should.
-    """
-    old, new = names_of(before), names_of(after)
-    changed = {n: np.asarray(new[n]) for n in new if not np.array_equal(np.asarray(old[n]), np.asarray(new[n]))}
-    _check_places(foreign, changed)
-    tensors = put_back(foreign.pieces, changed, foreign.source.tensors)
-    rounded = {name: tensor.astype(foreign.source.tensors[name].dtype) for name, tensor in tensors.items()}
-    files.write_changed(foreign.source, path, rounded, fusion)
-    again = files.read(path, state=foreign.state).tensors
-    for name, tensor in {**foreign.source.tensors, **rounded}.items():
-        if again[name].dtype != tensor.dtype or again[name].tobytes() != tensor.tobytes():
-            raise CheckpointError(f"{path} does not read back as it was written ({name}).")
-    return tuple(sorted(rounded))
-
-
-def _check_places(foreign: Foreign, changed: Mapping[str, np.ndarray]) -> None:
-    """Refuses changes of leaves that the file had no tensor, or one of another shape, for."""
-    stored = foreign.source.tensors
-    for piece in foreign.pieces:
-        if piece.ours in changed and (
-            piece.theirs not in stored or piece.read(stored[piece.theirs]).shape != changed[piece.ours].shape
-        ):
-            raise CheckpointError(
-                f"{piece.ours} was fused, but {foreign.source.path} has no such tensor ({piece.theirs}) to put it in. Leave "
-                "the layer out of the sites with --config.sites.pattern."
-            )
-
-
-def stored_tree(foreign: Foreign, variables: Tree) -> Tree:
-    """Returns variables rounded to the types that the file stores them in."""
-    dtypes = {
-        p.ours: foreign.source.tensors[p.theirs].dtype for p in foreign.pieces if p.theirs in foreign.source.tensors
-    }
-    leaves = [np.asarray(leaf).astype(dtypes.get(name, leaf.dtype)) for name, leaf in names_of(variables).items()]
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(variables), leaves)
-
-
-def write_new(
-    module: nn.Module, variables: Tree, format_name: str | Format, path: str, fusion: Mapping[str, Any]
-) -> str:
-    """Writes a backbone's variables as a new file of a foreign format.
-
-    Args:
-      module: the backbone.
-      variables: its variables.
-      format_name: of the format, or the format itself.
-      path: without suffix.
-      fusion: recorded in the file where it can hold that.
-
-    Returns:
-      The path written, with the format's usual suffix.
-    """
-    fmt = named_format(module, format_name) if isinstance(format_name, str) else format_name
-    arrays = {name: np.asarray(leaf) for name, leaf in names_of(variables).items()}
-    pieces = find_pieces(fmt, module, {name: a.shape for name, a in arrays.items()})
-    files.create(path + fmt.suffix, put_back(pieces, arrays), fusion)
-    return path + fmt.suffix

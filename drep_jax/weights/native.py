@@ -22,6 +22,7 @@ from drep_jax.files import replacing
 from drep_jax.parallel.processes import orbax_options
 from drep_jax.trees import check_finite
 from drep_jax.typing import Tree
+from drep_jax.weights.files.shards import explain_folder
 from drep_jax.weights.translation import some
 
 MARK = "drep_jax"
@@ -145,11 +146,9 @@ def _read_safetensors(path: str) -> tuple[dict[str, Any], Any]:
 
 def _read_orbax(path: str, like: Tree) -> tuple[dict[str, Any], Any]:
     del like  # names and shapes are compared by the caller, which can list both sides
-    mark = os.path.join(path, ORBAX_MARK)
-    if not os.path.isfile(mark):
-        raise CheckpointError(f"{path} holds no {ORBAX_MARK}: it is no weights directory written by this project.")
+    _check_marked(path)
     try:
-        with open(mark, encoding="utf-8") as file:
+        with open(os.path.join(path, ORBAX_MARK), encoding="utf-8") as file:
             fused = json.load(file).get("fused")
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(os.path.abspath(path))
@@ -160,13 +159,21 @@ def _read_orbax(path: str, like: Tree) -> tuple[dict[str, Any], Any]:
     return names_of(tree), fused
 
 
+def _check_marked(path: str) -> None:
+    if not os.path.isfile(os.path.join(path, ORBAX_MARK)):
+        raise CheckpointError(
+            f"{path} holds no {ORBAX_MARK}: it is no weights directory written by this project. {explain_folder(path)}".strip()
+        )
+
+
 def is_native(path: str) -> bool:
     """Returns whether weights at a path are this project's own: an Orbax directory, or a safetensors file with our names.
 
     Raises:
-      CheckpointError: if there is nothing at the path.
+      CheckpointError: if there is nothing at the path, or a directory of something else.
     """
     if os.path.isdir(path):
+        _check_marked(path)
         return True
     if not os.path.isfile(path):
         raise CheckpointError(f"There are no weights at {path}; expected a file, or an Orbax directory.")

@@ -14,6 +14,7 @@ from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.fusion import fuse, fuse_exact
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
+from drep_jax.errors import FusionError
 from tests.trees import Conv, Dense, Net, Scan, normal, setup
 
 SCHEDULE = Schedule(beta_end=0.02)
@@ -151,3 +152,57 @@ def test_coarse_types_are_left_to_float64():
 def test_figures_that_are_not_finite_fail():
     assert not figure([1.0, 1.0, 1.0, np.nan], 1e-7).passed
     assert not figure([1.0, np.inf, np.inf, 1.0], 1e-7).passed
+
+
+class Typed(nn.Module):
+    """Two layers with types of their own, and a cast between them."""
+
+    dtype_of_layers: object = None
+    param_dtype: object = jnp.float32
+    cast: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        types = {"dtype": self.dtype_of_layers, "param_dtype": self.param_dtype}
+        x = jnp.tanh(nn.Dense(5, **types, name="one")(x))
+        x = x if self.cast is None else x.astype(self.cast)
+        return nn.Dense(3, name="two")(x)
+
+
+@pytest.mark.parametrize(
+    ("net", "held"),
+    [
+        (Typed(param_dtype=jnp.bfloat16), None),
+        (Typed(dtype_of_layers=jnp.float16, param_dtype=jnp.float16), None),
+        (Typed(cast=jnp.bfloat16), "bfloat16"),
+    ],
+    ids=["weights", "layers", "cast"],
+)
+def test_the_bound_follows_the_types_of_weights_and_code(net, held):
+    """Each is a right fusion in a type that cannot show it; a wrong one still fails, in float64."""
+    x = normal(1, (6, 4))
+    sites = find_sites(net, x, pattern=".*")
+    variables, denoise = setup(net, x, sites)
+    right = certify(net, variables, denoise, sites, SCHEDULE, x)
+    assert right.passed, str(right)
+    assert right.held == right.to_json()["held"] == held
+    assert right.end_to_end["float64"].decisive == (held is None)
+    assert all(site.figure.error < 1e-10 for site in right.sites["float64"])
+    assert ("its outputs cannot show float64" in str(right)) == (held is not None)
+    fused = fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, SCHEDULE)
+    wrong = {**variables["params"], "two": fused["two"]}  # one layer is left as it was
+    assert not certify(net, variables, denoise, sites, SCHEDULE, x, fused=wrong).passed
+
+
+def test_a_network_that_cannot_be_widened_is_named():
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(3, name="layer")(x)
+            return jax.lax.scan(lambda c, _: (c + x, None), jnp.zeros(x.shape, jnp.float32), None, length=2)[0]
+
+    x = normal(1, (6, 4))
+    sites = find_sites(Loop(), x)
+    variables, denoise = setup(Loop(), x, sites)
+    with pytest.raises(FusionError, match=r"in which this network cannot be run.*jnp.zeros\(shape, x.dtype\)"):
+        certify(Loop(), variables, denoise, sites, SCHEDULE, x)

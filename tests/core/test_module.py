@@ -47,10 +47,29 @@ def total(table):
     return sum(jnp.sum(value) for value in table.values())
 
 
-def means(function, count=64):
-    """Averages over keys, in one compiled program."""
+def means(denoise, count=512, **options):
+    """Averages the losses over keys, in one compiled program for each set of options."""
+    return _over_keys(functools.partial(_sampled_losses, denoise, **options), count)
+
+
+def slopes(denoise, count=256):
+    """Averages the gradients of the losses' sum over keys."""
+    return _over_keys(functools.partial(_sampled_slopes, denoise), count)
+
+
+def _over_keys(program, count):
     keys = jax.random.split(jax.random.key(5), count)
-    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).mean(0), jax.jit(jax.vmap(function))(keys))
+    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).mean(0), program(keys))
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "tokens"))
+def _sampled_losses(denoise, keys, **options):
+    return jax.vmap(lambda key: losses(denoise, key, **options))(keys)
+
+
+@jax.jit
+def _sampled_slopes(denoise, keys):
+    return jax.vmap(lambda key: jax.grad(lambda d: total(losses(d, key)))(denoise))(keys)
 
 
 def gathered():
@@ -83,12 +102,12 @@ def moments():
 
 
 def test_predicting_nothing_costs_one():
-    table = means(lambda key: losses(init_denoise(SITES), key), 512)  # five standard deviations of the smallest site
+    table = means(init_denoise(SITES))  # five standard deviations of the smallest site
     for value in jax.tree_util.tree_leaves(table):
         np.testing.assert_allclose(value, 1.0, atol=0.05)
-    one = means(lambda key: losses(init_denoise(SITES), key, loss="l1"), 512)
+    one = means(init_denoise(SITES), loss="l1")
     np.testing.assert_allclose(one["head"], np.sqrt(2 / np.pi), atol=0.05)
-    both = means(lambda key: losses(init_denoise(SITES), key, loss="l1+l2"), 512)
+    both = means(init_denoise(SITES), loss="l1+l2")
     np.testing.assert_allclose(both["head"], 1 + np.sqrt(2 / np.pi), atol=0.08)
 
 
@@ -115,15 +134,15 @@ def test_closed_form_minimizes_the_sampled_loss(moments):
     optimum = closed_form.expected_losses(moments, SITES, SCHEDULE)
     for denoise in (best, DENOISE):
         exact = closed_form.expected_losses(moments, SITES, SCHEDULE, denoise)
-        sampled = means(lambda key, d=denoise: losses(d, key), 256)
+        sampled = means(denoise)
         flat = [value for site in SITES for value in np.ravel(sampled[site.name])]
         np.testing.assert_allclose(list(exact.values()), flat, rtol=0.05, atol=0.02)
     for seed in range(3):
         worse = closed_form.expected_losses(moments, SITES, SCHEDULE, randomize(best, seed, 0.05))
         assert all(worse[name] > optimum[name] for name in optimum)
     assert min(optimum.values()) < 0.9
-    slope = means(lambda key: jax.grad(lambda d: total(losses(d, key)))(best), 256)
-    start = means(lambda key: jax.grad(lambda d: total(losses(d, key)))(init_denoise(SITES)), 256)
+    slope = slopes(best)
+    start = slopes(init_denoise(SITES))
     for site in SITES:
         at_best, at_zero = (np.linalg.norm(get_in(tree, site.path)["kernel"]) for tree in (slope, start))
         assert at_best < 0.25 * at_zero, site.name
@@ -207,7 +226,7 @@ def test_stacked_losses_are_those_of_the_unrolled_blocks():
         def run(key, net=net, params=params, denoisers=denoisers):
             return algorithm1_losses(net, {"params": params}, denoisers, sites[net], SCHEDULE, key, INDEX, X)
 
-        losses_of.append(means(run, 16))
+        losses_of.append(_over_keys(jax.jit(jax.vmap(run)), 16))
     stacked, unrolled = losses_of
     for name in ("fc1", "fc2"):
         expected = [unrolled[f"block{i}/{name}"] for i in range(2)]
@@ -260,8 +279,8 @@ def test_sites_draw_different_noise():
 
 
 def test_token_sample_is_unbiased_and_smaller():
-    full = means(lambda key: losses(DENOISE, key), 64)
-    part = means(lambda key: losses(DENOISE, key, tokens=0.3), 192)
+    full = means(DENOISE)
+    part = means(DENOISE, 192, tokens=0.3)
     jax.tree_util.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.1, atol=0.02), part, full)
 
     def flops(tokens):  # the smaller sample must also be less work

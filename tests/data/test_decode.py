@@ -1,13 +1,14 @@
 """Decoding and resizing: every color mode, orientation, and damaged files."""
 
 import io
+import math
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from drep_jax.data.decode import as_rgb, decode, decode_box, fit
+from drep_jax.data.decode import as_rgb, decode, decode_box, fit, limit_pixels, stored_size
 from drep_jax.errors import ConfigError, DataError, UnreadableError
 from tests.pictures import textured
 
@@ -149,8 +150,20 @@ def test_absent_and_foreign_files_are_named(tmp_path):
 def test_arrays_are_treated_like_files():
     np.testing.assert_array_equal(as_rgb(RAMP[:, :, None], "x"), RAMP[:, :, None].repeat(3, 2))
     np.testing.assert_array_equal(as_rgb(COLOR, "x"), COLOR)
-    with pytest.raises(DataError, match="array 7"):
-        as_rgb(np.zeros((2, 2, 5), np.uint8), "array 7")
+    for array in (RAMP > 90, (RAMP > 90) * np.uint16(65535)):
+        np.testing.assert_array_equal(as_rgb(array, "x")[..., 0], np.where(RAMP > 90, 255, 0))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_channels_of_arrays_are_not_guessed(channels):
+    with pytest.raises(DataError, match=rf"array 7 is an array of {channels} channels"):
+        as_rgb(np.zeros((2, 2, channels), np.uint8), "array 7")
+
+
+@pytest.mark.parametrize("array", [RAMP.astype(np.int32), COLOR.astype(np.uint16), RAMP / 255, RAMP[0]])
+def test_arrays_whose_range_is_unknown_are_refused(array):
+    with pytest.raises(DataError, match=r"array 7 is .* not an image"):
+        as_rgb(array, "array 7")
 
 
 def test_crop_keeps_the_aspect_ratio_and_the_center():
@@ -180,6 +193,25 @@ def test_exact_refuses_other_sizes_and_says_all():
         fit(COLOR, (16, 12), "exact", "cat.png")
     with pytest.raises(ConfigError, match='Did you mean "squash"'):
         fit(COLOR, (16, 12), "squish")
+
+
+def test_images_above_the_limit_name_the_setting_that_raises_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # restored in the end
+    data = encoded(Image.fromarray(np.zeros((300, 700), np.uint8)))
+    limit_pixels(0.1)
+    for read in (
+        lambda: decode(data, "big.png"),
+        lambda: stored_size(data, "big.png"),
+        lambda: decode_box(data, "big.png", lambda *size: (0, 0, *size), (8, 8)),
+    ):
+        with pytest.raises(UnreadableError, match=r"big\.png has more than 0\.1 million pixels.*data\.max_megapixels"):
+            read()
+    for allowed in (0.21, 0.3, 0):  # also between half the limit and the limit, where Pillow warns
+        limit_pixels(allowed)
+        assert decode(data, "big.png").shape == (300, 700, 3)
+    for wrong in (-1, math.nan, math.inf, "many", True):
+        with pytest.raises(ConfigError, match=r"data\.max_megapixels="):
+            limit_pixels(wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

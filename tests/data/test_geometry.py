@@ -1,6 +1,7 @@
 """`Transform` against plain NumPy: images, label maps, points and boxes follow one geometry, and come back."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from drep_jax.data import resampling
 from drep_jax.data.decode import UPRIGHT
+from drep_jax.data.fits import transform_of_fit
 from drep_jax.data.geometry import MOST_STEPS, ROW, Transform
-from drep_jax.data.resampling import bilinear, nearest
+from drep_jax.data.resampling import INTERPOLATIONS, bilinear, nearest
 from drep_jax.errors import ConfigError, DataError
 from tests.pictures import textured
 
@@ -359,3 +362,53 @@ def test_what_is_refused():
     assert Transform.from_row(np.zeros(ROW)) == Transform((0, 0))
     same = transform.resize((4, 6)).orient(1).pad(0, 0, 0, 0).shift(0, 0).crop(0, 0, 4, 6)
     assert same == transform, "steps that do nothing are not taken"
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_part_of_a_resized_image_is_that_part(data):
+    (height, width), size = (data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40))) for _ in range(2))
+    part = tuple(slice(*sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in size)
+    image = textured(1, (height, width))[0]
+    for name, resample in INTERPOLATIONS.items():
+        whole = resample(image, size)[part]
+        np.testing.assert_array_equal(resample(image, size, part), whole)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resampling, "WHOLE", 0)
+            patch.setattr(resampling, "MANY", 0)  # so that Pillow computes no more than the part
+            alone = resample(image, size, part)
+        assert alone.shape == whole.shape
+        # Pillow has the borders of a part in float32 and rounds after each of two passes.
+        assert np.abs(alone.astype(int) - whole).max(initial=0) <= (0 if name == "nearest" else 2)
+    margins = [data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5))) for _ in range(2)]
+    padded = np.pad(image, [*margins, (0, 0)], mode="edge")
+    np.testing.assert_array_equal(bilinear(image, size, part, margins), bilinear(padded, size)[part])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_memory_is_that_of_the_result_however_long_the_image(turned, monkeypatch):
+    # Scaled to cover a square, one pixel by 2,000 is 224 by 448,000: 300 MB of bytes, and what Pillow needs besides.
+    size = (2000, 1) if turned else (1, 2000)
+    transform = transform_of_fit(size, (224, 224), "crop")
+    resized = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest: resized.append(size) or resize(self, size, *rest)
+    )
+    ramp = np.repeat(np.arange(2000, dtype=np.int64)[:, None] // 8, 3, axis=1).astype(np.uint8).reshape(*size, 3)
+    tracemalloc.start()
+    image, mask, dense = transform.image(ramp), transform.mask(ramp[..., 0]), transform.dense(ramp)
+    back = transform.inverse()
+    undone, logits = back.mask(mask), back.dense(dense)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20 and max(width * height for width, height in resized) <= 224 * 224
+    assert image.shape == dense.shape == (224, 224, 3) and set(np.unique(image)) <= {124, 125}
+    assert undone.shape == size and logits.shape == (*size, 3)
+    shown = np.flatnonzero(undone != 255)
+    assert (
+        np.isin(shown, (999, 1000)).all()
+        and np.isnan(logits).any()
+        and not np.isnan(logits.reshape(-1)[3 * shown]).any()
+    )
+    np.testing.assert_array_equal(undone.reshape(-1)[shown], ramp[..., 0].reshape(-1)[shown])

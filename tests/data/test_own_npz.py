@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from drep_jax.data import open_source
-from drep_jax.errors import DataError
+from drep_jax.errors import ConfigError, DataError
 
 SIZE = {"image_size": (4, 4)}
 
@@ -55,7 +55,7 @@ def test_one_file_serves_all_splits(tmp_path, shape, labels):
         ({"labels": np.full(30, "c"), "label_names": np.array(["a", "b"])}, 'label "c" is not among'),
         ({"images": np.zeros((30, 4, 4), np.float32)}, "images are float32"),
         ({"images": np.zeros((30, 16), np.uint8)}, "images are uint8"),
-        ({"images": np.zeros((30, 4, 4, 5), np.uint8)}, "not an image"),
+        ({"images": np.zeros((30, 4, 4, 5), np.uint8)}, "5 channels each"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, arrays, said):
@@ -70,3 +70,53 @@ def test_absent_files_and_too_few_images(tmp_path):
     assert len(open_source(spec, "train", **SIZE)) == 5
     with pytest.raises(DataError, match="holds 5 images, none of which falls into the test part"):
         open_source(spec, "test", **SIZE)
+
+
+BANDS = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 4), np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(10, 4, 4, 4), (10, 4, 4, 2), (10, 4, 4, 7), (10, 3, 32, 32), (10, 8, 3), (10, 4)])
+def test_channels_that_say_nothing_are_counted_and_asked_for(tmp_path, shape):
+    np.savez(tmp_path / "own.npz", images=np.zeros(shape, np.uint8))
+    way_out = {
+        (10, 4, 4, 4): r"4 channels each.*\?channels=0,1,2 or, if the fourth is transparency, \?channels=rgba",
+        (10, 4, 4, 2): r"2 channels each.*\?channels=0\.",
+        (10, 4, 4, 7): r"7 channels each.*\?channels=0,1,2\.",
+        (10, 3, 32, 32): r"np\.moveaxis\(images, 1, -1\)",
+        (10, 8, 3): r"one image, or gray images 3 pixels wide",
+        (10, 4): r"expected uint8 \(N, H, W, 3\)",
+    }[shape]
+    with pytest.raises(DataError, match=rf"own\.npz: images are .*{way_out}"):
+        open_source(f"npz:{tmp_path}/own.npz", "train", **SIZE)
+
+
+def test_the_user_says_which_channels_are_shown(tmp_path):
+    np.savez(tmp_path / "own.npz", images=BANDS)
+    np.savez(tmp_path / "set_train.npz", images=BANDS)
+
+    def first(channels, name="own.npz"):
+        return open_source(f"npz:{name}?channels={channels}", "train", data_dir=str(tmp_path), **SIZE)[0]["image"]
+
+    np.testing.assert_array_equal(first("3,1,0"), BANDS[0][..., [3, 1, 0]])
+    np.testing.assert_array_equal(first("3"), BANDS[0][..., [3, 3, 3]])
+    np.testing.assert_array_equal(first("0,1,2", "set"), BANDS[0][..., :3])
+    alpha = BANDS[0][..., 3:] / 255
+    assert np.abs(first("rgba") - (BANDS[0][..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+    for bad, said in (("0,1,4", "no channel 4"), ("0,1", "neither"), ("red", "neither"), ("", "expected options")):
+        with pytest.raises(ConfigError, match=said):
+            first(bad)
+    with pytest.raises(ConfigError, match="rgba needs 4 channels, but the images have 3"):
+        np.savez(tmp_path / "own.npz", images=BANDS[..., :3])
+        first("rgba")
+
+
+def test_labels_and_names_as_bytes(tmp_path):
+    names = np.array([b"katze", "hündin".encode()])
+    labels = np.arange(30) % 2
+    for arrays in ({"labels": names[labels]}, {"labels": labels, "label_names": names}):
+        source = open_source(write(tmp_path / "own.npz", **arrays), "train", **SIZE)
+        assert set(source.class_names) == {"katze", "hündin"}
+        assert source.class_names[source[1]["label"]] == "hündin"
+    with pytest.raises(DataError, match=r"own\.npz holds the bytes b'h\\xfcndin', which are not UTF-8"):
+        latin = np.array(["hündin".encode("latin-1")] * 30)
+        open_source(write(tmp_path / "own.npz", labels=latin), "train", **SIZE)

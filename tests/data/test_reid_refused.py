@@ -287,6 +287,40 @@ def test_packed_sets(tmp_path, change, fragment):
     refused(f"reid_npz:{tmp_path}/set.npz", fragment)
 
 
+@pytest.mark.parametrize(
+    ("names", "fragments"),
+    [
+        ([f"cam{c}/{i}.png" for c in (1, 2) for i in range(9)], ("named as cameras", "nothing below them")),
+        (
+            [f"{place}/person{i}/{n}.png" for place in ("north", "south") for i in range(9) for n in (0, 1)],
+            ("hold folders of the same names (person0,", "pattern=(?P<camera>[^/]+)/(?P<identity>[^/]+)/.*"),
+        ),
+    ],
+)
+def test_folders_of_cameras_are_no_identities(tmp_path, names, fragments):
+    for number, name in enumerate(names):
+        picture(tmp_path / name, number)
+    refused(f"reid_folder:{tmp_path}", *fragments)
+    for camera in ("north", "south"):
+        if (tmp_path / camera).is_dir():
+            source = open_source(
+                f"reid_folder:{tmp_path}?pattern=(?P<camera>[^/]%2B)/(?P<identity>[^/]%2B)/.*".replace("%2B", "+"),
+                "test",
+                image_size=(8, 4),
+            )
+            assert source.cameras == 2 and all(name.startswith("person") for name in source.class_names)
+
+
+def test_days_below_identities_are_no_identities(tmp_path):
+    """Few folders that repeat below many are no sign of cameras."""
+    for number, name in enumerate(f"person{i}/day{d}/{n}.png" for i in range(9) for d in (1, 2) for n in (0, 1)):
+        picture(tmp_path / name, number)
+    (tmp_path / "person1" / "readme.txt").write_text("x")
+    source = open_source(f"reid_folder:{tmp_path}", "test", image_size=(8, 4))
+    assert all(name.startswith("person") for name in source.class_names)
+    assert "Names read as IDENTITY/….jpg." in source.note and "Ignored 1 entry below" in source.note
+
+
 def test_packed_sets_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.delenv("DREP_DATA", raising=False)
     refused("reid_npz:no.npz", "There is no file no.npz", "DREP_DATA")

@@ -56,6 +56,26 @@ class TinyDigits(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": png(GREY[i]), "label": int(DIGITS.target[i]), "number": i}
 
 
+class Withheld(TinyDigits):
+    """40 digits in three splits, the last one without labels."""
+
+    def _split_generators(self, dl_manager):
+        return {
+            "train": self._generate_examples(range(30)),
+            "validation": self._generate_examples(range(30, 36)),
+            "test": ((i, {**example, "label": -1}) for i, example in self._generate_examples(range(36, 40))),
+        }
+
+
+def test_a_test_split_whose_labels_are_withheld_is_not_scored(tmp_path):
+    Withheld(data_dir=tmp_path).download_and_prepare(file_format="array_record")
+    options = {"image_size": (8, 8), "data_dir": str(tmp_path)}
+    train, test = (open_source("tfds:withheld", split, **options) for split in ("train", "test"))
+    assert test.stored == "validation" and len(test) == 6 and len(train) == 27
+    assert "The test split of tfds:withheld/1.2.0 has no labels: its validation split serves." in test.note
+    assert min(int(test[i]["label"]) for i in range(6)) >= 0 and "90 % train" in train.note
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("tfds")

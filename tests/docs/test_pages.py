@@ -17,6 +17,9 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 COLUMNS = 100
+TABLES = "docs/troubleshooting.md"
+"""A row of its tables is one line, however long."""
+
 FREE_SECTIONS = ("model",)  # takes any option of the backbone's class
 
 BRITISH = re.compile(
@@ -58,7 +61,10 @@ def links_of(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_fit(page):
-    long = [number for number, line in enumerate(text_of(page).splitlines(), 1) if len(line) > COLUMNS]
+    lines = [
+        line for line in enumerate(text_of(page).splitlines(), 1) if not (page == TABLES and line[1].startswith("|"))
+    ]
+    long = [number for number, line in lines if len(line) > COLUMNS]
     assert long == [], f"{page}: lines of more than {COLUMNS} columns"
 
 

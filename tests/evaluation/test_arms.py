@@ -11,6 +11,8 @@ import pytest
 from drep_jax.data import open_source
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import normalize
+from drep_jax.data.npz_source import ArraySource
+from drep_jax.data.source import Subset
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.evaluation import summary
 from drep_jax.evaluation.arms import items_of, score_arms
@@ -81,6 +83,32 @@ def test_equal_arms_get_equal_scores_under_noise(digits, arms):
     outputs = score(digits, arms, 64)["gaussian:80"].statistics
     assert np.array_equal(outputs["baseline"]["logits"], outputs["twin"]["logits"])
     assert not np.array_equal(outputs["baseline"]["logits"], outputs["fused"]["logits"])
+
+
+def test_images_without_a_label_are_left_out_and_counted(digits, arms):
+    """The others are scored as they are by themselves; labels out of range are refused."""
+    images = np.stack([digits[i]["image"] for i in range(64)])
+    labels = np.where(np.arange(64) % 3 == 1, -1, digits.labels[:64])
+    source = ArraySource("mine", images, labels.astype(np.int32), tuple("0123456789"), None)
+    there = np.flatnonzero(labels >= 0)
+    task, options = Classification(), {"conditions": ("gaussian:80",)}
+    scored = score(source, arms, 64, task, **options)["gaussian:80"]
+    assert scored.unlabeled == 64 - len(there) == 21 and np.array_equal(scored.index, there)
+    assert np.array_equal(scored.columns["label"], labels[there]) and set(scored.columns) == {"label"}
+    whole = score(Subset(digits, range(64)), arms, 64, task, **options)["gaussian:80"]
+    for name, rows in whole.statistics["fused"].items():
+        assert np.array_equal(scored.statistics["fused"][name], rows[there]), name
+    setup = make_setup(Linear(), np.zeros((1, 8, 8, 3), np.float32), task=task)
+    results = {"noisy": items_of(setup, source, scored, "noisy")}
+    assert results["noisy"]["fused"].left_out == {"images without a label": 21}
+    (entry,) = summary.summarize(results, METRICS, controls=[], resamples=100, seed=0).values()
+    assert entry["n"] == 43 and entry["left_out"] == {"images without a label": 21}
+    source.labels = np.full(64, -1, np.int32)
+    with pytest.raises(DataError, match="None of the 64 images of mine can be scored"):
+        score(source, arms, 64, task, **options)
+    source.labels = np.where(np.arange(64) == 7, 10, labels)
+    with pytest.raises(DataError, match=r"mine: 1 of 64 labels lie outside 0 … 9, such as 10 of image 7"):
+        score(source, arms, 64, task, **options)
 
 
 def test_a_batch_that_does_not_divide_is_refused(digits, arms):

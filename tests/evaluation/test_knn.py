@@ -106,9 +106,7 @@ def merged(backbone, tmp_path_factory):
     config.backbone.init_from = backbone[2]
     config = config.to_dict()
     directory = str(root / "run")
-    with pytest.MonkeyPatch.context() as patch:  # FLOPs and latency take most of the time, and are tested elsewhere
-        patch.setattr(train, "measure_cost", lambda *arguments: None)
-        return config, directory, train.run(config, directory)
+    return config, directory, train.run(config, directory)
 
 
 def test_a_merged_run_learns_from_all_and_evaluates_each(merged):

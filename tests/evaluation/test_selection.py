@@ -14,6 +14,7 @@ from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.moments import Moments
 from drep_jax.core.sites import find_sites
 from drep_jax.data.loader import normalize
+from drep_jax.data.npz_source import ArraySource
 from drep_jax.errors import ConfigError, NonFiniteError
 from drep_jax.evaluation import selection
 from drep_jax.evaluation.selection import Candidate, Point, best_point, choose, grid_statistics
@@ -194,6 +195,13 @@ def test_choosing_scores_held_out_images_by_labels_and_by_agreement(tiny):
     blind = choose(known, variables, candidates, selection_of(config, labels=False))
     assert blind.criterion == "agreement" and blind.points[0].accuracy is None
     assert [p.agreement["clean"] for p in blind.points[:3]] == [p.agreement["clean"] for p in choice.points[:3]]
+
+    # Images without a label count for agreement alone.
+    there = np.arange(197) % 4 > 0
+    partly = ArraySource("partly", images, np.where(there, labels, -1), known.held_out.class_names, None)
+    point = choose(dataclasses.replace(known, held_out=partly), variables, candidates, selection_of(config)).points[0]
+    assert point.accuracy["clean"] == pytest.approx(100 * np.mean((np.argmax(logits, -1) == labels)[there]))
+    assert point.agreement == first.agreement
 
 
 def test_wiener_maps_shrink_each_principal_axis_as_they_should():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 
 import jax
@@ -14,11 +15,13 @@ from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.recipes import Recipe, as_affine, solve
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import normalize
+from drep_jax.errors import DataError
 from drep_jax.evaluation.selection import SELECTION_SEED, Choice, Point
 from drep_jax.jobs import train
+from drep_jax.jobs.fuse import load_run
 from drep_jax.jobs.sweep import table
 from drep_jax.learners import LearnerInputs, learn
-from drep_jax.run import moments
+from drep_jax.run import inputs, moments
 from drep_jax.run.moments import MOMENTS
 from drep_jax.run.run import Run
 from tests.command import call, largest_difference, same_bits
@@ -93,7 +96,17 @@ def test_what_a_trained_run_cannot_give_is_refused(arguments, expected, finished
     assert not os.path.exists(tmp_path / "out" / "fused.safetensors")
 
 
-def test_resolve_takes_the_closed_form_at_the_time_steps_asked_for(finished, tmp_path):
+@pytest.fixture
+def without_images(monkeypatch):
+    """The images of a run are gone, or on another machine."""
+
+    def absent(*args, **options):
+        raise DataError("There is no directory.")
+
+    monkeypatch.setattr("drep_jax.run.setup.open_images", absent)
+
+
+def test_resolve_takes_the_closed_form_at_the_time_steps_asked_for(finished, tmp_path, without_images):
     asked = ["--resolve", "--steps=2", "--time_scale=10", "--beta_end=0.02", "--strength=0.5"]
     ended = call("fuse.py", f"--workdir={finished.directory}", f"--out={tmp_path}", *asked)
     assert ended.status == 0 and "Certificate: PASSED" in ended.output, ended
@@ -118,7 +131,21 @@ def test_resolve_takes_a_wiener_filter(finished, tmp_path):
     assert same_bits(expected, written(finished, tmp_path)) and record(tmp_path)["rule"] == "wiener:0.1"
 
 
-def test_what_was_trained_can_be_mixed_with_the_backbone(finished, tmp_path):
+def test_what_a_run_keeps_of_its_images(finished, tmp_path, without_images):
+    kept = inputs.load_inputs(finished.directory)
+    assert (kept.num_classes, kept.side) == (10, ())
+    np.testing.assert_array_equal(kept.images, inputs.first_images(finished.config, finished.setup))
+    _, variables, _ = load_run(finished.directory, images=False)
+    assert same_bits(variables, finished.variables)
+    directory = copied(finished, tmp_path / "run", lambda config: None)
+    path = pathlib.Path(directory, inputs.INPUTS)
+    path.write_bytes(path.read_bytes()[:-100])
+    call("fuse.py", f"--workdir={directory}", "--resolve").refused(str(path), "damaged", "delete it")
+    path.unlink()  # as an earlier release left it: its images are opened
+    call("fuse.py", f"--workdir={directory}", "--resolve").refused("There is no directory.")
+
+
+def test_what_was_trained_can_be_mixed_with_the_backbone(finished, tmp_path, without_images):
     setup = finished.setup
     for strength in (0.0, 0.25):
         arguments = [f"--workdir={finished.directory}", f"--out={tmp_path}", f"--strength={strength}"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from drep_jax import report, weights
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.explicit import explicit_apply
 from drep_jax.data.loader import normalize
-from drep_jax.errors import CheckpointError, ConfigError
+from drep_jax.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from drep_jax.jobs import checks, fuse, train
 from drep_jax.run import moments, stages
 from drep_jax.run.run import Run
@@ -173,6 +174,35 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
     assert again["metrics"] == finished.report["metrics"]
     assert file_bytes(finished.directory, "metrics.jsonl") == log
     assert file_bytes(finished.directory, "fused", "fused.safetensors") == made
+
+
+@pytest.mark.parametrize("error", [KeyError("label"), DataError("x.png cannot be read.")], ids=["bug", "bad input"])
+def test_an_evaluation_that_fails_at_the_end_loses_nothing(error, finished, tmp_path, monkeypatch, capsys):
+    """Weights, certificate and what was learned are written, and the message says how to go on."""
+    directory = str(tmp_path / "run")
+    shutil.copytree(finished.directory, directory)
+    shutil.rmtree(os.path.join(directory, "fused"))
+    os.remove(os.path.join(directory, "report.json"))
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(train, "score_arms", fail)
+    with pytest.raises(EvaluationError) as caught:
+        train.run(finished.config, directory)
+    assert f"--eval_only --workdir={directory}" in str(caught.value) and "The same command again" in str(caught.value)
+    assert file_bytes(directory, "fused", "fused.safetensors") == file_bytes(
+        finished.directory, "fused", "fused.safetensors"
+    )
+    with open(os.path.join(directory, "report.json"), encoding="utf-8") as file:
+        content = json.load(file)
+    assert (
+        content["metrics"] == {} and content["certificate"]["passed"] and content["learning"].keys() == {"algorithm1"}
+    )
+    assert content["evaluation_failed"].startswith(type(error).__name__)
+    kept = os.path.join(directory, "evaluation_error.txt")
+    assert os.path.exists(kept) == isinstance(error, KeyError)
+    assert "train: digits, 1,000 images, 10 classes." in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from drep_jax.run.setup import build
 from drep_jax.run.stages import phase_of, prepare
 from drep_jax.training.logging import read_metrics
 from drep_jax.weights.native import load
-from tests.command import same_bits
+from tests.command import same_bits, whole_reports
 from tests.tiny_config import get_config
 
 STEPS = 16
@@ -46,7 +46,8 @@ def configured(finished, **changes):
 def labelled(finished, tmp_path_factory):
     config = configured(finished)
     directory = str(tmp_path_factory.mktemp("labelled") / "run")
-    return config, directory, train.run(config, directory)
+    with whole_reports():
+        return config, directory, train.run(config, directory)
 
 
 @pytest.fixture(scope="module")

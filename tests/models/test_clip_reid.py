@@ -116,18 +116,19 @@ def test_the_feature_after_the_necks_uses_the_running_statistics():
 def test_side_information_moves_the_feature_and_an_unknown_number_is_never_taken_for_another():
     module, plain = tiny(side_info=3), tiny()
     variables = variables_of(module)
-    images = np.repeat(pictures(1), 5, axis=0)
-    plane = np.broadcast_to(np.reshape([0, 1, 2, 3, -1], (-1, 1, 1, 1)), (5, *SIZE, 1)).astype(np.float32)
+    images = np.repeat(pictures(1), 6, axis=0)
+    plane = np.broadcast_to(np.reshape([0, 1, 2, 3, -2, -1], (-1, 1, 1, 1)), (6, *SIZE, 1)).astype(np.float32)
     apply = jax.jit(module.apply)
     got = np.asarray(apply(variables, np.concatenate([images, plane], axis=3)))
     assert np.abs(got[0] - got[1]).max() > 1e-3 and np.abs(got[1] - got[2]).max() > 1e-3
-    assert np.isnan(got[3:]).all(), "the evaluation refuses these"
+    assert np.isnan(got[3:5]).all(), "the evaluation refuses these"
     params = dict(variables["params"])
     table = params.pop("sie")
     nothing = {**variables, "params": {**params, "sie": np.zeros_like(table)}}
     without = jax.jit(plain.apply)({**variables, "params": params}, images[:1])
     same = apply(nothing, np.concatenate([images, plane], axis=3))[:3]
     np.testing.assert_allclose(same, np.repeat(without, 3, axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[5:], without, rtol=1e-5, atol=1e-6)  # -1: no side information is told
 
 
 def test_classifiers_are_there_but_no_layers_of_retrieval():

@@ -211,7 +211,7 @@ def test_the_embedding_is_added_to_every_token_times_the_coefficient():
 
 def test_an_index_without_embedding_makes_that_feature_nan():
     _, variables, x, run, feature = jigsaw()
-    wrong = np.asarray(run(variables, with_index(x[..., :3], [6, 3, -1])))
+    wrong = np.asarray(run(variables, with_index(x[..., :3], [6, 3, -2])))
     assert np.isnan(wrong[[0, 2]]).all()
     np.testing.assert_array_equal(wrong[1], feature[1])
 

@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drep_jax.models import create_model
-from drep_jax.weights.foreign import load_foreign, write_back
+from drep_jax.weights import load_foreign, write_back
 from drep_jax.weights.formats.vmamba import VMAMBA
 from drep_jax.weights.translation import account, find_pieces, put_back
 from tests.named_weights import named_weights

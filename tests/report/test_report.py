@@ -613,6 +613,30 @@ def test_stacked_sites_show_their_range():
     assert re.search(r"\| 24…13 \| +0\.1 % … 1\.2 % \|", written)
 
 
+def test_what_the_sources_say_and_what_was_left_out_is_told(tmp_path):
+    facts = {"source": "folder:<x>", "images": 1200, "classes": 3, "unlabeled": 2, "notes": ["Ignored 3 entries."]}
+    data = {"train": facts, "test": {**facts, "classes": None, "unlabeled": 1200}}
+    metrics = {"clean": {**THREE["clean"], "left_out": {"images without a label": 4, "queries without a match": 2}}}
+    metrics["jpeg:10"] = THREE["jpeg:10"] | {"left_out": metrics["clean"]["left_out"]}
+    content = make_report(metrics=metrics) | {"data": data}
+    write_report(content, str(tmp_path))
+    pages = {kind: read(tmp_path / f"report.{kind}") for kind in ("md", "html", "json")}
+    assert "## Images" in pages["md"] and "folder:&lt;x&gt;" in pages["html"]
+    for text in (pages["md"], pages["html"]):
+        assert text.count("Ignored 3 entries.") == 1, "what two parts say is told once"
+        assert "1,200 images, 3 classes, 2 without a label" in text and "1,200 images, no labels" in text
+    left_out = "Left out of the scores: 4 images without a label, 2 queries without a match."
+    assert all(text.count(left_out) == 1 for text in (pages["md"], pages["html"], console_table(content)))
+    assert json.loads(pages["json"])["data"] == data
+
+
+def test_a_failed_evaluation_is_no_run_without_labels():
+    content = make_report(metrics={}) | {"evaluation_failed": "DataError: a.png cannot be read."}
+    for text in (markdown(plain(content)), console_table(content)):
+        assert "The evaluation FAILED, so no arms were compared: DataError: a.png cannot be read." in text
+        assert "no labeled test images" not in text
+
+
 def test_parts_that_were_not_measured_are_named():
     report = make_report() | {"learning": {OURS: None}, "certificate": None, "cost": None}
     text = markdown(plain(report))
@@ -715,6 +739,14 @@ def test_an_incomplete_report_writes_nothing(tmp_path):
     with pytest.raises(DataError, match="and 10 more"):
         write_report({"schema": 2, "cost": {}, "environment": {}}, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_names_that_are_not_utf_8_can_be_written_and_drawn():
+    examples = examples_of(("a", "b"), images=1)
+    examples["images"][0]["answers"]["a"]["answer"] = "v\udcf6gel"
+    report = plain({"examples": examples, "v\udcf6gel": 1})
+    assert report["examples"]["images"][0]["answers"]["a"]["answer"] == "v\\udcf6gel" in report
+    assert PLOTS["examples"](report) is not None
 
 
 def test_plain_makes_valid_json_or_says_where_it_cannot():

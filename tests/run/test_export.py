@@ -80,6 +80,25 @@ def test_the_same_kind_of_file_comes_back_fused(finished, foreign_file, tmp_path
     assert not (tmp_path / "out2").exists()
 
 
+def test_pruned_layers_come_back_dense_and_it_is_said(finished, foreign_file, tmp_path, capsys):
+    name = "encoderblock_0/mlp/fc1/bias"
+    tensors = dict(np.load(foreign_file))
+    tensors |= {f"{name}_orig": tensors[name], f"{name}_mask": (np.arange(tensors[name].size) % 2).astype(np.float32)}
+    expected = tensors[f"{name}_orig"] * tensors[f"{name}_mask"]
+    del tensors[name]
+    np.savez(tmp_path / "pruned.npz", **tensors)
+    setup = finished.setup
+    original = weights.load_foreign(str(tmp_path / "pruned.npz"), setup.backbone, setup.abstract)
+    fused = jax.tree_util.tree_map(np.asarray, original.variables)
+    np.testing.assert_array_equal(fused["params"]["encoderblock_0"]["mlp"]["fc1"]["bias"], expected)
+    fused["params"]["encoderblock_0"]["mlp"]["fc1"]["bias"] = expected + 1
+    output = export.Output(str(tmp_path / "out"), forms=("same",))
+    paths = export.write(output, setup, original.variables, fused["params"], {}, original=original)
+    assert f"masks of fused layers are written back as ones ({name})" in capsys.readouterr().out
+    back = weights.load_foreign(paths[-1], setup.backbone, setup.abstract, allow_fused=True)
+    assert same_bits(back.variables, fused) and files.read(paths[-1]).tensors[f"{name}_mask"].all()
+
+
 def test_a_backbone_of_no_foreign_file_goes_into_a_new_one(finished, tmp_path):
     fuse(finished.directory, tmp_path / "a", "--export=same").refused("from no foreign file", "toy", "stablehlo")
     ended = fuse(finished.directory, tmp_path / "a", "--export=toy")

@@ -67,6 +67,14 @@ def test_what_changes_nothing_learned_may_differ(name, tmp_path):
     claim(str(tmp_path), {**RUN, name: 99})
 
 
+def test_the_limit_of_pixels_may_be_raised_and_holds_for_what_reads_the_run_later(tmp_path):
+    claim(str(tmp_path), RUN)
+    begun(tmp_path)
+    claim(str(tmp_path), {**RUN, "data": {**RUN["data"], "max_megapixels": 500.0}})
+    saved = read_config(str(tmp_path))
+    assert saved["data"]["max_megapixels"] == 500.0 and saved["data"]["source"] == RUN["data"]["source"]
+
+
 def test_a_run_that_has_made_nothing_yet_may_be_corrected(tmp_path):
     claim(str(tmp_path), RUN)
     (tmp_path / "checkpoints" / "denoise").mkdir(parents=True)

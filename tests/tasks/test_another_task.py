@@ -68,7 +68,6 @@ def run(tmp_path_factory):
     """The whole tiny job by that task, from training the backbone to the report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "quadrants", lambda config: Quadrants())
-        patch.setattr(train, "measure_cost", lambda *arguments: None)  # tested elsewhere
         config = get_config()
         config.task, config.learner, config.compare = "quadrants", "closed_form", ("measured",)
         config.noise = "gaussian:60"

@@ -1,5 +1,7 @@
 """Losses of retrieval: against NumPy loops, on one device and on eight, and what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from configs.default import get_default
 from drep_jax.errors import ConfigError
+from drep_jax.evaluation import summary
 from drep_jax.parallel import devices
 from drep_jax.tasks import make_task
 from drep_jax.tasks.losses import center_loss, triplet_loss, view_triplet_loss
@@ -199,6 +202,23 @@ def test_settings_that_cannot_be_are_refused(name, value, message):
     config["task"] = "retrieval"
     with pytest.raises(ConfigError, match=message):
         make_task({**config, "retrieval": {**config["retrieval"], name: value}})
+
+
+def test_queries_without_a_match_are_counted_and_left_out():
+    source = dataclasses.make_dataclass("Listed", ["table"])(
+        {
+            "label": np.array([0, 1, 2, 0, 1]),
+            "camera": np.array([0, 0, 0, 1, 0]),
+            "view": np.zeros(5, np.int32),
+            "query": np.array([1, 1, 1, 0, 0]),
+            "gallery": np.array([0, 0, 0, 1, 1]),
+        }
+    )
+    items = Retrieval().items({"feature": np.eye(5, dtype=np.float32)}, source, np.arange(5), "an arm")
+    assert items.left_out == {"queries without a match": 2} and len(items.statistics["mAP"]) == 1
+    results = {"clean": {"baseline": items, "fused": items}}
+    entry = summary.summarize(results, Retrieval.metrics, controls=[], resamples=100, seed=0)["clean"]
+    assert entry["n"] == 1 and entry["left_out"] == {"queries without a match": 2}
 
 
 def test_an_unknown_task_is_refused_and_labels_must_teach_something():

@@ -35,7 +35,7 @@ from drep_jax.run.setup import build
 from drep_jax.run.stages import starting
 from drep_jax.tasks.retrieval import CENTERS
 from tests import reid_trees
-from tests.command import same_bits
+from tests.command import same_bits, whole_reports
 
 LEARNERS = ("algorithm1", "label_augmented", "alternating", "final_only")
 """Beside the exported one, where every way is tried; that takes a minute of compiling."""
@@ -83,7 +83,8 @@ def config_for(people, **changes):
 def run(people, tmp_path_factory):
     config = config_for(people, **{"compare": ("final_only",), "control.steps": 0})
     directory = str(tmp_path_factory.mktemp("run") / "people")
-    report = train.run(config, directory)
+    with whole_reports():
+        report = train.run(config, directory)
     return Run(config, build(config), directory), report
 
 
@@ -323,8 +324,12 @@ def test_a_run_is_evaluated_on_a_set_of_more_identities(run, people):
     changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
     assert build(changed).train.num_classes > setup.train.num_classes
     with pytest.raises(CheckpointError, match="classifier"):
-        evaluate.evaluate(changed, directory)
+        evaluate.evaluate({**changed, "retrieval": {**changed["retrieval"], "unseen": "keep"}}, directory)
     overrides["model.num_classes"] = setup.train.num_classes
+    changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
+    with pytest.raises(DataError, match=r"trained on another set\), whose embedding means nothing.*unseen=drop"):
+        evaluate.evaluate(changed, directory)
+    overrides["retrieval.unseen"] = "drop"
     changed = evaluate.configuration(config, directory, overrides=overrides, explicit=False)
     content, _ = evaluate.evaluate(changed, directory)
     assert set(content["arms"]) >= {"baseline", "measured"}

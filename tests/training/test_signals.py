@@ -23,7 +23,7 @@ def test_the_first_signal_is_noted_and_the_second_left_to_the_system(number):
 
 def test_outside_of_training_sigterm_ends_at_once():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated), raising_on_sigterm():
+    with pytest.raises(Terminated), raising_on_sigterm(list):
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 

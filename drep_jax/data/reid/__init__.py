@@ -1,15 +1,16 @@
 """Data sets for re-identification, read as published: `NAME:DIR?option=value&option=value`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from urllib.parse import parse_qsl
 
+from drep_jax.data.options import parsed
 from drep_jax.data.reid import cuhk03, market, msmt17, own_folder, packed, tfds_set, vehicleid, veri
 from drep_jax.data.reid.listing import Listed
 from drep_jax.data.reid.source import ReidSource, split_source
 from drep_jax.data.reid.split import share_of
-from drep_jax.errors import ConfigError, did_you_mean, lookup
+from drep_jax.errors import lookup
+from drep_jax.files import expanded
 
 HELD_OUT = "0.1"
 
@@ -56,27 +57,5 @@ def open_reid(
     reader = lookup(READERS, kind, "data set for re-identification")
     path, options = parsed(kind, argument, (*reader.options, "held_out"))
     share = share_of(options.pop("held_out", HELD_OUT), "held_out")
-    listed = reader.read(Path(data_dir or "").expanduser() / Path(path).expanduser(), options)
+    listed = reader.read(Path(expanded(data_dir or "")) / expanded(path), options)
     return split_source(listed, split, share, name=f"{kind}:{argument}", image_size=image_size, resize=resize)
-
-
-def parsed(kind: str, argument: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Returns the path and the options of what follows the colon; a `+` in them is a plus.
-
-    Raises:
-      ConfigError: for an empty path, and for options that are unknown, empty or given twice.
-    """
-    path, mark, query = argument.partition("?")
-    if not path:
-        raise ConfigError(f'The data source "{kind}" needs a place: "{kind}:DIR".')
-    try:
-        pairs = parse_qsl(query.replace("+", "%2B"), strict_parsing=True) if mark else []
-    except ValueError as error:
-        raise ConfigError(f'"{kind}:{argument}": expected options as in "?held_out=0.1&…" behind the path.') from error
-    options = dict(pairs)
-    for name, _ in pairs:
-        if name not in known:
-            raise ConfigError(f'The data source "{kind}" has no option "{name}".{did_you_mean(name, known)}')
-    if len(options) < len(pairs):
-        raise ConfigError(f'"{kind}:{argument}" gives an option twice.')
-    return path, options

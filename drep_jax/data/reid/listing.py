@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from drep_jax.data.folder import SUFFIXES
+from drep_jax.data.text import read_text_lines
 from drep_jax.errors import DataError
 from drep_jax.metrics.protocol import Protocol
 
@@ -222,13 +223,9 @@ def read_lines(file: Path, words: int, what: str) -> list[tuple[int, list[str]]]
       DataError: for a file that is absent or not text, and for a line with another number of words
         than `words`.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"There is no list {file}: expected lines of {what}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as text: {error}.") from error
-    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not file.exists():
+        raise DataError(f"There is no list {file}: expected lines of {what}.")
+    lines = [(number, line.split()) for number, line in enumerate(read_text_lines(file), 1) if line.strip()]
     for number, line_words in lines:
         if len(line_words) != words:
             raise DataError(f"{file}, line {number}: expected {what}; got {' '.join(line_words)!r}.")

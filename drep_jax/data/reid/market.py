@@ -8,9 +8,12 @@ distractors have other identities than its queries.
 import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from drep_jax.data.folder import SUFFIXES, scan
+from drep_jax.data.labels import ignored_note
 from drep_jax.data.reid.layout import (
     DUKE_NAME,
     MARKET_FOLDERS,
@@ -77,6 +80,9 @@ def read_market_form(
     read = [read_flat(base / part, grammar, title, cameras, instead=instead) for part in MARKET_FOLDERS]
     (train, _), (query, _), (gallery, _) = read
     junk = sum(count for _, count in read)
+    remarks = [f"{counted(junk, 'junk image', 'junk images')} left out."] if junk else []
+    ignored = sum((scan(base / part).ignored for part in MARKET_FOLDERS), start=Counter())
+    remarks += [note] if (note := ignored_note(ignored, str(base), SUFFIXES)) else []
     return Listed(
         title,
         str(base),
@@ -85,7 +91,7 @@ def read_market_form(
         cameras,
         Protocol(),
         published,
-        remarks=(f"{counted(junk, 'junk image', 'junk images')} left out.",) if junk else (),
+        remarks=tuple(remarks),
     )
 
 

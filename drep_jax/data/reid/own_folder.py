@@ -8,6 +8,7 @@ them (case does not matter):
 - IDENTITY_cCAMERA…, IDENTITY_camCAMERA…: `anna_cam2_17.jpg`, `0001_c1s1_000451_03.jpg`,
   `0005_c2_f0046985.jpg`
 - IDENTITY_CAMERA_NUMBER: `0001_2_0007.png`
+- cCAMERA/IDENTITY/…: `cam1/anna/0003.jpg`
 - IDENTITY/…cCAMERA…: `anna/c1_0003.jpg`, `anna/cam2/17.jpg`
 - IDENTITY/…, without cameras: `anna/0003.jpg`
 """
@@ -15,14 +16,17 @@ them (case does not matter):
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from drep_jax.data.folder import SUFFIXES
+from drep_jax.data.folder import SUFFIXES, leads_back
+from drep_jax.data.labels import ignored_note
 from drep_jax.data.reid.layout import MARKET_FOLDERS
 from drep_jax.data.reid.listing import JUNK, Entry, Listed, check_listed_files, counted, few, in_order, merged
 from drep_jax.data.reid.split import drawn_by_hash, query_and_gallery, seed_of, share_of
+from drep_jax.data.text import read_text_lines, separator_of
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 from drep_jax.metrics.protocol import Protocol
 
@@ -32,10 +36,19 @@ PARTS = ("train", "query", "gallery", "test")
 GRAMMARS = (
     r"(?:.*/)?(?P<identity>-?[^/]+?)_c(?:am(?:era)?)?(?P<camera>\d+)(?!\d)[^/]*",
     r"(?:.*/)?(?P<identity>[^/_]+)_(?P<camera>\d+)_\d+\.\w+",
+    r"c(?:am(?:era)?)?[-_ ]?(?P<camera>\d+)/(?P<identity>[^/]+)/.*",
     r"(?P<identity>[^/]+)/(?:.*[^a-z])?c(?:am(?:era)?)?[-_]?(?P<camera>\d+)(?!\d).*",
     r"(?P<identity>[^/]+)/.*",
 )
-FORMS = "IDENTITY_cCAMERA_….jpg, IDENTITY_CAMERA_NUMBER.jpg, IDENTITY/cCAMERA_….jpg or IDENTITY/….jpg"
+FORM_OF_GRAMMAR = (
+    "IDENTITY_cCAMERA_….jpg",
+    "IDENTITY_CAMERA_NUMBER.jpg",
+    "cCAMERA/IDENTITY/….jpg",
+    "IDENTITY/cCAMERA_….jpg",
+    "IDENTITY/….jpg",
+)
+FORMS = f"{', '.join(FORM_OF_GRAMMAR[:-1])} or {FORM_OF_GRAMMAR[-1]}"
+CAMERA_NAME = re.compile(r"c(?:am(?:era)?)?[-_ ]?\d+", re.IGNORECASE)
 GROUPS = ("identity", "camera", "view")
 
 
@@ -66,7 +79,7 @@ def read_reid_folder(root: Path, options: Mapping[str, str]) -> Listed:
     table = root / CSV
     if table.is_file() and "pattern" in options:
         raise ConfigError(f"{table} has identities and cameras: leave out the option pattern, or move the file away.")
-    named = list(_from_csv(table)) if table.is_file() else _from_names(root, options.get("pattern"))
+    named, read_as = (list(_from_csv(table)), []) if table.is_file() else _from_names(root, options.get("pattern"))
     images = [image for image in named if image.identity != JUNK]
     junk = len(named) - len(images)
     names = in_order(image.camera for image in images if image.camera is not None)
@@ -78,7 +91,8 @@ def read_reid_folder(root: Path, options: Mapping[str, str]) -> Listed:
         (image.part, Entry(image.path, image.path, image.identity, numbers.get(image.camera or "", 0), image.view))
         for image in images
     ]
-    remarks = [f"Cameras {few([f'{number} = {name}' for name, number in numbers.items()])}."] if names else []
+    remarks = list(read_as)
+    remarks += [f"Cameras {few([f'{number} = {name}' for name, number in numbers.items()])}."] if names else []
     remarks += [] if names else ["No cameras are known: queries look for all other images of their identity."]
     remarks += [f"{counted(junk, 'junk image', 'junk images')} left out."] if junk else []
     return divided(root, entries, max(len(names), 1), options, remarks)
@@ -113,10 +127,12 @@ def divided(
     return Listed("reid_folder", str(root), parts["train"], test, cameras, protocol, remarks=tuple(remarks))
 
 
-def _from_names(root: Path, pattern: str | None) -> list[NamedImage]:
+def _from_names(root: Path, pattern: str | None) -> tuple[list[NamedImage], list[str]]:
+    """Returns the images of a folder, and remarks: the form of their names, and ignored files."""
     fits = [_compiled(pattern)] if pattern is not None else [re.compile(g, re.IGNORECASE) for g in GRAMMARS]
     folders = _part_folders(root)
-    files = [(part, folder, path) for part, folder in folders for path in _below(folder)]
+    ignored: Counter[str] = Counter()
+    files = [(part, folder, path) for part, folder in folders for path in _below(folder, ignored)]
     if not files:
         raise DataError(
             f"No images in {root}: expected {FORMS}, in train, query and gallery, in train and test, or in none."
@@ -131,12 +147,45 @@ def _from_names(root: Path, pattern: str | None) -> list[NamedImage]:
             f"{root}: the names of {counted(len(odd), 'image', 'images')} of {len(files):,} do not fit {wanted}: {few(odd)}. "
             "Rename or remove them, give the option pattern, or write images.csv."
         )
-    return [
+    form = f"the pattern {pattern}"
+    if pattern is None:
+        form = FORM_OF_GRAMMAR[matched.index(best)]
+        if form == FORM_OF_GRAMMAR[-1]:
+            _check_identities(root, names)
+    note = ignored_note(ignored, str(root), SUFFIXES)
+    images = [
         NamedImage(path, groups["identity"], groups.get("camera"), _view(groups.get("view"), path), part)
         for (part, _, path), match in zip(files, best, strict=True)
         if match is not None
         for groups in [match.groupdict()]
     ]
+    return images, [f"Names read as {form}.", *([note] if note else [])]
+
+
+def _check_identities(root: Path, names: Sequence[str]) -> None:
+    """Refuses folders that are taken for identities and seem to be cameras.
+
+    Raises:
+      DataError: where all are named as cameras, or the folders below repeat from one to the next and
+        are more of them.
+    """
+    folders: dict[str, set[str]] = {}
+    for name in names:
+        first, *deeper = name.split("/")
+        folders.setdefault(first, set()).update(deeper[:1] if len(deeper) > 1 else ())
+    if all(map(CAMERA_NAME.fullmatch, folders)):
+        raise DataError(
+            f"{root}: the folders {few(sorted(folders))} are named as cameras, and nothing below them names an identity. "
+            f"Expected {FORMS}. If they are identities, give the option pattern=(?P<identity>[^/]+)/.*"
+        )
+    inner = Counter(name for inside in folders.values() for name in inside)
+    repeated = sorted(name for name, count in inner.items() if count > 1)
+    if len(inner) > len(folders) and 2 * len(repeated) > len(inner):
+        raise DataError(
+            f"{root}: the folders {few(sorted(folders))} hold folders of the same names ({few(repeated)}). If the first are "
+            "cameras and the second identities, give the option pattern=(?P<camera>[^/]+)/(?P<identity>[^/]+)/.*; if the first "
+            "are identities, pattern=(?P<identity>[^/]+)/.*"
+        )
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -168,22 +217,30 @@ def _part_folders(root: Path) -> list[tuple[str | None, Path]]:
     return [(None, root)]
 
 
-def _below(folder: Path | str) -> Iterator[str]:
+def _below(folder: Path | str, ignored: Counter[str]) -> Iterator[str]:
+    """Yields the images below a folder, and counts other entries by kind."""
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if name.startswith("."):
-            continue
-        if name.lower().endswith(SUFFIXES):
+            ignored["hidden"] += 1
+        elif leads_back(path):
+            ignored["links to a folder above them"] += 1
+        elif name.lower().endswith(SUFFIXES):
             yield path
         elif os.path.isdir(path):
-            yield from _below(path)
+            yield from _below(path, ignored)
+        else:
+            ignored[os.path.splitext(name)[1].lower() or "without an ending"] += 1
 
 
 def _from_csv(file: Path) -> Iterator[NamedImage]:
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.reader(stream, strict=True, skipinitialspace=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = read_text_lines(file)
+        separator = separator_of(lines[0], "path") or ","
+        rows = list(
+            csv.reader((f"{line}\n" for line in lines), strict=True, skipinitialspace=True, delimiter=separator)
+        )
+    except csv.Error as error:
         raise DataError(f"{file} cannot be read as CSV: {error}.") from error
     header = [name.strip() for name in rows[0]] if rows else []
     unknown = [name for name in header if name not in COLUMNS]

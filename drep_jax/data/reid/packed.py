@@ -16,6 +16,7 @@ import numpy as np
 from drep_jax.data.reid.listing import Entry, Listed, in_order
 from drep_jax.data.reid.split import drawn_exactly, seed_of, share_of
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.files import expanded
 from drep_jax.metrics.protocol import Protocol
 
 COLUMNS = ("pid", "camera", "split")
@@ -59,7 +60,7 @@ def read_reid_npz(file: Path, options: Mapping[str, str]) -> Listed:
 
 
 def _existing(file: Path) -> Path:
-    elsewhere = Path(os.environ.get("DREP_DATA", ""), file).expanduser()
+    elsewhere = Path(expanded(os.environ.get("DREP_DATA", "")), file)
     for path in (file, elsewhere):
         if path.is_file():
             return path

@@ -10,7 +10,7 @@ from drep_jax.errors import ConfigError, DataError
 
 def hashed(identity: str, seed: int) -> int:
     """Returns a hash of an identity's name and the seed, from 0 to 2⁶⁴ − 1."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
 def drawn_by_hash(identities: Collection[str], share: Fraction, seed: int, where: str) -> set[str]:

@@ -7,15 +7,17 @@ No part of a file is ever executed, and PyTorch is not needed. One module per co
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from drep_jax.errors import CheckpointError, did_you_mean
 from drep_jax.files import replacing, temporary_of
-from drep_jax.weights.files import npz_file, safetensors_file, torch_file, zip_records
+from drep_jax.weights.files import naming, npz_file, safetensors_file, shards, torch_file, zip_records
 from drep_jax.weights.files.contents import (
     Contents,
     Path,
@@ -25,7 +27,7 @@ from drep_jax.weights.files.contents import (
     is_float,
     same_numbers,
 )
-from drep_jax.weights.files.naming import find_state
+from drep_jax.weights.files.shards import Shards, find_shards
 
 Rewrite = Callable[[Contents, str, Iterable[tuple[str, bytes | bytearray]], str], None]
 
@@ -54,6 +56,9 @@ class ForeignFile:
         between.
       notes: what was recognized, as sentences.
       fused: what an earlier export marked the file with, or None.
+      own: {name in `tensors`: its name in its entry of the file}.
+      fixed: names of `tensors` whose numbers cannot be replaced where they lie.
+      shards: the files, if there are several.
     """
 
     path: str
@@ -62,6 +67,9 @@ class ForeignFile:
     stored: dict[str, str]
     notes: tuple[str, ...]
     fused: Any
+    own: Mapping[str, str] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+    shards: Shards | None = None
 
 
 def read(path: str, *, state: str | None = None) -> ForeignFile:
@@ -80,17 +88,61 @@ def read(path: str, *, state: str | None = None) -> ForeignFile:
       CheckpointError: if it is absent, of another kind, damaged, or asks for anything but data; or
         if `state` is not there.
     """
-    contents = _contents(path)
-    names, notes = find_state(path, contents.views, state)
+    sharded = find_shards(path)
+    contents = shards.merged(sharded, [*map(_contents, sharded.paths)]) if sharded else _contents(path)
+    names, notes = naming.find_state(path, contents.views, state)
     tensors = {name: contents.array(where) for name, where in names.items()}
     return ForeignFile(
-        path=path,
+        path=contents.path,
         kind=contents.kind,
         tensors=tensors,
         stored={name: full_name(where) for name, where in names.items()},
         notes=(*notes, *contents.notes, *_others(contents, names.values()), _dtypes(tensors)),
         fused=_fused(contents),
+        own={name: where[-1] for name, where in names.items()},
+        fixed=frozenset(name for name, where in names.items() if contents.views[where].block in contents.inline),
+        shards=sharded,
     )
+
+
+def other_namings(source: ForeignFile) -> Iterator[ForeignFile]:
+    """Yields the same file with its tensors named in other ways, for networks of unusual names."""
+    for names, note in naming.other_namings(source.own):
+        yield replace(
+            source,
+            tensors={new: source.tensors[old] for new, old in names.items()},
+            stored={new: source.stored[old] for new, old in names.items()},
+            own={new: source.own[old] for new, old in names.items()},
+            fixed=frozenset(new for new, old in names.items() if old in source.fixed),
+            notes=(note, *(other for other in source.notes if not re.match(r"prefix |wrapper ", other))),
+        )
+
+
+def read_again(source: ForeignFile, path: str) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file that `write_changed` made of another one, by the names that they have there.
+
+    Raises:
+      CheckpointError: if it is damaged, or lacks one of them.
+    """
+    sharded = find_shards(path) if source.shards else None
+    contents = shards.merged(sharded, [*map(_contents, sharded.paths)]) if sharded else _contents(path)
+    paths = {full_name(where): where for where in contents.views}
+    if lost := [full for full in source.stored.values() if full not in paths]:
+        raise CheckpointError(f"{path} does not read back as it was written ({lost[0]}).")
+    return {name: contents.array(paths[full]) for name, full in source.stored.items()}
+
+
+def check_can_rewrite(source: ForeignFile, names: Collection[str]) -> None:
+    """Refuses to change tensors whose numbers are part of the file's structure.
+
+    Raises:
+      CheckpointError: naming some, and the way out.
+    """
+    if fixed := sorted(source.fixed & set(names)):
+        raise CheckpointError(
+            f"{source.path} holds NumPy arrays inside its pickle ({fixed[0]}), whose numbers cannot be replaced in place. "
+            "Write a new file with --export=FORMAT (docs/weights.md), or save torch.from_numpy(array) and start again."
+        )
 
 
 def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarray], mark: Mapping[str, Any]) -> None:
@@ -114,6 +166,10 @@ def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarr
     for name in changed:
         if name not in source.tensors:
             raise CheckpointError(f'{source.path} has no tensor "{name}".{did_you_mean(name, source.tensors)}')
+    check_can_rewrite(source, changed)
+    if source.shards:
+        _write_shards(source, source.shards, path, changed, mark)
+        return
     temporary = temporary_of(path)
     for target in (path, temporary):
         if os.path.realpath(target) == os.path.realpath(source.path) or (
@@ -144,6 +200,41 @@ def write_changed(source: ForeignFile, path: str, changed: Mapping[str, np.ndarr
                 raise CheckpointError(f'"{full_name(where)}" in {temporary} did not come back as it was written.')
 
     _publish(path, lambda place: rewrite(contents, place, changed_blocks(contents, by_path), text), verify)
+
+
+def _write_shards(
+    source: ForeignFile, sharded: Shards, path: str, changed: Mapping[str, np.ndarray], mark: Mapping[str, Any]
+) -> None:
+    """Writes every shard again under its own name in the folder of `path`, and the index last."""
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from error
+    for shard in sharded.paths:
+        part = _shard(source, sharded, shard)
+        kept = {name: array for name, array in changed.items() if name in part.tensors}
+        write_changed(part, os.path.join(folder, os.path.basename(shard)), kept, mark)
+    if sharded.index:
+        try:
+            with replacing(path) as temporary:
+                shutil.copyfile(sharded.index, temporary)
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def _shard(source: ForeignFile, sharded: Shards, shard: str) -> ForeignFile:
+    """Returns one shard by itself, with the names that the whole has."""
+    names = {full_name(where) for where in _contents(shard).views}
+    name_of_file = os.path.basename(shard)
+    stored = {
+        name: full
+        for name, full in source.stored.items()
+        if full in names and sharded.names.get(full, name_of_file) == name_of_file
+    }
+    return replace(
+        source, path=shard, tensors={name: source.tensors[name] for name in stored}, stored=stored, shards=None
+    )
 
 
 def create(path: str, tensors: Mapping[str, np.ndarray], mark: Mapping[str, Any]) -> None:
@@ -217,6 +308,8 @@ def _guess(start: bytes) -> str:
         return "a web page: the download went wrong"
     if start[257:262] == b"ustar":
         return "a tar archive, as PyTorch before 0.1.10 wrote: load it there and save it again"
+    if start.lstrip()[:1] == b"{":
+        return "JSON text: settings, or an index of shards without the name NAME.index.json"
     if start.startswith(b"\x93NUMPY"):
         return "a single .npy array, without names"
     if start.startswith(b"\x89HDF"):

@@ -80,6 +80,7 @@ class Contents:
     unnamed: tuple[View, ...] = ()  # tensors inside objects that are not looked into: they must not change either
     mark: str | None = None
     notes: tuple[str, ...] = ()
+    inline: frozenset[str] = frozenset()  # blocks that are not written by themselves
     layout: Any = None  # what the module of this kind needs to write the file again
     checked: set[str] = field(default_factory=set, compare=False)
 

@@ -19,14 +19,10 @@ import numpy as np
 from drep_jax.errors import CheckpointError
 from drep_jax.weights.files import zip_records
 from drep_jax.weights.files.contents import MARK, Block, Contents, Path, View, check_view, dense_strides
+from drep_jax.weights.files.pickled import NUMPY_DTYPES
 
 _MAGIC = b"\x93NUMPY"
-_DTYPES = {
-    f"{kind}{size}": np.dtype(f"{kind}{size}")
-    for kind, sizes in {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,), "c": (8, 16)}.items()
-    for size in sizes
-}
-_DTYPES["V2"] = np.dtype(ml_dtypes.bfloat16)
+_DTYPES = {**NUMPY_DTYPES, "V2": np.dtype(ml_dtypes.bfloat16)}
 LONGEST_COMMENT = 65535
 LONGEST_NPY_HEADER = 4096  # names of fields, which no array of numbers has, would make it longer
 # Deflate makes at most about a thousand bytes of one; weights make one or two.

@@ -4,7 +4,9 @@ Nothing here is imported or called for a file's sake: a name such as "torch.Floa
 name.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +47,47 @@ class Tensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+
+@dataclass(eq=False)
+class Dtype:
+    """NumPy's type of numbers as a pickle writes it: "f4" and the like, and a byte order that follows."""
+
+    code: str
+    order: str = "="
+
+
+@dataclass(eq=False)
+class Array:
+    """A NumPy array inside a pickle, once its state has been set; `dtype` is None for what is no array of numbers."""
+
+    dtype: np.dtype | None = None
+    shape: tuple[int, ...] = ()
+    fortran: bool = False
+    swapped: bool = False
+    data: bytes = b""
+
+    def fill(self, dtype: Any, shape: Any, fortran: Any, data: Any) -> bool:
+        """Takes what a pickle says of the array; returns whether that can be, which other types of numbers can."""
+        if not isinstance(dtype, Dtype) or not isinstance(shape, tuple) or not isinstance(data, bytes | list | Inert):
+            return False
+        numbers = NUMPY_DTYPES.get(dtype.code)
+        if numbers is None or not isinstance(data, bytes):
+            return True
+        if not all(type(size) is int and size >= 0 for size in shape):
+            return False
+        if math.prod(shape) * numbers.itemsize != len(data):
+            return False
+        self.dtype, self.shape, self.fortran, self.data = numbers, shape, bool(fortran), data
+        self.swapped = dtype.order == ">"
+        return True
+
+
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    f"{kind}{size}": np.dtype(f"{kind}{size}")
+    for kind, sizes in {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,), "c": (8, 16)}.items()
+    for size in sizes
+}
+"""Numbers by NumPy's codes for them."""
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)

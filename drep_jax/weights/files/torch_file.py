@@ -18,7 +18,7 @@ import numpy as np
 from drep_jax.errors import CheckpointError
 from drep_jax.weights.files import zip_records
 from drep_jax.weights.files.contents import MARK, Block, Contents, Path, View, check_view, dense_strides
-from drep_jax.weights.files.pickled import DTYPES, STORAGES, Storage, Tensor
+from drep_jax.weights.files.pickled import DTYPES, STORAGES, Array, Storage, Tensor
 from drep_jax.weights.files.unpickler import Unpickled, unpickle
 
 MAGIC_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the end of the pickle that every legacy file begins with
@@ -26,7 +26,7 @@ ALIGNMENT = 64
 MOST_VALUES = 20_000_000  # numbers and texts that are passed over
 MOST_ENTRIES = 300_000  # tensors, dictionaries and lists
 DEEPEST = 64
-_ENTRIES = (dict, list, tuple, Tensor)
+_ENTRIES = (dict, list, tuple, Tensor, Array)
 _MARK_RECORD = f"{MARK}.json"
 _TRAILER = f"<{MARK}>".encode()  # last bytes of a legacy file with a mark: JSON, its length, this
 
@@ -69,7 +69,7 @@ def read_zip(path: str, buffer: memoryview) -> Contents:
         data = zip_records.stored_bytes(path, buffer, record)
         _check_size(path, storage, len(data))
         blocks[storage.key] = Block(data, record.start, record.info.CRC or None)  # 0: written without checksums
-    views, others, unnamed = _views(path, pickled, blocks, order == b"big")
+    views, others, unnamed, inline = _views(path, pickled, blocks, order == b"big")
     mark = small(_MARK_RECORD)
     return Contents(
         path,
@@ -79,6 +79,8 @@ def read_zip(path: str, buffer: memoryview) -> Contents:
         others,
         unnamed,
         mark.decode("utf-8", "replace") or None,
+        notes=_about_arrays(inline),
+        inline=inline,
         layout=(root, records),
     )
 
@@ -120,9 +122,9 @@ def read_legacy(path: str, buffer: memoryview) -> Contents:
         position = start + size
     if missing := sorted(storages.keys() - blocks.keys()):
         raise CheckpointError(f"{path} is damaged: it lacks the storages {', '.join(missing[:5])}.")
-    views, others, unnamed = _views(path, pickled, blocks, swapped=False)
+    views, others, unnamed, inline = _views(path, pickled, blocks, swapped=False)
     mark, end = _legacy_mark(buffer, position)
-    return Contents(path, "pth (legacy)", blocks, views, others, unnamed, mark, layout=end)
+    return Contents(path, "pth (legacy)", blocks, views, others, unnamed, mark, _about_arrays(inline), inline, end)
 
 
 def _storages(path: str, pickled: Unpickled) -> list[Storage]:
@@ -142,13 +144,14 @@ def _check_size(path: str, storage: Storage, nbytes: int) -> None:
 
 
 def _views(
-    path: str, pickled: Unpickled, blocks: Mapping[str, Block], swapped: bool
-) -> tuple[dict[Path, View], dict[Path, int], tuple[View, ...]]:
-    """Returns the tensors by path, how many other leaves each entry has, and the tensors that no path leads to."""
+    path: str, pickled: Unpickled, blocks: dict[str, Block], swapped: bool
+) -> tuple[dict[Path, View], dict[Path, int], tuple[View, ...], frozenset[str]]:
+    """Returns the tensors by path, how many other leaves each entry has, tensors without a path, and the blocks of arrays."""
     made = {id(tensor): _view(path, tensor, blocks, swapped) for tensor in pickled.tensors}
     views: dict[Path, View] = {}
     others: dict[Path, int] = {}
     named: set[int] = set()
+    arrays: dict[Path, Array] = {}
     values = entries = 0
     waiting: list[tuple[Path, Any]] = [((), pickled.value)] if isinstance(pickled.value, _ENTRIES) else []
     while waiting:
@@ -158,6 +161,9 @@ def _views(
                 raise CheckpointError(f"{path} has two tensors of the name {'/'.join(where)!r}.")
             views[where] = made[id(value)]
             named.add(id(value))
+            continue
+        if isinstance(value, Array):
+            arrays[where] = value
             continue
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
         inner = [((*where, _part(key)), value) for key, value in items if isinstance(value, _ENTRIES)]
@@ -171,7 +177,34 @@ def _views(
         others[where] = len(items) - len(inner)
         waiting += reversed(inner)
     unnamed = tuple(view for key, view in made.items() if key not in named)
-    return views, others, unnamed
+    inline = _add_arrays(path, arrays, blocks, views, others)
+    return views, others, unnamed, inline
+
+
+def _add_arrays(
+    path: str, arrays: Mapping[Path, Array], blocks: dict[str, Block], views: dict[Path, View], others: dict[Path, int]
+) -> frozenset[str]:
+    """Adds NumPy arrays that stand in the place of tensors: beside tensors, or where there are none at all.
+
+    Others are settings and states of random generators, which count as what is no tensor.
+    """
+    entries = {where[:-1] for where in views}
+    inline: dict[int, str] = {}
+    for where, array in arrays.items():
+        if array.dtype is None or (entries and where[:-1] not in entries) or not where or where in views:
+            others[where[:-1]] = others.get(where[:-1], 0) + 1
+            continue
+        block = inline.setdefault(id(array), f"numpy/{len(inline)}")
+        blocks[block] = Block(memoryview(array.data), None)
+        strides = dense_strides(array.shape, array.fortran)
+        view = View(block, array.dtype, array.shape, strides, swapped=array.swapped and array.dtype.itemsize > 1)
+        check_view(view, len(array.data), path)
+        views[where] = view
+    return frozenset(inline.values())
+
+
+def _about_arrays(inline: frozenset[str]) -> tuple[str, ...]:
+    return (f"{len(inline)} NumPy arrays inside the pickle; fused ones need a new file",) if inline else ()
 
 
 def _part(key: Any) -> str:
@@ -220,7 +253,8 @@ def rewrite_legacy(contents: Contents, path: str, blocks: Blocks, mark: str) -> 
     with open(path, "r+b") as file:
         for key, data in blocks:
             offset = contents.blocks[key].offset
-            assert offset is not None  # noqa: S101 (a legacy file is never compressed)
+            if offset is None:  # compressed, which a legacy file never is
+                raise CheckpointError(f"{contents.path}: storage {key} has no place of its own in the file.")
             file.seek(offset)
             file.write(data)
         file.seek(contents.layout)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from drep_jax.errors import CheckpointError
-from drep_jax.weights.files.pickled import DTYPES, STORAGES, Global, Inert, Storage, Tensor, is_known
+from drep_jax.weights.files.pickled import DTYPES, STORAGES, Array, Dtype, Global, Inert, Storage, Tensor, is_known
 
 LONGEST_NAME = 256
 LONGEST_INTEGER = 64  # bytes
@@ -28,7 +28,7 @@ _KEYS = (str, bytes, int, float, type(None), Global, Inert)
 class Unpickled:
     """What a pickle held; `end` is the position after it."""
 
-    value: Any  # of None, bool, int, float, str, bytes, tuple, list, dict, Global, Inert, Storage and Tensor
+    value: Any  # of None, bool, int, float, str, bytes, tuple, list, dict, Global, Inert, Dtype, Array, Storage, Tensor
     end: int
     tensors: list[Tensor]  # all that were made on the way, those inside `Inert` objects too
     storages: list[Storage]
@@ -57,6 +57,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.tensors: list[Tensor] = []
         self.storages: list[Storage] = []
+        self.encoded: dict[str, bytes] = {}
 
     def run(self) -> Any:
         for _ in range(MOST_OPCODES):
@@ -197,9 +198,10 @@ class _Machine:
         self.push(Global(f"{module}.{name}"))
 
     def refuse(self, name: str) -> NoReturn:
+        divided = "Its tensors are divided among processes. " if name.startswith("torch.distributed.") else ""
         raise CheckpointError(
-            f"{self.where} wants {_short(name)}: refused; nothing was run. Only tensors and plain data are read here. If you "
-            'trust the file, save its weights alone with PyTorch: torch.save(model.state_dict(), "weights.pth").'
+            f"{self.where} wants {_short(name)}: refused; nothing was run. {divided}Only tensors and plain data are read here. "
+            'If you trust the file, save its weights alone with PyTorch: torch.save(model.state_dict(), "weights.pth").'
         )
 
     def stack_name(self) -> None:
@@ -230,8 +232,14 @@ class _Machine:
 
     def build(self) -> None:
         """State is dropped: that of a state dict is PyTorch's own bookkeeping, and other objects are not looked into."""
-        self.pop()
-        if not isinstance(self.top(), Inert | dict | Tensor):
+        state = self.pop()
+        match self.top(), state:
+            case Array(dtype=None) as array, (_, shape, dtype, fortran, data):
+                if not array.fill(dtype, shape, fortran, data):
+                    self.damaged("a NumPy array whose type, shape or size cannot be")
+            case Dtype() as dtype, (_, "<" | ">" | "|" | "=" as order, *_):
+                dtype.order = order
+        if not isinstance(self.top(), Inert | dict | Tensor | Array | Dtype):
             self.damaged("state is set on what is no object")
 
     def persistent(self) -> None:
@@ -251,6 +259,23 @@ class _Machine:
             start, seen = view[1:]
         self.storages.append(Storage(key, DTYPES[dtype], size, start, seen))
         self.push(self.storages[-1])
+
+    def encode(self, args: tuple[Any, ...]) -> Any:
+        """Bytes as protocol 2 keeps them; each text once, so that a small file stays small."""
+        if len(args) == 2 and isinstance(args[0], str) and args[1] in ("latin1", "latin-1"):
+            if args[0] not in self.encoded:
+                try:
+                    self.encoded[args[0]] = args[0].encode("latin-1")
+                except UnicodeEncodeError:
+                    self.damaged("bytes that are none")
+            return self.encoded[args[0]]
+        return Inert("_codecs.encode")
+
+    def numpy_buffer(self, args: tuple[Any, ...]) -> Array:
+        array = Array()
+        if len(args) != 4 or not array.fill(args[1], args[2], args[3] == "F", args[0]):
+            self.damaged("a NumPy array whose type, shape or size cannot be")
+        return array
 
     def ordered(self, args: tuple[Any, ...]) -> dict[Any, Any]:
         pairs = args[0] if args else []
@@ -303,7 +328,12 @@ def _short(text: str) -> str:
     return text if len(text) <= 120 and text.isprintable() else repr(text[:120])
 
 
+_CORES = ("core", "_core")  # of NumPy 1 and 2
 _CALLS: dict[str, Callable[[_Machine, tuple[Any, ...]], Any]] = {
+    "_codecs.encode": _Machine.encode,
+    "numpy.dtype": lambda machine, args: Dtype(args[0]) if args and isinstance(args[0], str) else Inert("numpy.dtype"),
+    **dict.fromkeys((f"numpy.{core}.multiarray._reconstruct" for core in _CORES), lambda machine, args: Array()),
+    **dict.fromkeys((f"numpy.{core}.numeric._frombuffer" for core in _CORES), _Machine.numpy_buffer),
     "collections.OrderedDict": _Machine.ordered,
     "collections.defaultdict": lambda machine, args: {},
     "torch._utils._rebuild_tensor": _Machine.tensor,

@@ -70,15 +70,8 @@ def find_format(
       CheckpointError: if the file is of none of the family's formats; says what it is, if that is
         known.
     """
-    if name:
-        return named_format(module, name, table)
-    if len(table) == 1:
-        return table[0]
-    for fmt in table or FORMATS:
-        if isinstance(module, fmt.family) and fmt.recognizes(names):
-            return fmt
-    if not table and (generic := generic_format(module, leaves, names)):
-        return generic
+    if known := formats_for(module, leaves, names, name, table):
+        return known[0]
     others = [fmt for fmt in FORMATS if fmt.recognizes(names)]
     if others:
         seen = f"It holds a {others[0].family.__name__} in the format {others[0].name}: choose a model of that family."
@@ -87,8 +80,34 @@ def find_format(
             f"Its first names are: {some(sorted(names), 5)}. Those of the module are: {some(sorted(leaves), 5)}. Say how they "
             "correspond in a name table, --config.backbone.init_names=FILE.py (docs/own_model.md)."
         )
-    known = ", ".join(sorted({fmt.name for fmt in table or FORMATS if isinstance(module, fmt.family)})) or "none"
-    raise CheckpointError(f"{path} is in none of the formats known for a {type(module).__name__} ({known}). {seen}")
+    families = ", ".join(sorted({fmt.name for fmt in table or FORMATS if isinstance(module, fmt.family)})) or "none"
+    raise CheckpointError(f"{path} is in none of the formats known for a {type(module).__name__} ({families}). {seen}")
+
+
+def formats_for(
+    module: nn.Module, leaves: Collection[str], names: Collection[str], name: str = "", table: Sequence[Format] = ()
+) -> list[Format]:
+    """Returns the format of names as these: the one asked for, or the first that is recognized; none if there is none.
+
+    Args:
+      module: the backbone.
+      leaves: paths of its variables with their collections.
+      names: of a file's tensors.
+      name: of the format, if the user gave it.
+      table: formats to choose among instead of `FORMATS`; of a single one no mark is required.
+
+    Raises:
+      ConfigError: if there is no format called `name` for this family of backbones.
+    """
+    if name:
+        return [named_format(module, name, table)]
+    if len(table) == 1:
+        return [table[0]]
+    for fmt in table or FORMATS:
+        if isinstance(module, fmt.family) and fmt.recognizes(names):
+            return [fmt]
+    generic = None if table else generic_format(module, leaves, names)
+    return [generic] if generic else []
 
 
 def formats_of(module: nn.Module, table: Sequence[Format] = ()) -> list[str]:
