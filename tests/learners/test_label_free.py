@@ -108,7 +108,7 @@ def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, 
     content = train.run(config, directory)
     assert content["certificate"]["passed"] and content["spectra"] is None and not os.path.exists(path)
     report.validate(report.plain(content))
-    page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "measured" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     told = capsys.readouterr()
     assert "measuring, clean share 0.75: 100%" in told.err and "(held out 0." in told.err and "→" in told.err
 
