@@ -155,7 +155,7 @@ def test_sums_of_devices_are_exact_to_48_bits():
 
 @pytest.mark.slow
 def test_noise_is_measured_alike_on_one_device_and_on_eight(monkeypatch):
-    """Five chunks of 26 images, of whose vectors a sample is taken; two devices have nothing of their own."""
+    """Five folds of 26 images, of whose vectors a sample is taken; they fill no whole number of chunks."""
     many = measured()
     with monkeypatch.context() as patch:
         for name in ("device_count", "local_device_count"):
