@@ -172,9 +172,10 @@ def get_default() -> ConfigDict:
             "images": 1500,  # training images used; 0 for all
             "draws": 1,  # corrupted versions of each image
             "clean_share": (0.75,),  # weight of the clean images; of several, the best on held-out images is chosen
-            "ridge": 1e-3,  # regularization towards the identity, in units of a site's mean feature power
+            "ridge": 0.0,  # pull to the identity, in units of a site's mean feature power; 0: chosen on held-out images
             "vectors": 400,  # feature vectors per site, in multiples of its width
-            "chunk": 64,  # images whose patches are held at once, at most; fewer take less memory (docs/own_model.md)
+            "chunk": 64,  # images that are computed at once on a device, at most; large ones go in smaller chunks
+            "memory_gib": 4.0,  # GiB of images and features that wait in memory; the others are computed again
             "shortcut": True,  # whether layers also remove the noise of the shortcut that they are added to
         }
     )

@@ -42,7 +42,7 @@ def kernel_matrix(
     groups = layer.window.groups
     rank = len(size)
     grouped = kernel.reshape(*size, channels, groups, outputs // groups)
-    grouped = jnp.moveaxis(grouped, (rank + 1, rank), (0, 1))  # groups, channels, window, outputs of a group
+    grouped = _moveaxis(grouped, (rank + 1, rank), (0, 1))  # groups, channels, window, outputs of a group
     return grouped.reshape(groups, channels if kind == "pointwise" else channels * math.prod(size), -1)
 
 
@@ -57,7 +57,12 @@ def kernel_from_matrix(
     groups = layer.window.groups
     rank = len(size)
     grouped = matrix.reshape(groups, channels, *size, outputs // groups)
-    return jnp.moveaxis(grouped, (0, 1), (rank + 1, rank)).reshape(layer.kernel_shape)
+    return _moveaxis(grouped, (0, 1), (rank + 1, rank)).reshape(layer.kernel_shape)
+
+
+def _moveaxis(a: AnyArray, source: tuple[int, ...], to: tuple[int, ...]) -> AnyArray:
+    """Keeps arrays of NumPy, and with them float64, where they are."""
+    return np.moveaxis(a, source, to) if isinstance(a, np.ndarray) else jnp.moveaxis(a, source, to)
 
 
 def bias_from_columns(
@@ -117,6 +122,10 @@ def patches(window: Window, x: Float[AnyArray, "*pixels channels"]) -> Float[Arr
       (*batch, *outputs, C·∏kernel_size), channel-major.
     """
     rank = len(window.kernel_size)
+    named = isinstance(window.padding, str)
+    if window.single and not window.fills_with_zeros and (named or not any(map(any, window.padding))):
+        steps: Any = tuple(slice(None, None, step) for step in window.strides)
+        return jnp.asarray(x)[(..., *steps, slice(None))]
     batch = x.shape[: -rank - 1]
     x, padding = _pad_by_copies(window, x.reshape(-1, *x.shape[-rank - 1 :]))
     spatial = "DHW"[-rank:] if rank <= 3 else "".join(chr(ord("a") + i) for i in range(rank))

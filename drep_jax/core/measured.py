@@ -19,35 +19,49 @@ is over the layer's outputs,
 where A* is the smallest denoiser that fuses to W*. If the layer has more outputs than inputs, it
 fuses to the nearest weights that a denoiser can reach.
 
-All sites are solved in one program and one forward pass of all images, clean and corrupted side by
-side. The images are divided among the devices of all hosts in the chunks that one device would take
-one after another. Each device sums over its own images, and solves every site from the sums of all.
+Sites are solved one after another. At each, the images pass in chunks through the short stretch of
+the network since the site before (`drep_jax.core.stretches`); every device takes chunks and sums
+over them, and the host solves from the sums of all. Between sites, features wait in the host's
+memory, up to a bound; the others are computed again. The ridge of a site is chosen on held-out
+images (`drep_jax.core.shrinkage`).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Num, Shaped
+from jaxtyping import Float, Num, Shaped
 
-from drep_jax.core.fusion import fuse_layer
-from drep_jax.core.interpreter import Call, check_measurable, trace, walk
-from drep_jax.core.matrix_form import kernel_matrix
+from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, rounds_of
+from drep_jax.core.interpreter import check_batch_axis, check_measurable, trace
+from drep_jax.core.layers import Layer
+from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
 from drep_jax.core.promotion import standard_promotion
-from drep_jax.core.regression import regress, regression_sums
-from drep_jax.core.schedule import Schedule, reverse_steps
+from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, form_of, joined, kind_of, of_all_hosts, regress
+from drep_jax.core.shrinkage import Shrinkage, choose_ridge
 from drep_jax.core.sites import Site
-from drep_jax.errors import DataError, NonFiniteError, SiteError
+from drep_jax.core.stretches import Cut, Network, Place, name_of, parameters
+from drep_jax.core.walk import Leaves, Walk
+from drep_jax.errors import DataError, NonFiniteError
 from drep_jax.parallel import devices
 from drep_jax.trees import set_in
 from drep_jax.typing import AnyArray, Path, Tree
 
 CHUNK = 64
-"""Images whose patches are held at once, at most."""
+"""Images that are computed at once on a device, at most."""
+
+
+FOLDS = 5
+"""Folds of the images on which the ridge is chosen."""
+
+
+WORKING = 2**28
+"""Bytes that a chunk may take on a device; larger images go through in smaller chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +72,42 @@ class Measured:
       denoise: the `denoise` subtree for rule "affine": kernel (I − A*)ᵀ and bias −c*.
       errors: {site name, or site name[copy]: (before, after)} on the images: ‖t − W w‖² and
         ‖t − W* w − c‖², each over ‖t − E t‖².
-      outputs: of the backbone, fused site by site, for each stream.
+      outputs: of the backbone, fused site by site, for each stream; None if not wanted.
+      held_out: {site name: error after, on images that the solution has not seen}; {} with a given
+        ridge.
+      ridge: {site name: λ over the mean power of the features}; infinite for a site that is left as
+        it is, because no change of it held on images it was not fitted to.
     """
 
     denoise: Tree
     errors: dict[str, tuple[float, float]]
-    outputs: Shaped[np.ndarray, "streams images *output"]
+    outputs: Shaped[np.ndarray, "streams images *output"] | None
+    held_out: dict[str, float] = dataclasses.field(default_factory=dict)
+    ridge: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def left_alone(self) -> tuple[str, ...]:
+        """Names of the sites that are left as they are."""
+        return tuple(name for name, ridge in self.ridge.items() if np.isinf(ridge))
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a solution stands.
+
+    Attributes:
+      done, total: sites solved, and all of them; copies of a stacked site count each.
+      name: of the site that was solved last.
+      before, after: its errors, see `Measured`.
+      held_out: its error on held-out images, or None.
+    """
+
+    done: int
+    total: int
+    name: str
+    before: float
+    after: float
+    held_out: float | None
 
 
 @standard_promotion
@@ -71,7 +115,7 @@ def measure(
     backbone: nn.Module,
     variables: Tree,
     sites: Sequence[Site],
-    images: Float[AnyArray, "streams images *image_shape"],
+    images: Float[AnyArray, "streams images *image_shape"] | Streams,
     weights: Sequence[float] | Num[np.ndarray, " corrupted"],
     **options: Any,
 ) -> Measured:
@@ -91,53 +135,67 @@ def measure(
     return measuring(backbone, variables, sites, images, **options)(weights)
 
 
+@standard_promotion
 def measuring(
     backbone: nn.Module,
     variables: Tree,
     sites: Sequence[Site],
-    images: Float[AnyArray, "streams images *image_shape"],
+    images: Float[AnyArray, "streams images *image_shape"] | Streams,
     *,
-    ridge: float = 1e-3,
+    ridge: float | None = None,
     vectors: int = 400,
     shortcut: bool = True,
     chunk: int = CHUNK,
+    memory_gib: float = 4.0,
+    outputs: bool = True,
+    say: Callable[[str], None] | None = None,
     **kwargs: Any,
-) -> Callable[[Sequence[float] | np.ndarray], Measured]:
+) -> Callable[..., Measured]:
     """Returns a function of the streams' weights that solves every site; it compiles once.
 
     Args:
       backbone, variables: the frozen backbone.
       sites: to solve, in execution order.
       images: normalized. The first stream is clean. The others are corrupted versions of the same
-        images in the same order; one that is clean again preserves clean accuracy. All are held in
-        memory at once, each image on one device.
-      ridge: λ over the mean power of a site's features, above 0.
+        images in the same order; one that is clean again preserves clean accuracy. An array, or
+        `Streams`, which make each chunk when it is needed.
+      ridge: λ over the mean power of a site's features, above 0; None chooses it for each site on
+        held-out images.
       vectors: feature vectors to use at a site, in multiples of its width; if there are more, every
-        n-th of them.
+        n-th of each image's, but at least one.
       shortcut: whether layers cancel the noise of the shortcut that they are added to.
-      chunk: images whose patches are held at once, at most; fewer take less memory.
+      chunk: images that are computed at once on a device, at most; large ones go through in smaller
+        chunks.
+      memory_gib: GiB of features that may wait in the memory of a host between sites. What does not
+        fit is computed again at each site.
+      outputs: whether the result has the backbone's outputs.
+      say: called with a line of text about memory, if features do not fit.
       **kwargs: for the backbone, such as `train=False`.
 
     Returns:
-      weights ↦ `Measured`. There is one weight for each stream after the first, at least 0; only
-      their ratios matter.
+      (weights, watch=None) ↦ `Measured`. There is one weight for each stream after the first, at
+      least 0; only their ratios matter. `watch` is called with a `Progress` after every site.
 
     Raises:
       NonFiniteError: if features or solutions are not finite, naming the site.
       DataError: for fewer than two streams, or weights that do not fit them.
-      SiteError: if a layer is called several times, or a site's features cannot be followed.
+      SiteError: if a site's features cannot be followed, or its layer is called several times.
     """
     check_measurable(sites)
-    if images.ndim < 3 or images.shape[0] < 2 or images.shape[1] < 1:
+    if len(images.shape) < 3 or images.shape[0] < 2 or images.shape[1] < 1:
         raise DataError(
             f"Measuring needs a clean and at least one corrupted stream of images; got images {tuple(images.shape)}."
         )
-    division = _Division.of(images.shape[1], chunk)
-    solver = _Solver(sites, images.shape[0], ridge, vectors, shortcut, division)
-    program = devices.on_devices(lambda v, x, w: solver.run(backbone, v, x, w, kwargs), in_axes=(None, 0, None))
-    batch = division.split(np.asarray(images))
+    if not memory_gib >= 0:
+        raise DataError(f"memory_gib={memory_gib} is a number of GiB and at least 0.")
+    streams = InMemory(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
+    solver = _Solver(
+        backbone, variables, sites, streams, ridge, vectors, shortcut, chunk, memory_gib * 2**30, outputs, kwargs
+    )
+    if say is not None and (line := solver.about_memory()):
+        say(line)
 
-    def solve(weights: Sequence[float] | np.ndarray) -> Measured:
+    def solve(weights: Sequence[float] | np.ndarray, watch: Callable[[Progress], None] | None = None) -> Measured:
         mixture = np.asarray(weights, np.float64)
         if mixture.shape != (images.shape[0] - 1,):
             raise DataError(
@@ -147,173 +205,191 @@ def measuring(
             raise DataError(
                 f"The weights of the corrupted streams must be at least 0 and not all 0, got {list(weights)}."
             )
-        with jax.enable_x64(True):  # for sums and solves; images and parameters keep their types
-            outputs, solutions = program(variables, batch, mixture / mixture.sum())
-        return _collect(sites, devices.unreplicate(solutions), division.join(np.asarray(outputs)))
+        return solver.solve(mixture / mixture.sum(), watch)
 
-    return solve
+    return standard_promotion(solve)
 
 
-def _collect(
-    sites: Sequence[Site], solutions: dict[Path, Any], outputs: Shaped[np.ndarray, "streams images *output"]
-) -> Measured:
-    tree: Tree = {}
-    errors = {}
-    for site in sites:
-        shape = site.denoiser_shape
-        if site.path not in solutions:  # its input does not depend on the images
-            leaves: Any = {"kernel": np.zeros(shape, np.float32)}
-            if site.bias:
-                leaves["bias"] = np.zeros(shape[:-1], np.float32)
-            tree = set_in(tree, site.path, leaves)
-            continue
-        solution = solutions[site.path]
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(solution)):
-            raise NonFiniteError(
-                f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to them. "
-                "Check the images and the backbone's weights."
-            )
-        leaves = {"kernel": solution["kernel"].reshape(shape).astype(np.float32)}
-        if site.bias:
-            leaves["bias"] = solution["bias"].reshape(shape[:-1]).astype(np.float32)
-        tree = set_in(tree, site.path, leaves)
-        for copy, pair in enumerate(solution["errors"].reshape(-1, 2)):
-            errors[site.name if site.stack is None else f"{site.name}[{copy}]"] = (float(pair[0]), float(pair[1]))
-    return Measured(tree, errors, outputs)
-
-
-class _Division(NamedTuple):
-    """How images are divided among devices: in whole chunks, and each image counted once.
-
-    Attributes:
-      images: number of images.
-      chunk: images in a chunk, a divisor of their number.
-      each: chunks on a device. The last devices repeat chunks of others, which are not counted
-        there.
-      devices: devices that this host uses.
-    """
-
-    images: int
-    chunk: int
-    each: int
-    devices: int
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks."""
-        return self.images // self.chunk
-
-    @classmethod
-    def of(cls, images: int, most: int = CHUNK) -> "_Division":
-        """Divides a number of images among the devices of all hosts."""
-        chunk = next(c for c in range(min(most, images), 0, -1) if images % c == 0)
-        each = -(-(images // chunk) // devices.device_count())
-        single_host = devices.host()[1] == 1
-        return cls(images, chunk, each, -(-(images // chunk) // each) if single_host else devices.local_device_count())
-
-    def split(
-        self, images: Shaped[np.ndarray, "streams images *image_shape"]
-    ) -> Shaped[np.ndarray, "devices streams images_each *image_shape"]:
-        """Returns this host's part of all images, each · chunk of them for each device."""
-        size = self.each * self.chunk
-        first = devices.host()[0] * self.devices * size
-        part = images[:, (first + np.arange(self.devices * size)) % self.images]
-        return np.moveaxis(part.reshape(len(images), self.devices, size, *images.shape[2:]), 1, 0)
-
-    def join(
-        self, outputs: Shaped[np.ndarray, "devices streams images_each *output"]
-    ) -> Shaped[np.ndarray, "streams images *output"]:
-        """Returns the outputs for all images, from those of every host."""
-        of_all_hosts = devices.gather(outputs)
-        streams = np.moveaxis(of_all_hosts, 2, 0)
-        return streams.reshape(len(streams), -1, *outputs.shape[3:])[:, : self.images]
-
-
-@dataclasses.dataclass(frozen=True)
 class _Solver:
-    sites: Sequence[Site]
-    streams: int
-    ridge: float
-    vectors: int
-    shortcut: bool
-    division: _Division
+    """The programs of a backbone and its sites, for any weights of the streams."""
 
-    def run(
+    def __init__(
         self,
         backbone: nn.Module,
         variables: Tree,
-        images: Float[Array, "streams images *image_shape"],
-        weights: Float64[Array, " corrupted"],
-        kwargs: dict[str, Any],
-    ) -> tuple[Shaped[Array, "streams images *output"], dict[Path, Any]]:
-        """Returns the outputs on one device, and {site path: {"kernel", "bias", "errors"}}."""
-        flat = images.reshape(-1, *images.shape[2:])
-        closed = trace(backbone, variables, self.sites, flat, kwargs)
-        leaves = jax.tree_util.tree_leaves(variables)
-        table = {layer.path: (site, layer) for site in self.sites for layer in site.layers}
-        denoisers: dict[Path, Any] = {}
+        sites: Sequence[Site],
+        images: Streams,
+        ridge: float | None,
+        vectors: int,
+        shortcut: bool,
+        chunk: int,
+        limit: float,
+        outputs: bool,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.sites, self.images, self.ridge, self.limit, self.wants_outputs = sites, images, ridge, limit, outputs
+        self.count, self.vectors = images.shape[:2], vectors
+        self.table = {layer.path: (site, layer) for site in sites for layer in site.layers}
+        corrected = {site.path for site in sites if shortcut and len(site.layers) == 1 and kind_of(site) != "pointwise"}
+        first, folds = images.take(np.zeros(1, int)), 1 if ridge is not None else FOLDS
 
-        def visit(call: Call) -> Any:
-            site, layer = table[call.path]
-            if call.x.shape[0] % flat.shape[0]:
-                raise SiteError(
-                    f"{layer.name}: the first axis of its input {tuple(call.x.shape)} is not the batch of {flat.shape[0]} "
-                    "images, so clean and corrupted features cannot be told apart; narrow sites.pattern."
+        def network(rounds: Sequence[Round]) -> Network:
+            batch = self.count[0] * rounds[0].index.shape[1]
+            shape = jax.ShapeDtypeStruct((batch, *first.shape[2:]), first.dtype)
+            return Network(trace(backbone, variables, sites, shape, kwargs), {site.path for site in sites}, corrected)
+
+        image = jax.ShapeDtypeStruct((1, *first.shape[2:]), first.dtype)
+        check_batch_axis(backbone, variables, sites, image, kwargs)
+        self.rounds = rounds_of(self.count[1], folds, chunk)
+        self.network = network(self.rounds)
+        size = self.rounds[0].index.shape[1]
+        fitting = int(WORKING / max(1.0, self._chunk_bytes() / size))
+        if fitting < size:
+            self.rounds = rounds_of(self.count[1], folds, max(1, fitting))
+            self.network = network(self.rounds)
+        self.fixed = self.network.fixed_values(jax.tree_util.tree_leaves(variables))
+        self.stretch_programs: dict[str, Callable[..., Any]] = {}
+        self.programs: dict[Any, Callable[..., Any]] = {}
+
+    # ---- sizes ------------------------------------------------------------------------------------------------------
+
+    def _form(self, cut: Cut) -> Form:
+        """Returns the form of the sums at a cut."""
+        site, layer = self.table[cut.place[0]]
+        x = jax.ShapeDtypeStruct(cut.x.aval.shape, cut.x.aval.dtype)
+        return form_of(site, layer, x, self.rounds[0].index.shape[1], self.count[0], self.count[1], self.vectors)
+
+    def _chunk_bytes(self) -> int:
+        """Returns the bytes that a chunk takes on a device, at most."""
+        largest = self.network.working_bytes()
+        for cut in self.network.cuts:
+            form = self._form(cut)
+            vectors = self.count[0] * self.rounds[0].index.shape[1] * form.picks * form.groups
+            largest = max(largest, 4 * vectors * (2 * form.width + (form.columns if cut.chain else 0)))
+        return largest
+
+    def about_memory(self) -> str:
+        """Returns a line about features that do not fit into memory, or ""."""
+        here = len(self.rounds[0].mine()[0])
+        sizes = [live_bytes(cut.live, here) for cut in self.network.cuts]
+        if not sizes or max(sizes) * len(self.rounds) <= self.limit:
+            return ""
+        widest = self.network.cuts[int(np.argmax(sizes))].place
+        return (
+            f"The features of {self.count[1]:,} images take up to {max(sizes) * len(self.rounds) / 2**30:.1f} GiB (at "
+            f"{name_of(widest)}), of which {self.limit / 2**30:g} GiB may wait in memory (measured.memory_gib). The rest is "
+            f"computed again at each site: about {passes(sizes, len(self.rounds), self.limit):.1f} forward passes in all."
+        )
+
+    # ---- programs ---------------------------------------------------------------------------------------------------
+
+    def _sums_program(self, cut: Cut, form: Form) -> Callable[..., Any]:
+        """Returns (x, q, what L reads, K, weights, index, mask) ↦ `Sums`, on all devices."""
+        streams = self.count[0]
+
+        def run(x: Any, other: Any, fixed: Any, matrix: Any, weights: Any, index: Any, mask: Any) -> Any:
+            delta = None
+            if cut.chain is not None:
+                (q,) = other
+                by_stream = q.reshape(streams, -1, *q.shape[1:])
+                delta = cut.correction(fixed, (by_stream[:1] - by_stream).reshape(q.shape))
+                delta = delta[delta.shape[0] // streams :]
+            return chunk_sums(form, x, matrix, delta, weights, index, mask)
+
+        key = (form, cut.chain and cut.chain.key, cut.sign, cut.y.aval.str_short())
+        if key not in self.programs:
+            self.programs[key] = devices.on_devices(run, in_axes=(0, 0, None, None, None, 0, 0))
+        return self.programs[key]
+
+    # ---- from site to site ------------------------------------------------------------------------------------------
+
+    def solve(self, weights: np.ndarray, watch: Callable[[Progress], None] | None) -> Measured:
+        """Solves all sites for weights that sum to 1."""
+        walk = Walk(self.network, self.images, self.rounds, self.fixed, self.limit, self.stretch_programs)
+        solutions: dict[Path, dict[int | None, tuple[Solution, Shrinkage]]] = {}
+        for number, cut in enumerate(self.network.cuts):
+            site, _ = self.table[cut.place[0]]
+            form = self._form(cut)
+            matrices = [self._matrix(layer, site, cut.place[1]) for layer in site.layers]
+            matrix: Any = np.concatenate(matrices, axis=-1)
+            if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
+                matrix = None
+            whole, folds = self._sums(walk, number, cut, form, matrix, weights)
+            if not all(np.isfinite(value).all() for value in whole):
+                raise NonFiniteError(
+                    f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
+                    "them. Check the images and the backbone's weights."
                 )
-            x = call.x.reshape(self.streams, -1, *call.x.shape[1:])
-            clean = call.apply(call.leaves, x[0])
-            solution = None
-            if site.path == call.path:
-                denoisers[site.path], solution = self._solve(site, call, x, clean, weights)
-            fused = fuse_layer(layer, site, call.leaves, denoisers[site.path], AFFINE, 1.0, stacked=False)
-            corrupted = call.apply(fused, x[1:].reshape(-1, *x.shape[2:]))
-            return jnp.concatenate([clean, corrupted]), solution
+            fixed = self.ridge is not None
+            shrinkage = Shrinkage(self.ridge or 0.0, None) if fixed else choose_ridge(whole, folds, matrix)
+            solution = regress(whole, matrix, shrinkage.ridge, site.bias)
+            for layer, old in zip(site.layers, matrices, strict=True):
+                walk.fused[layer.path, cut.place[1]] = self._fused(layer, site, cut.place[1], old, solution)
+            solutions.setdefault(site.path, {})[cut.place[1]] = (solution, shrinkage)
+            if watch is not None:
+                errors = (solution.before, solution.after, shrinkage.held_out)
+                watch(Progress(number + 1, len(self.network.cuts), name_of(cut.place), *errors))
+        return self._collect(solutions, walk.outputs() if self.wants_outputs else None)
 
-        outputs, solutions = walk(closed, [*leaves, flat], [False] * len(leaves) + [True], visit)
-        return outputs[0].reshape(*images.shape[:2], *outputs[0].shape[1:]), solutions
+    def _leaves(self, place: Place) -> Tree:
+        return parameters(self.network.leaves[place], self.fixed)
 
-    def _solve(
-        self,
-        site: Site,
-        call: Call,
-        x: Float[Array, "streams rows *input_shape"],
-        y: Float[Array, "rows *output_shape"],
-        weights: Float64[Array, " corrupted"],
-    ) -> tuple[Tree, Tree]:
-        """Solves a site.
+    def _matrix(self, layer: Layer, site: Site, copy: int | None) -> np.ndarray:
+        kernel = self._leaves((layer.path, copy))["kernel"].astype(np.float64)
+        return np.asarray(kernel_matrix(layer, kind_of(site), kernel))
 
-        Args:
-          site: the site.
-          call: of its first layer.
-          x: the layer's inputs, by stream.
-          y: its output for the clean stream.
-          weights: of the corrupted streams.
+    def _fused(self, layer: Layer, site: Site, copy: int | None, matrix: np.ndarray, solution: Solution) -> Leaves:
+        """Returns a layer's parameters with the solution fused into them, in their own types."""
+        leaves = self._leaves((layer.path, copy))
+        kernel = kernel_from_matrix(layer, kind_of(site), matrix - solution.kernel @ matrix)
+        fused = {**leaves, "kernel": np.asarray(kernel).astype(leaves["kernel"].dtype)}
+        if solution.constant is not None and "bias" in leaves:
+            columns = np.einsum("gdc,gd->gc", matrix, -solution.constant)
+            bias = leaves["bias"].astype(np.float64) + bias_from_columns(layer, kind_of(site), columns)
+            fused["bias"] = np.asarray(bias).astype(leaves["bias"].dtype)
+        return tuple(fused[name] for name in sorted(fused))
 
-        Returns:
-          The denoiser, and the same with its errors.
-        """
-        matrices = [
-            kernel_matrix(layer, site.kind, call.leaves_of(layer.path)["kernel"]).astype(jnp.float64)
-            for layer in site.layers
-        ]
-        matrix = jnp.concatenate(matrices, axis=-1)
-        delta = None
-        if self.shortcut and call.correction is not None and len(site.layers) == 1 and site.kind != "pointwise":
-            by_stream = (self.streams, *y.shape)
-            change = lambda q: _by_stream(q, self.streams, lambda s: s[:1] - s)  # noqa: E731
-            clean_y = jnp.broadcast_to(y[None], by_stream).reshape(-1, *y.shape[1:])
-            delta = call.correction(clean_y, change).reshape(by_stream)[1:]
-        if delta is None and (site.kind == "pointwise" or matrix.shape[-1] >= site.width):
-            matrix = jnp.broadcast_to(jnp.eye(site.width), (site.groups, site.width, site.width))
-        division = {"parts": self.division.each, "chunks": self.division.chunks, "vectors": self.vectors}
-        sums = regression_sums(site, site.layers[0], x, matrix, delta, weights, **division)
-        return regress(site, matrix, sums, self.ridge, direct=matrix.shape[-1] == site.width and delta is None)
+    def _sums(
+        self, walk: Walk, number: int, cut: Cut, form: Form, matrix: np.ndarray | None, weights: np.ndarray
+    ) -> tuple[Sums, list[Sums]]:
+        """Returns the sums of a site over the images of all hosts, and over each fold of them."""
+        program = self._sums_program(cut, form)
+        kernel = None if matrix is None else jnp.asarray(matrix, jnp.float32)
+        chain = () if cut.chain is None else tuple(jnp.asarray(self.fixed[v]) for v in cut.chain.fixed)
+        mixture = jnp.asarray(weights, jnp.float32)
+        by_fold: dict[int, Sums] = {}
+        for round_number, images in enumerate(self.rounds):
+            values = walk.advance(round_number, number)
+            index, mask = images.mine()
+            other = () if cut.chain is None else (values[cut.other],)
+            sums = program(values[cut.x], other, chain, kernel, mixture, index.astype(np.int32), mask)
+            host_sums = [np.asarray(leaf) for leaf in sums]
+            for device in range(len(mask)):
+                part = Sums(*(leaf[device] for leaf in host_sums))
+                by_fold[images.fold] = joined(by_fold.get(images.fold), part)
+        walk.forget()
+        folds = [of_all_hosts(by_fold[fold]) for fold in sorted(by_fold)]
+        whole = functools.reduce(joined, folds)
+        return whole, [f._replace(square=f.square.astype("f4"), cross=f.cross.astype("f4")) for f in folds]
 
-
-AFFINE = reverse_steps(Schedule(), 1, 1, "affine")
-"""The triple of rule "affine"."""
-
-
-def _by_stream(a: Any, streams: int, change: Any) -> Any:
-    """Applies `change` to an array with the streams as an axis of its own."""
-    return change(a.reshape(streams, -1, *a.shape[1:])).reshape(a.shape)
+    def _collect(self, solutions: Mapping[Path, Mapping[int | None, Any]], outputs: np.ndarray | None) -> Measured:
+        tree: Tree = {}
+        errors, held_out, ridges = {}, {}, {}
+        for site in self.sites:
+            shape = site.denoiser_shape
+            kernel, bias = np.zeros(shape, np.float32), np.zeros(shape[:-1], np.float32)
+            for copy, (solution, shrinkage) in sorted(
+                solutions.get(site.path, {}).items(), key=lambda item: item[0] or 0
+            ):
+                place = () if copy is None else (copy,)
+                kernel[place] = solution.kernel.reshape(kernel[place].shape)
+                if solution.constant is not None:
+                    bias[place] = solution.constant.reshape(bias[place].shape)
+                name = name_of((site.path, copy))
+                errors[name] = (solution.before, solution.after)
+                ridges[name] = shrinkage.ridge
+                if shrinkage.held_out is not None:
+                    held_out[name] = shrinkage.held_out
+            leaves = {"kernel": kernel, "bias": bias} if site.bias else {"kernel": kernel}
+            tree = set_in(tree, site.path, leaves)
+        return Measured(tree, errors, outputs, held_out, ridges)

@@ -1,178 +1,289 @@
 """Least squares at one site (measured noise): sums over features and targets, and their solution.
 
 The targets t of features w are t = u·K + δ, with u the clean feature, K a layer's kernel (or I) and
-δ a correction of the layer's output. The solution is drawn to K by a ridge λ:
+δ a correction of the layer's output. What w does not explain as it is, is the residual r = t − w·K.
+The solution is drawn to K by a ridge λ:
 
-    K* = (E[w wᵀ] + λI)⁻¹ (E[w tᵀ] + λK)
+    K* = K + (E[w wᵀ] + λI)⁻¹ E[w rᵀ]
 
-It becomes a denoiser that fuses to K*, see `drep_jax.core.measured`.
+It becomes a denoiser that fuses to K*, see `drep_jax.core.measured`. Devices sum over a chunk of
+images in float32; sums are joined and solved on the host in float64, by Cholesky factors.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Shaped
+import scipy.linalg
+from jaxtyping import Array, Float, Float64
 
 from drep_jax.core.layers import Layer
-from drep_jax.core.matrix_form import features
+from drep_jax.core.matrix_form import features, sampled_features
 from drep_jax.core.sites import Site
 from drep_jax.parallel import devices
-from drep_jax.typing import AnyArray, Tree
+
+BATCHED = 64
+"""Largest width of grouped matrices that are solved side by side."""
 
 
-def regression_sums(
-    site: Site,
-    layer: Layer,
-    x: Float[Array, "streams rows *input_shape"],
-    matrix: Float64[Array, "groups d columns"],
-    delta: Float[Array, "corrupted rows *output_shape"] | None,
-    weights: Float64[Array, " corrupted"],
-    *,
-    parts: int,
-    chunks: int,
-    vectors: int,
-) -> dict[str, Float64[Array, "..."]]:
-    """Returns means and centered second moments of features w and targets t, corrupted streams only.
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What decides the arithmetic of a site's sums: equal forms share one program.
+
+    Attributes:
+      layer: of the site, without its name.
+      kind: "dense", "patch" or "pointwise"; how features are read.
+      groups, width: G and d.
+      columns: of K for each group.
+      positions: feature vectors of an image.
+      stride: every so many of them are used.
+      centered: whether means are subtracted, because the denoiser may have a constant.
+    """
+
+    layer: Layer
+    kind: str
+    groups: int
+    width: int
+    columns: int
+    positions: int
+    stride: int
+    centered: bool
+
+    @property
+    def picks(self) -> int:
+        """Feature vectors used of an image."""
+        return max(1, self.positions // self.stride)
+
+
+def form_of(site: Site, layer: Layer, x: Any, chunk: int, streams: int, images: int, vectors: int) -> Form:
+    """Returns the form of a site's sums.
 
     Args:
       site, layer: the site and its first layer.
-      x: inputs of the layer, by stream.
-      matrix: K; the targets are t = u·K + delta.
-      delta: correction of the layer's output for each corrupted stream, or None.
-      weights: of the corrupted streams.
-      parts: chunks on this device.
-      chunks: chunks of all devices, without repetitions.
+      x: shape and type of the layer's input for a chunk.
+      chunk, streams, images: number of images in the chunk, of streams, and of images.
       vectors: see `drep_jax.core.measured.measuring`.
-
-    Returns:
-      "square" E[w wᵀ] (groups, d, d), "cross" E[w tᵀ] (groups, d, columns), "power" E‖t‖²
-      (groups,), all centered; "mean_w" (groups, d) and "mean_t" (groups, columns).
     """
-    groups, d, columns = matrix.shape
-    streams = x.shape[0]
-    chunk = x.shape[1] // parts  # rows: images, or windows that they are cut into
-
-    def cut(a: Any) -> Any:
-        return jnp.moveaxis(a.reshape(a.shape[0], parts, chunk, *a.shape[2:]), 1, 0)
-
-    feature_shape = jax.eval_shape(
-        lambda a: features(layer, site.kind, a),
-        jax.ShapeDtypeStruct(x.shape[2:] and (chunk, *x.shape[2:]), x.dtype),
-    ).shape
-    positions = int(np.prod(feature_shape)) // (groups * d)  # in a chunk
-    stride = max(1, positions * chunks * (streams - 1) // (vectors * d))
-    kernel = matrix.astype(jnp.float32)
-    target_is_feature = delta is None and columns == d
-
-    def pairs(piece: Any) -> tuple[Any, Any]:
-        """Returns w and t of a chunk, (corrupted, vectors, groups, d or columns)."""
-        index, rows, *corrections = piece
-        f = features(layer, site.kind, rows.reshape(-1, *rows.shape[2:])).reshape(streams, -1, groups, d)
-        f = _every(stride, index, f).astype(jnp.float32)
-        u, w = f[0], f[1:]
-        t = u if target_is_feature else jnp.einsum("ngd,gdc->ngc", u, kernel, precision="highest")
-        t = jnp.broadcast_to(t[None], (streams - 1, *t.shape))
-        if corrections:
-            correction = corrections[0].reshape(streams - 1, -1, groups, columns)
-            t = t + _every(stride, index, correction)
-        return w, t
-
-    indices = devices.device_index() * parts + jnp.arange(parts)
-    pieces = (indices, cut(x), *(() if delta is None else (cut(delta),)))
-
-    def add(total: Any, new: Any, index: Any) -> Any:
-        weight = jnp.where(index < chunks, 1.0 / chunks, 0.0)
-        return jax.tree_util.tree_map(lambda a, b: a + b.astype(jnp.float64) * weight, total, new)
-
-    def add_means(total: Any, piece: Any) -> Any:
-        new = tuple(jnp.einsum("s,sgd->gd", weights, a.mean(axis=1)) for a in pairs(piece))
-        return add(total, new, piece[0]), None
-
-    mean_w, mean_t = jnp.zeros((groups, d)), jnp.zeros((groups, columns))
-    if site.bias:
-        mean_w, mean_t = devices.total(jax.lax.scan(add_means, (mean_w, mean_t), pieces)[0])
-    shift_w, shift_t = mean_w.astype(jnp.float32), mean_t.astype(jnp.float32)
-
-    def add_moments(total: Any, piece: Any) -> Any:
-        w, t = pairs(piece)
-        w, t = w - shift_w[None, None], t - shift_t[None, None]
-        n = w.shape[1]
-        weighted = (weights / n).astype(jnp.float32)[:, None, None, None] * w
-        square = jnp.einsum("sngd,snge->gde", weighted, w, precision="highest")
-        cross = jnp.einsum("sngd,snge->gde", weighted, t, precision="highest")
-        power = jnp.einsum("s,sngc,sngc->g", weights / n, t, t)
-        return add(total, (square, cross, power), piece[0]), None
-
-    zeros = (jnp.zeros((groups, d, d)), jnp.zeros((groups, d, columns)), jnp.zeros(groups))
-    square, cross, power = devices.total(jax.lax.scan(add_moments, zeros, pieces)[0])
-    return {
-        "square": square,
-        "cross": cross,
-        "power": power,
-        "mean_w": shift_w.astype(jnp.float64),
-        "mean_t": shift_t.astype(jnp.float64),
-    }
+    kind = kind_of(site)
+    shape = jax.eval_shape(lambda x: features(layer, kind, x), x).shape
+    positions = int(np.prod(shape)) // (site.groups * site.width * streams * chunk)
+    stride = max(1, positions * images * (streams - 1) // (vectors * site.width))
+    sizes = [layer.kernel_size // (layer.stack or 1) for layer in site.layers]
+    columns = sum(sizes) // (site.groups * site.width)
+    # without what tells equal layers apart
+    nameless: dict[str, Any] = {"path": (), "stack": None, "scan": None, "reads": 0, "order": 0, "writable": True}
+    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, bias=False)
+    return Form(layer, kind, site.groups, site.width, columns, positions, stride, site.bias)
 
 
-def _every(stride: int, start: Any, a: Shaped[AnyArray, "streams n *rest"]) -> Shaped[Array, "streams picks *rest"]:
-    """Returns every `stride`-th entry of the second axis; `start` moves from chunk to chunk."""
-    count = max(1, a.shape[1] // stride)
-    picks = (start % stride + stride * jnp.arange(count)) % a.shape[1]
-    return jnp.take(a, picks, axis=1)
+def kind_of(site: Site) -> str:
+    """Returns how a site's features are read: a 1×1 convolution reads patches of one pixel."""
+    window = site.layers[0].window
+    return "patch" if window is not None and window.single else site.kind
+
+
+class Sums(NamedTuple):
+    """Sums over images, each averaged over its feature vectors and corrupted streams.
+
+    Attributes:
+      images: their number.
+      mean_w, mean_t, mean_r: means of features (groups, d), and of targets and residuals (groups,
+        columns); zero if nothing is centered.
+      square: Σ w wᵀ about the means, (groups, d, d).
+      cross: Σ w rᵀ about the means, (groups, d, columns).
+      power_t, power_r: Σ ‖t‖² and Σ ‖r‖² about the means, (groups,).
+    """
+
+    images: Any
+    mean_w: Any
+    mean_t: Any
+    mean_r: Any
+    square: Any
+    cross: Any
+    power_t: Any
+    power_r: Any
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chunk_sums(
+    form: Form,
+    x: Float[Array, "rows *input_shape"],
+    matrix: Float[Array, "groups d columns"] | None,
+    delta: Float[Array, "corrupted_rows *output_shape"] | None,
+    weights: Float[Array, " corrupted"],
+    index: Any,
+    mask: Float[Array, " images"],
+) -> Sums:
+    """Returns the sums over a chunk of images, corrupted streams only, in float32.
+
+    Args:
+      form: of the site.
+      x: inputs of the layer, the clean stream first, then the corrupted ones.
+      matrix: K; None for I.
+      delta: correction of the layer's output for each corrupted stream, or None.
+      weights: of the corrupted streams; they sum to 1.
+      index: (images,), which vectors are used depends on it.
+      mask: 1 for images that count, else 0.
+    """
+    streams, images, groups = weights.shape[0] + 1, mask.shape[0], form.groups
+    starts = index % form.stride if form.positions >= form.stride else index % form.positions
+    picks = starts[:, None] + form.stride * jnp.arange(form.picks)[None]
+
+    if form.stride == 1:
+        f = features(form.layer, form.kind, x)
+    else:
+        f = sampled_features(form.layer, form.kind, x, jnp.tile(picks, (streams, 1)))
+    f = f.reshape(streams, images * form.picks, groups, -1).astype(jnp.float32)
+    u, w = f[0], f[1:]
+
+    def times_matrix(a: Any) -> Any:
+        return a if matrix is None else jnp.einsum("...gd,gdc->...gc", a, matrix, precision="highest")
+
+    t, r = times_matrix(u)[None], times_matrix(u[None] - w)
+    if delta is not None:
+        d = delta.reshape(streams - 1, images, form.positions, groups, -1).astype(jnp.float32)
+        if form.stride > 1:
+            d = jnp.take_along_axis(d, picks[None, :, :, None, None], axis=2)
+        d = d.reshape(r.shape)
+        t, r = t + d, r + d
+    t = jnp.broadcast_to(t, r.shape)
+    count = mask.sum()
+    each = (weights[:, None] * jnp.repeat(mask, form.picks)[None] / form.picks).astype(jnp.float32)
+
+    def center(a: Any) -> tuple[Any, Any]:
+        if not form.centered:
+            return jnp.zeros(a.shape[2:], a.dtype), a
+        mean = jnp.einsum("sn,sngd->gd", each, a, precision="highest") / jnp.maximum(count, 1.0)
+        return mean, a - mean[None, None]
+
+    (mean_w, w), (mean_t, t), (mean_r, r) = center(w), center(t), center(r)
+    weighted = each[:, :, None, None] * w
+    return Sums(
+        count,
+        mean_w,
+        mean_t,
+        mean_r,
+        jnp.einsum("sngd,snge->gde", weighted, w, precision="highest"),
+        jnp.einsum("sngd,snge->gde", weighted, r, precision="highest"),
+        jnp.einsum("sn,sng->g", each, jnp.sum(t * t, axis=-1), precision="highest"),
+        jnp.einsum("sn,sng->g", each, jnp.sum(r * r, axis=-1), precision="highest"),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the host
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def joined(one: Sums | None, other: Sums) -> Sums:
+    """Returns the sums over two sets of images (Chan, Golub and LeVeque, 1983), in float64."""
+    other = Sums(*(np.asarray(value, np.float64) for value in other))
+    if one is None or not one.images:
+        return other
+    if not other.images:
+        return one
+    count = one.images + other.images
+    means = [a + (other.images / count) * (b - a) for a, b in zip(one[1:4], other[1:4], strict=True)]
+    between = _between(one, other, one.images * other.images / count)
+    return Sums(count, *means, *(a + b + c for a, b, c in zip(one[4:], other[4:], between, strict=True)))
+
+
+def of_all_hosts(local: Sums) -> Sums:
+    """Returns the sums over the images of all hosts, the same bits on each."""
+    by_host = [devices.gather(leaf).reshape(-1, *leaf.shape) for leaf in map(np.asarray, local)]
+    total = None
+    for host in range(len(by_host[0])):
+        total = joined(total, Sums(*(leaf[host] for leaf in by_host)))
+    return local if total is None else total
+
+
+def _between(one: Sums, other: Sums, factor: Any) -> tuple[Any, Any, Any, Any]:
+    """Returns what the distance of two means adds to the sums about the common mean."""
+    w, t, r = (b - a for a, b in zip(one[1:4], other[1:4], strict=True))
+    return (
+        factor * w[..., :, None] * w[..., None, :],
+        factor * w[..., :, None] * r[..., None, :],
+        factor * (t * t).sum(axis=-1),
+        factor * (r * r).sum(axis=-1),
+    )
+
+
+def ridge_change(
+    square: Float64[np.ndarray, "groups d d"], cross: Float64[np.ndarray, "groups d any"], ridge: float
+) -> Float64[np.ndarray, "groups d any"]:
+    """Returns K* − K = (S + λI)⁻¹ C.
+
+    Args:
+      square: S = E[w wᵀ].
+      cross: C = E[w rᵀ].
+      ridge: λ over the mean power of a group's features, above 0.
+
+    Raises:
+      numpy.linalg.LinAlgError: if S + λI is not positive definite in float64.
+    """
+    width = square.shape[-1]
+    power = np.trace(square, axis1=-2, axis2=-1) / width
+    pulled = square + np.where(power > 0, ridge * power, 1.0)[:, None, None] * np.eye(width)
+    if width <= BATCHED and len(square) > 1:
+        np.linalg.cholesky(pulled)  # refuses what is not positive definite
+        return np.linalg.solve(pulled, cross)
+    options = {"check_finite": False}
+    factors = (scipy.linalg.cho_factor(m, **options) for m in pulled)
+    return np.stack([scipy.linalg.cho_solve(f, c, **options) for f, c in zip(factors, cross, strict=True)])
+
+
+class Solution(NamedTuple):
+    """The solution of a site, in float64.
+
+    Attributes:
+      kernel: (I − A)ᵀ.
+      constant: −c; None where the denoiser has none.
+      before, after: E‖t − wK‖² and E‖t − wK* − c‖², each over E‖t − E t‖².
+    """
+
+    kernel: Float64[np.ndarray, "groups d d"]
+    constant: Float64[np.ndarray, "groups d"] | None
+    before: float
+    after: float
 
 
 def regress(
-    site: Site, matrix: Float64[Array, "groups d columns"], sums: Tree, ridge: float, direct: bool
-) -> tuple[Tree, Tree]:
+    sums: Sums, matrix: Float64[np.ndarray, "groups d columns"] | None, ridge: float, centered: bool
+) -> Solution:
     """Solves the regression of a site.
 
     Args:
-      site: the site.
-      matrix: K of the targets t = u·K + delta.
-      sums: see `regression_sums`.
-      ridge: λ over the mean power of the features.
-      direct: whether the solution is the map itself (K = I), not a layer's weights.
-
-    Returns:
-      {"kernel": (I − A)ᵀ, "bias": −c} in float64, and the same with "errors" (before, after).
+      sums: over all images.
+      matrix: K of the targets; None for I, where the solution is the denoiser itself.
+      ridge: λ over the mean power of the features; infinite to leave the site as it is.
+      centered: whether the denoiser may have a constant.
     """
-    square, cross = sums["square"], sums["cross"]
-    width = site.width
-    eye = jnp.eye(width)
-    power = jnp.trace(square, axis1=-2, axis2=-1) / width
-    pull = jnp.where(power > 0, ridge * power, 1.0)[:, None, None]
-
-    def solve(m: Any, r: Any) -> Any:
-        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(m), r)
-
-    best = jax.vmap(solve)(square + pull * eye[None], cross + pull * matrix)
-    change = best - matrix
-    if direct:
+    before = (sums.power_r / sums.images).sum() + (sums.mean_r**2).sum()
+    scale = max((sums.power_t / sums.images).sum(), 1e-300)
+    if np.isinf(ridge):
+        nothing = np.zeros_like(sums.square)
+        constant = np.zeros_like(sums.mean_w) if centered else None
+        return Solution(nothing, constant, float(before / scale), float(before / scale))
+    change = ridge_change(sums.square / sums.images, sums.cross / sums.images, ridge)
+    if matrix is None:
         kernel = -change
+        inverse = None
     else:
-        # K' − K = N K for the smallest N: with K = Wᵀ this is A − I = W⁺(W* − W).
-        kernel = -change @ jnp.linalg.pinv(matrix, rtol=1e-6)
-        best = matrix - kernel @ matrix
-    denoiser = {"kernel": kernel}
-    if site.bias:
+        # K' − K = −N K for the smallest N: with K = Wᵀ this is A − I = W⁺(W* − W).
+        inverse = np.linalg.pinv(matrix, rcond=1e-6)
+        kernel = -change @ inverse
+        change = -kernel @ matrix
+    constant = None
+    if centered:
         # The constant passes through W as well: its target is E t − W* E w.
-        missing = sums["mean_t"] - jnp.einsum("gdc,gd->gc", best, sums["mean_w"])
-        constant = missing if direct else jnp.einsum("gc,gcd->gd", missing, jnp.linalg.pinv(matrix, rtol=1e-6))
-        denoiser["bias"] = -constant
-
-    def error(m: Any) -> Any:
-        return jnp.sum(m * (square @ m), axis=(-2, -1)) - 2 * jnp.sum(m * cross, axis=(-2, -1)) + sums["power"]
-
-    scale = jnp.maximum(sums["power"].sum(), 1e-300)
-    before, after = error(matrix), error(best)
-    if site.bias:
-        gap = sums["mean_t"] - jnp.einsum("gdc,gd->gc", matrix, sums["mean_w"])
-        before = before + jnp.sum(gap**2, axis=-1)
-    shape = site.denoiser_shape if site.stack is None else site.denoiser_shape[1:]
-    denoiser = {"kernel": denoiser["kernel"].reshape(shape)} | (
-        {"bias": denoiser["bias"].reshape(shape[:-1])} if site.bias else {}
-    )
-    errors = jnp.stack([before.sum() / scale, after.sum() / scale])
-    return denoiser, {**denoiser, "errors": errors}
+        missing = sums.mean_r - np.einsum("gdc,gd->gc", change, sums.mean_w)
+        constant = -(missing if inverse is None else np.einsum("gc,gcd->gd", missing, inverse))
+    products = (change * (sums.square @ change - 2.0 * sums.cross)).sum()
+    after = max(0.0, (sums.power_r.sum() + products) / sums.images)
+    return Solution(kernel, constant, float(before / scale), float(after / scale))

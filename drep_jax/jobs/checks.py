@@ -15,8 +15,8 @@ from drep_jax.errors import ConfigError, DataError, lookup
 from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners import LEARNERS
 from drep_jax.learners.checks import check_choosing, check_labeled
-from drep_jax.learners.label_free import PAIRS, pairs_of
 from drep_jax.learners.losses import check_computing
+from drep_jax.learners.streams import PAIRS, pairs_of
 from drep_jax.parallel import devices, processes
 from drep_jax.run import workdir
 from drep_jax.run.environment import environment

@@ -6,7 +6,7 @@ from drep_jax.core.interpreter import check_measurable
 from drep_jax.data.corruptions import parse_spec
 from drep_jax.errors import ConfigError
 from drep_jax.learners import LEARNERS
-from drep_jax.learners.label_free import PAIRS, pairs_of
+from drep_jax.learners.streams import PAIRS, pairs_of
 from drep_jax.run.setup import Setup
 from drep_jax.run.stages import stage_of
 from drep_jax.typing import Config
@@ -88,10 +88,12 @@ def check_choosing(config: Config, setup: Setup) -> None:
         raise ConfigError(
             f"measured.clean_share={options['clean_share']} are fractions of clean images; each must lie in [0, 1)."
         )
-    if not options["ridge"] > 0:
+    if not options["ridge"] >= 0:
         raise ConfigError(
-            f"measured.ridge={options['ridge']} must be above 0: without it, few images have no solution."
+            f"measured.ridge={options['ridge']} is a regularization above 0, or 0 to choose it for each site."
         )
+    if not options["memory_gib"] >= 0:
+        raise ConfigError(f"measured.memory_gib={options['memory_gib']} is a number of GiB and at least 0.")
     if not config["wiener"]["ratios"] or not all(ratio > 0 for ratio in config["wiener"]["ratios"]):
         raise ConfigError(f"wiener.ratios={config['wiener']['ratios']} are noise powers, each above 0.")
     if not select["strengths"] or not all(np.isfinite(t) and t >= 0 for t in select["strengths"]):

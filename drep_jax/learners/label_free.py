@@ -16,15 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from drep_jax.core import closed_form
-from drep_jax.core.measured import measuring
-from drep_jax.data.collate import read
-from drep_jax.data.corruptions import corrupt
-from drep_jax.data.loader import epoch_order
-from drep_jax.data.pairs import PairedSource, open_pairs
-from drep_jax.errors import DataError
+from drep_jax.core.measured import Progress, measuring
 from drep_jax.evaluation.selection import Candidate, choose
 from drep_jax.learners.base import (
     Learned,
@@ -37,15 +31,11 @@ from drep_jax.learners.base import (
     train,
 )
 from drep_jax.learners.losses import denoising_objective
+from drep_jax.learners.streams import CorruptedImages
+from drep_jax.parallel import processes
 from drep_jax.progress import pulsing
 from drep_jax.run.moments import moment_images
-from drep_jax.run.setup import Setup
-from drep_jax.typing import Config, Tree
-
-PAIRS = "pairs:"
-CORRUPTION_SEED = 1
-"""Added to the run's seed for training noise, so that it differs from the test noise."""
-
+from drep_jax.typing import Tree
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's assumption
@@ -106,25 +96,51 @@ def learn_wiener(inputs: LearnerInputs) -> Learned:
 def learn_measured(inputs: LearnerInputs) -> Learned:
     """Solves for the measured noise at each site and selects the strength on held-out images."""
     config, setup, options = inputs.config, inputs.setup, inputs.config["measured"]
-    batch, corrupted = measuring_images(config, setup)
-    clean = batch["image"]
-    streams: Any = np.stack([setup.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
-    candidates, errors = [], {}
     began = time.perf_counter()
-    fitting = {name: options[name] for name in ("ridge", "vectors", "shortcut", "chunk")}
-    solve = measuring(setup.backbone, inputs.variables, setup.sites, streams, **fitting)
-    fractions, name = options["clean_share"], f"measuring {len(setup.sites)} sites on {len(clean)} images"
-    with pulsing(name, len(fractions), "mixture", shown=config["progress"]) as steps:
-        for clean_fraction in fractions:
-            measured = solve([clean_fraction, *[(1.0 - clean_fraction) / len(corrupted)] * len(corrupted)])
-            candidates.append(Candidate(f"clean share {clean_fraction:g}", measured.denoise))
-            errors[candidates[-1].label] = {name: list(pair) for name, pair in measured.errors.items()}
-            before, after = (sum(pair[i] for pair in measured.errors.values()) / len(measured.errors) for i in (0, 1))
-            steps.set_postfix_str(
-                f"clean share {clean_fraction:g}: mean error {before:.3f} → {after:.3f}", refresh=False
+    images = CorruptedImages(config, setup)
+    solve = measuring(
+        setup.backbone,
+        inputs.variables,
+        setup.sites,
+        images,
+        ridge=options["ridge"] or None,
+        memory_gib=options["memory_gib"] - (images.bytes / 2**30 if images.resident else 0.0),
+        outputs=False,
+        say=_say,
+        **{name: options[name] for name in ("vectors", "shortcut", "chunk")},
+    )
+    candidates, details = [], {}
+    for clean_fraction in options["clean_share"]:
+        label = f"clean share {clean_fraction:g}"
+        weights = [clean_fraction, *[(1.0 - clean_fraction) / images.corrupted] * images.corrupted]
+        total = sum(site.stack or 1 for site in setup.sites)
+        with pulsing(f"measuring, {label}", total, "site", shown=config["progress"]) as sites:
+
+            def watch(progress: Progress, sites: Any = sites) -> None:
+                held_out = "" if progress.held_out is None else f" (held out {progress.held_out:.3f})"
+                text = f"{progress.name}: error {progress.before:.3f} → {progress.after:.3f}{held_out}"
+                sites.set_postfix_str(text, refresh=False)
+                sites.update()
+
+            measured = solve(weights, watch)
+        candidates.append(Candidate(label, measured.denoise))
+        details[label] = {
+            "per_site": {name: list(pair) for name, pair in measured.errors.items()},
+            "held_out": dict(measured.held_out),
+            "left_alone": list(measured.left_alone),
+        }
+        if measured.left_alone:
+            names = ", ".join(measured.left_alone[:6]) + (", …" if len(measured.left_alone) > 6 else "")
+            _say(
+                f"{label}: {len(measured.left_alone)} of {len(measured.errors)} sites are left as they are, because no change "
+                f"holds on images it was not fitted to ({names})."
             )
-            steps.update()
-    return _chosen("measured", inputs, candidates, time.perf_counter() - began, len(clean), errors)
+    return _chosen("measured", inputs, candidates, time.perf_counter() - began, images.shape[1], details)
+
+
+def _say(text: str) -> None:
+    if processes.primary():
+        print(text, flush=True)
 
 
 def _chosen(
@@ -133,7 +149,7 @@ def _chosen(
     candidates: Sequence[Candidate],
     seconds: float,
     images: int,
-    errors: Mapping[str, Any],
+    details: Mapping[str, Mapping[str, Any]],
 ) -> Learned:
     choice = choose(inputs.setup, inputs.variables, candidates, selection_of(inputs.config))
     point = choice.points[choice.chosen]
@@ -143,40 +159,13 @@ def _chosen(
         "seconds": seconds,
         "loss": [],
         "images": images,
-        "per_site": errors.get(point.label, {}),
+        "per_site": {},
         "optimum": None,
         "chosen": {"label": point.label, "strength": point.strength, "criterion": choice.criterion},
         "selection_images": choice.images,
         "selection_seconds": choice.seconds,
+        **details.get(point.label, {}),
     }
     learned = Learned(denoisers, section, choice)
     keep(name, inputs, learned)
     return learned
-
-
-def measuring_images(config: Config, setup: Setup) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Returns a batch of training images and `measured.draws` corrupted versions, (n, h, w, c).
-
-    Raises:
-      DataError: if there are none.
-    """
-    options, noise = config["measured"], config["noise"]
-    if noise.startswith(PAIRS):
-        pairs = pairs_of(config)
-        count = min(options["images"] or len(pairs), len(pairs))
-        chosen = [pairs[i] for i in range(count)]
-        clean = {"image": np.stack([pair["clean"] for pair in chosen])}
-        return clean, [np.stack([pair["corrupted"] for pair in chosen]).astype(np.float32)]
-    count = min(options["images"] or len(setup.train), len(setup.train))
-    if not count:
-        raise DataError(f"{setup.train.name} has no training images to measure the noise on.")
-    index = np.sort(epoch_order(len(setup.train), config["seed"], 0)[:count])
-    clean = read(setup.train, index)
-    seeds = [config["seed"] + CORRUPTION_SEED + draw * 7919 for draw in range(options["draws"])]
-    return clean, [corrupt(clean["image"], index, noise, seed) for seed in seeds]
-
-
-def pairs_of(config: Config) -> PairedSource:
-    """Opens the pairs of images that `config.noise` names."""
-    data = config["data"]
-    return open_pairs(config["noise"].removeprefix(PAIRS), tuple(data["image_size"]), data["resize"])

@@ -1,7 +1,7 @@
 """The sections of a report, each a function from a complete report to blocks."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from drep_jax.report.blocks import Block, Cell, Code, Details, Heading, Picture, Table, Text, Verdict, Word
@@ -249,12 +249,13 @@ def _learning(report: Mapping[str, Any]) -> list[Block]:
 def _learner(learning: Mapping[str, Any] | None) -> list[Block]:
     if learning is None:
         return [Text("Nothing was learned in this run; the denoisers were given.")]
-    optimum = learning["optimum"] or {}
+    optimum, held_out = learning["optimum"] or {}, learning.get("held_out") or {}
     rows, known = [], []
     for path, (initial, final) in learning["per_site"].items():
         best = optimum.get(path)
         gap = math.nan if best is None or final is None else final - best
-        rows.append([path, *(fixed(value, 4) for value in (initial, final, best)), signed(gap, 4)])
+        rest = [fixed(held_out.get(path), 4)] if held_out else [fixed(best, 4), signed(gap, 4)]
+        rows.append([path, fixed(initial, 4), fixed(final, 4), *rest])
         if initial is not None and not math.isnan(gap):
             known.append((initial, final, best))
     text = "The optimum is not known for this learner, nor how much is left to learn."
@@ -264,12 +265,22 @@ def _learner(learning: Mapping[str, Any] | None) -> list[Block]:
         if initial > best:
             text += f"; {100 * (initial - final) / (initial - best):.1f} % of the possible reduction was reached"
         text += "."
+    if held_out:
+        alone = learning.get("left_alone") or []
+        text = f"On images that a site was not fitted to, the mean error is {_mean(held_out.values())}"
+        text += f"; {len(alone)} of {len(rows)} sites are left as they are" if alone else ""
+        text += f" ({', '.join(alone[:6])}{', …' if len(alone) > 6 else ''})." if alone else "."
     if not rows:
         return [Text(text)]
-    columns = 5 if optimum else 3
-    headers = ["site", "initial loss", "final loss", "optimum", "gap"][:columns]
+    columns = 4 if held_out else 5 if optimum else 3
+    headers = ["site", "initial loss", "final loss", *(["held out"] if held_out else ["optimum", "gap"])][:columns]
     table = Table(headers, [row[:columns] for row in rows], "lrrrr"[:columns])
     return [Text(text), Details(f"Loss of each of the {len(rows)} sites", [table])]
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    return fixed(sum(numbers) / len(numbers) if numbers else None, 4)
 
 
 def _what_ran(report: Mapping[str, Any]) -> list[Block]:

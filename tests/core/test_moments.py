@@ -236,7 +236,7 @@ def measured():
 def test_two_hosts_take_the_moments_of_one(tmp_path):
     """Two processes of two devices each, with half of every batch: both end with the moments of all images.
 
-    And with the same maps against measured noise, for which five chunks of images are divided among four devices.
+    And with the same maps against measured noise, for which five folds of images are divided among four devices.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -10,6 +10,9 @@ from drep_jax import report, weights
 from drep_jax.core.moments import collect_moments
 from drep_jax.errors import ConfigError
 from drep_jax.jobs import train
+from drep_jax.learners.streams import CorruptedImages
+from drep_jax.run import workdir
+from drep_jax.run.config import defaults
 from drep_jax.run.moments import MOMENTS, kept_moments
 from tests.command import call, largest_difference
 
@@ -33,6 +36,10 @@ def test_maps_given_directly_have_no_time_steps(finished, tmp_path):
     assert {point["label"] for point in front["points"]} == {"backbone", "clean share 0.3", "clean share 0.6"}
     chosen = content["learning"]["measured"]["chosen"]
     assert chosen["criterion"] == "accuracy" and content["learning"]["measured"]["images"] == 200
+    section = content["learning"]["measured"]
+    assert section["held_out"].keys() == section["per_site"].keys() >= set(section["left_alone"])
+    page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "| held out |" in page and "was not fitted to, the mean error is 0." in page
     noisy = content["metrics"]["gaussian:100"]
     assert noisy["difference"]["measured - baseline"]["acc@1"] > 3
     assert noisy["interval"]["measured - baseline"]["acc@1"][0] > 0
@@ -78,13 +85,14 @@ def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_pat
     assert sum(best.values()) >= sum(points[0]["scores"].values())
 
 
-def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, tmp_path, monkeypatch):
+def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, tmp_path, monkeypatch, capsys):
     config = json.loads(json.dumps(finished.config))
     config["backbone"].update(init_from=finished.backbone, steps=0)
     config["control"]["steps"] = 0
     config.update(learner="measured", compare=[], noise="gaussian:60")
     config["evaluate"].update(conditions=["clean"], spectra=False)
     config["measured"].update(images=64, vectors=20)
+    config["progress"] = True
     config["select"].update(images=48, strengths=[0.0, 1.0])
     taken = []
 
@@ -100,8 +108,9 @@ def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, 
     content = train.run(config, directory)
     assert content["certificate"]["passed"] and content["spectra"] is None and not os.path.exists(path)
     report.validate(report.plain(content))
-    page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
-    assert "measured" in page
+    assert "measured" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    told = capsys.readouterr()
+    assert "measuring, clean share 0.75: 100%" in told.err and "(held out 0." in told.err and "→" in told.err
 
     monkeypatch.setattr("drep_jax.run.moments.collect_moments", counted)
     out = f"--out={tmp_path / 'out'}"
@@ -145,3 +154,25 @@ def test_a_backbone_without_a_head_is_chosen_by_the_nearest_image(finished, tmp_
     config["control"]["steps"] = 5
     with pytest.raises(ConfigError, match=r"no head.*control\.steps=0"):
         train.run(config, str(tmp_path / "other"))
+
+
+def test_a_run_with_the_fixed_ridge_goes_on_with_it():
+    before, now, fixed = defaults(), defaults(), defaults()
+    before["measured"] = {"ridge": 1e-3}  # an older release knew no bound on memory
+    fixed["measured"]["ridge"] = 1e-3
+    assert workdir.differences(before, now) == {"measured.ridge": (1e-3, 0.0)}
+    assert not workdir.differences(before, fixed)
+
+
+def test_images_that_do_not_fit_into_memory_are_made_when_they_are_needed(finished):
+    config = json.loads(json.dumps(finished.config))
+    config["measured"].update(images=12, draws=2)
+    held = CorruptedImages(config, finished.setup)
+    config["measured"]["memory_gib"] = held.bytes / 2**30
+    made = CorruptedImages(config, finished.setup)
+    assert held.resident and not made.resident and held.shape == made.shape == (4, 12, *finished.setup.images.shape[1:])
+    index = np.array([7, 0, 7])
+    np.testing.assert_array_equal(held.take(index), made.take(index))
+    clean, again, *corrupted = made.take(index)
+    np.testing.assert_array_equal(clean, again)
+    assert all(np.abs(one - clean).max() > 0.1 for one in corrupted) and np.abs(corrupted[0] - corrupted[1]).max() > 0.1

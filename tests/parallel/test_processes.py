@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from drep_jax.core.measured import _Division
+from drep_jax.core.chunks import rounds_of
 from drep_jax.core.moments import initial_state, programs
 from drep_jax.errors import ConfigError
 from drep_jax.evaluation import arms
@@ -155,7 +155,7 @@ def test_sums_of_devices_are_exact_to_48_bits():
 
 @pytest.mark.slow
 def test_noise_is_measured_alike_on_one_device_and_on_eight(monkeypatch):
-    """Five chunks of 26 images, of whose vectors a sample is taken; two devices have nothing of their own."""
+    """Five folds of 26 images, of whose vectors a sample is taken; they fill no whole number of chunks."""
     many = measured()
     with monkeypatch.context() as patch:
         for name in ("device_count", "local_device_count"):
@@ -167,25 +167,24 @@ def test_noise_is_measured_alike_on_one_device_and_on_eight(monkeypatch):
 
 
 @pytest.mark.parametrize("images", [1, 7, 64, 130, 1500, 1499])
+@pytest.mark.parametrize("folds", [1, 5])
 @pytest.mark.parametrize("hosts, count", [(1, 8), (2, 4), (3, 1)])
-def test_every_image_is_measured_exactly_once(images, hosts, count, monkeypatch):
-    streams = np.stack([np.arange(images)] * 3)
-    seen, outputs = [], []
+def test_every_image_is_measured_exactly_once(images, folds, hosts, count, monkeypatch):
+    seen = {}
     monkeypatch.setattr(devices, "device_count", lambda: hosts * count)
-    monkeypatch.setattr(devices, "local_device_count", lambda: count)
     for which in range(hosts):
         monkeypatch.setattr(devices, "host", lambda which=which: (which, hosts))
-        division = _Division.of(images)
-        mine = division.split(streams)
-        outputs.append(mine)
-        first = which * division.devices
-        for device, rows in enumerate(mine):
-            for chunk in range(division.each):
-                if (first + device) * division.each + chunk < division.chunks:
-                    seen.extend(rows[0, chunk * division.chunk : (chunk + 1) * division.chunk])
+        rounds = rounds_of(images, folds, 64)
+        for images_of in rounds:
+            index, mask = images_of.mine()
+            assert index.shape == mask.shape == rounds[0].mine()[0].shape and index.shape[1] <= 64
+            for image in index[mask > 0]:
+                assert seen.setdefault(image, images_of.fold) == image % min(folds, images)
     assert sorted(seen) == list(range(images))
-    monkeypatch.setattr(devices, "gather", lambda _: np.stack(outputs))
-    np.testing.assert_array_equal(division.join(outputs[0]), streams)
+    total = sum(images_of.mask.sum() for images_of in rounds)
+    places = sum(images_of.mask.size for images_of in rounds)
+    assert total == images and places < images + folds * hosts * count * rounds[0].index.shape[1]
+    assert images < 1000 or places < 1.15 * images  # the cost is in proportion, for a prime number too
 
 
 def test_scores_of_hosts_come_back_in_the_order_of_the_source(monkeypatch):

@@ -1,0 +1,100 @@
+"""Time and peak memory of measured noise against image size, images, sites and the bound on what waits.
+
+    PYTHONPATH=. python benchmarks/measured.py                        # small networks, some minutes
+    PYTHONPATH=. python benchmarks/measured.py --rows=vit_b16:224:16:1:4,resnet50:224:32:1:1
+    PYTHONPATH=. python benchmarks/measured.py --tiny                 # one row in seconds
+
+A row is network:height[xwidth]:images:draws:GiB, in a process of its own on one device, so that its
+peak is that of nothing else. "before" is the peak with the network and the images made, "MiB more"
+what solving takes beyond it; it should stay below the bound and 1 GiB. Images are made when they
+are needed, as the learner does with more than fit. The second solution of a process compiles
+nothing; its seconds are "again".
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import tabulate
+
+ROWS = (
+    "resnet20_cifar:32:200:1:4,resnet20_cifar:32:200:1:0,resnet20_cifar:32:400:1:4,resnet18:96:50:1:4,vit_s16:96:50:1:4"
+)
+TINY = "resnet20_cifar:8:10:1:1"
+CLASSES = {"resnet20_cifar": 10}
+
+
+def one(model: str, size: tuple[int, int], images: int, draws: int, gib: float) -> None:
+    """Measures once in this process and prints the numbers of a row."""
+    import jax
+
+    import drep_jax
+    from drep_jax.core.chunks import Streams
+    from drep_jax.core.measured import measuring
+    from drep_jax.models import create_model
+
+    class Random(Streams):
+        """Random images and noisy versions of them, by index."""
+
+        @property
+        def shape(self) -> tuple[int, ...]:
+            return (2 + draws, images, *size, 3)
+
+        def take(self, index: np.ndarray) -> np.ndarray:
+            rows = []
+            for number in index.tolist():
+                rng = np.random.default_rng(number)
+                clean = rng.normal(size=(*size, 3))
+                noisy = [clean + rng.normal(0, 0.3, clean.shape) for _ in range(draws)]
+                rows.append(np.stack([clean, clean, *noisy]).astype(np.float32))
+            return np.stack(rows, axis=1)
+
+    net = create_model(model, num_classes=CLASSES.get(model, 1000), image_size=size)
+    shape = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
+    variables = jax.jit(net.init)(jax.random.key(0), np.zeros(shape.shape, np.float32))
+    sites = drep_jax.find_sites(net, shape)
+    before, began = _peak(), time.perf_counter()
+    solve = measuring(net, variables, sites, Random(), memory_gib=gib, outputs=False, say=_say)
+    seconds = []
+    for _ in range(2):
+        solve([0.75, *[0.25 / draws] * draws])
+        seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    print(len(sites), before, _peak() - before, *seconds)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Measures every row and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--tiny", action="store_true", help="one small row, to see that it works")
+    parser.add_argument("--alone", action="store_true", help="one row, in this process")
+    options = parser.parse_args()
+    rows = []
+    for row in (TINY if options.tiny else options.rows).split(","):
+        model, size, images, draws, gib = row.split(":")
+        height, _, width = size.partition("x")
+        if options.alone:
+            one(model, (int(height), int(width or height)), int(images), int(draws), float(gib))
+            return
+        command = [sys.executable, __file__, "--alone", f"--rows={row}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append([model, size, int(images), int(draws), float(gib), *map(float, done.stdout.split()[-5:])])
+        print(rows[-1], file=sys.stderr, flush=True)
+    columns = ["network", "size", "images", "draws", "GiB", "sites", "MiB before", "MiB more", "s", "s again"]
+    print(tabulate.tabulate(rows, columns, floatfmt=".0f"))
+
+
+if __name__ == "__main__":
+    main()
