@@ -5,9 +5,12 @@ pass a fusion that does nothing. So the error is relative to the change, and so 
 is what arithmetic of precision ε allows:
 
     error = ‖(fused − base) − (explicit − base)‖ / ‖explicit − base‖
-    bound = 32·ε·(‖base‖ + ‖explicit‖) / ‖explicit − base‖
+    bound = 32·ε·(‖base‖ + ‖explicit‖ + ‖b′‖) / ‖explicit − base‖
 
-ε is that of the coarsest type that the numbers go through: the arithmetic, and the weights as they
+‖b′‖ is over all positions of the output. A denoiser that amplifies directions in which the features
+hardly vary has a constant that cancels their mean there, and the sum is no more exact than its
+terms. The bound of the outputs has no such term; it is widened by the largest factor by which ‖b′‖
+widens that of a layer. ε is that of the coarsest type that the numbers go through: the arithmetic, and the weights as they
 are stored. In float64 each layer is compared by itself, so that its error is measured whatever the
 network rounds to in between.
 """
@@ -78,14 +81,16 @@ class Figure:
         return {**dataclasses.asdict(self), "passed": self.passed, "decisive": self.decisive}
 
 
-def figure(squares: Any, epsilon: float) -> Figure:
+def figure(squares: Any, epsilon: float, widening: float = 1.0) -> Figure:
     """Makes a `Figure` of four norms.
 
     Args:
       squares: sums of squares of base, explicit, explicit − base and fused − explicit.
       epsilon: ε of the coarsest type that the outputs have gone through.
+      widening: factor on the bound, from what cancels in the sums.
     """
     base, explicit, change, error = (math.sqrt(float(value)) for value in squares)
+    epsilon *= widening
     if change == 0.0:
         scale = base or 1.0
         return Figure(error=error / scale, bound=2 * SAFETY * epsilon, change=0.0)
@@ -317,7 +322,10 @@ def _measure(
             base = run(weights, x)
         explicit = call_denoised(site, layer, module, extra, x, lambda clean: run(weights, clean))
         types[layer.name] = base.dtype
-        sow(module, layer, "squares", _squares(base, explicit, run(extra["fused"], x)))
+        squares = _squares(base, explicit, run(extra["fused"], x))
+        bias = extra["fused"].get("bias", jnp.zeros(1, squares.dtype)).astype(squares.dtype)
+        constant = jnp.sum(jnp.square(bias)) * (base.size / bias.size)
+        sow(module, layer, "squares", jnp.concatenate([squares, constant[None]]))
         return returned
 
     def compare(variables: Tree, denoise: Tree, fused: Tree, args: Any) -> Any:
@@ -336,21 +344,23 @@ def _measure(
 
     with jax.default_matmul_precision("highest"):
         end, collected = jax.device_get(jax.jit(compare)(variables, denoise, fused, args))
-    rows, coarsest = [], []
+    rows, coarsest, widenings = [], [], []
     for site in sites:
         for layer in site.layers:
             values = np.asarray(get_in(collected, layer.path)["squares"])
-            values = values.reshape(site.stack or 1, -1, 4).sum(axis=1)  # over all calls, if a scan repeats one layer
+            values = values.reshape(site.stack or 1, -1, 5).sum(axis=1)  # over all calls, if a scan repeats one layer
             for copy, squares in enumerate(values):
                 times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
                 leaves = get_in(fused, layer.path)
                 stored = [jnp.result_type(leaves[leaf]) for leaf in ("kernel", "bias") if leaf in leaves]
                 coarsest.append(epsilon([types[layer.name], *stored]))
-                rows.append(SiteFigure(layer.name, copy, times, figure(squares, coarsest[-1])))
+                base_norm, explicit_norm, constant = np.sqrt(squares[[0, 1, 4]].astype(np.float64))
+                total = float(base_norm + explicit_norm)
+                widenings.append(1.0 + float(constant) / total if total > 0 else 1.0)
+                rows.append(SiteFigure(layer.name, copy, times, figure(squares[:4], coarsest[-1], widenings[-1])))
     # The coarsest type in the network decides what the output can resolve.
-    return figure(
-        np.asarray(end), max(*coarsest, epsilon([types["output"], *([] if held is None else [held])]))
-    ), tuple(rows)
+    resolution = max(*coarsest, epsilon([types["output"], *([] if held is None else [held])]))
+    return figure(np.asarray(end), resolution, max(widenings)), tuple(rows)
 
 
 def floating_leaves(tree: Tree) -> list[Any]:

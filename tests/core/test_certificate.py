@@ -140,6 +140,26 @@ def test_zero_change_is_handled():
     assert not noisy.passed
 
 
+def test_a_constant_that_cancels_the_mean_is_counted_in_the_bound():
+    """Features that hardly vary about a large mean, amplified: x·W′ and b′ are each 1e4 times their sum."""
+    net = Net(tail=(Dense(5),))
+    x = 10.0 + 1e-3 * normal(3, (64, 6))
+    sites = find_sites(net, x, pattern="dense0")
+    variables = net.init(jax.random.key(0), x)
+    amplified = -1e4 * np.eye(6) + normal(5, (6, 6))
+    constant = -np.asarray(x, np.float64).mean(0) @ amplified
+    denoise = {"dense0": {"kernel": jnp.asarray(amplified, jnp.float32), "bias": jnp.asarray(constant, jnp.float32)}}
+    params = {"backbone": variables["params"], "denoise": denoise}
+    certificate = certify(net, variables, denoise, sites, SCHEDULE, x, rule="affine")
+    exact = certificate.sites["float64"][0].figure
+    assert certificate.passed and exact.decisive and exact.error > 0
+    terms = 32 * np.finfo(np.float64).eps / exact.change  # what ‖base‖ + ‖explicit‖ alone would allow, at least
+    assert exact.bound > 10 * terms
+    off = fuse_exact(params, sites, SCHEDULE, rule="affine")
+    off = {**off, "dense0": {**off["dense0"], "kernel": off["dense0"]["kernel"] * (1 + 1e-4)}}
+    assert not certify(net, variables, denoise, sites, SCHEDULE, x, rule="affine", fused=off).passed
+
+
 def test_coarse_types_are_left_to_float64():
     half = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), VARIABLES)
     little = jax.tree_util.tree_map(lambda leaf: 0.01 * leaf, DENOISE)
