@@ -6,6 +6,7 @@
 | `closed_form` | the same | exact minimum (`core.closed_form`) | one pass for moments |
 | `wiener` | isotropic, a fraction of the site's feature power | Wiener filter | one pass for moments |
 | `measured` | measured on corrupted images | least squares (`core.measured`) | hundreds of images |
+| `measured`, `noise=unpaired:…` | from second moments (`core.unpaired`) | Wiener filter | two passes |
 
 The last two select the strength of fusion, and the noise power or the fraction of clean images, on
 held-out images (`drep_jax.evaluation.selection`).
@@ -23,7 +24,6 @@ from drep_jax.core.measured import measuring
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import epoch_order
-from drep_jax.data.pairs import PairedSource, open_pairs
 from drep_jax.errors import DataError
 from drep_jax.evaluation.selection import Candidate, choose
 from drep_jax.learners.base import (
@@ -37,12 +37,12 @@ from drep_jax.learners.base import (
     train,
 )
 from drep_jax.learners.losses import denoising_objective
+from drep_jax.learners.noise import PAIRS, UNPAIRED, pairs_of, unpaired_candidates
 from drep_jax.progress import pulsing
 from drep_jax.run.moments import moment_images
 from drep_jax.run.setup import Setup
 from drep_jax.typing import Config, Tree
 
-PAIRS = "pairs:"
 CORRUPTION_SEED = 1
 """Added to the run's seed for training noise, so that it differs from the test noise."""
 
@@ -106,6 +106,8 @@ def learn_wiener(inputs: LearnerInputs) -> Learned:
 def learn_measured(inputs: LearnerInputs) -> Learned:
     """Solves for the measured noise at each site and selects the strength on held-out images."""
     config, setup, options = inputs.config, inputs.setup, inputs.config["measured"]
+    if config["noise"].startswith(UNPAIRED):
+        return _chosen("measured", inputs, *unpaired_candidates(inputs))
     batch, corrupted = measuring_images(config, setup)
     clean = batch["image"]
     streams: Any = np.stack([setup.inputs({**batch, "image": x}) for x in (clean, clean, *corrupted)])
@@ -174,9 +176,3 @@ def measuring_images(config: Config, setup: Setup) -> tuple[dict[str, np.ndarray
     clean = read(setup.train, index)
     seeds = [config["seed"] + CORRUPTION_SEED + draw * 7919 for draw in range(options["draws"])]
     return clean, [corrupt(clean["image"], index, noise, seed) for seed in seeds]
-
-
-def pairs_of(config: Config) -> PairedSource:
-    """Opens the pairs of images that `config.noise` names."""
-    data = config["data"]
-    return open_pairs(config["noise"].removeprefix(PAIRS), tuple(data["image_size"]), data["resize"])
