@@ -25,8 +25,8 @@ def parsed(kind: str, argument: str, known: Sequence[str] | None = None) -> tupl
         raise ConfigError(f'The data source "{kind}" needs a place: "{kind}:DIR".')
     try:
         pairs = parse_qsl(query.replace("+", "%2B"), strict_parsing=True, keep_blank_values=True) if mark else []
-        if not all(value for _, value in pairs):
-            raise ValueError("an option without a value")
+        if not all(name and value for name, value in pairs):
+            raise ValueError("an option without a name or a value")
     except ValueError as error:
         example = f"?{known[-1]}=…&…" if known else "?option=value&…"
         raise ConfigError(f'"{kind}:{argument}": expected options as in "{example}" behind the path.') from error

@@ -198,18 +198,25 @@ def variance_by_level(
 
 
 def _fit(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Returns c of the variances s_p·c(b), (3, levels), by turns; empty levels are interpolated."""
-    curve = np.ones(counts.shape[1:])
-    seen = counts.sum(axis=0) > 1e-3 * counts.sum(axis=(0, 2))[:, None]
-    for _ in range(20):
-        level = _level(counts, sums, curve)
-        curve = sums.sum(axis=0) / np.maximum((counts * level).sum(axis=0), 1e-12)
-        curve = np.stack(
-            [np.interp(CENTERS, CENTERS[known], row[known]) for row, known in zip(curve, seen, strict=True)]
-        )
-        mean = (curve * counts.sum(axis=0)).sum(axis=1) / counts.sum(axis=(0, 2))
-        curve = np.maximum(curve / np.maximum(mean, 1e-12)[:, None], 1e-3)
-    return curve
+    """Returns c of the variances s_p·c(b), (3, levels), of mean 1; levels without a value are interpolated.
+
+    Logarithms of the variances are fitted by levels of frames and of the brightness, weighted by the
+    number of values.
+    """
+    curves = []
+    for channel in range(3):
+        count, total = counts[:, channel], sums[:, channel]
+        seen = count.sum(axis=0) > 1e-3 * count.sum()
+        weight = count * seen
+        mean = np.maximum(total.sum() / count.sum(), 1e-12)
+        logs = np.log(np.maximum(total / np.maximum(count, 1), 1e-3 * mean))
+        each = weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)
+        normal = np.diag(weight.sum(axis=0)) - each.T @ weight
+        right = (weight * (logs - (each * logs).sum(axis=1, keepdims=True))).sum(axis=0)
+        curve = np.linalg.lstsq(normal, right, rcond=1e-9)[0]  # up to a constant, which the levels take
+        curve = np.exp(np.interp(CENTERS, CENTERS[seen], curve[seen]))
+        curves.append(curve / ((curve * count.sum(axis=0)).sum() / count.sum()))
+    return np.stack(curves)
 
 
 def _level(counts: np.ndarray, sums: np.ndarray, curve: Any) -> np.ndarray:

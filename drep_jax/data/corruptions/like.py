@@ -30,8 +30,12 @@ LEAST_BLOCKS = 40
 """Blocks that a model needs."""
 PART = 200
 """Blocks of like brightness, at least, whose noise has a level of its own."""
+BANDS = (3, 5, 9)
+"""Frequencies, in half periods a block, at which bands end."""
 TURNS = 6
 """Turns of finding flat blocks and the spectrum of their noise."""
+LEAST_STD = 0.05
+"""Gray levels below which a block has no noise, but is black, white, or wiped out by compression."""
 FLAT = 0.05
 """Fraction of the blocks of a brightness that is taken for flat at first."""
 TOLERANCE = 1.3
@@ -154,7 +158,7 @@ def estimate(name: str, images: Sequence[UInt8[np.ndarray, "h w 3"]], note: str 
     most = max(1, MOST_BLOCKS // len(images))
     blocks = [_blocks(image, size, most) for image in images]
     levels, residuals = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    usable = (levels.min(axis=1) > 4) & (levels.max(axis=1) < 251) & (residuals.std(axis=(1, 2)).min(axis=1) > 0)
+    usable = (levels.min(axis=1) > 4) & (levels.max(axis=1) < 251) & (residuals.std(axis=(1, 2)).min(axis=1) > LEAST_STD)
     flat = _flat_blocks(residuals, levels @ LUMA, usable)
     if flat.sum() < LEAST_BLOCKS:
         raise DataError(
@@ -220,9 +224,10 @@ def _flat_blocks(residuals: np.ndarray, luma: np.ndarray, usable: np.ndarray) ->
     """Returns which blocks show nothing but noise, bool (n,).
 
     A block's energy is whitened, by frequency and among channels, with the covariance of the blocks
-    that are taken for noise so far. What an image shows then stands out, as it has another spectrum,
-    and the energy of noise hardly varies: it is a mean of 3·P² numbers. Its level is sought for each
-    brightness among the lowest.
+    that are taken for noise so far. What an image shows then stands out in one band of frequencies,
+    as it has another spectrum, while the energy of noise hardly varies: it is a mean of many numbers.
+    So a block has the energy of its worst band, less what chance adds to a band of few numbers. The
+    level of noise is sought for each brightness among the lowest.
     """
     known = np.flatnonzero(usable)
     flat = np.zeros(len(usable), bool)
@@ -230,20 +235,27 @@ def _flat_blocks(residuals: np.ndarray, luma: np.ndarray, usable: np.ndarray) ->
         return flat
     size = residuals.shape[1]
     waves = scipy.fft.dctn(residuals[known], axes=(1, 2), norm="ortho").reshape(len(known), size**2, 3)
+    down, right = np.divmod(np.arange(size**2), size)
+    number = np.where(down + right > 1, np.digitize(np.maximum(down, right), BANDS), -1)  # a plane takes −1
+    bands = [(number == band).astype(np.float32) for band in range(number.max() + 1)]
     order = np.argsort(luma[known], kind="stable")
     parts = np.array_split(order, max(1, min(BINS, len(known) // PART)))  # equally many blocks of like brightness
-    energy = np.square(waves).mean(axis=(1, 2), dtype=np.float64)
+    by_wave = np.square(waves).mean(axis=2)
     for _ in range(TURNS):
+        energy = np.max(
+            [by_wave @ band / band.sum() / (1 + np.sqrt(2 / (3 * band.sum()))) for band in bands if band.any()], axis=0
+        )
         scale = np.empty(len(known))
         for part in parts:
             scale[part] = _noise_level(energy[part])
         relative = energy / scale
         # Only the lowest say what noise looks like: whatever else is in a few blocks must not.
         lowest = relative <= np.quantile(relative, min(1.0, max(FLAT, LEAST_BLOCKS / len(known))))
-        covariance = np.einsum("nfc,nfd->fcd", waves[lowest], waves[lowest] / scale[lowest, None, None]) / lowest.sum()
-        covariance += ROUNDING / scale.mean() * np.eye(3)
+        level = np.square(waves[lowest]).mean(axis=(1, 2))[:, None, None]
+        covariance = np.einsum("nfc,nfd->fcd", waves[lowest] / level, waves[lowest]) / lowest.sum()
+        covariance += ROUNDING / np.mean(level) * np.eye(3)
         inverse = np.linalg.inv(covariance).astype(np.float32)
-        energy = np.einsum("nfc,fcd,nfd->n", waves, inverse, waves, optimize=True) / (3 * size**2)
+        by_wave = np.einsum("nfc,fcd,nfd->nf", waves, inverse, waves, optimize=True) / 3
     flat[known[relative <= TOLERANCE]] = True
     return flat
 
