@@ -20,7 +20,7 @@ def camera(images, rng, deviation):
     """Noise of a deviation by level, correlated among neighbors (σ 0.7 pixels) and colors."""
     field = ndimage.gaussian_filter(rng.standard_normal(images.shape), (0, 0.7, 0.7, 0)) * (2 * np.sqrt(np.pi) * 0.7)
     field = field @ COLORS.T / np.sqrt((COLORS**2).sum(axis=1))
-    return np.clip(np.rint(images + deviation(images) * field), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(images + deviation(images.astype(float)) * field), 0, 255).astype(np.uint8)
 
 
 def rising(levels):
@@ -29,9 +29,9 @@ def rising(levels):
 
 
 def scenes(count=12):
-    """Smooth scenes from dark to light."""
+    """Smooth scenes between dark and light."""
     ramp = np.linspace(0, 1, SIDE)
-    starts, ends = np.random.default_rng(0).uniform(30, 220, (2, count, 1, 3))
+    starts, ends = np.random.default_rng(0).uniform(25, 60, (2, count, 1, 3)) + np.array([0, 160])[:, None, None, None]
     return np.rint((starts + (ends - starts) * ramp[:, None])[:, None].repeat(SIDE, axis=1)).astype(np.uint8)
 
 

@@ -158,7 +158,9 @@ def estimate(name: str, images: Sequence[UInt8[np.ndarray, "h w 3"]], note: str 
     most = max(1, MOST_BLOCKS // len(images))
     blocks = [_blocks(image, size, most) for image in images]
     levels, residuals = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    usable = (levels.min(axis=1) > 4) & (levels.max(axis=1) < 251) & (residuals.std(axis=(1, 2)).min(axis=1) > LEAST_STD)
+    usable = (
+        (levels.min(axis=1) > 4) & (levels.max(axis=1) < 251) & (residuals.std(axis=(1, 2)).min(axis=1) > LEAST_STD)
+    )
     flat = _flat_blocks(residuals, levels @ LUMA, usable)
     if flat.sum() < LEAST_BLOCKS:
         raise DataError(
