@@ -107,7 +107,7 @@ class Stored:
                     f"{', '.join(examples)}, …"
                 )
             places = np.array(matched)
-        images = {side: [stored[place] for place in places] for side, stored in self._images.items()}
+        images = {side: [stored[int(place)] for place in places] for side, stored in self._images.items()}
         columns = {name: values[places] for name, values in self.columns.items()}
         return Stored(self.name, images, columns, self.note)
 
@@ -210,7 +210,7 @@ def _side(path: str, arrays: Mapping[str, np.ndarray], side: str) -> Sequence[An
     """Returns the images of a side: an array, or the bytes of each."""
     for name in MEMBERS[side]:
         if name in arrays:
-            return arrays[name]
+            return list(arrays[name])
         encoded = next((arrays[key] for key in arrays if re.fullmatch(f"{name}_(jpeg|png|webp)", key)), None)
         if encoded is None:
             continue
