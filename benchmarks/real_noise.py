@@ -1,6 +1,6 @@
 """How well `bank:` and `like:` reproduce noise that is known (docs/corruptions.md).
 
-python benchmarks/real_noise.py PHOTOGRAPHS.npz PAIRS.npz
+PYTHONPATH=. python benchmarks/real_noise.py PHOTOGRAPHS.npz PAIRS.npz
 
 The first file holds clean photographs, to which known noise is added; the second real pairs of several
 cameras.
