@@ -37,7 +37,7 @@ def get_default() -> ConfigDict:
     config.learner = "algorithm1"  # The weights of this learner are exported.
     config.compare = ()  # further learners to evaluate; also final_only, which cannot be fused
     config.task = "classification"  # meaning of the labels: classification, or retrieval (docs/reid.md)
-    config.noise = "gaussian:0..40"  # for learner measured: a corruption, several separated by commas, or pairs:DIR
+    config.noise = "gaussian:0..40"  # for learner measured: corruptions, or pairs:, bank:, like: or unpaired:DIR
 
     config.data = ConfigDict(  # the images
         {

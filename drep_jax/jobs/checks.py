@@ -9,14 +9,14 @@ from drep_jax.core.algorithm1 import LOSSES
 from drep_jax.core.recipes import check_grid
 from drep_jax.core.reverse_map import site_steps
 from drep_jax.data import Source
-from drep_jax.data.corruptions import parse_spec
+from drep_jax.data.corruptions import check_spec
 from drep_jax.data.labels import described, labeled_images
 from drep_jax.errors import ConfigError, DataError, lookup
 from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners import LEARNERS
 from drep_jax.learners.checks import check_choosing, check_labeled
 from drep_jax.learners.losses import check_computing
-from drep_jax.learners.streams import PAIRS, pairs_of
+from drep_jax.learners.noise import noise_sources
 from drep_jax.parallel import devices, processes
 from drep_jax.run import workdir
 from drep_jax.run.environment import environment
@@ -79,8 +79,8 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     if setup.test is not None or setup.others:
         check_evaluation(config)
     data = check_scoring(config, setup)
-    if "measured" in (config["learner"], *config["compare"]) and config["noise"].startswith(PAIRS):
-        data |= described({"pairs": pairs_of(config)})
+    if "measured" in (config["learner"], *config["compare"]):
+        data |= described(noise_sources(config))
     return data
 
 
@@ -154,7 +154,7 @@ def check_evaluation(config: Config) -> None:
     if not evaluate["conditions"]:
         raise ConfigError('evaluate.conditions is empty; give at least "clean".')
     for condition in evaluate["conditions"]:
-        parse_spec(condition)
+        check_spec(condition)
 
 
 def agree(config: Config, setup: Setup) -> None:

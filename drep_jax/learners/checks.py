@@ -3,10 +3,10 @@
 import numpy as np
 
 from drep_jax.core.interpreter import check_measurable
-from drep_jax.data.corruptions import parse_spec
+from drep_jax.data.corruptions import check_spec
 from drep_jax.errors import ConfigError
 from drep_jax.learners import LEARNERS
-from drep_jax.learners.streams import PAIRS, pairs_of
+from drep_jax.learners.noise import UNPAIRED, check_noise
 from drep_jax.run.setup import Setup
 from drep_jax.run.stages import stage_of
 from drep_jax.typing import Config
@@ -63,24 +63,14 @@ def check_choosing(config: Config, setup: Setup) -> None:
       SiteError: if measured noise cannot solve a layer, such as one that is called several times.
     """
     options, select = config["measured"], config["select"]
-    if "measured" in (config["learner"], *config["compare"]):
+    if "measured" in (config["learner"], *config["compare"]) and not config["noise"].startswith(UNPAIRED):
         check_measurable(setup.sites)
     if config["denoise"]["rank"]:
         for name in (name for name in ("wiener", "measured") if name in (config["learner"], *config["compare"])):
             raise ConfigError(
                 f'Learner "{name}" gives full matrices, so denoise.rank={config["denoise"]["rank"]} is not for it.'
             )
-    if config["noise"].startswith(PAIRS):
-        if setup.side:
-            columns = ", ".join(name for name, _ in setup.side)
-            raise ConfigError(
-                f"The backbone is given side information ({columns}), which is not known of the images in "
-                f"{config['noise']}, so noise cannot be measured on them. Name a corruption in config.noise."
-            )
-        if "measured" in (config["learner"], *config["compare"]):
-            pairs_of(config)
-    elif all(part.high == 0 for part in parse_spec(config["noise"])):
-        raise ConfigError(f'noise="{config["noise"]}" changes no image, so there is nothing to measure.')
+    check_noise(config, setup)
     for name in ("draws", "vectors", "chunk"):
         if options[name] < 1:
             raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
@@ -99,4 +89,4 @@ def check_choosing(config: Config, setup: Setup) -> None:
     if not select["strengths"] or not all(np.isfinite(t) and t >= 0 for t in select["strengths"]):
         raise ConfigError(f"select.strengths={select['strengths']} are strengths of fusion, each at least 0.")
     for condition in select["conditions"]:
-        parse_spec(condition)
+        check_spec(condition)

@@ -6,6 +6,7 @@
 | `closed_form` | the same | exact minimum (`core.closed_form`) | one pass for moments |
 | `wiener` | isotropic, a fraction of the site's feature power | Wiener filter | one pass for moments |
 | `measured` | measured on corrupted images | least squares (`core.measured`) | hundreds of images |
+| `measured`, `noise=unpaired:…` | from second moments (`core.unpaired`) | Wiener filter | two passes |
 
 The last two select the strength of fusion, and the noise power or the fraction of clean images, on
 held-out images (`drep_jax.evaluation.selection`).
@@ -31,6 +32,7 @@ from drep_jax.learners.base import (
     train,
 )
 from drep_jax.learners.losses import denoising_objective
+from drep_jax.learners.noise import UNPAIRED, unpaired_candidates
 from drep_jax.learners.streams import CorruptedImages
 from drep_jax.parallel import processes
 from drep_jax.progress import pulsing
@@ -96,6 +98,8 @@ def learn_wiener(inputs: LearnerInputs) -> Learned:
 def learn_measured(inputs: LearnerInputs) -> Learned:
     """Solves for the measured noise at each site and selects the strength on held-out images."""
     config, setup, options = inputs.config, inputs.setup, inputs.config["measured"]
+    if config["noise"].startswith(UNPAIRED):
+        return _chosen("measured", inputs, *unpaired_candidates(inputs))
     began = time.perf_counter()
     images = CorruptedImages(config, setup)
     solve = measuring(

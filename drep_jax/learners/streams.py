@@ -8,12 +8,11 @@ from drep_jax.core.chunks import Streams
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import epoch_order
-from drep_jax.data.pairs import PairedSource, open_pairs
 from drep_jax.errors import DataError
+from drep_jax.learners.noise import PAIRS, pairs_of
 from drep_jax.run.setup import Setup
 from drep_jax.typing import Config
 
-PAIRS = "pairs:"
 CORRUPTION_SEED = 1
 """Added to the run's seed for training noise, so that it differs from the test noise."""
 
@@ -81,9 +80,3 @@ class CorruptedImages(Streams):
             batch = read(self._setup.train, chosen)
             corrupted = [corrupt(batch["image"], chosen, self._noise, seed) for seed in self._seeds]
         return tuple(np.asarray(self._setup.inputs({**batch, "image": x})) for x in (batch["image"], *corrupted))
-
-
-def pairs_of(config: Config) -> PairedSource:
-    """Opens the pairs of images that `config.noise` names."""
-    data = config["data"]
-    return open_pairs(config["noise"].removeprefix(PAIRS), tuple(data["image_size"]), data["resize"])

@@ -13,6 +13,7 @@ import numpy as np
 from drep_jax import weights
 from drep_jax.core.moments import SHIFT_IMAGES, Moments, collect_moments, passes
 from drep_jax.core.sites import Site
+from drep_jax.data import Source
 from drep_jax.data.collate import read
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.errors import CheckpointError
@@ -25,6 +26,8 @@ from drep_jax.typing import Path, Tree
 
 MOMENTS = "moments.npz"
 """Name of the file in a run directory."""
+NOISY_MOMENTS = "moments_noisy.npz"
+"""Name of the file of the moments of noisy images, which `noise=unpaired:DIR` takes."""
 
 
 def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens: float = 1.0) -> None:
@@ -119,10 +122,26 @@ def moment_images(run: Run) -> int:
     return min(run.config["denoise"]["moment_images"] or count, count)
 
 
+def noisy_moments(run: Run, variables: Tree, source: Source) -> dict[Path, Moments]:
+    """Returns the moments of a run's sites over noisy images, from its directory if saved.
+
+    Args:
+      run: of which `denoise.moment_images` bounds the number of images.
+      variables: of the backbone.
+      source: of the noisy images.
+    """
+    return moments_of(run, variables, os.path.join(run.directory, NOISY_MOMENTS), source=source)
+
+
 def moments_of(
-    run: Run, variables: Tree, path: str, sites: Sequence[Site] | None = None, backbone: nn.Module | None = None
+    run: Run,
+    variables: Tree,
+    path: str,
+    sites: Sequence[Site] | None = None,
+    backbone: nn.Module | None = None,
+    source: Source | None = None,
 ) -> dict[Path, Moments]:
-    """Returns the moments of a backbone's features over the training images.
+    """Returns the moments of a backbone's features over the training images, or other ones.
 
     Args:
       run: the run with the images.
@@ -130,23 +149,26 @@ def moments_of(
       path: of the file that they are read from, or written to if it is absent.
       sites: the sites; None for the run's own.
       backbone: the module; None for the run's own.
+      source: of the images; None for the training images.
     """
     config, setup = run.config, run.setup
     sites = setup.sites if sites is None else tuple(sites)
     tokens = config["denoise"]["moment_tokens"]
-    owner = owner_of(setup, variables)
+    images = setup.train if source is None else source
+    owner = owner_of(setup, variables) + ("" if source is None else f" {source.name}")
     saved = processes.from_primary(lambda: load_moments(path, sites, owner, tokens) if os.path.exists(path) else None)
     if saved is not None:
         return saved
     batch = config["denoise"]["batch_size"]
-    count = -(-moment_images(run) // batch)
-    shift_images = setup.inputs(read(setup.train, np.arange(min(SHIFT_IMAGES, len(setup.train)))))
+    count = -(-(min(config["denoise"]["moment_images"] or len(images), len(images))) // batch)
+    shift_images = setup.inputs(read(images, np.arange(min(SHIFT_IMAGES, len(images)))))
     limit = config["denoise"]["moment_gib"] * 2**30
     groups = passes(sites, limit) if limit else [sites]
     moments: dict[Path, Moments] = {}
     for number, group in enumerate(groups):
-        first = itertools.islice(evaluation_batches(setup.train, batch, shard=devices.host()), count)
-        name = "moments" if len(groups) == 1 else f"moments, pass {number + 1} of {len(groups)}"
+        first = itertools.islice(evaluation_batches(images, batch, shard=devices.host()), count)
+        name = "moments" if source is None else "moments of noisy images"
+        name += "" if len(groups) == 1 else f", pass {number + 1} of {len(groups)}"
         steps = bar(first, name, count, "batch", shown=config["progress"])
         batches = ((setup.inputs(b), b["mask"].astype(np.float32)) for b in steps)
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)

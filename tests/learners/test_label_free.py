@@ -8,12 +8,12 @@ import pytest
 
 from drep_jax import report, weights
 from drep_jax.core.moments import collect_moments
-from drep_jax.errors import ConfigError
+from drep_jax.errors import ConfigError, DataError
 from drep_jax.jobs import train
 from drep_jax.learners.streams import CorruptedImages
 from drep_jax.run import workdir
 from drep_jax.run.config import defaults
-from drep_jax.run.moments import MOMENTS, kept_moments
+from drep_jax.run.moments import MOMENTS, NOISY_MOMENTS, kept_moments
 from tests.command import call, largest_difference
 
 
@@ -83,6 +83,41 @@ def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_pat
     assert points[0]["scores"]["clean"] == 100
     best = points[content["front"]["chosen"]]["scores"]
     assert sum(best.values()) >= sum(points[0]["scores"].values())
+
+
+def test_noise_without_pairs_is_learned_from_second_moments(finished, tmp_path):
+    """Noisy images of other scenes; the noise of the evaluation is laid from a bank."""
+    from PIL import Image
+
+    from drep_jax.data.corruptions import corrupt
+
+    source = finished.setup.train
+    clean = np.stack([source[i]["image"] for i in range(160)])
+    noisy = corrupt(clean, np.arange(160), "gaussian:70", 5).round().astype(np.uint8)
+    for name, images in (("noisy", noisy[:120]), ("bank/corrupted", noisy[120:]), ("bank/clean", clean[120:])):
+        os.makedirs(tmp_path / name)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:03}.png")
+    config = json.loads(json.dumps(finished.config))
+    config["backbone"].update(init_from=finished.backbone, steps=0)
+    config["control"]["steps"] = 0
+    bank = f"bank:{tmp_path / 'bank'}"
+    config.update(learner="measured", compare=[], noise=f"unpaired:{tmp_path / 'noisy'}")
+    config["evaluate"].update(conditions=["clean", bank], spectra=False)
+    config["measured"]["clean_share"] = [0.2]
+    config["select"].update(images=48, strengths=[0.0, 1.0], max_clean_loss=100.0)
+    content = train.run(config, str(tmp_path / "run"))
+    assert content["certificate"]["passed"] and set(content["metrics"]) == {"clean", bank}
+    assert content["data"]["noisy images"]["images"] == 120
+    section = content["learning"]["measured"]
+    assert section["images"] == 120 and os.path.exists(tmp_path / "run" / NOISY_MOMENTS)
+    assert section["per_site"] == {} or all(after < before for before, after in section["per_site"].values())
+    points = content["front"]["points"]
+    assert len(points) == 2 and points[1]["label"] == "clean share 0.2"
+    assert points[1]["scores"] != points[0]["scores"]
+    config["noise"] = f"unpaired:{tmp_path / 'bank'}"
+    with pytest.raises(DataError, match="holds pairs, the clean images among them"):
+        train.run(config, str(tmp_path / "other"))
 
 
 def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, tmp_path, monkeypatch, capsys):

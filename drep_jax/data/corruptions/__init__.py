@@ -1,16 +1,25 @@
 """Corruptions of images, on the host: functions of (seed, image, corruption), not of the batch."""
 
+import functools
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int, Num
 
+from drep_jax.data.corruptions.bank import open_bank
 from drep_jax.data.corruptions.cifar10c import CIFAR10C, at_severity
+from drep_jax.data.corruptions.like import open_like
 from drep_jax.data.corruptions.physical import CORRUPTIONS, Corruption
-from drep_jax.data.corruptions.spec import CLEAN, PROTOCOL_PREFIX, Part, parse_spec
+from drep_jax.data.corruptions.spec import CLEAN, FILES, PROTOCOL_PREFIX, Part, parse_spec
+from drep_jax.data.options import parsed
 from drep_jax.errors import DataError
 
-__all__ = ["CIFAR10C", "CLEAN", "CORRUPTIONS", "Corruption", "Part", "corrupt", "parse_spec"]
+__all__ = ["CIFAR10C", "CLEAN", "CORRUPTIONS", "Corruption", "Part", "check_spec", "corrupt", "noise_of", "parse_spec"]
+
+OPENED: dict[str, Callable[[str, dict[str, str]], Any]] = dict(zip(FILES, (open_bank, open_like), strict=True))
+"""Corruptions from files: (place, options) ↦ (image, generator, strength) ↦ image."""
 
 WORD = 2**64
 CHOICE = "which of several"  # no corruption has a name with spaces, so no other draw has this key
@@ -33,8 +42,8 @@ def corrupt(
       images: (B, H, W, 1 or 3), gray levels from 0 to 255; not modified.
       index: (B,), each image's index in its source: the same image is always corrupted in the same
         way.
-      spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, or several of
-        these with commas between; see `parse_spec`.
+      spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, `bank:DIR`,
+        `like:DIR`, or several of these with commas between; see `parse_spec`.
       seed: another seed is other noise.
       size: (B, 2), height and width of each image without padding, the column "size" of a batch;
         None where there is no padding. Padding stays as it is, so that what happens to an image
@@ -45,7 +54,7 @@ def corrupt(
 
     Raises:
       ConfigError: for an unknown or impossible spec.
-      DataError: for arrays of another shape.
+      DataError: for arrays of another shape, and for noise whose files cannot be used.
     """
     parts = parse_spec(spec)
     images, index = np.asarray(images), np.asarray(index)
@@ -68,11 +77,39 @@ def corrupt(
 def _apply(part: Part, image: np.ndarray, seed: int, number: int) -> np.ndarray:
     if part.high == 0:
         return image
-    rng = _generator(seed, number, part.name)
+    kind = part.name.partition(":")[0]
+    # Noise from files does not depend on where they lie.
+    rng = _generator(seed, number, kind if kind in FILES else part.name)
     strength = part.low + (part.high - part.low) * rng.random()
     if part.name.startswith(PROTOCOL_PREFIX):
         return at_severity(image, rng, part.name.removeprefix(PROTOCOL_PREFIX), int(strength))
-    return image if strength == 0 else CORRUPTIONS[part.name].function(image, rng, strength)
+    function = noise_of(part) if kind in FILES else CORRUPTIONS[part.name].function
+    return image if strength == 0 else function(image, rng, strength)
+
+
+def check_spec(spec: str) -> list[Any]:
+    """Parses a spec and opens the noise that it reads from files, so that a wrong place fails early.
+
+    Returns:
+      The banks and noise models in it.
+
+    Raises:
+      ConfigError: for a spec that cannot be parsed, or options that cannot be used.
+      DataError: for files that cannot be.
+    """
+    return [noise_of(part) for part in parse_spec(spec) if part.name.partition(":")[0] in FILES]
+
+
+def noise_of(part: Part) -> Any:
+    """Returns the bank or the noise model of a part, opened once in a process."""
+    return _opened(part.name)
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(name: str) -> Any:
+    kind, _, argument = name.partition(":")
+    place, options = parsed(kind, argument)
+    return OPENED[kind](place, options)
 
 
 def _generator(seed: int, number: int, name: str) -> np.random.Generator:

@@ -1,14 +1,22 @@
-"""The text that names corruptions: `gaussian:20`, `gaussian:0..40`, `clean,blur,cifar10c:fog:3`."""
+"""The text that names corruptions: `gaussian:20`, `gaussian:0..40`, `clean,blur,cifar10c:fog:3`, `bank:DIR`."""
 
 import dataclasses
 import math
+from urllib.parse import quote
 
 from drep_jax.data.corruptions.cifar10c import CIFAR10C
 from drep_jax.data.corruptions.physical import CORRUPTIONS
+from drep_jax.data.options import parsed
 from drep_jax.errors import ConfigError, did_you_mean
 
 CLEAN = "clean"
 PROTOCOL_PREFIX = "cifar10c:"
+FILES = ("bank", "like")
+"""Corruptions that are read from files: NAME:PLACE?option=value."""
+STRONGEST = 10.0
+"""Largest factor on noise that is read from files."""
+SAFE = "*+[]!/:.,"
+"""Characters of options that need no quoting."""
 SEVERITIES = ("1", "2", "3", "4", "5")
 
 
@@ -17,8 +25,9 @@ class Part:
     """One corruption of a spec.
 
     Attributes:
-      name: `clean`, a key of `CORRUPTIONS`, or `cifar10c:` and a name of `CIFAR10C`.
-      low: smallest strength, in the unit of the corruption, or the severity.
+      name: `clean`, a key of `CORRUPTIONS`, `cifar10c:` and a name of `CIFAR10C`, or `bank:` or
+        `like:` with a place and its options other than the strength.
+      low: smallest strength, in the unit of the corruption, or the severity, or a factor.
       high: largest strength; that of each image is drawn uniformly between the two.
     """
 
@@ -35,7 +44,8 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
     Args:
       spec: `clean`; `NAME:STRENGTH`; `NAME:LOW..HIGH`, a strength drawn uniformly for each image;
         `NAME`, the same in the corruption's default range; `cifar10c:NAME:SEVERITY` with a severity
-        from 1 to 5.
+        from 1 to 5; `bank:PLACE` and `like:PLACE`, noise from files, which takes
+        `?strength=LOW..HIGH` among its options.
 
     Returns:
       One `Part` a corruption, in the order given.
@@ -54,6 +64,8 @@ def _part(text: str, spec: str) -> Part:
     name, colon, strength = text.partition(":")
     if name + ":" == PROTOCOL_PREFIX:
         return _protocol(strength, text)
+    if name in FILES:
+        return _from_files(name, strength)
     if name == CLEAN:
         if colon:
             raise ConfigError(f'The corruption "{CLEAN}" takes no strength; got "{text}".')
@@ -100,13 +112,46 @@ def _protocol(argument: str, text: str) -> Part:
     return Part(PROTOCOL_PREFIX + name, float(severity), float(severity))
 
 
+def _from_files(name: str, argument: str) -> Part:
+    path, options = parsed(name, argument)
+    low, high = parse_range(options.pop("strength", "1"), f"{name}: strength", 0.0, STRONGEST)
+    query = "&".join(f"{option}={quote(value, safe=SAFE)}" for option, value in options.items())
+    return Part(f"{name}:{path}{'?' if query else ''}{query}", low, high)
+
+
+def parse_range(text: str, name: str, least: float, most: float) -> tuple[float, float]:
+    """Returns the ends of "LOW..HIGH", or of one number twice.
+
+    >>> parse_range("0.5..2", "scale", 0.1, 8.0)
+    (0.5, 2.0)
+
+    Raises:
+      ConfigError: for anything else, and numbers outside of [least, most].
+    """
+    low, dots, high = text.partition("..")
+    try:
+        first, last = float(low), float(high if dots else low)
+    except ValueError:
+        first, last = math.nan, math.nan
+    if not least <= first <= last <= most:
+        raise ConfigError(
+            f'{name}="{text}": expected a number from {least:g} to {most:g}, or a range of such, as in "0.5..1".'
+        )
+    return first, last
+
+
 def _within(text: str, spec: str) -> str:
     return "" if text == spec else f' in "{spec}"'
 
 
 def _hint(name: str) -> str:
     if name == "pairs":
-        return " Pairs of images are read from a folder to learn from them; they corrupt no other images."
+        return (
+            " Pairs of images are read from a folder to learn from them; they corrupt no other images. Their noise does, with "
+            '"bank:DIR".'
+        )
+    if name == "unpaired":
+        return " Noisy images are compared with clean ones by their features to learn from them; they corrupt no other images."
     if name in CIFAR10C:
         return f' It belongs to the CIFAR-10-C protocol: write "{PROTOCOL_PREFIX}{name}:3".'
-    return did_you_mean(name, [CLEAN, *CORRUPTIONS, PROTOCOL_PREFIX.rstrip(":")])
+    return did_you_mean(name, [CLEAN, *CORRUPTIONS, *FILES, PROTOCOL_PREFIX.rstrip(":")])
