@@ -33,11 +33,13 @@ def get_default() -> ConfigDict:
     config.latency_rounds = 30  # latency measurements of each network
     config.profile = ""  # FIRST:COUNT, steps of every stage to trace for TensorBoard, in WORKDIR/profile
 
-    # Without labels: algorithm1, closed_form, wiener, measured. With labels: label_augmented, alternating, continued.
+    # Without labels: algorithm1, closed_form, wiener, measured, distilled, distilled_backbone. With labels:
+    # label_augmented, alternating, continued.
     config.learner = "algorithm1"  # The weights of this learner are exported.
     config.compare = ()  # further learners to evaluate; also final_only, which cannot be fused
     config.task = "classification"  # meaning of the labels: classification, or retrieval (docs/reid.md)
-    config.noise = "gaussian:0..40"  # for learner measured: a corruption, several separated by commas, or pairs:DIR
+    # for learners measured and distilled: a corruption, several separated by commas, or pairs:DIR
+    config.noise = "gaussian:0..40"
 
     config.data = ConfigDict(  # the images
         {
@@ -178,10 +180,24 @@ def get_default() -> ConfigDict:
             "shortcut": True,  # whether layers also remove the noise of the shortcut that they are added to
         }
     )
+    config.distilled = ConfigDict(  # of learners distilled and distilled_backbone, which train on the clean answers
+        {
+            **computing,
+            "init_from": "",  # measured: start from the solution of that learner, which is compared; "" for the backbone
+            "clean_share": 0.25,  # fraction of the images that are left clean
+            "steps": 1000,  # of training
+            "batch_size": 64,  # images per step, over all devices
+            "optimizer": "adam",  # adam, adamw or sgd
+            "learning_rate": 1e-3,  # peak; cosine decay to 0
+            "warmup": 0,  # steps of linear warm-up
+            "weight_decay": 0.0,  # for adamw and sgd
+            "clip": 0.0,  # largest gradient norm; 0 for no limit
+        }
+    )
     config.wiener = ConfigDict(  # of learner wiener
         {"ratios": (0.001, 0.003, 0.01, 0.03, 0.1)}  # of noise to mean feature power, candidates
     )
-    config.select = ConfigDict(  # choice of learners wiener and measured on held-out images
+    config.select = ConfigDict(  # choice of learners wiener, measured and distilled on held-out images
         {
             "strengths": (0.0, 0.25, 0.5, 0.75, 1.0),  # of fusion, candidates
             "conditions": (),  # to choose by; () for those of the evaluation

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from drep_jax.core import closed_form
@@ -16,7 +17,7 @@ from drep_jax.run.run import Run
 from drep_jax.run.stages import prepare, run_training, split_variables, starting
 from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.training.logging import lines_of
-from drep_jax.typing import Config, Path, Tree
+from drep_jax.typing import Batch, Config, Path, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Learner:
     Attributes:
       learn: the function.
       labeled: whether it trains with labels; then the control arm gets the same budget.
+      stage: the stage that trains it, where that has another name.
+      distills: whether it trains on the backbone's clean answers; then, too, the control arm gets
+        the same budget.
       chooses: whether it selects the strength of fusion on held-out images.
       direct: whether its denoisers are maps given directly, fused by rule "affine".
       explicit: whether its result is evaluated on the explicit path and cannot be fused or
@@ -96,20 +100,31 @@ class Learner:
     chooses: bool = False
     direct: bool = False
     explicit: bool = False
+    stage: str = ""
+    distills: bool = False
 
 
 def train(
-    inputs: LearnerInputs, stage: str, loss_fn: Any, log_extra: Callable[[Tree], dict[str, float]] | None = None
+    inputs: LearnerInputs,
+    stage: str,
+    loss_fn: Any,
+    log_extra: Callable[[Tree], dict[str, float]] | None = None,
+    *,
+    start: Mapping[str, Tree] = MappingProxyType({}),
+    prepare_batch: Callable[[Batch, int], Batch] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Runs or resumes a stage; returns its final state and its section of the report.
 
     Args:
       inputs: of the learner.
       stage: name of the stage.
-      loss_fn, log_extra: see `run_training`.
+      loss_fn, log_extra, prepare_batch: see `run_training`.
+      start: {subtree: parameters} in place of the usual ones before the first step.
     """
     params, others = starting(inputs.run, stage, inputs.variables)
-    state, seconds = run_training(inputs.run, stage, params, others, loss_fn, log_extra)
+    state, seconds = run_training(
+        inputs.run, stage, {**params, **start}, others, loss_fn, log_extra, prepare_batch=prepare_batch
+    )
     return state, trained_section(inputs.run, stage, int(state.step), seconds)
 
 

@@ -100,7 +100,7 @@ def learn_wiener(inputs: LearnerInputs) -> Learned:
         for ratio in options["ratios"]
     ]
     solving = inputs.moment_seconds + time.perf_counter() - began
-    return _chosen("wiener", inputs, candidates, solving, moment_images(inputs.run), {})
+    return at_chosen_strength("wiener", inputs, candidates, solving, moment_images(inputs.run), {})
 
 
 def learn_measured(inputs: LearnerInputs) -> Learned:
@@ -124,17 +124,28 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
                 f"clean share {clean_fraction:g}: mean error {before:.3f} → {after:.3f}", refresh=False
             )
             steps.update()
-    return _chosen("measured", inputs, candidates, time.perf_counter() - began, len(clean), errors)
+    return at_chosen_strength("measured", inputs, candidates, time.perf_counter() - began, len(clean), errors)
 
 
-def _chosen(
+def at_chosen_strength(
     name: str,
     inputs: LearnerInputs,
     candidates: Sequence[Candidate],
     seconds: float,
     images: int,
     errors: Mapping[str, Any],
+    **facts: Any,
 ) -> Learned:
+    """Returns the candidate and strength that do best on held-out images, and saves them.
+
+    Args:
+      name: of the learner.
+      inputs: of the learner.
+      candidates: maps given directly.
+      seconds, images: what learning them took.
+      errors: label of a candidate ↦ the report's `per_site`.
+      **facts: further entries of the report's section.
+    """
     choice = choose(inputs.setup, inputs.variables, candidates, selection_of(inputs.config))
     point = choice.points[choice.chosen]
     denoisers = direct_maps(candidates[point.candidate].denoise).scaled(point.strength)
@@ -148,6 +159,7 @@ def _chosen(
         "chosen": {"label": point.label, "strength": point.strength, "criterion": choice.criterion},
         "selection_images": choice.images,
         "selection_seconds": choice.seconds,
+        **facts,
     }
     learned = Learned(denoisers, section, choice)
     keep(name, inputs, learned)

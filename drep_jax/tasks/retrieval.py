@@ -241,6 +241,17 @@ class Retrieval(Task):
         same, different = features
         return view_triplet_loss(same, different, labels, batch["view"], self.margin)
 
+    def distillation_loss(self, outputs: Any, clean_outputs: Any) -> Any:
+        """Returns the distance from the clean features that the ranking measures.
+
+        For the cosine distance it is the mean of 1 − cos, in each branch; for the Euclidean one see
+        `Task.distillation_loss`.
+        """
+        if self.metric != "cosine":
+            return super().distillation_loss(outputs, clean_outputs)
+        first, second = (features.reshape(len(features), self.branches, -1) for features in (outputs, clean_outputs))
+        return jnp.mean(optax.losses.cosine_distance(first, second, epsilon=1e-12))
+
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation
     # -----------------------------------------------------------------------------------------------------------------
