@@ -9,16 +9,17 @@ nothing else. The line below the table is the least-squares fit peak = a + (b ·
 clean accuracy.
 """
 
-import argparse
 import json
 import resource
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tabulate
+
+from benchmarks.common import Parser, printed_by
 
 
 def one(model: str, options: dict[str, Any], size: int, images: int, draws: int, chunk: int) -> None:
@@ -44,32 +45,26 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
+def main(command: Sequence[str] | None = None) -> None:
     """Measures every combination and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    small = '{"stage_sizes": [1], "block": "basic", "width": 4, "stem": "cifar"}'
+    parser = Parser(__doc__, model="resnet", options=small, size=8, rows="8:1:8")
     parser.add_argument("model", nargs="?", default="resnet18")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--options", default="{}", help="of the model, as JSON")
     parser.add_argument("--rows", default="16:1:16,16:1:4,32:1:4,16:4:4")
     parser.add_argument("--alone", action="store_true", help="one row, in this process")
-    options = parser.parse_args()
+    options = parser.parse_args(command)
     settings = [tuple(map(int, row.split(":"))) for row in options.rows.split(",")]
     if options.alone:
         one(options.model, json.loads(options.options), options.size, *settings[0])
         return
     rows = []
     for images, draws, chunk in settings:
-        command = [
-            sys.executable,
-            __file__,
-            options.model,
-            f"--size={options.size}",
-            "--alone",
-            f"--options={options.options}",
-        ]
-        command.append(f"--rows={images}:{draws}:{chunk}")
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append([images, draws, chunk, *map(float, done.stdout.split()[-3:])])
+        arguments = [options.model, f"--size={options.size}", "--alone", f"--options={options.options}"]
+        arguments.append(f"--rows={images}:{draws}:{chunk}")
+        done = printed_by(main, __file__, arguments, options.tiny)
+        rows.append([images, draws, chunk, *map(float, done.split()[-3:])])
         print(rows[-1], file=sys.stderr, flush=True)
     print(tabulate.tabulate(rows, ["images", "draws", "chunk", "MiB before", "MiB peak", "s"], floatfmt=".0f"))
     streams = np.array([[1, row[0] * (2 + row[1]), row[2] * (2 + row[1])] for row in rows], float)
