@@ -209,7 +209,7 @@ def solving(widths):
 
 def main(command=None):
     """Runs and prints everything."""
-    parser = Parser(__doc__, batch=2, rounds=1, backbone_steps=2, epochs=1, widths=[8])
+    parser = Parser(__doc__, batch=8, rounds=1, backbone_steps=2, epochs=1, widths=[8])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=float, default=0.25, help="fraction of the tokens in the sampled variant")

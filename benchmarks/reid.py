@@ -40,7 +40,6 @@ def run(arguments, seed):
     config.denoise.train_steps = config.alternate.steps = arguments.control_steps
     if arguments.tiny:
         config.model.update({"width": 4})
-        config.data.image_size = (32, 16)
         config.backbone.warmup = config.control.warmup = 0
         config.evaluate.update({"conditions": ("clean",), "resamples": 100, "certificate_images": 2})
         config.measured.update({"images": 64, "vectors": 4, "clean_share": (0.5,)})

@@ -200,6 +200,9 @@ def get_default() -> ConfigDict:
     config.select = ConfigDict(  # choice of learners wiener, measured and distilled on held-out images
         {
             "strengths": (0.0, 0.25, 0.5, 0.75, 1.0),  # of fusion, candidates
+            "leading": (
+                1.0,
+            ),  # fractions of the sites, the first in execution order, candidates; the rest stays as it is
             "conditions": (),  # to choose by; () for those of the evaluation
             "images": 1000,  # held-out images used; 0 for all
             "labels": True,  # False: by agreement with the backbone's answers on clean images, even with labels

@@ -2,21 +2,27 @@
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+
+import jax
+import numpy as np
 
 from drep_jax.core import closed_form
 from drep_jax.core.denoisers import Denoisers, init_denoise
 from drep_jax.core.moments import Moments
-from drep_jax.evaluation.selection import Choice, Selection
+from drep_jax.core.sites import Site
+from drep_jax.evaluation.selection import Candidate, Choice, Selection
 from drep_jax.parallel import processes
 from drep_jax.run.moments import run_moments
 from drep_jax.run.run import Run
 from drep_jax.run.stages import prepare, run_training, split_variables, starting
 from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.training.logging import lines_of
+from drep_jax.trees import get_in, set_in
 from drep_jax.typing import Batch, Config, Path, Tree
 
 
@@ -172,6 +178,29 @@ def selection_of(config: Config, **changes: Any) -> Selection:
         seed=config["seed"],
         progress=config["progress"],
     )
+
+
+def leading_counts(count: int, fractions: Sequence[float]) -> tuple[int, ...]:
+    """Returns the numbers of leading sites that fractions of `count` sites stand for, ascending.
+
+    >>> leading_counts(10, (1.0, 0.25, 0.21))
+    (3, 10)
+    """
+    return tuple(sorted({math.ceil(count * fraction - 1e-9) for fraction in fractions}))
+
+
+def with_leading(candidate: Candidate, sites: Sequence[Site], count: int) -> Candidate:
+    """Returns a candidate of which only the first `count` sites are fused, in execution order.
+
+    The maps of the others are zero, so their layers keep the backbone's weights.
+    """
+    if count >= len(sites):
+        return candidate
+    denoise = candidate.denoise
+    for site in sites[count:]:
+        zero = jax.tree_util.tree_map(np.zeros_like, get_in(denoise, site.path))
+        denoise = set_in(denoise, site.path, zero)
+    return Candidate(f"{candidate.label}, first {count} of {len(sites)} sites", denoise)
 
 
 def noise_predictors(config: Config, tree: Tree) -> Denoisers:

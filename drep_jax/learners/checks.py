@@ -133,5 +133,9 @@ def check_choosing(config: Config, setup: Setup) -> None:
         raise ConfigError(f"wiener.ratios={config['wiener']['ratios']} are noise powers, each above 0.")
     if not select["strengths"] or not all(np.isfinite(t) and t >= 0 for t in select["strengths"]):
         raise ConfigError(f"select.strengths={select['strengths']} are strengths of fusion, each at least 0.")
+    if not select["leading"] or not all(0.0 < fraction <= 1.0 for fraction in select["leading"]):
+        raise ConfigError(
+            f"select.leading={select['leading']} are fractions of the sites, first to last; each must lie in (0, 1]."
+        )
     for condition in select["conditions"]:
         parse_spec(condition)

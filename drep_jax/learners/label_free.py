@@ -32,9 +32,11 @@ from drep_jax.learners.base import (
     against_optimum,
     direct_maps,
     keep,
+    leading_counts,
     noise_predictors,
     selection_of,
     train,
+    with_leading,
 )
 from drep_jax.learners.losses import denoising_objective
 from drep_jax.progress import pulsing
@@ -136,27 +138,39 @@ def at_chosen_strength(
     errors: Mapping[str, Any],
     **facts: Any,
 ) -> Learned:
-    """Returns the candidate and strength that do best on held-out images, and saves them.
+    """Returns the candidate, leading sites and strength that do best on held-out images; saves them.
 
     Args:
       name: of the learner.
       inputs: of the learner.
-      candidates: maps given directly.
+      candidates: maps given directly, of all sites.
       seconds, images: what learning them took.
       errors: label of a candidate ↦ the report's `per_site`.
       **facts: further entries of the report's section.
     """
-    choice = choose(inputs.setup, inputs.variables, candidates, selection_of(inputs.config))
+    sites = inputs.setup.sites
+    counts = leading_counts(len(sites), inputs.config["select"]["leading"])
+    grid = [(candidate, count) for candidate in candidates for count in counts]
+    shortened = [with_leading(candidate, sites, count) for candidate, count in grid]
+    choice = choose(inputs.setup, inputs.variables, shortened, selection_of(inputs.config))
     point = choice.points[choice.chosen]
-    denoisers = direct_maps(candidates[point.candidate].denoise).scaled(point.strength)
+    candidate, count = grid[point.candidate]
+    fused = {site.name for site in sites[:count]} if choice.chosen else set()
+    fitted = errors.get(candidate.label, {})
+    denoisers = direct_maps(shortened[point.candidate].denoise).scaled(point.strength)
     section = {
         "steps": 0,
         "seconds": seconds,
         "loss": [],
         "images": images,
-        "per_site": errors.get(point.label, {}),
+        "per_site": {site: pair for site, pair in fitted.items() if site.partition("[")[0] in fused},
         "optimum": None,
-        "chosen": {"label": point.label, "strength": point.strength, "criterion": choice.criterion},
+        "chosen": {
+            "label": point.label,
+            "strength": point.strength,
+            "sites": len(fused),
+            "criterion": choice.criterion,
+        },
         "selection_images": choice.images,
         "selection_seconds": choice.seconds,
         **facts,
