@@ -104,7 +104,7 @@ def speed(arguments):
 def trained_backbone(setting, steps):
     """Trains the backbone on the labeled digits."""
     variables = setting.backbone.init(jax.random.key(0), jnp.zeros(setting.images.shape))
-    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, steps), weight_decay=0.05)
+    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 2), steps), weight_decay=0.05)
 
     @jax.jit
     def step(variables, state, images, labels):

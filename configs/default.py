@@ -188,7 +188,7 @@ def get_default() -> ConfigDict:
             "steps": 1000,  # of training
             "batch_size": 64,  # images per step, over all devices
             "optimizer": "adam",  # adam, adamw or sgd
-            "learning_rate": 1e-3,  # peak; cosine decay to 0
+            "learning_rate": 1e-4,  # peak; cosine decay to 0; distilled_backbone takes more, such as 1e-3
             "warmup": 0,  # steps of linear warm-up
             "weight_decay": 0.0,  # for adamw and sgd
             "clip": 0.0,  # largest gradient norm; 0 for no limit
