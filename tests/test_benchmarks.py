@@ -38,7 +38,7 @@ def test_every_benchmark_runs_at_the_tiny_size(name, arguments, capsys, tmp_path
         pytest.skip(f"benchmarks/{name}.py needs the images and weights of DREP_DATA")
     module = importlib.import_module(f"benchmarks.{name}")
     if name in ONE_SIZE and not hasattr(module, "Parser"):
-        pytest.skip(f"benchmarks/{name}.py could be imported, and has one size only, which takes an hour")
+        pytest.skip(f"benchmarks/{name}.py could be imported, and has one size only")
     command = ["--tiny", *arguments]
     if name in ("modes", "reid"):
         command.append(f"--workdir={tmp_path}")
