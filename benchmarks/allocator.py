@@ -9,13 +9,13 @@ process would stay at its peak of memory, and only training of the whole backbon
 gain (benchmarks/README.md).
 """
 
-import argparse
 import ctypes
 import functools
 import resource
-import subprocess
 import sys
 import time
+
+from benchmarks.common import Parser, network, printed_by
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 """Parameters of glibc's `mallopt` (malloc.h)."""
@@ -40,7 +40,7 @@ def keep_freed_memory() -> bool:
     return all([bool(mallopt(name, value)) for name, value in settings])
 
 
-def training_steps(batch):
+def training_steps(batch, tiny=False):
     """Yields (name, state, step) of fine-tuning and of Algorithm 1, with Adam."""
     import jax
     import jax.numpy as jnp
@@ -50,10 +50,9 @@ def training_steps(batch):
     from drep_jax.core.denoisers import init_denoise
     from drep_jax.core.schedule import Schedule
     from drep_jax.core.sites import find_sites
-    from drep_jax.models import create_model
 
-    model = create_model("vit_s16", num_classes=1000, image_size=(224, 224))
-    images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3))
+    model, pixels = network("vit_s16", tiny)
+    images = jax.random.normal(jax.random.key(0), (batch, pixels, pixels, 3))
     index = jnp.arange(batch)
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     sites = find_sites(model, images)
@@ -82,11 +81,11 @@ def training_steps(batch):
         )
 
 
-def measure(batch, steps):
+def measure(batch, steps, tiny=False):
     """Prints processor time and page faults of a step, and the memory of this process."""
     import numpy as np
 
-    for name, state, step in training_steps(batch):
+    for name, state, step in training_steps(batch, tiny):
         figures = []
         for _ in range(steps + 1):
             before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -101,19 +100,26 @@ def measure(batch, steps):
     print(f"  memory: peak {peak:.0f} MiB, at the end {pages * resource.getpagesize() / 2**20:.0f} MiB")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    """Runs and prints everything."""
+    parser = Parser(__doc__, batch=2, steps=1, rounds=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5, help="timed ones of each kind")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=("returned", "kept"), help="measure this in the present process")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(arguments)
     if parsed.only:
         if parsed.only == "kept" and not keep_freed_memory():
             parser.error("this system has no such setting")
-        measure(parsed.batch, parsed.steps)
-    else:
-        for number in range(parsed.rounds):
-            for kind in ("returned", "kept"):
-                print(f"round {number + 1}, freed memory {kind}", flush=True)
-                subprocess.run([sys.executable, *sys.argv, f"--only={kind}"], check=True)
+        measure(parsed.batch, parsed.steps, parsed.tiny)
+        return
+    options = [f"--{name}={getattr(parsed, name)}" for name in ("batch", "steps")]
+    kinds = ("returned",) if parsed.tiny else ("returned", "kept")
+    for number in range(parsed.rounds):
+        for kind in kinds:
+            print(f"round {number + 1}, freed memory {kind}", flush=True)
+            print(printed_by(main, __file__, [*options, f"--only={kind}"], parsed.tiny), end="", flush=True)
+
+
+if __name__ == "__main__":
+    main()

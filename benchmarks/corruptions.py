@@ -3,23 +3,23 @@
 PYTHONPATH=. python benchmarks/corruptions.py [--count 1000] [--size 32]
 """
 
-import single_thread  # noqa: F401  isort: skip
+from benchmarks import single_thread  # noqa: F401  isort: skip
 
-import argparse
 import time
 
 import numpy as np
 from scipy import ndimage
 from tabulate import tabulate
 
+from benchmarks.common import Parser
 from drep_jax.data.corruptions import CIFAR10C, CORRUPTIONS, corrupt
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments=None):
+    parser = Parser(__doc__, count=2)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--size", type=int, default=32)
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     rng = np.random.default_rng(0)
     blobs = ndimage.gaussian_filter(rng.normal(size=(flags.count, flags.size, flags.size, 3)), (0, 2, 2, 0)) * 400
     images, index = np.clip(127 + blobs, 0, 255).astype(np.uint8), np.arange(flags.count)

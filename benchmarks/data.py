@@ -25,6 +25,8 @@ import time
 import numpy as np
 from PIL import Image
 
+from benchmarks.common import Parser, network
+
 BATCH = 64
 SIZE = 224
 WORKERS = 2
@@ -42,18 +44,18 @@ def write_images(folder, count):
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(f"{folder}/{i:04}.jpg", quality=90)
 
 
-def ours(folder, threads=None):
+def ours(folder, threads=None, batch=BATCH):
     from drep_jax.data import open_source
     from drep_jax.data.augment import Augmentation
     from drep_jax.data.loader import training_batches
 
     source = open_source(f"folder:{folder}", "train", image_size=(SIZE, SIZE))
     augmentation = Augmentation(flip=True, crop_scale=(0.08, 1.0))
-    for batch in training_batches(source, BATCH, seed=0, augmentation=augmentation, num_threads=threads):
-        yield batch["image"]
+    for read in training_batches(source, batch, seed=0, augmentation=augmentation, num_threads=threads):
+        yield read["image"]
 
 
-def plain(folder):
+def plain(folder, batch=BATCH):
     import torch
     from torchvision import transforms
 
@@ -74,7 +76,7 @@ def plain(folder):
             with Image.open(f"{folder}/{names[i % len(names)]}") as image:
                 return change(image.convert("RGB"))
 
-    yield from torch.utils.data.DataLoader(Folder(), BATCH, shuffle=True, num_workers=WORKERS)
+    yield from torch.utils.data.DataLoader(Folder(), batch, shuffle=True, num_workers=WORKERS)
 
 
 SIDES = {"ours": ours, "ours_2": functools.partial(ours, threads=WORKERS), "torch": plain}
@@ -103,17 +105,15 @@ def timed(process, batches):
     return BATCH * batches / seconds
 
 
-def forward_rate():
+def forward_rate(tiny=False):
     """Returns images per second of the forward pass of ViT-S/16, an upper bound for training."""
     import jax
     import jax.numpy as jnp
 
-    from drep_jax.models import create_model
-
-    network = create_model("vit_s16", num_classes=1000, image_size=(SIZE, SIZE))
-    images = jnp.zeros((8, SIZE, SIZE, 3))
-    variables = jax.jit(network.init)(jax.random.key(0), images)
-    forward = jax.jit(network.apply)
+    model, pixels = network("vit_s16", tiny, SIZE)
+    images = jnp.zeros((8, pixels, pixels, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    forward = jax.jit(model.apply)
     forward(variables, images).block_until_ready()
     rates = []
     for _ in range(5):
@@ -123,8 +123,8 @@ def forward_rate():
     return statistics.median(rates)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(command=None):
+    parser = Parser(__doc__, sides=["ours_2"], rounds=1, batches=1, images=4)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
@@ -132,9 +132,16 @@ def main():
     )
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     if arguments.serve:
         serve(*arguments.serve)
+        return
+    if arguments.tiny:  # no processes to stop and to time, but the same reading
+        with tempfile.TemporaryDirectory() as folder:
+            write_images(folder, arguments.images)
+            for name in arguments.sides:
+                print(f"{name:8s} {next(SIDES[name](folder, batch=arguments.images)).shape}")
+        print(f"forward  {forward_rate(tiny=True):7.1f} images/s")
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no stopped process behind
     with tempfile.TemporaryDirectory() as folder:

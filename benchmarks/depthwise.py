@@ -5,9 +5,8 @@
 Milliseconds are the least of some rounds, which are interleaved; --forward leaves out the gradients.
 """
 
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 import tabulate
 from jax import lax
 
+from benchmarks.common import Parser
 from drep_jax.models import depthwise_conv
 
 ROWS = ((3, 1), (7, 1))
@@ -25,14 +25,19 @@ SHAPE = (8, 56, 56, 96)
 ROUNDS = 9
 
 
-def main() -> None:
+def main(command: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    kinds = ("forward",) if "--forward" in sys.argv[1:] else ("forward", "gradient")
+    parser = Parser(__doc__, rounds=1, shape=(1, 8, 8, 4))
+    parser.add_argument("--forward", action="store_true", help="leave out the gradients")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--shape", type=int, nargs=4, default=SHAPE, help="of the images")
+    options = parser.parse_args(command)
+    kinds = ("forward",) if options.forward else ("forward", "gradient")
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
+    x = jnp.asarray(rng.normal(size=options.shape), jnp.float32)
     rows = []
     for side, stride in ROWS:
-        kernel = jnp.asarray(rng.normal(size=(side, side, 1, SHAPE[-1])), jnp.float32)
+        kernel = jnp.asarray(rng.normal(size=(side, side, 1, options.shape[-1])), jnp.float32)
         forms = {
             (kind, name): _form(conv, side, stride, kind == "gradient")
             for kind in kinds
@@ -41,14 +46,14 @@ def main() -> None:
         least = dict.fromkeys(forms, np.inf)
         for form in forms.values():
             jax.block_until_ready(form(x, kernel))
-        for _ in range(ROUNDS):
+        for _ in range(options.rounds):
             for name, form in forms.items():
                 began = time.perf_counter()
                 jax.block_until_ready(form(x, kernel))
                 least[name] = min(least[name], 1e3 * (time.perf_counter() - began))
         pairs = [(least[kind, "XLA"], least[kind, "ours"]) for kind in kinds]
         rows.append([f"{side}x{side}", stride, *(value for xla, ours in pairs for value in (xla, ours, xla / ours))])
-    print(f"{SHAPE} on {jax.devices()[0].device_kind}")
+    print(f"{tuple(options.shape)} on {jax.devices()[0].device_kind}")
     columns = ["kernel", "stride", *(f"{name}, {kind}" for kind in kinds for name in ("XLA ms", "ours ms", "ratio"))]
     print(tabulate.tabulate(rows, columns, floatfmt=".1f"))
 

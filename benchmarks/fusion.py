@@ -7,9 +7,6 @@ its peak memory is its own. The weights and the (non-zero) denoisers count in th
 weights" subtracts the memory in use before fusing began.
 """
 
-import argparse
-import subprocess
-import sys
 import time
 
 import jax
@@ -17,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.common import Parser, network, printed_by
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.fusion import fuse, fuse_exact
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
 from drep_jax.evaluation import cost
-from drep_jax.models import create_model
 
 LINEARS = r".*(attn/(query|key|value|out)|mlp/fc[12])"
 CASES = {
@@ -34,11 +31,11 @@ CASES = {
 }
 
 
-def one(case, precision, rounds):
+def one(case, precision, rounds, tiny=False):
     """Prints sites, parameters, seconds to compile and fuse, peak bytes, bytes above weights."""
     name, pattern = CASES[case]
-    model = create_model(name, num_classes=1000, image_size=(224, 224))
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    model, pixels = network(name, tiny)
+    images = jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32)
     sites, schedule = find_sites(model, images, pattern=pattern), Schedule()
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(images.shape))
     denoise = jax.tree_util.tree_map(lambda leaf: leaf + 0.01, init_denoise(sites))
@@ -56,21 +53,21 @@ def one(case, precision, rounds):
     print(len(sites), size, compiling, np.median(times), cost.peak_memory(), cost.peak_memory() - before)
 
 
-def main(arguments):
+def main(command=None):
+    parser = Parser(__doc__, rounds=1, cases=[next(iter(CASES))])
+    parser.add_argument("--case", choices=list(CASES), help="measure this in the present process")
+    parser.add_argument("--precision", choices=["float32", "float64"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    arguments = parser.parse_args(command)
+    if arguments.case:
+        one(arguments.case, arguments.precision, arguments.rounds, arguments.tiny)
+        return
     rows = []
-    for case in CASES:
+    for case in arguments.cases:
         for precision in ("float32", "float64"):
-            command = [
-                sys.executable,
-                __file__,
-                "--case",
-                case,
-                "--precision",
-                precision,
-                "--rounds",
-                str(arguments.rounds),
-            ]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            options = [f"--case={case}", f"--precision={precision}", f"--rounds={arguments.rounds}"]
+            out = printed_by(main, __file__, options, arguments.tiny).split()
             sites, size, compiling, seconds, peak, above = map(float, out)
             rows.append([case, precision, int(sites), size / 1e6, compiling, seconds, peak / 2**30, above / 2**30])
     headers = ["", "in", "sites", "denoisers, M", "compile s", "fuse s", "peak GiB", "above the weights GiB"]
@@ -78,12 +75,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=list(CASES))
-    parser.add_argument("--precision", choices=["float32", "float64"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parsed = parser.parse_args()
-    if parsed.case:
-        one(parsed.case, parsed.precision, parsed.rounds)
-    else:
-        main(parsed)
+    main()

@@ -3,24 +3,26 @@
 PYTHONPATH=. python benchmarks/latency.py
 """
 
-import argparse
-
 import jax
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.common import Parser, network
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.explicit import explicit_apply
 from drep_jax.core.fusion import fuse
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
 from drep_jax.evaluation import cost
-from drep_jax.models import create_model
 
 
-def main(arguments):
-    model = create_model("vit_s16", num_classes=1000, image_size=(224, 224))
-    images = jax.random.normal(jax.random.key(0), (arguments.batch, 224, 224, 3))
+def main(command=None):
+    parser = Parser(__doc__, batch=2, rounds=1)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=21)
+    arguments = parser.parse_args(command)
+    model, pixels = network("vit_s16", arguments.tiny)
+    images = jax.random.normal(jax.random.key(0), (arguments.batch, pixels, pixels, 3))
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     sites, schedule = find_sites(model, images), Schedule()
     leaves, structure = jax.tree_util.tree_flatten(init_denoise(sites))
@@ -62,7 +64,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=21)
-    main(parser.parse_args())
+    main()

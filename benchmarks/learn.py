@@ -11,36 +11,32 @@ batches of 64), exactly (from the moments of all images and tokens), with the se
 compilation.
 """
 
-import argparse
-import dataclasses
-import os
-import sys
-import time
+from benchmarks import single_thread  # noqa: F401  isort: skip
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import single_thread  # noqa: F401, I001 (first of all)
+import dataclasses
+import time
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from step import LINEARS, make_step
 from tabulate import tabulate
 
+from benchmarks.common import Parser, network
+from benchmarks.step import LINEARS, make_step
 from configs import digits
 from drep_jax.core import closed_form, moments
-from drep_jax.evaluation import cost
-from drep_jax.run.setup import build
-from drep_jax.data.augment import Augmentation
-from drep_jax.data.loader import evaluation_batches, normalize, training_batches
 from drep_jax.core.denoisers import init_denoise
-from drep_jax.models import create_model
+from drep_jax.core.moments import collect_moments, image_keys, initial_state, programs
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
-from drep_jax.tasks.losses import cross_entropy
+from drep_jax.data.augment import Augmentation
+from drep_jax.data.loader import evaluation_batches, normalize, training_batches
+from drep_jax.evaluation import cost
 from drep_jax.parallel import devices
-from drep_jax.core.moments import collect_moments, image_keys, initial_state, programs
+from drep_jax.run.setup import build
+from drep_jax.tasks.losses import cross_entropy
 
 
 def one_batch(model, variables, sites, images, tokens):
@@ -61,8 +57,8 @@ def one_batch(model, variables, sites, images, tokens):
 
 def speed(arguments):
     """Times forward pass, moments, bare products and a step of Algorithm 1 in turn."""
-    model = create_model("vit_s16", num_classes=1000, image_size=(224, 224))
-    images = jax.random.normal(jax.random.key(0), (arguments.batch, 224, 224, 3))
+    model, pixels = network("vit_s16", arguments.tiny)
+    images = jax.random.normal(jax.random.key(0), (arguments.batch, pixels, pixels, 3))
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     sites = find_sites(model, images, pattern=LINEARS)
     forward = jax.jit(model.apply)
@@ -108,7 +104,7 @@ def speed(arguments):
 def trained_backbone(setting, steps):
     """Trains the backbone on the labeled digits."""
     variables = setting.backbone.init(jax.random.key(0), jnp.zeros(setting.images.shape))
-    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, steps), weight_decay=0.05)
+    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 2), steps), weight_decay=0.05)
 
     @jax.jit
     def step(variables, state, images, labels):
@@ -133,7 +129,10 @@ def trained_backbone(setting, steps):
 
 def reached(arguments):
     """Compares the closed form with 20 epochs of Algorithm 1 on the digits."""
-    setting = build(digits.get_config().to_dict())
+    config = digits.get_config()
+    if arguments.tiny:
+        config.model.update({"patch_size": 4, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 24})
+    setting = build(config.to_dict())
     backbone, sites, schedule = (
         setting.backbone,
         find_sites(setting.backbone, setting.images, pattern=LINEARS),
@@ -146,7 +145,7 @@ def reached(arguments):
             if (b["index"] < images).any():
                 yield normalize(b["image"], setting.mean, setting.std), (b["mask"] & (b["index"] < images)).astype("f4")
 
-    every = len(setting.train)
+    every = len(setting.train) if not arguments.tiny else 64
     truth = collect_moments(backbone, variables, sites, batches(every))
 
     def total(denoise):
@@ -167,12 +166,12 @@ def reached(arguments):
             denoise = closed_form.closed_form(moments, sites, schedule)
             seconds.append(time.perf_counter() - began)
         rows.append([name, images, np.median(seconds), total(denoise)])
-    steps = 20 * every // 64
+    steps = arguments.epochs * every // 64
     for name, rate, tx in (
-        ("Algorithm 1, 20 epochs, SGD, rate 4e-4", 4e-4, lambda r: optax.sgd(r, momentum=0.9)),
-        ("Algorithm 1, 20 epochs, Adam, rate 4e-4", 4e-4, optax.adam),
-        ("Algorithm 1, 20 epochs, SGD, rate 1", 1.0, lambda r: optax.sgd(r, momentum=0.9)),
-        ("Algorithm 1, 20 epochs, Adam, rate 0.2", 0.2, optax.adam),
+        (f"Algorithm 1, {arguments.epochs} epochs, SGD, rate 4e-4", 4e-4, lambda r: optax.sgd(r, momentum=0.9)),
+        (f"Algorithm 1, {arguments.epochs} epochs, Adam, rate 4e-4", 4e-4, optax.adam),
+        (f"Algorithm 1, {arguments.epochs} epochs, SGD, rate 1", 1.0, lambda r: optax.sgd(r, momentum=0.9)),
+        (f"Algorithm 1, {arguments.epochs} epochs, Adam, rate 0.2", 0.2, optax.adam),
     ):
         optimizer = tx(optax.cosine_decay_schedule(rate, steps))
         step = make_step(backbone, variables, sites, optimizer, 1.0)
@@ -193,11 +192,11 @@ def reached(arguments):
     print(tabulate(rows, headers, floatfmt=("", "", ".2f", ".4f", ".1f", ".4f"), tablefmt="github"))
 
 
-def solving():
+def solving(widths):
     """Times the solution on the host in float64, at the widths of ViT-S, ViT-B and ResNet-50."""
     rows = []
     lone = find_sites(nn.Sequential([nn.Dense(1)]), jnp.zeros((1, 4)), pattern=".*")[0]
-    for width in (384, 1536, 3072, 4608):
+    for width in widths:
         x = np.random.default_rng(0).normal(size=(width, 64))
         known = moments.Moments(64, np.zeros(width), x @ x.T / 64)
         site = dataclasses.replace(lone, width=width, times=(10,))
@@ -208,13 +207,20 @@ def solving():
     print(tabulate(rows, ["d", "s", "MiB of one d × d matrix"], floatfmt=("", ".2f", ".0f"), tablefmt="github"))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(command=None):
+    """Runs and prints everything."""
+    parser = Parser(__doc__, batch=8, rounds=1, backbone_steps=2, epochs=1, widths=[8])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=float, default=0.25, help="fraction of the tokens in the sampled variant")
     parser.add_argument("--backbone_steps", type=int, default=1500)
-    parsed = parser.parse_args()
+    parser.add_argument("--epochs", type=int, default=20, help="of Algorithm 1")
+    parser.add_argument("--widths", type=int, nargs="+", default=[384, 1536, 3072, 4608], help="of sites to solve")
+    parsed = parser.parse_args(command)
     speed(parsed)
     reached(parsed)
-    solving()
+    solving(parsed.widths)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,8 @@ with the reason. VMamba's is a checkout of its repository, whose path VMAMBA_REF
 (tests/parity/vmamba_reference.py); it runs the authors' plain PyTorch path.
 """
 
-import argparse
+from benchmarks import single_thread  # noqa: F401  isort: skip
+
 import contextlib
 import functools
 import importlib.util
@@ -23,17 +24,15 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import single_thread  # noqa: F401, I001 (first of all)
-from allocator import keep_freed_memory
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.allocator import keep_freed_memory
+from benchmarks.common import TINY_PIXELS, Parser, network
 from drep_jax.evaluation import cost
-from drep_jax.models import MODELS, create_model
+from drep_jax.models import MODELS
 
 
 class Case(NamedTuple):
@@ -83,9 +82,9 @@ CASES = {
 }
 
 
-def our_sides(name, pixels, images):
+def our_sides(name, pixels, images, tiny=False):
     """Returns (forward, forward with gradients, number of parameters) of our backbone."""
-    model = create_model(name, num_classes=1000, image_size=(pixels, pixels))
+    model, pixels = network(name, tiny, pixels)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, pixels, pixels, 3)))
     images = jnp.asarray(images)
 
@@ -118,13 +117,20 @@ def their_sides(reference, images):
     return forward, gradients, sum(p.numel() for p in model.parameters())
 
 
-def measure(name, case, batch, rounds):
+def tiny_sides(images):
+    """Returns the same of a linear map that takes the place of PyTorch's network."""
+    flat, matrix = images.reshape(len(images), -1), np.ones((images[0].size, 1000), np.float32)
+    return (lambda: flat @ matrix), (lambda: flat.T @ (flat @ matrix)), matrix.size
+
+
+def measure(name, case, batch, rounds, tiny=False):
     """Returns the table's rows of one backbone."""
     if name not in MODELS:
         raise Missing("not among MODELS")
-    images = np.random.default_rng(0).normal(size=(batch, case.pixels, case.pixels, 3)).astype(np.float32)
-    torch_sides = their_sides(case.reference, images)
-    jax_sides = our_sides(name, case.pixels, images)
+    pixels = TINY_PIXELS if tiny else case.pixels
+    images = np.random.default_rng(0).normal(size=(batch, pixels, pixels, 3)).astype(np.float32)
+    torch_sides = tiny_sides(images) if tiny else their_sides(case.reference, images)
+    jax_sides = our_sides(name, pixels, images, tiny)
     if jax_sides[2] != torch_sides[2]:
         print(f"{name}: {jax_sides[2]:,} parameters, and the reference has {torch_sides[2]:,}", file=sys.stderr)
     rows = []
@@ -136,12 +142,20 @@ def measure(name, case, batch, rounds):
     return rows
 
 
-def main(arguments):
+def main(command=None):
+    parser = Parser(__doc__, models=["vit_s16"], batch=2, rounds=1, return_memory=True)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--return_memory", action="store_true", help="leave the allocator as the system has it")
+    arguments = parser.parse_args(command)
+    if unknown := set(arguments.models) - set(CASES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
     keeps_memory = not arguments.return_memory and keep_freed_memory()
     rows = []
     for name in arguments.models or CASES:
         try:
-            rows += measure(name, CASES[name], arguments.batch, arguments.rounds)
+            rows += measure(name, CASES[name], arguments.batch, arguments.rounds, arguments.tiny)
         except Missing as reason:
             print(f"{name}: skipped, {reason}", file=sys.stderr)
     memory = "kept" if keeps_memory else "returned to the system"
@@ -150,12 +164,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--return_memory", action="store_true", help="leave the allocator as the system has it")
-    parsed = parser.parse_args()
-    if unknown := set(parsed.models) - set(CASES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    main(parsed)
+    main()

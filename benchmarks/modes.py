@@ -11,14 +11,15 @@ interval, and the number of seeds in which the paired test of that run (interval
 significant. A stopped run is resumed.
 """
 
-import argparse
 import importlib.util
 import os
+import sys
 
 import numpy as np
 import scipy.stats
 from tabulate import tabulate
 
+from benchmarks.common import Parser
 from drep_jax.evaluation.summary import arms_of
 from drep_jax.jobs import train
 from drep_jax.report.comparisons import compare
@@ -44,6 +45,11 @@ def configuration(arguments, seed):
     config.evaluate.conditions = tuple(arguments.conditions)
     config.log_every = config.checkpoint_every = arguments.steps
     config.progress = False
+    if arguments.tiny:
+        config.model.update({"patch_size": 4, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 24})
+        config.backbone.update({"steps": arguments.steps, "warmup": 0})
+        config.evaluate.update({"resamples": 100, "certificate_images": 2, "latency_batch": 8, "batch_size": 200})
+        config.latency_rounds = 1
     return config.to_dict()
 
 
@@ -73,7 +79,20 @@ def table(reports, condition):
     return rows
 
 
-def main(arguments):
+def main(command=None):
+    command = sys.argv[1:] if command is None else list(command)
+    parser = Parser(__doc__, config="configs/digits.py", seeds=1, steps=8, batch=32, conditions=["clean"])
+    parser.add_argument("--config", required="--tiny" not in command)
+    parser.add_argument("--workdir", default="runs/modes")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--kind", default="pointwise", help="of the denoisers of convolutions")
+    parser.add_argument("--rate", type=float, default=1e-4, help="peak learning rate of the backbone, AdamW")
+    parser.add_argument("--denoiser_rate", type=float, default=4e-4, help="peak learning rate of the denoisers, Adam")
+    parser.add_argument("--label_lambda", type=float, default=0.01, help="λ of Eq. 12")
+    parser.add_argument("--conditions", nargs="+", default=["clean"])
+    arguments = parser.parse_args(command)
     reports = []
     for seed in range(arguments.seeds):
         config = configuration(arguments, seed)
@@ -92,15 +111,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", default="runs/modes")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--kind", default="pointwise", help="of the denoisers of convolutions")
-    parser.add_argument("--rate", type=float, default=1e-4, help="peak learning rate of the backbone, AdamW")
-    parser.add_argument("--denoiser_rate", type=float, default=4e-4, help="peak learning rate of the denoisers, Adam")
-    parser.add_argument("--label_lambda", type=float, default=0.01, help="λ of Eq. 12")
-    parser.add_argument("--conditions", nargs="+", default=["clean"])
-    main(parser.parse_args())
+    main()

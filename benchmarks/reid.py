@@ -11,13 +11,13 @@ resumed. Latency corresponds to the paper's Table 4: baseline, fused, and Denois
 in one run.
 """
 
-import argparse
 import json
 import os
 
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.common import Parser
 from benchmarks.modes import interval
 from configs.reid_pku import get_config
 from drep_jax.evaluation.summary import arms_of
@@ -38,6 +38,14 @@ def run(arguments, seed):
     for name in ("backbone", "control"):
         config[name].update({"steps": getattr(arguments, f"{name}_steps")})
     config.denoise.train_steps = config.alternate.steps = arguments.control_steps
+    if arguments.tiny:
+        config.model.update({"width": 4})
+        config.backbone.warmup = config.control.warmup = 0
+        config.evaluate.update({"conditions": ("clean",), "resamples": 100, "certificate_images": 2})
+        config.measured.update({"images": 64, "vectors": 4, "clean_share": (0.5,)})
+        config.select.update({"images": 32, "conditions": (), "strengths": (0.0, 1.0)})
+        config.wiener.ratios = (0.01,)
+        config.latency_rounds = 1
     directory = os.path.join(arguments.workdir, f"{arguments.backbone}_{seed}")
     finished = os.path.join(directory, "report.json")
     if os.path.exists(finished):
@@ -67,7 +75,14 @@ def rows(reports, condition):
     return table
 
 
-def main(arguments):
+def main(command=None):
+    parser = Parser(__doc__, seeds=[0], backbone_steps=2, control_steps=2)
+    parser.add_argument("--backbone", default="resnet", help="resnet or transreid")
+    parser.add_argument("--workdir", default="runs/reid")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
+    parser.add_argument("--backbone_steps", type=int, default=400)
+    parser.add_argument("--control_steps", type=int, default=60, help="of every arm that is trained")
+    arguments = parser.parse_args(command)
     reports = []
     for seed in arguments.seeds:
         reports.append(run(arguments, seed))
@@ -89,10 +104,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="resnet", help="resnet or transreid")
-    parser.add_argument("--workdir", default="runs/reid")
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
-    parser.add_argument("--backbone_steps", type=int, default=400)
-    parser.add_argument("--control_steps", type=int, default=60, help="of every arm that is trained")
-    main(parser.parse_args())
+    main()

@@ -13,14 +13,15 @@ a process of its own, the sides in turn; memory is the peak above what the proce
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
 
-SIZES = {"market": (3368, 15913, 750, 6), "msmt17": (11659, 82161, 3060, 15)}
+from benchmarks.common import Parser, printed_by
+
+SIZES = {"market": (3368, 15913, 750, 6), "msmt17": (11659, 82161, 3060, 15), "tiny": (20, 60, 8, 2)}
 """Queries, gallery images, identities and cameras; Market's gallery includes 2,798 distractors."""
+PUBLISHED = ("market", "msmt17")
 WIDTH = 384
 MEMORY_FRACTION = 0.7
 """Of free memory that the usual loop may take."""
@@ -120,18 +121,17 @@ def measure(side, size):
     print(json.dumps(result | {"extra": peak_bytes("VmHWM") - before}))
 
 
-def child(side, size):
-    done = subprocess.run([sys.executable, __file__, "--measure", side, size], stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def child(side, size, tiny):
+    return json.loads(printed_by(main, __file__, ["--measure", side, size], tiny).splitlines()[-1])
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+def main(command=None):
+    parser = Parser(__doc__, sizes=["tiny"], rounds=1, rerank=True)
+    parser.add_argument("--sizes", nargs="+", default=list(PUBLISHED), choices=SIZES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rerank", action="store_true", help="re-ranking too (minutes at the size of MSMT17)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(command)
     if args.measure:
         measure(*args.measure)
         return
@@ -140,11 +140,11 @@ def main():
         results = {"ours": [], "usual": []}
         for index in range(args.rounds):
             for side in sorted(results, reverse=bool(index % 2)):
-                results[side].append(child(side, size))
+                results[side].append(child(side, size, args.tiny))
         rows = [("ours, with distances", "ours", "total"), ("ours, first call", "ours", "first")]
         rows += [("usual, loop alone", "usual", "loop"), ("usual, with distances", "usual", "total")]
         if args.rerank:
-            results["rerank"] = [child("rerank", size)]
+            results["rerank"] = [child("rerank", size, args.tiny)]
             rows.append(("ours, re-ranked, once", "rerank", "total"))
         queries, gallery, *_ = SIZES[size]
         for name, side, key in rows:

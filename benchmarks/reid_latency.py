@@ -7,13 +7,12 @@ every convolution), which cost the same as trained ones. One run, interleaved, m
 the median of the rounds' own ratios to the plain network.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.common import TINY_PIXELS, Parser, network
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.explicit import explicit_apply
 from drep_jax.core.fusion import fuse
@@ -25,9 +24,20 @@ from drep_jax.learners.labeled import WithFinal
 from drep_jax.models import create_model
 
 
-def main(arguments):
+def main(command=None):
+    parser = Parser(__doc__, batch=2, rounds=1, size=(TINY_PIXELS, TINY_PIXELS))
+    parser.add_argument("--model", default="transreid_ssl_s16")
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 128), help="height and width")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sites", default="", help="regular expression over layers")
+    arguments = parser.parse_args(command)
     size = tuple(arguments.size)
-    backbone = create_model(arguments.model, num_classes=0, image_size=size)
+    backbone = (
+        network("", tiny=True, num_classes=0)[0]
+        if arguments.tiny
+        else create_model(arguments.model, num_classes=0, image_size=size)
+    )
     images = jax.random.normal(jax.random.key(0), (arguments.batch, *size, 3))
     variables = dict(jax.jit(backbone.init)(jax.random.key(1), images[:1]))
     layers = find_layers(backbone, jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32))
@@ -67,10 +77,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="transreid_ssl_s16")
-    parser.add_argument("--size", type=int, nargs=2, default=(256, 128), help="height and width")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--sites", default="", help="regular expression over layers")
-    main(parser.parse_args())
+    main()

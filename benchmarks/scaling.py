@@ -14,7 +14,6 @@ bound where the bandwidth is right. `--bandwidth` is the rate at which one devic
 while all send at once.
 """
 
-import argparse
 import math
 
 import flax.linen as nn
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from tabulate import tabulate
 
+from benchmarks.common import Parser
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.moments import zero_sums
 from drep_jax.core.sites import find_sites
@@ -100,8 +100,18 @@ def ring(size, devices, bandwidth):
     return 2.0 * (devices - 1) / devices * size / bandwidth
 
 
-def main(arguments):
-    measured = {title: measure(*case) for title, case in MODELS.items()}
+def main(command=None):
+    parser = Parser(__doc__, models=["ViT-S/16"])
+    parser.add_argument("--model", default="ViT-S/16, all linears", help="whose step --seconds was measured on")
+    parser.add_argument("--mode", default="Algorithm 1", help="labels, or Algorithm 1")
+    parser.add_argument(
+        "--seconds", type=float, default=3.67, help="a step on one device (default: benchmarks/step.py's)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images a device in that step")
+    parser.add_argument("--bandwidth", type=float, default=25.0, help="GB/s a device")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="of the tables")
+    arguments = parser.parse_args(command)
+    measured = {title: measure(*MODELS[title]) for title in arguments.models}
     mb = 1e-6 * FLOAT
 
     rows = []
@@ -152,12 +162,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-S/16, all linears", help="whose step --seconds was measured on")
-    parser.add_argument("--mode", default="Algorithm 1", help="labels, or Algorithm 1")
-    parser.add_argument(
-        "--seconds", type=float, default=3.67, help="a step on one device (default: benchmarks/step.py's)"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="images a device in that step")
-    parser.add_argument("--bandwidth", type=float, default=25.0, help="GB/s a device")
-    main(parser.parse_args())
+    main()

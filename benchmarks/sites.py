@@ -6,13 +6,13 @@
 Nothing is computed.
 """
 
-import argparse
 import functools
 
 import jax
 import jax.numpy as jnp
 from tabulate import tabulate
 
+from benchmarks.common import Parser
 from drep_jax.core.layers import find_layers
 from drep_jax.core.sites import coverage, find_sites
 from drep_jax.models import MODELS, create_model, list_models
@@ -38,8 +38,13 @@ def look(name, pattern=None):
     return sites, params, coverage(sites, params), len(find_layers(model, images))
 
 
-def main(arguments):
+def main(command=None):
     """Prints the tables."""
+    parser = Parser(__doc__, only=["resnet20_cifar"])
+    parser.add_argument("model", nargs="?", help="every site of this one; without it, one line a backbone")
+    parser.add_argument("pattern", nargs="?", help="regular expression over layers")
+    parser.add_argument("--only", nargs="+", default=[], help="backbones to list; all without it")
+    arguments = parser.parse_args(command)
     if arguments.model:
         sites, _, covered, _ = look(arguments.model, arguments.pattern)
         rows = [[s.times[0], ", ".join(layer.name for layer in s.layers), s.kind, s.width, s.groups] for s in sites]
@@ -48,7 +53,8 @@ def main(arguments):
         return
     rows = []
     # The families themselves have sizes to be given.
-    for name in (name for name in list_models() if isinstance(MODELS[name], functools.partial)):
+    names = [name for name in list_models() if isinstance(MODELS[name], functools.partial)]
+    for name in arguments.only or names:
         sites, params, covered, layers = look(name)
         every = look(name, ".*")[0]
         millions = sum(leaf.size for leaf in jax.tree_util.tree_leaves(params)) / 1e6
@@ -60,7 +66,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="every site of this one; without it, one line a backbone")
-    parser.add_argument("pattern", nargs="?", help="regular expression over layers")
-    main(parser.parse_args())
+    main()

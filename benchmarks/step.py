@@ -14,14 +14,10 @@ variants to a small ViT on the real digits and prints the gap to the known optim
 steps.
 """
 
-import argparse
-import functools
-import os
-import sys
-import time
+from benchmarks import single_thread  # noqa: F401  isort: skip
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import single_thread  # noqa: F401, I001 (first of all)
+import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +25,22 @@ import numpy as np
 import optax
 from tabulate import tabulate
 
+from benchmarks.common import TINY_PIXELS, Parser, network
 from configs import vit_s_imagenet
 from drep_jax.core import closed_form
-from drep_jax.evaluation import cost
-from drep_jax.run.run import Run
-from drep_jax.run.setup import build
-from drep_jax.data import open_source
-from drep_jax.data.loader import evaluation_batches, normalize, training_batches
-from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.algorithm1 import algorithm1_losses
-from drep_jax.models import create_model
-from drep_jax.learners.losses import augmented_objective, denoising_objective, label_objective
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.moments import collect_moments
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
+from drep_jax.data import open_source
+from drep_jax.data.loader import evaluation_batches, normalize, training_batches
+from drep_jax.evaluation import cost
+from drep_jax.learners.losses import augmented_objective, denoising_objective, label_objective
+from drep_jax.models import create_model
 from drep_jax.parallel import devices
-from drep_jax.core.moments import collect_moments
+from drep_jax.run.run import Run
+from drep_jax.run.setup import build
 from drep_jax.run.stages import prepare
 from drep_jax.training.state import make_step as training_step
 
@@ -73,8 +70,8 @@ def site_operations(sites, vectors):
 
 def speed(arguments):
     """Times the forward pass and the steps in turn."""
-    model = create_model("vit_s16", num_classes=1000, image_size=(224, 224))
-    images = jax.random.normal(jax.random.key(0), (arguments.batch, 224, 224, 3))
+    model, pixels = network("vit_s16", arguments.tiny)
+    images = jax.random.normal(jax.random.key(0), (arguments.batch, pixels, pixels, 3))
     index = jnp.arange(arguments.batch)
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     sites = find_sites(model, images, pattern=LINEARS)
@@ -163,6 +160,8 @@ def mode_step(arguments, mode, changes):
     """Returns (setup, step, state, frozen, batch, floor, forward operations) of one mode."""
     config = vit_s_imagenet.get_config()
     config.data.update({"source": f"random:{arguments.batch}:1000", "image_size": (arguments.pixels,) * 2})
+    if arguments.tiny:
+        config.model.update({"name": "vit", "patch_size": 8, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 24})
     config.sites.pattern = LINEARS
     config.denoise.update({name: value for name, value in changes.items() if name != "remat"})
     config.denoise.batch_size = config.control.batch_size = arguments.batch
@@ -219,9 +218,10 @@ def floor_of(mode, setup, options, vectors, forward):
 def gap(arguments):
     """Trains denoisers on the real digits with all tokens and with a sample of them."""
     source = open_source("digits", "train", image_size=(8, 8))
-    model = create_model(
-        "vit", num_classes=10, image_size=(8, 8), patch_size=2, width=64, depth=4, num_heads=4, mlp_dim=128
-    )
+    sizes = {"patch_size": 2, "width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 128}
+    if arguments.tiny:
+        sizes = {"patch_size": 4, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 24}
+    model = create_model("vit", num_classes=10, image_size=(8, 8), **sizes)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
     def prepare(images):
@@ -248,8 +248,9 @@ def gap(arguments):
     print(tabulate(rows, headers, floatfmt=".3f"))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(command=None):
+    """Runs and prints everything."""
+    parser = Parser(__doc__, batch=8, rounds=1, steps=2, pixels=TINY_PIXELS, rank=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=float, default=0.25, help="fraction of the tokens in the sampled variant")
@@ -257,9 +258,13 @@ if __name__ == "__main__":
     parser.add_argument("--modes", action="store_true", help="every mode against plain fine-tuning")
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--rank", type=int, default=32, help="of the low-rank variant of --modes")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(command)
     if parsed.modes:
         modes(parsed)
     else:
         speed(parsed)
         gap(parsed)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,11 +33,13 @@ def get_default() -> ConfigDict:
     config.latency_rounds = 30  # latency measurements of each network
     config.profile = ""  # FIRST:COUNT, steps of every stage to trace for TensorBoard, in WORKDIR/profile
 
-    # Without labels: algorithm1, closed_form, wiener, measured. With labels: label_augmented, alternating, continued.
+    # Without labels: algorithm1, closed_form, wiener, measured, distilled, distilled_backbone. With labels:
+    # label_augmented, alternating, continued.
     config.learner = "algorithm1"  # The weights of this learner are exported.
     config.compare = ()  # further learners to evaluate; also final_only, which cannot be fused
     config.task = "classification"  # meaning of the labels: classification, or retrieval (docs/reid.md)
-    config.noise = "gaussian:0..40"  # for learner measured: corruptions, or pairs:, bank:, like: or unpaired:DIR
+    # for learners measured and distilled: corruptions, separated by commas, or pairs:, bank:, like: or unpaired:PLACE
+    config.noise = "gaussian:0..40"
 
     config.data = ConfigDict(  # the images
         {
@@ -179,12 +181,29 @@ def get_default() -> ConfigDict:
             "shortcut": True,  # whether layers also remove the noise of the shortcut that they are added to
         }
     )
+    config.distilled = ConfigDict(  # of learners distilled and distilled_backbone, which train on the clean answers
+        {
+            **computing,
+            "init_from": "",  # measured: start from the solution of that learner, which is compared; "" for the backbone
+            "clean_share": 0.25,  # fraction of the images that are left clean
+            "steps": 1000,  # of training
+            "batch_size": 64,  # images per step, over all devices
+            "optimizer": "adam",  # adam, adamw or sgd
+            "learning_rate": 1e-4,  # peak; cosine decay to 0; distilled_backbone takes more, such as 1e-3
+            "warmup": 0,  # steps of linear warm-up
+            "weight_decay": 0.0,  # for adamw and sgd
+            "clip": 0.0,  # largest gradient norm; 0 for no limit
+        }
+    )
     config.wiener = ConfigDict(  # of learner wiener
         {"ratios": (0.001, 0.003, 0.01, 0.03, 0.1)}  # of noise to mean feature power, candidates
     )
-    config.select = ConfigDict(  # choice of learners wiener and measured on held-out images
+    config.select = ConfigDict(  # choice of learners wiener, measured and distilled on held-out images
         {
             "strengths": (0.0, 0.25, 0.5, 0.75, 1.0),  # of fusion, candidates
+            "leading": (
+                1.0,
+            ),  # fractions of the sites, the first in execution order, candidates; the rest stays as it is
             "conditions": (),  # to choose by; () for those of the evaluation
             "images": 1000,  # held-out images used; 0 for all
             "labels": True,  # False: by agreement with the backbone's answers on clean images, even with labels

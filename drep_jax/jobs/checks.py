@@ -14,7 +14,7 @@ from drep_jax.data.labels import described, labeled_images
 from drep_jax.errors import ConfigError, DataError, lookup
 from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners import LEARNERS
-from drep_jax.learners.checks import check_choosing, check_labeled
+from drep_jax.learners.checks import check_choosing, check_distilled, check_labeled
 from drep_jax.learners.losses import check_computing
 from drep_jax.learners.noise import noise_sources
 from drep_jax.parallel import devices, processes
@@ -29,6 +29,10 @@ from drep_jax.typing import Config
 
 UNKNOWN_CLASSES = ("refuse", "score")
 """Values of `evaluate.unknown_classes`."""
+
+
+LEARN_FROM_NOISE = {"measured", *(name for name, learner in LEARNERS.items() if learner.distills)}
+"""Learners that learn from the pairs that `config.noise` may name."""
 
 
 def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
@@ -63,6 +67,7 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
             "images with --config.backbone.steps=N."
         )
     check_labeled(config, setup)
+    check_distilled(config, setup)
     choosing = choosing_learners(config)
     if choosing and not len(setup.held_out):
         raise DataError(
@@ -79,7 +84,7 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     if setup.test is not None or setup.others:
         check_evaluation(config)
     data = check_scoring(config, setup)
-    if "measured" in (config["learner"], *config["compare"]):
+    if {config["learner"], *config["compare"]} & LEARN_FROM_NOISE:
         data |= described(noise_sources(config))
     return data
 
@@ -187,7 +192,8 @@ def _described(source: Source) -> str:
 def _steps(config: Config, stage: Stage) -> int:
     """Returns the steps of a stage in a run; 0 if not requested or if the backbone is given."""
     pretrained = stage.name == "backbone" and config["backbone"]["init_from"]
-    requested = stage.section == stage.name or stage.name in (config["learner"], *config["compare"])
+    learners = (config["learner"], *config["compare"])
+    requested = stage.section == stage.name or stage.name in {LEARNERS[name].stage or name for name in learners}
     return stage.steps(config) if requested and not pretrained else 0
 
 

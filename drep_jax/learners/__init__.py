@@ -3,6 +3,7 @@
 from drep_jax.core.denoisers import Denoisers
 from drep_jax.errors import lookup
 from drep_jax.learners.base import Learned, Learner, LearnerInputs, direct_maps, noise_predictors
+from drep_jax.learners.distilled import BACKBONE, DENOISERS, learn_distilled, learn_distilled_backbone
 from drep_jax.learners.label_free import (
     learn_algorithm1,
     learn_closed_form,
@@ -35,7 +36,9 @@ LEARNERS: dict[str, Learner] = {
     "measured": Learner(learn_measured, chooses=True, direct=True),
     "label_augmented": Learner(learn_label_augmented, labeled=True),
     "alternating": Learner(learn_alternating, labeled=True),
-    "continued": Learner(learn_continued, labeled=True, direct=True),
+    "continued": Learner(learn_continued, labeled=True, direct=True, stage="control"),
+    "distilled": Learner(learn_distilled, chooses=True, direct=True, stage=DENOISERS, distills=True),
+    "distilled_backbone": Learner(learn_distilled_backbone, direct=True, stage=BACKBONE, distills=True),
     "final_only": Learner(learn_final_only, explicit=True),
 }
 """Name in `config.learner` and `config.compare` ↦ learner."""

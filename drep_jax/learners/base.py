@@ -2,21 +2,28 @@
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+import jax
+import numpy as np
 
 from drep_jax.core import closed_form
 from drep_jax.core.denoisers import Denoisers, init_denoise
 from drep_jax.core.moments import Moments
-from drep_jax.evaluation.selection import Choice, Selection
+from drep_jax.core.sites import Site
+from drep_jax.evaluation.selection import Candidate, Choice, Selection
 from drep_jax.parallel import processes
 from drep_jax.run.moments import run_moments
 from drep_jax.run.run import Run
 from drep_jax.run.stages import prepare, run_training, split_variables, starting
 from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.training.logging import lines_of
-from drep_jax.typing import Config, Path, Tree
+from drep_jax.trees import get_in, set_in
+from drep_jax.typing import Batch, Config, Path, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,9 @@ class Learner:
     Attributes:
       learn: the function.
       labeled: whether it trains with labels; then the control arm gets the same budget.
+      stage: the stage that trains it, where that has another name.
+      distills: whether it trains on the backbone's clean answers; then, too, the control arm gets
+        the same budget.
       chooses: whether it selects the strength of fusion on held-out images.
       direct: whether its denoisers are maps given directly, fused by rule "affine".
       explicit: whether its result is evaluated on the explicit path and cannot be fused or
@@ -96,20 +106,31 @@ class Learner:
     chooses: bool = False
     direct: bool = False
     explicit: bool = False
+    stage: str = ""
+    distills: bool = False
 
 
 def train(
-    inputs: LearnerInputs, stage: str, loss_fn: Any, log_extra: Callable[[Tree], dict[str, float]] | None = None
+    inputs: LearnerInputs,
+    stage: str,
+    loss_fn: Any,
+    log_extra: Callable[[Tree], dict[str, float]] | None = None,
+    *,
+    start: Mapping[str, Tree] = MappingProxyType({}),
+    prepare_batch: Callable[[Batch, int], Batch] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Runs or resumes a stage; returns its final state and its section of the report.
 
     Args:
       inputs: of the learner.
       stage: name of the stage.
-      loss_fn, log_extra: see `run_training`.
+      loss_fn, log_extra, prepare_batch: see `run_training`.
+      start: {subtree: parameters} in place of the usual ones before the first step.
     """
     params, others = starting(inputs.run, stage, inputs.variables)
-    state, seconds = run_training(inputs.run, stage, params, others, loss_fn, log_extra)
+    state, seconds = run_training(
+        inputs.run, stage, {**params, **start}, others, loss_fn, log_extra, prepare_batch=prepare_batch
+    )
     return state, trained_section(inputs.run, stage, int(state.step), seconds)
 
 
@@ -157,6 +178,29 @@ def selection_of(config: Config, **changes: Any) -> Selection:
         seed=config["seed"],
         progress=config["progress"],
     )
+
+
+def leading_counts(count: int, fractions: Sequence[float]) -> tuple[int, ...]:
+    """Returns the numbers of leading sites that fractions of `count` sites stand for, ascending.
+
+    >>> leading_counts(10, (1.0, 0.25, 0.21))
+    (3, 10)
+    """
+    return tuple(sorted({math.ceil(count * fraction - 1e-9) for fraction in fractions}))
+
+
+def with_leading(candidate: Candidate, sites: Sequence[Site], count: int) -> Candidate:
+    """Returns a candidate of which only the first `count` sites are fused, in execution order.
+
+    The maps of the others are zero, so their layers keep the backbone's weights.
+    """
+    if count >= len(sites):
+        return candidate
+    denoise = candidate.denoise
+    for site in sites[count:]:
+        zero = jax.tree_util.tree_map(np.zeros_like, get_in(denoise, site.path))
+        denoise = set_in(denoise, site.path, zero)
+    return Candidate(f"{candidate.label}, first {count} of {len(sites)} sites", denoise)
 
 
 def noise_predictors(config: Config, tree: Tree) -> Denoisers:

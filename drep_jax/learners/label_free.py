@@ -27,9 +27,11 @@ from drep_jax.learners.base import (
     against_optimum,
     direct_maps,
     keep,
+    leading_counts,
     noise_predictors,
     selection_of,
     train,
+    with_leading,
 )
 from drep_jax.learners.losses import denoising_objective
 from drep_jax.learners.noise import UNPAIRED, unpaired_candidates
@@ -92,14 +94,14 @@ def learn_wiener(inputs: LearnerInputs) -> Learned:
         for ratio in options["ratios"]
     ]
     solving = inputs.moment_seconds + time.perf_counter() - began
-    return _chosen("wiener", inputs, candidates, solving, moment_images(inputs.run), {})
+    return at_chosen_strength("wiener", inputs, candidates, solving, moment_images(inputs.run), {})
 
 
 def learn_measured(inputs: LearnerInputs) -> Learned:
     """Solves for the measured noise at each site and selects the strength on held-out images."""
     config, setup, options = inputs.config, inputs.setup, inputs.config["measured"]
     if config["noise"].startswith(UNPAIRED):
-        return _chosen("measured", inputs, *unpaired_candidates(inputs))
+        return at_chosen_strength("measured", inputs, *unpaired_candidates(inputs))
     began = time.perf_counter()
     images = CorruptedImages(config, setup)
     solve = measuring(
@@ -139,7 +141,7 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
                 f"{label}: {len(measured.left_alone)} of {len(measured.errors)} sites are left as they are, because no change "
                 f"holds on images it was not fitted to ({names})."
             )
-    return _chosen("measured", inputs, candidates, time.perf_counter() - began, images.shape[1], details)
+    return at_chosen_strength("measured", inputs, candidates, time.perf_counter() - began, images.shape[1], details)
 
 
 def _say(text: str) -> None:
@@ -147,28 +149,59 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _chosen(
+def _of_sites(entry: Any, sites: set[str]) -> Any:
+    """Returns the part of {site: …} or [site, …] that belongs to some sites; site[copy] belongs to site."""
+    if isinstance(entry, Mapping):
+        return {name: value for name, value in entry.items() if name.partition("[")[0] in sites}
+    return [name for name in entry if name.partition("[")[0] in sites]
+
+
+def at_chosen_strength(
     name: str,
     inputs: LearnerInputs,
     candidates: Sequence[Candidate],
     seconds: float,
     images: int,
     details: Mapping[str, Mapping[str, Any]],
+    **facts: Any,
 ) -> Learned:
-    choice = choose(inputs.setup, inputs.variables, candidates, selection_of(inputs.config))
+    """Returns the candidate, leading sites and strength that do best on held-out images; saves them.
+
+    Args:
+      name: of the learner.
+      inputs: of the learner.
+      candidates: maps given directly, of all sites.
+      seconds, images: what learning them took.
+      details: label of a candidate ↦ entries of the report's section by site: {site: …} or [site, …].
+      **facts: further entries of the report's section.
+    """
+    sites = inputs.setup.sites
+    counts = leading_counts(len(sites), inputs.config["select"]["leading"])
+    grid = [(candidate, count) for candidate in candidates for count in counts]
+    shortened = [with_leading(candidate, sites, count) for candidate, count in grid]
+    choice = choose(inputs.setup, inputs.variables, shortened, selection_of(inputs.config))
     point = choice.points[choice.chosen]
-    denoisers = direct_maps(candidates[point.candidate].denoise).scaled(point.strength)
+    candidate, count = grid[point.candidate]
+    fused = {site.name for site in sites[:count]} if choice.chosen else set()
+    fitted = {name: _of_sites(entry, fused) for name, entry in details.get(candidate.label, {}).items()}
+    denoisers = direct_maps(shortened[point.candidate].denoise).scaled(point.strength)
     section = {
         "steps": 0,
         "seconds": seconds,
         "loss": [],
         "images": images,
         "per_site": {},
+        **fitted,
         "optimum": None,
-        "chosen": {"label": point.label, "strength": point.strength, "criterion": choice.criterion},
+        "chosen": {
+            "label": point.label,
+            "strength": point.strength,
+            "sites": len(fused),
+            "criterion": choice.criterion,
+        },
         "selection_images": choice.images,
         "selection_seconds": choice.seconds,
-        **details.get(point.label, {}),
+        **facts,
     }
     learned = Learned(denoisers, section, choice)
     keep(name, inputs, learned)

@@ -1,4 +1,4 @@
-"""Training losses: Algorithm 1's (Eq. 11), the task's, and both through fused weights (Eq. 12)."""
+"""Training losses: Algorithm 1's (Eq. 11), the task's, both (Eq. 12), and distillation."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -81,6 +81,30 @@ def label_objective(
         outputs = task.apply(backbone, {**others, "params": weights}, images, batch)
     loss, metrics = task.loss(outputs, batch, options["label_smoothing"], extra)
     return loss, (metrics, dict(others))
+
+
+def distillation_objective(
+    setup: Setup, options: Config, weights: Tree, teacher: Tree, others: Tree, batch: Tree
+) -> Outcome:
+    """Returns the task's distance of a network on corrupted images from the backbone on clean ones.
+
+    Both networks are in inference mode.
+
+    Args:
+      setup, options: of the run and the stage.
+      weights: of the network that learns, for example fused ones.
+      teacher: of the frozen backbone.
+      others: the other collections of both.
+      batch: "image" and "corrupted", and the columns of side information.
+    """
+    backbone, task = computing(setup, options), setup.task
+
+    def outputs(params: Tree, images: str) -> Any:
+        inputs = setup.inputs({**batch, "image": batch[images]})
+        return task.predict(backbone, {**others, "params": params}, inputs, batch)
+
+    clean = jax.lax.stop_gradient(outputs(teacher, "image"))
+    return task.distillation_loss(outputs(weights, "corrupted"), clean), ({}, dict(others))
 
 
 def augmented_objective(

@@ -1,7 +1,7 @@
 """The training stages of a run as rows of a table, prepared and run from the configuration."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.training.loop import run_stage
 from drep_jax.training.profile import parse_profile
 from drep_jax.training.state import (
+    TEACHER,
     create_state,
     extra_params,
     frozen_state,
@@ -25,7 +26,7 @@ from drep_jax.training.state import (
     partitioned,
     split,
 )
-from drep_jax.typing import Config, Tree
+from drep_jax.typing import Batch, Config, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,12 @@ class Stage:
       trains: names of the subtrees that it trains. Extra parameters of the task are trained in
         every labeled stage, too.
       labeled: whether it trains with labels.
-      stream: identifies its order of the images; learners with labels share that of the control
-        arm.
+      stream: identifies its order of the images; learners with the control arm's budget share its
+        order.
       steps_setting: section and name of the number of optimizer steps; None for a solved result.
       batch_section: section of its batch size; stages that train the backbone use the control
         arm's.
+      taught: whether the unchanged backbone stands beside the trained one, as frozen `TEACHER`.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Stage:
     stream: int
     steps_setting: tuple[str, str] | None
     batch_section: str
+    taught: bool = False
 
     def steps(self, config: Config) -> int:
         """Returns the number of optimizer steps; 0 for a solved result."""
@@ -78,6 +81,8 @@ STAGES: dict[str, Stage] = {
         Stage("algorithm1", "denoise", ("denoise",), False, 2, ("denoise", "train_steps"), "denoise"),
         Stage("label_augmented", "denoise", ("denoise",), True, 1, ("denoise", "train_steps"), "denoise"),
         Stage("alternating", "denoise", ("denoise", "backbone"), True, 1, ("alternate", "steps"), "control"),
+        Stage("distillation", "distilled", ("denoise",), False, 1, ("distilled", "steps"), "distilled"),
+        Stage("backbone_distillation", "distilled", ("backbone",), False, 1, ("distilled", "steps"), "distilled", True),
     )
 }
 
@@ -95,6 +100,10 @@ KEYS = {
     "alternating": 10,
     "continued": 11,
     "extra": 12,
+    "distillation": 13,
+    "distilled": 14,
+    "backbone_distillation": 15,
+    "distilled_backbone": 16,
 }
 """Purpose of a random key ↦ number folded into the seed; numbers are unique and never reused."""
 
@@ -160,6 +169,8 @@ def starting(run: Run, name: str, variables: Tree) -> tuple[Tree, Tree]:
     params = {"backbone": backbone}
     if stage.trains != ("backbone",):
         params["denoise"] = init_denoise(setup.sites)
+    if stage.taught:
+        params[TEACHER] = backbone
     if stage.labeled:
         key = key_of(run.config, "extra")
         params |= setup.task.extra_params(setup.backbone, setup.abstract, setup.images, key)
@@ -201,11 +212,23 @@ def prepare(run: Run, name: str, params: Tree, others: Tree) -> Any:
 
 
 def run_training(
-    run: Run, name: str, params: Tree, others: Tree, loss_fn: Any, log_extra: Any = None
+    run: Run,
+    name: str,
+    params: Tree,
+    others: Tree,
+    loss_fn: Any,
+    log_extra: Any = None,
+    prepare_batch: Callable[[Batch, int], Batch] | None = None,
 ) -> tuple[Any, float]:
     """Runs or resumes a stage; returns its final state and its seconds.
 
-    `loss_fn` is that of `make_step`; for a stage in phases {subtree: loss_fn}.
+    Args:
+      run: its training images are learned from.
+      name: of the stage.
+      params, others: before the first step, see `prepare`.
+      loss_fn: that of `make_step`; for a stage in phases {subtree: loss_fn}.
+      log_extra: see `run_stage`.
+      prepare_batch: (batch, position of its first image in the stream) ↦ batch, on the host.
     """
     config, stage, source = run.config, stage_of(name), run.setup.train
     options = config[stage.section]
@@ -219,6 +242,8 @@ def run_training(
         size, host = stage.batch_size(config), devices.host()
         options: dict[str, Any] = {"augmentation": augmentation, "shard": host, "order": order, "columns": columns}
         stream = training_batches(source, size, seed=seed, start_step=start, **options)
+        if prepare_batch is not None:
+            stream = _prepared(stream, prepare_batch, start * size + host[0] * (size // host[1]), size)
         return checked(stream, source) if stage.labeled else stream
 
     sharded = options["divide_optimizer"]
@@ -255,3 +280,10 @@ def run_training(
         )
     finally:
         checkpointer.close()
+
+
+def _prepared(
+    batches: Iterable[Batch], prepare_batch: Callable[[Batch, int], Batch], first_position: int, size: int
+) -> Iterator[Batch]:
+    for number, batch in enumerate(batches):
+        yield prepare_batch(batch, first_position + number * size)

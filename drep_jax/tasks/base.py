@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -30,6 +31,9 @@ from drep_jax.data.loader import Order, order_of
 from drep_jax.data.source import Source
 from drep_jax.metrics.reducers import Metric
 from drep_jax.typing import Batch, Config, Tree
+
+SMALL = 1e-12
+"""Added to a sum of squares that may be 0 and is divided by."""
 
 
 class Items(NamedTuple):
@@ -226,6 +230,26 @@ class Task:
           extra: the parameters of `extra_params`.
         """
         raise NotImplementedError
+
+    def distillation_loss(self, outputs: Any, clean_outputs: Any) -> Any:
+        """Returns the distance of a network's outputs from the clean outputs of the frozen backbone.
+
+            mean over the arrays of the outputs of Σ (o − c)² / Σ c²
+
+        It has its minimum, 0, where both are equal. A task overrides it where its metrics see
+        something else of the outputs than their values.
+
+        Args:
+          outputs: of `predict`, for the network that learns, on corrupted images.
+          clean_outputs: the same of the frozen backbone on the clean images; no gradient passes.
+        """
+        pairs = zip(*map(jax.tree_util.tree_leaves, (outputs, clean_outputs)), strict=True)
+        parts = [
+            jnp.sum((output - clean) ** 2) / (jnp.sum(clean**2) + SMALL)
+            for output, clean in pairs
+            if jnp.issubdtype(clean.dtype, jnp.floating)
+        ]
+        return sum(parts) / len(parts)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,6 +44,17 @@ class Classification(Task):
         del extra
         accuracy = jnp.mean(jnp.argmax(outputs, -1) == batch["label"])
         return cross_entropy(outputs, batch, smoothing), {"accuracy": accuracy}
+
+    def distillation_loss(self, outputs: Any, clean_outputs: Any) -> Any:
+        """Returns the mean Kullback-Leibler divergence from the clean probabilities, in nats.
+
+        Σ p (log p − log q) with p and q the probabilities by the clean and by the other logits.
+        Its gradient is that of the cross-entropy against p. Features are compared as in `Task`.
+        """
+        if self.headless:
+            return super().distillation_loss(outputs, clean_outputs)
+        log_p, log_q = (jax.nn.log_softmax(logits, axis=-1) for logits in (clean_outputs, outputs))
+        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
     def without_head(self) -> "Classification":
         """Returns the task with features instead of logits."""

@@ -98,6 +98,19 @@ def center_loss(
     return jnp.mean(jnp.sum((features - centers[labels]) ** 2, axis=-1))
 
 
+def cosine_loss(
+    features: Float[Array, "batch width"], clean: Float[Array, "batch width"], branches: int = 1
+) -> Float[Array, ""]:
+    """Returns the mean of 1 − cos between features and the clean features of the same images.
+
+    Args:
+      features, clean: of this device's images.
+      branches: equal parts of a feature, each with an angle of its own.
+    """
+    first, second = (each.reshape(len(each), branches, -1) for each in (features, clean))
+    return jnp.mean(optax.losses.cosine_distance(first, second, epsilon=1e-12))
+
+
 def _pairs(
     features: Float[Array, "batch width"], labels: Int[Array, " batch"]
 ) -> tuple[Float[Array, "batch all"], Bool[Array, "batch all"], Bool[Array, "batch all"]]:

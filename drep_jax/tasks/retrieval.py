@@ -26,7 +26,7 @@ from drep_jax.metrics.retrieval.evaluate import Result, evaluate
 from drep_jax.metrics.retrieval.neighbors import neighbor_precision
 from drep_jax.metrics.retrieval.rerank import Rerank
 from drep_jax.tasks.base import Exhibit, Items, StagePlan, Task
-from drep_jax.tasks.losses import center_loss, cross_entropy, triplet_loss, view_triplet_loss
+from drep_jax.tasks.losses import center_loss, cosine_loss, cross_entropy, triplet_loss, view_triplet_loss
 from drep_jax.tasks.retrieval_checks import check_run, check_stage, side_values_of
 from drep_jax.typing import Config, Tree
 
@@ -241,6 +241,12 @@ class Retrieval(Task):
         same, different = features
         return view_triplet_loss(same, different, labels, batch["view"], self.margin)
 
+    def distillation_loss(self, outputs: Any, clean_outputs: Any) -> Any:
+        """Returns the mean of 1 − cos in each branch; for Euclidean distances the loss of `Task`."""
+        if self.metric != "cosine":
+            return super().distillation_loss(outputs, clean_outputs)
+        return cosine_loss(outputs, clean_outputs, self.branches)
+
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation
     # -----------------------------------------------------------------------------------------------------------------
@@ -312,7 +318,9 @@ class Retrieval(Task):
             each=self.examples_each,
             seed=exhibit.seed,
         )
-        ranked["sites"] = [{"path": name, **_effect(results[f"site {name}"], results["unfused"])} for name in named]
+        ranked["sites"] = [
+            {"path": name, **examples.effect(results[f"site {name}"], results["unfused"])} for name in named
+        ]
         return {"ranked": ranked}
 
     def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
@@ -320,17 +328,6 @@ class Retrieval(Task):
         check_run(self, config, setup, chooses=chooses)
         for plan in plans:
             check_stage(self, config, setup, plan)
-
-
-def _effect(after: Result, before: Result) -> dict[str, Any]:
-    """Returns the mean change of average precision, and the numbers of queries gained and lost."""
-    change = after.scores["mAP"] - before.scores["mAP"]
-    return {
-        "mAP": 100.0 * float(np.mean(change)),
-        "gained": int(np.sum(change > 0)),
-        "lost": int(np.sum(change < 0)),
-        "queries": len(change),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ from drep_jax.typing import Tree
 LossFn = Callable[[Tree, Tree, Mapping[str, Any], jax.Array], tuple[Any, tuple[dict[str, Any], Tree]]]
 
 
+TEACHER = "teacher"
+"""Subtree of the unchanged backbone in a stage that trains a backbone to give its answers; always frozen."""
+
+
 class TrainState(flax.struct.PyTreeNode):
     """What a step changes.
 
@@ -129,12 +133,12 @@ def partitioned(
 
 
 def extra_params(params: Tree) -> dict[str, Tree]:
-    """Returns the parameters of neither backbone nor denoisers, such as those of a loss.
+    """Returns the parameters of none of the networks and denoisers, such as those of a loss.
 
     >>> extra_params({"backbone": {}, "denoise": {}, "scale": {"log": 0.5}})
     {'scale': {'log': 0.5}}
     """
-    return {name: tree for name, tree in params.items() if name not in ("backbone", "denoise")}
+    return {name: tree for name, tree in params.items() if name not in ("backbone", "denoise", TEACHER)}
 
 
 def frozen_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -3,18 +3,25 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 
 from drep_jax import report, weights
+from drep_jax.core.denoisers import Denoisers, init_denoise
+from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.moments import collect_moments
 from drep_jax.errors import ConfigError, DataError
+from drep_jax.evaluation.selection import Candidate
 from drep_jax.jobs import train
+from drep_jax.learners.base import with_leading
+from drep_jax.learners.checks import check_choosing
 from drep_jax.learners.streams import CorruptedImages
 from drep_jax.run import workdir
 from drep_jax.run.config import defaults
 from drep_jax.run.moments import MOMENTS, NOISY_MOMENTS, kept_moments
-from tests.command import call, largest_difference
+from drep_jax.trees import get_in
+from tests.command import call, largest_difference, same_bits
 
 
 @pytest.mark.slow
@@ -128,7 +135,7 @@ def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, 
     config["evaluate"].update(conditions=["clean"], spectra=False)
     config["measured"].update(images=64, vectors=20)
     config["progress"] = True
-    config["select"].update(images=48, strengths=[0.0, 1.0])
+    config["select"].update(images=48, strengths=[0.0, 1.0], leading=[1.0, 0.5])
     taken = []
 
     def never(*arguments, **options):
@@ -143,6 +150,11 @@ def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, 
     content = train.run(config, directory)
     assert content["certificate"]["passed"] and content["spectra"] is None and not os.path.exists(path)
     report.validate(report.plain(content))
+    labels = [point["label"] for point in content["front"]["points"]]
+    assert labels == ["backbone", "clean share 0.75, first 2 of 4 sites", "clean share 0.75"]
+    chosen = content["learning"]["measured"]["chosen"]
+    assert chosen["sites"] == {0: 0, 1: 2, 2: 4}[content["front"]["chosen"]]
+    assert len(content["learning"]["measured"]["per_site"]) == chosen["sites"]
     assert "measured" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     told = capsys.readouterr()
     assert "measuring, clean share 0.75: 100%" in told.err and "(held out 0." in told.err and "→" in told.err
@@ -164,6 +176,32 @@ def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, 
     for site in finished.setup.sites:  # they are of the backbone, whatever the learner
         variance = np.asarray(again["spectra"][site.name]["variance"])
         np.testing.assert_allclose(variance.sum(), np.trace(kept[site.path].covariance), rtol=1e-5)
+
+
+def test_leading_sites_alone_are_fused(finished):
+    sites, backbone = finished.setup.sites, finished.variables["params"]
+    maps = jax.tree_util.tree_map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), init_denoise(sites))
+    shortened = with_leading(Candidate("maps", maps), sites, 1)
+    assert (
+        shortened.label == "maps, first 1 of 4 sites"
+        and with_leading(Candidate("maps", maps), sites, 4).denoise is maps
+    )
+    params = {"backbone": backbone, "denoise": Denoisers(shortened.denoise, "affine")}
+    fused = fuse_exact(params, sites, finished.setup.schedule)
+    changed = [
+        not same_bits(*(get_in(tree, layer.path) for tree in (fused, backbone)))
+        for site in sites
+        for layer in site.layers
+    ]
+    assert changed == [True, False, False, False]
+
+
+@pytest.mark.parametrize("leading", [[], [0.0, 1.0], [1.5]])
+def test_leading_fractions_out_of_range_are_refused(finished, leading):
+    config = json.loads(json.dumps(finished.config))
+    config["select"]["leading"] = leading
+    with pytest.raises(ConfigError, match=r"select\.leading=.*in \(0, 1\]"):
+        check_choosing(config, finished.setup)
 
 
 @pytest.mark.slow

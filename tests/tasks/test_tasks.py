@@ -1,5 +1,6 @@
 """What is asked of every task: metrics of weighted items, agreement with itself, statistics of each image alone."""
 
+import jax
 import numpy as np
 import pytest
 from jax.tree_util import tree_map
@@ -118,6 +119,22 @@ def test_an_image_has_its_statistics_whatever_the_others_are(case):
         assert len(rows) == len(source)
         close = np.isclose(rows, other.statistics["arm"][name], rtol=1e-3, atol=1e-4)
         assert np.mean(close) > 0.99, name  # a tie may fall either way
+
+
+def test_distillation_is_at_its_minimum_where_outputs_are_those_of_the_clean_image(case):
+    _, setup, variables = case
+    task, count = setup.task, 6
+    images = jax.ShapeDtypeStruct((count, *setup.images.shape[1:]), np.float32)
+    form = jax.eval_shape(lambda v, x: task.predict(setup.backbone, v, x, {}), variables, images)
+    rng = np.random.default_rng(0)
+    clean, step = (tree_map(lambda leaf: 2 * rng.normal(size=leaf.shape).astype(np.float32), form) for _ in range(2))
+    least, gradient = jax.value_and_grad(task.distillation_loss)(clean, clean)
+    assert abs(float(least)) < 1e-6
+    assert max(float(np.abs(leaf).max()) for leaf in jax.tree_util.tree_leaves(gradient)) < 1e-6
+    near, far = (
+        float(task.distillation_loss(tree_map(lambda a, b, t=t: a + t * b, clean, step), clean)) for t in (0.1, 1.0)
+    )
+    assert 1e-6 < near < far
 
 
 def test_dry_runs_and_old_configurations_that_name_no_task_have_the_default(tmp_path):

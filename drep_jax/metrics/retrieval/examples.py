@@ -121,3 +121,14 @@ def ranked(
         ],
         "images": {str(row): small(picture(row)) for row in sorted(images)},
     }
+
+
+def effect(after: Result, before: Result) -> dict[str, Any]:
+    """Returns the mean change of average precision, and the numbers of queries gained and lost."""
+    change = after.scores["mAP"] - before.scores["mAP"]
+    return {
+        "mAP": 100.0 * float(np.mean(change)),
+        "gained": int(np.sum(change > 0)),
+        "lost": int(np.sum(change < 0)),
+        "queries": len(change),
+    }

@@ -1,0 +1,62 @@
+"""Every script in benchmarks/ does all of its work at the tiny size, in this process, so that none can rot."""
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common import Parser
+from tests.command import whole_reports
+
+ROOT = Path(__file__).parents[1]
+SHARED = {"common", "single_thread"}
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
+WITH_DATA = {"cifar10c", "reid"}
+"""They need the files of DREP_DATA."""
+
+ONE_SIZE = {"cifar10c"}
+"""Scripts that may do without a tiny size."""
+
+LONG = {"cifar10c", "distilled", "learn", "modes", "reid", "step"}
+"""They run all learners or modes, which takes a quarter of a minute or more to compile at any size."""
+
+FURTHER = {"step": (["--modes"],), "sites": (["resnet20_cifar", ".*"],)}
+"""Further command lines of a script."""
+
+
+def cases():
+    for name in SCRIPTS:
+        marks = [pytest.mark.slow] if name in LONG else []
+        for arguments in ([], *FURTHER.get(name, ())):
+            yield pytest.param(name, arguments, marks=marks, id=" ".join([name, *arguments]))
+
+
+@pytest.mark.parametrize(("name", "arguments"), list(cases()))
+def test_every_benchmark_runs_at_the_tiny_size(name, arguments, capsys, tmp_path, monkeypatch):
+    if name in WITH_DATA and not os.environ.get("DREP_DATA"):
+        pytest.skip(f"benchmarks/{name}.py needs the images and weights of DREP_DATA")
+    module = importlib.import_module(f"benchmarks.{name}")
+    if name in ONE_SIZE and not hasattr(module, "Parser"):
+        pytest.skip(f"benchmarks/{name}.py could be imported, and has one size only")
+    command = ["--tiny", *arguments]
+    if name in ("modes", "reid"):
+        command.append(f"--workdir={tmp_path}")
+    if name == "cifar10c":
+        command.append(f"--out={tmp_path / 'out.json'}")
+    monkeypatch.chdir(ROOT)
+    with whole_reports():
+        module.main(command)
+    printed = capsys.readouterr().out
+    assert any(character.isdigit() for character in printed), "no figure was printed"
+    assert " nan" not in printed
+
+
+def test_tiny_changes_defaults_only():
+    parser = Parser("text", rounds=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    assert parser.parse_args([]).rounds == 9
+    assert parser.parse_args(["--tiny"]).rounds == 1
+    assert parser.parse_args(["--tiny", "--rounds=3"]).rounds == 3
+    with pytest.raises(ValueError, match=r"there are not: .*steps"):
+        Parser("text", steps=1).parse_args(["--tiny"])
