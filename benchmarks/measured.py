@@ -11,14 +11,15 @@ are needed, as the learner does with more than fit. The second solution of a pro
 nothing; its seconds are "again".
 """
 
-import argparse
 import resource
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import tabulate
+
+from benchmarks.common import Parser, printed_by
 
 ROWS = (
     "resnet20_cifar:32:200:1:4,resnet20_cifar:32:200:1:0,resnet20_cifar:32:400:1:4,resnet18:96:50:1:4,vit_s16:96:50:1:4"
@@ -74,23 +75,21 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
+def main(command: Sequence[str] | None = None) -> None:
     """Measures every row and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, rows=TINY)
     parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--tiny", action="store_true", help="one small row, to see that it works")
     parser.add_argument("--alone", action="store_true", help="one row, in this process")
-    options = parser.parse_args()
+    options = parser.parse_args(command)
     rows = []
-    for row in (TINY if options.tiny else options.rows).split(","):
+    for row in options.rows.split(","):
         model, size, images, draws, gib = row.split(":")
         height, _, width = size.partition("x")
         if options.alone:
             one(model, (int(height), int(width or height)), int(images), int(draws), float(gib))
             return
-        command = [sys.executable, __file__, "--alone", f"--rows={row}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append([model, size, int(images), int(draws), float(gib), *map(float, done.stdout.split()[-5:])])
+        printed = printed_by(main, __file__, ["--alone", f"--rows={row}"], options.tiny)
+        rows.append([model, size, int(images), int(draws), float(gib), *map(float, printed.split()[-5:])])
         print(rows[-1], file=sys.stderr, flush=True)
     columns = ["network", "size", "images", "draws", "GiB", "sites", "MiB before", "MiB more", "s", "s again"]
     print(tabulate.tabulate(rows, columns, floatfmt=".0f"))

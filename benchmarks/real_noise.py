@@ -1,38 +1,39 @@
 """How well `bank:` and `like:` reproduce noise that is known (docs/corruptions.md).
 
-PYTHONPATH=. python benchmarks/real_noise.py PHOTOGRAPHS.npz PAIRS.npz
+    PYTHONPATH=. python benchmarks/real_noise.py --photographs=PHOTOGRAPHS.npz --pairs=PAIRS.npz
 
-The first file holds clean photographs, to which known noise is added; the second real pairs of several
-cameras.
+The first file holds clean photographs, to which known noise is added; the second real pairs of
+several cameras. By default they are those of DREP_DATA.
 """
 
 import io
-import sys
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from benchmarks.common import Parser
 from drep_jax.data.corruptions import check_spec
 from drep_jax.data.corruptions.bank import CENTERS
 from drep_jax.data.corruptions.like import estimate
 from drep_jax.data.stored import stored_pairs
 
-COUNT = 60
 COLORS = np.array([[0.8, 0.2, 0.1], [0.2, 0.8, 0.2], [0.1, 0.2, 0.8]])
 CASES = (("white", 0.0, 16.0, 0.0), ("white", 0.0, 100.0, 0.0), ("fine", 0.7, 9.0, 55.0), ("coarse", 1.0, 100.0, 300.0))
 """Name, σ of the blur in pixels, variance at black, and by how much more it is at white."""
 
 
-def synthetic(path: str) -> None:
+def synthetic(path: str, count: int) -> None:
     """Prints estimated over true deviations, and correlations, for noise added to photographs."""
     with np.load(path) as file:
         encoded, ends = file["webp"], file["webp_offsets"]
     photographs = [
-        np.array(Image.open(io.BytesIO(encoded[ends[i] : ends[i + 1]].tobytes())).convert("RGB")) for i in range(COUNT)
+        np.array(Image.open(io.BytesIO(encoded[ends[i] : ends[i + 1]].tobytes())).convert("RGB")) for i in range(count)
     ]
-    plain = [np.full((128, 128, 3), level, np.uint8) for level in np.linspace(25, 230, COUNT)]
+    plain = [np.full((128, 128, 3), level, np.uint8) for level in np.linspace(25, 230, count)]
     rng = np.random.default_rng(0)
     for name, blur, black, more in CASES:
         for kind, images in (("photographs", photographs), ("plain", plain)):
@@ -54,10 +55,10 @@ def _noisy(image: np.ndarray, blur: float, black: float, more: float, rng: np.ra
     return np.clip(np.rint(image + deviation * field), 0, 255).astype(np.uint8)
 
 
-def real(path: str) -> None:
+def real(path: str, cameras: int) -> None:
     """Prints deviations and correlations of real residuals, of the bank and of the model, by camera."""
     pairs = stored_pairs(path)
-    for camera in sorted(set(pairs.columns["camera"].tolist())):
+    for camera in sorted(set(pairs.columns["camera"].tolist()))[:cameras]:
         chosen = pairs.chosen({"camera": camera})
         (bank,), (model,) = (check_spec(f"{kind}:{path}?camera={camera}") for kind in ("bank", "like"))
         rows: dict[str, list[Any]] = {"real": [], "bank": [], "like": []}
@@ -82,6 +83,18 @@ def _moments(noise: np.ndarray) -> tuple[float, float, float, float]:
     return float(variance.mean()), float((right / variance).mean()), float((down / variance).mean()), float(colors)
 
 
+def main(command: Sequence[str] | None = None) -> None:
+    """Prints both tables."""
+    folder = os.environ.get("DREP_DATA", "")
+    parser = Parser(__doc__, count=8, cameras=1)
+    parser.add_argument("--photographs", default=os.path.join(folder, "imagenet_nips17.npz"))
+    parser.add_argument("--pairs", default=os.path.join(folder, "noise_polyu100.npz"))
+    parser.add_argument("--count", type=int, default=60, help="photographs, and plain images")
+    parser.add_argument("--cameras", type=int, help="of the pairs, the first by name; all by default")
+    options = parser.parse_args(command)
+    synthetic(options.photographs, options.count)
+    real(options.pairs, options.cameras)
+
+
 if __name__ == "__main__":
-    synthetic(sys.argv[1])
-    real(sys.argv[2])
+    main()

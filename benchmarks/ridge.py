@@ -6,9 +6,9 @@ The first training images are learned from, at noise 10…50 and a clean share o
 test images tested on, at strength 1 (docs/method.md, "The ridge").
 """
 
-import argparse
 import io
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 import drep_jax
+from benchmarks.common import Parser
 from drep_jax import weights
 from drep_jax.core.measured import measuring
 from drep_jax.models import create_model
@@ -36,12 +37,12 @@ def normalized(images: np.ndarray) -> np.ndarray:
     return ((images / 255.0 - MEAN) / STD).astype(np.float32)
 
 
-def main() -> None:
+def main(command: Sequence[str] | None = None) -> None:
     """Learns and tests, and prints a line for each number of images and each ridge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, images="4", test=20)
     parser.add_argument("--images", default="20,60,500")
     parser.add_argument("--test", type=int, default=1000)
-    options = parser.parse_args()
+    options = parser.parse_args(command)
     net = create_model("resnet20_cifar", num_classes=10, image_size=(32, 32))
     path = os.path.join(os.environ["DREP_DATA"], "weights", "resnet20_cifar10.npz")
     variables = weights.read(path, net, (32, 32)).variables

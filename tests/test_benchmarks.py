@@ -12,7 +12,7 @@ from tests.command import whole_reports
 ROOT = Path(__file__).parents[1]
 SHARED = {"common", "single_thread"}
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
-WITH_DATA = {"cifar10c", "reid"}
+WITH_DATA = {"cifar10c", "real_noise", "reid", "ridge"}
 """They need the files of DREP_DATA."""
 
 ONE_SIZE = {"cifar10c"}
