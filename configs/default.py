@@ -135,6 +135,7 @@ def get_default() -> ConfigDict:
         {
             "pattern": "",  # regular expression over layer paths; "" for the layers of MLPs, or else all layers
             "kind": "auto",  # for convolutions: patch, pointwise or auto
+            "batchnorm_bias": False,  # constants also before layers without bias: in the running mean of their BatchNorm
         }
     )
     config.denoise = ConfigDict(  # the denoisers, and how Algorithm 1 learns them

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drep_jax import report, weights
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.data import open_source
 from drep_jax.data.labels import check_classes
 from drep_jax.errors import CheckpointError, ConfigError, DataError, DrepError
@@ -215,9 +215,9 @@ def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
         if saved is None:
             print(f"  {name}: nothing saved, so it is left out.")
             continue
-        params = {"backbone": saved.variables["params"], "denoise": denoisers_of(name, config, saved.denoise)}
-        fused = fuse_exact(params, setup.sites, setup.schedule)
-        add(name, {**saved.variables, "params": fused}, step=saved.step, steps=saved.steps)
+        denoisers = denoisers_of(name, config, saved.denoise)
+        fused = fuse_variables_exact(saved.variables, denoisers, setup.sites, setup.schedule)
+        add(name, fused, step=saved.step, steps=saved.steps)
     return arms, described
 
 

@@ -13,7 +13,7 @@ from drep_jax import files
 from drep_jax.core import closed_form
 from drep_jax.core.certificate import Certificate
 from drep_jax.core.denoisers import Denoisers
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.core.recipes import WIENER, Recipe, check_rule
 from drep_jax.core.reverse_map import site_steps
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
@@ -214,8 +214,7 @@ def _fuse_and_export(
     fused, certificate = fuse_and_certify(run, variables, denoisers)
     exact = None
     if needs_exact(output, original):
-        params = {"backbone": variables["params"], "denoise": denoisers}
-        exact = fuse_exact(params, run.setup.sites, run.setup.schedule, round_back=False)
+        exact = fuse_variables_exact(variables, denoisers, run.setup.sites, run.setup.schedule, round_back=False)
     if not all(np.isfinite(figure.error) for figure in certificate.end_to_end.values()):
         description = f"rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g}"
         raise NonFiniteError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from drep_jax import files, report
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.data import unreadable
 from drep_jax.data.datasets import Labeled
 from drep_jax.errors import DrepError, EvaluationError
@@ -173,7 +173,7 @@ def finish(
         "schema": report.SCHEMA,
         "config": config,
         "environment": environment(),
-        "sites": describe_sites(setup, variables["params"], fused),
+        "sites": describe_sites(setup, variables["params"], fused["params"]),
         "coverage": vars(setup.covered),
         "learning": {name: result.section for name, result in learned.items()},
         "exported": config["learner"],
@@ -211,11 +211,10 @@ def _failed(job: Run, failure: Exception) -> EvaluationError:
 
 
 def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, Certificate | None]:
-    """Returns the exported learner's fused parameters; on process 0 also the certificate."""
+    """Returns the exported learner's fused variables; on process 0 also the certificate."""
     denoisers = exported.denoisers
     if not processes.primary():
-        params = {"backbone": variables["params"], "denoise": denoisers}
-        return fuse_exact(params, job.setup.sites, job.setup.schedule), None
+        return fuse_variables_exact(variables, denoisers, job.setup.sites, job.setup.schedule), None
     fused, certificate = fuse_and_certify(job, variables, denoisers)
     record = {**denoisers.keywords, "strength": 1.0}
     write(Output(os.path.join(job.directory, "fused")), job.setup, variables, fused, record)
@@ -231,8 +230,8 @@ def arms_of(
     variables = exported.variables or baseline
     key = key_of(job.config, "placebo")
     random_maps = direct_maps(placebo_denoisers({"denoise": exported.denoisers}, setup.sites, setup.schedule, key))
-    placebo = fuse_exact({"backbone": variables["params"], "denoise": random_maps}, setup.sites, setup.schedule)
-    arms: dict[str, Tree] = {"baseline": baseline, "placebo": {**variables, "params": placebo}}
+    placebo = fuse_variables_exact(variables, random_maps, setup.sites, setup.schedule)
+    arms: dict[str, Tree] = {"baseline": baseline, "placebo": placebo}
     if continued is not None:
         arms["continued"] = continued[0]
     controls = [arm for arm in arms if arm not in ("baseline", name)]
@@ -242,11 +241,9 @@ def arms_of(
         if result.network is not None:
             networks[learner], arms[learner] = result.network, backbone
         elif result is exported:
-            arms[learner] = {**backbone, "params": fused}
+            arms[learner] = fused
         elif learner not in arms:  # learner "continued" is the control arm, already there
-            unfused = {"backbone": backbone["params"], "denoise": result.denoisers}
-            fused_here = fuse_exact(unfused, setup.sites, setup.schedule)
-            arms[learner] = {**backbone, "params": fused_here}
+            arms[learner] = fuse_variables_exact(backbone, result.denoisers, setup.sites, setup.schedule)
     return Arms(arms, networks, controls)
 
 
