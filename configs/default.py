@@ -204,6 +204,7 @@ def get_default() -> ConfigDict:
         {
             "conditions": ("clean", "gaussian:40", "gaussian:80"),  # of the test images (docs/corruptions.md)
             "batch_size": 200,  # images per batch, over all devices
+            "statistics": (),  # rows with BatchNorms that mix statistics of the images, such as ("image:0.1", "batch:0.25")
             "unknown_classes": "refuse",  # test images of classes without a training image; score: the backbone knows them
             "gallery": 2000,  # training images of each merged source among which nearest neighbors are sought
             "resamples": 10_000,  # bootstrap resamples

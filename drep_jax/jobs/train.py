@@ -21,9 +21,10 @@ from drep_jax.errors import DrepError, EvaluationError
 from drep_jax.evaluation import knn, summary
 from drep_jax.evaluation.arms import Network, Scored, items_of, score_arms
 from drep_jax.evaluation.placebo import placebo_denoisers
+from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.checks import agree, check
 from drep_jax.jobs.findings import describe_sites, exhibit_of, measure_cost, spectra
-from drep_jax.jobs.scores import compared, reading, scores_of
+from drep_jax.jobs.scores import compared, reading, scores_of, with_statistics
 from drep_jax.learners import Learned, LearnerInputs, learn, train_labeled
 from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
@@ -111,16 +112,19 @@ class Arms:
       variables: name ↦ variables, in the order of the tables; baseline and placebo first.
       networks: name ↦ network, for arms on the explicit path, which cannot be fused.
       controls: names of the control arms, which show changes without denoising.
+      statistics: name ↦ what BatchNorms mix with their trained statistics, for arms that do.
     """
 
     variables: dict[str, Tree]
     networks: dict[str, Network]
     controls: list[str]
+    statistics: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
 
     @property
     def fusible(self) -> dict[str, Tree]:
-        """The arms that are weights of the backbone; the others need its head."""
-        return {name: tree for name, tree in self.variables.items() if name not in self.networks}
+        """The arms that are weights of the backbone and no more; the others need its head or its BatchNorms."""
+        others = (*self.networks, *self.statistics)
+        return {name: tree for name, tree in self.variables.items() if name not in others}
 
 
 def finish(
@@ -244,7 +248,8 @@ def arms_of(
             arms[learner] = fused
         elif learner not in arms:  # learner "continued" is the control arm, already there
             arms[learner] = fuse_variables_exact(backbone, result.denoisers, setup.sites, setup.schedule)
-    return Arms(arms, networks, controls)
+    arms, mixed = with_statistics(job.config, arms, ["baseline", name])
+    return Arms(arms, networks, [*controls, *(row for row in mixed if row.startswith("baseline+"))], mixed)
 
 
 def evaluate_arms(
@@ -260,7 +265,13 @@ def evaluate_arms(
     results, largest = {}, -1.0
     most_changed: tuple[str, Scored] | None = None  # only one condition's statistics are held
     for condition, scored in score_arms(
-        setup, arms.variables, setup.test, conditions, networks=arms.networks, **reading(config)
+        setup,
+        arms.variables,
+        setup.test,
+        conditions,
+        networks=arms.networks,
+        statistics=arms.statistics,
+        **reading(config),
     ):
         results[condition] = items_of(setup, setup.test, scored, condition)
         before, after = (summary.value_of(headline, results[condition][arm]) for arm in pair)

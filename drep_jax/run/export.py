@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -18,6 +19,7 @@ from drep_jax.exporting.fold_batchnorm import find_folds, fold_batchnorm
 from drep_jax.exporting.fold_certificate import certify_folds
 from drep_jax.exporting.onnx_file import export_onnx
 from drep_jax.exporting.stablehlo import export_stablehlo
+from drep_jax.exporting.statistics import MixedStatistics, Statistics
 from drep_jax.files import expanded
 from drep_jax.run.backbone import init_options
 from drep_jax.run.inputs import certificate_images
@@ -49,6 +51,7 @@ class Output:
       init_from: the file of the backbone's weights, if it moved since the run.
       init_names: its name table, if it moved.
       fold_batchnorm: whether to fold scale and shift of BatchNorms into the layers before them.
+      statistics: what BatchNorms of exported programs mix with their trained statistics, or None.
     """
 
     directory: str
@@ -58,11 +61,33 @@ class Output:
     init_from: str | None = None
     init_names: str | None = None
     fold_batchnorm: bool = False
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
-        """Refuses an unknown storage type."""
+        """Refuses an unknown storage type, and statistics that nothing is written with."""
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f'Unknown storage type "{self.dtype}".{did_you_mean(self.dtype, DTYPES)}')
+        if self.statistics is None:
+            return
+        if not any(form in PROGRAMS for form in self.forms):
+            raise ConfigError(
+                f"--statistics={self.statistics} changes the program, and weights alone are the same with it: add "
+                f"--export={' or '.join(PROGRAMS)}."
+            )
+        if self.fold_batchnorm:
+            raise ConfigError(
+                f"--fold_batchnorm makes BatchNorms constants, so --statistics={self.statistics} has nothing to mix with: "
+                "leave one of the two out."
+            )
+
+    def network(self, backbone: nn.Module) -> nn.Module | MixedStatistics:
+        """Returns what exported programs compute."""
+        return backbone if self.statistics is None else MixedStatistics(backbone, self.statistics)
+
+    def program(self, form: str) -> str:
+        """Returns the path of an exported program; one with mixed statistics has a name of its own."""
+        kind = "" if self.statistics is None else f"_{self.statistics.over}_{self.statistics.alpha:g}"
+        return os.path.join(self.directory, f"fused{kind}.{form}")
 
 
 def fuse_and_certify(run: Run, variables: Tree, denoisers: Denoisers) -> tuple[Tree, Certificate]:
@@ -219,8 +244,8 @@ def write(
             for remark in weights.remarks_on(original, variables, full):
                 print(f"  {remark}")
         elif form in PROGRAMS:
-            path = os.path.join(output.directory, f"fused.{form}")
-            print(f"{path}: {PROGRAMS[form](setup.backbone, everything, setup.images.shape[1:3], path)}")
+            path, network = output.program(form), output.network(setup.backbone)
+            print(f"{path}: {PROGRAMS[form](network, everything, setup.images.shape[1:3], path)}")
         else:
             path = os.path.join(output.directory, f"fused_{form}")
             path = weights.write_new(setup.backbone, everything, form, path, fusion)
