@@ -166,7 +166,16 @@ def test_batch_norms_are_folded_into_a_file_of_the_same_names(finished, tmp_path
     made = weights.write_new(backbone, variables, "toy", str(tmp_path / "resnet"), {})
     config = {**finished.config, "model": model}
     sites = {"batchnorm_bias": True}  # fusing moves running means, which folding then takes up
-    run = run_on(config, tmp_path, made, backbone={"init_allow": []}, learner="closed_form", sites=sites)
+    options = {"backbone": {"init_allow": []}, "sites": sites, "evaluate": {"statistics": ["image:0.1"]}}
+    run = run_on(config, tmp_path, made, learner="closed_form", **options)
+    rows = json.loads((run / "report.json").read_text())["metrics"]["clean"]
+    assert "closed_form+image:0.1" in rows["denoised"] and "baseline+image:0.1" in rows["control"]
+    ended = fuse(run, tmp_path / "mixed", "--export=stablehlo", "--statistics=image:0.1")
+    assert ended.status == 0 and "Statistics image:0.1: another program" in ended.output, ended.output
+    assert (tmp_path / "mixed" / "fused_image_0.1.stablehlo").exists()
+    written = json.loads((tmp_path / "mixed" / "certificate.json").read_text())
+    assert written["passed"] and written["statistics"]["latency_ratio"] > 0
+    fuse(run, tmp_path / "out2", "--statistics=image:0.1").refused("add --export=stablehlo or onnx")
     ended = fuse(run, tmp_path / "out", "--export=same", "--fold_batchnorm")
     assert ended.status == 0, ended.output
     fused = export.weights.load(str(run / "fused" / "fused.safetensors"), variables, allow_fused=True)
