@@ -5,6 +5,7 @@
     python fuse.py --workdir=runs/digits --resolve --steps=10 --time_scale=10   # without training
     python fuse.py --workdir=runs/digits --sweep                  # the best on held-out images
     python fuse.py --workdir=runs/resnet50 --export=same          # in the backbone's file format
+    python fuse.py --workdir=runs/resnet50 --export=onnx --statistics=image:0.1   # BatchNorms that adapt
 
 Exit status: 0 if the certificate holds, 3 if it fails, 1 for bad input.
 """
@@ -52,6 +53,11 @@ INIT_NAMES = flags.DEFINE_string("init_names", None, "Its name table for --expor
 FOLD_BATCHNORM = flags.DEFINE_bool(
     "fold_batchnorm", False, "Make BatchNorms constants, folded into the layers before them."
 )
+STATISTICS = flags.DEFINE_string(
+    "statistics",
+    None,
+    "What BatchNorms of exported programs mix with their trained statistics: image:α or batch:α, such as image:0.1.",
+)
 HOSTS = define_flags()
 
 
@@ -64,6 +70,7 @@ def main(argv: list[str]) -> int:
 
 def fuse_again(workdir: str) -> int:
     """Fuses the run in `workdir`, prints the certificate and returns the exit status."""
+    from drep_jax.exporting.statistics import Statistics
     from drep_jax.run.export import Output
 
     output = Output(
@@ -74,6 +81,7 @@ def fuse_again(workdir: str) -> int:
         init_from=INIT_FROM.value,
         init_names=INIT_NAMES.value,
         fold_batchnorm=FOLD_BATCHNORM.value,
+        statistics=None if STATISTICS.value is None else Statistics.parse(STATISTICS.value),
     )
     options = {
         "rule": RULE.value,

@@ -1,34 +1,44 @@
 """The corruption benchmark: ResNet-20 on the CIFAR-10-C protocol, all arms in one run.
 
     DREP_DATA=… PYTHONPATH=. python benchmarks/cifar10c.py [--images=1000] [--out=cifar10c.json]
+    … --arms="BN .*|TENT.*|image 0.1|measured mixed.*"           # some of the arms only
 
-The protocol has 15 corruptions × 5 severities. Arms: the backbone; batch norm adapted to each test
-batch; a placebo (random maps of the same norm as the measured ones); Algorithm 1 and its closed
-form at the paper's settings; the Wiener filter (clean images only); noise measured on Gaussian
-noise alone ("gaussian": every other corruption is unseen) and on a mixture of sensor noise, blur
-and compression ("mixed"); self-distillation (the whole backbone learns its own clean answers on
-noisy images: same images, same wall time, no labels); and, as the upper bound, the backbone
-fine-tuned with labels on the same Gaussian noise.
+The protocol has 15 corruptions × 5 severities. Arms: the backbone; a placebo (random maps of the
+same norm as the measured ones); Algorithm 1 and its closed form at the paper's settings; the Wiener
+filter (clean images only); noise measured on Gaussian noise alone ("gaussian": every other
+corruption is unseen) and on a mixture of sensor noise, blur and compression ("mixed");
+self-distillation (the whole backbone learns its own clean answers on noisy images: same images,
+same wall time, no labels); and, as the upper bound, the backbone fine-tuned with labels on the same
+Gaussian noise.
+
+Arms that adapt while they are tested (benchmarks/adaptation.py), of the backbone: BatchNorms with
+(1 − α)·trained + α·batch statistics, "BN α × images a batch", one image's statistics ("image α"),
+and TENT; of the measured mixture: "+ BN" and "+ image". Their batches hold one corruption, or, with
+", mixed" in the name, all corruptions shuffled image by image.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import tempfile
 import time
 
 import jax
 import numpy as np
 import optax
+from adaptation import MIXED as MIXED_STREAM
+from adaptation import Adaptation, baselines, predict
 from tabulate import tabulate
 
 from configs import resnet20_cifar10
 from drep_jax import learners
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.data.corruptions import CIFAR10C, corrupt
 from drep_jax.data.loader import epoch_order, normalize, read_images, read_labels
 from drep_jax.evaluation.intervals import paired_interval
 from drep_jax.evaluation.placebo import placebo_denoisers
+from drep_jax.exporting.statistics import Statistics
 from drep_jax.run.backbone import read_weights
 from drep_jax.run.moments import run_moments
 from drep_jax.run.run import Run
@@ -43,8 +53,13 @@ FAMILIES = {
 }
 GAUSSIAN = "gaussian:10..50"
 MIXED = "gaussian:0..50,shot:0..60,blur:0..2,motion:0..6,jpeg:0..80,impulse:0..10"
-BATCH = 500
 SEED = 11
+ADAPTED = {
+    "measured mixed + image 0.1": Adaptation(Statistics("image", 0.1)),
+    "measured mixed + BN 0.25 × 200": Adaptation(Statistics("batch", 0.25), 200),
+    "measured mixed + BN 0.25 × 200, mixed": Adaptation(Statistics("batch", 0.25), 200, MIXED_STREAM),
+}
+"""The measured mixture with BatchNorms that adapt, too."""
 
 
 @dataclasses.dataclass
@@ -54,7 +69,7 @@ class Arm:
     variables: object
     images: int
     seconds: float
-    adapt: bool = False
+    adaptation: Adaptation = dataclasses.field(default_factory=Adaptation)
 
 
 def fine_tune(setup, variables, images, targets, *, seconds=None, epochs=None, clean_share=0.5, rate=5e-4, batch=128):
@@ -91,8 +106,13 @@ def fine_tune(setup, variables, images, targets, *, seconds=None, epochs=None, c
     return {**others, "params": params}, time.perf_counter() - began
 
 
-def make_arms(directory):
-    """Returns the setup and all arms by name."""
+def make_arms(directory, wanted):
+    """Returns the setup and all wanted arms by name, the backbone first.
+
+    Args:
+      directory: for what the learners save.
+      wanted: name ↦ whether the arm is to be there.
+    """
     config = resnet20_cifar10.get_config().unlock()
     config.progress = False
     config.measured.clean_share = (0.8,)
@@ -101,11 +121,16 @@ def make_arms(directory):
     writer = MetricWriter(directory)
     run = Run(config, setup, directory, writer)
     variables = read_weights(run, config.backbone.init_from)
-    arms = {"backbone": Arm(variables, 0, 0.0), "bn adapted": Arm(variables, BATCH, 0.0, adapt=True)}
+    arms = {"backbone": Arm(variables, 0, 0.0)}
+    for name, adaptation in baselines().items():
+        if wanted(name):
+            arms[name] = Arm(variables, 1 if name.startswith("image") else adaptation.batch, 0.0, adaptation)
 
-    began = time.perf_counter()
-    run_moments(run, variables)  # saved in the directory, where the learners read them
-    moment_seconds = time.perf_counter() - began
+    moment_seconds = 0.0
+    if any(map(wanted, ("algorithm 1", "closed form", "wiener"))):
+        began = time.perf_counter()
+        run_moments(run, variables)  # saved in the directory, where the learners read them
+        moment_seconds = time.perf_counter() - began
 
     def learn(arm, name, **changes):
         changed = config.copy_and_resolve_references().unlock()
@@ -114,23 +139,40 @@ def make_arms(directory):
             changed.select.max_clean_loss = 0.4
         learned = learners.learn(name, learners.LearnerInputs(dataclasses.replace(run, config=changed), variables))
         seconds = learned.section["seconds"] + (moment_seconds if name in ("closed_form", "wiener") else 0.0)
-        params = {"backbone": variables["params"], "denoise": learned.denoisers}
-        fused = fuse_exact(params, setup.sites, setup.schedule)
-        arms[arm] = Arm({**variables, "params": fused}, learned.section["images"], seconds)
+        fused = fuse_variables_exact(variables, learned.denoisers, setup.sites, setup.schedule)
+        arms[arm] = Arm(fused, learned.section["images"], seconds)
         print(f"{arm}: {seconds:.0f} s {learned.section.get('chosen', '')}", flush=True)
-        return params
+        return {"backbone": variables["params"], "denoise": learned.denoisers}
 
-    learn("algorithm 1", "algorithm1")
-    learn("closed form", "closed_form")
-    learn("wiener", "wiener")
-    params = learn("measured gaussian", "measured", noise=GAUSSIAN)
-    learn("measured mixed", "measured", noise=MIXED)
+    for name, learner in (("algorithm 1", "algorithm1"), ("closed form", "closed_form"), ("wiener", "wiener")):
+        if wanted(name):
+            learn(name, learner)
+    gaussian = any(map(wanted, ("measured gaussian", "placebo", "distilled")))  # these follow it
+    params = learn("measured gaussian", "measured", noise=GAUSSIAN) if gaussian else None
+    if any(map(wanted, ("measured mixed", *ADAPTED))):
+        learn("measured mixed", "measured", noise=MIXED)
+        for name, adaptation in ADAPTED.items():
+            if wanted(name):
+                arms[name] = dataclasses.replace(arms["measured mixed"], adaptation=adaptation)
     writer.close()
 
-    maps = placebo_denoisers(params, setup.sites, setup.schedule, jax.random.key(3), rule="affine", steps=1)
-    fused = fuse_exact({**params, "denoise": maps}, setup.sites, setup.schedule, rule="affine", steps=1)
-    arms["placebo"] = Arm({**variables, "params": fused}, 0, 0.0)
+    if wanted("placebo"):
+        maps = placebo_denoisers(params, setup.sites, setup.schedule, jax.random.key(3), rule="affine", steps=1)
+        fused = fuse_variables_exact(variables, maps, setup.sites, setup.schedule, rule="affine", steps=1)
+        arms["placebo"] = Arm(fused, 0, 0.0)
+    if wanted("distilled"):
+        add_distilled(config, setup, arms, variables)
+    if wanted("labeled"):
+        index = np.sort(epoch_order(len(setup.train), config.seed, 1)[:20_000])
+        labels = np.eye(10, dtype=np.float32)[read_labels(setup.train, index)]
+        new, seconds = fine_tune(setup, variables, read_images(setup.train, index), labels, epochs=3)
+        arms["labeled"] = Arm(new, len(index), seconds)
+        print(f"labeled: {seconds:.0f} s", flush=True)
+    return setup, {name: arm for name, arm in arms.items() if name == "backbone" or wanted(name)}
 
+
+def add_distilled(config, setup, arms, variables):
+    """Adds the backbone trained on its own clean answers, with the images and the time of "measured gaussian"."""
     index = np.sort(epoch_order(len(setup.train), config.seed, 0)[: config.measured.images])
     images = read_images(setup.train, index)
     apply = jax.jit(setup.backbone.apply)
@@ -143,45 +185,47 @@ def make_arms(directory):
     arms["distilled"] = Arm(new, len(images), seconds)
     print(f"distilled: {seconds:.0f} s", flush=True)
 
-    index = np.sort(epoch_order(len(setup.train), config.seed, 1)[:20_000])
-    labels = np.eye(10, dtype=np.float32)[read_labels(setup.train, index)]
-    new, seconds = fine_tune(setup, variables, read_images(setup.train, index), labels, epochs=3)
-    arms["labeled"] = Arm(new, len(index), seconds)
-    print(f"labeled: {seconds:.0f} s", flush=True)
-    return setup, arms
 
-
-def evaluate(setup, arms, count):
+def evaluate(setup, arms, count, severities):
     """Returns {condition: {arm: hits of every image}}, "clean" first, then corruption:severity."""
     index = np.arange(count)
     images, labels = read_images(setup.test, index), read_labels(setup.test, index)
-    plain = jax.jit(setup.backbone.apply)
-    adapted = jax.jit(lambda v, x: setup.backbone.apply(v, x, train=True, mutable=["batch_stats"])[0])
-    hits = {}
-    for name in ("clean", *(f"cifar10c:{name}:{severity}" for name in CIFAR10C for severity in range(1, 6))):
-        x = np.asarray(normalize(corrupt(images, index, name, SEED), setup.mean, setup.std))
-        hits[name] = {}
-        for arm, known in arms.items():
-            apply = adapted if known.adapt else plain
-            logits = [np.asarray(apply(known.variables, x[i : i + BATCH])) for i in range(0, count, BATCH)]
-            hits[name][arm] = np.argmax(np.concatenate(logits), -1) == labels
+    names = ("clean", *(f"cifar10c:{name}:{severity}" for name in CIFAR10C for severity in severities))
+    seen = {name: np.rint(corrupt(images, index, name, SEED)).astype(np.uint8) for name in names}
+    hits = {name: {} for name in names}
+    for arm, known in arms.items():
+        began = time.perf_counter()
+        logits = predict(
+            setup.backbone,
+            known.variables,
+            seen,
+            lambda x: np.asarray(normalize(x, setup.mean, setup.std)),
+            known.adaptation,
+            seed=SEED,
+        )
+        for name in names:
+            hits[name][arm] = np.argmax(logits[name], -1) == labels
+        print(f"{arm}: scored in {time.perf_counter() - began:.0f} s", flush=True)
     return hits
 
 
 def main():
     """Runs and prints everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1000, help=f"test images, a multiple of {BATCH}")
+    parser.add_argument("--images", type=int, default=1000, help="test images")
+    parser.add_argument(
+        "--severities", default="1,2,3,4,5", help="of every corruption; 3 alone takes a fifth of the time"
+    )
+    parser.add_argument("--arms", default=".*", help="regular expression of the arms beside the backbone")
     parser.add_argument("--out", default="cifar10c.json")
     options = parser.parse_args()
-    if options.images % BATCH:
-        parser.error(f"--images must be a multiple of {BATCH}")
+    severities = [int(severity) for severity in options.severities.split(",")]
     with tempfile.TemporaryDirectory() as directory:
-        setup, arms = make_arms(directory)
-    hits = evaluate(setup, arms, options.images)
+        setup, arms = make_arms(directory, lambda name: re.fullmatch(options.arms, name) is not None)
+    hits = evaluate(setup, arms, options.images, severities)
 
     def of(names, arm):  # hits of every image, averaged over what is in the row
-        return np.mean([hits[f"cifar10c:{n}:{s}"][arm] for n in names for s in range(1, 6)], axis=0)
+        return np.mean([hits[f"cifar10c:{n}:{s}"][arm] for n in names for s in severities], axis=0)
 
     rows = {"clean": {arm: hits["clean"][arm].astype(float) for arm in arms}}
     rows |= {name: {arm: of((name,), arm) for arm in arms} for name in CIFAR10C}
@@ -193,7 +237,7 @@ def main():
     for row, scores in rows.items():
         cells = [row, f"{base[row]:.1f}"]
         content[row] = {"backbone": base[row]}
-        gain = 100 * scores["labeled"].mean() - base[row]
+        gain = 100 * scores["labeled"].mean() - base[row] if "labeled" in arms else 0.0
         for arm in list(arms)[1:]:
             interval = paired_interval(scores[arm], scores["backbone"], resamples=2000, seed=0)
             mark = "" if interval.significant else " ns"
@@ -202,11 +246,12 @@ def main():
             content[row].setdefault("recovery", {})[arm] = 1e4 * interval.difference / gain if gain > 1 else None
         table.append(cells)
     print(
-        f"\nAccuracy of the backbone, and change in points, {options.images} test images; ns: the paired 95 % interval has 0"
+        f"\nAccuracy of the backbone, and change in points, {options.images} test images, severities {options.severities}; "
+        "ns: the paired 95 % interval has 0"
     )
     print(tabulate(table, ["", *arms], tablefmt="github", disable_numparse=True))
     print()
-    for row in ("mean noise", "mean of all 15"):
+    for row in ("mean noise", "mean of all 15") if "labeled" in arms else ():
         fractions = {arm: value for arm, value in content[row]["recovery"].items() if value is not None}
         listing = ", ".join(f"{arm} {value:.0f} %" for arm, value in fractions.items())
         print(f"Fraction of the labeled fine-tuning's recovery, {row}: {listing}")
@@ -214,7 +259,7 @@ def main():
     print()
     print(tabulate(cost, ["arm", "images", "seconds"], tablefmt="github"))
     with open(options.out, "w", encoding="utf-8") as file:
-        json.dump({"table": content, "cost": cost, "images": options.images}, file, indent=1)
+        json.dump({"table": content, "cost": cost, "images": options.images, "severities": severities}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def get_default() -> ConfigDict:
         {
             "pattern": "",  # regular expression over layer paths; "" for the layers of MLPs, or else all layers
             "kind": "auto",  # for convolutions: patch, pointwise or auto
+            "batchnorm_bias": False,  # constants also before layers without bias: in the running mean of their BatchNorm
         }
     )
     config.denoise = ConfigDict(  # the denoisers, and how Algorithm 1 learns them
@@ -223,6 +224,7 @@ def get_default() -> ConfigDict:
         {
             "conditions": ("clean", "gaussian:40", "gaussian:80"),  # of the test images (docs/corruptions.md)
             "batch_size": 200,  # images per batch, over all devices
+            "statistics": (),  # rows with BatchNorms that mix statistics of the images, such as ("image:0.1", "batch:0.25")
             "unknown_classes": "refuse",  # test images of classes without a training image; score: the backbone knows them
             "gallery": 2000,  # training images of each merged source among which nearest neighbors are sought
             "resamples": 10_000,  # bootstrap resamples

@@ -4,7 +4,7 @@ from drep_jax.core.algorithm1 import algorithm1_losses
 from drep_jax.core.certificate import Certificate, certify
 from drep_jax.core.denoisers import Denoisers, init_denoise
 from drep_jax.core.explicit import explicit_apply
-from drep_jax.core.fusion import fuse, fuse_exact
+from drep_jax.core.fusion import fuse, fuse_exact, fuse_variables, fuse_variables_exact
 from drep_jax.core.layers import find_layers
 from drep_jax.core.measured import Measured, measure
 from drep_jax.core.module import DenoiseRep
@@ -29,6 +29,8 @@ __all__ = [
     "find_sites",
     "fuse",
     "fuse_exact",
+    "fuse_variables",
+    "fuse_variables_exact",
     "init_denoise",
     "measure",
     "select_sites",

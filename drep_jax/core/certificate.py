@@ -27,20 +27,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.core.denoisers import Denoisers, resolve
+from drep_jax.core.deployed import deployed_part, structure_kept, undo_rounding
 from drep_jax.core.explicit import call_denoised, explicit_apply, explicit_extras
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import FUSED, fuse_variables_exact
 from drep_jax.core.intercept import sow, visit_sites
-from drep_jax.core.layers import Layer
-from drep_jax.core.precision import epsilon, held_line, rounding, type_name, widened
+from drep_jax.core.layers import Layer, alone
+from drep_jax.core.precision import SAFETY, epsilon, held_line, rounding, type_name, widened
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.trees import get_in
 from drep_jax.typing import AnyArray, Tree
-
-SAFETY = 32.0
-"""Factor on ε in the bound: in a deep network rounding errors accumulate over layers and sums."""
-
 
 NO_CHANGE = 4 * SAFETY * float(np.finfo(np.float64).eps)
 """Relative change below which float64 cannot tell it from none.
@@ -205,6 +202,7 @@ def certify(
     rule: str | None = None,
     steps: int | None = None,
     fused: Tree | None = None,
+    fused_statistics: Tree | None = None,
     **kwargs: Any,
 ) -> Certificate:
     """Compares the fused network with the explicit one, in float64 and in the stored precision.
@@ -218,20 +216,23 @@ def certify(
       fused: the weights that are deployed; by default they are fused here in float64 and rounded
         once. For the comparison in float64 their rounding is undone, see `undo_rounding`, so that a
         wrong leaf shows whatever type it is stored in.
+      fused_statistics: the "batch_stats" that are deployed with `fused`. Needed where a running mean
+        takes a constant.
       **kwargs: for the backbone.
 
     Returns:
       A `Certificate`; its `passed` is the verdict.
 
     Raises:
-      FusionError, NonFiniteError, ConfigError: see `drep_jax.core.fusion.fuse`.
+      FusionError, NonFiniteError, ConfigError: see `drep_jax.core.fusion.fuse_variables`.
     """
     denoise, rule, steps = resolve(denoise, rule, steps)
-    params = {"backbone": variables["params"], "denoise": denoise}
-    exact = fuse_exact(params, sites, schedule, rule=rule, steps=steps, round_back=False)
-    stored = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), exact, variables["params"])
-    deployed = stored if fused is None else fused
-    measured = undo_rounding(exact, stored, deployed, variables["params"])
+    base_part = {name: tree for name, tree in variables.items() if name in FUSED}
+    exact = fuse_variables_exact(base_part, denoise, sites, schedule, rule=rule, steps=steps, round_back=False)
+    stored = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), exact, base_part)
+    deployed = deployed_part(stored, fused, fused_statistics, sites)
+    measured = {**variables, **undo_rounding(exact, stored, deployed, base_part)}
+    deployed = {**variables, **deployed}
     settings = (backbone, sites, schedule, rule, steps, kwargs)
 
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -242,7 +243,7 @@ def certify(
         with widened():
             held = rounding(lambda variables, args: free.apply(variables, *args, **kwargs), base, inputs)
             results = {"float64": _measure((free, *settings[1:]), base, denoisers, after, inputs, held, wide=True)}
-    name = type_name(get_in(deployed, layer.path)["kernel"] for site in sites for layer in site.layers)
+    name = type_name(get_in(deployed["params"], layer.path)["kernel"] for site in sites for layer in site.layers)
     if name != "float64":
         results[name] = _measure(settings, variables, denoise, deployed, args, held, wide=False)
     return Certificate(
@@ -250,44 +251,9 @@ def certify(
         steps=sites[0].steps if steps is None else steps,
         end_to_end={name: end for name, (end, _) in results.items()},
         sites={name: rows for name, (_, rows) in results.items()},
-        structure=structure_kept(backbone, variables, {**variables, "params": deployed}, args, kwargs),
+        structure=structure_kept(backbone, variables, deployed, args, kwargs),
         held=None if held is None else str(held),
     )
-
-
-def undo_rounding(exact: Tree, stored: Tree, deployed: Tree, base: Tree) -> Tree:
-    """Returns `deployed` with `exact` in place of every leaf that differs from it by rounding only.
-
-    Rounding is ‖deployed − exact‖ ≤ ‖stored − exact‖ + 32·ε·(‖base‖ + ‖exact‖), with ε of the
-    arithmetic of `fuse`.
-
-    Args:
-      exact: fused weights in float64.
-      stored: `exact`, rounded once to the types of `base`.
-      deployed: the weights to look at.
-      base: the backbone's weights.
-    """
-    if not (_same_tree(stored, deployed) and _forms(stored) == _forms(deployed)):
-        return exact  # `structure_kept` refuses these
-
-    def choose(exact: Any, stored: Any, deployed: Any, base: Any) -> Any:
-        if not jnp.issubdtype(stored.dtype, jnp.floating):
-            return deployed
-        epsilon = float(jnp.finfo(jnp.promote_types(stored.dtype, jnp.float32)).eps)
-        stored, wide, base = (np.asarray(leaf).astype(np.float64) for leaf in (stored, deployed, base))
-        slack = SAFETY * epsilon * (np.linalg.norm(base) + np.linalg.norm(exact))
-        return exact if np.linalg.norm(wide - exact) <= np.linalg.norm(stored - exact) + slack else wide
-
-    return jax.tree_util.tree_map(choose, exact, stored, deployed, base)
-
-
-def _same_tree(before: Tree, after: Tree) -> bool:
-    trees: list[Any] = [jax.tree_util.tree_structure(tree) for tree in (before, after)]
-    return trees[0] == trees[1]
-
-
-def _forms(tree: Tree) -> list[Any]:
-    return [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in jax.tree_util.tree_leaves(tree)]
 
 
 def wide_leaf(leaf: Any) -> Any:
@@ -312,17 +278,14 @@ def _measure(
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
         weights = {name: leaf for name, leaf in module.variables["params"].items() if name in ("kernel", "bias")}
-
-        def run(weights: Tree, x: Any) -> Any:
-            return module.clone(parent=None, name=None).apply({"params": weights}, x)
-
-        returned = base = call(x)
+        run, returned = alone(module), call(x)
+        base = returned
         if wide and x.dtype != np.float64:
             x = x.astype(np.float64)
             base = run(weights, x)
         explicit = call_denoised(site, layer, module, extra, x, lambda clean: run(weights, clean))
         types[layer.name] = base.dtype
-        squares = _squares(base, explicit, run(extra["fused"], x))
+        squares = _squares(base, explicit, run(extra["fused"], x), extra.get("mean"))
         bias = extra["fused"].get("bias", jnp.zeros(1, squares.dtype)).astype(squares.dtype)
         constant = jnp.sum(jnp.square(bias)) * (base.size / bias.size)
         sow(module, layer, "squares", jnp.concatenate([squares, constant[None]]))
@@ -333,11 +296,10 @@ def _measure(
         extras = explicit_extras(denoise, sites, schedule, rule, steps)
         for site in sites:
             for layer in site.layers:
-                weights = get_in(fused, layer.path)
-                extras[layer.path]["fused"] = {name: weights[name] for name in ("kernel", "bias") if name in weights}
+                extras[layer.path] |= _fused_extras(layer, variables, fused)
         base, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
         explicit = explicit_apply(backbone, variables, denoise, sites, schedule, *args, **options)
-        after = backbone.apply({**variables, "params": fused}, *args, **kwargs)
+        after = backbone.apply(fused, *args, **kwargs)
         leaves = [floating_leaves(tree) for tree in (base, explicit, after)]
         types["output"] = leaves[0][0].dtype
         return sum(_squares(*parts) for parts in zip(*leaves, strict=True)), collected
@@ -351,7 +313,7 @@ def _measure(
             values = values.reshape(site.stack or 1, -1, 5).sum(axis=1)  # over all calls, if a scan repeats one layer
             for copy, squares in enumerate(values):
                 times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
-                leaves = get_in(fused, layer.path)
+                leaves = get_in(fused["params"], layer.path)
                 stored = [jnp.result_type(leaves[leaf]) for leaf in ("kernel", "bias") if leaf in leaves]
                 coarsest.append(epsilon([types[layer.name], *stored]))
                 base_norm, explicit_norm, constant = np.sqrt(squares[[0, 1, 4]].astype(np.float64))
@@ -368,32 +330,27 @@ def floating_leaves(tree: Tree) -> list[Any]:
     return [leaf for leaf in jax.tree_util.tree_leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
+def _fused_extras(layer: Layer, variables: Tree, fused: Tree) -> dict[str, Any]:
+    """Returns a layer's fused leaves; what its BatchNorm's mean has lost is its bias, beside that mean."""
+    leaves = get_in(fused["params"], layer.path)
+    extras: dict[str, Any] = {"fused": {name: leaves[name] for name in ("kernel", "bias") if name in leaves}}
+    if layer.norm is not None:
+        before, after = (get_in(tree["batch_stats"], layer.norm)["mean"] for tree in (variables, fused))
+        extras["fused"]["bias"] = before - after
+        extras["mean"] = before
+    return extras
+
+
 def _squares(
-    base: Float[AnyArray, "*shape"], explicit: Float[AnyArray, "*shape"], fused: Float[AnyArray, "*shape"]
+    base: Float[AnyArray, "*shape"],
+    explicit: Float[AnyArray, "*shape"],
+    fused: Float[AnyArray, "*shape"],
+    mean: Float[AnyArray, " channels"] | None = None,
 ) -> Float[Array, "4"]:
+    """Returns the sums of squares for `figure`; a mean that is subtracted is a term of `base`."""
     wide = jnp.promote_types(base.dtype, jnp.float32)
     base, explicit, fused = (value.astype(wide) for value in (base, explicit, fused))
-    return jnp.stack([jnp.sum(jnp.square(v)) for v in (base, explicit, explicit - base, fused - explicit)])
-
-
-def structure_kept(backbone: nn.Module, before: Tree, after: Tree, args: Any, kwargs: Any) -> dict[str, bool]:
-    """Compares the structure of two sets of variables of a backbone.
-
-    Returns:
-      "same_tree", "same_dtypes" (shapes included), and "same_program": whether they compile to the
-      same optimized program, to the letter.
-    """
-    same_tree, same_dtypes = _same_tree(before, after), _forms(before) == _forms(after)
-    same_program = False
-    if same_tree and same_dtypes:
-        apply = jax.jit(lambda variables, args: backbone.apply(variables, *args, **kwargs))
-
-        def shapes(tree: Tree) -> Tree:  # without the device that an array is on
-            return jax.tree_util.tree_map(
-                lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree
-            )
-
-        # Both in one line: the text of a program names the source line that compiled it.
-        one, two = (apply.lower(shapes(variables), shapes(args)).compile().as_text() for variables in (before, after))
-        same_program = one is not None and one == two
-    return {"same_tree": same_tree, "same_dtypes": same_dtypes, "same_program": same_program}
+    sums = [jnp.sum(jnp.square(v)) for v in (base, explicit, explicit - base, fused - explicit)]
+    if mean is not None:
+        sums[0] += jnp.sum(jnp.square(mean.astype(wide))) * (base.size // mean.size)
+    return jnp.stack(sums)

@@ -34,6 +34,13 @@ DEFAULT_RULE = "ddpm"
 """Rule of a plain `denoise` subtree unless another is given."""
 
 
+NO_PLACE = (
+    "Before a BatchNorm a layer without bias takes a constant with --config.sites.batchnorm_bias=True, in Python "
+    "find_sites(…, batchnorm_bias=True)."
+)
+"""What is said of a constant at a site that has no place for it."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The value
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +211,7 @@ def sample_noise(denoise: Tree, sites: Sequence[Site], key: jax.Array) -> dict[s
     for index, site in enumerate(sites):
         if not site.bias:
             raise FusionError(
-                f"{site.name}: sampled noise is a constant, and this site may not have one. Use zero noise."
+                f"{site.name}: sampled noise is a constant, and this site may not have one. Use zero noise. {NO_PLACE}"
             )
         leaves = _leaves_of(denoise, site)
         z = jax.random.normal(jax.random.fold_in(key, index), noise_shape(site), dtype_of(leaves))
@@ -299,7 +306,7 @@ def _check_denoiser(site: Site, leaves: Mapping[str, Any]) -> None:
         if name in ("bias", "z") and not site.bias:
             raise FusionError(
                 f"{site.name}: the denoiser has a constant ({name}), but the site has nowhere to put it: a layer "
-                "without bias, or zeros padded after a pointwise denoiser. Learn it through the origin."
+                f"without bias, or zeros padded after a pointwise denoiser. Learn it through the origin. {NO_PLACE}"
             )
         if tuple(leaf.shape) != expected[name]:
             raise FusionError(

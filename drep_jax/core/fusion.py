@@ -7,11 +7,15 @@ c = σ·z − g·b_D. With k steps, the largest t first, the layer y = W x̂ + b
 
 and with strength τ it becomes (1 − τ) W + τ W', and likewise for b. `drep_jax.core.reverse_map`
 computes W' and b' without a product of two d×d matrices.
+
+A layer without bias that a BatchNorm follows has b = 0, and the running mean takes what b' would be:
+mean' = mean − b' (`drep_jax.core.batchnorm`). So fusing is a change of "params" and of
+"batch_stats", which `fuse_variables` returns.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from drep_jax.core.denoisers import check_params, resolve_params
+from drep_jax.core.denoisers import Denoisers, check_params, resolve, resolve_params
 from drep_jax.core.layers import Layer
 from drep_jax.core.linear_denoiser import dtype_of
 from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
@@ -30,6 +34,9 @@ from drep_jax.core.sites import Site
 from drep_jax.errors import FusionError
 from drep_jax.trees import check_finite, get_in
 from drep_jax.typing import AnyArray, Path, Tree
+
+FUSED = ("params", "batch_stats")
+"""Collections that fusion may change."""
 
 
 @standard_promotion
@@ -64,7 +71,8 @@ def fuse(
       A tree of exactly the structure, shapes and types of `params["backbone"]`.
 
     Raises:
-      FusionError: if denoisers and backbone do not fit, or k needs denoisers learned at another t.
+      FusionError: if denoisers and backbone do not fit, k needs denoisers learned at another t, or a
+        constant goes into the running mean of a BatchNorm (`fuse_variables`).
       NonFiniteError: for NaN or Inf, when called with concrete values.
       ConfigError: if `rule` or `steps` differ from those of a `Denoisers`.
 
@@ -79,24 +87,99 @@ def fuse(
     >>> [round(float(w), 3) for w in fused["layers_0"]["kernel"].ravel()]
     [0.9, 1.8]
     """
-    sites = tuple(sites)
+    fused, constants = _fused(params, tuple(sites), schedule, rule, steps, strength)
+    if constants:
+        path = "/".join(next(iter(constants))[:-1])
+        raise FusionError(
+            f"Fusing changes the running mean of {path}, and `fuse` returns parameters only. Call fuse_variables(variables, "
+            "denoise, sites, schedule), which returns all variables."
+        )
+    return fused
+
+
+@standard_promotion
+def fuse_variables(
+    variables: Tree,
+    denoise: Tree | Denoisers,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    *,
+    rule: str | None = None,
+    steps: int | None = None,
+    strength: float | Float[AnyArray, ""] = 1.0,
+) -> Tree:
+    """Fuses every denoiser into the variables of a backbone: `fuse` for any site.
+
+    W' and b' go into "params". Where a layer has no bias and the site was found with
+    `batchnorm_bias`, the running mean of the BatchNorm that follows takes b': mean' = mean − b'.
+
+    Args:
+      variables: of the backbone, {"params": …, "batch_stats": …, …}.
+      denoise: a `denoise` subtree or a `Denoisers`.
+      sites, schedule, rule, steps, strength: see `fuse`.
+
+    Returns:
+      Variables of exactly the structure, shapes and types of `variables`.
+
+    Raises:
+      FusionError, NonFiniteError, ConfigError: see `fuse`; also if there is no running mean where
+        one is to be changed.
+    """
+    params = {"backbone": variables["params"], "denoise": denoise}
+    fused, constants = _fused(params, tuple(sites), schedule, rule, steps, strength)
+    if not constants:
+        return {**variables, "params": fused}
+    statistics, missing = variables.get("batch_stats", {}), dict(constants)
+
+    def subtract(path: tuple[Any, ...], leaf: Any) -> Any:
+        constant = missing.pop(_names(path), None)
+        if constant is None:
+            return leaf
+        if jnp.shape(leaf) != jnp.shape(constant):
+            raise FusionError(
+                f"batch_stats/{'/'.join(_names(path))} has shape {jnp.shape(leaf)}, expected {jnp.shape(constant)}: the "
+                "variables belong to another network than the sites."
+            )
+        wide = jnp.promote_types(leaf.dtype, constant.dtype)
+        return (jnp.asarray(leaf, wide) - constant.astype(wide)).astype(leaf.dtype)
+
+    statistics = jax.tree_util.tree_map_with_path(subtract, statistics)
+    if missing:
+        raise FusionError(
+            f"The variables have no batch_stats/{'/'.join(next(iter(missing)))}, which takes the constant of a denoiser. Pass "
+            "all variables of the backbone, not its parameters alone."
+        )
+    return {**variables, "params": fused, "batch_stats": statistics}
+
+
+def _names(path: tuple[Any, ...]) -> Path:
+    return tuple(str(getattr(key, "key", key)) for key in path)
+
+
+def _fused(
+    params: Tree, sites: Sequence[Site], schedule: Schedule, rule: str | None, steps: int | None, strength: Any
+) -> tuple[Tree, dict[Path, Any]]:
+    """Returns fused parameters, and {path of a running mean: what it is to lose}."""
     params, rule, steps = resolve_params(params, rule, steps)
     check_params(params, sites)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(params)):
         check_finite(params, "Refusing to fuse")
     table = site_steps(sites, schedule, rule, steps)
     fused_leaves: dict[Path, Any] = {}
+    constants: dict[Path, Any] = {}
     for site in sites:
         denoiser = get_in(params["denoise"], site.path)
         for layer in site.layers:
             weights = get_in(params["backbone"], layer.path)
             fused = fuse_layer(layer, site, weights, denoiser, table[site.path], strength)
+            if layer.norm is not None and "bias" in fused:
+                constants[*layer.norm, "mean"] = fused.pop("bias")
             fused_leaves.update({(*layer.path, name): leaf for name, leaf in fused.items()})
 
     def replace(path: tuple[Any, ...], leaf: Any) -> Any:
         return fused_leaves.get(tuple(getattr(key, "key", key) for key in path), leaf)
 
-    return jax.tree_util.tree_map_with_path(replace, params["backbone"])
+    return jax.tree_util.tree_map_with_path(replace, params["backbone"]), constants
 
 
 def fuse_layer(
@@ -121,7 +204,9 @@ def fuse_layer(
         stacked.
 
     Returns:
-      The fused kernel and bias, in the types of the weights.
+      The fused kernel and bias, in the types of the weights. Of a layer without bias, but with a
+      `norm`, the bias is what the running mean loses, at least in float32; there is none if the
+      denoiser has no constant.
 
     Raises:
       FusionError: if a bias is missing, or one is there that the layer does not have.
@@ -132,13 +217,17 @@ def fuse_layer(
             f"{layer.name}: expected {'a' if layer.bias else 'no'} bias leaf in the backbone's parameters."
         )
     stacked = site.stack is not None if stacked is None else stacked
+    if layer.norm is not None and not denoiser.keys().isdisjoint(("bias", "z")):
+        kernel = affine["kernel"]
+        shape = (*kernel.shape[:1], kernel.shape[-1]) if stacked else kernel.shape[-1:]
+        affine["bias"] = jnp.zeros(shape, jnp.promote_types(kernel.dtype, jnp.float32))
     return _fuse_copies(*_forms(layer, site), stacked, affine, dict(denoiser), triples, strength)
 
 
 def _forms(layer: Layer, site: Site) -> tuple[Layer, Site]:
     """Returns what decides the arithmetic of a layer, and not its name: equal forms share one program."""
     nameless: dict[str, Any] = {"path": (), "stack": None, "scan": None, "reads": 0, "order": 0, "writable": True}
-    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False)
+    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, norm=None)
     return layer, dataclasses.replace(site, path=(), layers=(), times=(), stack=None)
 
 
@@ -210,14 +299,48 @@ def fuse_exact(
     Raises:
       FusionError, NonFiniteError, ConfigError: see `fuse`.
     """
+    exact = _in_float64(lambda wide: fuse(wide, sites, schedule, rule=rule, steps=steps, strength=strength), params)
+    return _rounded(exact, params["backbone"]) if round_back else exact
+
+
+@standard_promotion
+def fuse_variables_exact(
+    variables: Tree,
+    denoise: Tree | Denoisers,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    *,
+    rule: str | None = None,
+    steps: int | None = None,
+    strength: float = 1.0,
+    round_back: bool = True,
+) -> Tree:
+    """Fuses like `fuse_variables`, in float64 on the CPU, and returns NumPy arrays.
+
+    Args:
+      variables, denoise, sites, schedule, rule, steps, strength: see `fuse_variables`.
+      round_back: see `fuse_exact`.
+
+    Returns:
+      The variables; collections that fusion cannot change are handed on as they are.
+
+    Raises:
+      FusionError, NonFiniteError, ConfigError: see `fuse_variables`.
+    """
+    denoise, rule, steps = resolve(denoise, rule, steps)
+    options: dict[str, Any] = {"rule": rule, "steps": steps, "strength": strength}
+    part = {name: tree for name, tree in variables.items() if name in FUSED}
+    exact = _in_float64(lambda wide: fuse_variables(wide[0], wide[1], sites, schedule, **options), (part, denoise))
+    return {**variables, **(_rounded(exact, part) if round_back else exact)}
+
+
+def _in_float64(function: Callable[[Any], Tree], arguments: Any) -> Tree:
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        wide = jax.tree_util.tree_map(_float64, params)
-        fused = jax.tree_util.tree_map(
-            np.asarray, fuse(wide, sites, schedule, rule=rule, steps=steps, strength=strength)
-        )
-    if not round_back:
-        return fused
-    return jax.tree_util.tree_map(lambda new, old: new.astype(old.dtype), fused, params["backbone"])
+        return jax.tree_util.tree_map(np.asarray, function(jax.tree_util.tree_map(_float64, arguments)))
+
+
+def _rounded(exact: Tree, base: Tree) -> Tree:
+    return jax.tree_util.tree_map(lambda new, old: new.astype(old.dtype), exact, base)
 
 
 def _float64(leaf: Any) -> Any:

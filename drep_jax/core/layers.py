@@ -100,6 +100,7 @@ class Layer:
       calls: number of calls of each copy in one forward pass.
       spread: whether `nn.vmap` has added axes to its input, other than a first one to that of a
         Dense layer.
+      norm: path of the BatchNorm whose running mean takes the constant of a denoiser, or None.
     """
 
     path: Path
@@ -117,6 +118,7 @@ class Layer:
     refusal: str | None = None
     calls: int = 1
     spread: bool = False
+    norm: Path | None = None
 
     @property
     def name(self) -> str:
@@ -226,11 +228,13 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
 
 
 def alone(layer: nn.Module) -> Callable[[Tree, Any], Any]:
-    """Returns a bound layer as a function of its kernel and bias, and of its input."""
-    unbound = layer.clone(parent=None, name=None)
+    """Returns a bound layer as a function of its leaves and its input; a bias that it does not have is added."""
+    unbound: Any = layer.clone(parent=None, name=None)
 
     def run(leaves: Tree, x: Any) -> Any:
-        return unbound.apply({"params": leaves}, x)
+        y = unbound.apply({"params": leaves}, x)
+        extra = None if unbound.use_bias else leaves.get("bias")
+        return y if extra is None else y + extra.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
 
     return run
 

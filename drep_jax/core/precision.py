@@ -15,6 +15,9 @@ from drep_jax.core.jaxpr import bodies, follow
 from drep_jax.errors import FusionError
 from drep_jax.typing import Tree
 
+SAFETY = 32.0
+"""Factor on ε in the bound: in a deep network rounding errors accumulate over layers and sums."""
+
 
 @contextlib.contextmanager
 def widened() -> Iterator[None]:

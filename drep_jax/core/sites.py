@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from drep_jax.core.batchnorm import with_norms
 from drep_jax.core.layers import NO_IMAGES, Layer, find_layers
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.errors import ConfigError, SiteError, did_you_mean
@@ -34,8 +35,9 @@ class Site:
         channels).
       width: d, the number of rows and columns of its matrix W_D (per group).
       groups: number of matrices, one for each group of a grouped convolution.
-      bias: whether the denoiser may have a constant. It may if every layer has a bias to put it in,
-        and no zeros are padded after it.
+      bias: whether the denoiser may have a constant. It may if every layer has a place to put it in,
+        and no zeros are padded after it. The place is the layer's bias, or the running mean of
+        `Layer.norm`.
       stack: number of stacked copies under `nn.scan`, or None.
       times: t of each copy, one number if not stacked; () before `assign_times`.
       steps: reverse steps of each copy: t, t − 1, …, t − steps + 1.
@@ -170,7 +172,7 @@ def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int
         kind=site_kind,
         width=width,
         groups=groups,
-        bias=bias and all(layer.bias for layer in layers),
+        bias=bias and all(layer.bias or layer.norm for layer in layers),
         stack=first.stack,
     )
 
@@ -244,6 +246,7 @@ def find_sites(
     time_scale: float = 1.0,
     kind: str = "auto",
     bias: bool = True,
+    batchnorm_bias: bool = False,
     **kwargs: Any,
 ) -> tuple[Site, ...]:
     """Finds the sites of a network: `find_layers`, `select_sites` and `assign_times` in one call.
@@ -253,6 +256,9 @@ def find_sites(
       *args: its inputs, as arrays or `jax.ShapeDtypeStruct`.
       pattern, kind, bias: see `select_sites`.
       timesteps, steps, time_scale: see `assign_times`.
+      batchnorm_bias: whether denoisers may also have a constant before a layer without bias that a
+        BatchNorm follows. It goes into the BatchNorm's running mean, so fusing then changes
+        "batch_stats" as well: see `drep_jax.core.fusion.fuse_variables`.
       **kwargs: for the module, not traced.
 
     Returns:
@@ -268,8 +274,11 @@ def find_sites(
     layers_0 dense (3, 3) (2,)
     layers_1 dense (4, 4) (1,)
     """
+    layers = find_layers(module, *args, **kwargs)
+    if batchnorm_bias:
+        layers = with_norms(layers, module, *args, **kwargs)
     return assign_times(
-        select_sites(find_layers(module, *args, **kwargs), pattern, kind=kind, bias=bias),
+        select_sites(layers, pattern, kind=kind, bias=bias),
         timesteps=timesteps,
         steps=steps,
         time_scale=time_scale,

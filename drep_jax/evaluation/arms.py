@@ -20,6 +20,7 @@ from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.labels import check_range
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.errors import DataError
+from drep_jax.exporting.statistics import MixedStatistics, Statistics
 from drep_jax.parallel import devices
 from drep_jax.progress import bar
 from drep_jax.run.setup import Setup
@@ -59,6 +60,7 @@ def score_arms(
     batch_size: int,
     seed: int,
     networks: Mapping[str, Network] = MappingProxyType({}),
+    statistics: Mapping[str, Statistics] = MappingProxyType({}),
     buckets: Sequence[Bucket] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, Scored]]:
@@ -73,6 +75,8 @@ def score_arms(
       batch_size: images per batch over all hosts, a multiple of the number of devices.
       seed: of the corruptions; every arm sees the same images.
       networks: name ↦ network, for the arms that are not the backbone itself.
+      statistics: name ↦ what the backbone's BatchNorms mix with their trained statistics, for arms
+        that do. Over "batch" it is that of the evaluation, on all devices and without padding.
       buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`; one program
         per bucket.
       progress: whether to show a progress bar.
@@ -90,7 +94,7 @@ def score_arms(
     programs = {
         name: devices.on_devices(_network_statistics(task, networks[name]))
         if name in networks
-        else backbone_program(task, setup.backbone)
+        else backbone_program(task, setup.backbone, statistics.get(name))
         for name in arms
     }
     everywhere = {name: devices.replicate(variables) for name, variables in arms.items()}
@@ -127,11 +131,19 @@ def score_arms(
 
 
 @functools.lru_cache(maxsize=8)
-def backbone_program(task: Task, backbone: nn.Module) -> Callable[..., Any]:
-    """Returns (variables, images, labels) ↦ statistics of the task, compiled once per backbone."""
+def backbone_program(task: Task, backbone: nn.Module, mixed: Statistics | None = None) -> Callable[..., Any]:
+    """Returns (variables, images, labels) ↦ statistics of the task, compiled once per backbone.
+
+    Args:
+      task, backbone: of the run.
+      mixed: what BatchNorms mix with their trained statistics, or None.
+    """
 
     def statistics(variables: Tree, images: Any, labels: Tree) -> Tree:
-        return task.statistics(task.predict(backbone, variables, images, labels), labels)
+        network: Any = backbone
+        if mixed is not None:
+            network = MixedStatistics(backbone, mixed, labels["mask"], devices.AXIS)
+        return task.statistics(task.predict(network, variables, images, labels), labels)
 
     return devices.on_devices(statistics)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax.core.fusion import fuse
+from drep_jax.core.fusion import fuse_variables
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.loader import epoch_order
@@ -160,9 +160,9 @@ def grid_statistics(
         def one(point: Any) -> Any:
             # At strength 0 the map is set to 0, since 0 · Inf is not 0.
             denoise = jax.tree_util.tree_map(lambda leaf: jnp.where(point[1] == 0, 0, leaf[point[0]]), stacked)
-            params = {"backbone": variables["params"], "denoise": denoise}
-            fused = fuse(params, setup.sites, setup.schedule, rule="affine", steps=1, strength=point[1])
-            outputs = task.predict(setup.backbone, {**variables, "params": fused}, images, batch)
+            fusing = {"rule": "affine", "steps": 1, "strength": point[1]}
+            fused = fuse_variables(variables, denoise, setup.sites, setup.schedule, **fusing)
+            outputs = task.predict(setup.backbone, fused, images, batch)
             return {
                 "labels": task.statistics(outputs, batch) if against_labels else {},
                 "pseudo": task.statistics(outputs, {**batch, **pseudo}) if pseudo else {},

@@ -18,6 +18,7 @@ from jax.extend import core
 
 from drep_jax.core.jaxpr import bodies
 from drep_jax.errors import ExportError
+from drep_jax.exporting.statistics import MixedStatistics
 from drep_jax.files import replacing
 from drep_jax.typing import Tree
 
@@ -70,7 +71,9 @@ class Comparison:
         )
 
 
-def traced(module: nn.Module, variables: Tree, image_size: tuple[int, int], channels: int) -> core.ClosedJaxpr:
+def traced(
+    module: nn.Module | MixedStatistics, variables: Tree, image_size: tuple[int, int], channels: int
+) -> core.ClosedJaxpr:
     """Returns the equations of `x ↦ module.apply(variables, x)` for images of any batch size.
 
     Weights are constants.

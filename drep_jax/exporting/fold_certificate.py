@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax.core.certificate import SAFETY, floating_leaves, structure_kept, undo_rounding, wide_leaf
+from drep_jax.core.batchnorm import Fold, Folds
+from drep_jax.core.certificate import floating_leaves, wide_leaf
+from drep_jax.core.deployed import structure_kept, undo_rounding
 from drep_jax.core.intercept import sow, visit_sites
 from drep_jax.core.layers import Layer
-from drep_jax.core.precision import epsilon, type_name, widened
+from drep_jax.core.precision import SAFETY, epsilon, type_name, widened
 from drep_jax.core.sites import Site, select_sites
-from drep_jax.exporting.fold_batchnorm import Fold, Folds, fold_batchnorm
+from drep_jax.exporting.fold_batchnorm import fold_batchnorm
 from drep_jax.trees import get_in
 from drep_jax.typing import Tree
 

@@ -18,12 +18,13 @@ from jax.extend import core
 from drep_jax.core.jaxpr import bind, inline
 from drep_jax.errors import CheckpointError, ExportError
 from drep_jax.exporting.checked_file import Comparison, Network, coarsest, images_of, traced, write_checked
+from drep_jax.exporting.statistics import MixedStatistics
 
 INPUT, OUTPUT = "images", "outputs"
 
 
 def export_onnx(
-    module: nn.Module, variables: Any, image_size: tuple[int, int], path: str, *, channels: int = 3
+    module: nn.Module | MixedStatistics, variables: Any, image_size: tuple[int, int], path: str, *, channels: int = 3
 ) -> Comparison:
     """Writes `images ↦ module.apply(variables, images)` for any batch size, and checks the file.
 
@@ -31,7 +32,8 @@ def export_onnx(
     "outputs"; several are called "outputs_0", …, in the order of the tree's leaves.
 
     Args:
-      module: an unbound Linen module that is called with the images alone.
+      module: an unbound Linen module that is called with the images alone, or one with mixed
+        statistics of its BatchNorms.
       variables: its variables, {"params": …, …}; all of them go into the file.
       image_size: (height, width) in pixels.
       path: of the file.

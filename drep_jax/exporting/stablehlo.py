@@ -14,12 +14,13 @@ from jax import export
 
 from drep_jax.errors import CheckpointError, ConfigError, ExportError, did_you_mean
 from drep_jax.exporting.checked_file import Comparison, Network, images_of, symbolic_batch, traced, write_checked
+from drep_jax.exporting.statistics import MixedStatistics
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_stablehlo(
-    module: nn.Module,
+    module: nn.Module | MixedStatistics,
     variables: Any,
     image_size: tuple[int, int],
     path: str,
@@ -30,7 +31,8 @@ def export_stablehlo(
     """Writes `images ↦ module.apply(variables, images)` for any batch size, and checks the file.
 
     Args:
-      module: an unbound Linen module that is called with the images alone.
+      module: an unbound Linen module that is called with the images alone, or one with mixed
+        statistics of its BatchNorms.
       variables: its variables, {"params": …, …}; all of them go into the file.
       image_size: (height, width) in pixels.
       path: of the file.

@@ -12,6 +12,7 @@ from drep_jax.data import Source
 from drep_jax.data.corruptions import check_spec
 from drep_jax.data.labels import described, labeled_images
 from drep_jax.errors import ConfigError, DataError, lookup
+from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners import LEARNERS
 from drep_jax.learners.checks import check_choosing, check_distilled, check_labeled
@@ -160,6 +161,8 @@ def check_evaluation(config: Config) -> None:
         raise ConfigError('evaluate.conditions is empty; give at least "clean".')
     for condition in evaluate["conditions"]:
         check_spec(condition)
+    for text in evaluate.get("statistics", ()):
+        Statistics.parse(text)
 
 
 def agree(config: Config, setup: Setup) -> None:

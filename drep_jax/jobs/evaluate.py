@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drep_jax import report, weights
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.data import open_source
 from drep_jax.data.labels import check_classes
 from drep_jax.errors import CheckpointError, ConfigError, DataError, DrepError
 from drep_jax.files import expanded
 from drep_jax.jobs.checks import agree, check_evaluation
-from drep_jax.jobs.scores import compared, scores_of
+from drep_jax.jobs.scores import compared, scores_of, with_statistics
 from drep_jax.jobs.scoring_checks import UNKNOWN, check_scoring
 from drep_jax.learners import LEARNERS, denoisers_of
 from drep_jax.parallel import processes
@@ -126,7 +126,9 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         )
     folder = processes.from_primary(lambda: _new_folder(os.path.join(directory, FOLDER)))
     controls = [name for name in ("continued",) if name in arms]
-    results = scores_of(config, setup, setup.test, arms, config["evaluate"]["conditions"])
+    rows, mixed = with_statistics(config, arms, [name for name in arms if name not in controls])
+    controls += [name for name in mixed if name.startswith("baseline+")]
+    results = scores_of(config, setup, setup.test, rows, config["evaluate"]["conditions"], statistics=mixed)
     content = {
         "config": config,
         "environment": environment(),
@@ -215,9 +217,9 @@ def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
         if saved is None:
             print(f"  {name}: nothing saved, so it is left out.")
             continue
-        params = {"backbone": saved.variables["params"], "denoise": denoisers_of(name, config, saved.denoise)}
-        fused = fuse_exact(params, setup.sites, setup.schedule)
-        add(name, {**saved.variables, "params": fused}, step=saved.step, steps=saved.steps)
+        denoisers = denoisers_of(name, config, saved.denoise)
+        fused = fuse_variables_exact(saved.variables, denoisers, setup.sites, setup.schedule)
+        add(name, fused, step=saved.step, steps=saved.steps)
     return arms, described
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from drep_jax.core import closed_form
 from drep_jax.core.explicit import explicit_apply
-from drep_jax.core.fusion import composed_maps, fuse_exact
+from drep_jax.core.fusion import composed_maps, fuse_variables_exact
 from drep_jax.core.moments import Moments
 from drep_jax.data import Source
 from drep_jax.data.collate import read
@@ -71,13 +71,12 @@ def exhibit_of(
       condition: the condition under which they differ most.
       scored: their statistics under this condition.
       variables: the backbone before fusion.
-      fused: its fused parameters.
+      fused: its fused variables.
       learned: the result of the exported learner.
     """
     config, setup = job.config, job.setup
-    described = describe_sites(setup, variables["params"], fused)
+    described = describe_sites(setup, variables["params"], fused["params"])
     order = sorted(described, key=lambda site: -max(site["relative_change"]))
-    exported = list(arms)[1]
     by_name = {site.name: site for site in setup.sites}
     corrupted = setup.task.corrupted_rows(source)
 
@@ -97,13 +96,12 @@ def exhibit_of(
         return np.rint(corrupt(batch["image"], batch["index"], condition, config["seed"])[0])
 
     def alone(name: str | None) -> Tree:
-        params = variables["params"]
-        if name is not None:
-            site = by_name[name]
-            tree = set_in({}, site.path, get_in(learned.denoisers.tree, site.path))
-            one_site = {"backbone": params, "denoise": dataclasses.replace(learned.denoisers, tree=tree)}
-            params = fuse_exact(one_site, (site,), setup.schedule)
-        return {**arms[exported], "params": params}
+        if name is None:
+            return variables
+        site = by_name[name]
+        tree = set_in({}, site.path, get_in(learned.denoisers.tree, site.path))
+        one_site = dataclasses.replace(learned.denoisers, tree=tree)
+        return fuse_variables_exact(variables, one_site, (site,), setup.schedule)
 
     return Exhibit(
         source=source,
@@ -156,7 +154,7 @@ def measure_cost(
     Args:
       job: the run.
       variables: the backbone before fusion.
-      fused: its fused parameters.
+      fused: its fused variables.
       learned: the result of the exported learner, whose explicit path is measured, too.
       others: further networks by name.
     """
@@ -166,7 +164,7 @@ def measure_cost(
     backbone = setup.backbone
     plain = jax.jit(lambda v, x: backbone.apply(v, x))
     explicit = jax.jit(lambda v, d, x: explicit_apply(backbone, v, d, setup.sites, setup.schedule, x))
-    after = jax.device_put({**variables, "params": fused})
+    after = jax.device_put(dict(fused))
     before, denoise = jax.device_put(dict(variables)), jax.device_put(learned.denoisers)
     compiled = {name: jax.jit(network) for name, network in others.items()}
     times = cost.interleaved(

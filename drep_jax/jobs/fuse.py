@@ -13,10 +13,11 @@ from drep_jax import files
 from drep_jax.core import closed_form
 from drep_jax.core.certificate import Certificate
 from drep_jax.core.denoisers import Denoisers
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.core.recipes import WIENER, Recipe, check_rule
 from drep_jax.core.reverse_map import site_steps
 from drep_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from drep_jax.evaluation import cost
 from drep_jax.learners import LEARNERS, denoisers_of
 from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
@@ -214,8 +215,7 @@ def _fuse_and_export(
     fused, certificate = fuse_and_certify(run, variables, denoisers)
     exact = None
     if needs_exact(output, original):
-        params = {"backbone": variables["params"], "denoise": denoisers}
-        exact = fuse_exact(params, run.setup.sites, run.setup.schedule, round_back=False)
+        exact = fuse_variables_exact(variables, denoisers, run.setup.sites, run.setup.schedule, round_back=False)
     if not all(np.isfinite(figure.error) for figure in certificate.end_to_end.values()):
         description = f"rule {recorded['rule']}, {recorded['steps']} step(s) and strength {recorded['strength']:g}"
         raise NonFiniteError(
@@ -224,5 +224,24 @@ def _fuse_and_export(
         )
     images = certificate_images(run.config, run.setup, run.directory)
     paths = write(output, run.setup, variables, fused, recorded, exact=exact, original=original, images=images)
-    files.write_json(os.path.join(output.directory, "certificate.json"), certificate.to_json())
+    content = certificate.to_json()
+    if output.statistics is not None:
+        content["statistics"] = _cost_of_statistics(run, fused, output)
+    files.write_json(os.path.join(output.directory, "certificate.json"), content)
     return certificate, paths
+
+
+def _cost_of_statistics(run: Run, fused: Tree, output: Output) -> dict[str, Any]:
+    """Measures and prints the latency with mixed statistics; returns it with what is mixed, as JSON values."""
+    backbone, batch = run.setup.backbone, run.config["evaluate"]["latency_batch"]
+    images = jax.random.normal(jax.random.key(0), (batch, *run.setup.images.shape[1:]))
+    variables = jax.device_put(dict(fused))
+    plain, mixed = jax.jit(backbone.apply), jax.jit(output.network(backbone).apply)
+    sides = {"fused": lambda: plain(variables, images), "mixed": lambda: mixed(variables, images)}
+    times = cost.interleaved(sides, rounds=run.config["latency_rounds"])
+    ratio = cost.ratios(times, "fused")["mixed"]
+    print(
+        f"Statistics {output.statistics}: another program than the fused network's, {ratio:.2f} times its latency at "
+        f"{batch} images. The certificate is that of the weights, with the trained statistics."
+    )
+    return {"mixed": str(output.statistics), "latency_ratio": ratio, "batch": batch}

@@ -1,11 +1,13 @@
 """Scoring and comparison of arms from the configuration of a run, shared by all jobs."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from drep_jax.data import Source
 from drep_jax.evaluation import summary
 from drep_jax.evaluation.arms import items_of, score_arms
+from drep_jax.exporting.statistics import Statistics
 from drep_jax.run.setup import Setup
 from drep_jax.tasks import Items
 from drep_jax.typing import Config, Tree
@@ -21,13 +23,38 @@ def reading(config: Config) -> dict[str, Any]:
 
 
 def scores_of(
-    config: Config, setup: Setup, source: Source, arms: Mapping[str, Tree], conditions: Sequence[str]
+    config: Config,
+    setup: Setup,
+    source: Source,
+    arms: Mapping[str, Tree],
+    conditions: Sequence[str],
+    *,
+    statistics: Mapping[str, Statistics] = MappingProxyType({}),
 ) -> dict[str, dict[str, Items]]:
     """Returns the items of all arms under all conditions, {condition: {arm: items}}."""
     return {
         condition: items_of(setup, source, scored, condition)
-        for condition, scored in score_arms(setup, arms, source, conditions, **reading(config))
+        for condition, scored in score_arms(setup, arms, source, conditions, statistics=statistics, **reading(config))
     }
+
+
+def with_statistics(
+    config: Config, arms: Mapping[str, Tree], names: Sequence[str]
+) -> tuple[dict[str, Tree], dict[str, Statistics]]:
+    """Returns the arms with a row more for each named arm and each entry of `evaluate.statistics`.
+
+    Args:
+      config: of the run.
+      arms: name ↦ variables.
+      names: of the arms whose networks are backbones.
+
+    Returns:
+      All arms, and {name of a further arm, such as "baseline+image:0.1": what it mixes}.
+    """
+    mixtures = [Statistics.parse(text) for text in config["evaluate"].get("statistics", ())]
+    further = {f"{name}+{mixture}": (name, mixture) for mixture in mixtures for name in names}
+    everything = {**arms, **{row: arms[name] for row, (name, _) in further.items()}}
+    return everything, {row: mixture for row, (_, mixture) in further.items()}
 
 
 def compared(

@@ -1,5 +1,6 @@
 """What an evaluation needs of the test images, checked before any work, and what the sources have to say."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from drep_jax.data import Source
 from drep_jax.data.collate import read_or_mask
 from drep_jax.data.labels import check_classes, check_scorable, described
 from drep_jax.errors import DataError, DrepError
+from drep_jax.exporting.statistics import MixedStatistics, Statistics
 from drep_jax.run.setup import Setup
 from drep_jax.run.side import check_seen
 from drep_jax.tasks import Task
@@ -37,7 +39,8 @@ def check_scoring(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
             also = setup.held_out if divided else None
             note = check_classes(setup.train, setup.test, unknown=unknown, setting=UNKNOWN, also=also)
             data["test"]["notes"] += [note] if note else []
-        _trace(setup, task, setup.test)
+        mixtures = [Statistics.parse(text) for text in config["evaluate"].get("statistics", ())]
+        _trace(setup, task, setup.test, mixtures)
     for other in setup.others:
         if other.gallery is not None:
             check_classes(other.gallery, other.test, unknown="score", setting=UNKNOWN)  # the gallery is a sample
@@ -52,10 +55,11 @@ def _stored(source: Source) -> str | None:
     return getattr(source, "stored", None)
 
 
-def _trace(setup: Setup, task: Task, source: Source) -> None:
-    """Reads one test image and traces its way to statistics.
+def _trace(setup: Setup, task: Task, source: Source, mixtures: Sequence[Statistics]) -> None:
+    """Reads one test image and traces its way to statistics, also with mixed ones of BatchNorms.
 
     Raises:
+      ConfigError: for a backbone without BatchNorms that could mix.
       DataError: for an image or labels that the task cannot use.
     """
     batch = read_or_mask(source, np.zeros(1, np.int32), 1, task.columns)
@@ -69,6 +73,9 @@ def _trace(setup: Setup, task: Task, source: Source) -> None:
             return task.statistics(task.predict(setup.backbone, variables, images, labels), labels)
 
         jax.eval_shape(statistics, variables, images, labels)
+        for mixture in mixtures:
+            mixed: Any = MixedStatistics(setup.backbone, mixture)
+            jax.eval_shape(lambda *inputs, mixed=mixed: task.predict(mixed, *inputs), variables, images, labels)
     except DrepError:
         raise
     except Exception as error:

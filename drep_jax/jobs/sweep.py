@@ -17,7 +17,7 @@ from tabulate import tabulate
 from drep_jax import files, report
 from drep_jax.core.certificate import Certificate
 from drep_jax.core.denoisers import Denoisers, init_denoise
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.core.recipes import Grid, make_grid, solve
 from drep_jax.data.corruptions import CLEAN
 from drep_jax.errors import ConfigError
@@ -161,8 +161,7 @@ def tested(run: Run, variables: Tree, denoisers: Denoisers, choice: Choice) -> d
     placebo = direct_maps(placebo_denoisers({"denoise": denoisers}, setup.sites, setup.schedule, key))
     arms = {"baseline": variables}
     for name, maps in (("placebo", placebo), (ARM, denoisers)):
-        fused = fuse_exact({"backbone": variables["params"], "denoise": maps}, setup.sites, setup.schedule)
-        arms[name] = {**variables, "params": fused}
+        arms[name] = fuse_variables_exact(variables, maps, setup.sites, setup.schedule)
     results = scores_of(config, setup, setup.test, arms, choice.conditions)
     return compared(config, setup, results, ["placebo"])
 

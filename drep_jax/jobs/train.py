@@ -14,16 +14,17 @@ from typing import Any
 
 from drep_jax import files, report
 from drep_jax.core.certificate import Certificate
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.data import unreadable
 from drep_jax.data.datasets import Labeled
 from drep_jax.errors import DrepError, EvaluationError
 from drep_jax.evaluation import knn, summary
 from drep_jax.evaluation.arms import Network, Scored, items_of, score_arms
 from drep_jax.evaluation.placebo import placebo_denoisers
+from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.checks import agree, check
 from drep_jax.jobs.findings import describe_sites, exhibit_of, measure_cost, spectra
-from drep_jax.jobs.scores import compared, reading, scores_of
+from drep_jax.jobs.scores import compared, reading, scores_of, with_statistics
 from drep_jax.learners import Learned, LearnerInputs, learn, train_labeled
 from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
@@ -111,16 +112,19 @@ class Arms:
       variables: name ↦ variables, in the order of the tables; baseline and placebo first.
       networks: name ↦ network, for arms on the explicit path, which cannot be fused.
       controls: names of the control arms, which show changes without denoising.
+      statistics: name ↦ what BatchNorms mix with their trained statistics, for arms that do.
     """
 
     variables: dict[str, Tree]
     networks: dict[str, Network]
     controls: list[str]
+    statistics: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
 
     @property
     def fusible(self) -> dict[str, Tree]:
-        """The arms that are weights of the backbone; the others need its head."""
-        return {name: tree for name, tree in self.variables.items() if name not in self.networks}
+        """The arms that are weights of the backbone and no more; the others need its head or its BatchNorms."""
+        others = (*self.networks, *self.statistics)
+        return {name: tree for name, tree in self.variables.items() if name not in others}
 
 
 def finish(
@@ -173,7 +177,7 @@ def finish(
         "schema": report.SCHEMA,
         "config": config,
         "environment": environment(),
-        "sites": describe_sites(setup, variables["params"], fused),
+        "sites": describe_sites(setup, variables["params"], fused["params"]),
         "coverage": vars(setup.covered),
         "learning": {name: result.section for name, result in learned.items()},
         "exported": config["learner"],
@@ -211,11 +215,10 @@ def _failed(job: Run, failure: Exception) -> EvaluationError:
 
 
 def fuse_exported(job: Run, variables: Tree, exported: Learned) -> tuple[Tree, Certificate | None]:
-    """Returns the exported learner's fused parameters; on process 0 also the certificate."""
+    """Returns the exported learner's fused variables; on process 0 also the certificate."""
     denoisers = exported.denoisers
     if not processes.primary():
-        params = {"backbone": variables["params"], "denoise": denoisers}
-        return fuse_exact(params, job.setup.sites, job.setup.schedule), None
+        return fuse_variables_exact(variables, denoisers, job.setup.sites, job.setup.schedule), None
     fused, certificate = fuse_and_certify(job, variables, denoisers)
     record = {**denoisers.keywords, "strength": 1.0}
     write(Output(os.path.join(job.directory, "fused")), job.setup, variables, fused, record)
@@ -231,8 +234,8 @@ def arms_of(
     variables = exported.variables or baseline
     key = key_of(job.config, "placebo")
     random_maps = direct_maps(placebo_denoisers({"denoise": exported.denoisers}, setup.sites, setup.schedule, key))
-    placebo = fuse_exact({"backbone": variables["params"], "denoise": random_maps}, setup.sites, setup.schedule)
-    arms: dict[str, Tree] = {"baseline": baseline, "placebo": {**variables, "params": placebo}}
+    placebo = fuse_variables_exact(variables, random_maps, setup.sites, setup.schedule)
+    arms: dict[str, Tree] = {"baseline": baseline, "placebo": placebo}
     if continued is not None:
         arms["continued"] = continued[0]
     controls = [arm for arm in arms if arm not in ("baseline", name)]
@@ -242,12 +245,11 @@ def arms_of(
         if result.network is not None:
             networks[learner], arms[learner] = result.network, backbone
         elif result is exported:
-            arms[learner] = {**backbone, "params": fused}
+            arms[learner] = fused
         elif learner not in arms:  # learner "continued" is the control arm, already there
-            unfused = {"backbone": backbone["params"], "denoise": result.denoisers}
-            fused_here = fuse_exact(unfused, setup.sites, setup.schedule)
-            arms[learner] = {**backbone, "params": fused_here}
-    return Arms(arms, networks, controls)
+            arms[learner] = fuse_variables_exact(backbone, result.denoisers, setup.sites, setup.schedule)
+    arms, mixed = with_statistics(job.config, arms, ["baseline", name])
+    return Arms(arms, networks, [*controls, *(row for row in mixed if row.startswith("baseline+"))], mixed)
 
 
 def evaluate_arms(
@@ -263,7 +265,13 @@ def evaluate_arms(
     results, largest = {}, -1.0
     most_changed: tuple[str, Scored] | None = None  # only one condition's statistics are held
     for condition, scored in score_arms(
-        setup, arms.variables, setup.test, conditions, networks=arms.networks, **reading(config)
+        setup,
+        arms.variables,
+        setup.test,
+        conditions,
+        networks=arms.networks,
+        statistics=arms.statistics,
+        **reading(config),
     ):
         results[condition] = items_of(setup, setup.test, scored, condition)
         before, after = (summary.value_of(headline, results[condition][arm]) for arm in pair)

@@ -78,6 +78,15 @@ def check_distilled(config: Config, setup: Setup) -> None:
         return
     if options["init_from"] and "measured" not in requested[: requested.index(names[0])]:
         raise ConfigError(MEASURED_FIRST)
+    if (
+        options["init_from"]
+        and "distilled_backbone" in names
+        and any(layer.norm is not None for site in setup.sites for layer in site.layers)
+    ):
+        raise ConfigError(
+            'Learner "distilled_backbone" starts from fused parameters, and with sites.batchnorm_bias fusing changes running '
+            'means as well. Set --config.sites.batchnorm_bias=False, or --config.distilled.init_from="".'
+        )
     if config["noise"].startswith(UNPAIRED):
         raise ConfigError(
             f'Learner "{names[0]}" learns from corrupted versions of clean images, and {config["noise"]} has none. Name a '

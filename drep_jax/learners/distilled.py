@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from drep_jax.core.denoisers import init_denoise
-from drep_jax.core.fusion import fuse, fuse_exact
+from drep_jax.core.fusion import fuse_exact, fuse_variables
 from drep_jax.data.augment.random_bits import LEFT_CLEAN, uniform, words
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.pairs import PairedSource
@@ -50,7 +50,8 @@ def learn_distilled(inputs: LearnerInputs) -> Learned:
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         del key
-        fused = fuse(params, setup.sites, setup.schedule, rule="affine", steps=1)
+        variables = {**others, "params": params["backbone"]}
+        fused = fuse_variables(variables, params["denoise"], setup.sites, setup.schedule, rule="affine", steps=1)
         return distillation_objective(setup, options, fused, params["backbone"], others, batch)
 
     state, section = _train(inputs, DENOISERS, loss_fn, start)
@@ -69,7 +70,8 @@ def learn_distilled_backbone(inputs: LearnerInputs) -> Learned:
 
     def loss_fn(params: Tree, others: Tree, batch: Tree, key: jax.Array) -> Any:
         del key
-        return distillation_objective(setup, options, params["backbone"], params[TEACHER], others, batch)
+        student = {**others, "params": params["backbone"]}
+        return distillation_objective(setup, options, student, params[TEACHER], others, batch)
 
     state, section = _train(inputs, BACKBONE, loss_fn, start)
     variables = {**state.others, "params": state.params["backbone"]}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from drep_jax.core import closed_form
 from drep_jax.core.denoisers import init_denoise
 from drep_jax.core.explicit import explicit_apply
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.core.layers import find_layers
 from drep_jax.core.sites import assign_times, select_sites
 from drep_jax.errors import ConfigError
@@ -150,7 +150,7 @@ def learn_final_only(inputs: LearnerInputs) -> Learned:
 
     network = before_the_head
     if not setup.task.test_needs_head:  # identity layer and denoiser fuse to one linear layer
-        final = fuse_exact({"backbone": variables["params"], "denoise": denoisers}, sites, setup.schedule)["final"]
+        final = fuse_variables_exact(variables, denoisers, sites, setup.schedule)["params"]["final"]
         network = behind_the_backbone
     return Learned(denoisers, section, network=network)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from drep_jax.core.algorithm1 import algorithm1_losses
-from drep_jax.core.fusion import fuse
+from drep_jax.core.fusion import fuse_variables
 from drep_jax.errors import ConfigError
 from drep_jax.parallel import devices
 from drep_jax.run.setup import Setup
@@ -84,7 +84,7 @@ def label_objective(
 
 
 def distillation_objective(
-    setup: Setup, options: Config, weights: Tree, teacher: Tree, others: Tree, batch: Tree
+    setup: Setup, options: Config, student: Tree, teacher: Tree, others: Tree, batch: Tree
 ) -> Outcome:
     """Returns the task's distance of a network on corrupted images from the backbone on clean ones.
 
@@ -92,19 +92,19 @@ def distillation_objective(
 
     Args:
       setup, options: of the run and the stage.
-      weights: of the network that learns, for example fused ones.
-      teacher: of the frozen backbone.
-      others: the other collections of both.
+      student: variables of the network that learns, for example fused ones.
+      teacher: parameters of the frozen backbone.
+      others: its other collections.
       batch: "image" and "corrupted", and the columns of side information.
     """
     backbone, task = computing(setup, options), setup.task
 
-    def outputs(params: Tree, images: str) -> Any:
+    def outputs(variables: Tree, images: str) -> Any:
         inputs = setup.inputs({**batch, "image": batch[images]})
-        return task.predict(backbone, {**others, "params": params}, inputs, batch)
+        return task.predict(backbone, variables, inputs, batch)
 
-    clean = jax.lax.stop_gradient(outputs(teacher, "image"))
-    return task.distillation_loss(outputs(weights, "corrupted"), clean), ({}, dict(others))
+    clean = jax.lax.stop_gradient(outputs({**others, "params": teacher}, "image"))
+    return task.distillation_loss(outputs(student, "corrupted"), clean), ({}, dict(others))
 
 
 def augmented_objective(
@@ -130,15 +130,34 @@ def augmented_objective(
     """
     if weight == 1.0:
         return denoising_objective(setup, options, params, others, batch, key)
-    fused = fuse(params, setup.sites, setup.schedule, rule=options["rule"], steps=options["steps"])
+    variables = {**others, "params": params["backbone"]}
+    fusing = {"rule": options["rule"], "steps": options["steps"]}
+    fused = fuse_variables(variables, params["denoise"], setup.sites, setup.schedule, **fusing)
+    weights, fused_others = fused["params"], {name: tree for name, tree in fused.items() if name != "params"}
     label, (metrics, updated) = label_objective(
-        setup, options, fused, others, batch, key, train=train, extra=extra_params(params)
+        setup, options, weights, fused_others, batch, key, train=train, extra=extra_params(params)
     )
+    updated = _of_unfused(updated, others, fused_others)
     if not weight:
         return label, (metrics, updated)
     denoising, (losses, _) = denoising_objective(setup, options, params, others, batch, key)
     parts = {"label_loss": label, "denoising_loss": denoising}
     return (1.0 - weight) * label + weight * denoising, ({**metrics, **parts, **losses}, updated)
+
+
+def _of_unfused(updated: Tree, others: Tree, fused: Tree) -> Tree:
+    """Returns updated collections with the running means of the unfused backbone.
+
+    A fused running mean lacks the constants of the denoisers, before its update and after it.
+    """
+    if "batch_stats" not in others:
+        return updated
+
+    def add(new: Any, before: Any, after: Any) -> Any:
+        return new if before is after else new + (before - after)
+
+    statistics = (tree["batch_stats"] for tree in (updated, others, fused))
+    return {**updated, "batch_stats": jax.tree_util.tree_map(add, *statistics)}
 
 
 def computing(setup: Setup, options: Config) -> nn.Module:

@@ -5,19 +5,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from drep_jax import weights
 from drep_jax.core.certificate import Certificate, certify
 from drep_jax.core.denoisers import Denoisers
-from drep_jax.core.fusion import fuse_exact, survival
+from drep_jax.core.fusion import fuse_variables_exact, survival
 from drep_jax.errors import CheckpointError, ConfigError, ExportError, did_you_mean
 from drep_jax.exporting.checked_file import Comparison
 from drep_jax.exporting.fold_batchnorm import find_folds, fold_batchnorm
 from drep_jax.exporting.fold_certificate import certify_folds
 from drep_jax.exporting.onnx_file import export_onnx
 from drep_jax.exporting.stablehlo import export_stablehlo
+from drep_jax.exporting.statistics import MixedStatistics, Statistics
 from drep_jax.files import expanded
 from drep_jax.run.backbone import init_options
 from drep_jax.run.inputs import certificate_images
@@ -49,6 +51,7 @@ class Output:
       init_from: the file of the backbone's weights, if it moved since the run.
       init_names: its name table, if it moved.
       fold_batchnorm: whether to fold scale and shift of BatchNorms into the layers before them.
+      statistics: what BatchNorms of exported programs mix with their trained statistics, or None.
     """
 
     directory: str
@@ -58,21 +61,43 @@ class Output:
     init_from: str | None = None
     init_names: str | None = None
     fold_batchnorm: bool = False
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
-        """Refuses an unknown storage type."""
+        """Refuses an unknown storage type, and statistics that nothing is written with."""
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f'Unknown storage type "{self.dtype}".{did_you_mean(self.dtype, DTYPES)}')
+        if self.statistics is None:
+            return
+        if not any(form in PROGRAMS for form in self.forms):
+            raise ConfigError(
+                f"--statistics={self.statistics} changes the program, and weights alone are the same with it: add "
+                f"--export={' or '.join(PROGRAMS)}."
+            )
+        if self.fold_batchnorm:
+            raise ConfigError(
+                f"--fold_batchnorm makes BatchNorms constants, so --statistics={self.statistics} has nothing to mix with: "
+                "leave one of the two out."
+            )
+
+    def network(self, backbone: nn.Module) -> nn.Module | MixedStatistics:
+        """Returns what exported programs compute."""
+        return backbone if self.statistics is None else MixedStatistics(backbone, self.statistics)
+
+    def program(self, form: str) -> str:
+        """Returns the path of an exported program; one with mixed statistics has a name of its own."""
+        kind = "" if self.statistics is None else f"_{self.statistics.over}_{self.statistics.alpha:g}"
+        return os.path.join(self.directory, f"fused{kind}.{form}")
 
 
 def fuse_and_certify(run: Run, variables: Tree, denoisers: Denoisers) -> tuple[Tree, Certificate]:
-    """Returns fused parameters, rounded once to their own types, and their certificate."""
+    """Returns fused variables, rounded once to their own types, and their certificate."""
     setup = run.setup
-    params = {"backbone": variables["params"], "denoise": denoisers}
-    fused = fuse_exact(params, setup.sites, setup.schedule)
+    fused = fuse_variables_exact(variables, denoisers, setup.sites, setup.schedule)
     images = certificate_images(run.config, setup, run.directory)
     backbone, sites, schedule = setup.backbone, setup.sites, setup.schedule
-    return fused, certify(backbone, variables, denoisers, sites, schedule, images, fused=fused)
+    deployed = {"fused": fused["params"], "fused_statistics": fused.get("batch_stats")}
+    return fused, certify(backbone, variables, denoisers, sites, schedule, images, **deployed)
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:
@@ -121,9 +146,11 @@ def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign 
 
 
 def _fused_leaves(setup: Setup) -> set[str]:
-    """Returns the paths, with their collection, of all parameters that fusion may change."""
-    layers = {"/".join(("params", *layer.path)) for site in setup.sites for layer in site.layers}
-    return {name for name in weights.names_of(setup.abstract) if name.rpartition("/")[0] in layers}
+    """Returns the paths, with their collection, of all leaves that fusion may change."""
+    changed = [layer for site in setup.sites for layer in site.layers]
+    layers = {"/".join(("params", *layer.path)) for layer in changed}
+    means = {"/".join(("batch_stats", *layer.norm, "mean")) for layer in changed if layer.norm is not None}
+    return {name for name in weights.names_of(setup.abstract) if name.rpartition("/")[0] in layers or name in means}
 
 
 def _table(where: str) -> tuple[weights.Format, ...]:
@@ -168,9 +195,9 @@ def write(
       output: what to write.
       setup: of the run.
       variables: of the unfused backbone.
-      fused: fused parameters.
+      fused: its fused variables.
       fusion: rule, steps and strength of fusion; recorded in the files.
-      exact: fused parameters in float64; needed if a storage type is narrower.
+      exact: fused variables in float64; needed if a storage type is narrower.
       original: the foreign file of the backbone.
       images: on which the folding of BatchNorms is certified.
 
@@ -185,15 +212,15 @@ def write(
     """
     exact = fused if exact is None else exact
     if output.dtype is not None:
-        stored = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact)
-        _check_survival(output, output.dtype, variables["params"], exact, stored)
+        stored = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(output.dtype), exact["params"])
+        _check_survival(output, output.dtype, variables, exact, {**exact, "params": stored})
     again = original is not None and any(form in (SAME, original.format.name) for form in output.forms)
     if original is not None and again and original.rounds:
-        stored = weights.stored_tree(original, {**variables, "params": exact})["params"]
-        _check_survival(output, original.source.path, variables["params"], exact, stored)
-    full = {**variables, "params": exact}
+        stored = weights.stored_tree(original, exact)
+        _check_survival(output, original.source.path, variables, exact, stored)
+    full = exact
     if output.fold_batchnorm:
-        full = _folded(setup, {**variables, "params": fused}, full, images)
+        full = _folded(setup, fused, full, images)
     everything = jax.tree_util.tree_map(lambda new, old: np.asarray(new).astype(old.dtype), full, dict(variables))
     if output.dtype is not None:
         everything["params"] = jax.tree_util.tree_map(
@@ -217,8 +244,8 @@ def write(
             for remark in weights.remarks_on(original, variables, full):
                 print(f"  {remark}")
         elif form in PROGRAMS:
-            path = os.path.join(output.directory, f"fused.{form}")
-            print(f"{path}: {PROGRAMS[form](setup.backbone, everything, setup.images.shape[1:3], path)}")
+            path, network = output.program(form), output.network(setup.backbone)
+            print(f"{path}: {PROGRAMS[form](network, everything, setup.images.shape[1:3], path)}")
         else:
             path = os.path.join(output.directory, f"fused_{form}")
             path = weights.write_new(setup.backbone, everything, form, path, fusion)
@@ -240,9 +267,14 @@ def _folded(setup: Setup, fused: Tree, exact: Tree, images: Any) -> Tree:
     }
 
 
+def _fusible(variables: Tree) -> Tree:
+    """Returns what fusion may change, with the parameters' own names."""
+    return {**variables["params"], "(running statistics)": variables.get("batch_stats", {})}
+
+
 def _check_survival(output: Output, where: str, before: Tree, exact: Tree, stored: Tree) -> None:
     """Prints the fraction of the change that a storage type keeps; refuses less than 90 %."""
-    surviving = survival(before, exact, stored)
+    surviving = survival(*(_fusible(tree) for tree in (before, exact, stored)))
     print(
         f"Stored as {where}, {100 * surviving.fraction:.1f} % of the change survives (worst: {surviving.worst_layer})."
     )

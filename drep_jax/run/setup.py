@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from drep_jax.core.batchnorm import with_norms
 from drep_jax.core.layers import find_layers
 from drep_jax.core.schedule import RULES, Schedule, reverse_steps
 from drep_jax.core.sites import Coverage, Site, assign_times, coverage, select_sites, with_rank
@@ -199,7 +200,10 @@ def _check_augmentation(config: Config, task: Task) -> None:
 
 def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, schedule: Schedule) -> tuple[Site, ...]:
     options, denoise = config["sites"], config["denoise"]
-    selected = select_sites(find_layers(backbone, images), options["pattern"] or None, kind=options["kind"])
+    layers = find_layers(backbone, images)
+    if options.get("batchnorm_bias", False):  # runs of earlier releases do not have it
+        layers = with_norms(layers, backbone, images)
+    selected = select_sites(layers, options["pattern"] or None, kind=options["kind"])
     sites = assign_times(
         selected, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"]
     )

@@ -232,10 +232,10 @@ def test_nan_in_a_saved_denoiser_is_refused(finished, fuse, tmp_path, monkeypatc
 
 
 def test_a_fusion_that_does_nothing_fails_its_certificate(fuse, monkeypatch):
-    def nothing(params, *args, **kwargs):
-        return jax.tree_util.tree_map(np.asarray, params["backbone"])
+    def nothing(variables, *args, **kwargs):
+        return jax.tree_util.tree_map(np.asarray, dict(variables))
 
-    monkeypatch.setattr(export, "fuse_exact", nothing)
+    monkeypatch.setattr(export, "fuse_variables_exact", nothing)
     ended, _ = fuse()
     assert ended.status == 3 and "Certificate: FAILED" in ended.output
 

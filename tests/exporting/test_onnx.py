@@ -12,6 +12,7 @@ import pytest
 from drep_jax.errors import CheckpointError, ExportError
 from drep_jax.exporting import onnx_file
 from drep_jax.exporting.onnx_file import export_onnx, load_onnx
+from drep_jax.exporting.statistics import MixedStatistics, Statistics
 from tests.exporting.tiny import FAMILIES, SIZE, TINY_VIT, network
 from tests.trees import normal
 
@@ -29,6 +30,20 @@ def test_file_equals_live_module_at_sizes_not_tried_when_writing(family, tmp_pat
     expected = jax.jit(module.apply)(variables, images)
     np.testing.assert_allclose(load_onnx(path)(images), expected, atol=10 * found.bound)
     assert os.listdir(tmp_path) == ["fused.onnx"]
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize("text", ["image:0.3", "batch:0.25"])
+def test_mixed_statistics_are_in_the_file(text, tmp_path):
+    family = next(name for name in CONVERTED if "resnet" in name)
+    module, variables = network(*FAMILIES[family])
+    mixed = MixedStatistics(module, Statistics.parse(text))
+    path = str(tmp_path / "mixed.onnx")
+    assert export_onnx(mixed, variables, SIZE, path).passed
+    images = normal(5, (2, *SIZE, 3))
+    answers = np.asarray(load_onnx(path)(images))
+    np.testing.assert_allclose(answers, mixed.apply(variables, images), rtol=1e-3, atol=1e-4)
+    assert np.abs(answers - module.apply(variables, images)).max() > 1e-3
 
 
 @pytest.mark.onnx

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 
 from drep_jax import weights
+from drep_jax.core.denoisers import init_denoise
+from drep_jax.core.fusion import fuse_variables_exact
+from drep_jax.core.sites import find_sites
 from drep_jax.jobs import train
 from drep_jax.models.resnet import ResNet
 from drep_jax.models.vit import ViT
 from drep_jax.run import export
 from drep_jax.weights import files, formats
 from drep_jax.weights.translation import Format, Rule
+from tests import trees
 from tests.command import call, same_bits
+from tests.setups import make_setup
 
 FLAT = (Rule(r"(?P<path>.*)/kernel", r"\g<path>.w"), Rule(r"(?P<path>.*)", r"\g<path>"))
 TOY = Format("toy", ViT, (r"encoderblock_0/mlp/fc1\.w",), lambda module: FLAT, suffix=".npz")
@@ -93,7 +98,7 @@ def test_pruned_layers_come_back_dense_and_it_is_said(finished, foreign_file, tm
     np.testing.assert_array_equal(fused["params"]["encoderblock_0"]["mlp"]["fc1"]["bias"], expected)
     fused["params"]["encoderblock_0"]["mlp"]["fc1"]["bias"] = expected + 1
     output = export.Output(str(tmp_path / "out"), forms=("same",))
-    paths = export.write(output, setup, original.variables, fused["params"], {}, original=original)
+    paths = export.write(output, setup, original.variables, fused, {}, original=original)
     assert f"masks of fused layers are written back as ones ({name})" in capsys.readouterr().out
     back = weights.load_foreign(paths[-1], setup.backbone, setup.abstract, allow_fused=True)
     assert same_bits(back.variables, fused) and files.read(paths[-1]).tensors[f"{name}_mask"].all()
@@ -122,21 +127,60 @@ def test_a_half_precision_file_must_keep_the_change(finished, foreign_file, tmp_
     assert {tensor.dtype for tensor in kept.values()} == {np.dtype(np.float16)}
 
 
-@pytest.mark.slow
-def test_batch_norms_are_folded_into_a_file_of_the_same_names(finished, tmp_path):
-    model = {"name": "resnet", "num_classes": 10, "stage_sizes": [1, 1], "block": "basic", "width": 8, "stem": "cifar"}
-    backbone = ResNet(stage_sizes=(1, 1), block="basic", width=8, stem="cifar", num_classes=10)
+def small_resnet(rng):
+    """A ResNet, its variables with running statistics, and the model settings that make it."""
+    shape = {"stage_sizes": (1, 1), "block": "basic", "width": 8, "stem": "cifar"}
+    backbone = ResNet(num_classes=10, **shape)
     variables = dict(backbone.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)))
-    rng = np.random.default_rng(0)
     variables["batch_stats"] = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (rng.uniform(-0.2, 0.2, leaf.shape) + (path[-1].key == "var")).astype(np.float32),
         variables["batch_stats"],
     )
+    return backbone, variables, {"name": "resnet", "num_classes": 10, **shape}
+
+
+def test_running_means_that_took_constants_come_back_in_the_same_file(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    backbone, variables, _ = small_resnet(rng)
+    made = weights.write_new(backbone, variables, "toy", str(tmp_path / "resnet"), {})
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    sites = find_sites(backbone, images, pattern="conv1|layer2_0/conv2", batchnorm_bias=True)
+    setup = make_setup(backbone, images, sites=sites)
+    denoise = trees.randomize(init_denoise(sites), 1, 0.1)
+    fused = fuse_variables_exact(variables, denoise, sites, setup.schedule)
+    original = weights.load_foreign(made, backbone, setup.abstract)
+    output = export.Output(str(tmp_path / "out"), forms=("same",))
+    paths = export.write(output, setup, original.variables, fused, {}, original=original)
+    assert "4 of its tensors replaced" in capsys.readouterr().out
+    back = weights.load_foreign(paths[-1], backbone, setup.abstract, allow_fused=True)
+    ours = weights.load(paths[0], setup.abstract, allow_fused=True)
+    assert same_bits(back.variables, fused) and same_bits(ours, fused)
+    assert not np.array_equal(fused["batch_stats"]["bn1"]["mean"], variables["batch_stats"]["bn1"]["mean"])
+    assert np.array_equal(fused["batch_stats"]["bn1"]["var"], variables["batch_stats"]["bn1"]["var"])
+
+
+@pytest.mark.slow
+def test_batch_norms_are_folded_into_a_file_of_the_same_names(finished, tmp_path):
+    rng = np.random.default_rng(0)
+    backbone, variables, model = small_resnet(rng)
     made = weights.write_new(backbone, variables, "toy", str(tmp_path / "resnet"), {})
     config = {**finished.config, "model": model}
-    run = run_on(config, tmp_path, made, backbone={"init_allow": []}, learner="closed_form")
+    sites = {"batchnorm_bias": True}  # fusing moves running means, which folding then takes up
+    options = {"backbone": {"init_allow": []}, "sites": sites, "evaluate": {"statistics": ["image:0.1"]}}
+    run = run_on(config, tmp_path, made, learner="closed_form", **options)
+    rows = json.loads((run / "report.json").read_text())["metrics"]["clean"]
+    assert "closed_form+image:0.1" in rows["denoised"] and "baseline+image:0.1" in rows["control"]
+    ended = fuse(run, tmp_path / "mixed", "--export=stablehlo", "--statistics=image:0.1")
+    assert ended.status == 0 and "Statistics image:0.1: another program" in ended.output, ended.output
+    assert (tmp_path / "mixed" / "fused_image_0.1.stablehlo").exists()
+    written = json.loads((tmp_path / "mixed" / "certificate.json").read_text())
+    assert written["passed"] and written["statistics"]["latency_ratio"] > 0
+    fuse(run, tmp_path / "out2", "--statistics=image:0.1").refused("add --export=stablehlo or onnx")
     ended = fuse(run, tmp_path / "out", "--export=same", "--fold_batchnorm")
     assert ended.status == 0, ended.output
+    fused = export.weights.load(str(run / "fused" / "fused.safetensors"), variables, allow_fused=True)
+    moved = np.abs(fused["batch_stats"]["bn1"]["mean"] - variables["batch_stats"]["bn1"]["mean"]).max()
+    assert 0 < moved < 1
     assert "BatchNorm folded into the layer before: PASSED" in ended.output
     like = export.weights.load(str(run / "fused" / "fused.safetensors"), variables, allow_fused=True)
     folded = weights.load_foreign(

@@ -13,7 +13,7 @@ from PIL import Image
 from configs.default import get_default
 from drep_jax import weights
 from drep_jax.core.denoisers import Denoisers, init_denoise
-from drep_jax.core.fusion import fuse_exact
+from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.metadata import table_of
@@ -190,10 +190,9 @@ def exhibit_for(run, saved, arm, condition, baseline=None):
     """Returns what a report may show of a learner's result."""
     setup = run.setup
     learned = Learned(Denoisers(saved.denoise, "affine", 1), {})
-    params = {"backbone": saved.variables["params"], "denoise": saved.denoise}
-    fused = fuse_exact(params, setup.sites, setup.schedule, rule="affine", steps=1)
+    fused = fuse_variables_exact(saved.variables, saved.denoise, setup.sites, setup.schedule, rule="affine", steps=1)
     first = saved.variables if baseline is None else baseline
-    arms = {"baseline": first, arm: {**saved.variables, "params": fused}}
+    arms = {"baseline": first, arm: fused}
     ((_, scored),) = score_arms(setup, arms, setup.test, (condition,), **reading(run.config))
     return exhibit_of(run, setup.test, arms, condition, scored, saved.variables, fused, learned)
 
