@@ -17,7 +17,6 @@ and TENT; of the measured mixture: "+ BN" and "+ image". Their batches hold one 
 ", mixed" in the name, all corruptions shuffled image by image.
 """
 
-import argparse
 import dataclasses
 import json
 import re
@@ -27,10 +26,11 @@ import time
 import jax
 import numpy as np
 import optax
-from adaptation import MIXED as MIXED_STREAM
-from adaptation import Adaptation, baselines, predict
 from tabulate import tabulate
 
+from benchmarks.adaptation import MIXED as MIXED_STREAM
+from benchmarks.adaptation import Adaptation, baselines, predict
+from benchmarks.common import Parser
 from configs import resnet20_cifar10
 from drep_jax import learners
 from drep_jax.core.fusion import fuse_variables_exact
@@ -209,16 +209,16 @@ def evaluate(setup, arms, count, severities):
     return hits
 
 
-def main():
+def main(command=None):
     """Runs and prints everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, images=8, severities="3", arms=r"BN 0\.25 × 20|image 0\.1")
     parser.add_argument("--images", type=int, default=1000, help="test images")
     parser.add_argument(
         "--severities", default="1,2,3,4,5", help="of every corruption; 3 alone takes a fifth of the time"
     )
     parser.add_argument("--arms", default=".*", help="regular expression of the arms beside the backbone")
     parser.add_argument("--out", default="cifar10c.json")
-    options = parser.parse_args()
+    options = parser.parse_args(command)
     severities = [int(severity) for severity in options.severities.split(",")]
     with tempfile.TemporaryDirectory() as directory:
         setup, arms = make_arms(directory, lambda name: re.fullmatch(options.arms, name) is not None)

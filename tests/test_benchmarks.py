@@ -10,13 +10,10 @@ from benchmarks.common import Parser
 from tests.command import whole_reports
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"common", "single_thread"}
+SHARED = {"adaptation", "common", "single_thread"}
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 WITH_DATA = {"cifar10c", "real_noise", "reid", "ridge"}
 """They need the files of DREP_DATA."""
-
-ONE_SIZE = {"cifar10c"}
-"""Scripts that may do without a tiny size."""
 
 LONG = {"cifar10c", "distilled", "learn", "modes", "reid", "step"}
 """They run all learners or modes, which takes a quarter of a minute or more to compile at any size."""
@@ -37,8 +34,6 @@ def test_every_benchmark_runs_at_the_tiny_size(name, arguments, capsys, tmp_path
     if name in WITH_DATA and not os.environ.get("DREP_DATA"):
         pytest.skip(f"benchmarks/{name}.py needs the images and weights of DREP_DATA")
     module = importlib.import_module(f"benchmarks.{name}")
-    if name in ONE_SIZE and not hasattr(module, "Parser"):
-        pytest.skip(f"benchmarks/{name}.py could be imported, and has one size only")
     command = ["--tiny", *arguments]
     if name in ("modes", "reid"):
         command.append(f"--workdir={tmp_path}")
