@@ -48,7 +48,7 @@ TYPOS = {
     "noise that does nothing": (["--config.noise=gaussian:0"], ["gaussian:0", "nothing to measure"]),
     "no draws": (["--config.measured.draws=0"], ["measured.draws=0", "at least 1"]),
     "all clean": (["--config.measured.clean_share=(0.5,1.0)"], ["measured.clean_share", "[0, 1)"]),
-    "no ridge": (["--config.measured.ridge=0"], ["measured.ridge=0", "above 0"]),
+    "negative ridge": (["--config.measured.ridge=-1.0"], ["measured.ridge=-1", "above 0, or 0"]),
     "no noise power": (["--config.wiener.ratios=(0.0,)"], ["wiener.ratios", "above 0"]),
     "negative strength": (["--config.select.strengths=(-1.0,1.0)"], ["select.strengths", "at least 0"]),
     "unknown selection noise": (["--config.select.conditions=('clean','blurr:2')"], ["blurr", "blur"]),

@@ -18,6 +18,7 @@ HERE = ROOT / "examples" / "own_model"
 QUICK = (
     "--config.progress=False",
     "--config.measured.images=64",
+    "--config.measured.ridge=0.001",  # so that every site is changed, however few images there are
     "--config.select.images=32",
     "--config.evaluate.batch_size=200",
     "--config.evaluate.resamples=200",
