@@ -91,6 +91,12 @@ def check_measurable(sites: Sequence[Site]) -> None:
         for layer in site.layers
         if layer.calls > 1 or layer.spread
     }
+    reasons |= {
+        layer.name: "its constant would go into the BatchNorm behind it; find the sites without batchnorm_bias"
+        for site in sites
+        for layer in site.layers
+        if layer.norm is not None
+    }
     if reasons:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
         raise SiteError(
