@@ -74,7 +74,7 @@ class Program:
 
 
 def check_measurable(sites: Sequence[Site]) -> None:
-    """Checks that every layer of the sites is called once, on a batch of features.
+    """Checks that every layer of the sites is called once, on a batch of features, and keeps its constant.
 
     Learning, fusion and the certificate pool the calls of a layer. Measured noise solves a layer
     where it is called, with what the layers before it leave of the noise, which differs from call
@@ -84,18 +84,7 @@ def check_measurable(sites: Sequence[Site]) -> None:
       SiteError: listing the layers that measured noise cannot solve, each with the reason.
     """
     reasons = {
-        layer.name: f"it is called {layer.calls} times in one forward pass"
-        if layer.calls > 1
-        else "nn.vmap spreads its input over calls; call it on the whole batch"
-        for site in sites
-        for layer in site.layers
-        if layer.calls > 1 or layer.spread
-    }
-    reasons |= {
-        layer.name: "its constant would go into the BatchNorm behind it; find the sites without batchnorm_bias"
-        for site in sites
-        for layer in site.layers
-        if layer.norm is not None
+        layer.name: reason for site in sites for layer in site.layers if (reason := _unmeasurable(layer)) is not None
     }
     if reasons:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
@@ -103,6 +92,15 @@ def check_measurable(sites: Sequence[Site]) -> None:
             "Measured noise solves a layer at its one call in a forward pass; narrow sites.pattern, or take another learner "
             f"(Algorithm 1, the closed form) for:\n{lines}"
         )
+
+
+def _unmeasurable(layer: Layer) -> str | None:
+    """Returns why measured noise cannot solve a layer, or None if it can."""
+    if layer.norm is not None:
+        return "its constant would go into the BatchNorm behind it; find the sites without batchnorm_bias"
+    if layer.calls > 1:
+        return f"it is called {layer.calls} times in one forward pass"
+    return "nn.vmap spreads its input over calls; call it on the whole batch" if layer.spread else None
 
 
 def trace(
