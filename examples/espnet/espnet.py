@@ -22,7 +22,8 @@ class PReLU(nn.Module):
     def __call__(self, x: Any) -> Any:
         """Returns an array of the same shape."""
         slope = self.param("slope", nn.initializers.constant(0.25), (x.shape[-1],))
-        return jnp.where(x >= 0, x, slope.astype(x.dtype) * x)
+        slope = jnp.broadcast_to(slope.astype(x.dtype), x.shape)
+        return jnp.where(x >= 0, x, slope * x)
 
 
 class Norm(nn.Module):
