@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from drep_jax.data import digits, folder, idx_source, list_file, npz_source, random_images, splits, tfds_source
 from drep_jax.data.fits import parse_fit
+from drep_jax.data.masks import open_masks
 from drep_jax.data.reid import open_reid
 from drep_jax.data.source import Source
 from drep_jax.errors import ConfigError, lookup
@@ -15,6 +16,7 @@ __all__ = ["SOURCES", "Source", "open_source"]
 # Another source is one opener: (what follows the colon, split, (height, width), resize, data_dir)
 # -> Source.
 SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source]] = {
+    "camvid": functools.partial(open_masks, "camvid"),
     "cuhk03": functools.partial(open_reid, "cuhk03"),
     "digits": digits.open_digits,
     "duke": functools.partial(open_reid, "duke"),
@@ -28,6 +30,7 @@ SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source
     "reid_folder": functools.partial(open_reid, "reid_folder"),
     "reid_npz": functools.partial(open_reid, "reid_npz"),
     "reid_tfds": functools.partial(open_reid, "reid_tfds"),
+    "seg_npz": functools.partial(open_masks, "seg_npz"),
     "tfds": tfds_source.open_tfds,
     "vehicleid": functools.partial(open_reid, "vehicleid"),
     "veri": functools.partial(open_reid, "veri"),

@@ -216,9 +216,15 @@ def read_augmented(
 
 def item_of(source: Source, index: int, columns: Columns = ()) -> Item:
     """Returns an item, whose labels follow its image from the stored one if `columns` say so."""
-    if not geometric(columns):
+    if not geometric(columns) and not geometric(getattr(source, "columns", ())):
         return source[index]
-    return fitted(raw_item(source, index), image_size_of(source), fit_of(source), columns)
+    return fitted(_raw(source, index, columns), image_size_of(source), fit_of(source), columns)
+
+
+def _raw(source: Source, index: int, columns: Columns) -> Item:
+    """Returns an item as it is stored, without labels of a form that nobody declares: they are not decoded."""
+    undeclared = {column.name for column in getattr(source, "columns", ())} - {column.name for column in columns}
+    return {name: value for name, value in raw_item(source, index).items() if name not in undeclared}
 
 
 def _read_cropped(
@@ -239,7 +245,7 @@ def _read_cropped(
         def choose(height: int, width: int) -> Any:
             return crop_box(numbers, height, width, (scale[0], scale[1]), (ratio[0], ratio[1]))
 
-        raw = dict(raw_item(source, index))
+        raw = _raw(source, index, columns)
         stored, where = raw.pop("image"), raw.pop("where")
         if isinstance(stored, np.ndarray):
             image, transform = resized_box(as_rgb(stored, where), choose, size)

@@ -91,7 +91,7 @@ def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
     Raises:
       UnreadableError: for a file that is absent, truncated or not an image.
     """
-    with _reading(where), Image.open(_opened(encoded)) as image:
+    with reading(where), Image.open(opened(encoded)) as image:
         return _rgb(_upright(image), where)
 
 
@@ -114,7 +114,7 @@ def decode_box(
     Raises:
       UnreadableError: as for `decode`.
     """
-    with _reading(where), Image.open(_opened(encoded)) as image:
+    with reading(where), Image.open(opened(encoded)) as image:
         if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
             return resized_box(_rgb(_upright(image), where), choose, size)
         width, height = image.size
@@ -174,7 +174,7 @@ def stored_size(encoded: bytes | str | os.PathLike, where: str) -> Size:
     Raises:
       UnreadableError: for a file that is absent or not an image.
     """
-    with _reading(where), Image.open(_opened(encoded)) as image:
+    with reading(where), Image.open(opened(encoded)) as image:
         width, height = image.size
         return (width, height) if _sides_swap(image, encoded) else (height, width)
 
@@ -228,7 +228,13 @@ def fit(image: np.ndarray, size: Size, how: str, where: str = "image") -> np.nda
 
 
 @contextlib.contextmanager
-def _reading(where: str) -> Iterator[None]:
+def reading(where: str, what: str = "image") -> Iterator[None]:
+    """Makes whatever Pillow raises on a damaged file an `UnreadableError`.
+
+    Args:
+      where: what to call the file in messages.
+      what: what the file is to be.
+    """
     try:
         yield
     except UNREADABLE as error:
@@ -244,7 +250,7 @@ def _reading(where: str) -> Iterator[None]:
                 "eight threads."
             )
         else:
-            message = f"Cannot read the image {where}: {error}. Repair or remove it."
+            message = f"Cannot read the {what} {where}: {error}. Repair or remove it."
         raise UnreadableError(message, where) from error
 
 
@@ -262,7 +268,8 @@ def _has_late_text(encoded: bytes | str | os.PathLike) -> bool:
     return False
 
 
-def _opened(encoded: bytes | str | os.PathLike) -> Any:
+def opened(encoded: bytes | str | os.PathLike) -> Any:
+    """Returns what Pillow opens: a stream of the bytes, or the path."""
     return io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
 
 
