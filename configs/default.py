@@ -57,7 +57,6 @@ def get_default() -> ConfigDict:
             "shift": 0,  # largest translation, in pixels
             "crop_scale": (),  # (smallest, largest) fraction of the area of a random resized crop, such as (0.08, 1.0)
             "crop_ratio": (3 / 4, 4 / 3),  # smallest and largest aspect ratio (width / height) of that crop
-            "photometric": False,  # distort brightness, contrast, saturation and hue as in mmsegmentation
             "randaugment": 0,  # operations per image
             "randaugment_magnitude": 9.0,  # of the operations, 0 to 30
             "erase": 0.0,  # probability of random erasing

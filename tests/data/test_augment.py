@@ -14,7 +14,6 @@ from drep_jax.data.augment import OFF, Augmentation, augmentation_of, randaugmen
 from drep_jax.data.augment.erasing import erase
 from drep_jax.data.augment.flip_crop import crop_box, crop_numbers, flip_and_shift
 from drep_jax.data.augment.mixing import mix
-from drep_jax.data.augment.photometric import distort
 from drep_jax.data.augment.randaugment import OPERATIONS
 from drep_jax.data.augment.random_bits import words
 from drep_jax.data.loader import training_batches
@@ -184,21 +183,6 @@ def test_magnitude_zero_and_what_is_drawn(monkeypatch):
     assert {name for name, _ in calls} == set(OPERATIONS) and len(calls) == 180
     assert {strength for _, strength in calls} == {0.5, -0.5}
     np.testing.assert_array_equal(randaugment(images[7:9], seed=0, first_position=7, count=3, magnitude=15), out[7:9])
-
-
-def test_photometric_distortion_changes_colors_and_no_shapes():
-    gray = np.tile(textured(400, (6, 6))[..., :1], 3)
-    out = distort(gray, seed=0, first_position=0)
-    assert np.ptp(out.astype(int), axis=-1).max() == 0, "gray stays gray: only brightness and contrast act"
-    same = (out == gray).all((1, 2, 3)).mean()
-    assert 0.2 < same < 0.3, "neither acts on a quarter"
-    np.testing.assert_array_equal(distort(gray[7:9], seed=0, first_position=7), out[7:9])
-    flat = np.full((400, 1, 1, 3), (200, 60, 60), np.uint8)
-    colors = distort(flat, seed=1, first_position=0)[:, 0, 0].astype(int)
-    assert (colors[:, 0] > colors[:, 2]).all(), "a turn of a tenth of the circle leaves red above blue"
-    assert 0.3 < (np.abs(colors[:, 1] - colors[:, 2]) > 2).mean() < 0.7, "hue turns in half of the images"
-    assert colors.min() < 30 and colors.max() == 255
-    assert Augmentation(photometric=True)({"image": flat}, seed=1, first_position=0)["image"].shape == flat.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------

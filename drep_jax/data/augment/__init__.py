@@ -2,9 +2,9 @@
 
 Each image's draws depend on its position in the stream alone.
 
-Order: crop (before the image is fitted), flip, shift, photometric distortion, RandAugment, erasing,
-then mixup or cutmix. Labels with geometry follow the first three; photometric distortion and
-erasing leave them as they are; RandAugment and mixing are refused with them.
+Order: crop (before the image is fitted), flip, shift, RandAugment, erasing, then mixup or cutmix.
+Labels with geometry follow the first three; erasing leaves them as they are; RandAugment and mixing
+are refused with them.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from typing import Any
 from drep_jax.data.augment.erasing import erase
 from drep_jax.data.augment.flip_crop import flip_and_shift, flip_and_shift_transforms
 from drep_jax.data.augment.mixing import mix
-from drep_jax.data.augment.photometric import distort
 from drep_jax.data.augment.randaugment import STRONGEST, randaugment
 from drep_jax.data.columns import Columns, geometric
 from drep_jax.data.geometry import Transform
@@ -38,7 +37,6 @@ class Augmentation:
       crop_scale: smallest and largest fraction of the area of a random resized crop; () for the
         fitted image as it is.
       crop_ratio: smallest and largest width over height of that crop.
-      photometric: whether brightness, contrast, saturation and hue are distorted.
       randaugment: random operations an image.
       randaugment_magnitude: their strength, from 0 to 30.
       erase: probability that a box of the image becomes noise.
@@ -54,7 +52,6 @@ class Augmentation:
     shift: int = 0
     crop_scale: tuple[float, ...] = ()
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
-    photometric: bool = False
     randaugment: int = 0
     randaugment_magnitude: float = 9.0
     erase: float = 0.0
@@ -98,7 +95,7 @@ class Augmentation:
     @property
     def slow(self) -> bool:
         """Whether it takes so long that threads pay off even for images in memory."""
-        return bool(self.crop_scale or self.randaugment or self.photometric)
+        return bool(self.crop_scale or self.randaugment)
 
     def check_batch(self, size: int, what: str) -> None:
         """Raises `ConfigError` unless a batch, or a host's part, holds whole pairs to mix."""
@@ -142,8 +139,6 @@ class Augmentation:
         where = {"seed": seed, "first_position": first_position}
         if self.flip or self.shift:
             images = flip_and_shift(images, **where, flip=self.flip, shift=self.shift)
-        if self.photometric:
-            images = distort(images, **where)
         if self.randaugment:
             images = randaugment(images, **where, count=self.randaugment, magnitude=self.randaugment_magnitude)
         if self.erase:

@@ -19,7 +19,6 @@ IDENTITIES = 2**64 - 7  # the order of identities in batches of P x K
 RESTS = 2**64 - 8  # identities that rest in a round
 INSTANCES = 2**64 - 9  # the order of the images of one identity
 LEFT_CLEAN = 2**64 - 10  # which images of a stage that corrupts its images stay clean
-PHOTOMETRIC = 2**64 - 16
 
 WORDS = 4
 """Words of one step of Philox' counter."""
