@@ -100,24 +100,21 @@ class ESPNet(nn.Module):
     """ESPNet of any size of images.
 
     Attributes:
-      num_classes: of the answers.
+      num_classes: outputs of a pixel; 12 in the published network for CamVid, of which the last
+        stands for unlabeled pixels.
       p: ESP units of level 2.
       q: ESP units of level 3.
-      void: whether the network has one output more, which stands for unlabeled pixels and is left
-        out of the answers; so has the published network for CamVid.
       bgr: whether the network expects blue, green, red. The images are red, green, blue.
     """
 
     num_classes: int
     p: int = 2
     q: int = 8
-    void: bool = True
     bgr: bool = True
 
     @nn.compact
     def __call__(self, x: Any, train: bool = False) -> Any:
         """Returns logits (batch, height, width, num_classes)."""
-        outputs = self.num_classes + self.void
         image = x[..., ::-1] if self.bgr else x
         half = average(image)
         quarter = average(half)
@@ -136,12 +133,12 @@ class ESPNet(nn.Module):
             y = Pyramid(128, residual=True, name=f"level3_{i}")(y, train)
         level3 = Norm(name="b3")(jnp.concatenate([down, y], axis=-1), train)
 
-        y = conv(outputs, 1, "level3_classes")(level3)
+        y = conv(self.num_classes, 1, "level3_classes")(level3)
         y = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-3, name="level3_bn")(y)
-        fine = conv(outputs, 1, "level2_classes")(level2)
+        fine = conv(self.num_classes, 1, "level2_classes")(level2)
         y = jnp.concatenate([fine, cut(enlarge(y, "up3"), fine)], axis=-1)
-        y = Pyramid(outputs, name="combine")(Norm(name="combine_norm")(y, train), train)
+        y = Pyramid(self.num_classes, name="combine")(Norm(name="combine_norm")(y, train), train)
         y = cut(Norm(name="up2_norm")(enlarge(y, "up2"), train), level1)
-        y = conv(outputs, 3, "last")(jnp.concatenate([y, level1], axis=-1))
+        y = conv(self.num_classes, 3, "last")(jnp.concatenate([y, level1], axis=-1))
         y = enlarge(Norm(name="last_norm")(y, train), "classes")
-        return cut(y, image)[..., : self.num_classes]
+        return cut(y, image)

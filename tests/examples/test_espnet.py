@@ -13,7 +13,7 @@ from drep_jax.weights import files
 from examples.espnet.espnet import ESPNet, enlarge
 from examples.espnet.names import FORMAT
 
-SMALL = ESPNet(num_classes=11, p=1, q=1)
+SMALL = ESPNet(num_classes=12, p=1, q=1)
 SIZE = (41, 54)
 
 

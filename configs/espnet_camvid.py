@@ -1,0 +1,43 @@
+"""ESPNet with its published weights on CamVid: street scenes under noise, blur, low light and compression.
+
+    python train.py --config=configs/espnet_camvid.py       # expects camvid_360x480.npz and weights/ in DREP_DATA
+
+No label is learned from or chosen by. Results are in docs/results.md.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from configs.default import get_default
+
+EXAMPLE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples", "espnet")
+DATA = os.environ.get("DREP_DATA", "")
+CONDITIONS = ("clean", "gaussian:10", "gaussian:20", "gaussian:40", "blur:1.5", "low_light:3", "jpeg:80")
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = get_default()
+    config.name = "espnet_camvid"
+    config.task = "segmentation"
+    config.learner = "measured"
+    config.compare = ("closed_form", "wiener")
+    config.noise = "gaussian:10..50"
+    config.data.update({"source": f"camvid:{os.path.join(DATA, 'camvid_360x480.npz')}"})
+    config.data.update({"image_size": (360, 480), "resize": "exact"})
+    # (x - mean) / std / 255 with x from 0 to 255, in the order of red, green, blue
+    config.data.mean = (105.03 / 255, 108.41 / 255, 110.33 / 255)
+    config.data.std = (69.90, 72.69, 72.13)
+    config.model.name = os.path.join(EXAMPLE, "espnet.py:ESPNet")
+    config.model.num_classes = 12
+    config.segmentation.void_outputs = (11,)
+    config.backbone.init_from = os.path.join(DATA, "weights", "espnet_p_2_q_8_camvid.pth")
+    config.backbone.init_names = os.path.join(EXAMPLE, "names.py")
+    config.measured.update({"images": 60, "clean_share": (0.65, 0.8, 0.9)})
+    config.select.update({"labels": False, "images": 0, "max_clean_loss": 15.0})
+    config.select.strengths, config.select.leading = (0.5, 0.75, 1.0), (0.3, 0.6, 1.0)
+    config.select.conditions = ("clean", "gaussian:10", "gaussian:20")
+    config.evaluate.update({"conditions": CONDITIONS, "batch_size": 12})
+    config.evaluate.update({"certificate_images": 2, "latency_batch": 4})
+    return config
