@@ -22,13 +22,20 @@ class Bucket:
     Attributes:
       shape: (height, width) in pixels.
       indices: which images, int32 (n,), ascending.
+      rows: images per batch over all hosts, if they are fewer than asked for; 0 for as many.
     """
 
     shape: Size
     indices: np.ndarray
+    rows: int = 0
+
+    def batch_size(self, requested: int) -> int:
+        """Returns the images per batch, over all hosts."""
+        return min(requested, self.rows or requested)
 
     def steps(self, batch_size: int) -> list[np.ndarray]:
         """Returns the images of each batch; the last one may have fewer."""
+        batch_size = self.batch_size(batch_size)
         return [self.indices[start : start + batch_size] for start in range(0, len(self.indices), batch_size)]
 
 
@@ -74,6 +81,38 @@ def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LI
         for number, (height, width) in enumerate(shapes)
     ]
     return tuple(bucket for bucket in reversed(buckets) if len(bucket.indices))
+
+
+def exact_buckets(sizes: np.ndarray, *, parts: int = 1) -> tuple[Bucket, ...]:
+    """Returns a bucket for every size, whose images are not padded: padding changes what a network gives.
+
+    Args:
+      sizes: as for `make_buckets`; images that cannot be read go to the last bucket.
+      parts: number that batches divide among, that of all devices. Batches have as many images as
+        the bucket, if those are few, so that no large batch is computed for one image.
+
+    Returns:
+      Buckets, the largest first. Each image is in exactly one.
+
+    >>> [(bucket.shape, bucket.indices.tolist()) for bucket in exact_buckets(np.array([[3, 5], [6, 4], [3, 5]]))]
+    [((6, 4), [1]), ((3, 5), [0, 2])]
+    """
+    sizes = np.asarray(sizes).reshape(-1, 2)
+    known = (sizes > 0).all(axis=1)
+    shapes, places = np.unique(sizes[known], axis=0, return_inverse=True)
+    chosen = np.full(len(sizes), -1)
+    chosen[known] = places.reshape(-1)
+    order = np.lexsort((shapes[:, 0], shapes.prod(axis=1)))[::-1]
+    if not len(order):
+        shapes, order = np.ones((1, 2), np.int64), np.array([0])
+    chosen[~known] = order[-1]
+    buckets = []
+    for number in order.tolist():
+        indices = np.flatnonzero(chosen == number).astype(np.int32)
+        if len(indices):
+            height, width = shapes[number].tolist()
+            buckets.append(Bucket((height, width), indices, rows=-(-len(indices) // parts) * parts))
+    return tuple(buckets)
 
 
 def padding_of(buckets: tuple[Bucket, ...], sizes: np.ndarray) -> float:

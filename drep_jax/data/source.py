@@ -98,6 +98,11 @@ def sizes_of(source: Any) -> np.ndarray:
     return np.array([size_of(source, index) for index in range(len(source))], np.int32).reshape(-1, 2)
 
 
+def varies(source: Any) -> bool:
+    """Returns whether a source was opened so that its images keep several sizes."""
+    return str(getattr(source, "resize", "")).partition(":")[0] in ("keep", "short")
+
+
 OF_THE_SET = ("protocol", "cameras", "views")
 
 

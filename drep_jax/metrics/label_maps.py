@@ -165,6 +165,7 @@ def _read(maps: Any, axis: int, indices: np.ndarray, weights: np.ndarray) -> Any
     shape = [1] * maps.ndim
     shape[axis] = len(indices)
     return sum(
-        jnp.asarray(weights[:, tap].reshape(shape), maps.dtype) * jnp.take(maps, jnp.asarray(indices[:, tap]), axis=axis)
+        jnp.asarray(weights[:, tap].reshape(shape), maps.dtype)
+        * jnp.take(maps, jnp.asarray(indices[:, tap]), axis=axis)
         for tap in range(indices.shape[1])
     )

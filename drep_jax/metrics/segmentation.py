@@ -14,9 +14,6 @@ from jaxtyping import Array, Bool, Int
 
 from drep_jax.metrics.reducers import Metric
 
-IGNORED = 255
-"""Label of pixels that are neither learned from nor counted."""
-
 RATIO = 0.02
 """Width of a boundary region over the diagonal of the image (Cheng et al. 2021)."""
 
@@ -75,7 +72,7 @@ def counts(
     pixels are counted, of labels and answers alike.
 
     Args:
-      labels: 0 … classes − 1, and `IGNORED`.
+      labels: 0 … classes − 1; pixels with any other label, such as 255, are ignored.
       answers: classes of the network; others than 0 … classes − 1 are answers that are no class.
       classes: number of classes.
       ratio: see `boundary_width`.

@@ -126,6 +126,9 @@ class Task:
     test_needs_head: ClassVar[bool] = True
     """Whether scoring test images needs a head for their labels."""
 
+    test_resize: ClassVar[str] = ""
+    """How test images get their size where `evaluate.resize` does not say; "" as training images."""
+
     columns: ClassVar[tuple[Column, ...]] = ()
     """Label columns of the images; columns of one int32 per image need no declaration."""
 
@@ -311,6 +314,27 @@ class Task:
         """Returns the report's entries on single test images, {} for none (docs/report.md)."""
         del exhibit
         return {}
+
+    def protocol(self, source: Source, items: Items) -> tuple[str, ...]:
+        """Returns sentences for the report on how its scores were computed.
+
+        Args:
+          source: the test images.
+          items: of the unchanged backbone.
+        """
+        del source, items
+        return ()
+
+    def check_scoring(self, setup: Any) -> None:
+        """Refuses a backbone whose outputs this task cannot score, before any work.
+
+        Args:
+          setup: the `drep_jax.run.setup.Setup` of the run or evaluation.
+
+        Raises:
+          DrepError: its subclasses name the setting.
+        """
+        del setup
 
     def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
         """Refuses settings, images or backbones that this task does not support, before any work.
