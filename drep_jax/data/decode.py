@@ -15,7 +15,7 @@ from PIL import Image
 
 from drep_jax.data.augment.flip_crop import Box, transform_of_crop
 from drep_jax.data.columns import Columns, follow, geometric
-from drep_jax.data.fits import KEEP, parse_fit, transform_of_fit
+from drep_jax.data.fits import VARYING, interpolation_of, parse_fit, transform_of_fit
 from drep_jax.data.geometry import Transform
 from drep_jax.data.steps import Size
 from drep_jax.errors import ConfigError, DataError, UnreadableError
@@ -134,7 +134,9 @@ def resized_box(image: np.ndarray, choose: Callable[[int, int], Box], size: Size
     return transform.image(image), transform
 
 
-def fitted(raw: Mapping[str, Any], size: Size, how: str, columns: Columns = ()) -> dict[str, Any]:
+def fitted(
+    raw: Mapping[str, Any], size: Size, how: str, columns: Columns = (), *, original: bool = False
+) -> dict[str, Any]:
     """Returns an item of a source's `raw`, decoded and fitted, with the labels that follow.
 
     Args:
@@ -143,6 +145,7 @@ def fitted(raw: Mapping[str, Any], size: Size, how: str, columns: Columns = ()) 
       size: (height, width) that is wanted.
       how: a way of `drep_jax.data.fits.transform_of_fit`.
       columns: label columns that follow the image; with none, the labels are left alone.
+      original: whether maps that are declared so keep the size of the stored image.
 
     Returns:
       The labels, "image", uint8 (height, width, 3), and, with columns that follow it, "transform".
@@ -151,8 +154,8 @@ def fitted(raw: Mapping[str, Any], size: Size, how: str, columns: Columns = ()) 
     image = as_rgb(stored, where) if isinstance(stored, np.ndarray) else decode(stored, where)
     item = {name: value for name, value in raw.items() if name != "where"}
     transform = transform_of_fit(image.shape[:2], size, how, where)
-    item["image"] = transform.image(image)
-    return follow(item, transform, columns, where) if geometric(columns) else item
+    item["image"] = transform.image(image, interpolation=interpolation_of(how))
+    return follow(item, transform, columns, where, original=original) if geometric(columns) else item
 
 
 def fitted_size(raw: Mapping[str, Any], size: Size, how: str) -> Size:
@@ -161,7 +164,7 @@ def fitted_size(raw: Mapping[str, Any], size: Size, how: str) -> Size:
     Raises:
       UnreadableError: for a file that is absent or not an image.
     """
-    if parse_fit(how)[0] != KEEP:
+    if parse_fit(how)[0] not in VARYING:
         return size
     stored, where = raw["image"], raw["where"]
     upright = stored.shape[:2] if isinstance(stored, np.ndarray) else stored_size(stored, where)
@@ -213,7 +216,7 @@ def on_white(images: np.ndarray) -> np.ndarray:
 
 
 def fit(image: np.ndarray, size: Size, how: str, where: str = "image") -> np.ndarray:
-    """Gives an image the wanted size, with Pillow's antialiased bicubic filter.
+    """Gives an image the wanted size, with Pillow's antialiased bicubic filter (`short`: bilinear).
 
     Args:
       image: uint8 (H, W, 3).
@@ -224,7 +227,7 @@ def fit(image: np.ndarray, size: Size, how: str, where: str = "image") -> np.nda
     Returns:
       uint8 (height, width, 3).
     """
-    return transform_of_fit(image.shape[:2], size, how, where).image(image)
+    return transform_of_fit(image.shape[:2], size, how, where).image(image, interpolation=interpolation_of(how))
 
 
 @contextlib.contextmanager

@@ -139,14 +139,19 @@ def evaluation_batches(
     _check_capacity(columns, shard)
     everything = Bucket((0, 0), np.arange(len(source), dtype=np.int32))
     steps = [
-        (None if buckets is None else bucket.shape, _rows(bucket.batch_size(batch_size), shard), indices)
+        (
+            None if buckets is None else bucket.shape,
+            bucket.original,
+            _rows(bucket.batch_size(batch_size), shard),
+            indices,
+        )
         for bucket in ([everything] if buckets is None else buckets)
         for indices in bucket.steps(batch_size)
     ]
 
     def load(step: int) -> Batch:
-        shape, rows, indices = steps[step]
-        return read_or_mask(source, indices[rows], rows.stop - rows.start, columns, shape)
+        shape, original, rows, indices = steps[step]
+        return read_or_mask(source, indices[rows], rows.stop - rows.start, columns, shape, original)
 
     return _read_ahead(range(len(steps)), load, source, num_threads)
 

@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from drep_jax.data.fits import VARYING
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -100,7 +102,7 @@ def sizes_of(source: Any) -> np.ndarray:
 
 def varies(source: Any) -> bool:
     """Returns whether a source was opened so that its images keep several sizes."""
-    return str(getattr(source, "resize", "")).partition(":")[0] in ("keep", "short")
+    return str(getattr(source, "resize", "")).partition(":")[0] in VARYING
 
 
 OF_THE_SET = ("protocol", "cameras", "views")

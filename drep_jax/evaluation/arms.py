@@ -19,7 +19,7 @@ from drep_jax.data.buckets import Bucket, exact_buckets, restore_order
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.labels import check_range
 from drep_jax.data.loader import evaluation_batches
-from drep_jax.data.source import sizes_of, varies
+from drep_jax.data.source import original_sizes_of, sizes_of, varies
 from drep_jax.data.steps import Size
 from drep_jax.errors import DataError
 from drep_jax.exporting.statistics import MixedStatistics, Statistics
@@ -95,7 +95,8 @@ def score_arms(
     devices.check_batch(batch_size, "evaluate.batch_size")
     task = setup.task
     if buckets is None and varies(source):
-        buckets = exact_buckets(sizes_of(source), parts=devices.device_count())
+        originals = original_sizes_of(source) if any(column.original for column in task.columns) else None
+        buckets = exact_buckets(sizes_of(source), originals, parts=devices.device_count())
     others = {name: devices.on_devices(_network_outputs(network)) for name, network in networks.items()}
     everywhere = {name: devices.replicate(variables) for name, variables in arms.items()}
     prepare = devices.on_devices(setup.inputs)

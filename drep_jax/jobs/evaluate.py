@@ -30,7 +30,7 @@ from drep_jax.typing import Config, Tree
 FOLDER = "evaluations"
 
 
-FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_classes")
+FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "data.test_resize", "model.num_classes")
 """Settings in which an evaluation may differ from its run, beside those of the task."""
 
 
@@ -56,7 +56,7 @@ def configuration(
     if other := workdir.differences(saved, requested, (*FREE, *scoring)):
         raise CheckpointError(
             f"{directory} holds a run with another configuration, of which --eval_only can change the conditions and images of "
-            f"the evaluation only ({', '.join(['evaluate.…', *FREE[-3:], *scoring])}):\n{workdir.listed(other)}"
+            f"the evaluation only ({', '.join(['evaluate.…', *FREE[-4:], *scoring])}):\n{workdir.listed(other)}"
         )
     return requested
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
-BLOCK_NUMBERS = 2**22
-"""Enlarged logits of one block, about: 16 MiB in float32."""
+BLOCK_NUMBERS = 2**23
+"""Enlarged logits of one block, about: 32 MiB in float32."""
 
 
 def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,6 +95,9 @@ def in_blocks(
     count, classes = maps.shape[0], maps.shape[-1]
     block = int(np.clip(BLOCK_NUMBERS // max(1, count * width * classes), 1, height))
     blocks = -(-height // block)
+    if blocks == 1:
+        whole = function(resized(maps, sizes), jnp.ones(height, bool), *rows)
+        return jax.tree_util.tree_map(lambda leaf: leaf[None], whole)
     block = -(-height // blocks)
     beyond = blocks * block - height
     indices, weights = chained_taps([maps.shape[1], *(size[0] for size in sizes)])

@@ -185,7 +185,7 @@ def _opened(config: Config, task: Task, *, head: bool) -> tuple[Images, Side, Si
         seed=config["seed"],
         test_needs_head=task.test_needs_head,
         check_test=task.check_test,
-        test_resize=config["evaluate"].get("resize", "") or task.test_resize,
+        test_resize=task.test_resize,
     )
     return images, *side_information(task, images)
 

@@ -127,7 +127,7 @@ class Task:
     """Whether scoring test images needs a head for their labels."""
 
     test_resize: ClassVar[str] = ""
-    """How test images get their size where `evaluate.resize` does not say; "" as training images."""
+    """How test images get their size where `data.test_resize` does not say; "" as training images."""
 
     columns: ClassVar[tuple[Column, ...]] = ()
     """Label columns of the images; columns of one int32 per image need no declaration."""

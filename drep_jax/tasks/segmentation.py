@@ -65,7 +65,7 @@ class Segmentation(Task):
     name: ClassVar[str] = "segmentation"
     metrics: ClassVar[Mapping[str, Metric]] = segmentation.METRICS
     criterion: ClassVar[str] = "mIoU"
-    columns: ClassVar[tuple[Column, ...]] = (Column("label", np.uint8, geometry="mask", fill=IGNORED),)
+    columns: ClassVar[tuple[Column, ...]] = (Column("label", np.uint8, geometry="mask", fill=IGNORED, original=True),)
     test_resize: ClassVar[str] = TEST_RESIZE
     evaluation_settings: ClassVar[tuple[str, ...]] = (
         "segmentation.boundary_ratio",
@@ -240,5 +240,5 @@ def make_segmentation(config: Config) -> Segmentation:
         void_answers=options["void_answers"],
         bootstrap_unit=options["bootstrap_unit"],
         shown=int(options["examples"]),
-        fit=config["evaluate"].get("resize", "") or TEST_RESIZE,
+        fit=config["data"].get("test_resize", "") or TEST_RESIZE,
     )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from drep_jax.data.masks import camvid, packed
+from drep_jax.data.masks import ade20k, camvid, cityscapes, coco_stuff, own_folder, packed, voc
 from drep_jax.data.masks.listing import MaskSet
 from drep_jax.data.masks.source import MaskSource, split_source
 from drep_jax.data.options import parsed
@@ -23,8 +23,13 @@ class Reader:
 
 # Another data set is one reader here and one line in drep_jax/data/__init__.py.
 READERS: dict[str, Reader] = {
+    "ade20k": Reader(ade20k.read_ade20k, ("reduce_zero",)),
     "camvid": Reader(camvid.read_camvid, ("cluster",)),
+    "cityscapes": Reader(cityscapes.read_cityscapes, ("labels",)),
+    "coco_stuff": Reader(coco_stuff.read_coco_stuff),
+    "seg_folder": Reader(own_folder.read_seg_folder, own_folder.OPTIONS),
     "seg_npz": Reader(packed.read_packed, ("ignore",)),
+    "voc": Reader(voc.read_voc, ("aug",)),
 }
 
 

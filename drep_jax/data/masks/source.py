@@ -38,19 +38,19 @@ class MaskSource:
         pairs: Sequence[Pair],
         listed: MaskSet,
         *,
+        labeled: bool,
         name: str,
         note: str | None,
         stored: str,
         image_size: Size,
         resize: str,
+        clusters: np.ndarray | None = None,
     ) -> None:
-        labeled = any(pair.mask is not None for pair in pairs)
         self.name, self.note, self.stored = name, note, stored
         self.columns = (LABEL,) if labeled else ()
         self.class_names = listed.class_names if labeled else None
         self.num_classes = len(listed.class_names) if labeled else None
-        self.palette = listed.palette
-        self.clusters = _numbered([pair.cluster for pair in pairs])
+        self.palette, self.clusters = listed.palette, clusters
         self.image_size, self.resize = image_size, resize
         self._pairs, self._coding = pairs, listed.coding
 
@@ -131,7 +131,17 @@ def split_source(listed: MaskSet, split: str, *, name: str, image_size: Size, re
         pairs = with_mask
         notes += [listed.coding.words, note_on(part.stored)]
     note = " ".join(filter(None, notes)) or None
-    return MaskSource(pairs, listed, name=name, note=note, stored=part.stored, image_size=image_size, resize=resize)
+    return MaskSource(
+        pairs,
+        listed,
+        labeled=part.stored not in unlabeled,
+        name=name,
+        note=note,
+        stored=part.stored,
+        image_size=image_size,
+        resize=resize,
+        clusters=_numbered([pair.cluster for pair in pairs]),
+    )
 
 
 def _numbered(clusters: Sequence[str]) -> np.ndarray | None:
