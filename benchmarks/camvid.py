@@ -11,9 +11,11 @@ from there, so the work can be divided: "--arms" names arms by a regular express
 - BN α × n, image α: BatchNorms with (1 − α)·trained + α·(statistics of a batch of n images of one
   condition, or of each image); nothing is learned;
 - closed form, wiener: from clean images only;
-- measured: on noise of the configuration. Clean share, leading sites and strength are chosen by
-  agreement with the backbone's answers on clean validation images;
-- distilled: the whole backbone, trained on its own clean answers. labeled: the same, with labels.
+- measured, measured mixed: on the noise of the configuration, and on sensor noise, low light, blur
+  and compression. Clean share, leading sites and strength are chosen by agreement with the
+  backbone's answers on clean validation images;
+- distilled: the whole backbone, trained on its own clean answers. labeled: with labels, on all
+  training images.
 """
 
 import dataclasses
@@ -56,6 +58,8 @@ from drep_jax.trees import set_in
 
 SEED = 11
 BATCH = 13
+MIXED = "gaussian:10..50,gaussian:10..50,low_light:0..4,blur:0..2,jpeg:50..85"
+"""Noise of "measured mixed"; each image gets one of them."""
 
 
 class Job:
@@ -118,13 +122,17 @@ class Job:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measured_maps(job: Job) -> Denoisers:
-    """Returns the chosen maps of measured noise."""
-    options, shares = job.config.measured, job.config.measured.clean_share
+def measured_maps(job: Job, noise: str = "") -> Denoisers:
+    """Returns the chosen maps of measured noise, by default that of the configuration."""
+    options, shares, name = job.config.measured, job.config.measured.clean_share, "measured"
+    if noise:
+        name = "measured mixed"
 
     @functools.cache
     def solver() -> Any:
-        images = CorruptedImages(job.config, job.setup)
+        config = job.config.copy_and_resolve_references()
+        config.noise = noise or config.noise
+        images = CorruptedImages(config, job.setup)
         known = {name: options[name] for name in ("vectors", "shortcut", "chunk", "memory_gib")}
         solve = measuring(
             job.setup.backbone,
@@ -137,10 +145,8 @@ def measured_maps(job: Job) -> Denoisers:
         )
         return lambda share: solve([share, *[(1 - share) / images.corrupted] * images.corrupted]).denoise
 
-    solved = {
-        f"clean share {share:g}": job.kept(f"measured {share:g}", lambda s=share: solver()(s)) for share in shares
-    }
-    return job.chosen("measured", solved)
+    solved = {f"clean share {share:g}": job.kept(f"{name} {share:g}", lambda s=share: solver()(s)) for share in shares}
+    return job.chosen(name, solved)
 
 
 def placebo(job: Job) -> Any:
@@ -168,7 +174,8 @@ def trained(job: Job, labeled: bool) -> Any:
     options, setup, task = job.config.distilled, job.setup, job.setup.task
     others = {name: tree for name, tree in job.variables.items() if name != "params"}
     tx = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.steps))
-    index = np.sort(epoch_order(len(setup.train), job.config.seed, 0)[: job.config.measured.images or None])
+    count = len(setup.train) if labeled else job.config.measured.images or len(setup.train)
+    index = np.sort(epoch_order(len(setup.train), job.config.seed, 0)[:count])
     images = read(setup.train, index, task.columns)
 
     @jax.jit
@@ -219,9 +226,9 @@ def backbone(job: Job) -> Any:
     return job.variables
 
 
-def measured(job: Job) -> Any:
+def measured(job: Job, noise: str = "") -> Any:
     """Returns the backbone with the measured maps."""
-    return job.fused(measured_maps(job))
+    return job.fused(measured_maps(job, noise))
 
 
 ARMS: dict[str, Arm] = {
@@ -233,6 +240,7 @@ ARMS: dict[str, Arm] = {
     "wiener": Arm(functools.partial(from_clean, wiener=True)),
     "measured": Arm(measured),
     "measured + image 0.1": Arm(measured, Statistics("image", 0.1)),
+    "measured mixed": Arm(functools.partial(measured, noise=MIXED)),
     "distilled": Arm(functools.partial(trained, labeled=False)),
     "labeled": Arm(functools.partial(trained, labeled=True)),
 }
@@ -333,6 +341,7 @@ def main(command: Any = None) -> None:
     if options.tiny:
         config.measured.update({"clean_share": (0.8,), "ridge": 0.001})
         config.sites.pattern = "level2_down/.*"
+        config.distilled.steps = 2
         config.select.update({"images": 2, "strengths": (1.0,), "leading": (1.0,)})
     conditions = tuple(options.conditions.split(",")) if options.conditions else tuple(config.evaluate.conditions)
     job = Job(config, options.cache, options.every)
