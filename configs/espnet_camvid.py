@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.sites.pattern = r"level1|level2_(down|0|1)/.*|level3_(down|0|1|2|3)/.*"
     config.denoise.update({"moment_images": 60, "moment_tokens": 0.25})
     config.measured.update({"images": 50, "clean_share": (0.8,)})
-    config.distilled.update({"steps": 400, "batch_size": 4, "learning_rate": 5e-4, "clean_share": 0.5})
+    config.distilled.update({"steps": 250, "batch_size": 4, "learning_rate": 5e-4, "clean_share": 0.5})
     # Agreement falls by more than accuracy does, since a pixel that changes was often wrong before.
     config.select.update({"labels": False, "images": 17, "max_clean_loss": 15.0})
     config.select.strengths, config.select.leading = (0.75, 1.0), (0.5, 1.0)
