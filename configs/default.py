@@ -51,7 +51,7 @@ def get_default() -> ConfigDict:
             "data_dir": "",  # folder of TFDS data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
             "image_size": (224, 224),  # (height, width)
             "resize": "crop",  # crop, crop:FRACTION of the short side, squash, pad (whole image, padded) or exact
-            "test_resize": "",  # of test images; keep and short:SHORT:LONG:M leave several sizes; "" for the usual way of the task
+            "test_resize": "",  # of test images; keep and short:SHORT:LONG:M leave several sizes; "": as usual in the task
             "mean": (0.5, 0.5, 0.5),  # of the normalization, on the scale 0 to 1, as the weights expect
             "std": (0.5, 0.5, 0.5),  # of the normalization
             "flip": False,  # augmentation: horizontal flip with probability 1/2 (docs/data.md)

@@ -16,10 +16,11 @@ import numpy as np
 
 from drep_jax.data import Source
 from drep_jax.data.buckets import Bucket, exact_buckets, restore_order
+from drep_jax.data.collate import read, read_or_mask
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.labels import check_range
 from drep_jax.data.loader import evaluation_batches
-from drep_jax.data.source import original_sizes_of, sizes_of, varies
+from drep_jax.data.source import original_size_of, original_sizes_of, size_of, sizes_of, varies
 from drep_jax.data.steps import Size
 from drep_jax.errors import DataError
 from drep_jax.exporting.statistics import MixedStatistics, Statistics
@@ -27,7 +28,7 @@ from drep_jax.parallel import devices
 from drep_jax.progress import bar
 from drep_jax.run.setup import Setup
 from drep_jax.tasks import Items, Task
-from drep_jax.typing import Tree
+from drep_jax.typing import Batch, Tree
 
 Network = Callable[[Tree, Any], Any]
 """(variables, images) ↦ outputs."""
@@ -95,7 +96,7 @@ def score_arms(
     devices.check_batch(batch_size, "evaluate.batch_size")
     task = setup.task
     if buckets is None and varies(source):
-        originals = original_sizes_of(source) if any(column.original for column in task.columns) else None
+        originals = original_sizes_of(source) if keeps_original(task) else None
         buckets = exact_buckets(sizes_of(source), originals, parts=devices.device_count())
     others = {name: devices.on_devices(_network_outputs(network)) for name, network in networks.items()}
     everywhere = {name: devices.replicate(variables) for name, variables in arms.items()}
@@ -135,6 +136,26 @@ def score_arms(
                 f"None of the {len(source):,} images of {source.name} can be scored: none is readable and labeled."
             )
         yield condition, result
+
+
+def one_image(task: Task, source: Source, index: int) -> Batch:
+    """Returns a batch of one image as `score_arms` reads it, without padding.
+
+    Args:
+      task: which declares label columns.
+      source: the images.
+      index: which.
+    """
+    where = np.array([index], np.int32)
+    if not varies(source):
+        return read(source, where, task.columns)
+    original = original_size_of(source, index) if keeps_original(task) else None
+    return read_or_mask(source, where, 1, task.columns, size_of(source, index), original)
+
+
+def keeps_original(task: Task) -> bool:
+    """Returns whether label maps of test images keep the size of the stored image."""
+    return any(column.original for column in task.columns)
 
 
 def label_size(labels: Mapping[str, np.ndarray], size: Size) -> Size:

@@ -87,6 +87,8 @@ class Exhibit:
       statistics: arm ↦ statistics of these images under `condition`.
       look: {name: variables} ↦ {name: statistics} of the same images, for further networks.
       picture: index of an image ↦ the image under `condition`, uint8 (height, width, 3).
+      outputs: index of an image ↦ its label columns, and by arm the outputs of `predict` for it under
+        `condition`, all as batches of one image.
       sites: names of the sites, by decreasing change of their weights.
       alone: name of a site ↦ variables with only that site fused; None ↦ variables without fusion.
       seed: of random choices.
@@ -99,6 +101,7 @@ class Exhibit:
     statistics: Mapping[str, Tree]
     look: Callable[[Mapping[str, Tree]], dict[str, Tree]]
     picture: Callable[[int], np.ndarray]
+    outputs: Callable[[int], tuple[Mapping[str, np.ndarray], Mapping[str, Tree]]]
     sites: Sequence[str]
     alone: Callable[[str | None], Tree]
     seed: int

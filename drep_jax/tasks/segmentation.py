@@ -7,7 +7,7 @@ auxiliary head gives (logits, auxiliary logits). Labels are maps, uint8 (n, heig
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -18,14 +18,15 @@ from drep_jax.data.columns import Column
 from drep_jax.data.fits import KEEP, parse_fit, transform_of_fit
 from drep_jax.data.geometry import IGNORED
 from drep_jax.data.labels import labeled_maps
-from drep_jax.data.source import Source
+from drep_jax.data.source import Source, fit_of, image_size_of, varies
 from drep_jax.data.steps import Size
 from drep_jax.errors import ConfigError, did_you_mean
-from drep_jax.metrics import segmentation
+from drep_jax.metrics import overlays, segmentation
 from drep_jax.metrics.label_maps import classes_of
 from drep_jax.metrics.reducers import Metric
-from drep_jax.tasks.base import Items, Task
+from drep_jax.tasks.base import Exhibit, Items, StagePlan, Task
 from drep_jax.tasks.losses import pixel_cross_entropy
+from drep_jax.tasks.segmentation_checks import check_head, check_maps, check_run
 from drep_jax.typing import Config, Tree
 
 AVERAGES = ("labeled", "all")
@@ -199,6 +200,102 @@ class Segmentation(Task):
         """Returns the images."""
         del source, index
         return Items(statistics)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Report and checks
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def protocol(self, source: Source, items: Items) -> tuple[str, ...]:
+        """Returns how scores were computed: sums, the boundary's width, resizing, ignored pixels."""
+        void = ""
+        if self.void_outputs:
+            how = "are left out" if self.void_answers == "never" else "are wrong answers"
+            void = f" Outputs {', '.join(map(str, self.void_outputs))} stand for no class and {how}."
+        ignored = 100 * segmentation.ignored_share(items.statistics)
+        return (
+            "mIoU, mAcc, aAcc and B-IoU are ratios of pixel counts summed over the set; mIoU is the mean over the classes that "
+            "occur in labels or answers.",
+            f"B-IoU is mIoU of the boundary regions: the pixels of a class within {self.boundary_ratio:g} of the image's "
+            "diagonal of another label or of the border, at the size of the labels.",
+            f"{self._resizing(source)} The largest logit is taken after that.{void}",
+            f"{ignored:.2f} % of the pixels are ignored, in labels and answers alike.",
+        )
+
+    def _resizing(self, source: Source) -> str:
+        """Returns how test images and logits are resized, in words."""
+        name, *numbers = parse_fit(fit_of(source) if varies(source) else self.fit)
+        if not varies(source):
+            height, width = image_size_of(source)
+            return (
+                f'Images and labels are brought to {height} x {width} pixels ("{fit_of(source)}"), and logits enlarged to '
+                "that: not to the size of the stored images."
+            )
+        if name == KEEP:
+            padded = f", padded to multiples of {numbers[0]:g} pixels," if numbers[0] > 1 else ""
+            return f"Images keep their size{padded} and logits are enlarged to it bilinearly."
+        short, long, multiple = numbers
+        at_most = f", the long one to {long:g} at most" if math.isfinite(long) else ""
+        rounded = f", and both sides are rounded up to multiples of {multiple:g}" if multiple > 1 else ""
+        return (
+            f"The short side of images is resized to {short:g} pixels{at_most}{rounded}; labels keep their size. Logits are "
+            "resized bilinearly to the size of the resized image, then to that of the labels."
+        )
+
+    def examples(self, exhibit: Exhibit) -> dict[str, Any]:
+        """Returns the report's `overlays`: label maps of test images by both arms, changed ones first."""
+        counts = {arm: np.asarray(exhibit.statistics[arm]["pixels"], np.float64).sum(axis=1) for arm in exhibit.arms}
+        if not self.shown or not len(exhibit.index):
+            return {}
+        accuracy = {arm: rows[:, 0] / np.maximum(rows[:, 1], 1.0) for arm, rows in counts.items()}
+        before, after = (accuracy[arm] for arm in exhibit.arms)
+
+        def look(row: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+            index = int(exhibit.index[row])
+            columns, outputs = exhibit.outputs(index)
+            labels = columns["label"][0]
+            sizes = self.sizes(labels.shape, test="size" in columns)
+            maps = {
+                arm: np.asarray(self.answers(each, sizes))[0, : labels.shape[0], : labels.shape[1]].astype(np.uint8)
+                for arm, each in outputs.items()
+            }
+            return np.asarray(exhibit.picture(index), np.uint8), labels, maps
+
+        rows = overlays.chosen(before, after, self.shown, exhibit.seed)
+        images = overlays.overlays(rows, accuracy, look)
+        for entry, (row, _) in zip(images, rows, strict=True):
+            entry["index"] = int(exhibit.index[row])
+        classes = np.asarray(exhibit.statistics[next(iter(exhibit.arms))]["pixels"]).shape[1]
+        names = exhibit.source.class_names or tuple(map(str, range(classes)))
+        return {
+            "overlays": {
+                "condition": exhibit.condition,
+                "arms": list(exhibit.arms),
+                "classes": list(names),
+                "ignored": IGNORED,
+                "improved": int(np.sum(after > before)),
+                "worsened": int(np.sum(after < before)),
+                "of": len(before),
+                "images": images,
+            }
+        }
+
+    def check_test(self, source: Source) -> None:
+        """Refuses test images without label maps, or with maps that cannot be scored."""
+        check_maps(source, source.num_classes, "test images")
+        if self.bootstrap_unit == "cluster" and getattr(source, "clusters", None) is None:
+            raise ConfigError(
+                f'segmentation.bootstrap_unit="cluster", but {source.name} knows no clusters of images, such as videos. Take '
+                '"image", or give the source an attribute `clusters` (docs/segmentation.md).'
+            )
+
+    def check_scoring(self, setup: Any) -> None:
+        """Refuses a head of other classes than the labels."""
+        check_head(self, setup)
+
+    def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
+        """Refuses images that the task cannot learn from; see `drep_jax.tasks.segmentation_checks`."""
+        check_head(self, setup)
+        check_run(self, config, setup, plans, chooses=chooses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
