@@ -231,8 +231,11 @@ def test_catalog_sets_without_such_masks_are_refused(name, words):
         opened(f"seg_tfds:{name}")
 
 
-def test_images_smaller_than_the_crop_are_told(tmp_path):
+def test_images_that_are_gray_or_smaller_than_the_crop_are_told(tmp_path):
     trees.own(tmp_path)
     note = opened(f"seg_folder:{tmp_path}", image_size=(12, 8), resize="pad").note
     assert "of these images are smaller than 12 x 8 pixels: random crops pad them" in note
+    trees.save(tmp_path / "images" / "im1.png", trees.picture()[..., 0])
+    source = opened(f"seg_folder:{tmp_path}")
+    assert "1 of these images are gray: they are read as RGB" in source.note and source[0]["image"].shape[2] == 3
     assert "are smaller" not in opened(f"seg_folder:{tmp_path}").note
