@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from drep_jax.data import Source, open_source
 from drep_jax.data.augment import Augmentation
@@ -88,6 +89,10 @@ def test_colors_become_classes_by_a_table(tmp_path):
     trees.own(tmp_path, classes="128,64,128 road\n0,0,142 car\n0,0,0 ignored\n", masks=masks)
     source = opened("seg_folder", tmp_path)
     assert first_row(source, (0, 1, 255)) == (0, 1, 255)
+    for number in range(2):  # with a palette, colors count in the same way
+        file = tmp_path / "masks" / f"im{number}.png"
+        Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=3).save(file)
+    assert first_row(opened("seg_folder", tmp_path), (0, 1, 255)) == (0, 1, 255)
     assert source.class_names == ("road", "car") and source.palette == ((128, 64, 128), (0, 0, 142))
 
 
@@ -144,8 +149,9 @@ def test_stages_without_such_labels_decode_no_mask(tmp_path):
     assert set(read(source, everything)) == {"image", "index"}
     assert "label" not in read_augmented(source, everything, crops, seed=0, first_position=0)
     assert "label" not in MergedSource([source], [1.0])[0]
-    with pytest.raises(DataError, match=r"Cannot read the mask .*im\d\.png"):
-        read(source, everything, (LABEL,))
+    for read_masks in (lambda: read(source, everything, (LABEL,)), lambda: opened("seg_folder", tmp_path)):
+        with pytest.raises(DataError, match=r"Cannot read the mask .*im\d\.png"):
+            read_masks()
     tolerant = tolerating(source, len(source))
     assert tolerant.columns == (LABEL,)
     with pytest.raises(DataError, match="None of the"):

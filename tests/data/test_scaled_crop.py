@@ -13,6 +13,7 @@ from drep_jax.data.augment.scaled_crop import scaled_crop, scaled_crop_numbers
 from drep_jax.data.buckets import make_buckets
 from drep_jax.data.collate import collate, read, read_augmented, uncollate
 from drep_jax.data.columns import Column
+from drep_jax.data.datasets import open_images
 from drep_jax.data.fits import transform_of_fit
 from drep_jax.data.geometry import Transform
 from drep_jax.data.loader import evaluation_batches, training_batches
@@ -118,6 +119,15 @@ def test_training_batches_go_through_random_scales(source):
     for image, label, row in zip(first["image"], first["label"], first["transform"], strict=True):
         padding = ~Transform.from_row(row).shows()
         assert (image[padding] == (128, 64, 0)).all() and (label[padding] == 255).all(), "padding is not distorted"
+
+
+def test_test_images_have_a_way_of_resizing_of_their_own(tmp_path):
+    trees.camvid(tmp_path)
+    data = {"source": f"camvid:{tmp_path}", "image_size": (4, 4), "resize": "crop", "data_dir": ""}
+    for change, resize in (({}, "crop"), ({"test_resize": ""}, "crop"), ({"test_resize": "short:3"}, "short:3")):
+        images = open_images(data | change, head=True, gallery=1, seed=0)
+        assert (images.train.resize, images.held_out.resize, images.test.resize) == ("crop", "crop", resize)
+        assert images.num_classes == 11
 
 
 BAD = [

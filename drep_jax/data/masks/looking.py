@@ -39,11 +39,12 @@ def look(
       images are smaller than that size.
 
     Raises:
-      DataError: if no pixel has a class, if 255 is ignored and seems to be a class, and for masks
+      DataError: if none can be read, if no pixel has a class, if 255 is ignored and seems to be a class, and for masks
         that cannot be used.
     """
     counts = np.zeros(256, np.int64)
     smaller = gray = read = 0
+    unreadable: UnreadableError | None = None
     for pair in (pairs[place] for place in spread(len(pairs), LOOKED_AT)):
         if pair.mask is None:
             continue
@@ -53,11 +54,14 @@ def look(
             coding.labels(values, f"The mask {pair.mask_where}")
             size = stored_size(pair.image, pair.where)
             gray += stored_gray(pair.image, pair.where)
-        except UnreadableError:
-            continue  # counted, tolerated or refused where images are read
+        except UnreadableError as error:
+            unreadable = unreadable or error  # counted, tolerated or refused where images are read
+            continue
         counts += np.bincount(values.ravel(), minlength=256)
         smaller += size[0] < image_size[0] or size[1] < image_size[1]
         read += 1
+    if not read and unreadable is not None:
+        raise unreadable
     if not read:
         return None
     by_class, total = counts[list(coding.values)], int(counts.sum())
