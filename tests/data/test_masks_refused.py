@@ -193,6 +193,10 @@ FILES = {
     "floats": ({"masks": np.zeros((4, *trees.SIZE))}, '"masks" is float64'),
     "channels": ({"images": np.zeros((4, *trees.SIZE, 5), np.uint8)}, "which are no images"),
     "a split without a name": ({"split": np.array([0, 1, 2, 3])}, "the split 3 has no name"),
+    "an unknown split": (
+        {"split_names": np.array(["train", "vall", "test"])},
+        'unknown split "vall".*Did you mean "val"',
+    ),
     "a short column": ({"frame": np.array(["a"])}, r'"frame" has the shape \(1,\)'),
     "offsets": (
         {"masks": None, "mask_png": np.zeros(9, np.uint8), "mask_offsets": np.array([0, 99])},
