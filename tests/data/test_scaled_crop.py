@@ -48,7 +48,7 @@ def source(tmp_path):
 
 def test_a_crop_is_a_function_of_its_position_and_labels_follow_it(source):
     train = source("train", (8, 8), "crop")
-    options = Augmentation(scale=(0.5, 2.0), flip=True, cat_max_ratio=0.75, pad_color=PAD)
+    options = Augmentation(scale=(0.5, 2.0), flip=True, cat_max_ratio=0.75, mean=tuple(level / 255 for level in PAD))
     indices = np.arange(len(train)).repeat(8)
     whole = read_augmented(train, indices, options, (LABEL,), seed=3, first_position=40)
     one = read_augmented(train, indices[5:7], options, (LABEL,), seed=3, first_position=45)
