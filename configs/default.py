@@ -51,12 +51,17 @@ def get_default() -> ConfigDict:
             "data_dir": "",  # folder of TFDS data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
             "image_size": (224, 224),  # (height, width)
             "resize": "crop",  # crop, crop:FRACTION of the short side, squash, pad (whole image, padded) or exact
+            "test_resize": "",  # of test images; keep, keep:M and short:SHORT:LONG:M leave several sizes; "" as `resize`
             "mean": (0.5, 0.5, 0.5),  # of the normalization, on the scale 0 to 1, as the weights expect
             "std": (0.5, 0.5, 0.5),  # of the normalization
             "flip": False,  # augmentation: horizontal flip with probability 1/2 (docs/data.md)
             "shift": 0,  # largest translation, in pixels
             "crop_scale": (),  # (smallest, largest) fraction of the area of a random resized crop, such as (0.08, 1.0)
             "crop_ratio": (3 / 4, 4 / 3),  # smallest and largest aspect ratio (width / height) of that crop
+            "scale": (),  # (smallest, largest) factor of a random resize, such as (0.5, 2.0), and a crop of `image_size`
+            "scale_base": (),  # (short, long) side that factor 1 stands for, such as (512, 2048); () the image's own
+            "cat_max_ratio": 1.0,  # with `scale`: largest fraction of one class in a crop, such as 0.75
+            "photometric": False,  # random brightness, contrast, saturation and hue
             "randaugment": 0,  # operations per image
             "randaugment_magnitude": 9.0,  # of the operations, 0 to 30
             "erase": 0.0,  # probability of random erasing

@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from drep_jax.data.fits import round_up
 from drep_jax.data.steps import Size
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.typing import Tree
@@ -22,17 +23,22 @@ class Bucket:
     Attributes:
       shape: (height, width) in pixels.
       indices: which images, int32 (n,), ascending.
+      original: (height, width) that maps are padded to which keep the size of the stored image;
+        None where all follow the image.
     """
 
     shape: Size
     indices: np.ndarray
+    original: Size | None = None
 
     def steps(self, batch_size: int) -> list[np.ndarray]:
         """Returns the images of each batch; the last one may have fewer."""
         return [self.indices[start : start + batch_size] for start in range(0, len(self.indices), batch_size)]
 
 
-def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LIMIT) -> tuple[Bucket, ...]:
+def make_buckets(
+    sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LIMIT, originals: np.ndarray | None = None
+) -> tuple[Bucket, ...]:
     """Returns the buckets of images of these sizes.
 
     Each size is rounded up to multiples. While there are more shapes than the limit, two of them
@@ -44,6 +50,8 @@ def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LI
         (0, 0) of an image that cannot be read, which goes to the smallest bucket.
       multiple: of pixels, which the sides of each shape are; the largest stride of the network.
       limit: how many shapes at most.
+      originals: (n, 2), sizes of the stored images, where label maps keep them
+        (`drep_jax.data.source.original_sizes_of`).
 
     Returns:
       Buckets, the largest first, so that too little memory shows at once. Each image is in exactly
@@ -73,6 +81,12 @@ def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LI
         Bucket((int(height), int(width)), np.flatnonzero(chosen == number).astype(np.int32))
         for number, (height, width) in enumerate(shapes)
     ]
+    if originals is not None:
+        largest = [originals[bucket.indices].max(axis=0, initial=1) for bucket in buckets]
+        buckets = [
+            dataclasses.replace(bucket, original=round_up(size, MULTIPLE))
+            for bucket, size in zip(buckets, largest, strict=True)
+        ]
     return tuple(bucket for bucket in reversed(buckets) if len(bucket.indices))
 
 

@@ -141,14 +141,14 @@ def evaluation_batches(
     count = rows.stop - rows.start
     everything = Bucket((0, 0), np.arange(len(source), dtype=np.int32))
     steps = [
-        (None if buckets is None else bucket.shape, indices)
+        (None if buckets is None else bucket.shape, bucket.original, indices)
         for bucket in ([everything] if buckets is None else buckets)
         for indices in bucket.steps(batch_size)
     ]
 
     def load(step: int) -> Batch:
-        shape, indices = steps[step]
-        return read_or_mask(source, indices[rows], count, columns, shape)
+        shape, original, indices = steps[step]
+        return read_or_mask(source, indices[rows], count, columns, shape, original)
 
     return _read_ahead(range(len(steps)), load, source, num_threads)
 

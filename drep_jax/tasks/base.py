@@ -166,7 +166,7 @@ class Task:
           DrepError: its subclasses say what is wrong with the source; by default `DataError` for
             images without labels and for labels outside the classes.
         """
-        check_scorable(source)
+        check_scorable(source, columns=self.columns)
 
     def has_label(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns which images have a label to be scored by, bool (n,); the others are left out.
