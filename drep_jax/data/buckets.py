@@ -25,14 +25,21 @@ class Bucket:
       indices: which images, int32 (n,), ascending.
       original: (height, width) that maps are padded to which keep the size of the stored image;
         None where all follow the image.
+      rows: images per batch over all hosts, if they are fewer than asked for; 0 for as many.
     """
 
     shape: Size
     indices: np.ndarray
     original: Size | None = None
+    rows: int = 0
+
+    def batch_size(self, requested: int) -> int:
+        """Returns the images per batch, over all hosts."""
+        return min(requested, self.rows or requested)
 
     def steps(self, batch_size: int) -> list[np.ndarray]:
         """Returns the images of each batch; the last one may have fewer."""
+        batch_size = self.batch_size(batch_size)
         return [self.indices[start : start + batch_size] for start in range(0, len(self.indices), batch_size)]
 
 
@@ -88,6 +95,38 @@ def make_buckets(
             for bucket, size in zip(buckets, largest, strict=True)
         ]
     return tuple(bucket for bucket in reversed(buckets) if len(bucket.indices))
+
+
+def exact_buckets(sizes: np.ndarray, originals: np.ndarray | None = None, *, parts: int = 1) -> tuple[Bucket, ...]:
+    """Returns a bucket for every size, whose images are not padded: padding changes what a network gives.
+
+    Args:
+      sizes, originals: as for `make_buckets`; images that cannot be read go to the last bucket.
+      parts: number that batches divide among, that of all devices. Batches have as many images as
+        the bucket, if those are few, so that no large batch is computed for one image.
+
+    Returns:
+      Buckets, the largest first. Each image is in exactly one.
+
+    >>> [(bucket.shape, bucket.indices.tolist()) for bucket in exact_buckets(np.array([[3, 5], [6, 4], [3, 5]]))]
+    [((6, 4), [1]), ((3, 5), [0, 2])]
+    """
+    sizes = np.asarray(sizes).reshape(-1, 2)
+    known = (sizes > 0).all(axis=1)
+    if not known.any():
+        sizes, known = np.ones_like(sizes), np.ones(len(sizes), bool)
+    keys = sizes if originals is None else np.concatenate([sizes, originals], axis=1)
+    shapes, places = np.unique(keys[known], axis=0, return_inverse=True)
+    order = np.lexsort((*shapes.T[1:], shapes[:, 0], shapes[:, 0].astype(np.int64) * shapes[:, 1]))[::-1]
+    chosen = np.full(len(sizes), order[-1] if len(order) else 0)
+    chosen[known] = places.reshape(-1)
+    buckets = []
+    for number in order.tolist():
+        indices = np.flatnonzero(chosen == number).astype(np.int32)
+        height, width, *original = shapes[number].tolist()
+        rows = -(-len(indices) // parts) * parts
+        buckets.append(Bucket((height, width), indices, (original[0], original[1]) if original else None, rows))
+    return tuple(buckets)
 
 
 def padding_of(buckets: tuple[Bucket, ...], sizes: np.ndarray) -> float:

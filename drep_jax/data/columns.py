@@ -81,6 +81,11 @@ class Column:
         if self.ragged and not array.size:
             array = array.reshape(0, *self.shape)
         if array.shape != self.value_shape(size, objects):
+            if self.geometry == "mask":
+                raise DataError(
+                    f'{where}: the map "{self.name}" is an array of {array.shape}, and its image has {size[0]} x {size[1]} '
+                    "pixels (height x width). A map has one value for every pixel of its image, upright."
+                )
             expected = ", ".join(["objects"] * self.ragged + list(map(str, self.value_shape(size, 0)[self.ragged :])))
             raise DataError(
                 f'{where}: the column "{self.name}" has the shape {array.shape}; expected ({expected}), as it is declared. A '

@@ -61,6 +61,7 @@ def open_images(
     seed: int,
     test_needs_head: bool = True,
     check_test: Callable[[Source], None] = lambda source: None,
+    test_resize: str = "",
 ) -> Images:
     """Opens the images of a run.
 
@@ -72,13 +73,14 @@ def open_images(
       test_needs_head: whether test images can be scored only by a head that knows their labels; of
         others each source's test images are scored by themselves.
       check_test: raises for test images that cannot be scored.
+      test_resize: how test images get their size where `data.test_resize` does not say.
 
     Raises:
       ConfigError: for sources or weights that cannot be merged.
       DataError: for images that are not there.
     """
     options = {"image_size": tuple(data["image_size"]), "resize": data["resize"], "data_dir": data["data_dir"] or None}
-    test_options = {**options, "resize": data.get("test_resize", "") or data["resize"]}
+    test_options = {**options, "resize": data.get("test_resize", "") or test_resize or data["resize"]}
     allowed = data.get("max_unreadable", 0)
     limit_pixels(data.get("max_megapixels", 0))
     specs, weights = sources_of(data)

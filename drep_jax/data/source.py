@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from drep_jax.data.fits import VARYING
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -96,6 +98,11 @@ def original_sizes_of(source: Any) -> np.ndarray:
 def sizes_of(source: Any) -> np.ndarray:
     """Returns the sizes of all images as the source gives them, without decoding, int32 (n, 2)."""
     return np.array([size_of(source, index) for index in range(len(source))], np.int32).reshape(-1, 2)
+
+
+def varies(source: Any) -> bool:
+    """Returns whether a source was opened so that its images keep several sizes."""
+    return str(getattr(source, "resize", "")).partition(":")[0] in VARYING
 
 
 OF_THE_SET = ("protocol", "cameras", "views")
