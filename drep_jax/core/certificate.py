@@ -16,8 +16,9 @@ network rounds to in between.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,14 +31,14 @@ from drep_jax.core.denoisers import Denoisers, resolve
 from drep_jax.core.deployed import deployed_part, structure_kept, undo_rounding
 from drep_jax.core.explicit import call_denoised, explicit_apply, explicit_extras
 from drep_jax.core.fusion import FUSED, fuse_variables_exact
-from drep_jax.core.intercept import sow, visit_sites
+from drep_jax.core.intercept import place, sow, sown, visit_sites
 from drep_jax.core.layers import Layer, alone
 from drep_jax.core.precision import SAFETY, epsilon, held_line, rounding, type_name, widened
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.trees import get_in
-from drep_jax.typing import AnyArray, Tree
+from drep_jax.typing import AnyArray, Path, Tree
 
 NO_CHANGE = 4 * SAFETY * float(np.finfo(np.float64).eps)
 """Relative change below which float64 cannot tell it from none.
@@ -132,6 +133,7 @@ class Certificate:
       structure: {"same_tree", "same_dtypes"} of the parameters, and "same_program": whether the
         optimized program compiled for the fused weights is the backbone's own, to the letter.
       held: the type that the network rounds to even if it is given float64, or None.
+      sizes: {"height×width": certificate on images of another size}; {} if there is one size only.
     """
 
     rule: str
@@ -140,10 +142,11 @@ class Certificate:
     sites: Mapping[str, tuple[SiteFigure, ...]]
     structure: Mapping[str, bool]
     held: str | None = None
+    sizes: Mapping[str, "Certificate"] = dataclasses.field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether fused equals explicit and the structure is the backbone's."""
+        """Whether fused equals explicit and the structure is the backbone's, at every size."""
         figures = [*self.end_to_end.values(), *(site.figure for rows in self.sites.values() for site in rows)]
         exact = [site.figure for site in self.sites["float64"]]
         if self.held is None:
@@ -152,6 +155,7 @@ class Certificate:
             all(f.passed for f in figures)
             and all(f.decisive or f.change <= NO_CHANGE for f in exact)
             and all(self.structure.values())
+            and all(certificate.passed for certificate in self.sizes.values())
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -171,6 +175,7 @@ class Certificate:
             "results": results,
             "structure": dict(self.structure),
             "held": self.held,
+            **({"sizes": {name: other.to_json() for name, other in self.sizes.items()}} if self.sizes else {}),
         }
 
     def __str__(self) -> str:
@@ -188,6 +193,8 @@ class Certificate:
         if self.held is not None:
             lines.append("  " + held_line(self.held))
         lines.append(f"  denoising changes the output by {100 * self.end_to_end['float64'].change:.3g} %;  {marks}")
+        for name, other in self.sizes.items():
+            lines += [f"at {name}: {line}" if index == 0 else line for index, line in enumerate(str(other).split("\n"))]
         return "\n".join(lines)
 
 
@@ -275,15 +282,21 @@ def _measure(
     """
     backbone, sites, schedule, rule, steps, kwargs = settings
     types: dict[str, Any] = {}
+    layers = _by_layer(sites)
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
+        if (site, layer) != layers[layer.path][0]:
+            return call(x)  # a part of a layer that is compared as a whole
         weights = {name: leaf for name, leaf in module.variables["params"].items() if name in ("kernel", "bias")}
         run, returned = alone(module), call(x)
         base = returned
         if wide and x.dtype != np.float64:
             x = x.astype(np.float64)
             base = run(weights, x)
-        explicit = call_denoised(site, layer, module, extra, x, lambda clean: run(weights, clean))
+        denoised = functools.partial(run, weights)
+        for number, (owner, part) in reversed([*enumerate(layers[layer.path])]):
+            denoised = functools.partial(_denoised, owner, part, module, extra["parts"][number], denoised)
+        explicit = denoised(x)
         types[layer.name] = base.dtype
         squares = _squares(base, explicit, run(extra["fused"], x), extra.get("mean"))
         bias = extra["fused"].get("bias", jnp.zeros(1, squares.dtype)).astype(squares.dtype)
@@ -293,10 +306,11 @@ def _measure(
 
     def compare(variables: Tree, denoise: Tree, fused: Tree, args: Any) -> Any:
         options = {"rule": rule, "steps": steps, **kwargs}
-        extras = explicit_extras(denoise, sites, schedule, rule, steps)
-        for site in sites:
-            for layer in site.layers:
-                extras[layer.path] |= _fused_extras(layer, variables, fused)
+        denoisers = explicit_extras(denoise, sites, schedule, rule, steps)
+        extras: dict[Path, Tree] = {}
+        for rows in layers.values():
+            parts = tuple(denoisers[place(part)] for _, part in rows)
+            extras[place(rows[0][1])] = {"parts": parts, **_fused_extras(rows[0][1], variables, fused)}
         base, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
         explicit = explicit_apply(backbone, variables, denoise, sites, schedule, *args, **options)
         after = backbone.apply(fused, *args, **kwargs)
@@ -307,22 +321,34 @@ def _measure(
     with jax.default_matmul_precision("highest"):
         end, collected = jax.device_get(jax.jit(compare)(variables, denoise, fused, args))
     rows, coarsest, widenings = [], [], []
-    for site in sites:
-        for layer in site.layers:
-            values = np.asarray(get_in(collected, layer.path)["squares"])
-            values = values.reshape(site.stack or 1, -1, 5).sum(axis=1)  # over all calls, if a scan repeats one layer
-            for copy, squares in enumerate(values):
-                times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
-                leaves = get_in(fused["params"], layer.path)
-                stored = [jnp.result_type(leaves[leaf]) for leaf in ("kernel", "bias") if leaf in leaves]
-                coarsest.append(epsilon([types[layer.name], *stored]))
-                base_norm, explicit_norm, constant = np.sqrt(squares[[0, 1, 4]].astype(np.float64))
-                total = float(base_norm + explicit_norm)
-                widenings.append(1.0 + float(constant) / total if total > 0 else 1.0)
-                rows.append(SiteFigure(layer.name, copy, times, figure(squares[:4], coarsest[-1], widenings[-1])))
+    for site, layer in (parts[0] for parts in layers.values()):
+        values = np.asarray(sown(collected, layer)["squares"])
+        values = values.reshape(site.stack or 1, -1, 5).sum(axis=1)  # over all calls, if a scan repeats one layer
+        for copy, squares in enumerate(values):
+            times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
+            leaves = get_in(fused["params"], layer.path)
+            stored = [jnp.result_type(leaves[leaf]) for leaf in ("kernel", "bias") if leaf in leaves]
+            coarsest.append(epsilon([types[layer.name], *stored]))
+            base_norm, explicit_norm, constant = np.sqrt(squares[[0, 1, 4]].astype(np.float64))
+            total = float(base_norm + explicit_norm)
+            widenings.append(1.0 + float(constant) / total if total > 0 else 1.0)
+            rows.append(SiteFigure(layer.name, copy, times, figure(squares[:4], coarsest[-1], widenings[-1])))
     # The coarsest type in the network decides what the output can resolve.
     resolution = max(*coarsest, epsilon([types["output"], *([] if held is None else [held])]))
     return figure(np.asarray(end), resolution, max(widenings)), tuple(rows)
+
+
+def _by_layer(sites: Sequence[Site]) -> dict[Path, list[tuple[Site, Layer]]]:
+    """Returns the sites of every layer, several where it reads a concatenation, with the layer's parts."""
+    layers: dict[Path, list[tuple[Site, Layer]]] = {}
+    for site in sites:
+        for layer in site.layers:
+            layers.setdefault(layer.path, []).append((site, layer))
+    return layers
+
+
+def _denoised(site: Site, layer: Layer, module: nn.Module, extra: Tree, call: Callable[[Any], Any], x: Any) -> Any:
+    return call_denoised(site, layer, module, extra, x, call)
 
 
 def floating_leaves(tree: Tree) -> list[Any]:

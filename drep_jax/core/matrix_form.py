@@ -6,7 +6,8 @@ The *feature vectors* f of a layer are what its matrix multiplies:
 - convolution, kind "patch": the window, channel-major (C, kh, kw), padding included;
 - convolution, kind "pointwise": the channels of each pixel.
 
-Only this file knows how kernels and inputs are laid out.
+Those of a layer with a `part` are of these channels of the input alone, and so are the rows of its
+matrix. Only this file knows how kernels and inputs are laid out.
 """
 
 import math
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from drep_jax.core.layers import Layer, Window
+from drep_jax.core.layers import Layer
+from drep_jax.core.window import Window
 from drep_jax.typing import AnyArray
 
 
@@ -29,12 +31,13 @@ def kernel_matrix(
     Args:
       layer: gives the kernel's shape.
       kind: of the site, "dense", "patch" or "pointwise".
-      kernel: of one copy, shaped `layer.kernel_shape`.
+      kernel: of one copy, shaped `layer.whole_shape`.
 
     Returns:
       M, with rows in the order of `features`. The columns are the outputs of a group; for
       "pointwise", the outputs of each pixel of the window.
     """
+    kernel = part_of(layer, kernel)
     if layer.window is None:
         width = math.prod(layer.kernel_shape[: layer.inputs])
         return kernel.reshape(1, width, -1)
@@ -49,7 +52,7 @@ def kernel_matrix(
 def kernel_from_matrix(
     layer: Layer, kind: str, matrix: Float[AnyArray, "groups width columns"]
 ) -> Float[AnyArray, "*kernel_shape"]:
-    """Inverse of `kernel_matrix`."""
+    """Inverse of `kernel_matrix`, of the part alone; see `with_part`."""
     del kind  # both kinds flatten the same array
     if layer.window is None:
         return matrix.reshape(layer.kernel_shape)
@@ -58,6 +61,31 @@ def kernel_from_matrix(
     rank = len(size)
     grouped = matrix.reshape(groups, channels, *size, outputs // groups)
     return _moveaxis(grouped, (0, 1), (rank + 1, rank)).reshape(layer.kernel_shape)
+
+
+def part_of(layer: Layer, kernel: Float[AnyArray, "*stack_and_whole_shape"]) -> Float[AnyArray, "*stack_and_shape"]:
+    """Returns the rows of a kernel, stacked or not, that belong to a layer's part; all of them if it is the whole."""
+    return kernel if layer.part is None else kernel[_channels(layer, layer.part.first, layer.part.end)]
+
+
+def with_part(
+    layer: Layer, kernel: Float[AnyArray, "*whole_shape"], part: Float[AnyArray, "*kernel_shape"]
+) -> Float[AnyArray, "*whole_shape"]:
+    """Returns a layer's kernel with another one in place of its part, which may be the whole."""
+    if layer.part is None:
+        return part
+    pieces: list[Any] = [
+        kernel[_channels(layer, None, layer.part.first)],
+        part,
+        kernel[_channels(layer, layer.part.end, None)],
+    ]
+    numbers: Any = np if all(isinstance(piece, np.ndarray) for piece in pieces) else jnp
+    return numbers.concatenate(pieces, axis=layer.channel_axis)
+
+
+def _channels(layer: Layer, first: int | None, end: int | None) -> Any:
+    """Returns the index of some input channels in a layer's kernel."""
+    return (..., slice(first, end), *[slice(None)] * (-layer.channel_axis - 1))
 
 
 def _moveaxis(a: AnyArray, source: tuple[int, ...], to: tuple[int, ...]) -> AnyArray:
@@ -87,6 +115,7 @@ def features(layer: Layer, kind: str, x: Float[AnyArray, "*input_shape"]) -> Flo
     Returns:
       (…, width), or (…, groups, width) for a grouped convolution.
     """
+    x = channels_read(layer, x)
     if layer.window is None:
         moved = jnp.moveaxis(x, layer.axes, range(-layer.inputs, 0))
         return moved.reshape(*moved.shape[: -layer.inputs], -1)
@@ -99,11 +128,19 @@ def features(layer: Layer, kind: str, x: Float[AnyArray, "*input_shape"]) -> Flo
 def input_from_features(
     layer: Layer, vectors: Float[AnyArray, "*positions width"], like: Float[AnyArray, "*input_shape"]
 ) -> Float[AnyArray, "*input_shape"]:
-    """Inverse of `features`, except for patches; `like` is the layer's input."""
+    """Inverse of `features`, except for patches; `like` is the layer's input, of which a part keeps the rest."""
+    if layer.part is not None:
+        first, end = layer.part.first, layer.part.end
+        return jnp.asarray(like, vectors.dtype).at[..., first:end].set(vectors.reshape(*like.shape[:-1], end - first))
     if layer.window is None:
         moved_shape = jnp.moveaxis(like, layer.axes, range(-layer.inputs, 0)).shape
         return jnp.moveaxis(vectors.reshape(moved_shape), range(-layer.inputs, 0), layer.axes)
     return vectors.reshape(like.shape)
+
+
+def channels_read(layer: Layer, x: Float[AnyArray, "*input_shape"]) -> Float[AnyArray, "*part_shape"]:
+    """Returns the channels of a layer's input that it reads: all, or those of its part."""
+    return x if layer.part is None else x[..., layer.part.first : layer.part.end]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +216,7 @@ def sampled_features(
     """
     groups = 1 if layer.window is None else layer.window.groups
     if kind == "patch":
-        windows = _sampled_patches(layer.window, x, picks)
+        windows = _sampled_patches(layer.window, channels_read(layer, x), picks)
         return windows if groups == 1 else windows.reshape(*windows.shape[:-1], groups, -1)
     vectors = features(layer, kind, x)
     by_example = jnp.asarray(vectors).reshape(picks.shape[0], -1, *vectors.shape[-1 if groups == 1 else -2 :])

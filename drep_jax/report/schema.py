@@ -84,6 +84,7 @@ KEYS: dict[str, Any] = {
             | {"answers": {"*": dict.fromkeys(("answer", "confidence"))}}
         },
     },
+    "forms??": {"*": None},
     "items??": {"are": None, "resampled": None},
     "recovery??": {"*": {}},
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},
