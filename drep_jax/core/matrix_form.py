@@ -164,19 +164,18 @@ def patches(window: Window, x: Float[AnyArray, "*pixels channels"]) -> Float[Arr
         steps: Any = tuple(slice(None, None, step) for step in window.strides)
         return jnp.asarray(x)[(..., *steps, slice(None))]
     batch = x.shape[: -rank - 1]
-    x, padding = _pad_by_copies(window, x.reshape(-1, *x.shape[-rank - 1 :]))
-    spatial = "DHW"[-rank:] if rank <= 3 else "".join(chr(ord("a") + i) for i in range(rank))
-    out = jax.lax.conv_general_dilated_patches(
-        x,
-        filter_shape=window.kernel_size,
-        window_strides=window.strides,
-        padding=padding,
-        lhs_dilation=window.input_dilation,
-        rhs_dilation=window.kernel_dilation,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=jax.lax.Precision.HIGHEST,  # a lower one would round what is copied
-    )
-    return out.reshape(*batch, *out.shape[1:])
+    x = _padded(window, x.reshape(-1, *x.shape[-rank - 1 :]))
+    rows = zip(window.kernel_size, window.kernel_dilation, window.strides, _reach(window), strict=True)
+    for axis, (size, dilation, step, reach) in enumerate(rows, 1):  # a new last axis each, of the window's pixels
+        count = (x.shape[axis] - reach) // step + 1
+        if size == step and dilation == 1:  # windows side by side: no pixel is copied twice
+            x = jax.lax.slice_in_dim(x, 0, count * size, axis=axis)
+            x = jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis + 1, -1)
+            continue
+        starts = range(0, size * dilation, dilation)
+        end = (count - 1) * step + 1
+        x = jnp.stack([jax.lax.slice_in_dim(x, n, n + end, stride=step, axis=axis) for n in starts], axis=-1)
+    return x.reshape(*batch, *x.shape[1 : rank + 1], -1)
 
 
 def _reach(window: Window) -> list[int]:
@@ -184,21 +183,19 @@ def _reach(window: Window) -> list[int]:
     return [(k - 1) * d + 1 for k, d in zip(window.kernel_size, window.kernel_dilation, strict=True)]
 
 
-def _pad_by_copies(
-    window: Window, x: Float[AnyArray, "batch *pixels channels"]
-) -> tuple[Float[AnyArray, "batch *padded channels"], Any]:
-    """Pads what a convolution does not pad with zeros on both sides.
-
-    Returns:
-      The images, and the padding that is left to the convolution.
-    """
+def _padded(window: Window, x: Float[AnyArray, "batch *pixels channels"]) -> Float[Array, "batch *padded channels"]:
+    """Returns images as the windows see them, padded and with their dilation filled in."""
     reach = _reach(window)
-    if window.padding in ("CIRCULAR", "REFLECT"):
+    padding = window.padding
+    if padding in ("CIRCULAR", "REFLECT"):
         sides = [(0, 0), *(((r - 1) // 2, r // 2) for r in reach), (0, 0)]
-        return jnp.pad(x, sides, mode="wrap" if window.padding == "CIRCULAR" else "reflect"), "VALID"
-    if window.padding == "CAUSAL":
-        return jnp.pad(x, [(0, 0), (reach[0] - 1, 0), (0, 0)]), "VALID"
-    return x, window.padding
+        return jnp.pad(x, sides, mode="wrap" if padding == "CIRCULAR" else "reflect")
+    if padding == "CAUSAL":
+        padding = ((reach[0] - 1, 0),)
+    if isinstance(padding, str):  # never together with a dilated input
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, window.strides, padding)
+    inner = [(low, high, d - 1) for (low, high), d in zip(padding, window.input_dilation, strict=True)]
+    return jax.lax.pad(jnp.asarray(x), jnp.zeros((), x.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
 
 
 def sampled_features(
@@ -228,12 +225,7 @@ def _sampled_patches(
 ) -> Float[Array, "batch picks width"]:
     """Gathers the windows of `patches` at some positions of every example, width C·∏kernel_size."""
     rank, batch, channels = len(window.kernel_size), picks.shape[0], x.shape[-1]
-    x, padding = _pad_by_copies(window, x.reshape(-1, *x.shape[-rank - 1 :]))
-    reach = _reach(window)
-    if isinstance(padding, str):  # never together with a dilated input
-        padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, window.strides, padding)
-    sides = [(low, high, d - 1) for (low, high), d in zip(padding, window.input_dilation, strict=True)]
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+    x, reach = _padded(window, x.reshape(-1, *x.shape[-rank - 1 :])), _reach(window)
     pixels = x.shape[1:-1]
     outputs = [(n - r) // s + 1 for n, r, s in zip(pixels, reach, window.strides, strict=True)]
     # Index of a window's pixel among those of all images: that of the window's first pixel, which
