@@ -343,10 +343,11 @@ class _Solver:
         leaves = self._leaves((layer.path, copy))
         kernel = kernel_from_matrix(layer, kind_of(site), matrix - solution.kernel @ matrix)
         fused = {**leaves, "kernel": np.asarray(kernel).astype(leaves["kernel"].dtype)}
-        if solution.constant is not None and "bias" in leaves:
+        if solution.constant is not None:
+            # A layer without bias adds it all the same (`alone`); deployed, the BatchNorm behind it does.
             columns = np.einsum("gdc,gd->gc", matrix, -solution.constant)
-            bias = leaves["bias"].astype(np.float64) + bias_from_columns(layer, kind_of(site), columns)
-            fused["bias"] = np.asarray(bias).astype(leaves["bias"].dtype)
+            bias = bias_from_columns(layer, kind_of(site), columns) + leaves.get("bias", np.zeros(1)).astype(np.float64)
+            fused["bias"] = np.asarray(bias).astype(leaves.get("bias", leaves["kernel"]).dtype)
         return tuple(fused[name] for name in sorted(fused))
 
     def _sums(
