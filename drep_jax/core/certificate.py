@@ -274,7 +274,7 @@ def _measure(
         return floating_leaves(backbone.apply(fused, *args, **kwargs))
 
     # Three short programs instead of a long one: a third of the memory, and less to compile.
-    visited_program, explicit_program, after_program = map(jax.jit, (visited, explicit, after))
+    visited_program, explicit_program, after_program = jax.jit(visited), jax.jit(explicit), jax.jit(after)
     end, collected = np.zeros(4), None
     with jax.default_matmul_precision("highest"):
         for part in _chunks(args):

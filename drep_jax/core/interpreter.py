@@ -96,8 +96,6 @@ def check_measurable(sites: Sequence[Site]) -> None:
 
 def _unmeasurable(layer: Layer) -> str | None:
     """Returns why measured noise cannot solve a layer, or None if it can."""
-    if layer.norm is not None:
-        return "its constant would go into the BatchNorm behind it; find the sites without batchnorm_bias"
     if layer.calls > 1:
         return f"it is called {layer.calls} times in one forward pass"
     return "nn.vmap spreads its input over calls; call it on the whole batch" if layer.spread else None

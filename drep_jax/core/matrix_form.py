@@ -186,7 +186,7 @@ def _reach(window: Window) -> list[int]:
 def _padded(window: Window, x: Float[AnyArray, "batch *pixels channels"]) -> Float[Array, "batch *padded channels"]:
     """Returns images as the windows see them, padded and with their dilation filled in."""
     reach = _reach(window)
-    padding = window.padding
+    padding: Any = window.padding
     if padding in ("CIRCULAR", "REFLECT"):
         sides = [(0, 0), *(((r - 1) // 2, r // 2) for r in reach), (0, 0)]
         return jnp.pad(x, sides, mode="wrap" if padding == "CIRCULAR" else "reflect")
@@ -194,7 +194,7 @@ def _padded(window: Window, x: Float[AnyArray, "batch *pixels channels"]) -> Flo
         padding = ((reach[0] - 1, 0),)
     if isinstance(padding, str):  # never together with a dilated input
         padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, window.strides, padding)
-    inner = [(low, high, d - 1) for (low, high), d in zip(padding, window.input_dilation, strict=True)]
+    inner: Any = [(low, high, d - 1) for (low, high), d in zip(padding, window.input_dilation, strict=True)]
     return jax.lax.pad(jnp.asarray(x), jnp.zeros((), x.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
 
 

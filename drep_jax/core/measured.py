@@ -26,7 +26,6 @@ memory, up to a bound; the others are computed again. The ridge of a site is cho
 images (`drep_jax.core.shrinkage`).
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +39,6 @@ from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, r
 from drep_jax.core.interpreter import check_batch_axis, check_measurable, trace, tree_of
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import kernel_matrix
-from drep_jax.core.measurement import Measured, Progress
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.regression import (
     Form,
@@ -54,21 +52,18 @@ from drep_jax.core.regression import (
     of_all_hosts,
     regress,
 )
-from drep_jax.core.shrinkage import Shrinkage, choose_ridge
+from drep_jax.core.shrinkage import FOLDS, Shrinkage, choose_ridge, folds_for
 from drep_jax.core.sites import Site
+from drep_jax.core.solutions import Measured, Progress, Solutions
 from drep_jax.core.stretches import Cut, Network, Place, name_of, parameters
 from drep_jax.core.walk import Leaves, Walk
 from drep_jax.errors import DataError, NonFiniteError
 from drep_jax.parallel import devices
-from drep_jax.trees import set_in
-from drep_jax.typing import AnyArray, Path, Tree
+from drep_jax.parallel.threads import blas_threads_for
+from drep_jax.typing import AnyArray, Tree
 
 CHUNK = 64
 """Images that are computed at once on a device, at most."""
-
-
-FOLDS = 5
-"""Folds of the images on which the ridge is chosen."""
 
 
 WORKING = 2**28
@@ -280,20 +275,20 @@ class _Solver:
     def solve(self, weights: np.ndarray, watch: Callable[[Progress], None] | None) -> Measured:
         """Solves all sites for weights that sum to 1."""
         walk = Walk(self.network, self.images, self.rounds, self.fixed, self.limit, self.stretch_programs)
-        solutions: dict[Path, dict[int | None, tuple[Solution, Shrinkage]]] = {}
+        result = Solutions(self.sites)
         solved, total = 0, sum(len(self.parts[cut.place[0]]) for cut in self.network.cuts)
         for number, cut in enumerate(self.network.cuts):
             fused: dict[Place, Leaves] = {}  # all parts of a layer are solved from its input as it is
             for site, first in self.parts[cut.place[0]]:
                 solution, shrinkage = self._solve_site(walk, number, cut, site, first, weights, fused)
-                solutions.setdefault(site.path, {})[cut.place[1]] = (solution, shrinkage)
+                result.add(site, cut.place[1], solution, shrinkage)
                 solved += 1
                 if watch is not None:
                     errors = (solution.before, solution.after, shrinkage.held_out)
                     watch(Progress(solved, total, name_of((site.path, cut.place[1])), *errors))
             walk.fused |= fused
             walk.forget()
-        return self._collect(solutions, walk.outputs() if self.wants_outputs else None)
+        return result.measured(walk.outputs() if self.wants_outputs else None)
 
     def _solve_site(
         self,
@@ -317,12 +312,14 @@ class _Solver:
                 f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
                 "them. Check the images and the backbone's weights."
             )
-        shrinkage = Shrinkage(self.ridge, None) if self.ridge is not None else choose_ridge(whole, folds, matrix)
-        solution = regress(whole, matrix, shrinkage.ridge, site.bias)
-        for layer, old in zip(site.layers, matrices, strict=True):
-            place = (layer.path, copy)
-            leaves = tree_of(fused[place]) if place in fused else self._leaves(place)
-            fused[place] = fused_leaves(layer, kind_of(site), leaves, old, solution)
+        with blas_threads_for(site.width):
+            shrinkage = Shrinkage(self.ridge, None) if self.ridge is not None else choose_ridge(whole, folds, matrix)
+            folds.clear()
+            solution = regress(whole, matrix, shrinkage.ridge, site.bias)
+            for layer, old in zip(site.layers, matrices, strict=True):
+                place = (layer.path, copy)
+                leaves = tree_of(fused[place]) if place in fused else self._leaves(place)
+                fused[place] = fused_leaves(layer, kind_of(site), leaves, old, solution)
         return solution, shrinkage
 
     def _leaves(self, place: Place) -> Tree:
@@ -347,31 +344,17 @@ class _Solver:
             other = () if cut.chain is None else (values[cut.other],)
             sums = program(values[cut.x], other, chain, kernel, mixture, index.astype(np.int32), mask)
             host_sums = [np.asarray(leaf) for leaf in sums]
+            fold = images.fold % folds_for(form.width)
             for device in range(len(mask)):
                 part = Sums(*(leaf[device] for leaf in host_sums))
-                by_fold[images.fold] = joined(by_fold.get(images.fold), part)
-        folds = [of_all_hosts(by_fold[fold]) for fold in sorted(by_fold)]
-        whole = functools.reduce(joined, folds)
-        return whole, [f._replace(square=f.square.astype("f4"), cross=f.cross.astype("f4")) for f in folds]
-
-    def _collect(self, solutions: Mapping[Path, Mapping[int | None, Any]], outputs: np.ndarray | None) -> Measured:
-        tree: Tree = {}
-        errors, held_out, ridges = {}, {}, {}
-        for site in self.sites:
-            shape = site.denoiser_shape
-            kernel, bias = np.zeros(shape, np.float32), np.zeros(shape[:-1], np.float32)
-            for copy, (solution, shrinkage) in sorted(
-                solutions.get(site.path, {}).items(), key=lambda item: item[0] or 0
-            ):
-                place = () if copy is None else (copy,)
-                kernel[place] = solution.kernel.reshape(kernel[place].shape)
-                if solution.constant is not None:
-                    bias[place] = solution.constant.reshape(bias[place].shape)
-                name = name_of((site.path, copy))
-                errors[name] = (solution.before, solution.after)
-                ridges[name] = shrinkage.ridge
-                if shrinkage.held_out is not None:
-                    held_out[name] = shrinkage.held_out
-            leaves = {"kernel": kernel, "bias": bias} if site.bias else {"kernel": kernel}
-            tree = set_in(tree, site.path, leaves)
-        return Measured(tree, errors, outputs, held_out, ridges)
+                by_fold[fold] = joined(by_fold.get(fold), part)
+        whole: Sums | None = None
+        folds: list[Sums] = []
+        for fold in sorted(by_fold):
+            sums = of_all_hosts(by_fold.pop(fold))
+            whole = joined(whole, sums)
+            if self.ridge is None:
+                folds.append(sums._replace(square=sums.square.astype("f4"), cross=sums.cross.astype("f4")))
+        if whole is None:
+            raise DataError(f"{name_of(cut.place)}: there are no images to measure on.")
+        return whole, folds
