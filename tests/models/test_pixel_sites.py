@@ -73,8 +73,8 @@ def test_sites_of_an_fcn():
     assert [by_name[name].width for name in head] == [2048, 512, 2048, 512, 512]
     assert max(site.width for site in sites) == 2304  # no moments of 18,432 or 23,040
 
-    normed = [site for site in sites if site.layers[0].norm]
-    assert len({site.layers[0].norm for site in normed}) == 58 and not sites[-1].layers[0].norm
+    norms = {layer.norm for site in sites for layer in site.layers}
+    assert len(norms) == 59 and sites[-1].layers[0].norm is None  # all 58 on the path, and none behind the classifier
     padded = {site.name for site in sites if not site.bias}
     assert all(by_name[n].kind == "pointwise" and by_name[n].layers[0].window.fills_with_zeros for n in padded)
 
