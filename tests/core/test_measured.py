@@ -398,7 +398,11 @@ def test_alike_stretches_share_a_program():
         solver = _Solver(*blocks(depth, images, shapes_only), InMemory(images), 1.0, 9, True, 9, 1e9, False, {})
         cuts = solver.network.cuts
         stretches = {stretch.key for stretch in solver.network.stretches}
-        return len(cuts), len(stretches), {(solver._form(cut), cut.chain and cut.chain.key) for cut in cuts}
+        return (
+            len(cuts),
+            len(stretches),
+            {(form, cut.chain and cut.chain.key) for cut, form in solver._cuts_and_forms()},
+        )
 
     (few, stretches, forms), (many, again, same) = programs(3), programs(7)
     assert (few, many) == (6, 14) and stretches == again == 4 and forms == same and len(forms) == 2
