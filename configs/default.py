@@ -20,6 +20,10 @@ Saved runs, configuration files and command lines may go on using the old names.
 """
 
 
+EARLIER = {"sites.concatenated": "full"}
+"""Values of settings in saved runs that do not have them, where they differ from today's defaults."""
+
+
 def get_default() -> ConfigDict:
     """Returns the settings that all configurations share."""
     config = ConfigDict()
@@ -160,6 +164,8 @@ def get_default() -> ConfigDict:
         {
             "pattern": "",  # regular expression over layer paths; "" for the layers of MLPs, or else all layers
             "kind": "auto",  # for convolutions: patch, pointwise or auto
+            "max_width": 2304,  # auto: largest patch (k²·C per group) with a patch denoiser; wider: pointwise
+            "concatenated": "blocks",  # where a layer reads a concatenation: blocks, one denoiser a source, or full
             "batchnorm_bias": False,  # constants also before layers without bias: in the running mean of their BatchNorm
         }
     )
@@ -254,6 +260,7 @@ def get_default() -> ConfigDict:
             "gallery": 2000,  # training images of each merged source among which nearest neighbors are sought
             "resamples": 10_000,  # bootstrap resamples
             "certificate_images": 16,  # images on which the fused network is compared with the explicit one
+            "certificate_sizes": (),  # further sizes of these images to compare at, such as ("512x683", "97x131")
             "latency_batch": 64,  # images per batch of the latency measurement
             "spectra": False,  # take the moments for the report's spectra even where no learner needs them
         }

@@ -1,5 +1,7 @@
 """FCNs and SegFormers at full size, with the parameters that their public implementations have, and tiny ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,7 @@ def tiny(name, num_classes=5, **options):
     return create_model(name, num_classes=num_classes, image_size=(32, 32), **{**TINY[name], **options})
 
 
+@functools.cache
 def abstract(module, size=(32, 32), batch=1):
     """Returns the shapes of a module's variables."""
     images = jax.ShapeDtypeStruct((batch, *size, 3), jnp.float32)

@@ -84,6 +84,10 @@ def collate(
             ragged[name] = values
         else:
             place = original if stored and original is not None else canvas
+            if stored and any(size[0] > place[0] or size[1] > place[1] for size in own_sizes):
+                raise DataError(
+                    f'{where} has maps "{name}" of {max(own_sizes)} pixels (height, width), which {place} does not hold.'
+                )
             batch[name] = _padded(values, place, column.fill) if column.geometry == "mask" else np.stack(values)
     batch |= _objects(ragged, table)
     if shape is not None:

@@ -182,6 +182,16 @@ def stored_size(encoded: bytes | str | os.PathLike, where: str) -> Size:
         return (width, height) if _sides_swap(image, encoded) else (height, width)
 
 
+def stored_gray(encoded: bytes | str | os.PathLike, where: str) -> bool:
+    """Returns whether the image in a file is gray, from its header.
+
+    Raises:
+      UnreadableError: for a file that is absent or not an image.
+    """
+    with reading(where), Image.open(opened(encoded)) as image:
+        return image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16")
+
+
 def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
     """Returns a decoded image as uint8 (H, W, 3).
 

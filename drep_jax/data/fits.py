@@ -32,9 +32,9 @@ def transform_of_fit(size: Size, target: Size, how: str, where: str = "image") -
         `pad` scales until the image just fits into the target, and pads it below and on the right.
         `keep` leaves the size, whatever the target.
         `keep:M` pads it below and on the right, up to multiples of M pixels.
-      `short:S` scales both sides alike until the short one has S pixels; with `short:S:L` no more
-      than lets the long one have L. `short:S:L:M` then rounds both sides up to multiples of M
-      pixels, by a second resize, as the public protocols do.
+        `short:S` scales both sides alike until the short one has S pixels; with `short:S:L` no more
+        than lets the long one have L. `short:S:L:M` then rounds both sides up to multiples of M
+        pixels, by a second resize, as public protocols do.
       where: what to call the image in messages.
 
     Raises:

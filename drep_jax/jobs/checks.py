@@ -21,6 +21,7 @@ from drep_jax.learners.noise import noise_sources
 from drep_jax.parallel import devices, processes
 from drep_jax.run import workdir
 from drep_jax.run.environment import environment
+from drep_jax.run.inputs import check_sizes
 from drep_jax.run.setup import Setup
 from drep_jax.run.stages import STAGES, Stage, optimizer_of
 from drep_jax.tasks import StagePlan
@@ -50,6 +51,7 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
         _at_least_one(name, config[name])
     for name in ("certificate_images", "latency_batch"):
         _at_least_one(f"evaluate.{name}", evaluate[name])
+    check_sizes(config, setup)
     for learner in (config["learner"], *config["compare"]):
         lookup(LEARNERS, learner, "learner")
     check_choosing(config, setup)

@@ -12,6 +12,7 @@ import numpy as np
 from drep_jax.core import closed_form
 from drep_jax.core.explicit import explicit_apply
 from drep_jax.core.fusion import composed_maps, fuse_variables_exact
+from drep_jax.core.matrix_form import part_of
 from drep_jax.core.moments import Moments
 from drep_jax.data import Source
 from drep_jax.data.collate import read
@@ -142,7 +143,9 @@ def describe_sites(setup: Setup, before: Tree, after: Tree) -> list[dict[str, An
     for site in setup.sites:
         changes = []
         for layer in site.layers:
-            old, new = (np.asarray(get_in(tree, layer.path)["kernel"], np.float64) for tree in (before, after))
+            old, new = (
+                part_of(layer, np.asarray(get_in(tree, layer.path)["kernel"], np.float64)) for tree in (before, after)
+            )
             old, new = (leaf.reshape(site.stack or 1, -1) for leaf in (old, new))
             changes.append(np.linalg.norm(new - old, axis=1) / np.linalg.norm(old, axis=1))
         rows.append(

@@ -56,7 +56,7 @@ def run(config: Config, directory: str) -> dict[str, Any]:
     directory = os.path.abspath(directory)
     primary = processes.primary()
     if primary:
-        print("\n".join(report.data_lines({"data": data})), flush=True)
+        print("\n".join([*report.data_lines({"data": data}), *setup.forms]), flush=True)
     if not primary:
         config = {**config, "progress": False}
     with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
@@ -178,6 +178,7 @@ def finish(
         "config": config,
         "environment": environment(),
         "sites": describe_sites(setup, variables["params"], fused["params"]),
+        "forms": [*setup.forms],
         "coverage": vars(setup.covered),
         "learning": {name: result.section for name, result in learned.items()},
         "exported": config["learner"],

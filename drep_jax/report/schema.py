@@ -97,6 +97,7 @@ KEYS: dict[str, Any] = {
         },
     },
     "protocol??": {"*": None},
+    "forms??": {"*": None},
     "items??": {"are": None, "resampled": None},
     "recovery??": {"*": {}},
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},

@@ -202,6 +202,12 @@ def _certificate(report: Mapping[str, Any]) -> list[Block]:
                 text = outcome(row)
                 word = Word(text, {"passed": "passed", "FAILED": "failed"}.get(text, ""))
                 rows.append([name, where, *numbers, word])
+    for size, other in certificate.get("sizes", {}).items():
+        for name, result in other["results"].items():
+            numbers = [power(result["error"]), power(result["bound"]), percent(result["change"])]
+            text = outcome(result)
+            word = Word(text, {"passed": "passed", "FAILED": "failed"}.get(text, ""))
+            rows.append([name, f"end to end at {size}", *numbers, word])
     return [
         Text(lines[0], strong=True),
         Table(["precision", "where", "error", "bound", "change", "outcome"], rows, "llrrrl"),
@@ -251,6 +257,7 @@ def _sites(report: Mapping[str, Any]) -> list[Block]:
             if stacked
             else "One time step t and one relative change of the weights per site."
         ),
+        *(Text(line) for line in report.get("forms", ())),
         Picture("sites", "Relative change of the weights of every site"),
     ]
     if report.get("spectra"):

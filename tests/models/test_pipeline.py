@@ -36,7 +36,7 @@ NARROW = {
         6,
     ),
     "vmamba": ({"depths": (1,), "width": 8, "ssm_ratio": 1.0}, (16, 16), 2),
-    "fcn": ({"stage_sizes": (1, 1, 1, 1), "width": 4}, (32, 32), None),
+    "fcn": ({"stage_sizes": (1, 1, 1, 1), "width": 2}, (32, 32), None),
     "segformer": (
         {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "head_width": 8},
         (32, 48),

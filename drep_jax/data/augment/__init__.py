@@ -44,7 +44,7 @@ class Augmentation:
       scale_base: short and long side that the factor 1 stands for; () for the image's own size.
       cat_max_ratio: with `scale`, a crop in which one class of the label map has this fraction of
         the pixels is drawn again, up to ten times; 1 for any crop.
-      pad_color: of that padding, three levels from 0 to 255.
+      mean: color of that padding on the scale 0 to 1, that of the normalization.
       photometric: brightness, contrast, saturation and hue at random.
       randaugment: random operations an image.
       randaugment_magnitude: their strength, from 0 to 30.
@@ -64,7 +64,7 @@ class Augmentation:
     scale: tuple[float, ...] = ()
     scale_base: tuple[float, ...] = ()
     cat_max_ratio: float = 1.0
-    pad_color: tuple[int, ...] = (0, 0, 0)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     photometric: bool = False
     randaugment: int = 0
     randaugment_magnitude: float = 9.0
@@ -129,6 +129,11 @@ class Augmentation:
     def slow(self) -> bool:
         """Whether it takes so long that threads pay off even for images in memory."""
         return bool(self.crop_scale or self.scale or self.photometric or self.randaugment)
+
+    @property
+    def pad_color(self) -> tuple[int, ...]:
+        """Color of padding, levels from 0 to 255, which is 0 once normalized."""
+        return tuple(round(255 * level) for level in self.mean)
 
     @property
     def after_crops(self) -> "Augmentation":
@@ -208,7 +213,7 @@ def augmentation_of(data: Mapping[str, Any], *, labeled: bool = True) -> Augment
         field.name: tuple(data[field.name]) if isinstance(field.default, tuple) else data[field.name]
         for field in fields
     }
-    if given.get("scale") and "mean" in data:  # 0 once it is normalized
-        given["pad_color"] = tuple(round(255 * float(level)) for level in data["mean"])
+    if not given.get("scale"):
+        given.pop("mean", None)  # nothing is padded
     augmentation = Augmentation(**given)
     return augmentation if labeled else dataclasses.replace(augmentation, mixup=0.0, cutmix=0.0)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from drep_jax.data.decode import stored_size
+from drep_jax.data.decode import stored_gray, stored_size
 from drep_jax.data.geometry import IGNORED
 from drep_jax.data.labels import spread
 from drep_jax.data.masks.coding import Coding
@@ -39,10 +39,12 @@ def look(
       images are smaller than that size.
 
     Raises:
-      DataError: if no pixel has a class, if 255 is ignored and seems to be a class, and for masks
+      DataError: if none can be read, if no pixel has a class, if 255 is ignored and seems to be a class, and for masks
         that cannot be used.
     """
-    counts, smaller, read = np.zeros(256, np.int64), 0, 0
+    counts = np.zeros(256, np.int64)
+    smaller = gray = read = 0
+    unreadable: UnreadableError | None = None
     for pair in (pairs[place] for place in spread(len(pairs), LOOKED_AT)):
         if pair.mask is None:
             continue
@@ -51,11 +53,15 @@ def look(
             values = mask.values()
             coding.labels(values, f"The mask {pair.mask_where}")
             size = stored_size(pair.image, pair.where)
-        except UnreadableError:
-            continue  # counted, tolerated or refused where images are read
+            gray += stored_gray(pair.image, pair.where)
+        except UnreadableError as error:
+            unreadable = unreadable or error  # counted, tolerated or refused where images are read
+            continue
         counts += np.bincount(values.ravel(), minlength=256)
         smaller += size[0] < image_size[0] or size[1] < image_size[1]
         read += 1
+    if not read and unreadable is not None:
+        raise unreadable
     if not read:
         return None
     by_class, total = counts[list(coding.values)], int(counts.sum())
@@ -85,6 +91,8 @@ def look(
         f"Labels of {read} of its {len(pairs):,} masks, in % of the pixels: {', '.join(parts)}{more}; "
         f"{100 * ignored / total:.3g} % ignored; {absent} of {len(class_names)} classes do not occur."
     )
+    if gray:
+        sentence += f" {gray} of these images are gray: they are read as RGB with equal channels."
     if smaller:
         sentence += (
             f" {smaller} of these images are smaller than {image_size[0]} x {image_size[1]} pixels: random crops pad them, "

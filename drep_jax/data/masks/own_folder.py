@@ -126,7 +126,7 @@ def _by_color(
     """Returns the same of a table of colors. Colors named "ignored" or "void" are no class."""
     if reduce_zero:
         raise ConfigError(
-            f'{file} gives the color of each class: name the one that is no class "ignored", without reduce_zero.'
+            f'{file} gives the color of each class: name the one that is no class "ignored", and leave out reduce_zero.'
         )
     colors, names, values, ignored = [], [], [], set()
     for place, (red, green, blue, name) in enumerate(rows):

@@ -20,7 +20,8 @@ from drep_jax.data.geometry import IGNORED
 from drep_jax.data.masks.coding import Coding
 from drep_jax.data.masks.listing import MaskSet, Pair
 from drep_jax.data.masks.options import ignored_values
-from drep_jax.errors import DataError, DrepError
+from drep_jax.data.splits import SPLITS
+from drep_jax.errors import DataError, DrepError, did_you_mean
 
 FORMATS = ("jpeg", "png", "webp")
 SPLIT_NAMES = {"val": "validation", "train2017": "train", "val2017": "validation"}
@@ -129,6 +130,11 @@ def _by_split(arrays: Mapping[str, np.ndarray], pairs: list[Pair], path: Path) -
     if "split" not in arrays:
         return {"train": pairs}
     split_names = [str(name) for name in arrays.get("split_names", np.array(["train", "val", "test"])).tolist()]
+    strange = next((name for name in split_names if SPLIT_NAMES.get(name, name) not in SPLITS), None)
+    if strange is not None:
+        raise DataError(
+            f'{path}: unknown split "{strange}" in split_names.{did_you_mean(strange, [*SPLITS, *SPLIT_NAMES])}'
+        )
     splits: dict[str, list[Pair]] = {}
     for pair, number in zip(pairs, arrays["split"].tolist(), strict=True):
         if not 0 <= number < len(split_names):

@@ -42,7 +42,12 @@ class StoredMask:
         """
         with reading(self.where, "mask"), Image.open(opened(self._stored)) as file:
             file.load()
-            form, mode, pixels = file.format, file.mode, np.asarray(file)
+            form, mode = file.format, file.mode
+            if self.coding.colors and mode in ("P", "PA", "L", "LA", "1"):
+                mode = "RGB"
+                pixels = np.asarray(file.convert("RGB"))
+            else:
+                pixels = np.asarray(file)
         if form == "JPEG":
             raise DataError(
                 f"The mask {self.where} is a JPEG, which changes values at the borders of classes. Save masks as PNG."
