@@ -239,7 +239,7 @@ ARMS: dict[str, Arm] = {
     "closed form": Arm(functools.partial(from_clean, wiener=False)),
     "wiener": Arm(functools.partial(from_clean, wiener=True)),
     "measured": Arm(measured),
-    "measured + image 0.1": Arm(measured, Statistics("image", 0.1)),
+    "measured, image 0.1": Arm(measured, Statistics("image", 0.1)),
     "measured mixed": Arm(functools.partial(measured, noise=MIXED)),
     "distilled": Arm(functools.partial(trained, labeled=False)),
     "labeled": Arm(functools.partial(trained, labeled=True)),
@@ -335,6 +335,9 @@ def main(command: Any = None) -> None:
     parser.add_argument("--conditions", default="", help="with commas between; those of the configuration by default")
     parser.add_argument("--resamples", type=int, default=10_000)
     options = parser.parse_args(command)
+    wanted = [name for name in ARMS if re.fullmatch(options.arms, name)]
+    if not wanted:
+        parser.error(f"--arms={options.arms} matches none of {', '.join(ARMS)}")
     config = importlib.import_module(f"configs.{options.config}").get_config().unlock()
     if options.images:
         config.measured.images = config.denoise.moment_images = options.images
@@ -345,7 +348,7 @@ def main(command: Any = None) -> None:
         config.select.update({"images": 2, "strengths": (1.0,), "leading": (1.0,)})
     conditions = tuple(options.conditions.split(",")) if options.conditions else tuple(config.evaluate.conditions)
     job = Job(config, options.cache, options.every)
-    counts = {name: scored(job, name, conditions) for name in ARMS if re.fullmatch(options.arms, name)}
+    counts = {name: scored(job, name, conditions) for name in wanted}
     job.run.writer.close()
     if "backbone" in counts:
         tables(job, counts, conditions, options.resamples)
