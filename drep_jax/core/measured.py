@@ -260,30 +260,36 @@ class _Solver:
         walk = Walk(self.network, self.images, self.rounds, self.fixed, self.limit, self.stretch_programs)
         result = Solutions(self.sites)
         for number, cut in enumerate(self.network.cuts):
-            site, _ = self.table[cut.place[0]]
-            form = self._form(cut)
-            matrices = [self._matrix(layer, site, cut.place[1]) for layer in site.layers]
-            matrix: Any = np.concatenate(matrices, axis=-1)
-            if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
-                matrix = None
-            whole, folds = self._sums(walk, number, cut, form, matrix, weights)
-            if not all(np.isfinite(value).all() for value in whole):
-                raise NonFiniteError(
-                    f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
-                    "them. Check the images and the backbone's weights."
-                )
-            with blas_threads_for(site.width):
-                fixed = self.ridge is not None
-                shrinkage = Shrinkage(self.ridge or 0.0, None) if fixed else choose_ridge(whole, folds, matrix)
-                folds.clear()
-                solution = regress(whole, matrix, shrinkage.ridge, site.bias)
-                for layer, old in zip(site.layers, matrices, strict=True):
-                    walk.fused[layer.path, cut.place[1]] = self._fused(layer, site, cut.place[1], old, solution)
-            result.add(site, cut.place[1], solution, shrinkage)
+            solution, shrinkage = self._solve_site(walk, number, cut, weights, result)
             if watch is not None:
                 errors = (solution.before, solution.after, shrinkage.held_out)
                 watch(Progress(number + 1, len(self.network.cuts), name_of(cut.place), *errors))
         return result.measured(walk.outputs() if self.wants_outputs else None)
+
+    def _solve_site(
+        self, walk: Walk, number: int, cut: Cut, weights: np.ndarray, result: Solutions
+    ) -> tuple[Solution, Shrinkage]:
+        """Solves one site; its sums and matrices in float64 end here, since wide ones are large."""
+        site, _ = self.table[cut.place[0]]
+        form = self._form(cut)
+        matrices = [self._matrix(layer, site, cut.place[1]) for layer in site.layers]
+        matrix: Any = np.concatenate(matrices, axis=-1)
+        if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
+            matrix = None
+        whole, folds = self._sums(walk, number, cut, form, matrix, weights)
+        if not all(np.isfinite(value).all() for value in whole):
+            raise NonFiniteError(
+                f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
+                "them. Check the images and the backbone's weights."
+            )
+        with blas_threads_for(site.width):
+            fixed = self.ridge is not None
+            shrinkage = Shrinkage(self.ridge or 0.0, None) if fixed else choose_ridge(whole, folds, matrix)
+            folds.clear()
+            solution = regress(whole, matrix, shrinkage.ridge, site.bias)
+            for layer, old in zip(site.layers, matrices, strict=True):
+                walk.fused[layer.path, cut.place[1]] = self._fused(layer, site, cut.place[1], old, solution)
+        return result.add(site, cut.place[1], solution, shrinkage), shrinkage
 
     def _leaves(self, place: Place) -> Tree:
         return parameters(self.network.leaves[place], self.fixed)

@@ -53,7 +53,7 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
         _at_least_one(f"evaluate.{name}", evaluate[name])
     for learner in (config["learner"], *config["compare"]):
         lookup(LEARNERS, learner, "learner")
-    lookup(dict.fromkeys(PLACEBOS), evaluate.get("placebo", "norm"), "evaluate.placebo")
+    lookup(dict.fromkeys(PLACEBOS), evaluate.get("placebo", "effect"), "evaluate.placebo")
     check_choosing(config, setup)
     sweep = {name: config["sweep"][name] for name in ("rules", "steps", "scales", "strengths")}
     check_grid(setup.schedule, **sweep)

@@ -77,7 +77,7 @@ def placebo_of(run: Run, variables: Tree, denoisers: Denoisers) -> Denoisers:
       denoisers: the learned ones.
     """
     setup, key = run.setup, key_of(run.config, "placebo")
-    if run.config["evaluate"].get("placebo", "norm") == "norm":  # as in runs of earlier releases
+    if run.config["evaluate"].get("placebo", "effect") == "norm":
         return direct_maps(placebo_denoisers({"denoise": denoisers}, setup.sites, setup.schedule, key))
     count, size = len(setup.train), min(PLACEBO_BATCH, len(setup.train))
     spaced = np.linspace(0, count - 1, min(PLACEBO_IMAGES, count)).astype(int)
