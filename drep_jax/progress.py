@@ -43,6 +43,10 @@ class Steps:
             self._done, self._text = self._done + steps, text or self._text
         self.draw()
 
+    def finish(self) -> None:
+        """Says that all steps are done."""
+        self.update(max(0, self._total - self._done))
+
     def draw(self) -> None:
         """Draws the bar if it is time."""
         with self._lock:
@@ -78,6 +82,7 @@ def pulsing(name: str, total: int, unit: str, *, shown: bool) -> Iterator[Steps]
         thread.start()
     try:
         yield steps
+        steps.finish()
     finally:
         ended.set()
         if shown:

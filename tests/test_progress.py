@@ -45,7 +45,8 @@ def test_a_long_step_is_drawn_while_it_runs(capsys, monkeypatch):
         assert drawn.wait(30.0), "drawn again before the first step has ended"
         assert " 0/2 " in capsys.readouterr().err
         steps.update()
-    assert " 1/2 " in capsys.readouterr().err
+        assert " 1/2 " in capsys.readouterr().err
+    assert " 2/2 " in capsys.readouterr().err, "what ends without an error is done"
 
 
 def test_a_silent_pulse_draws_nothing_and_ends_its_thread(capsys, monkeypatch):
