@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from drep_jax.core.intercept import visit_sites
+from drep_jax.core.intercept import place, visit_sites
 from drep_jax.core.jaxpr import (
     INLINED,
     PREFIX,
@@ -139,7 +139,7 @@ def trace(
 def _no_extras(sites: Sequence[Site]) -> Tree:
     """Returns the extras of a visitor that needs none; every layer must have one, and with a stack its axis."""
     layers = [layer for site in sites for layer in site.layers]
-    return {layer.path: jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
+    return {place(layer): jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
 
 
 def check_batch_axis(

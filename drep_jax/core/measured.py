@@ -37,11 +37,22 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, rounds_of
-from drep_jax.core.interpreter import check_batch_axis, check_measurable, trace
+from drep_jax.core.interpreter import check_batch_axis, check_measurable, trace, tree_of
 from drep_jax.core.layers import Layer
-from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.core.matrix_form import kernel_matrix
 from drep_jax.core.promotion import standard_promotion
-from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, form_of, joined, kind_of, of_all_hosts, regress
+from drep_jax.core.regression import (
+    Form,
+    Solution,
+    Sums,
+    chunk_sums,
+    form_of,
+    fused_leaves,
+    joined,
+    kind_of,
+    of_all_hosts,
+    regress,
+)
 from drep_jax.core.shrinkage import FOLDS, Shrinkage, choose_ridge, folds_for
 from drep_jax.core.sites import Site
 from drep_jax.core.solutions import Measured, Progress, Solutions
@@ -180,14 +191,22 @@ class _Solver:
     ) -> None:
         self.sites, self.images, self.ridge, self.limit, self.wants_outputs = sites, images, ridge, limit, outputs
         self.count, self.vectors = images.shape[:2], vectors
-        self.table = {layer.path: (site, layer) for site in sites for layer in site.layers}
-        corrected = {site.path for site in sites if shortcut and len(site.layers) == 1 and kind_of(site) != "pointwise"}
+        self.parts: dict[
+            Path, list[tuple[Site, Layer]]
+        ] = {}  # of first layers; several where they read a concatenation
+        for site in sites:
+            self.parts.setdefault(site.layers[0].path, []).append((site, site.layers[0]))
+        corrected = {
+            site.path
+            for site in sites
+            if shortcut and len(site.layers) == 1 and site.layers[0].part is None and kind_of(site) != "pointwise"
+        }
         first, folds = images.take(np.zeros(1, int)), 1 if ridge is not None else FOLDS
 
         def network(rounds: Sequence[Round]) -> Network:
             batch = self.count[0] * rounds[0].index.shape[1]
             shape = jax.ShapeDtypeStruct((batch, *first.shape[2:]), first.dtype)
-            return Network(trace(backbone, variables, sites, shape, kwargs), {site.path for site in sites}, corrected)
+            return Network(trace(backbone, variables, sites, shape, kwargs), set(self.parts), corrected)
 
         image = jax.ShapeDtypeStruct((1, *first.shape[2:]), first.dtype)
         check_batch_axis(backbone, variables, sites, image, kwargs)
@@ -204,17 +223,18 @@ class _Solver:
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
-    def _form(self, cut: Cut) -> Form:
-        """Returns the form of the sums at a cut."""
-        site, layer = self.table[cut.place[0]]
+    def _cuts_and_forms(self) -> list[tuple[Cut, Form]]:
+        return [(cut, self._form(cut, *part)) for cut in self.network.cuts for part in self.parts[cut.place[0]]]
+
+    def _form(self, cut: Cut, site: Site, layer: Layer) -> Form:
+        """Returns the form of the sums of a site at a cut."""
         x = jax.ShapeDtypeStruct(cut.x.aval.shape, cut.x.aval.dtype)
         return form_of(site, layer, x, self.rounds[0].index.shape[1], self.count[0], self.count[1], self.vectors)
 
     def _chunk_bytes(self) -> int:
         """Returns the bytes that a chunk takes on a device, at most."""
         largest = self.network.working_bytes()
-        for cut in self.network.cuts:
-            form = self._form(cut)
+        for cut, form in self._cuts_and_forms():
             vectors = self.count[0] * self.rounds[0].index.shape[1] * form.picks * form.groups
             largest = max(largest, 4 * vectors * (2 * form.width + (form.columns if cut.chain else 0)))
         return largest
@@ -259,20 +279,33 @@ class _Solver:
         """Solves all sites for weights that sum to 1."""
         walk = Walk(self.network, self.images, self.rounds, self.fixed, self.limit, self.stretch_programs)
         result = Solutions(self.sites)
+        solved, total = 0, sum(len(self.parts[cut.place[0]]) for cut in self.network.cuts)
         for number, cut in enumerate(self.network.cuts):
-            solution, shrinkage = self._solve_site(walk, number, cut, weights, result)
-            if watch is not None:
-                errors = (solution.before, solution.after, shrinkage.held_out)
-                watch(Progress(number + 1, len(self.network.cuts), name_of(cut.place), *errors))
+            fused: dict[Place, Leaves] = {}  # all parts of a layer are solved from its input as it is
+            for site, first in self.parts[cut.place[0]]:
+                solution, shrinkage = self._solve_site(walk, number, cut, site, first, weights, fused)
+                solution = result.add(site, cut.place[1], solution, shrinkage)
+                solved += 1
+                if watch is not None:
+                    errors = (solution.before, solution.after, shrinkage.held_out)
+                    watch(Progress(solved, total, name_of((site.path, cut.place[1])), *errors))
+            walk.fused |= fused
+            walk.forget()
         return result.measured(walk.outputs() if self.wants_outputs else None)
 
     def _solve_site(
-        self, walk: Walk, number: int, cut: Cut, weights: np.ndarray, result: Solutions
+        self,
+        walk: Walk,
+        number: int,
+        cut: Cut,
+        site: Site,
+        first: Layer,
+        weights: np.ndarray,
+        fused: dict[Place, Leaves],
     ) -> tuple[Solution, Shrinkage]:
-        """Solves one site; its sums and matrices in float64 end here, since wide ones are large."""
-        site, _ = self.table[cut.place[0]]
-        form = self._form(cut)
-        matrices = [self._matrix(layer, site, cut.place[1]) for layer in site.layers]
+        """Solves a site at a cut, and adds its layers' parameters to `fused`."""
+        copy, form = cut.place[1], self._form(cut, site, first)
+        matrices = [self._matrix(layer, site, copy) for layer in site.layers]
         matrix: Any = np.concatenate(matrices, axis=-1)
         if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
             matrix = None
@@ -283,13 +316,14 @@ class _Solver:
                 "them. Check the images and the backbone's weights."
             )
         with blas_threads_for(site.width):
-            fixed = self.ridge is not None
-            shrinkage = Shrinkage(self.ridge or 0.0, None) if fixed else choose_ridge(whole, folds, matrix)
+            shrinkage = Shrinkage(self.ridge, None) if self.ridge is not None else choose_ridge(whole, folds, matrix)
             folds.clear()
             solution = regress(whole, matrix, shrinkage.ridge, site.bias)
             for layer, old in zip(site.layers, matrices, strict=True):
-                walk.fused[layer.path, cut.place[1]] = self._fused(layer, site, cut.place[1], old, solution)
-        return result.add(site, cut.place[1], solution, shrinkage), shrinkage
+                place = (layer.path, copy)
+                leaves = tree_of(fused[place]) if place in fused else self._leaves(place)
+                fused[place] = fused_leaves(layer, kind_of(site), leaves, old, solution)
+        return solution, shrinkage
 
     def _leaves(self, place: Place) -> Tree:
         return parameters(self.network.leaves[place], self.fixed)
@@ -297,18 +331,6 @@ class _Solver:
     def _matrix(self, layer: Layer, site: Site, copy: int | None) -> np.ndarray:
         kernel = self._leaves((layer.path, copy))["kernel"].astype(np.float64)
         return np.asarray(kernel_matrix(layer, kind_of(site), kernel))
-
-    def _fused(self, layer: Layer, site: Site, copy: int | None, matrix: np.ndarray, solution: Solution) -> Leaves:
-        """Returns a layer's parameters with the solution fused into them, in their own types."""
-        leaves = self._leaves((layer.path, copy))
-        kernel = kernel_from_matrix(layer, kind_of(site), matrix - solution.kernel @ matrix)
-        fused = {**leaves, "kernel": np.asarray(kernel).astype(leaves["kernel"].dtype)}
-        if solution.constant is not None:
-            # A layer without bias adds it all the same (`alone`); deployed, the BatchNorm behind it does.
-            columns = np.einsum("gdc,gd->gc", matrix, -solution.constant)
-            bias = bias_from_columns(layer, kind_of(site), columns) + leaves.get("bias", np.zeros(1)).astype(np.float64)
-            fused["bias"] = np.asarray(bias).astype(leaves.get("bias", leaves["kernel"]).dtype)
-        return tuple(fused[name] for name in sorted(fused))
 
     def _sums(
         self, walk: Walk, number: int, cut: Cut, form: Form, matrix: np.ndarray | None, weights: np.ndarray
@@ -329,7 +351,6 @@ class _Solver:
             for device in range(len(mask)):
                 part = Sums(*(leaf[device] for leaf in host_sums))
                 by_fold[fold] = joined(by_fold.get(fold), part)
-        walk.forget()
         whole: Sums | None = None
         folds: list[Sums] = []
         for fold in sorted(by_fold):

@@ -11,6 +11,7 @@ images in float32; sums are joined and solved on the host in float64, by Cholesk
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,10 @@ import scipy.linalg
 from jaxtyping import Array, Float, Float64
 
 from drep_jax.core.layers import Layer
-from drep_jax.core.matrix_form import features, sampled_features
+from drep_jax.core.matrix_form import bias_from_columns, features, kernel_from_matrix, sampled_features, with_part
 from drep_jax.core.sites import Site
 from drep_jax.parallel import devices
+from drep_jax.typing import AnyArray
 
 BATCHED = 64
 """Largest width of grouped matrices that are solved side by side."""
@@ -78,7 +80,7 @@ def form_of(site: Site, layer: Layer, x: Any, chunk: int, streams: int, images: 
     columns = sum(sizes) // (site.groups * site.width)
     # without what tells equal layers apart
     nameless: dict[str, Any] = {"path": (), "stack": None, "scan": None, "reads": 0, "order": 0, "writable": True}
-    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, bias=False)
+    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, bias=False, sources=())
     return Form(layer, kind, site.groups, site.width, columns, positions, stride, site.bias)
 
 
@@ -298,3 +300,30 @@ def regress(
     products = (change * (sums.square @ change - 2.0 * sums.cross)).sum()
     after = max(0.0, (sums.power_r.sum() + products) / sums.images)
     return Solution(kernel, constant, float(before / scale), float(after / scale))
+
+
+def fused_leaves(
+    layer: Layer,
+    kind: str,
+    leaves: Mapping[str, Any],
+    matrix: Float64[np.ndarray, "groups d columns"],
+    solution: Solution,
+) -> tuple[AnyArray, ...]:
+    """Returns a layer's parameters with a solution fused into them, in their own types and in tree order.
+
+    Args:
+      layer: a layer of the site, or its part.
+      kind: from `kind_of`.
+      leaves: its parameters; the other parts of the layer may be fused into them already.
+      matrix: K.
+      solution: of the site.
+    """
+    part = np.asarray(kernel_from_matrix(layer, kind, matrix - solution.kernel @ matrix))
+    kernel = with_part(layer, leaves["kernel"], part.astype(leaves["kernel"].dtype))
+    fused = {**leaves, "kernel": kernel}
+    if solution.constant is not None:
+        # A layer without bias adds it all the same (`alone`); deployed, the BatchNorm behind it does.
+        columns = np.einsum("gdc,gd->gc", matrix, -solution.constant)
+        bias = bias_from_columns(layer, kind, columns) + leaves.get("bias", np.zeros(1)).astype(np.float64)
+        fused["bias"] = np.asarray(bias).astype(leaves.get("bias", leaves["kernel"]).dtype)
+    return tuple(fused[name] for name in sorted(fused))

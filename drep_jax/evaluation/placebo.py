@@ -17,7 +17,7 @@ import numpy as np
 
 from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.fusion import composed_maps
-from drep_jax.core.intercept import sow, sum_calls, visit_sites
+from drep_jax.core.intercept import sow, sown, sum_calls, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features, sampled_features
 from drep_jax.core.promotion import standard_promotion
@@ -167,7 +167,7 @@ def _sums(backbone: nn.Module, variables: Tree, sites: Sequence[Site], extras: M
     batch = jax.tree_util.tree_leaves(images)[0].shape[0]
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
-        if layer.path == site.path:  # the other layers of a site read the same tensor
+        if layer.path == site.layers[0].path:  # the other layers of a site read the same tensor
             vectors = _some_vectors(site, layer, x, batch, extra["mean"])
             centered = vectors - extra["mean"][None]
             sow(module, layer, "count", jnp.asarray(vectors.shape[0], jnp.float32))
@@ -179,7 +179,8 @@ def _sums(backbone: nn.Module, variables: Tree, sites: Sequence[Site], extras: M
         return call(x)
 
     _, collected = visit_sites(backbone, variables, sites, extras, visit, images, collect=True)
-    return {site.name: sum_calls(site, get_in(collected, site.path), {"count": -1, "first": 1}, 0) for site in sites}
+    axes = {"count": -1, "first": 1}
+    return {site.name: sum_calls(site, sown(collected, site.layers[0]), axes, 0) for site in sites}
 
 
 def _some_vectors(site: Site, layer: Layer, x: Any, batch: int, mean: Any) -> Any:
