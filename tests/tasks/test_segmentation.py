@@ -66,7 +66,9 @@ def test_the_loss_is_divided_by_the_pixels_of_all_devices(batch, average, smooth
     assert value == pytest.approx(float(one), rel=1e-5)
     np.testing.assert_allclose(gradient / COUNT, slope, atol=1e-6)  # the step takes the mean over devices
     wide = jax.image.resize(logits, (*labels.shape, 3), "bilinear")
-    assert metrics["accuracy"] == pytest.approx(np.mean((np.argmax(wide, -1) == labels)[labels != VOID]), abs=1e-6)
+    assert metrics["accuracy"] == pytest.approx(
+        float(np.mean((np.argmax(wide, -1) == labels)[labels != VOID])), abs=1e-6
+    )
 
 
 def test_nothing_labeled_costs_nothing_and_the_auxiliary_head_counts_in_part(batch):
