@@ -112,7 +112,11 @@ def _legend(classes: Sequence[int], names: Sequence[str], rows: Sequence[Any], i
     entries = [(PALETTE[place], name(label)) for place, label in enumerate(classes)]
     entries += [(OTHERS, "other classes")] if shown - {*classes, ignored} else []
     entries += [(VOID, "no class")] if ignored in shown else []
-    entries += [(BLUE, "only the second right"), (RED, "only the first right"), (BOTH_WRONG, "differently wrong")]
+    entries += [
+        (BLUE, "last column: only the second right"),
+        (RED, "only the first right"),
+        (BOTH_WRONG, "differently wrong"),
+    ]
     return [Patch(facecolor=color, edgecolor="#555555", linewidth=0.5, label=text) for color, text in entries]
 
 
