@@ -24,7 +24,7 @@ from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.checks import agree, check
 from drep_jax.jobs.findings import describe_sites, exhibit_of, measure_cost, spectra
-from drep_jax.jobs.scores import compared, reading, scores_of, with_statistics
+from drep_jax.jobs.scores import compared, protocol_of, reading, scores_of, with_statistics
 from drep_jax.learners import Learned, LearnerInputs, learn, train_labeled
 from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
@@ -282,9 +282,10 @@ def evaluate_arms(
     if most_changed is None:
         return metrics, {}
     compared_arms = {arm: arms.variables[arm] for arm in pair}
-    return metrics, setup.task.examples(
+    examples = setup.task.examples(
         exhibit_of(job, setup.test, compared_arms, *most_changed, variables, fused, exported)
     )
+    return metrics, {**protocol_of(setup, results), **examples}
 
 
 def score_other(job: Run, part: Labeled, arms: Arms) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from drep_jax.data.collate import read
 from drep_jax.data.datasets import Images
+from drep_jax.data.source import varies
 from drep_jax.errors import CheckpointError, ConfigError
 from drep_jax.files import whole
 from drep_jax.run.setup import Setup
@@ -66,8 +67,11 @@ class Inputs:
 
 
 def first_images(config: Config, setup: Setup) -> jax.Array:
-    """Returns the first few test images (training images if there is no test set), normalized."""
-    source = setup.test if setup.test is not None else setup.train
+    """Returns the first few test images, normalized.
+
+    They are training images if there is no test set, or if test images keep several sizes.
+    """
+    source = setup.test if setup.test is not None and not varies(setup.test) else setup.train
     count = min(config["evaluate"]["certificate_images"], len(source))
     return setup.inputs(read(source, np.arange(count)))
 

@@ -199,6 +199,7 @@ def _opened(config: Config, task: Task, *, head: bool) -> tuple[Images, Side, Si
         seed=config["seed"],
         test_needs_head=task.test_needs_head,
         check_test=task.check_test,
+        test_resize=task.test_resize,
     )
     return images, *side_information(task, images)
 
@@ -208,6 +209,7 @@ def _check_augmentation(config: Config, task: Task) -> None:
     for stage in ("backbone", "control"):
         if config[stage]["steps"]:
             augmentation.check_batch(config[stage]["batch_size"], f"{stage}.batch_size")
+    augmentation.check_columns(task.columns)
     if augmentation.mixes and not task.mixes:
         raise ConfigError(f"data.mixup and data.cutmix mix labels, which task {task.name} cannot use; set both to 0.")
 
