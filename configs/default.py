@@ -250,6 +250,7 @@ def get_default() -> ConfigDict:
             "unknown_classes": "refuse",  # test images of classes without a training image; score: the backbone knows them
             "gallery": 2000,  # training images of each merged source among which nearest neighbors are sought
             "resamples": 10_000,  # bootstrap resamples
+            "placebo": "effect",  # random maps as large as the learned ones: by effect on clean features, or norm (of maps)
             "certificate_images": 16,  # images on which the fused network is compared with the explicit one
             "certificate_sizes": (),  # further sizes of these images to compare at, such as ("512x683", "97x131")
             "latency_batch": 64,  # images per batch of the latency measurement
