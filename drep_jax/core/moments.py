@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num, UInt32
 
-from drep_jax.core.intercept import sow, visit_sites
+from drep_jax.core.intercept import sow, sown, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features, sampled_features
 from drep_jax.core.promotion import standard_promotion
@@ -24,7 +24,6 @@ from drep_jax.core.sampling import systematic
 from drep_jax.core.sites import Site
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.parallel import devices
-from drep_jax.trees import get_in
 from drep_jax.typing import AnyArray, Path, Tree
 
 
@@ -146,7 +145,7 @@ def batch_sums(
         extras[site.path] = {"shift": shifts[site.name], "slot": slots[0] if site.stack is None else slots}
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
-        if layer.path == site.path:  # the other layers of a site read the same tensor
+        if layer.path == site.layers[0].path:  # the other layers of a site read the same tensor
             shift = extra["shift"]
             shape = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
             by_image = len(shape) > shift.ndim and shape[0] % batch == 0  # else a table for all images
@@ -165,7 +164,7 @@ def batch_sums(
         return call(x)
 
     _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
-    return {site.name: _sum_calls(site, get_in(collected, site.path)) for site in sites}
+    return {site.name: _sum_calls(site, sown(collected, site.layers[0])) for site in sites}
 
 
 def _sums(

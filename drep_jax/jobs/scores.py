@@ -38,6 +38,19 @@ def scores_of(
     }
 
 
+def protocol_of(setup: Setup, results: Mapping[str, Mapping[str, Items]]) -> dict[str, Any]:
+    """Returns the report's `protocol`, sentences on how the scores were computed; {} for none.
+
+    Args:
+      setup: with its test images.
+      results: {condition: {arm: items}}.
+    """
+    if setup.test is None or not results:
+        return {}
+    lines = setup.task.protocol(setup.test, next(iter(results.values()))["baseline"])
+    return {"protocol": list(lines)} if lines else {}
+
+
 def with_statistics(
     config: Config, arms: Mapping[str, Tree], names: Sequence[str]
 ) -> tuple[dict[str, Tree], dict[str, Statistics]]:

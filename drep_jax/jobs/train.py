@@ -24,7 +24,7 @@ from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.checks import agree, check
 from drep_jax.jobs.findings import describe_sites, exhibit_of, measure_cost, spectra
-from drep_jax.jobs.scores import compared, reading, scores_of, with_statistics
+from drep_jax.jobs.scores import compared, protocol_of, reading, scores_of, with_statistics
 from drep_jax.learners import Learned, LearnerInputs, learn, train_labeled
 from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
@@ -56,7 +56,7 @@ def run(config: Config, directory: str) -> dict[str, Any]:
     directory = os.path.abspath(directory)
     primary = processes.primary()
     if primary:
-        print("\n".join(report.data_lines({"data": data})), flush=True)
+        print("\n".join([*report.data_lines({"data": data}), *setup.forms]), flush=True)
     if not primary:
         config = {**config, "progress": False}
     with workdir.claimed(directory, config) if primary else contextlib.nullcontext():
@@ -178,6 +178,7 @@ def finish(
         "config": config,
         "environment": environment(),
         "sites": describe_sites(setup, variables["params"], fused["params"]),
+        "forms": [*setup.forms],
         "coverage": vars(setup.covered),
         "learning": {name: result.section for name, result in learned.items()},
         "exported": config["learner"],
@@ -281,9 +282,10 @@ def evaluate_arms(
     if most_changed is None:
         return metrics, {}
     compared_arms = {arm: arms.variables[arm] for arm in pair}
-    return metrics, setup.task.examples(
+    examples = setup.task.examples(
         exhibit_of(job, setup.test, compared_arms, *most_changed, variables, fused, exported)
     )
+    return metrics, {**protocol_of(setup, results), **examples}
 
 
 def score_other(job: Run, part: Labeled, arms: Arms) -> dict[str, Any]:

@@ -411,7 +411,7 @@ def test_a_backbone_with_unhashable_attributes():
     check(moments["head",], x, sites[0])
 
 
-@pytest.mark.parametrize("tokens", [1.0, 0.5])
+@pytest.mark.parametrize("tokens", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_several_passes_over_fewer_sites_give_the_same_moments(finished, tmp_path, tokens):
     """With room for one site at a time, the sites of later passes sample as they would have in one pass."""
     from drep_jax.core.moments import passes, sum_bytes
