@@ -360,6 +360,8 @@ def test_another_size_of_network_gets_no_hint_about_classes(tmp_path):
     with pytest.raises(CheckpointError, match="mis-shaped") as caught:
         load(path, make(num_classes=3, head_width=16))
     assert "classes and the model" not in str(caught.value)
+    wanted = "decode_head.fusion_conv.conv.weight is (8, 32, 1, 1) in the file, (16, 64, 1, 1) in the model"
+    assert wanted in str(caught.value)
 
 
 def test_a_resnet_is_still_a_resnet_and_formats_are_named(tmp_path):
