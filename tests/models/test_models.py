@@ -100,8 +100,9 @@ TABLE = {
     "vmamba_b": ({}, (224, 224), 88_557_800),
     **{f"resnet{6 * n + 2}_cifar": ({}, (32, 32), cifar_parameters(n)) for n in (3, 5, 7, 9)},
 }
-# They return no logits, and what they return is counted in test_clip_reid.py and test_reid_resnet.py.
-ELSEWHERE = {"clip_reid", "clip_reid_b16", "resnet_reid", "resnet50_reid", "resnet50_vanet"}
+# Those that return no logits are counted in test_clip_reid.py and test_reid_resnet.py, the one that is read from a file in
+# test_mcunet.py.
+ELSEWHERE = {"mcunet", "clip_reid", "clip_reid_b16", "resnet_reid", "resnet50_reid", "resnet50_vanet"}
 
 
 def tiny(name="vit", num_classes=5, **overrides):

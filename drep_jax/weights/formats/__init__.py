@@ -9,6 +9,7 @@ from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
 from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
 from drep_jax.weights.formats.dinov2 import DINOV2
 from drep_jax.weights.formats.generic import GENERIC, generic_format
+from drep_jax.weights.formats.mcunet import MCUNET
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
 from drep_jax.weights.formats.swin import SWIN
 from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
@@ -36,6 +37,7 @@ FORMATS: tuple[Format, ...] = (
     CIFAR_RESNET,
     TORCHVISION_RESNET,
     TIMM_RESNET,
+    MCUNET,
     VMAMBA,
     SWIN,
     TIMM_SWINV2,
