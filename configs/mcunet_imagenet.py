@@ -1,10 +1,10 @@
-"""MCUNet on photographs with ImageNet's labels: the noise of real cameras measured on 300 unlabeled ones.
+"""MCUNet on photographs with ImageNet's labels: the noise of real cameras measured on 200 unlabeled ones.
 
     python train.py --config=configs/mcunet_imagenet.py
     python train.py --config=configs/mcunet_imagenet.py --config.noise=gaussian:0..40
 
 Data and weights are expected in the directory DREP_DATA: imagenet_nips17.npz (1,000 photographs: of
-every ten, three are learned from, one is chosen on, six are tested on), noise_polyu100.npz (pairs of
+every ten, two are learned from, two are chosen on, six are tested on), noise_polyu100.npz (pairs of
 five cameras: the noise of three is learned, that of the two others tested) and
 weights/mcunet-320kb-1mb_imagenet.pth with its architecture, the .json beside it. Results are in
 docs/results.md.
@@ -29,13 +29,20 @@ def get_config() -> ConfigDict:
     config.name = "mcunet_imagenet"
     config.learner = "measured"
     config.noise = f"{bank}?camera={LEARNED}&strength=0..3"
-    config.data.source = f"npz:{os.path.join(directory, 'imagenet_nips17.npz')}?tenths=3+1+6"
+    config.data.source = f"npz:{os.path.join(directory, 'imagenet_nips17.npz')}?tenths=2+2+6"
     config.data.image_size = (176, 176)
     config.data.resize = f"crop:{176 / 201}"  # short side 201, then the center
 
     config.model.name = "mcunet"
     config.model.update({"num_classes": 1000, "architecture": f"{weights}.json"})
     config.backbone.init_from = f"{weights}.pth"
+
+    config.measured.clean_share = (0.65, 0.8, 0.9)
+    learned = (f"{bank}?camera={LEARNED}&strength={strength}" for strength in (1, 2, 3))
+    config.select.update({"conditions": tuple(learned), "images": 0, "labels": False, "weighted": True})
+    config.select.update({"strengths": (0.5, 0.75, 1.0), "leading": (0.5, 1.0)})
+
+    config.distilled.update({"batch_size": 16, "steps": 150})
 
     tested = (f"{bank}?camera={TESTED}&strength={strength}" for strength in (1, 2, 3))
     config.evaluate.conditions = ("clean", *tested, "gaussian:10", "gaussian:20", "gaussian:40", "blur:1", "jpeg:80")
