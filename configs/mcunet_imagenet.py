@@ -38,11 +38,10 @@ def get_config() -> ConfigDict:
     config.backbone.init_from = f"{weights}.pth"
 
     config.measured.clean_share = (0.65, 0.8, 0.9)
-    learned = (f"{bank}?camera={LEARNED}&strength={strength}" for strength in (1, 2, 3))
-    config.select.update({"conditions": tuple(learned), "images": 0, "labels": False, "weighted": True})
-    config.select.update({"strengths": (0.5, 0.75, 1.0), "leading": (0.5, 1.0)})
-
-    config.distilled.update({"batch_size": 16, "steps": 150})
+    config.select.update({"conditions": (f"{bank}?camera={LEARNED}&strength=2",), "images": 0})
+    config.select.update({"labels": False, "weighted": True, "strengths": (1.0, 1.5, 2.0), "leading": (0.5, 1.0)})
+    config.checkpoint_every = 20
+    config.distilled.update({"batch_size": 16, "steps": 100, "learning_rate": 2e-4})
 
     tested = (f"{bank}?camera={TESTED}&strength={strength}" for strength in (1, 2, 3))
     config.evaluate.conditions = ("clean", *tested, "gaussian:10", "gaussian:20", "gaussian:40", "blur:1", "jpeg:80")

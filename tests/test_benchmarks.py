@@ -15,7 +15,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if pat
 WITH_DATA = {"cifar10c", "real_noise", "reid", "ridge"}
 """They need the files of DREP_DATA."""
 
-LONG = {"cifar10c", "distilled", "learn", "mcunet", "measured", "modes", "real_noise", "reid", "ridge", "step"}
+LONG = {"cifar10c", "distilled", "front", "learn", "mcunet", "measured", "modes", "real_noise", "reid", "ridge", "step"}
 """They run all learners or modes, which takes a quarter of a minute or more to compile at any size."""
 
 FURTHER = {"step": (["--modes"],), "sites": (["resnet20_cifar", ".*"],)}
