@@ -10,6 +10,7 @@ from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
 from drep_jax.weights.formats.dinov2 import DINOV2
 from drep_jax.weights.formats.fcn import MMSEG_FCN, MMSEG_FCN_ENCODER, TORCHVISION_FCN, TORCHVISION_FCN_ENCODER
 from drep_jax.weights.formats.generic import GENERIC, generic_format
+from drep_jax.weights.formats.mcunet import MCUNET
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
 from drep_jax.weights.formats.segformer import (
     MMSEG_SEGFORMER,
@@ -45,6 +46,7 @@ FORMATS: tuple[Format, ...] = (
     CIFAR_RESNET,
     TORCHVISION_RESNET,
     TIMM_RESNET,
+    MCUNET,
     VMAMBA,
     SWIN,
     TIMM_SWINV2,
