@@ -7,6 +7,7 @@ import flax.linen as nn
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
 from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
 from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
+from drep_jax.weights.formats.darknet import DARKNET
 from drep_jax.weights.formats.dinov2 import DINOV2
 from drep_jax.weights.formats.generic import GENERIC, generic_format
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
@@ -44,6 +45,7 @@ FORMATS: tuple[Format, ...] = (
     STRONG_BASELINE,
     FAST_REID,
     TORCHVISION_REID,
+    DARKNET,
 )
 
 
