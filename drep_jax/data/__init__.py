@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from drep_jax.data import digits, folder, idx_source, list_file, npz_source, random_images, splits, tfds_source
 from drep_jax.data.fits import parse_fit
+from drep_jax.data.objects import open_objects
 from drep_jax.data.reid import open_reid
 from drep_jax.data.source import Source
 from drep_jax.errors import ConfigError, lookup
@@ -15,7 +16,11 @@ __all__ = ["SOURCES", "Source", "open_source"]
 # Another source is one opener: (what follows the colon, split, (height, width), resize, data_dir)
 # -> Source.
 SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source]] = {
+    "coco": functools.partial(open_objects, "coco"),
     "cuhk03": functools.partial(open_reid, "cuhk03"),
+    "det_folder": functools.partial(open_objects, "det_folder"),
+    "det_npz": functools.partial(open_objects, "det_npz"),
+    "det_voc": functools.partial(open_objects, "det_voc"),
     "digits": digits.open_digits,
     "duke": functools.partial(open_reid, "duke"),
     "folder": folder.open_folder,
@@ -43,7 +48,8 @@ def open_source(
       spec: `digits`, `folder:DIR`, `idx:DIR`, `list:FILE`, `npz:NAME`, `npz:FILE.npz`,
         `tfds:NAME[/config]`, `random:COUNT[:CLASSES]`, or a data set for re-identification:
         `market1501:DIR` (duke, msmt17, cuhk03, vehicleid, veri), `reid_folder:DIR`, `reid_npz:FILE`
-        or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`.
+        or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`; or one with boxes:
+        `coco:DIR`, `det_voc:DIR`, `det_folder:DIR` or `det_npz:FILE`.
       split: `train`, `validation` or `test`.
       image_size: (height, width) in pixels of every image that the source gives.
       resize: `crop` (short side to the target, then the center), `crop:0.875` (so that 87.5 % of

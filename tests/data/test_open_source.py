@@ -39,7 +39,8 @@ def test_bad_arguments_say_what_was_meant(change, message):
 def test_the_registry_offers_the_documented_sources():
     plain = {"digits", "folder", "idx", "list", "npz", "random", "tfds"}
     reid = {"cuhk03", "duke", "market1501", "msmt17", "reid_folder", "reid_npz", "reid_tfds", "vehicleid", "veri"}
-    assert set(SOURCES) == plain | reid
+    boxes = {"coco", "det_folder", "det_npz", "det_voc"}
+    assert set(SOURCES) == plain | boxes | reid
 
 
 @pytest.mark.parametrize(
