@@ -232,6 +232,23 @@ def test_malformed_text_is_refused(line, message, tmp_path):
         READERS["det_folder"].read(tmp_path, {})
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nc: 2\nnames: [cat, 'hot dog']\ntrain: x\n",
+        "names:\n- cat\n- hot dog\ntrain: x\n",
+        'names:   # of the classes\n    0: cat\n    1: "hot dog"\nnc: 2',
+        "names: [\n  cat,\n  hot dog\n]\n",
+    ],
+)
+def test_names_of_classes_in_yaml(text, tmp_path):
+    save(tmp_path / "images" / "p.png")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "p.txt").write_text("1 0.5 0.5 0.2 0.2")
+    (tmp_path / "data.yaml").write_text(text)
+    assert READERS["det_folder"].read(tmp_path, {}).class_names == ("cat", "hot dog")
+
+
 def test_folders_without_annotations(tmp_path):
     with pytest.raises(DataError, match="There is no directory"):
         READERS["det_folder"].read(tmp_path / "absent", {})

@@ -100,7 +100,7 @@ def read_instances(file: Path, folder: Path, counts: Counts) -> tuple[list[Annot
         number = _whole(entry, "id", where, "images")
         if number in sizes:
             raise DataError(f"{where}: the image id {number} is there twice. Each needs its own.")
-        sizes[number] = tuple(_whole(entry, side, where, "images") for side in ("height", "width"))
+        sizes[number] = (_whole(entry, "height", where, "images"), _whole(entry, "width", where, "images"))
     names = {entry["id"]: str(entry.get("file_name", "")) for entry in images}
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     ids = []

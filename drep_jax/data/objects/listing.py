@@ -143,8 +143,18 @@ def annotated(
     areas = np.where(np.isnan(areas), own, areas)
     keep = own > 0
     counts.empty += int((~keep).sum())
-    columns = (np.asarray(classes, np.int32).reshape(-1), *flags, areas.astype(np.float32))
-    return Annotated(image, name, where, image_id, boxes[keep], *(column[keep] for column in columns), size)
+    return Annotated(
+        image,
+        name,
+        where,
+        image_id,
+        boxes=boxes[keep],
+        classes=np.asarray(classes, np.int32).reshape(-1)[keep],
+        crowd=flags[0][keep],
+        ignore=flags[1][keep],
+        area=areas.astype(np.float32)[keep],
+        size=size,
+    )
 
 
 def cut(boxes: np.ndarray, size: Size, refuse: Any, counts: Counts | None = None) -> np.ndarray:

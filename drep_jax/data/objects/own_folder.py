@@ -27,7 +27,7 @@ from drep_jax.errors import DataError
 SLACK = 0.02
 """Of the image by which a fraction may lie outside 0 … 1; pixels would lie further out."""
 
-_NAMES = re.compile(r"names\s*:\s*(\[.*?\]|(?:\n\s+.*)+|(?:\n-\s.*)+)", re.DOTALL)
+_NAMES = re.compile(r"^names[ \t]*:[ \t]*(?:#.*)?(\[[^\]]*\]|(?:\n(?:[ \t]+\S|-[ \t]).*)+)", re.MULTILINE)
 
 
 def read_det_folder(root: Path, options: Mapping[str, str]) -> ObjectSet:
@@ -50,7 +50,7 @@ def read_det_folder(root: Path, options: Mapping[str, str]) -> ObjectSet:
 
 def _json_files(root: Path) -> dict[str, tuple[Path, Path]]:
     """Returns the JSON of each split and the folder of its images."""
-    found = {}
+    found: dict[str, tuple[Path, Path]] = {}
     for name, split in STORED.items():
         candidates = [
             root / name / "_annotations.coco.json",
@@ -93,7 +93,8 @@ def _read_text(root: Path) -> ObjectSet:
     lines = {file: _lines(text) for file, text in texts.items()}
     highest = max((label for rows in lines.values() for label, _ in rows), default=0)
     names = names or tuple(map(str, range(highest + 1)))
-    counts, splits, number = Counts(), {}, 0
+    counts, number = Counts(), 0
+    splits: dict[str, list[Annotated]] = {}
     for split, files in listed.items():
         splits[split] = []
         for file in files:

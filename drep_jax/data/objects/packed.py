@@ -16,7 +16,7 @@ import numpy as np
 
 from drep_jax.data.arrays import text_of
 from drep_jax.data.decode import stored_size
-from drep_jax.data.objects.listing import Counts, ObjectSet, annotated, class_range, no_duplicates
+from drep_jax.data.objects.listing import Annotated, Counts, ObjectSet, annotated, class_range, no_duplicates
 from drep_jax.data.splits import SPLITS
 from drep_jax.errors import DataError
 
@@ -67,7 +67,8 @@ def read_packed(path: Path, options: Mapping[str, str]) -> ObjectSet:
     split = arrays.get("split", np.zeros(count, np.int64))
     if split.shape != (count,) or ids.shape != (count,) or not np.isin(split, range(len(SPLITS))).all():
         raise DataError(f"{path}: expected one image_id and one split (0, 1 or 2) for each of {count} images.")
-    counts, splits = Counts(), {}
+    counts = Counts()
+    splits: dict[str, list[Annotated]] = {}
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(count + 1))
     encoded = [arrays[encoding][start:stop].tobytes() for start, stop in itertools.pairwise(offsets)]

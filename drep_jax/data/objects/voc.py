@@ -33,7 +33,8 @@ def read_voc(root: Path, options: Mapping[str, str]) -> ObjectSet:
     if len(bases) > 1:
         listed = ", ".join(base.name for base in bases)
         raise DataError(f"{root} holds {listed}: name one of them, or choose by ?year={bases[-1].name[3:]}.")
-    base, counts, splits, number = bases[0], Counts(), {}, 0
+    base, counts, number = bases[0], Counts(), 0
+    splits: dict[str, list[Annotated]] = {}
     for split, name in SPLIT_FILES.items():
         listing = base / "ImageSets/Main" / f"{name}.txt"
         names = (

@@ -10,6 +10,9 @@ the order of the images; with w_i the weight of detection i's image,
 Averaged over IoUs and over the classes that have an object. Weights of 1 give COCO's number; with
 no object of any class the value is NaN, where COCO prints −1.
 
+A weight of 2 is exactly the image twice, unless detections of the image have equal scores: copies
+would interleave, which the sums above do not.
+
 Resampled AP is biased upward, since rare classes vanish or repeat: give intervals of the difference
 of two arms on the same resamples, not of AP itself.
 """

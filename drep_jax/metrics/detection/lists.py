@@ -163,13 +163,12 @@ class _MaskOverlaps:
         self._row, self._column = np.zeros(len(detected.image), int), np.zeros(len(truths.image), int)
         self._start = np.zeros(len(detected.image), int)
         parts, end = [np.zeros(1)], 1
+        masks, truth_masks = detected.masks or [], truths.masks or []
         for image in np.intersect1d(detected.image, truths.image):
             mine, objects = np.flatnonzero(detected.image == image), np.flatnonzero(truths.image == image)
-            masks = (
-                np.stack([masks[place] for place in places])
-                for masks, places in ((detected.masks or [], mine), (truths.masks or [], objects))
-            )
-            overlap = mask_overlaps(*masks, crowd[objects])
+            own = np.stack([masks[place] for place in mine])
+            of_objects = np.stack([truth_masks[place] for place in objects])
+            overlap = mask_overlaps(own, of_objects, crowd[objects])
             self._row[mine] = np.arange(len(mine)) * len(objects)
             self._column[objects], self._start[mine] = np.arange(len(objects)), end
             parts.append(overlap.reshape(-1))

@@ -154,7 +154,9 @@ def image_statistics(
         "scores": jnp.where(valid, scores, 0),
         "classes": jnp.where(valid, classes, -1).astype(jnp.int32),
         "matched": matched,
-        "ignored": without_match(matched, lost, outside(detected_areas, jnp), jnp),
+        "ignored": jnp.where(
+            valid[:, :, None], without_match(matched, lost, outside(detected_areas, jnp), jnp), jnp.uint16(0)
+        ),
         "truths": jnp.einsum("nmc,nam->nca", counts, (~ignored).astype(jnp.int32)),
     }
 

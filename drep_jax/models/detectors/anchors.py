@@ -15,6 +15,7 @@ import numpy as np
 from drep_jax.errors import ConfigError, lookup
 
 Shape = tuple[int, int]
+Stride = float | tuple[float, float]
 
 
 def base_anchors(
@@ -42,7 +43,7 @@ def base_anchors(
     return (np.round(anchors) if rounded else anchors) + center
 
 
-def grid_points(shape: Shape, stride: float | Shape, *, offset: float = 0.5) -> np.ndarray:
+def grid_points(shape: Shape, stride: Stride, *, offset: float = 0.5) -> np.ndarray:
     """Returns the point of each cell of a map, ((column + offset)·stride, (row + offset)·stride), float32 (h·w, 2).
 
     >>> grid_points((1, 2), 8).tolist()
@@ -53,7 +54,7 @@ def grid_points(shape: Shape, stride: float | Shape, *, offset: float = 0.5) -> 
     return np.stack([x.reshape(-1), y.reshape(-1)], axis=1).astype(np.float32)
 
 
-def grid_anchors(shape: Shape, stride: float | Shape, base: np.ndarray) -> np.ndarray:
+def grid_anchors(shape: Shape, stride: Stride, base: np.ndarray) -> np.ndarray:
     """Returns the anchors of each cell of a map, float32 (h·w·a, 4).
 
     Args:
@@ -65,7 +66,7 @@ def grid_anchors(shape: Shape, stride: float | Shape, base: np.ndarray) -> np.nd
     return (np.tile(points, 2)[:, None] + base[None]).reshape(-1, 4).astype(np.float32)
 
 
-def yolo_anchors(shape: Shape, stride: float | Shape, sizes: Sequence[Sequence[float]]) -> np.ndarray:
+def yolo_anchors(shape: Shape, stride: Stride, sizes: Sequence[Sequence[float]]) -> np.ndarray:
     """Returns YOLO's anchors, float32 (h·w·a, 4): at the center of each cell, of the given widths and heights."""
     down, right = stride if isinstance(stride, tuple) else (stride, stride)
     half = np.asarray(sizes, np.float64).reshape(-1, 2) / 2
@@ -104,7 +105,7 @@ class AnchorKind:
             raise ConfigError("The strides of these anchors follow from the image's size: give it.")
         anchors = []
         for shape, level_stride, base in zip(shapes, self.strides, self.bases, strict=True):
-            stride: float | Shape = level_stride
+            stride: Stride = level_stride
             if self.floor_stride and image is not None:
                 stride = (image[0] // shape[0], image[1] // shape[1])
             anchors.append(grid_anchors(shape, stride, base))

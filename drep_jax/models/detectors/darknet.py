@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
@@ -112,7 +111,7 @@ class Darknet(BatchNormBackbone, kw_only=True):
             feature_group_count=layer.groups,
             use_bias=not layer.norm,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "uniform"),
-            conv_general_dilated=fast or lax.conv_general_dilated,
+            conv_general_dilated=fast,
             name=f"conv_{layer.number}",
             **self.dtypes,
         )(x)

@@ -17,7 +17,7 @@ EXTRA = ("pool", "convs_on_output", "convs_on_input", "none")
 Maps = Float[Array, "batch height width channels"]
 
 
-def upsample_nearest(x: Maps, shape: tuple[int, int]) -> Maps:
+def upsample_nearest(x: Maps, shape: tuple[int, ...]) -> Maps:
     """Returns maps of another size, cell i showing cell ⌊i·old/new⌋, as PyTorch's "nearest"."""
     for axis, new in zip((1, 2), shape, strict=True):
         old = x.shape[axis]

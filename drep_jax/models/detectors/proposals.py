@@ -89,13 +89,18 @@ def best_of_levels(levels: Sequence[Float[Array, " n"]], k: int, *, threshold: f
     Returns:
       Σ min(k, n_l) candidates; the index counts through the levels laid end to end, in their order.
     """
-    parts, start = [], 0
+    parts, indices, start = [], [], 0
     for scores in levels:
         part = best(scores, min(k, scores.shape[0]), threshold=threshold)
-        parts.append(part.replace(index=jnp.where(part.valid, part.index + start, 0)))
+        parts.append(part)
+        indices.append(jnp.where(part.valid, part.index + start, 0))
         start += scores.shape[0]
-    joined = [jnp.concatenate([getattr(part, name) for part in parts]) for name in ("index", "scores", "valid")]
-    return Candidates(*joined, jnp.sum(jnp.stack([part.left_out for part in parts])))
+    return Candidates(
+        index=jnp.concatenate(indices),
+        scores=jnp.concatenate([part.scores for part in parts]),
+        valid=jnp.concatenate([part.valid for part in parts]),
+        left_out=jnp.sum(jnp.stack([part.left_out for part in parts])),
+    )
 
 
 def suppressed(

@@ -287,8 +287,6 @@ def _contents(path: str) -> Contents:
     except OSError as error:
         raise CheckpointError(f"Cannot read the weights {path}: {error.strerror}.") from error
     start = bytes(buffer[:512])
-    if darknet_file.is_darknet(path):
-        return darknet_file.read(path, buffer)
     if start.startswith(b"PK\x03\x04"):
         records, _ = zip_records.records(path, buffer)
         if any(map(torch_file.root_of, records)):
@@ -300,6 +298,8 @@ def _contents(path: str) -> Contents:
         return torch_file.read_legacy(path, buffer)
     if safetensors_file.is_safetensors(start):
         return safetensors_file.read(path, buffer)
+    if darknet_file.is_darknet(path):
+        return darknet_file.read(path, buffer)
     raise _unknown(path, _guess(start))
 
 

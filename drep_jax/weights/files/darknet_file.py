@@ -19,7 +19,7 @@ import numpy as np
 
 from drep_jax.errors import CheckpointError, ConfigError
 from drep_jax.models.detectors.darknet_cfg import Network, read_cfg
-from drep_jax.weights.files.contents import Block, Contents, View, dense_strides
+from drep_jax.weights.files.contents import Block, Contents, Path, View, dense_strides
 
 SUFFIX = ".weights"
 _FLOAT = np.dtype("<f4")
@@ -71,7 +71,7 @@ def read(path: str, buffer: memoryview) -> Contents:
     begin = _header(path, buffer)
     numbers, mark = _parts(path, buffer, begin)
     blocks: dict[str, Block] = {}
-    views = {}
+    views: dict[Path, View] = {}
     end = 0
     names = list(tensors_of(network))
     for name, shape in names:
@@ -86,7 +86,7 @@ def read(path: str, buffer: memoryview) -> Contents:
         end += length
     if end < numbers or not blocks:
         raise _misfit(path, cfg, numbers, names, "has numbers left over")
-    notes = (f"names from {os.path.basename(cfg)}",)
+    notes: tuple[str, ...] = (f"names from {os.path.basename(cfg)}",)
     if len(blocks) < len(names):
         notes += (f"the file ends before {names[len(blocks)][0].split('.')[0]}",)
     return Contents(path, "darknet", blocks, views, mark=mark, notes=notes, layout=begin + numbers)
