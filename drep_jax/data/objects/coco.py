@@ -141,6 +141,7 @@ def read_instances(file: Path, folder: Path, counts: Counts) -> tuple[list[Annot
                 area=[float(entry.get("area", math.nan)) for entry in mine],
                 size=sizes[number],
                 counts=counts,
+                segments=[entry.get("segmentation") or None for entry in mine],
                 labels=[f"annotation {entry['id']}" for entry in mine],
             )
         )

@@ -61,29 +61,30 @@ def test_values_and_gradient_are_those_of_a_loop(samples, aligned):
         valid = np.ones((2, 6), bool)
         valid[1, 5] = False
 
-        def align(maps):
+        def align(maps, boxes):
             return roi_align(
-                maps, BOXES, STRIDES, SIZE, levels=LEVELS, valid=valid, samples=samples, aligned=aligned, chunk=5
+                maps, boxes, STRIDES, SIZE, levels=LEVELS, valid=valid, samples=samples, aligned=aligned, chunk=5
             )
 
-        values, pull = jax.jit(lambda maps: jax.vjp(align, maps))(maps)
-        cotangent = rng.standard_normal(values.shape)
-        expected = np.zeros(values.shape)
-        for image in range(2):
-            for place in range(6):
-                if valid[image, place] and (BOXES[image, place, 2] > BOXES[image, place, 0] or not aligned):
-                    level = LEVELS[image, place]
-                    expected[image, place] = one_box(
-                        maps[level][image], BOXES[image, place], STRIDES[level], samples, aligned
-                    )
-        np.testing.assert_allclose(values, expected, atol=1e-12)
-        assert np.abs(expected).max() > 0.5
-        # Linear in the maps, so the gradient is the adjoint: <g, A·m> = <Aᵀ·g, m>.
-        (gradient,) = pull(cotangent)
-        other = [rng.standard_normal(level.shape) for level in maps]
-        np.testing.assert_allclose(
-            sum((a * b).sum() for a, b in zip(gradient, other, strict=True)), (cotangent * align(other)).sum()
-        )
+        @jax.jit
+        def run(maps, boxes, cotangent):
+            values, pull = jax.vjp(lambda maps: align(maps, boxes), maps)
+            return values, pull(cotangent)[0]
+
+        for boxes in (BOXES, *np.sort(rng.uniform(-9, 60, (4, 2, 6, 2, 2)), axis=3).reshape(4, 2, 6, 4)):
+            cotangent = rng.standard_normal((2, 6, SIZE, SIZE, 2))
+            values, gradient = run(maps, boxes, cotangent)
+            expected = np.zeros(values.shape)
+            for image, place in np.argwhere(valid):
+                box, level = boxes[image, place], LEVELS[image, place]
+                if box[2] > box[0] or not aligned:
+                    expected[image, place] = one_box(maps[level][image], box, STRIDES[level], samples, aligned)
+            np.testing.assert_allclose(values, expected, atol=1e-12)
+            assert np.abs(expected).max() > 0.5
+            # Linear in the maps, so the gradient is the adjoint: <g, A·m> = <Aᵀ·g, m>.
+            other = [rng.standard_normal(level.shape) for level in maps]
+            through = sum((a * b).sum() for a, b in zip(gradient, other, strict=True))
+            np.testing.assert_allclose(through, (cotangent * run(other, boxes, cotangent)[0]).sum(), atol=1e-9)
 
 
 def test_levels_of_boxes_and_refusals():
