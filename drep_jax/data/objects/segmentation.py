@@ -3,8 +3,8 @@
 Runs go down the columns, alternately of 0 and of 1, beginning with 0. As text each count is a
 number of 5 bits a character (from "0" on, bit 6: more follow, the last one's bit 5 is the sign);
 from the fourth on, a count is given by its difference to the one two before. A polygon is drawn as
-pycocotools draws it: corners on a grid of fifths of a pixel, and a pixel belongs to it if the center of its column,
-at a fifth, crosses an odd number of edges above.
+pycocotools draws it: its corners are rounded to fifths of a pixel, and a pixel belongs to it if the
+line up from its center crosses an odd number of edges.
 """
 
 from collections.abc import Mapping, Sequence

@@ -74,9 +74,8 @@ class Darknet(BatchNormBackbone, kw_only=True):
             read = [maps[source] for source in layer.sources]
             if layer.kind == "yolo":
                 outputs.append(read[0].astype(jnp.promote_types(read[0].dtype, jnp.float32)))
+            maps = {number: value for number, value in maps.items() if last_reader.get(number, -1) > layer.number}
             maps[layer.number] = self._layer(layer, read, train)
-            maps = {number: value for number, value in maps.items() if last_reader.get(number, -1) >= layer.number}
-            maps[layer.number] = maps.get(layer.number, read[0])
         return tuple(outputs)
 
     def _layer(self, layer: Layer, read: list[Maps], train: bool) -> Maps:
