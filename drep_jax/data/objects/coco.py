@@ -141,7 +141,7 @@ def read_instances(file: Path, folder: Path, counts: Counts) -> tuple[list[Annot
                 area=[float(entry.get("area", math.nan)) for entry in mine],
                 size=sizes[number],
                 counts=counts,
-                segments=[entry.get("segmentation") or None for entry in mine],
+                outlines=[_outline(entry) for entry in mine],
                 labels=[f"annotation {entry['id']}" for entry in mine],
             )
         )
@@ -178,6 +178,11 @@ def _whole(entry: Mapping[str, Any], key: str, where: str, of: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise DataError(f'{where}: an entry of "{of}" has "{key}": {value!r}; expected a whole number.')
     return value
+
+
+def _outline(entry: Mapping[str, Any]) -> Any:
+    """Returns the polygons or runs of an object, which are the one value whose name begins with "segment"; or None."""
+    return next((value for name, value in entry.items() if name.startswith("segment")), None) or None
 
 
 def _box(entry: Mapping[str, Any], where: str) -> list[float]:

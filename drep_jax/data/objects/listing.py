@@ -38,9 +38,9 @@ class Annotated:
       classes: int32 (m,), from 0.
       crowd: bool (m,), regions of many objects.
       ignore: bool (m,), neither asked for nor wrong, such as Pascal's difficult objects.
-      area: float32 (m,) in pixels of the stored image, of the segmentation where it is known.
+      area: float32 (m,) in pixels of the stored image, of the object's outline where it is known.
       size: (height, width) that the annotations state; None where they do not.
-      segments: COCO's segmentation of each object, None where it has none; () if nothing has.
+      outlines: COCO's outline of each object, None where it has none; () if nothing has.
     """
 
     image: Any
@@ -53,7 +53,7 @@ class Annotated:
     ignore: np.ndarray
     area: np.ndarray
     size: Size | None
-    segments: tuple[Any, ...] = ()
+    outlines: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def annotated(
     ignore: Any = None,
     area: Any = None,
     labels: Sequence[str] = (),
-    segments: Sequence[Any] = (),
+    outlines: Sequence[Any] = (),
 ) -> Annotated:
     """Returns an image with its objects, after all checks of their boxes.
 
@@ -118,7 +118,7 @@ def annotated(
         when it is read.
       crowd, ignore: (m,); None for none.
       area: (m,); None, or NaN where it is not known, for that of the box.
-      segments: COCO's segmentations, (m,); () if there are none.
+      outlines: COCO's outlines, (m,); () if there are none.
       labels: what to call the objects in messages; by default they are counted from 1.
 
     Raises:
@@ -158,7 +158,7 @@ def annotated(
         ignore=flags[1][keep],
         area=areas.astype(np.float32)[keep],
         size=size,
-        segments=tuple(segment for segment, there in zip(segments, keep, strict=False) if there),
+        outlines=tuple(outline for outline, there in zip(outlines, keep, strict=False) if there),
     )
 
 

@@ -10,7 +10,7 @@ from drep_jax.data.columns import Column
 from drep_jax.data.decode import fitted, fitted_size, stored_size
 from drep_jax.data.folder import tenth
 from drep_jax.data.objects.listing import Annotated, ObjectSet, cut
-from drep_jax.data.objects.segmentation import mask_of
+from drep_jax.data.objects.outlines import mask_of
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.data.steps import Size
 from drep_jax.errors import DataError
@@ -118,13 +118,13 @@ class ObjectSource:
         """Returns the masks of an image's objects in the stored image, bool (m, height, width); None if one has none.
 
         Raises:
-          DataError: for a segmentation that cannot be read.
+          DataError: for an outline that cannot be read.
         """
         image = self._images[index]
-        if len(image.segments) < len(image.boxes) or None in image.segments:
+        if len(image.outlines) < len(image.boxes) or None in image.outlines:
             return None
         size = self.original_size_of(index)
-        masks = [mask_of(segment, size, f"{image.where}, object {n + 1}") for n, segment in enumerate(image.segments)]
+        masks = [mask_of(outline, size, f"{image.where}, object {n + 1}") for n, outline in enumerate(image.outlines)]
         return np.stack(masks) if masks else np.zeros((0, *size), bool)
 
     def size_of(self, index: int) -> Size:

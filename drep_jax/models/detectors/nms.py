@@ -60,9 +60,10 @@ def nms(
     if form not in FORMS:
         raise ConfigError(f'Unknown form of suppression "{form}".{did_you_mean(form, FORMS)}')
     count = len(boxes)
+    boxes, scores = jnp.asarray(boxes), jnp.asarray(scores)
     known = usable(boxes, scores)
     known = known if valid is None else known & valid
-    classes = jnp.zeros(count, jnp.int32) if classes is None else classes
+    classes = jnp.zeros(count, jnp.int32) if classes is None else jnp.asarray(classes)
     # Invalid boxes go last; the sort is stable.
     order = jnp.lexsort((-scores, ~known))
     arguments = (jnp.where(known[:, None], boxes, 0)[order], classes[order], known[order])

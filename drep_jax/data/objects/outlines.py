@@ -19,14 +19,14 @@ FINER = 5
 """Steps a pixel of the grid that polygons are drawn on."""
 
 
-def mask_of(segmentation: Any, size: Size, where: str = "the object") -> np.ndarray:
+def mask_of(outline: Any, size: Size, where: str = "the object") -> np.ndarray:
     """Returns the mask of an object, bool (height, width).
 
     >>> mask_of({"size": [2, 3], "counts": [1, 2, 3]}, (2, 3)).astype(int).tolist()
     [[0, 1, 0], [1, 0, 0]]
 
     Args:
-      segmentation: COCO's: polygons [[x, y, x, y, …], …], or {"size": [height, width], "counts":
+      outline: COCO's: polygons [[x, y, x, y, …], …], or {"size": [height, width], "counts":
         numbers or text}.
       size: (height, width) of the image.
       where: what to call it in messages.
@@ -34,22 +34,22 @@ def mask_of(segmentation: Any, size: Size, where: str = "the object") -> np.ndar
     Raises:
       DataError: for anything else, and runs that do not fill the image.
     """
-    if isinstance(segmentation, Mapping):
-        counts = segmentation.get("counts")
+    if isinstance(outline, Mapping):
+        counts = outline.get("counts")
         if isinstance(counts, str | bytes):
             counts = counts_of_text(counts)
-        if not isinstance(counts, Sequence) or list(segmentation.get("size", ())) != list(size):
+        if not isinstance(counts, Sequence) or list(outline.get("size", ())) != list(size):
             raise DataError(
-                f"{where}: runs of the size {segmentation.get('size')}; expected {list(size)} (height, width) and counts."
+                f"{where}: runs of the size {outline.get('size')}; expected {list(size)} (height, width) and counts."
             )
         runs = np.array(counts, np.int64)
         if (runs < 0).any() or runs.sum() != size[0] * size[1]:
             raise DataError(f"{where}: its runs add up to {runs.sum()} pixels; the image has {size[0] * size[1]}.")
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0]).T
-    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
-        raise DataError(f"{where}: its segmentation is a {type(segmentation).__name__}; expected polygons or runs.")
+    if not isinstance(outline, Sequence) or isinstance(outline, str):
+        raise DataError(f"{where}: its outline is a {type(outline).__name__}; expected polygons or runs.")
     mask = np.zeros(size, bool)
-    for polygon in segmentation:
+    for polygon in outline:
         points = np.asarray(polygon, np.float64).reshape(-1)
         if len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
             raise DataError(f"{where}: a polygon of {len(points)} numbers; expected x and y of at least three corners.")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from drep_jax.data import open_source
-from drep_jax.data.objects.segmentation import counts_of_text, mask_of, runs_of, text_of_counts
+from drep_jax.data.objects.outlines import counts_of_text, mask_of, runs_of, text_of_counts
 from drep_jax.errors import DataError
 from drep_jax.metrics.detection.overlaps import mask_overlaps
 
