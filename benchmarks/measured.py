@@ -7,8 +7,9 @@
 A row is network:height[xwidth]:images:draws:GiB, in a process of its own on one device, so that its
 peak is that of nothing else. "before" is the peak with the network and the images made, "MiB more"
 what solving takes beyond it; it should stay below the bound and 1 GiB. Images are made when they
-are needed, as the learner does with more than fit. The second solution of a process compiles
-nothing; its seconds are "again".
+are needed, as the learner does with more than fit. "CPU s" are seconds of processors, all threads
+together. The second solution of a process compiles nothing; its seconds are "again". Weights and
+images are random.
 """
 
 import resource
@@ -26,9 +27,11 @@ ROWS = (
 )
 TINY = "resnet20_cifar:8:10:1:1"
 CLASSES = {"resnet20_cifar": 10}
+NARROW = {"resnet18_narrow": ("resnet18", {"width": 8})}
+"""Networks that processors can run on many large images: the registered one and what is changed."""
 
 
-def one(model: str, size: tuple[int, int], images: int, draws: int, gib: float) -> None:
+def one(model: str, size: tuple[int, int], images: int, draws: int, gib: float, solutions: int) -> None:
     """Measures once in this process and prints the numbers of a row."""
     import jax
 
@@ -48,22 +51,25 @@ def one(model: str, size: tuple[int, int], images: int, draws: int, gib: float) 
             rows = []
             for number in index.tolist():
                 rng = np.random.default_rng(number)
-                clean = rng.normal(size=(*size, 3))
-                noisy = [clean + rng.normal(0, 0.3, clean.shape) for _ in range(draws)]
-                rows.append(np.stack([clean, clean, *noisy]).astype(np.float32))
+                clean = rng.standard_normal((*size, 3), np.float32)
+                noisy = [clean + 0.3 * rng.standard_normal(clean.shape, np.float32) for _ in range(draws)]
+                rows.append(np.stack([clean, clean, *noisy]))
             return np.stack(rows, axis=1)
 
-    net = create_model(model, num_classes=CLASSES.get(model, 1000), image_size=size)
+    name, changes = NARROW.get(model, (model, {}))
+    net = create_model(name, num_classes=CLASSES.get(model, 1000), image_size=size, **changes)
     shape = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
     variables = jax.jit(net.init)(jax.random.key(0), np.zeros(shape.shape, np.float32))
     sites = drep_jax.find_sites(net, shape)
-    before, began = _peak(), time.perf_counter()
+    before, began = _peak(), (time.perf_counter(), time.process_time())
     solve = measuring(net, variables, sites, Random(), memory_gib=gib, outputs=False, say=_say)
-    seconds = []
-    for _ in range(2):
+    seconds: list[float] = []
+    for _ in range(solutions):
         solve([0.75, *[0.25 / draws] * draws])
-        seconds.append(time.perf_counter() - began)
-        began = time.perf_counter()
+        now = (time.perf_counter(), time.process_time())
+        seconds += [now[0] - began[0], now[1] - began[1]]
+        began = now
+    seconds += [float("nan")] * (4 - len(seconds))
     print(len(sites), before, _peak() - before, *seconds)
 
 
@@ -79,6 +85,7 @@ def main(command: Sequence[str] | None = None) -> None:
     """Measures every row and prints the table."""
     parser = Parser(__doc__, rows=TINY)
     parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--solutions", type=int, default=2, choices=(1, 2), help="1 leaves the second one out")
     parser.add_argument("--alone", action="store_true", help="one row, in this process")
     options = parser.parse_args(command)
     rows = []
@@ -86,12 +93,14 @@ def main(command: Sequence[str] | None = None) -> None:
         model, size, images, draws, gib = row.split(":")
         height, _, width = size.partition("x")
         if options.alone:
-            one(model, (int(height), int(width or height)), int(images), int(draws), float(gib))
+            one(model, (int(height), int(width or height)), int(images), int(draws), float(gib), options.solutions)
             return
-        printed = printed_by(main, __file__, ["--alone", f"--rows={row}"], options.tiny)
-        rows.append([model, size, int(images), int(draws), float(gib), *map(float, printed.split()[-5:])])
+        alone = ["--alone", f"--rows={row}", f"--solutions={options.solutions}"]
+        printed = printed_by(main, __file__, alone, options.tiny)
+        rows.append([model, size, int(images), int(draws), float(gib), *map(float, printed.split()[-7:])])
         print(rows[-1], file=sys.stderr, flush=True)
-    columns = ["network", "size", "images", "draws", "GiB", "sites", "MiB before", "MiB more", "s", "s again"]
+    columns = ["network", "size", "images", "draws", "GiB", "sites", "MiB before", "MiB more"]
+    columns += ["s", "CPU s", "s again", "CPU s again"]
     print(tabulate.tabulate(rows, columns, floatfmt=".0f"))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from tabulate import tabulate
 
 from benchmarks.common import Parser
+from drep_jax.core.idle import find_idle
 from drep_jax.core.layers import find_layers
 from drep_jax.core.sites import coverage, find_sites
 from drep_jax.models import MODELS, create_model, list_models
@@ -26,16 +27,21 @@ def image_size(name):
         return 518, 518
     if name.startswith("transreid") or name in ("clip_reid_b16", "resnet50_reid"):
         return 256, 128
+    if name.startswith(("fcn", "segformer")):
+        return 512, 512
     return (256, 256) if name.startswith("swin") or name == "resnet50_vanet" else (224, 224)
 
 
 def look(name, pattern=None):
     """Returns sites, parameters and coverage of one backbone."""
-    model = create_model(name, num_classes=0 if name.startswith("dinov2") else 1000, image_size=image_size(name))
+    classes = 0 if name.startswith("dinov2") else 150 if image_size(name) == (512, 512) else 1000
+    model = create_model(name, num_classes=classes, image_size=image_size(name))
     images = jax.ShapeDtypeStruct((1, *image_size(name), 3), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    params = variables["params"]
     sites = find_sites(model, images, pattern=pattern)
-    return sites, params, coverage(sites, params), len(find_layers(model, images))
+    covered = coverage(sites, params, find_idle(model, variables, images))
+    return sites, params, covered, len(find_layers(model, images))
 
 
 def main(command=None):

@@ -20,6 +20,10 @@ Saved runs, configuration files and command lines may go on using the old names.
 """
 
 
+EARLIER = {"sites.concatenated": "full"}
+"""Values of settings in saved runs that do not have them, where they differ from today's defaults."""
+
+
 def get_default() -> ConfigDict:
     """Returns the settings that all configurations share."""
     config = ConfigDict()
@@ -37,7 +41,7 @@ def get_default() -> ConfigDict:
     # label_augmented, alternating, continued.
     config.learner = "algorithm1"  # The weights of this learner are exported.
     config.compare = ()  # further learners to evaluate; also final_only, which cannot be fused
-    config.task = "classification"  # meaning of the labels: classification, or retrieval (docs/reid.md)
+    config.task = "classification"  # meaning of the labels: classification, retrieval (docs/reid.md) or segmentation
     # for learners measured and distilled: corruptions, separated by commas, or pairs:, bank:, like: or unpaired:PLACE
     config.noise = "gaussian:0..40"
 
@@ -51,12 +55,17 @@ def get_default() -> ConfigDict:
             "data_dir": "",  # folder of TFDS data sets; "" means TFDS_DATA_DIR or ~/tensorflow_datasets
             "image_size": (224, 224),  # (height, width)
             "resize": "crop",  # crop, crop:FRACTION of the short side, squash, pad (whole image, padded) or exact
+            "test_resize": "",  # of test images; keep and short:SHORT:LONG:M leave several sizes; "": as usual in the task
             "mean": (0.5, 0.5, 0.5),  # of the normalization, on the scale 0 to 1, as the weights expect
             "std": (0.5, 0.5, 0.5),  # of the normalization
             "flip": False,  # augmentation: horizontal flip with probability 1/2 (docs/data.md)
             "shift": 0,  # largest translation, in pixels
             "crop_scale": (),  # (smallest, largest) fraction of the area of a random resized crop, such as (0.08, 1.0)
             "crop_ratio": (3 / 4, 4 / 3),  # smallest and largest aspect ratio (width / height) of that crop
+            "scale": (),  # (smallest, largest) factor of a random resize, such as (0.5, 2.0), and a crop of `image_size`
+            "scale_base": (),  # (short, long) side that factor 1 stands for, such as (512, 2048); () the image's own
+            "cat_max_ratio": 1.0,  # with `scale`: largest fraction of one class in a crop, such as 0.75
+            "photometric": False,  # random brightness, contrast, saturation and hue
             "randaugment": 0,  # operations per image
             "randaugment_magnitude": 9.0,  # of the operations, 0 to 30
             "erase": 0.0,  # probability of random erasing
@@ -126,6 +135,17 @@ def get_default() -> ConfigDict:
             "views": False,  # triplets by view, for backbones with one branch for equal and one for different views
         }
     )
+    config.segmentation = ConfigDict(  # labeled training and evaluation in task segmentation (docs/segmentation.md)
+        {
+            "average": "labeled",  # the loss is divided by the number of labeled pixels, or of all, as mmsegmentation does
+            "auxiliary_weight": 0.4,  # of the loss of an auxiliary head, in training only
+            "boundary_ratio": 0.02,  # width of the regions of the boundary IoU, a fraction of the image's diagonal
+            "void_outputs": (),  # outputs of the head that stand for no class of the labels, such as (11,)
+            "void_answers": "never",  # where such an output is the largest: never (it is left out) or wrong
+            "bootstrap_unit": "image",  # what confidence intervals resample: image, or cluster (such as a video)
+            "examples": 6,  # test images in the report; 0 for none
+        }
+    )
     config.schedule = ConfigDict(  # the noise schedule
         {
             "timesteps": 1000,  # T
@@ -137,6 +157,8 @@ def get_default() -> ConfigDict:
         {
             "pattern": "",  # regular expression over layer paths; "" for the layers of MLPs, or else all layers
             "kind": "auto",  # for convolutions: patch, pointwise or auto
+            "max_width": 2304,  # auto: largest patch (k²·C per group) with a patch denoiser; wider: pointwise
+            "concatenated": "blocks",  # where a layer reads a concatenation: blocks, one denoiser a source, or full
             "batchnorm_bias": False,  # constants also before layers without bias: in the running mean of their BatchNorm
         }
     )
@@ -228,7 +250,9 @@ def get_default() -> ConfigDict:
             "unknown_classes": "refuse",  # test images of classes without a training image; score: the backbone knows them
             "gallery": 2000,  # training images of each merged source among which nearest neighbors are sought
             "resamples": 10_000,  # bootstrap resamples
+            "placebo": "effect",  # random maps as large as the learned ones: by effect on clean features, or norm (of maps)
             "certificate_images": 16,  # images on which the fused network is compared with the explicit one
+            "certificate_sizes": (),  # further sizes of these images to compare at, such as ("512x683", "97x131")
             "latency_batch": 64,  # images per batch of the latency measurement
             "spectra": False,  # take the moments for the report's spectra even where no learner needs them
         }

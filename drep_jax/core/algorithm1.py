@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from drep_jax.core.denoisers import Denoisers, resolve
 from drep_jax.core.explicit import floating
-from drep_jax.core.intercept import sow, visit_sites
+from drep_jax.core.intercept import sow, sown, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.linear_denoiser import dtype_of, predict
 from drep_jax.core.matrix_form import features
@@ -101,7 +101,7 @@ def algorithm1_losses(
         extras[site.path] = {"denoiser": dict(get_in(denoise, site.path)), **leaves}
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
-        if layer.path == site.path:  # the other layers of a site read the same tensor
+        if layer.path == site.layers[0].path:  # the other layers of a site read the same tensor
             clean = jax.lax.stop_gradient(features(layer, site.kind, x))
             value = _site_loss(clean, site, extra, key, keys, LOSSES[loss], tokens)
             sow(module, layer, "loss", value)
@@ -111,7 +111,7 @@ def algorithm1_losses(
     _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
     losses = {}
     for site in sites:
-        sums = get_in(collected, site.path)
+        sums = sown(collected, site.layers[0])
         value = sums["loss"] / sums["calls"]
         # Axes after the stack are calls of one layer that nn.scan repeats or nn.vmap spreads.
         losses[site.name] = value.mean(axis=tuple(range(0 if site.stack is None else 1, value.ndim)))

@@ -16,8 +16,8 @@ network rounds to in between.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,15 +29,16 @@ from jaxtyping import Array, Float
 from drep_jax.core.denoisers import Denoisers, resolve
 from drep_jax.core.deployed import deployed_part, structure_kept, undo_rounding
 from drep_jax.core.explicit import call_denoised, explicit_apply, explicit_extras
+from drep_jax.core.figure import Figure, figure
 from drep_jax.core.fusion import FUSED, fuse_variables_exact
-from drep_jax.core.intercept import sow, visit_sites
+from drep_jax.core.intercept import place, sow, sown, visit_sites
 from drep_jax.core.layers import Layer, alone
 from drep_jax.core.precision import SAFETY, epsilon, held_line, rounding, type_name, widened
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
 from drep_jax.trees import get_in
-from drep_jax.typing import AnyArray, Tree
+from drep_jax.typing import AnyArray, Path, Tree
 
 NO_CHANGE = 4 * SAFETY * float(np.finfo(np.float64).eps)
 """Relative change below which float64 cannot tell it from none.
@@ -45,57 +46,8 @@ NO_CHANGE = 4 * SAFETY * float(np.finfo(np.float64).eps)
 Even a patch denoiser that does nothing sums in another order than the layer itself."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """One comparison of fused with explicit.
-
-    Attributes:
-      error: ‖fused − explicit‖ / ‖explicit − base‖; relative to ‖base‖ if denoising changes
-        nothing.
-      bound: what arithmetic allows for the error.
-      change: ‖explicit − base‖ / ‖base‖.
-
-    >>> figure([1.0, 1.0, 2.0**-14, 2.0**-40], epsilon=2.0**-23)  # squares of norms
-    Figure(error=0.0001220703125, bound=0.0009765625, change=0.0078125)
-    """
-
-    error: float
-    bound: float
-    change: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is a finite number within the bound."""
-        return math.isfinite(self.error) and self.error <= self.bound
-
-    @property
-    def decisive(self) -> bool:
-        """Whether the bound is below 1, which is the error of a fusion that does nothing."""
-        return self.bound < 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain numbers."""
-        return {**dataclasses.asdict(self), "passed": self.passed, "decisive": self.decisive}
-
-
-def figure(squares: Any, epsilon: float, widening: float = 1.0) -> Figure:
-    """Makes a `Figure` of four norms.
-
-    Args:
-      squares: sums of squares of base, explicit, explicit − base and fused − explicit.
-      epsilon: ε of the coarsest type that the outputs have gone through.
-      widening: factor on the bound, from what cancels in the sums.
-    """
-    base, explicit, change, error = (math.sqrt(float(value)) for value in squares)
-    epsilon *= widening
-    if change == 0.0:
-        scale = base or 1.0
-        return Figure(error=error / scale, bound=2 * SAFETY * epsilon, change=0.0)
-    return Figure(
-        error=error / change,
-        bound=SAFETY * epsilon * (base + explicit) / change,
-        change=change / base if base else math.inf,
-    )
+PIXELS = 2**18
+"""Pixels of the images that are compared at once; larger batches go through in parts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +84,7 @@ class Certificate:
       structure: {"same_tree", "same_dtypes"} of the parameters, and "same_program": whether the
         optimized program compiled for the fused weights is the backbone's own, to the letter.
       held: the type that the network rounds to even if it is given float64, or None.
+      sizes: {"height×width": certificate on images of another size}; {} if there is one size only.
     """
 
     rule: str
@@ -140,10 +93,11 @@ class Certificate:
     sites: Mapping[str, tuple[SiteFigure, ...]]
     structure: Mapping[str, bool]
     held: str | None = None
+    sizes: Mapping[str, "Certificate"] = dataclasses.field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether fused equals explicit and the structure is the backbone's."""
+        """Whether fused equals explicit and the structure is the backbone's, at every size."""
         figures = [*self.end_to_end.values(), *(site.figure for rows in self.sites.values() for site in rows)]
         exact = [site.figure for site in self.sites["float64"]]
         if self.held is None:
@@ -152,6 +106,7 @@ class Certificate:
             all(f.passed for f in figures)
             and all(f.decisive or f.change <= NO_CHANGE for f in exact)
             and all(self.structure.values())
+            and all(certificate.passed for certificate in self.sizes.values())
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -171,6 +126,7 @@ class Certificate:
             "results": results,
             "structure": dict(self.structure),
             "held": self.held,
+            **({"sizes": {name: other.to_json() for name, other in self.sizes.items()}} if self.sizes else {}),
         }
 
     def __str__(self) -> str:
@@ -188,6 +144,8 @@ class Certificate:
         if self.held is not None:
             lines.append("  " + held_line(self.held))
         lines.append(f"  denoising changes the output by {100 * self.end_to_end['float64'].change:.3g} %;  {marks}")
+        for name, other in self.sizes.items():
+            lines += [f"at {name}: {line}" if index == 0 else line for index, line in enumerate(str(other).split("\n"))]
         return "\n".join(lines)
 
 
@@ -275,15 +233,21 @@ def _measure(
     """
     backbone, sites, schedule, rule, steps, kwargs = settings
     types: dict[str, Any] = {}
+    layers = _by_layer(sites)
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
+        if (site, layer) != layers[layer.path][0]:
+            return call(x)  # a part of a layer that is compared as a whole
         weights = {name: leaf for name, leaf in module.variables["params"].items() if name in ("kernel", "bias")}
         run, returned = alone(module), call(x)
         base = returned
         if wide and x.dtype != np.float64:
             x = x.astype(np.float64)
             base = run(weights, x)
-        explicit = call_denoised(site, layer, module, extra, x, lambda clean: run(weights, clean))
+        denoised = functools.partial(run, weights)
+        for number, (owner, part) in reversed([*enumerate(layers[layer.path])]):
+            denoised = functools.partial(_denoised, owner, part, module, extra["parts"][number], denoised)
+        explicit = denoised(x)
         types[layer.name] = base.dtype
         squares = _squares(base, explicit, run(extra["fused"], x), extra.get("mean"))
         bias = extra["fused"].get("bias", jnp.zeros(1, squares.dtype)).astype(squares.dtype)
@@ -291,38 +255,74 @@ def _measure(
         sow(module, layer, "squares", jnp.concatenate([squares, constant[None]]))
         return returned
 
-    def compare(variables: Tree, denoise: Tree, fused: Tree, args: Any) -> Any:
-        options = {"rule": rule, "steps": steps, **kwargs}
-        extras = explicit_extras(denoise, sites, schedule, rule, steps)
-        for site in sites:
-            for layer in site.layers:
-                extras[layer.path] |= _fused_extras(layer, variables, fused)
+    def visited(variables: Tree, denoise: Tree, fused: Tree, args: Any) -> Any:
+        denoisers = explicit_extras(denoise, sites, schedule, rule, steps)
+        extras: dict[Path, Tree] = {}
+        for rows in layers.values():
+            parts = tuple(denoisers[place(part)] for _, part in rows)
+            extras[place(rows[0][1])] = {"parts": parts, **_fused_extras(rows[0][1], variables, fused)}
         base, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
-        explicit = explicit_apply(backbone, variables, denoise, sites, schedule, *args, **options)
-        after = backbone.apply(fused, *args, **kwargs)
-        leaves = [floating_leaves(tree) for tree in (base, explicit, after)]
-        types["output"] = leaves[0][0].dtype
-        return sum(_squares(*parts) for parts in zip(*leaves, strict=True)), collected
+        leaves = floating_leaves(base)
+        types["output"] = leaves[0].dtype
+        return leaves, collected
 
+    def explicit(variables: Tree, denoise: Tree, args: Any) -> Any:
+        options = {"rule": rule, "steps": steps, **kwargs}
+        return floating_leaves(explicit_apply(backbone, variables, denoise, sites, schedule, *args, **options))
+
+    def after(fused: Tree, args: Any) -> Any:
+        return floating_leaves(backbone.apply(fused, *args, **kwargs))
+
+    # Three short programs instead of a long one: a third of the memory, and less to compile.
+    visited_program, explicit_program, after_program = jax.jit(visited), jax.jit(explicit), jax.jit(after)
+    end, collected = np.zeros(4), None
     with jax.default_matmul_precision("highest"):
-        end, collected = jax.device_get(jax.jit(compare)(variables, denoise, fused, args))
+        for part in _chunks(args):
+            base, figures = visited_program(variables, denoise, fused, part)
+            others = explicit_program(variables, denoise, part), after_program(fused, part)
+            end += sum(np.asarray(_squares(*outputs), np.float64) for outputs in zip(base, *others, strict=True))
+            figures = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), figures)
+            collected = figures if collected is None else jax.tree_util.tree_map(np.add, collected, figures)
     rows, coarsest, widenings = [], [], []
-    for site in sites:
-        for layer in site.layers:
-            values = np.asarray(get_in(collected, layer.path)["squares"])
-            values = values.reshape(site.stack or 1, -1, 5).sum(axis=1)  # over all calls, if a scan repeats one layer
-            for copy, squares in enumerate(values):
-                times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
-                leaves = get_in(fused["params"], layer.path)
-                stored = [jnp.result_type(leaves[leaf]) for leaf in ("kernel", "bias") if leaf in leaves]
-                coarsest.append(epsilon([types[layer.name], *stored]))
-                base_norm, explicit_norm, constant = np.sqrt(squares[[0, 1, 4]].astype(np.float64))
-                total = float(base_norm + explicit_norm)
-                widenings.append(1.0 + float(constant) / total if total > 0 else 1.0)
-                rows.append(SiteFigure(layer.name, copy, times, figure(squares[:4], coarsest[-1], widenings[-1])))
+    for site, layer in (parts[0] for parts in layers.values()):
+        values = np.asarray(sown(collected, layer)["squares"])
+        values = values.reshape(site.stack or 1, -1, 5).sum(axis=1)  # over all calls, if a scan repeats one layer
+        for copy, squares in enumerate(values):
+            times = tuple(range(site.times[copy], site.times[copy] - (steps or site.steps), -1))
+            leaves = get_in(fused["params"], layer.path)
+            stored = [jnp.result_type(leaves[leaf]) for leaf in ("kernel", "bias") if leaf in leaves]
+            coarsest.append(epsilon([types[layer.name], *stored]))
+            base_norm, explicit_norm, constant = np.sqrt(squares[[0, 1, 4]].astype(np.float64))
+            total = float(base_norm + explicit_norm)
+            widenings.append(1.0 + float(constant) / total if total > 0 else 1.0)
+            rows.append(SiteFigure(layer.name, copy, times, figure(squares[:4], coarsest[-1], widenings[-1])))
     # The coarsest type in the network decides what the output can resolve.
     resolution = max(*coarsest, epsilon([types["output"], *([] if held is None else [held])]))
     return figure(np.asarray(end), resolution, max(widenings)), tuple(rows)
+
+
+def _chunks(args: Any) -> list[Any]:
+    """Returns the arguments as one batch of images after the other, so that large images need no more memory."""
+    if len(args) != 1 or np.ndim(args[0]) != 4:
+        return [args]
+    (images,) = args
+    count, pixels = images.shape[0], images.shape[1] * images.shape[2]
+    most = max(1, PIXELS // pixels)
+    size = next(size for size in range(min(count, most), 0, -1) if count % size == 0)
+    return [(images[first : first + size],) for first in range(0, count, size)]
+
+
+def _by_layer(sites: Sequence[Site]) -> dict[Path, list[tuple[Site, Layer]]]:
+    """Returns the sites of every layer, several where it reads a concatenation, with the layer's parts."""
+    layers: dict[Path, list[tuple[Site, Layer]]] = {}
+    for site in sites:
+        for layer in site.layers:
+            layers.setdefault(layer.path, []).append((site, layer))
+    return layers
+
+
+def _denoised(site: Site, layer: Layer, module: nn.Module, extra: Tree, call: Callable[[Any], Any], x: Any) -> Any:
+    return call_denoised(site, layer, module, extra, x, call)
 
 
 def floating_leaves(tree: Tree) -> list[Any]:

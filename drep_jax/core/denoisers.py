@@ -41,6 +41,13 @@ NO_PLACE = (
 """What is said of a constant at a site that has no place for it."""
 
 
+WHOLE = (
+    "It has one over the whole concatenation that {layer} reads. Find the sites with --config.sites.concatenated=full, in "
+    'Python find_sites(…, concatenated="full").'
+)
+"""What is said where a denoiser over a concatenation meets sites with one a source."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The value
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,12 +289,14 @@ def check_params(params: Tree, sites: Sequence[Site]) -> None:
     known = {(*site.path, leaf) for site in sites for leaf in leaf_shapes(site)}
     for path, _ in jax.tree_util.tree_leaves_with_path(denoise):
         if (names := tuple(str(getattr(k, "key", k)) for k in path)) not in known:
-            raise FusionError(f"denoise/{'/'.join(names)}: no selected site has such a leaf.")
+            parts = [s.layers[0] for s in sites if s.layers[0].part is not None and s.layers[0].path == names[:-1]]
+            whole = f" {WHOLE.format(layer=parts[0].name)}" if parts else ""
+            raise FusionError(f"denoise/{'/'.join(names)}: no selected site has such a leaf.{whole}")
     for site in sites:
         _check_denoiser(site, _leaves_of(denoise, site))
         for layer in site.layers:
             node = get_in(backbone, layer.path)
-            expected = (() if layer.stack is None else (layer.stack,)) + layer.kernel_shape
+            expected = (() if layer.stack is None else (layer.stack,)) + layer.whole_shape
             shape = tuple(node["kernel"].shape) if isinstance(node, Mapping) and "kernel" in node else None
             if shape != expected:
                 raise FusionError(f"{layer.name}: the backbone's kernel has shape {shape}, expected {expected}.")
@@ -296,7 +305,11 @@ def check_params(params: Tree, sites: Sequence[Site]) -> None:
 def _leaves_of(denoise: Tree, site: Site) -> Mapping[str, Any]:
     leaves = get_in(denoise, site.path)
     if not has_matrix(leaves):
-        raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.")
+        first = site.layers[0]
+        whole = ""
+        if first.part is not None and has_matrix(get_in(denoise, first.path)):
+            whole = f" {WHOLE.format(layer=first.name)}"
+        raise FusionError(f"{site.name}: there is no denoiser for this site in the `denoise` subtree.{whole}")
     return leaves
 
 

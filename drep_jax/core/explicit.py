@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.core.denoisers import Denoisers, resolve
-from drep_jax.core.intercept import visit_sites
+from drep_jax.core.intercept import place, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.linear_denoiser import dtype_of, predict
 from drep_jax.core.matrix_form import affine, features, input_from_features, kernel_matrix
@@ -47,16 +47,23 @@ def denoise_features(
 def call_denoised(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Callable[[Any], Any]) -> Any:
     """Calls a layer on its denoised input; a patch denoiser works on the windows, after padding.
 
-    A visitor for `drep_jax.core.intercept.visit_sites`, with extras from `explicit_extras`.
+    A visitor for `drep_jax.core.intercept.visit_sites`, with extras from `explicit_extras`. The windows
+    of a part are multiplied by their rows of the kernel, and zeros take the place of its channels in
+    the layer's input.
     """
     vectors = denoise_features(extra["denoiser"], extra["triples"], features(layer, site.kind, x))
     if site.kind != "patch":
         return call(input_from_features(layer, vectors, x))
+    rest = None
+    if layer.part is not None:
+        rest = call(jnp.asarray(x).at[..., layer.part.first : layer.part.end].set(0))
     weights: Any = (module.get_variable("params", name) for name in ("kernel", "bias"))
     vectors, kernel, bias = module.promote_dtype(vectors, *weights, dtype=module.dtype)
     matrix = kernel_matrix(layer, site.kind, kernel)
     y = affine(vectors, matrix[0] if site.groups == 1 else matrix, precision=module.precision)
     y = y if site.groups == 1 else y.reshape(*y.shape[:-2], -1)
+    if rest is not None:
+        return rest + y
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -67,11 +74,11 @@ def explicit_extras(
     rule: str | None = None,
     steps: int | None = None,
 ) -> dict[Path, Tree]:
-    """Returns what `call_denoised` needs at every layer: denoiser and reverse-step triples."""
+    """Returns what `call_denoised` needs at the `place` of every site: denoiser and reverse-step triples."""
     denoise, rule, steps = resolve(denoise, rule, steps)
     table = site_steps(sites, schedule, rule, steps)
     return {
-        layer.path: {"denoiser": dict(get_in(denoise, site.path)), "triples": floating(table[site.path])}
+        place(layer): {"denoiser": dict(get_in(denoise, site.path)), "triples": floating(table[site.path])}
         for site in sites
         for layer in site.layers
     }

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from drep_jax.core.denoisers import Denoisers, check_params, resolve, resolve_params
 from drep_jax.core.layers import Layer
 from drep_jax.core.linear_denoiser import dtype_of
-from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix, with_part
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.reverse_map import carry_through_steps, compose_steps, site_steps
 from drep_jax.core.schedule import Schedule
@@ -171,9 +171,13 @@ def _fused(
         denoiser = get_in(params["denoise"], site.path)
         for layer in site.layers:
             weights = get_in(params["backbone"], layer.path)
+            if layer.part is not None:  # the parts before it are fused already
+                weights = {name: fused_leaves.get((*layer.path, name), leaf) for name, leaf in weights.items()}
             fused = fuse_layer(layer, site, weights, denoiser, table[site.path], strength)
             if layer.norm is not None and "bias" in fused:
-                constants[*layer.norm, "mean"] = fused.pop("bias")
+                mean = (*layer.norm, "mean")
+                constant = fused.pop("bias")
+                constants[mean] = constants[mean] + constant if mean in constants else constant
             fused_leaves.update({(*layer.path, name): leaf for name, leaf in fused.items()})
 
     def replace(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -227,7 +231,7 @@ def fuse_layer(
 def _forms(layer: Layer, site: Site) -> tuple[Layer, Site]:
     """Returns what decides the arithmetic of a layer, and not its name: equal forms share one program."""
     nameless: dict[str, Any] = {"path": (), "stack": None, "scan": None, "reads": 0, "order": 0, "writable": True}
-    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, norm=None)
+    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, norm=None, sources=())
     return layer, dataclasses.replace(site, path=(), layers=(), times=(), stack=None)
 
 
@@ -239,17 +243,19 @@ def _fuse_copies(
     wide = jnp.promote_types(wide, dtype_of(denoiser))
 
     def fuse_copy(weights: Any, denoiser: Any, triples: Any) -> Any:
-        base, denoiser = jax.tree_util.tree_map(lambda leaf: leaf.astype(wide), (weights, denoiser))
-        fused = _compose(layer, site, base, denoiser, triples.astype(wide))
+        whole, denoiser = jax.tree_util.tree_map(lambda leaf: leaf.astype(wide), (weights, denoiser))
+        matrix = kernel_matrix(layer, site.kind, whole["kernel"])
+        base = {**whole, "kernel": kernel_from_matrix(layer, site.kind, matrix)}
+        fused = _compose(layer, site, base, matrix, denoiser, triples.astype(wide))
         tau = jnp.asarray(strength, wide)
         mix = {name: (1 - tau) * leaf + tau * fused[name] for name, leaf in base.items()}  # exact at τ = 0 and 1
+        mix["kernel"] = with_part(layer, whole["kernel"], mix["kernel"])
         return {name: leaf.astype(weights[name].dtype) for name, leaf in mix.items()}
 
     return (jax.vmap(fuse_copy) if stacked else fuse_copy)(weights, denoiser, triples)
 
 
-def _compose(layer: Layer, site: Site, weights: Any, denoiser: Any, triples: Any) -> dict[str, Any]:
-    matrix = kernel_matrix(layer, site.kind, weights["kernel"])
+def _compose(layer: Layer, site: Site, weights: Any, matrix: Any, denoiser: Any, triples: Any) -> dict[str, Any]:
     matrix, constant = carry_through_steps(site, matrix, denoiser, triples)
     fused = {"kernel": kernel_from_matrix(layer, site.kind, matrix)}
     if "bias" in weights:

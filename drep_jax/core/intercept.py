@@ -5,6 +5,7 @@ of the schedule) travels as an extra leaf beside the layer's own parameters, bec
 only those are sliced for each copy.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from drep_jax.core.interceptor import intercepting
 from drep_jax.core.layers import COLLECTION, LAYER_KINDS, Layer
 from drep_jax.core.sites import Site
 from drep_jax.errors import SiteError
-from drep_jax.trees import set_in
+from drep_jax.trees import get_in, set_in
 from drep_jax.typing import Path, Tree
 
 Visit = Callable[[Site, Layer, nn.Module, Any, Any, Callable[[Any], Any]], Any]
@@ -41,9 +42,10 @@ def visit_sites(
     Args:
       backbone: an unbound Linen module.
       variables: its variables, {"params": …, …}.
-      sites: whose layers are visited.
-      extras: {layer path: tree for the visitor}; for stacked layers, with the stack as first axis
-        of every leaf.
+      sites: whose layers are visited. A layer with several sites, one for each source of a
+        concatenation, is visited by one inside the other: `call` is then the visit of the next.
+      extras: {`place` of a site at a layer: tree for the visitor}; for stacked layers, with the stack
+        as first axis of every leaf.
       visit: called as `visit(site, layer, module, extra, x, call)`, where `call(x)` is the layer
         itself; returns the layer's output.
       *args, **kwargs: for the backbone.
@@ -52,18 +54,28 @@ def visit_sites(
     Returns:
       The backbone's outputs, or (outputs, collection) with `collect`.
     """
-    table = {layer.path: (site, layer) for site in sites for layer in site.layers}
+    table: dict[Path, list[tuple[Site, Layer]]] = {}
+    for site in sites:
+        for layer in site.layers:
+            table.setdefault(layer.path, []).append((site, layer))
     params = variables["params"]
-    for path, extra in extras.items():
-        params = set_in(params, (*path, EXTRA), extra)
+    for rows in table.values():
+        for _, layer in rows:
+            if (extra := extras.get(place(layer))) is not None:
+                below = () if layer.part is None else (layer.part.name,)
+                params = set_in(params, (*layer.path, EXTRA, *below), extra)
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
         # A module may share the scope, and with it the path, of one of its layers.
         if context.method_name != "__call__" or module.path not in table or not isinstance(module, LAYER_KINDS):
             return next_fun(*args, **kwargs)
-        x = args[0] if args else kwargs["inputs"]
-        return visit(*table[module.path], module, module.get_variable("params", EXTRA), x, next_fun)
+        extra: Any = module.get_variable("params", EXTRA)
+        call = next_fun
+        for site, layer in reversed(table[module.path]):
+            own = extra if layer.part is None else (extra or {}).get(layer.part.name)
+            call = functools.partial(_visited, visit, site, layer, module, own, call)
+        return call(args[0] if args else kwargs["inputs"])
 
     with intercepting(intercept):
         outputs = backbone.apply(
@@ -72,8 +84,26 @@ def visit_sites(
     return (outputs[0], outputs[1].get(COLLECTION, {})) if collect else outputs
 
 
+def _visited(
+    visit: Visit, site: Site, layer: Layer, module: nn.Module, extra: Any, call: Callable[[Any], Any], x: Any
+) -> Any:
+    return visit(site, layer, module, extra, x, call)
+
+
+def place(layer: Layer) -> Path:
+    """Returns the path of what belongs to a site at one of its layers: the layer's, or that of its part below it."""
+    return layer.path if layer.part is None else (*layer.path, layer.part.name)
+
+
+def sown(collected: Tree, layer: Layer) -> dict[str, Any]:
+    """Returns what was sown at a layer, or at its part, by name."""
+    prefix = "" if layer.part is None else f"{layer.part.name}:"
+    leaves = get_in(collected, layer.path)
+    return {name.removeprefix(prefix): value for name, value in leaves.items() if name.startswith(prefix)}
+
+
 def sow(module: nn.Module, layer: Layer, name: str, value: Any) -> None:
-    """Adds `value` to what the collection "denoise" holds as `name` at this layer.
+    """Adds `value` to what the collection "denoise" holds as `name` at this layer; see `sown`.
 
     Raises:
       SiteError: under an `nn.scan` or `nn.vmap` that does not lift the collection; names the line
@@ -84,4 +114,23 @@ def sow(module: nn.Module, layer: Layer, name: str, value: Any) -> None:
             f"{layer.name} runs under nn.scan or nn.vmap, which hides the collection that its statistics are written to. Add "
             f"'{COLLECTION}': 0 to its axes, as in nn.scan(…, variable_axes={{'params': 0, '{COLLECTION}': 0}}, …)."
         )
+    name = name if layer.part is None else f"{layer.part.name}:{name}"
     module.sow(COLLECTION, name, value, init_fn=lambda: jnp.zeros_like(value), reduce_fn=jnp.add)
+
+
+def sum_calls(site: Site, sown: Mapping[str, Any], axes: Mapping[str, int], otherwise: int) -> dict[str, Any]:
+    """Sums what was sown over the calls of a layer that `nn.scan` repeats or `nn.vmap` spreads.
+
+    Args:
+      site: of the layer.
+      sown: name ↦ values; their axes are ([stack], calls…, [groups], own…).
+      axes: name ↦ number of own axes; with −1 there is none of the groups either.
+      otherwise: that of all other names.
+    """
+    stack, groups = int(site.stack is not None), int(site.groups > 1)
+
+    def add(name: str, value: Any) -> Any:
+        last = axes.get(name, otherwise)
+        return value.sum(axis=tuple(range(stack, value.ndim - (groups + last if last >= 0 else 0))))
+
+    return {name: add(name, value) for name, value in sown.items()}

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from drep_jax.core.intercept import visit_sites
+from drep_jax.core.intercept import place, visit_sites
 from drep_jax.core.jaxpr import (
     INLINED,
     PREFIX,
@@ -96,8 +96,6 @@ def check_measurable(sites: Sequence[Site]) -> None:
 
 def _unmeasurable(layer: Layer) -> str | None:
     """Returns why measured noise cannot solve a layer, or None if it can."""
-    if layer.norm is not None:
-        return "its constant would go into the BatchNorm behind it; find the sites without batchnorm_bias"
     if layer.calls > 1:
         return f"it is called {layer.calls} times in one forward pass"
     return "nn.vmap spreads its input over calls; call it on the whole batch" if layer.spread else None
@@ -141,7 +139,7 @@ def trace(
 def _no_extras(sites: Sequence[Site]) -> Tree:
     """Returns the extras of a visitor that needs none; every layer must have one, and with a stack its axis."""
     layers = [layer for site in sites for layer in site.layers]
-    return {layer.path: jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
+    return {place(layer): jnp.zeros(() if layer.stack is None else layer.stack) for layer in layers}
 
 
 def check_batch_axis(

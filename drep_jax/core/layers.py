@@ -8,16 +8,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
-from drep_jax.core.customized import differing, overrides
+from drep_jax.core.concatenation import find_sources
+from drep_jax.core.customized import LEAVES, refusal_of
 from drep_jax.core.interceptor import intercepting
 from drep_jax.core.jaxpr import independent_marks, mark, mark_name, marked
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.reads import Marked, Use, find_reads
+from drep_jax.core.window import Window, window_of
 from drep_jax.errors import SiteError
 from drep_jax.trees import get_in
 from drep_jax.typing import Path, Tree
@@ -28,10 +30,6 @@ COLLECTION = "denoise"
 
 LAYER_KINDS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 """Modules whose calls are layers."""
-
-
-LEAVES = ("bias", "kernel")
-"""Names of a layer's parameters, in tree order."""
 
 
 NNX = (
@@ -50,43 +48,42 @@ NO_IMAGES = "what it reads is the same for all images, so it holds no feature of
 """Refusal of a layer whose input does not depend on the images (position biases)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """How a convolution reads its input; the attributes are those of `flax.linen.Conv`."""
+NO_OUTPUT = "no output of the network depends on it, as of an auxiliary head in evaluation mode"
+"""Refusal of a layer that is called for nothing."""
 
-    kernel_size: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str | tuple[tuple[int, int], ...]
-    input_dilation: tuple[int, ...]
-    kernel_dilation: tuple[int, ...]
-    groups: int
+
+IDLE = (NO_IMAGES, NO_OUTPUT)
+"""Refusals of layers that patterns skip, unless they match nothing else."""
+
+
+class Part(NamedTuple):
+    """Some adjacent channels of a layer's input: those of one source of a concatenation.
+
+    Attributes:
+      number: index of the source.
+      first, end: its channels are first … end − 1.
+      channels: of the whole input.
+    """
+
+    number: int
+    first: int
+    end: int
+    channels: int
 
     @property
-    def single(self) -> bool:
-        """Whether the window is one pixel."""
-        return math.prod(self.kernel_size) == 1
-
-    @property
-    def fills_with_zeros(self) -> bool:
-        """Whether a window can contain zeros that are no pixels: by padding or input dilation.
-
-        A pointwise denoiser acts before they are filled in, so its constant would be missing there.
-        """
-        if any(d > 1 for d in self.input_dilation):
-            return True
-        if isinstance(self.padding, str):
-            return self.padding in ("SAME", "SAME_LOWER", "CAUSAL") and not self.single
-        return any(low > 0 or high > 0 for low, high in self.padding)
+    def name(self) -> str:
+        """Name of its denoiser in the `denoise` subtree, below the layer's path."""
+        return f"part{self.number}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One linear layer of a backbone.
+    """One linear layer of a backbone, or the part of it that reads one source of a concatenation.
 
     Attributes:
       path: of its parameters, as in `params[path[0]][path[1]]…["kernel"]`.
       kind: "dense" or "conv".
-      kernel_shape: of one copy, without the axis that `nn.scan` stacks.
+      kernel_shape: of one copy, without the axis that `nn.scan` stacks; of the part alone.
       inputs: number of leading kernel axes that are contracted; 0 for a convolution.
       axes: the contracted axes of the input, counted from the end.
       window: how a convolution reads its input; None for a Dense layer.
@@ -101,6 +98,8 @@ class Layer:
       spread: whether `nn.vmap` has added axes to its input, other than a first one to that of a
         Dense layer.
       norm: path of the BatchNorm whose running mean takes the constant of a denoiser, or None.
+      sources: channels of each tensor that its input is a concatenation of; () if it is none.
+      part: the channels that are read, or None for all.
     """
 
     path: Path
@@ -119,6 +118,8 @@ class Layer:
     calls: int = 1
     spread: bool = False
     norm: Path | None = None
+    sources: tuple[int, ...] = ()
+    part: Part | None = None
 
     @property
     def name(self) -> str:
@@ -129,6 +130,30 @@ class Layer:
     def kernel_size(self) -> int:
         """Number of entries of its kernel, over all stacked copies."""
         return math.prod(self.kernel_shape) * (self.stack or 1)
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the kernel that its input's channels are on, counted from the end."""
+        return -len(self.kernel_shape) if self.window is None else -2
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the kernel of one copy in the parameter tree."""
+        return self.kernel_shape if self.part is None else self._with_channels(self.part.channels)
+
+    def parts(self) -> tuple["Layer", ...]:
+        """Returns the layer as one part a source; itself if it reads no concatenation."""
+        ends = [sum(self.sources[: n + 1]) for n in range(len(self.sources))]
+        return tuple(
+            dataclasses.replace(
+                self, kernel_shape=self._with_channels(size), part=Part(number, end - size, end, ends[-1])
+            )
+            for number, (size, end) in enumerate(zip(self.sources, ends, strict=True))
+        ) or (self,)
+
+    def _with_channels(self, channels: int) -> tuple[int, ...]:
+        axis = len(self.kernel_shape) + self.channel_axis
+        return (*self.kernel_shape[:axis], channels, *self.kernel_shape[axis + 1 :])
 
 
 @standard_promotion
@@ -213,10 +238,15 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
     }
     unknown = [None] * (len(jaxpr.invars) - len(leaves))
     seen = find_reads(jaxpr, [*leaves, *unknown], called)
+    sources = find_sources(jaxpr)
     groups: dict[tuple[int, ...], int] = {}  # of layers that read the same tensors in all of their calls
     return tuple(
         _judged(
-            dataclasses.replace(layer, reads=groups.setdefault(tuple(reads[path]), len(groups))),
+            dataclasses.replace(
+                layer,
+                reads=groups.setdefault(tuple(reads[path]), len(groups)),
+                sources=sources.get(mark_name(path), ()) if _reads_channels(layer) else (),
+            ),
             seen.uses.get(mark_name(path)),
             [("params", *path, name) in seen.elsewhere for name in _leaf_names(layer)],
             mark_name(path) in constant,
@@ -253,6 +283,11 @@ def _leaf_names(layer: Layer) -> tuple[str, ...]:
     return LEAVES if layer.bias else ("kernel",)
 
 
+def _reads_channels(layer: Layer) -> bool:
+    """Returns whether a layer mixes all channels of the last axis of its input, and nothing else than windows of them."""
+    return layer.axes == (-1,) and (layer.window is None or layer.window.groups == 1)
+
+
 def _same_form(one: Layer, other: Layer) -> bool:
     return dataclasses.replace(one, order=0, writable=True) == dataclasses.replace(other, order=0, writable=True)
 
@@ -286,27 +321,10 @@ def _judged(
         refusal = "another layer has the same name, because a part of one of them contains a slash"
     elif constant:
         refusal = NO_IMAGES
+    elif not use.calls:
+        refusal = NO_OUTPUT
     spread = any(layer.kind != "dense" or shape[1:] not in shapes for shape in use.spread)
     return dataclasses.replace(layer, refusal=refusal, calls=max(use.calls, 1), spread=spread)
-
-
-def _tuple(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    if value is None:
-        return (1,) * rank
-    return (value,) * rank if isinstance(value, int) else tuple(value)
-
-
-def _window(layer: nn.Conv) -> Window:
-    size = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
-    padding = nn.linear.canonicalize_padding(layer.padding, len(size))
-    return Window(
-        kernel_size=size,
-        strides=_tuple(layer.strides, len(size)),
-        padding=padding if isinstance(padding, str) else tuple((int(low), int(high)) for low, high in padding),
-        input_dilation=_tuple(layer.input_dilation, len(size)),
-        kernel_dilation=_tuple(layer.kernel_dilation, len(size)),
-        groups=layer.feature_group_count,
-    )
 
 
 def _describe(layer: nn.Module, x: Any, params: Any, order: int) -> Layer:
@@ -320,7 +338,7 @@ def _describe(layer: nn.Module, x: Any, params: Any, order: int) -> Layer:
     stacked = outer_shape is not None and outer_shape != kernel.shape
 
     if isinstance(layer, nn.Conv):
-        kind, window, axes, inputs = "conv", _window(layer), (-1,), 0
+        kind, window, axes, inputs = "conv", window_of(layer), (-1,), 0
     else:
         kind, window = "dense", None
         axis = getattr(layer, "axis", -1)
@@ -340,58 +358,5 @@ def _describe(layer: nn.Module, x: Any, params: Any, order: int) -> Layer:
         reads=0,
         order=order,
         writable=layer.is_mutable_collection(COLLECTION),
-        refusal=_refusal(layer, kernel.shape, params, outer_shape, transforms, stacked),
+        refusal=refusal_of(layer, window, kernel.shape, params, outer_shape, transforms, stacked),
     )
-
-
-def _refusal(
-    layer: Any, shape: tuple[int, ...], node: Any, outer: tuple[int, ...] | None, transforms: list[str], stacked: bool
-) -> str | None:
-    """Returns why a layer cannot be a site, or None.
-
-    Args:
-      layer: bound.
-      shape: of its kernel where it is called.
-      node: of the parameter tree at its path.
-      outer: of its kernel in the parameter tree, or None if it is not at the layer's path.
-      transforms: names of the Flax transformations around the layer, outermost first.
-      stacked: whether the two shapes differ.
-    """
-    if overridden := overrides(type(layer)):
-        return (
-            f"{type(layer).__name__} overrides {', '.join(overridden)}, so it need not be a linear map; if it only pads or "
-            "scales, do that in a module around a plain layer"
-        )
-    if not layer.path:
-        return "the module is itself the layer; wrap it in a module that has it as a part"
-    if outer is None:
-        return "its kernel is not in the parameter tree at its own path"
-    if shared := sorted(set(node) - {*LEAVES}):
-        return (
-            f"its scope belongs to another module, which also holds {', '.join(shared)} there (nn.share_scope); give the "
-            "layer a scope of its own"
-        )
-    if layer.promote_dtype is not nn.dtypes.promote_dtype:
-        return "its promote_dtype is not Flax's, so it may change the weights before they are used"
-    if unknown := sorted(set(transforms) - {"scan", "remat", "checkpoint", "jit", "vmap", "named_call"}):
-        return f"its weights pass through {', '.join(unknown)} before they are used"
-    if getattr(layer, "mask", None) is not None:
-        return "its kernel is masked, and fusing would fill the masked entries"
-    if getattr(layer, "batch_dims", ()):
-        return "it has batch_dims, so every batch row has a kernel of its own"
-    custom = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
-    products = [f for f in (getattr(layer, name, None) for name in custom) if f is not None]
-    if not all(getattr(f, "is_convolution", False) for f in products):
-        return "it replaces the matrix product, which then need not be linear (if it is, say f.is_convolution = True)"
-    if isinstance(layer, nn.Conv) and (name := differing(layer, products, _window(layer), shape)):
-        return (
-            f"its function {name} says is_convolution and computes something else than jax.lax.conv_general_dilated; if it "
-            "pads, do that in a module around the layer"
-        )
-    if stacked and "vmap" in transforms:
-        return "nn.vmap stacks its kernel: its copies run side by side and have no order in time"
-    if stacked and transforms.count("scan") != 1:
-        return "its kernel is stacked by other than exactly one nn.scan"
-    if stacked and outer[1:] != shape:
-        return f"its kernel {outer} is not stacked on the first axis (use variable_axes={{'params': 0}})"
-    return None

@@ -6,7 +6,8 @@ The *feature vectors* f of a layer are what its matrix multiplies:
 - convolution, kind "patch": the window, channel-major (C, kh, kw), padding included;
 - convolution, kind "pointwise": the channels of each pixel.
 
-Only this file knows how kernels and inputs are laid out.
+Those of a layer with a `part` are of these channels of the input alone, and so are the rows of its
+matrix. Only this file knows how kernels and inputs are laid out.
 """
 
 import math
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from drep_jax.core.layers import Layer, Window
+from drep_jax.core.layers import Layer
+from drep_jax.core.window import Window
 from drep_jax.typing import AnyArray
 
 
@@ -29,12 +31,13 @@ def kernel_matrix(
     Args:
       layer: gives the kernel's shape.
       kind: of the site, "dense", "patch" or "pointwise".
-      kernel: of one copy, shaped `layer.kernel_shape`.
+      kernel: of one copy, shaped `layer.whole_shape`.
 
     Returns:
       M, with rows in the order of `features`. The columns are the outputs of a group; for
       "pointwise", the outputs of each pixel of the window.
     """
+    kernel = part_of(layer, kernel)
     if layer.window is None:
         width = math.prod(layer.kernel_shape[: layer.inputs])
         return kernel.reshape(1, width, -1)
@@ -49,7 +52,7 @@ def kernel_matrix(
 def kernel_from_matrix(
     layer: Layer, kind: str, matrix: Float[AnyArray, "groups width columns"]
 ) -> Float[AnyArray, "*kernel_shape"]:
-    """Inverse of `kernel_matrix`."""
+    """Inverse of `kernel_matrix`, of the part alone; see `with_part`."""
     del kind  # both kinds flatten the same array
     if layer.window is None:
         return matrix.reshape(layer.kernel_shape)
@@ -58,6 +61,31 @@ def kernel_from_matrix(
     rank = len(size)
     grouped = matrix.reshape(groups, channels, *size, outputs // groups)
     return _moveaxis(grouped, (0, 1), (rank + 1, rank)).reshape(layer.kernel_shape)
+
+
+def part_of(layer: Layer, kernel: Float[AnyArray, "*stack_and_whole_shape"]) -> Float[AnyArray, "*stack_and_shape"]:
+    """Returns the rows of a kernel, stacked or not, that belong to a layer's part; all of them if it is the whole."""
+    return kernel if layer.part is None else kernel[_channels(layer, layer.part.first, layer.part.end)]
+
+
+def with_part(
+    layer: Layer, kernel: Float[AnyArray, "*whole_shape"], part: Float[AnyArray, "*kernel_shape"]
+) -> Float[AnyArray, "*whole_shape"]:
+    """Returns a layer's kernel with another one in place of its part, which may be the whole."""
+    if layer.part is None:
+        return part
+    pieces: list[Any] = [
+        kernel[_channels(layer, None, layer.part.first)],
+        part,
+        kernel[_channels(layer, layer.part.end, None)],
+    ]
+    numbers: Any = np if all(isinstance(piece, np.ndarray) for piece in pieces) else jnp
+    return numbers.concatenate(pieces, axis=layer.channel_axis)
+
+
+def _channels(layer: Layer, first: int | None, end: int | None) -> Any:
+    """Returns the index of some input channels in a layer's kernel."""
+    return (..., slice(first, end), *[slice(None)] * (-layer.channel_axis - 1))
 
 
 def _moveaxis(a: AnyArray, source: tuple[int, ...], to: tuple[int, ...]) -> AnyArray:
@@ -87,6 +115,7 @@ def features(layer: Layer, kind: str, x: Float[AnyArray, "*input_shape"]) -> Flo
     Returns:
       (…, width), or (…, groups, width) for a grouped convolution.
     """
+    x = channels_read(layer, x)
     if layer.window is None:
         moved = jnp.moveaxis(x, layer.axes, range(-layer.inputs, 0))
         return moved.reshape(*moved.shape[: -layer.inputs], -1)
@@ -99,11 +128,19 @@ def features(layer: Layer, kind: str, x: Float[AnyArray, "*input_shape"]) -> Flo
 def input_from_features(
     layer: Layer, vectors: Float[AnyArray, "*positions width"], like: Float[AnyArray, "*input_shape"]
 ) -> Float[AnyArray, "*input_shape"]:
-    """Inverse of `features`, except for patches; `like` is the layer's input."""
+    """Inverse of `features`, except for patches; `like` is the layer's input, of which a part keeps the rest."""
+    if layer.part is not None:
+        first, end = layer.part.first, layer.part.end
+        return jnp.asarray(like, vectors.dtype).at[..., first:end].set(vectors.reshape(*like.shape[:-1], end - first))
     if layer.window is None:
         moved_shape = jnp.moveaxis(like, layer.axes, range(-layer.inputs, 0)).shape
         return jnp.moveaxis(vectors.reshape(moved_shape), range(-layer.inputs, 0), layer.axes)
     return vectors.reshape(like.shape)
+
+
+def channels_read(layer: Layer, x: Float[AnyArray, "*input_shape"]) -> Float[AnyArray, "*part_shape"]:
+    """Returns the channels of a layer's input that it reads: all, or those of its part."""
+    return x if layer.part is None else x[..., layer.part.first : layer.part.end]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,19 +164,18 @@ def patches(window: Window, x: Float[AnyArray, "*pixels channels"]) -> Float[Arr
         steps: Any = tuple(slice(None, None, step) for step in window.strides)
         return jnp.asarray(x)[(..., *steps, slice(None))]
     batch = x.shape[: -rank - 1]
-    x, padding = _pad_by_copies(window, x.reshape(-1, *x.shape[-rank - 1 :]))
-    spatial = "DHW"[-rank:] if rank <= 3 else "".join(chr(ord("a") + i) for i in range(rank))
-    out = jax.lax.conv_general_dilated_patches(
-        x,
-        filter_shape=window.kernel_size,
-        window_strides=window.strides,
-        padding=padding,
-        lhs_dilation=window.input_dilation,
-        rhs_dilation=window.kernel_dilation,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=jax.lax.Precision.HIGHEST,  # a lower one would round what is copied
-    )
-    return out.reshape(*batch, *out.shape[1:])
+    x = _padded(window, x.reshape(-1, *x.shape[-rank - 1 :]))
+    rows = zip(window.kernel_size, window.kernel_dilation, window.strides, _reach(window), strict=True)
+    for axis, (size, dilation, step, reach) in enumerate(rows, 1):  # a new last axis each, of the window's pixels
+        count = (x.shape[axis] - reach) // step + 1
+        if size == step and dilation == 1:  # windows side by side: no pixel is copied twice
+            x = jax.lax.slice_in_dim(x, 0, count * size, axis=axis)
+            x = jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis + 1, -1)
+            continue
+        starts = range(0, size * dilation, dilation)
+        end = (count - 1) * step + 1
+        x = jnp.stack([jax.lax.slice_in_dim(x, n, n + end, stride=step, axis=axis) for n in starts], axis=-1)
+    return x.reshape(*batch, *x.shape[1 : rank + 1], -1)
 
 
 def _reach(window: Window) -> list[int]:
@@ -147,21 +183,19 @@ def _reach(window: Window) -> list[int]:
     return [(k - 1) * d + 1 for k, d in zip(window.kernel_size, window.kernel_dilation, strict=True)]
 
 
-def _pad_by_copies(
-    window: Window, x: Float[AnyArray, "batch *pixels channels"]
-) -> tuple[Float[AnyArray, "batch *padded channels"], Any]:
-    """Pads what a convolution does not pad with zeros on both sides.
-
-    Returns:
-      The images, and the padding that is left to the convolution.
-    """
+def _padded(window: Window, x: Float[AnyArray, "batch *pixels channels"]) -> Float[Array, "batch *padded channels"]:
+    """Returns images as the windows see them, padded and with their dilation filled in."""
     reach = _reach(window)
-    if window.padding in ("CIRCULAR", "REFLECT"):
+    padding: Any = window.padding
+    if padding in ("CIRCULAR", "REFLECT"):
         sides = [(0, 0), *(((r - 1) // 2, r // 2) for r in reach), (0, 0)]
-        return jnp.pad(x, sides, mode="wrap" if window.padding == "CIRCULAR" else "reflect"), "VALID"
-    if window.padding == "CAUSAL":
-        return jnp.pad(x, [(0, 0), (reach[0] - 1, 0), (0, 0)]), "VALID"
-    return x, window.padding
+        return jnp.pad(x, sides, mode="wrap" if padding == "CIRCULAR" else "reflect")
+    if padding == "CAUSAL":
+        padding = ((reach[0] - 1, 0),)
+    if isinstance(padding, str):  # never together with a dilated input
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, window.strides, padding)
+    inner: Any = [(low, high, d - 1) for (low, high), d in zip(padding, window.input_dilation, strict=True)]
+    return jax.lax.pad(jnp.asarray(x), jnp.zeros((), x.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
 
 
 def sampled_features(
@@ -179,7 +213,7 @@ def sampled_features(
     """
     groups = 1 if layer.window is None else layer.window.groups
     if kind == "patch":
-        windows = _sampled_patches(layer.window, x, picks)
+        windows = _sampled_patches(layer.window, channels_read(layer, x), picks)
         return windows if groups == 1 else windows.reshape(*windows.shape[:-1], groups, -1)
     vectors = features(layer, kind, x)
     by_example = jnp.asarray(vectors).reshape(picks.shape[0], -1, *vectors.shape[-1 if groups == 1 else -2 :])
@@ -191,12 +225,7 @@ def _sampled_patches(
 ) -> Float[Array, "batch picks width"]:
     """Gathers the windows of `patches` at some positions of every example, width C·∏kernel_size."""
     rank, batch, channels = len(window.kernel_size), picks.shape[0], x.shape[-1]
-    x, padding = _pad_by_copies(window, x.reshape(-1, *x.shape[-rank - 1 :]))
-    reach = _reach(window)
-    if isinstance(padding, str):  # never together with a dilated input
-        padding = jax.lax.padtype_to_pads(x.shape[1:-1], reach, window.strides, padding)
-    sides = [(low, high, d - 1) for (low, high), d in zip(padding, window.input_dilation, strict=True)]
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+    x, reach = _padded(window, x.reshape(-1, *x.shape[-rank - 1 :])), _reach(window)
     pixels = x.shape[1:-1]
     outputs = [(n - r) // s + 1 for n, r, s in zip(pixels, reach, window.strides, strict=True)]
     # Index of a window's pixel among those of all images: that of the window's first pixel, which

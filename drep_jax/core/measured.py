@@ -26,8 +26,7 @@ memory, up to a bound; the others are computed again. The ridge of a site is cho
 images (`drep_jax.core.shrinkage`).
 """
 
-import dataclasses
-import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,79 +34,38 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Num, Shaped
+from jaxtyping import Float, Num
 
 from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, rounds_of
-from drep_jax.core.interpreter import check_batch_axis, check_measurable, trace
+from drep_jax.core.interpreter import check_batch_axis, check_measurable, trace, tree_of
 from drep_jax.core.layers import Layer
-from drep_jax.core.matrix_form import bias_from_columns, kernel_from_matrix, kernel_matrix
+from drep_jax.core.matrix_form import kernel_matrix
 from drep_jax.core.promotion import standard_promotion
-from drep_jax.core.regression import Form, Solution, Sums, chunk_sums, form_of, joined, kind_of, of_all_hosts, regress
-from drep_jax.core.shrinkage import Shrinkage, choose_ridge
+from drep_jax.core.regression import (
+    Form,
+    Solution,
+    Sums,
+    chunk_sums,
+    form_of,
+    fused_leaves,
+    joined,
+    kind_of,
+    of_all_hosts,
+    regress,
+)
+from drep_jax.core.shrinkage import FOLDS, Shrinkage, choose_ridge, folds_for
 from drep_jax.core.sites import Site
+from drep_jax.core.solutions import Measured, Progress, Solutions
 from drep_jax.core.stretches import Cut, Network, Place, name_of, parameters
 from drep_jax.core.walk import Leaves, Walk
+from drep_jax.core.working import WORKING
 from drep_jax.errors import DataError, NonFiniteError
 from drep_jax.parallel import devices
-from drep_jax.trees import set_in
-from drep_jax.typing import AnyArray, Path, Tree
+from drep_jax.parallel.threads import blas_threads_for
+from drep_jax.typing import AnyArray, Tree
 
 CHUNK = 64
 """Images that are computed at once on a device, at most."""
-
-
-FOLDS = 5
-"""Folds of the images on which the ridge is chosen."""
-
-
-WORKING = 2**28
-"""Bytes that a chunk may take on a device; larger images go through in smaller chunks."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """The result of `measure`.
-
-    Attributes:
-      denoise: the `denoise` subtree for rule "affine": kernel (I − A*)ᵀ and bias −c*.
-      errors: {site name, or site name[copy]: (before, after)} on the images: ‖t − W w‖² and
-        ‖t − W* w − c‖², each over ‖t − E t‖².
-      outputs: of the backbone, fused site by site, for each stream; None if not wanted.
-      held_out: {site name: error after, on images that the solution has not seen}; {} with a given
-        ridge.
-      ridge: {site name: λ over the mean power of the features}; infinite for a site that is left as
-        it is, because no change of it held on images it was not fitted to.
-    """
-
-    denoise: Tree
-    errors: dict[str, tuple[float, float]]
-    outputs: Shaped[np.ndarray, "streams images *output"] | None
-    held_out: dict[str, float] = dataclasses.field(default_factory=dict)
-    ridge: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def left_alone(self) -> tuple[str, ...]:
-        """Names of the sites that are left as they are."""
-        return tuple(name for name, ridge in self.ridge.items() if np.isinf(ridge))
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where a solution stands.
-
-    Attributes:
-      done, total: sites solved, and all of them; copies of a stacked site count each.
-      name: of the site that was solved last.
-      before, after: its errors, see `Measured`.
-      held_out: its error on held-out images, or None.
-    """
-
-    done: int
-    total: int
-    name: str
-    before: float
-    after: float
-    held_out: float | None
 
 
 @standard_promotion
@@ -166,8 +124,8 @@ def measuring(
       shortcut: whether layers cancel the noise of the shortcut that they are added to.
       chunk: images that are computed at once on a device, at most; large ones go through in smaller
         chunks.
-      memory_gib: GiB of features that may wait in the memory of a host between sites. What does not
-        fit is computed again at each site.
+      memory_gib: GiB of solutions, and of features that may wait in the memory of a host between
+        sites. Features that do not fit are computed again at each site.
       outputs: whether the result has the backbone's outputs.
       say: called with a line of text about memory, if features do not fit.
       **kwargs: for the backbone, such as `train=False`.
@@ -189,9 +147,8 @@ def measuring(
     if not memory_gib >= 0:
         raise DataError(f"memory_gib={memory_gib} is a number of GiB and at least 0.")
     streams = InMemory(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
-    solver = _Solver(
-        backbone, variables, sites, streams, ridge, vectors, shortcut, chunk, memory_gib * 2**30, outputs, kwargs
-    )
+    limit = max(0.0, memory_gib * 2**30 - _solution_bytes(sites))
+    solver = _Solver(backbone, variables, sites, streams, ridge, vectors, shortcut, chunk, limit, outputs, kwargs)
     if say is not None and (line := solver.about_memory()):
         say(line)
 
@@ -208,6 +165,11 @@ def measuring(
         return solver.solve(mixture / mixture.sum(), watch)
 
     return standard_promotion(solve)
+
+
+def _solution_bytes(sites: Sequence[Site]) -> int:
+    """Returns the bytes of the denoisers and of the fused kernels of all sites."""
+    return 4 * sum(math.prod(site.denoiser_shape) + sum(layer.kernel_size for layer in site.layers) for site in sites)
 
 
 class _Solver:
@@ -229,14 +191,22 @@ class _Solver:
     ) -> None:
         self.sites, self.images, self.ridge, self.limit, self.wants_outputs = sites, images, ridge, limit, outputs
         self.count, self.vectors = images.shape[:2], vectors
-        self.table = {layer.path: (site, layer) for site in sites for layer in site.layers}
-        corrected = {site.path for site in sites if shortcut and len(site.layers) == 1 and kind_of(site) != "pointwise"}
+        self.parts: dict[
+            Path, list[tuple[Site, Layer]]
+        ] = {}  # of first layers; several where they read a concatenation
+        for site in sites:
+            self.parts.setdefault(site.layers[0].path, []).append((site, site.layers[0]))
+        corrected = {
+            site.path
+            for site in sites
+            if shortcut and len(site.layers) == 1 and site.layers[0].part is None and kind_of(site) != "pointwise"
+        }
         first, folds = images.take(np.zeros(1, int)), 1 if ridge is not None else FOLDS
 
         def network(rounds: Sequence[Round]) -> Network:
             batch = self.count[0] * rounds[0].index.shape[1]
             shape = jax.ShapeDtypeStruct((batch, *first.shape[2:]), first.dtype)
-            return Network(trace(backbone, variables, sites, shape, kwargs), {site.path for site in sites}, corrected)
+            return Network(trace(backbone, variables, sites, shape, kwargs), set(self.parts), corrected)
 
         image = jax.ShapeDtypeStruct((1, *first.shape[2:]), first.dtype)
         check_batch_axis(backbone, variables, sites, image, kwargs)
@@ -253,17 +223,18 @@ class _Solver:
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
-    def _form(self, cut: Cut) -> Form:
-        """Returns the form of the sums at a cut."""
-        site, layer = self.table[cut.place[0]]
+    def _cuts_and_forms(self) -> list[tuple[Cut, Form]]:
+        return [(cut, self._form(cut, *part)) for cut in self.network.cuts for part in self.parts[cut.place[0]]]
+
+    def _form(self, cut: Cut, site: Site, layer: Layer) -> Form:
+        """Returns the form of the sums of a site at a cut."""
         x = jax.ShapeDtypeStruct(cut.x.aval.shape, cut.x.aval.dtype)
         return form_of(site, layer, x, self.rounds[0].index.shape[1], self.count[0], self.count[1], self.vectors)
 
     def _chunk_bytes(self) -> int:
         """Returns the bytes that a chunk takes on a device, at most."""
         largest = self.network.working_bytes()
-        for cut in self.network.cuts:
-            form = self._form(cut)
+        for cut, form in self._cuts_and_forms():
             vectors = self.count[0] * self.rounds[0].index.shape[1] * form.picks * form.groups
             largest = max(largest, 4 * vectors * (2 * form.width + (form.columns if cut.chain else 0)))
         return largest
@@ -277,8 +248,9 @@ class _Solver:
         widest = self.network.cuts[int(np.argmax(sizes))].place
         return (
             f"The features of {self.count[1]:,} images take up to {max(sizes) * len(self.rounds) / 2**30:.1f} GiB (at "
-            f"{name_of(widest)}), of which {self.limit / 2**30:g} GiB may wait in memory (measured.memory_gib). The rest is "
-            f"computed again at each site: about {passes(sizes, len(self.rounds), self.limit):.1f} forward passes in all."
+            f"{name_of(widest)}), of which {self.limit / 2**30:.3g} GiB may wait in memory (measured.memory_gib, less "
+            f"the solutions). The rest is computed again at each site: about "
+            f"{passes(sizes, len(self.rounds), self.limit):.1f} forward passes in all."
         )
 
     # ---- programs ---------------------------------------------------------------------------------------------------
@@ -306,30 +278,52 @@ class _Solver:
     def solve(self, weights: np.ndarray, watch: Callable[[Progress], None] | None) -> Measured:
         """Solves all sites for weights that sum to 1."""
         walk = Walk(self.network, self.images, self.rounds, self.fixed, self.limit, self.stretch_programs)
-        solutions: dict[Path, dict[int | None, tuple[Solution, Shrinkage]]] = {}
+        result = Solutions(self.sites)
+        solved, total = 0, sum(len(self.parts[cut.place[0]]) for cut in self.network.cuts)
         for number, cut in enumerate(self.network.cuts):
-            site, _ = self.table[cut.place[0]]
-            form = self._form(cut)
-            matrices = [self._matrix(layer, site, cut.place[1]) for layer in site.layers]
-            matrix: Any = np.concatenate(matrices, axis=-1)
-            if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
-                matrix = None
-            whole, folds = self._sums(walk, number, cut, form, matrix, weights)
-            if not all(np.isfinite(value).all() for value in whole):
-                raise NonFiniteError(
-                    f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
-                    "them. Check the images and the backbone's weights."
-                )
-            fixed = self.ridge is not None
-            shrinkage = Shrinkage(self.ridge or 0.0, None) if fixed else choose_ridge(whole, folds, matrix)
+            fused: dict[Place, Leaves] = {}  # all parts of a layer are solved from its input as it is
+            for site, first in self.parts[cut.place[0]]:
+                solution, shrinkage = self._solve_site(walk, number, cut, site, first, weights, fused)
+                solution = result.add(site, cut.place[1], solution, shrinkage)
+                solved += 1
+                if watch is not None:
+                    errors = (solution.before, solution.after, shrinkage.held_out)
+                    watch(Progress(solved, total, name_of((site.path, cut.place[1])), *errors))
+            walk.fused |= fused
+            walk.forget()
+        return result.measured(walk.outputs() if self.wants_outputs else None)
+
+    def _solve_site(
+        self,
+        walk: Walk,
+        number: int,
+        cut: Cut,
+        site: Site,
+        first: Layer,
+        weights: np.ndarray,
+        fused: dict[Place, Leaves],
+    ) -> tuple[Solution, Shrinkage]:
+        """Solves a site at a cut, and adds its layers' parameters to `fused`."""
+        copy, form = cut.place[1], self._form(cut, site, first)
+        matrices = [self._matrix(layer, site, copy) for layer in site.layers]
+        matrix: Any = np.concatenate(matrices, axis=-1)
+        if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
+            matrix = None
+        whole, folds = self._sums(walk, number, cut, form, matrix, weights)
+        if not all(np.isfinite(value).all() for value in whole):
+            raise NonFiniteError(
+                f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
+                "them. Check the images and the backbone's weights."
+            )
+        with blas_threads_for(site.width):
+            shrinkage = Shrinkage(self.ridge, None) if self.ridge is not None else choose_ridge(whole, folds, matrix)
+            folds.clear()
             solution = regress(whole, matrix, shrinkage.ridge, site.bias)
             for layer, old in zip(site.layers, matrices, strict=True):
-                walk.fused[layer.path, cut.place[1]] = self._fused(layer, site, cut.place[1], old, solution)
-            solutions.setdefault(site.path, {})[cut.place[1]] = (solution, shrinkage)
-            if watch is not None:
-                errors = (solution.before, solution.after, shrinkage.held_out)
-                watch(Progress(number + 1, len(self.network.cuts), name_of(cut.place), *errors))
-        return self._collect(solutions, walk.outputs() if self.wants_outputs else None)
+                place = (layer.path, copy)
+                leaves = tree_of(fused[place]) if place in fused else self._leaves(place)
+                fused[place] = fused_leaves(layer, kind_of(site), leaves, old, solution)
+        return solution, shrinkage
 
     def _leaves(self, place: Place) -> Tree:
         return parameters(self.network.leaves[place], self.fixed)
@@ -337,17 +331,6 @@ class _Solver:
     def _matrix(self, layer: Layer, site: Site, copy: int | None) -> np.ndarray:
         kernel = self._leaves((layer.path, copy))["kernel"].astype(np.float64)
         return np.asarray(kernel_matrix(layer, kind_of(site), kernel))
-
-    def _fused(self, layer: Layer, site: Site, copy: int | None, matrix: np.ndarray, solution: Solution) -> Leaves:
-        """Returns a layer's parameters with the solution fused into them, in their own types."""
-        leaves = self._leaves((layer.path, copy))
-        kernel = kernel_from_matrix(layer, kind_of(site), matrix - solution.kernel @ matrix)
-        fused = {**leaves, "kernel": np.asarray(kernel).astype(leaves["kernel"].dtype)}
-        if solution.constant is not None and "bias" in leaves:
-            columns = np.einsum("gdc,gd->gc", matrix, -solution.constant)
-            bias = leaves["bias"].astype(np.float64) + bias_from_columns(layer, kind_of(site), columns)
-            fused["bias"] = np.asarray(bias).astype(leaves["bias"].dtype)
-        return tuple(fused[name] for name in sorted(fused))
 
     def _sums(
         self, walk: Walk, number: int, cut: Cut, form: Form, matrix: np.ndarray | None, weights: np.ndarray
@@ -364,32 +347,17 @@ class _Solver:
             other = () if cut.chain is None else (values[cut.other],)
             sums = program(values[cut.x], other, chain, kernel, mixture, index.astype(np.int32), mask)
             host_sums = [np.asarray(leaf) for leaf in sums]
+            fold = images.fold % folds_for(form.width)
             for device in range(len(mask)):
                 part = Sums(*(leaf[device] for leaf in host_sums))
-                by_fold[images.fold] = joined(by_fold.get(images.fold), part)
-        walk.forget()
-        folds = [of_all_hosts(by_fold[fold]) for fold in sorted(by_fold)]
-        whole = functools.reduce(joined, folds)
-        return whole, [f._replace(square=f.square.astype("f4"), cross=f.cross.astype("f4")) for f in folds]
-
-    def _collect(self, solutions: Mapping[Path, Mapping[int | None, Any]], outputs: np.ndarray | None) -> Measured:
-        tree: Tree = {}
-        errors, held_out, ridges = {}, {}, {}
-        for site in self.sites:
-            shape = site.denoiser_shape
-            kernel, bias = np.zeros(shape, np.float32), np.zeros(shape[:-1], np.float32)
-            for copy, (solution, shrinkage) in sorted(
-                solutions.get(site.path, {}).items(), key=lambda item: item[0] or 0
-            ):
-                place = () if copy is None else (copy,)
-                kernel[place] = solution.kernel.reshape(kernel[place].shape)
-                if solution.constant is not None:
-                    bias[place] = solution.constant.reshape(bias[place].shape)
-                name = name_of((site.path, copy))
-                errors[name] = (solution.before, solution.after)
-                ridges[name] = shrinkage.ridge
-                if shrinkage.held_out is not None:
-                    held_out[name] = shrinkage.held_out
-            leaves = {"kernel": kernel, "bias": bias} if site.bias else {"kernel": kernel}
-            tree = set_in(tree, site.path, leaves)
-        return Measured(tree, errors, outputs, held_out, ridges)
+                by_fold[fold] = joined(by_fold.get(fold), part)
+        whole: Sums | None = None
+        folds: list[Sums] = []
+        for fold in sorted(by_fold):
+            sums = of_all_hosts(by_fold.pop(fold))
+            whole = joined(whole, sums)
+            if self.ridge is None:
+                folds.append(sums._replace(square=sums.square.astype("f4"), cross=sums.cross.astype("f4")))
+        if whole is None:
+            raise DataError(f"{name_of(cut.place)}: there are no images to measure on.")
+        return whole, folds

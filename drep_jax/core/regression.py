@@ -11,6 +11,7 @@ images in float32; sums are joined and solved on the host in float64, by Cholesk
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +21,17 @@ import scipy.linalg
 from jaxtyping import Array, Float, Float64
 
 from drep_jax.core.layers import Layer
-from drep_jax.core.matrix_form import features, sampled_features
+from drep_jax.core.matrix_form import bias_from_columns, features, kernel_from_matrix, sampled_features, with_part
 from drep_jax.core.sites import Site
 from drep_jax.parallel import devices
+from drep_jax.typing import AnyArray
 
 BATCHED = 64
 """Largest width of grouped matrices that are solved side by side."""
+
+
+BLOCK = 2**18
+"""Numbers of a temporary array of the sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +80,7 @@ def form_of(site: Site, layer: Layer, x: Any, chunk: int, streams: int, images: 
     columns = sum(sizes) // (site.groups * site.width)
     # without what tells equal layers apart
     nameless: dict[str, Any] = {"path": (), "stack": None, "scan": None, "reads": 0, "order": 0, "writable": True}
-    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, bias=False)
+    layer = dataclasses.replace(layer, **nameless, refusal=None, calls=1, spread=False, bias=False, sources=())
     return Form(layer, kind, site.groups, site.width, columns, positions, stride, site.bias)
 
 
@@ -182,16 +188,33 @@ def chunk_sums(
 
 
 def joined(one: Sums | None, other: Sums) -> Sums:
-    """Returns the sums over two sets of images (Chan, Golub and LeVeque, 1983), in float64."""
-    other = Sums(*(np.asarray(value, np.float64) for value in other))
+    """Returns the sums over two sets of images (Chan, Golub and LeVeque, 1983), in float64.
+
+    The arrays of the first are used again, and should not be used elsewhere.
+    """
     if one is None or not one.images:
-        return other
+        return Sums(*(np.array(value, np.float64) for value in other))
     if not other.images:
         return one
     count = one.images + other.images
-    means = [a + (other.images / count) * (b - a) for a, b in zip(one[1:4], other[1:4], strict=True)]
-    between = _between(one, other, one.images * other.images / count)
-    return Sums(count, *means, *(a + b + c for a, b, c in zip(one[4:], other[4:], between, strict=True)))
+    factor, share = one.images * other.images / count, other.images / count
+    w, t, r = (np.asarray(b, np.float64) - a for a, b in zip(one[1:4], other[1:4], strict=True))
+    for total, part in zip(one[1:], (share * w, share * t, share * r, *other[4:]), strict=True):
+        total += part
+    for total, right in ((one.square, w), (one.cross, r)):
+        add_outer(total, factor * w, right)
+    for total, mean in ((one.power_t, t), (one.power_r, r)):
+        total += factor * (mean * mean).sum(axis=-1)
+    return one._replace(images=count)
+
+
+def add_outer(total: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """Adds left·rightᵀ of each group, some rows at a time."""
+    if not (left.any() and right.any()):
+        return
+    rows = max(1, BLOCK // max(1, len(total) * total.shape[-1]))
+    for first in range(0, total.shape[1], rows):
+        total[:, first : first + rows] += left[:, first : first + rows, None] * right[:, None, :]
 
 
 def of_all_hosts(local: Sums) -> Sums:
@@ -203,38 +226,28 @@ def of_all_hosts(local: Sums) -> Sums:
     return local if total is None else total
 
 
-def _between(one: Sums, other: Sums, factor: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns what the distance of two means adds to the sums about the common mean."""
-    w, t, r = (b - a for a, b in zip(one[1:4], other[1:4], strict=True))
-    return (
-        factor * w[..., :, None] * w[..., None, :],
-        factor * w[..., :, None] * r[..., None, :],
-        factor * (t * t).sum(axis=-1),
-        factor * (r * r).sum(axis=-1),
-    )
-
-
 def ridge_change(
     square: Float64[np.ndarray, "groups d d"], cross: Float64[np.ndarray, "groups d any"], ridge: float
 ) -> Float64[np.ndarray, "groups d any"]:
     """Returns K* − K = (S + λI)⁻¹ C.
 
     Args:
-      square: S = E[w wᵀ].
+      square: S = E[w wᵀ]; its memory is used.
       cross: C = E[w rᵀ].
       ridge: λ over the mean power of a group's features, above 0.
 
     Raises:
       numpy.linalg.LinAlgError: if S + λI is not positive definite in float64.
     """
-    width = square.shape[-1]
-    power = np.trace(square, axis1=-2, axis2=-1) / width
-    pulled = square + np.where(power > 0, ridge * power, 1.0)[:, None, None] * np.eye(width)
-    if width <= BATCHED and len(square) > 1:
-        np.linalg.cholesky(pulled)  # refuses what is not positive definite
-        return np.linalg.solve(pulled, cross)
-    options = {"check_finite": False}
-    factors = (scipy.linalg.cho_factor(m, **options) for m in pulled)
+    diagonal = np.einsum("gdd->gd", square)
+    power = diagonal.mean(axis=-1, keepdims=True)
+    diagonal += np.where(power > 0, ridge * power, 1.0)
+    if square.shape[-1] <= BATCHED and len(square) > 1:
+        np.linalg.cholesky(square)  # refuses what is not positive definite
+        return np.linalg.solve(square, cross)
+    # The transpose of a symmetric matrix has the order that LAPACK works on without a copy.
+    options: dict[str, Any] = {"check_finite": False}
+    factors = (scipy.linalg.cho_factor(m.T, overwrite_a=True, **options) for m in square)
     return np.stack([scipy.linalg.cho_solve(f, c, **options) for f, c in zip(factors, cross, strict=True)])
 
 
@@ -287,3 +300,30 @@ def regress(
     products = (change * (sums.square @ change - 2.0 * sums.cross)).sum()
     after = max(0.0, (sums.power_r.sum() + products) / sums.images)
     return Solution(kernel, constant, float(before / scale), float(after / scale))
+
+
+def fused_leaves(
+    layer: Layer,
+    kind: str,
+    leaves: Mapping[str, Any],
+    matrix: Float64[np.ndarray, "groups d columns"],
+    solution: Solution,
+) -> tuple[AnyArray, ...]:
+    """Returns a layer's parameters with a solution fused into them, in their own types and in tree order.
+
+    Args:
+      layer: a layer of the site, or its part.
+      kind: from `kind_of`.
+      leaves: its parameters; the other parts of the layer may be fused into them already.
+      matrix: K.
+      solution: of the site.
+    """
+    part = np.asarray(kernel_from_matrix(layer, kind, matrix - solution.kernel @ matrix))
+    kernel = with_part(layer, leaves["kernel"], part.astype(leaves["kernel"].dtype))
+    fused = {**leaves, "kernel": kernel}
+    if solution.constant is not None:
+        # A layer without bias adds it all the same (`alone`); deployed, the BatchNorm behind it does.
+        columns = np.einsum("gdc,gd->gc", matrix, -solution.constant)
+        bias = bias_from_columns(layer, kind, columns) + leaves.get("bias", np.zeros(1)).astype(np.float64)
+        fused["bias"] = np.asarray(bias).astype(leaves.get("bias", leaves["kernel"]).dtype)
+    return tuple(fused[name] for name in sorted(fused))

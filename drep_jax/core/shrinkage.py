@@ -10,14 +10,13 @@ about the means elsewhere. The ridge with the least held-out error is taken. If 
 layer as it is, then the images are no evidence for a change, and the site is left alone.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
-from drep_jax.core.regression import Sums, joined, ridge_change
+from drep_jax.core.regression import Sums, add_outer, ridge_change
 
 RIDGES = tuple(float(10.0**exponent) for exponent in np.arange(-4.0, 2.5, 0.5))
 """Candidates for λ over the mean power of a site's features."""
@@ -31,8 +30,17 @@ COLUMNS = 128
 """Targets of wide layers are judged along so many random directions."""
 
 
-WIDE = 1024
-"""Sites that are wider are judged on three larger folds, to factor fewer matrices."""
+FOLDS, WIDE, WIDE_FOLDS = 5, 1024, 3
+"""Folds of the images.
+
+Sites wider than 1,024 are judged on fewer and at every second candidate, to hold and factor fewer
+matrices.
+"""
+
+
+def folds_for(width: int) -> int:
+    """Returns the number of folds on which a site is judged."""
+    return FOLDS if width <= WIDE else WIDE_FOLDS
 
 
 class Shrinkage(NamedTuple):
@@ -63,8 +71,6 @@ def choose_ridge(
     left_alone = Shrinkage(float("inf"), alone / scale)
     if len(folds) < 2:
         return left_alone
-    if whole.square.shape[-1] > WIDE:
-        folds = [functools.reduce(joined, folds[first::3]) for first in range(min(3, len(folds)))]
     directions = _directions(whole.cross.shape[-1])
     reachable = directions if matrix is None else (np.linalg.pinv(matrix, rcond=1e-6) @ matrix) @ directions
     tests = [_Test(whole, fold, directions, reachable) for fold in folds]
@@ -76,7 +82,7 @@ def choose_ridge(
         return errors[number]
 
     best = START
-    for size in (2, 1):
+    for size in (2, 1) if whole.square.shape[-1] <= WIDE else (2,):
         for step in (size, -size):
             while 0 <= best + step < len(RIDGES) and error(best + step) < error(best):
                 best += step
@@ -109,17 +115,22 @@ class _Test:
         between = self._w[..., :, None] * (r[..., None, :] @ reachable)
         self._seen = ((whole.cross - fold.cross) @ reachable - self._between * between) / self._others
         self._power = float(fold.power_r.sum() / fold.images + (r**2).sum())
+        self._square = self._square_of_others() if whole.square.shape[-1] <= WIDE else None
+
+    def _square_of_others(self) -> np.ndarray:
+        square = self._whole.square - self._fold.square
+        add_outer(square, -self._between * self._w, self._w)
+        square /= self._others
+        return square
 
     def error(self, ridge: float) -> float:
         """Returns the error on the fold; infinite if the equations have no solution in float64."""
-        w = self._w
-        square = self._whole.square - self._fold.square
-        square -= self._between * (w[..., :, None] * w[..., None, :])
-        square /= self._others
+        square = self._square_of_others() if self._square is None else self._square.copy()
         try:
             change = ridge_change(square, self._seen, ridge)
         except np.linalg.LinAlgError:
             return float("inf")
-        explained = (change * (self._fold.square @ change)).sum() / self._fold.images
-        explained += (np.einsum("gd,gdc->gc", w, change) ** 2).sum()
-        return max(0.0, self._power + float(explained - 2.0 * (change * self._unseen).sum()))
+        product = self._fold.square @ change.astype(self._fold.square.dtype)
+        explained = float((change * product).sum() / self._fold.images)
+        explained += float((np.einsum("gd,gdc->gc", self._w, change) ** 2).sum())
+        return max(0.0, self._power + explained - 2.0 * float((change * self._unseen).sum()))

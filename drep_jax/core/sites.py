@@ -8,20 +8,28 @@ tensor through the same window (separate query, key and value projections).
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from drep_jax.core.batchnorm import with_norms
-from drep_jax.core.layers import NO_IMAGES, Layer, find_layers
+from drep_jax.core.layers import IDLE, Layer, find_layers
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.errors import ConfigError, SiteError, did_you_mean
 from drep_jax.typing import Path, Tree
 
 MAX_PATCH_WIDTH = 2304
-"""Largest patch width (k²C per group) for which kind "auto" takes a patch denoiser."""
+"""Largest patch width (k²C per group) for which kind "auto" takes a patch denoiser: 3×3 windows of 256 channels."""
+
+
+BLOCKS = "blocks"
+"""One denoiser for each source of a concatenation: a block-diagonal one for the layer."""
+
+
+CONCATENATED = (BLOCKS, "full")
+"""Forms of the denoiser of a concatenation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +37,10 @@ class Site:
     """The place of one denoiser: its layers, the shape of its matrix and its time steps.
 
     Attributes:
-      path: of its first layer, and of its denoiser in the `denoise` subtree.
-      layers: the layers whose input is denoised.
+      path: of its denoiser in the `denoise` subtree. It is that of its first layer, or of a part below
+        it (`drep_jax.core.layers.Part`).
+      layers: the layers whose input is denoised, or their parts that read one source of a
+        concatenation.
       kind: "dense", "patch" (a convolution's whole window) or "pointwise" (a convolution's
         channels).
       width: d, the number of rows and columns of its matrix W_D (per group).
@@ -101,6 +111,7 @@ def select_sites(
     kind: str = "auto",
     bias: bool = True,
     max_patch_width: int = MAX_PATCH_WIDTH,
+    concatenated: str = BLOCKS,
 ) -> tuple[Site, ...]:
     """Makes sites of the layers that match `pattern`, without time steps yet.
 
@@ -108,12 +119,14 @@ def select_sites(
       layers: from `find_layers`.
       pattern: a regular expression, or several, that must match a layer's whole path, as in
         `".*/mlp/fc[12]"`. None takes `default_pattern` and skips layers that cannot be sites.
-        Layers whose input does not depend on the images are skipped too, unless a pattern matches
-        no others.
+        Layers whose input does not depend on the images, and those that no output depends on, are
+        skipped too, unless a pattern matches no others.
       kind: for convolutions: "patch" denoises the whole window (exact at borders), "pointwise" the
         channels of each pixel; "auto" is patch up to `max_patch_width`.
       bias: whether denoisers may have a constant; False learns all of them through the origin.
       max_patch_width: k²C per group.
+      concatenated: for layers that read a concatenation of tensors along its channels: "blocks" for
+        one denoiser a source, "full" for one over all of them.
 
     Returns:
       Sites in execution order of their first layers.
@@ -123,6 +136,12 @@ def select_sites(
         expression.
       ConfigError: for an unknown kind.
     """
+    if concatenated not in CONCATENATED:
+        raise ConfigError(
+            f'Unknown form "{concatenated}" of the denoiser of a concatenation.{did_you_mean(concatenated, CONCATENATED)}'
+        )
+    if isinstance(max_patch_width, bool) or not max_patch_width >= 1:
+        raise ConfigError(f"The largest width of a patch denoiser must be at least 1, got {max_patch_width!r}.")
     if kind not in ("auto", "patch", "pointwise"):
         raise ConfigError(f'Unknown kind of denoiser "{kind}".{did_you_mean(kind, ("auto", "patch", "pointwise"))}')
     patterns = [default_pattern(layers)] if pattern is None else [pattern] if isinstance(pattern, str) else [*pattern]
@@ -133,7 +152,7 @@ def select_sites(
     matched = [[layer for layer in layers if p.fullmatch(layer.name)] for p in compiled]
     if pattern is None:
         matched = [[layer for layer in group if not layer.refusal] for group in matched]
-    matched = [[layer for layer in group if layer.refusal != NO_IMAGES] or group for group in matched]
+    matched = [[layer for layer in group if layer.refusal not in IDLE] or group for group in matched]
     selected = [layer for layer in layers if any(layer in group for group in matched)]
     if not selected:
         names = [layer.name for layer in layers]
@@ -148,11 +167,15 @@ def select_sites(
     by_input: dict[Any, list[Layer]] = {}
     for layer in selected:
         by_input.setdefault((layer.reads, layer.scan, layer.kind, layer.axes, layer.window), []).append(layer)
-    return tuple(_site(tuple(group), kind, bias, max_patch_width) for group in by_input.values())
+    split = (
+        zip(*(layer.parts() if concatenated == BLOCKS else (layer,) for layer in group), strict=True)
+        for group in by_input.values()
+    )
+    return tuple(_site(layers, kind, bias, max_patch_width) for parts in split for layers in parts)
 
 
 def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int) -> Site:
-    """Makes the site of layers that read the same tensor through the same window."""
+    """Makes the site of layers, or of parts of them, that read the same tensor through the same window."""
     first = layers[0]
     groups = 1
     if first.window is None:
@@ -167,7 +190,7 @@ def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int
         groups = window.groups
         bias = bias and not (site_kind == "pointwise" and window.fills_with_zeros)
     return Site(
-        path=first.path,
+        path=first.path if first.part is None else (*first.path, first.part.name),
         layers=layers,
         kind=site_kind,
         width=width,
@@ -188,7 +211,8 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_
     t = time_scale·steps·(N − i + 1), rounded, and at least `steps`.
 
     Every copy of a stacked site counts as one of the N, and the copies of one `nn.scan` interleave
-    as they run. A site takes the reverse steps t, t − 1, …, t − steps + 1. With time_scale 1, as in
+    as they run. The sites of one layer, one for each source of a concatenation, count as one and share
+    their t. A site takes the reverse steps t, t − 1, …, t − steps + 1. With time_scale 1, as in
     the paper, the last site ends at t = 1. A larger scale assumes more noise at every site.
 
     Args:
@@ -214,11 +238,11 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_
     for site in sites:
         if (scan := site.layers[0].scan) is not None:
             first_in_scan[scan] = min(first_in_scan.get(scan, site.layers[0].order), site.layers[0].order)
-    slots = []  # (start of the layer or its scan, copy, order of the layer, index of the site)
-    for index, site in enumerate(sites):
+    slots = set()  # (start of the layer or its scan, copy, order of the layer)
+    for site in sites:
         layer = site.layers[0]
         start = layer.order if layer.scan is None else first_in_scan[layer.scan]
-        slots += [(start, copy, layer.order, index) for copy in range(site.stack or 1)]
+        slots |= {(start, copy, layer.order) for copy in range(site.stack or 1)}
     total = len(slots)
     largest = max(steps, round(time_scale * steps * total))
     if largest > timesteps:
@@ -228,11 +252,13 @@ def assign_times(sites: Sequence[Site], *, timesteps: int, steps: int = 1, time_
             f"{timesteps}; take fewer sites or steps, {smaller}or a longer schedule."
         )
     times: dict[tuple[int, int], int] = {}
-    for rank, (_, copy, _, index) in enumerate(sorted(slots)):
-        times[index, copy] = max(steps, round(time_scale * steps * (total - rank)))
+    for rank, (_, copy, order) in enumerate(sorted(slots)):
+        times[order, copy] = max(steps, round(time_scale * steps * (total - rank)))
     return tuple(
-        dataclasses.replace(site, steps=steps, times=tuple(times[index, copy] for copy in range(site.stack or 1)))
-        for index, site in enumerate(sites)
+        dataclasses.replace(
+            site, steps=steps, times=tuple(times[site.layers[0].order, copy] for copy in range(site.stack or 1))
+        )
+        for site in sites
     )
 
 
@@ -247,6 +273,8 @@ def find_sites(
     kind: str = "auto",
     bias: bool = True,
     batchnorm_bias: bool = False,
+    max_patch_width: int = MAX_PATCH_WIDTH,
+    concatenated: str = BLOCKS,
     **kwargs: Any,
 ) -> tuple[Site, ...]:
     """Finds the sites of a network: `find_layers`, `select_sites` and `assign_times` in one call.
@@ -254,7 +282,7 @@ def find_sites(
     Args:
       module: an unbound Flax Linen module.
       *args: its inputs, as arrays or `jax.ShapeDtypeStruct`.
-      pattern, kind, bias: see `select_sites`.
+      pattern, kind, bias, max_patch_width, concatenated: see `select_sites`.
       timesteps, steps, time_scale: see `assign_times`.
       batchnorm_bias: whether denoisers may also have a constant before a layer without bias that a
         BatchNorm follows. It goes into the BatchNorm's running mean, so fusing then changes
@@ -278,7 +306,7 @@ def find_sites(
     if batchnorm_bias:
         layers = with_norms(layers, module, *args, **kwargs)
     return assign_times(
-        select_sites(layers, pattern, kind=kind, bias=bias),
+        select_sites(layers, pattern, kind=kind, bias=bias, max_patch_width=max_patch_width, concatenated=concatenated),
         timesteps=timesteps,
         steps=steps,
         time_scale=time_scale,
@@ -296,7 +324,7 @@ class Coverage:
 
     Attributes:
       layers: layers that are denoised.
-      candidates: parameter leaves called `kernel`.
+      candidates: parameter leaves called `kernel`, of layers that the outputs depend on.
       kernel_share: fraction of all entries of such leaves that belong to denoised layers.
     """
 
@@ -305,12 +333,17 @@ class Coverage:
     kernel_share: float
 
 
-def coverage(sites: Sequence[Site], params: Tree) -> Coverage:
-    """Returns how much of a backbone with parameters `params` the sites cover."""
+def coverage(sites: Sequence[Site], params: Tree, idle: Collection[Path] = ()) -> Coverage:
+    """Returns how much of a backbone the sites cover.
+
+    Args:
+      sites: of the backbone.
+      params: its parameters, or their shapes.
+      idle: paths of layers that no output depends on, which do not count.
+    """
+    leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     kernels = {
-        tuple(key.key for key in path): leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if getattr(path[-1], "key", None) == "kernel"
+        path: leaf.size for path, leaf in leaves.items() if path[-1] == "kernel" and tuple(path[:-1]) not in idle
     }
     denoised = {(*layer.path, "kernel") for site in sites for layer in site.layers}
     total = sum(kernels.values())

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from drep_jax.data import digits, folder, idx_source, list_file, npz_source, random_images, splits, tfds_source
 from drep_jax.data.fits import parse_fit
+from drep_jax.data.masks import open_masks
+from drep_jax.data.masks.tfds_masks import open_seg_tfds
 from drep_jax.data.objects import open_objects
 from drep_jax.data.reid import open_reid
 from drep_jax.data.source import Source
@@ -16,7 +18,11 @@ __all__ = ["SOURCES", "Source", "open_source"]
 # Another source is one opener: (what follows the colon, split, (height, width), resize, data_dir)
 # -> Source.
 SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source]] = {
+    "ade20k": functools.partial(open_masks, "ade20k"),
+    "camvid": functools.partial(open_masks, "camvid"),
+    "cityscapes": functools.partial(open_masks, "cityscapes"),
     "coco": functools.partial(open_objects, "coco"),
+    "coco_stuff": functools.partial(open_masks, "coco_stuff"),
     "cuhk03": functools.partial(open_reid, "cuhk03"),
     "det_folder": functools.partial(open_objects, "det_folder"),
     "det_npz": functools.partial(open_objects, "det_npz"),
@@ -33,9 +39,13 @@ SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source
     "reid_folder": functools.partial(open_reid, "reid_folder"),
     "reid_npz": functools.partial(open_reid, "reid_npz"),
     "reid_tfds": functools.partial(open_reid, "reid_tfds"),
+    "seg_folder": functools.partial(open_masks, "seg_folder"),
+    "seg_npz": functools.partial(open_masks, "seg_npz"),
+    "seg_tfds": open_seg_tfds,
     "tfds": tfds_source.open_tfds,
     "vehicleid": functools.partial(open_reid, "vehicleid"),
     "veri": functools.partial(open_reid, "veri"),
+    "voc": functools.partial(open_masks, "voc"),
 }
 
 
@@ -48,8 +58,10 @@ def open_source(
       spec: `digits`, `folder:DIR`, `idx:DIR`, `list:FILE`, `npz:NAME`, `npz:FILE.npz`,
         `tfds:NAME[/config]`, `random:COUNT[:CLASSES]`, or a data set for re-identification:
         `market1501:DIR` (duke, msmt17, cuhk03, vehicleid, veri), `reid_folder:DIR`, `reid_npz:FILE`
-        or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`; or one with boxes:
-        `coco:DIR`, `det_voc:DIR`, `det_folder:DIR` or `det_npz:FILE`.
+        or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`; or one with masks:
+        `ade20k:DIR` (cityscapes, voc, coco_stuff, camvid), `seg_folder:DIR`, `seg_npz:FILE` or
+        `seg_tfds:NAME[/config]`; or one with boxes: `coco:DIR`, `det_voc:DIR`, `det_folder:DIR` or
+        `det_npz:FILE`.
       split: `train`, `validation` or `test`.
       image_size: (height, width) in pixels of every image that the source gives.
       resize: `crop` (short side to the target, then the center), `crop:0.875` (so that 87.5 % of

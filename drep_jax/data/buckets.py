@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from drep_jax.data.fits import round_up
 from drep_jax.data.steps import Size
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.typing import Tree
@@ -22,17 +23,29 @@ class Bucket:
     Attributes:
       shape: (height, width) in pixels.
       indices: which images, int32 (n,), ascending.
+      original: (height, width) that maps are padded to which keep the size of the stored image;
+        None where all follow the image.
+      rows: images per batch over all hosts, if they are fewer than asked for; 0 for as many.
     """
 
     shape: Size
     indices: np.ndarray
+    original: Size | None = None
+    rows: int = 0
+
+    def batch_size(self, requested: int) -> int:
+        """Returns the images per batch, over all hosts."""
+        return min(requested, self.rows or requested)
 
     def steps(self, batch_size: int) -> list[np.ndarray]:
         """Returns the images of each batch; the last one may have fewer."""
+        batch_size = self.batch_size(batch_size)
         return [self.indices[start : start + batch_size] for start in range(0, len(self.indices), batch_size)]
 
 
-def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LIMIT) -> tuple[Bucket, ...]:
+def make_buckets(
+    sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LIMIT, originals: np.ndarray | None = None
+) -> tuple[Bucket, ...]:
     """Returns the buckets of images of these sizes.
 
     Each size is rounded up to multiples. While there are more shapes than the limit, two of them
@@ -44,6 +57,8 @@ def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LI
         (0, 0) of an image that cannot be read, which goes to the smallest bucket.
       multiple: of pixels, which the sides of each shape are; the largest stride of the network.
       limit: how many shapes at most.
+      originals: (n, 2), sizes of the stored images, where label maps keep them
+        (`drep_jax.data.source.original_sizes_of`).
 
     Returns:
       Buckets, the largest first, so that too little memory shows at once. Each image is in exactly
@@ -73,7 +88,45 @@ def make_buckets(sizes: np.ndarray, *, multiple: int = MULTIPLE, limit: int = LI
         Bucket((int(height), int(width)), np.flatnonzero(chosen == number).astype(np.int32))
         for number, (height, width) in enumerate(shapes)
     ]
+    if originals is not None:
+        largest = [originals[bucket.indices].max(axis=0, initial=1) for bucket in buckets]
+        buckets = [
+            dataclasses.replace(bucket, original=round_up(size, MULTIPLE))
+            for bucket, size in zip(buckets, largest, strict=True)
+        ]
     return tuple(bucket for bucket in reversed(buckets) if len(bucket.indices))
+
+
+def exact_buckets(sizes: np.ndarray, originals: np.ndarray | None = None, *, parts: int = 1) -> tuple[Bucket, ...]:
+    """Returns a bucket for every size, whose images are not padded: padding changes what a network gives.
+
+    Args:
+      sizes, originals: as for `make_buckets`; images that cannot be read go to the last bucket.
+      parts: number that batches divide among, that of all devices. Batches have as many images as
+        the bucket, if those are few, so that no large batch is computed for one image.
+
+    Returns:
+      Buckets, the largest first. Each image is in exactly one.
+
+    >>> [(bucket.shape, bucket.indices.tolist()) for bucket in exact_buckets(np.array([[3, 5], [6, 4], [3, 5]]))]
+    [((6, 4), [1]), ((3, 5), [0, 2])]
+    """
+    sizes = np.asarray(sizes).reshape(-1, 2)
+    known = (sizes > 0).all(axis=1)
+    if not known.any():
+        sizes, known = np.ones_like(sizes), np.ones(len(sizes), bool)
+    keys = sizes if originals is None else np.concatenate([sizes, originals], axis=1)
+    shapes, places = np.unique(keys[known], axis=0, return_inverse=True)
+    order = np.lexsort((*shapes.T[1:], shapes[:, 0], shapes[:, 0].astype(np.int64) * shapes[:, 1]))[::-1]
+    chosen = np.full(len(sizes), order[-1] if len(order) else 0)
+    chosen[known] = places.reshape(-1)
+    buckets = []
+    for number in order.tolist():
+        indices = np.flatnonzero(chosen == number).astype(np.int32)
+        height, width, *original = shapes[number].tolist()
+        rows = -(-len(indices) // parts) * parts
+        buckets.append(Bucket((height, width), indices, (original[0], original[1]) if original else None, rows))
+    return tuple(buckets)
 
 
 def padding_of(buckets: tuple[Bucket, ...], sizes: np.ndarray) -> float:

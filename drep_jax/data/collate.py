@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from drep_jax.data.augment import Augmentation
-from drep_jax.data.augment.flip_crop import crop_box, crop_numbers
 from drep_jax.data.columns import Column, Columns, by_name, follow, geometric
-from drep_jax.data.decode import as_rgb, decode_box, fitted, resized_box
+from drep_jax.data.cropping import random_crops, raw_with
+from drep_jax.data.decode import fitted
 from drep_jax.data.geometry import ROW, Transform
-from drep_jax.data.source import Source, fit_of, image_size_of, raw_item
+from drep_jax.data.source import Source, fit_of, image_size_of
 from drep_jax.data.steps import Size
 from drep_jax.data.unreadable import Tolerant
 from drep_jax.errors import DataError, UnreadableError
@@ -21,7 +21,13 @@ Item = dict[str, Any]
 Load = Callable[[int], Item]
 
 
-def collate(items: Sequence[Item], columns: Columns = (), shape: Size | None = None, where: str = "The batch") -> Batch:
+def collate(
+    items: Sequence[Item],
+    columns: Columns = (),
+    shape: Size | None = None,
+    where: str = "The batch",
+    original: Size | None = None,
+) -> Batch:
     """Stacks images and labels, padded where their sizes differ; the batch says what is padding.
 
     Args:
@@ -31,6 +37,8 @@ def collate(items: Sequence[Item], columns: Columns = (), shape: Size | None = N
       shape: (H, W) that images and maps are padded to, at the bottom and on the right; None for
         images of one size.
       where: what to call them in messages.
+      original: (height, width) that maps are padded to which keep the size of the stored image;
+        None where all follow the image.
 
     Returns:
       A batch of n images with these columns:
@@ -69,11 +77,18 @@ def collate(items: Sequence[Item], columns: Columns = (), shape: Size | None = N
         if column is None:
             batch[name] = _scalars(name, [item[name] for item in items], sizes[0], where)
             continue
-        values = [column.value(item[name], size, where) for item, size in zip(items, sizes, strict=True)]
+        stored = column.original and original is not None
+        own_sizes = [_original_size(item) for item in items] if stored else sizes
+        values = [column.value(item[name], size, where) for item, size in zip(items, own_sizes, strict=True)]
         if column.ragged:
             ragged[name] = values
         else:
-            batch[name] = _padded(values, canvas, column.fill) if column.geometry == "mask" else np.stack(values)
+            place = original if stored and original is not None else canvas
+            if stored and any(size[0] > place[0] or size[1] > place[1] for size in own_sizes):
+                raise DataError(
+                    f'{where} has maps "{name}" of {max(own_sizes)} pixels (height, width), which {place} does not hold.'
+                )
+            batch[name] = _padded(values, place, column.fill) if column.geometry == "mask" else np.stack(values)
     batch |= _objects(ragged, table)
     if shape is not None:
         batch["size"] = np.array(sizes, np.int32).reshape(-1, 2)
@@ -82,12 +97,17 @@ def collate(items: Sequence[Item], columns: Columns = (), shape: Size | None = N
     return batch
 
 
-def uncollate(batch: Batch, columns: Columns = ()) -> list[Item]:
+def _original_size(item: Item) -> Size:
+    return (0, 0) if item["transform"] is None else item["transform"].size_in
+
+
+def uncollate(batch: Batch, columns: Columns = (), *, original: bool = False) -> list[Item]:
     """Returns the items of a batch without their padding: what `collate` was given.
 
     Args:
       batch: of `collate`; other columns, such as "index" and "mask", are handed out row by row.
       columns: as for `collate`.
+      original: whether maps that are declared so have the size of the stored image.
 
     Returns:
       One item an image. "size" and "original_size" are left out, as the image and the transform
@@ -101,7 +121,10 @@ def uncollate(batch: Batch, columns: Columns = ()) -> list[Item]:
         for name in batch.keys() - {"size", "original_size", "objects_valid"}:
             value = batch[name][place]
             column = table.get(name, Column(name))
-            if name == "image" or column.geometry == "mask":
+            if column.original and original:
+                rows, across = batch["original_size"][place].tolist()
+                value = value[:rows, :across]
+            elif name == "image" or column.geometry == "mask":
                 value = value[:height, :width]
             elif name == "transform":
                 transform = Transform.from_row(value)
@@ -152,7 +175,12 @@ def read(source: Source, indices: np.ndarray, columns: Columns = ()) -> Batch:
 
 
 def read_or_mask(
-    source: Source, indices: np.ndarray, rows: int, columns: Columns = (), shape: Size | None = None
+    source: Source,
+    indices: np.ndarray,
+    rows: int,
+    columns: Columns = (),
+    shape: Size | None = None,
+    original: Size | None = None,
 ) -> Batch:
     """Returns a batch of `rows` images, the first of which are these, with "mask", bool (rows,).
 
@@ -162,13 +190,14 @@ def read_or_mask(
       rows: size of the batch.
       columns: label columns that the task declares.
       shape: that images are padded to; None for images of one size.
+      original: as for `collate`.
 
     Returns:
       A batch of `collate` with "index", int32 (rows,), and "mask": false on padding and on images
       that cannot be read where the source tolerates that. Their index is -1, their image 0, and
       their labels as of an image without any.
     """
-    load = functools.partial(item_of, source, columns=columns)
+    load = functools.partial(item_of, source, columns=columns, original=original is not None)
     items = [_tried(source, int(index), load) for index in indices]
     items += [None] * (rows - len(items))
     form = next((item for item in items if item is not None), None)
@@ -176,7 +205,7 @@ def read_or_mask(
         form = _instead(source, int(indices[0]) if len(indices) else 0, load)[1]
     empty = _empty(form, columns, padded=shape is not None)
     mask = np.array([item is not None for item in items])
-    batch = collate([item or empty for item in items], columns, shape, source.name)
+    batch = collate([item or empty for item in items], columns, shape, source.name, original)
     places = np.append(np.asarray(indices, np.int32), np.zeros(rows - len(indices), np.int32))
     return {**batch, "index": np.where(mask, places, -1).astype(np.int32), "mask": mask}
 
@@ -201,11 +230,11 @@ def read_augmented(
       stand_ins: indices of the images that may replace an unreadable one; None for all.
     """
     where = {"seed": seed, "first_position": first_position}
-    if augmentation.crop_scale:
-        pairs = _read_cropped(source, indices, augmentation, columns, stand_ins, **where)
-    else:
-        load = functools.partial(item_of, source, columns=columns)
-        pairs = [_instead(source, int(index), load, stand_ins) for index in indices]
+    loads = random_crops(source, augmentation, columns, **where, count=len(indices))
+    if loads is None:
+        loads = [functools.partial(item_of, source, columns=columns)] * len(indices)
+    augmentation = augmentation.after_crops
+    pairs = [_instead(source, int(index), load, stand_ins) for index, load in zip(indices, loads, strict=True)]
     if geometric(columns):
         moves = augmentation.transforms([item["image"].shape[:2] for _, item in pairs], **where)
         pairs = [
@@ -214,45 +243,11 @@ def read_augmented(
     return augmentation(_with_index(source, pairs, columns), **where)
 
 
-def item_of(source: Source, index: int, columns: Columns = ()) -> Item:
+def item_of(source: Source, index: int, columns: Columns = (), *, original: bool = False) -> Item:
     """Returns an item, whose labels follow its image from the stored one if `columns` say so."""
-    if not geometric(columns):
+    if not geometric(columns) and not geometric(getattr(source, "columns", ())):
         return source[index]
-    return fitted(raw_item(source, index), image_size_of(source), fit_of(source), columns)
-
-
-def _read_cropped(
-    source: Source,
-    indices: np.ndarray,
-    augmentation: Augmentation,
-    columns: Columns,
-    stand_ins: np.ndarray | None,
-    *,
-    seed: int,
-    first_position: int,
-) -> list[tuple[int, Item]]:
-    """Returns random resized crops of the stored images."""
-    scale, ratio = augmentation.crop_scale, augmentation.crop_ratio
-    size = image_size_of(source)
-
-    def cropped(numbers: np.ndarray, index: int) -> Item:
-        def choose(height: int, width: int) -> Any:
-            return crop_box(numbers, height, width, (scale[0], scale[1]), (ratio[0], ratio[1]))
-
-        raw = dict(raw_item(source, index))
-        stored, where = raw.pop("image"), raw.pop("where")
-        if isinstance(stored, np.ndarray):
-            image, transform = resized_box(as_rgb(stored, where), choose, size)
-        else:
-            image, transform = decode_box(stored, where, choose, size)
-        item = {**raw, "image": image}
-        return follow(item, transform, columns, where) if geometric(columns) else item
-
-    numbers = crop_numbers(seed, first_position, len(indices))
-    return [
-        _instead(source, int(index), functools.partial(cropped, row), stand_ins)
-        for index, row in zip(indices, numbers, strict=True)
-    ]
+    return fitted(raw_with(source, index, columns), image_size_of(source), fit_of(source), columns, original=original)
 
 
 def _instead(source: Source, index: int, load: Load, stand_ins: np.ndarray | None = None) -> tuple[int, Item]:

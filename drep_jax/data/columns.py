@@ -28,6 +28,8 @@ class Column:
         neighbor; "boxes" for x0, y0, x1, y1 in pixels, ragged, of shape (4,); None where it does
         not.
       fill: value of padding, of maps and ragged columns.
+      original: whether a map keeps the size of the stored image in evaluation in buckets, so that
+        predictions are taken back to that size. In training it follows the image.
       capacity: number of objects that a ragged column is padded to in every batch; an image with
         more is refused. 0 takes the largest number in the batch, rounded up to a power of two: few
         shapes, but for one host only, since other hosts see other images.
@@ -48,6 +50,7 @@ class Column:
     geometry: Literal["mask", "boxes"] | None = None
     fill: float = 0
     capacity: int = 0
+    original: bool = False
 
     def __post_init__(self) -> None:
         if self.geometry not in (None, "mask", "boxes"):
@@ -56,6 +59,8 @@ class Column:
             raise ConfigError(f'Column "{self.name}": boxes are ragged and of shape (4,): x0, y0, x1, y1.')
         if self.geometry == "mask" and self.ragged:
             raise ConfigError(f'Column "{self.name}": a map of the pixels is not ragged.')
+        if self.original and self.geometry != "mask":
+            raise ConfigError(f'Column "{self.name}": only a map of the pixels has a size of its own (original).')
         if self.capacity < 0 or (self.capacity and not self.ragged):
             raise ConfigError(f'Column "{self.name}": the capacity is at least 0, and for ragged columns only.')
 
@@ -76,6 +81,11 @@ class Column:
         if self.ragged and not array.size:
             array = array.reshape(0, *self.shape)
         if array.shape != self.value_shape(size, objects):
+            if self.geometry == "mask":
+                raise DataError(
+                    f'{where}: the map "{self.name}" is an array of {array.shape}, and its image has {size[0]} x {size[1]} '
+                    "pixels (height x width). A map has one value for every pixel of its image, upright."
+                )
             expected = ", ".join(["objects"] * self.ragged + list(map(str, self.value_shape(size, 0)[self.ragged :])))
             raise DataError(
                 f'{where}: the column "{self.name}" has the shape {array.shape}; expected ({expected}), as it is declared. A '
@@ -118,7 +128,9 @@ def geometric(columns: Columns) -> tuple[Column, ...]:
     return tuple(column for column in columns if column.geometry)
 
 
-def follow(item: Mapping[str, Any], transform: Transform, columns: Columns, where: str) -> dict[str, Any]:
+def follow(
+    item: Mapping[str, Any], transform: Transform, columns: Columns, where: str, *, original: bool = False
+) -> dict[str, Any]:
     """Returns an item whose labels have followed its image through a transform.
 
     The image itself is left alone.
@@ -128,6 +140,7 @@ def follow(item: Mapping[str, Any], transform: Transform, columns: Columns, wher
       transform: what is done to the image.
       columns: those that the task declares.
       where: what to call the image in messages.
+      original: whether maps that are declared so stay as they are.
 
     Returns:
       The item. Objects whose box is empty by now are dropped from every ragged column. Boxes are
@@ -150,7 +163,7 @@ def follow(item: Mapping[str, Any], transform: Transform, columns: Columns, wher
         raise DataError(f"{where}: its ragged columns speak of different numbers of objects: {counts}.")
     keep = np.ones(next(iter(counts.values()), 0), bool)
     for column in declared:
-        if column.geometry == "mask":
+        if column.geometry == "mask" and not (original and column.original):
             values[column.name] = transform.mask(values[column.name], fill=column.fill)
         elif column.geometry == "boxes":
             values[column.name], there = transform.boxes(values[column.name])

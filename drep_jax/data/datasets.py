@@ -61,6 +61,7 @@ def open_images(
     seed: int,
     test_needs_head: bool = True,
     check_test: Callable[[Source], None] = lambda source: None,
+    test_resize: str = "",
 ) -> Images:
     """Opens the images of a run.
 
@@ -72,12 +73,14 @@ def open_images(
       test_needs_head: whether test images can be scored only by a head that knows their labels; of
         others each source's test images are scored by themselves.
       check_test: raises for test images that cannot be scored.
+      test_resize: how test images get their size where `data.test_resize` does not say.
 
     Raises:
       ConfigError: for sources or weights that cannot be merged.
       DataError: for images that are not there.
     """
     options = {"image_size": tuple(data["image_size"]), "resize": data["resize"], "data_dir": data["data_dir"] or None}
+    test_options = {**options, "resize": data.get("test_resize", "") or test_resize or data["resize"]}
     allowed = data.get("max_unreadable", 0)
     limit_pixels(data.get("max_megapixels", 0))
     specs, weights = sources_of(data)
@@ -90,10 +93,10 @@ def open_images(
     others = []
     for spec, train in list(zip(specs, trains, strict=True))[1 if head or not test_needs_head else 0 :]:
         if not test_needs_head:
-            others.append(Labeled(train.name, None, tolerating(_checked_test(spec, options, check_test), allowed)))
+            others.append(Labeled(train.name, None, tolerating(_checked_test(spec, test_options, check_test), allowed)))
         elif specs[1:] and train.num_classes:
             chosen = np.sort(epoch_order(len(train), seed, 0)[:gallery]).tolist()
-            other_test = tolerating(open_source(spec, TEST, **options), allowed)
+            other_test = tolerating(open_source(spec, TEST, **test_options), allowed)
             others.append(Labeled(train.name, tolerating(Subset(train, chosen), allowed), other_test))
     labeled = bool(trains[0].num_classes)
     # A source may hold out nothing (`?held_out=0`), which is no reason not to learn from it.
@@ -102,9 +105,9 @@ def open_images(
     ]
     test: Source | None = None
     if not test_needs_head:
-        test = tolerating(_checked_test(specs[0], options, check_test), allowed)
+        test = tolerating(_checked_test(specs[0], test_options, check_test), allowed)
     elif head:
-        test = _labeled_test(specs[0], options) if not labeled else open_source(specs[0], TEST, **options)
+        test = _labeled_test(specs[0], test_options) if not labeled else open_source(specs[0], TEST, **test_options)
         test = None if test is None else tolerating(test, allowed)
     return Images(
         train=tolerating(_one(trains, weights), allowed),

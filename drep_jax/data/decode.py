@@ -15,7 +15,7 @@ from PIL import Image
 
 from drep_jax.data.augment.flip_crop import Box, transform_of_crop
 from drep_jax.data.columns import Columns, follow, geometric
-from drep_jax.data.fits import KEEP, parse_fit, transform_of_fit
+from drep_jax.data.fits import VARYING, interpolation_of, parse_fit, transform_of_fit
 from drep_jax.data.geometry import Transform
 from drep_jax.data.steps import Size
 from drep_jax.errors import ConfigError, DataError, UnreadableError
@@ -91,7 +91,7 @@ def decode(encoded: bytes | str | os.PathLike, where: str) -> np.ndarray:
     Raises:
       UnreadableError: for a file that is absent, truncated or not an image.
     """
-    with _reading(where), Image.open(_opened(encoded)) as image:
+    with reading(where), Image.open(opened(encoded)) as image:
         return _rgb(_upright(image), where)
 
 
@@ -114,7 +114,7 @@ def decode_box(
     Raises:
       UnreadableError: as for `decode`.
     """
-    with _reading(where), Image.open(_opened(encoded)) as image:
+    with reading(where), Image.open(opened(encoded)) as image:
         if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
             return resized_box(_rgb(_upright(image), where), choose, size)
         width, height = image.size
@@ -134,7 +134,9 @@ def resized_box(image: np.ndarray, choose: Callable[[int, int], Box], size: Size
     return transform.image(image), transform
 
 
-def fitted(raw: Mapping[str, Any], size: Size, how: str, columns: Columns = ()) -> dict[str, Any]:
+def fitted(
+    raw: Mapping[str, Any], size: Size, how: str, columns: Columns = (), *, original: bool = False
+) -> dict[str, Any]:
     """Returns an item of a source's `raw`, decoded and fitted, with the labels that follow.
 
     Args:
@@ -143,6 +145,7 @@ def fitted(raw: Mapping[str, Any], size: Size, how: str, columns: Columns = ()) 
       size: (height, width) that is wanted.
       how: a way of `drep_jax.data.fits.transform_of_fit`.
       columns: label columns that follow the image; with none, the labels are left alone.
+      original: whether maps that are declared so keep the size of the stored image.
 
     Returns:
       The labels, "image", uint8 (height, width, 3), and, with columns that follow it, "transform".
@@ -151,8 +154,8 @@ def fitted(raw: Mapping[str, Any], size: Size, how: str, columns: Columns = ()) 
     image = as_rgb(stored, where) if isinstance(stored, np.ndarray) else decode(stored, where)
     item = {name: value for name, value in raw.items() if name != "where"}
     transform = transform_of_fit(image.shape[:2], size, how, where)
-    item["image"] = transform.image(image)
-    return follow(item, transform, columns, where) if geometric(columns) else item
+    item["image"] = transform.image(image, interpolation=interpolation_of(how))
+    return follow(item, transform, columns, where, original=original) if geometric(columns) else item
 
 
 def fitted_size(raw: Mapping[str, Any], size: Size, how: str) -> Size:
@@ -161,7 +164,7 @@ def fitted_size(raw: Mapping[str, Any], size: Size, how: str) -> Size:
     Raises:
       UnreadableError: for a file that is absent or not an image.
     """
-    if parse_fit(how)[0] != KEEP:
+    if parse_fit(how)[0] not in VARYING:
         return size
     stored, where = raw["image"], raw["where"]
     upright = stored.shape[:2] if isinstance(stored, np.ndarray) else stored_size(stored, where)
@@ -174,9 +177,19 @@ def stored_size(encoded: bytes | str | os.PathLike, where: str) -> Size:
     Raises:
       UnreadableError: for a file that is absent or not an image.
     """
-    with _reading(where), Image.open(_opened(encoded)) as image:
+    with reading(where), Image.open(opened(encoded)) as image:
         width, height = image.size
         return (width, height) if _sides_swap(image, encoded) else (height, width)
+
+
+def stored_gray(encoded: bytes | str | os.PathLike, where: str) -> bool:
+    """Returns whether the image in a file is gray, from its header.
+
+    Raises:
+      UnreadableError: for a file that is absent or not an image.
+    """
+    with reading(where), Image.open(opened(encoded)) as image:
+        return image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16")
 
 
 def as_rgb(array: np.ndarray, where: str) -> np.ndarray:
@@ -213,7 +226,7 @@ def on_white(images: np.ndarray) -> np.ndarray:
 
 
 def fit(image: np.ndarray, size: Size, how: str, where: str = "image") -> np.ndarray:
-    """Gives an image the wanted size, with Pillow's antialiased bicubic filter.
+    """Gives an image the wanted size, with Pillow's antialiased bicubic filter (`short`: bilinear).
 
     Args:
       image: uint8 (H, W, 3).
@@ -224,11 +237,17 @@ def fit(image: np.ndarray, size: Size, how: str, where: str = "image") -> np.nda
     Returns:
       uint8 (height, width, 3).
     """
-    return transform_of_fit(image.shape[:2], size, how, where).image(image)
+    return transform_of_fit(image.shape[:2], size, how, where).image(image, interpolation=interpolation_of(how))
 
 
 @contextlib.contextmanager
-def _reading(where: str) -> Iterator[None]:
+def reading(where: str, what: str = "image") -> Iterator[None]:
+    """Makes whatever Pillow raises on a damaged file an `UnreadableError`.
+
+    Args:
+      where: what to call the file in messages.
+      what: what the file is to be.
+    """
     try:
         yield
     except UNREADABLE as error:
@@ -244,7 +263,7 @@ def _reading(where: str) -> Iterator[None]:
                 "eight threads."
             )
         else:
-            message = f"Cannot read the image {where}: {error}. Repair or remove it."
+            message = f"Cannot read the {what} {where}: {error}. Repair or remove it."
         raise UnreadableError(message, where) from error
 
 
@@ -262,7 +281,8 @@ def _has_late_text(encoded: bytes | str | os.PathLike) -> bool:
     return False
 
 
-def _opened(encoded: bytes | str | os.PathLike) -> Any:
+def opened(encoded: bytes | str | os.PathLike) -> Any:
+    """Returns what Pillow opens: a stream of the bytes, or the path."""
     return io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
 
 

@@ -1,12 +1,20 @@
 """How an image gets its size, `config.data.resize`: each way is the `Transform` that it does."""
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from drep_jax.data.geometry import Transform
+from drep_jax.data.resampling import PLAIN
 from drep_jax.data.steps import Size
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 
 KEEP = "keep"
+SHORT = "short"
+
+VARYING = (KEEP, SHORT)
+"""Ways that leave images of several sizes, for evaluation in buckets."""
 
 
 def transform_of_fit(size: Size, target: Size, how: str, where: str = "image") -> Transform:
@@ -24,18 +32,42 @@ def transform_of_fit(size: Size, target: Size, how: str, where: str = "image") -
         `pad` scales until the image just fits into the target, and pads it below and on the right.
         `keep` leaves the size, whatever the target.
         `keep:M` pads it below and on the right, up to multiples of M pixels.
+        `short:S` scales both sides alike until the short one has S pixels; with `short:S:L` no more
+        than lets the long one have L. `short:S:L:M` then rounds both sides up to multiples of M
+        pixels, by a second resize, as public protocols do.
       where: what to call the image in messages.
 
     Raises:
       ConfigError: for another way.
       DataError: for a size that `exact` refuses.
     """
-    name, number = parse_fit(how)
-    return FITS[name](size, target, number, where)
+    name, *numbers = parse_fit(how)
+    return FITS[name](size, target, numbers, where)
 
 
-def parse_fit(how: str) -> tuple[str, float]:
-    """Returns a way of fitting and its number: the fraction kept or the multiple, 1 by default.
+def interpolation_of(how: str) -> str:
+    """Returns how an image is resized, a key of `drep_jax.data.resampling.INTERPOLATIONS`."""
+    return PLAIN if parse_fit(how)[0] == SHORT else "bicubic"
+
+
+def scaled_size(size: Size, short: float, long: float) -> Size:
+    """Returns the size of an image scaled until one side is as long as wanted: both sides ⌊side · s + ½⌋.
+
+    s = min(long / longer side, short / shorter side).
+
+    Args:
+      size: (height, width) in pixels.
+      short, long: most pixels of the shorter and of the longer side; infinite for any.
+    """
+    scale = min(long / max(size), short / min(size))
+    height, width = (max(1, math.floor(side * scale + 0.5)) for side in size)
+    return height, width
+
+
+def parse_fit(how: str) -> tuple[Any, ...]:
+    """Returns a way of fitting and its numbers: the fraction kept or the multiple, 1 by default.
+
+    Of `short` they are the short side, the long one (infinite by default) and the multiple.
 
     Raises:
       ConfigError: for an unknown way, or a number that it does not take.
@@ -43,6 +75,15 @@ def parse_fit(how: str) -> tuple[str, float]:
     name, colon, text = how.partition(":")
     if name not in FITS:
         raise ConfigError(f'Unknown way of resizing "{how}".{did_you_mean(name, FITS)}')
+    if name == SHORT:
+        parts = text.split(":")
+        if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"[1-9]\d{0,5}", part) for part in parts):
+            raise ConfigError(
+                f'Unknown way of resizing "{how}": "short" takes the pixels of the short side, of the long one at most, and a '
+                'multiple to round up to, as in "short:512", "short:512:2048" or "short:512:2048:32".'
+            )
+        sides = [float(part) for part in parts]
+        return name, *sides, *(math.inf, 1.0)[len(sides) - 1 :]
     if not colon:
         return name, 1.0
     try:
@@ -61,26 +102,26 @@ def parse_fit(how: str) -> tuple[str, float]:
 
 def round_up(size: Size, multiple: int) -> Size:
     """Returns (height, width), both rounded up to a multiple."""
-    height, width = (-(-side // multiple) * multiple for side in size)
+    height, width = (-(-int(side) // multiple) * multiple for side in size)
     return height, width
 
 
-def _crop(size: Size, target: Size, fraction: float, where: str) -> Transform:
+def _crop(size: Size, target: Size, numbers: Sequence[float], where: str) -> Transform:
     del where
     height, width = target
-    scale = max(height / size[0], width / size[1]) / fraction
+    scale = max(height / size[0], width / size[1]) / numbers[0]
     rows, columns = max(height, round(size[0] * scale)), max(width, round(size[1] * scale))
     resized = Transform(size).resize((rows, columns))
     return resized.crop((rows - height) // 2, (columns - width) // 2, height, width)
 
 
-def _squash(size: Size, target: Size, number: float, where: str) -> Transform:
-    del number, where
+def _squash(size: Size, target: Size, numbers: Sequence[float], where: str) -> Transform:
+    del numbers, where
     return Transform(size).resize(target)
 
 
-def _exact(size: Size, target: Size, number: float, where: str) -> Transform:
-    del number
+def _exact(size: Size, target: Size, numbers: Sequence[float], where: str) -> Transform:
+    del numbers
     if tuple(size) != tuple(target):
         raise DataError(
             f"{where} is {size[0]} x {size[1]} pixels (height x width), but {target[0]} x {target[1]} is wanted. Resize the "
@@ -89,23 +130,31 @@ def _exact(size: Size, target: Size, number: float, where: str) -> Transform:
     return Transform(size)
 
 
-def _pad(size: Size, target: Size, number: float, where: str) -> Transform:
-    del number, where
+def _pad(size: Size, target: Size, numbers: Sequence[float], where: str) -> Transform:
+    del numbers, where
     scale = min(target[0] / size[0], target[1] / size[1])
     height, width = (min(most, max(1, round(side * scale))) for side, most in zip(size, target, strict=True))
     return Transform(size).resize((height, width)).window(0, 0, *target)
 
 
-def _keep(size: Size, target: Size, multiple: float, where: str) -> Transform:
+def _keep(size: Size, target: Size, numbers: Sequence[float], where: str) -> Transform:
     del target, where
-    return Transform(size).window(0, 0, *round_up(size, int(multiple)))
+    return Transform(size).window(0, 0, *round_up(size, int(numbers[0])))
 
 
-FITS: dict[str, Callable[[Size, Size, float, str], Transform]] = {
+def _short(size: Size, target: Size, numbers: Sequence[float], where: str) -> Transform:
+    del target, where
+    short, long, multiple = numbers
+    scaled = scaled_size(size, short, long)
+    return Transform(size).resize(scaled).resize(round_up(scaled, int(multiple)))
+
+
+FITS: dict[str, Callable[[Size, Size, Sequence[float], str], Transform]] = {
     "crop": _crop,
     "squash": _squash,
     "exact": _exact,
     "pad": _pad,
     KEEP: _keep,
+    SHORT: _short,
 }
-"""(size of the image, size wanted, number, what to call the image) ↦ what is done."""
+"""(size of the image, size wanted, numbers, what to call the image) ↦ what is done."""

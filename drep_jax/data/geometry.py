@@ -144,13 +144,13 @@ class Transform:
 
     # Applied ----------------------------------------------------------------------------------------------------------
 
-    def image(self, array: np.ndarray, *, interpolation: str = "bicubic", fill: int = 0) -> np.ndarray:
+    def image(self, array: np.ndarray, *, interpolation: str = "bicubic", fill: int | Sequence[int] = 0) -> np.ndarray:
         """Applies it to an image.
 
         Args:
           array: uint8 (H, W) or (H, W, 3), of `size_in`.
           interpolation: a key of `drep_jax.data.resampling.INTERPOLATIONS`.
-          fill: value of pixels that show nothing.
+          fill: value of pixels that show nothing, or their color.
 
         Returns:
           uint8 of `size_out`; where possible a view of `array`.
@@ -158,7 +158,12 @@ class Transform:
         self._check(array)
 
         def constant(shown: np.ndarray, margins: Sequence[tuple[int, int]]) -> np.ndarray:
-            return np.pad(shown, [*margins, *[(0, 0)] * (shown.ndim - 2)], constant_values=fill)
+            (above, below), (left, right) = margins
+            height, width = shown.shape[:2]
+            out = np.empty((above + height + below, left + width + right, *shown.shape[2:]), shown.dtype)
+            out[...] = fill
+            out[above : above + height, left : left + width] = shown
+            return out
 
         return pixels_of(self.steps, array, lookup(INTERPOLATIONS, interpolation, "interpolation"), constant)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from drep_jax.data.columns import Columns
+from drep_jax.data.geometry import IGNORED
 from drep_jax.data.source import raw_item
 from drep_jax.errors import DataError
 from drep_jax.typing import Batch
@@ -44,20 +46,44 @@ def labeled_images(source: Any) -> np.ndarray | None:
     return None if labels is None or np.all(labels != MISSING) else labels != MISSING
 
 
-def check_scorable(source: Any, what: str = "test images") -> None:
-    """Refuses images without any label, and labels outside the classes.
+def check_form(source: Any, columns: Columns) -> None:
+    """Refuses labels of a form that the task does not declare, such as masks where one number an image is needed.
+
+    Args:
+      source: the images.
+      columns: label columns that the task declares.
+
+    Raises:
+      DataError: naming the column.
+    """
+    declared = {column.name for column in columns}
+    strange = next((column for column in getattr(source, "columns", ()) if column.name not in declared), None)
+    if strange is not None:
+        form = "maps of the pixels (masks)" if strange.geometry == "mask" else "one value for each object"
+        raise DataError(
+            f'The labels "{strange.name}" of {source.name} are {form}, which this task cannot use. Choose a task for '
+            "such labels with --config.task, or give images with one label each (docs/data.md)."
+        )
+
+
+def check_scorable(source: Any, what: str = "test images", columns: Columns = ()) -> None:
+    """Refuses images without any label, labels outside the classes, and labels of another form.
 
     Where the source does not know its labels without reading, some images are looked at.
 
     Args:
       source: the images.
       what: what to call them.
+      columns: label columns that the task declares.
 
     Raises:
       DataError: with what to do.
     """
+    check_form(source, columns)
     labels, which = labels_of(source), "its"
     if labels is None and source.num_classes is not None and len(source):
+        if getattr(source, "columns", ()):
+            return  # checked where they are decoded
         items = [raw_item(source, place) for place in spread(len(source), PROBED)]
         labels = np.array([item.get("label", MISSING) for item in items])
         if labels.ndim > 1 or labels.dtype.kind not in "iu":
@@ -74,10 +100,10 @@ def check_scorable(source: Any, what: str = "test images") -> None:
 
 
 def check_range(labels: np.ndarray, classes: int | None, source: str, index: np.ndarray | None = None) -> None:
-    """Refuses labels outside 0 … classes − 1, other than -1 for a missing one.
+    """Refuses labels outside 0 … classes − 1, other than -1 for a missing one, and 255 in masks.
 
     Args:
-      labels: (n,).
+      labels: (n,), or masks (n, height, width).
       classes: number of classes; None for any.
       source: name of the source, for messages.
       index: (n,) indices of the images; None for 0 … n − 1.
@@ -85,6 +111,9 @@ def check_range(labels: np.ndarray, classes: int | None, source: str, index: np.
     Raises:
       DataError: with the number of such labels and an example.
     """
+    if labels.ndim > 1:
+        _check_masks(labels, classes, source, index)
+        return
     outside = np.flatnonzero((labels < MISSING) | (labels >= (np.inf if classes is None else classes)))
     if len(outside):
         first = int(outside[0])
@@ -96,6 +125,30 @@ def check_range(labels: np.ndarray, classes: int | None, source: str, index: np.
         )
 
 
+def _check_masks(masks: np.ndarray, classes: int | None, source: str, index: np.ndarray | None) -> None:
+    """Raises DataError for masks (n, height, width) with a value that is no class and not ignored."""
+    most = IGNORED if classes is None else classes
+    outside = ((masks < 0) | (masks >= most)) & (masks != IGNORED)
+    images = np.flatnonzero(outside.any(axis=(1, 2)))
+    if len(images):
+        first = int(images[0])
+        value = int(masks[first][outside[first]][0])
+        raise DataError(
+            f"{source}: the masks of {len(images):,} of {len(masks):,} images hold values outside 0 … {most - 1}, such as "
+            f"{value} of image {first if index is None else int(index[first])}, {100 * outside[first].mean():.2g} % of its "
+            "pixels. If 0 means no class, all others are one too large (reduce_zero_label). Values that mean no class are 255."
+        )
+
+
+def labeled_maps(masks: np.ndarray) -> np.ndarray:
+    """Returns which masks, (n, height, width), have a pixel that is not ignored, bool (n,).
+
+    >>> labeled_maps(np.array([[[255, 255]], [[255, 3]]], np.uint8)).tolist()
+    [False, True]
+    """
+    return (masks != IGNORED).reshape(len(masks), -1).any(axis=1)
+
+
 def checked(batches: Iterable[Batch], source: Any) -> Iterator[Batch]:
     """Yields batches for a stage that trains with labels.
 
@@ -104,9 +157,9 @@ def checked(batches: Iterable[Batch], source: Any) -> Iterator[Batch]:
     """
     for batch in batches:
         labels = batch.get("label")
-        if labels is not None and labels.ndim == 1:
+        if labels is not None and labels.ndim in (1, 3):
             check_range(labels, source.num_classes, source.name, batch["index"])
-            if (missing := np.flatnonzero(labels == MISSING)).size:
+            if labels.ndim == 1 and (missing := np.flatnonzero(labels == MISSING)).size:
                 raise DataError(
                     f"{source.name}: image {int(batch['index'][missing[0]])} has no label (-1), and this stage trains with "
                     "labels. Remove such images, or give the source an attribute `labels`, by which they are left out."

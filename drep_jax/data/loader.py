@@ -122,7 +122,7 @@ def evaluation_batches(
 
     Args:
       source: images, of one size unless there are buckets.
-      batch_size: images a step, over all hosts.
+      batch_size: images a step, over all hosts; a bucket may ask for fewer.
       num_threads: as for `training_batches`.
       shard: as for `training_batches`.
       columns: as for `training_batches`.
@@ -136,19 +136,22 @@ def evaluation_batches(
       image and scalar labels are 0. With buckets also "size", int32 (B, 2), the height and width of
       each image without padding.
     """
-    rows = _rows(batch_size, shard)
     _check_capacity(columns, shard)
-    count = rows.stop - rows.start
     everything = Bucket((0, 0), np.arange(len(source), dtype=np.int32))
     steps = [
-        (None if buckets is None else bucket.shape, indices)
+        (
+            None if buckets is None else bucket.shape,
+            bucket.original,
+            _rows(bucket.batch_size(batch_size), shard),
+            indices,
+        )
         for bucket in ([everything] if buckets is None else buckets)
         for indices in bucket.steps(batch_size)
     ]
 
     def load(step: int) -> Batch:
-        shape, indices = steps[step]
-        return read_or_mask(source, indices[rows], count, columns, shape)
+        shape, original, rows, indices = steps[step]
+        return read_or_mask(source, indices[rows], rows.stop - rows.start, columns, shape, original)
 
     return _read_ahead(range(len(steps)), load, source, num_threads)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from drep_jax.data.collate import item_of
 from drep_jax.data.source import Source, fit_of, image_size_of, raw_item, size_of
 from drep_jax.errors import ConfigError, DataError
 
@@ -48,7 +49,7 @@ class MergedSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         origin, place = self._at(index)
-        return {"image": self.sources[origin][place]["image"], "origin": np.int32(origin)}
+        return {"image": item_of(self.sources[origin], place)["image"], "origin": np.int32(origin)}
 
     def raw(self, index: int) -> dict[str, Any]:
         """Returns an item as its source stores it, with "where" and "origin"."""

@@ -39,6 +39,13 @@ def antialiased_bilinear(image: np.ndarray, size: tuple[int, int], part: Part | 
     return _with_pillow(image, size, part, Image.Resampling.BILINEAR, 1)
 
 
+def plain_bilinear(image: np.ndarray, size: tuple[int, int], part: Part | None = None) -> np.ndarray:
+    """Resizes as `bilinear` does, without antialiasing, rounded: what OpenCV's INTER_LINEAR gives, to one gray level."""
+    if image.shape[:2] == tuple(size):
+        return image if part is None else image[part]
+    return np.rint(bilinear(image, size, part)).astype(np.uint8)
+
+
 def nearest(array: np.ndarray, size: tuple[int, int], part: Part | None = None) -> np.ndarray:
     """Gives each pixel the value of the input pixel that its center falls into.
 
@@ -127,9 +134,12 @@ def _with_pillow(
     return np.array(Image.fromarray(np.ascontiguousarray(image[tuple(reads)])).resize(wanted[::-1], how, box))
 
 
+PLAIN = "plain_bilinear"
+
 INTERPOLATIONS: dict[str, Resample] = {
     "bicubic": bicubic,
     "bilinear": antialiased_bilinear,
     "nearest": nearest,
+    PLAIN: plain_bilinear,
 }
 """How `Transform.image` resizes, by name."""

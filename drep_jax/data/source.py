@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from drep_jax.data.fits import VARYING
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -28,6 +30,12 @@ class Source(Protocol):
         crops are taken of the whole stored image, and labels follow the geometry from there.
       size_of(index): (height, width) of the item's image without decoding it, where sizes differ;
         (0, 0) where it cannot be read.
+      original_size_of(index): (height, width) of the image as it is stored, upright.
+      columns: form of labels that are not one number an image (`drep_jax.data.columns`). A stage
+        whose task does not declare them reads images without them. In `raw` such a label may be
+        anything that `np.asarray` decodes.
+      clusters: what images depend on each other, such as a video, int32 (n,), for intervals.
+      palette: usual color of each class, (r, g, b).
 
     A source for re-identification also has `table`, the columns of its items without the images,
     int32 (n,) by name, without decoding; `protocol`, how it is evaluated; and `cameras` and
@@ -77,9 +85,24 @@ def size_of(source: Any, index: int) -> tuple[int, int]:
     return source.size_of(index) if hasattr(source, "size_of") else image_size_of(source)
 
 
+def original_size_of(source: Any, index: int) -> tuple[int, int]:
+    """Returns (height, width) of an image as it is stored; (0, 0) if it cannot be read."""
+    return source.original_size_of(index) if hasattr(source, "original_size_of") else size_of(source, index)
+
+
+def original_sizes_of(source: Any) -> np.ndarray:
+    """Returns the sizes of all images as they are stored, without decoding, int32 (n, 2)."""
+    return np.array([original_size_of(source, index) for index in range(len(source))], np.int32).reshape(-1, 2)
+
+
 def sizes_of(source: Any) -> np.ndarray:
     """Returns the sizes of all images as the source gives them, without decoding, int32 (n, 2)."""
     return np.array([size_of(source, index) for index in range(len(source))], np.int32).reshape(-1, 2)
+
+
+def varies(source: Any) -> bool:
+    """Returns whether a source was opened so that its images keep several sizes."""
+    return str(getattr(source, "resize", "")).partition(":")[0] in VARYING
 
 
 OF_THE_SET = ("protocol", "cameras", "views")
@@ -95,6 +118,9 @@ def pass_on(source: Any, wrapper: Any, indices: Sequence[int] | None = None) -> 
     """
     chosen = slice(None) if indices is None else np.array(indices, np.int64)
     wrapper.stored = getattr(source, "stored", None)
+    wrapper.columns, wrapper.palette = getattr(source, "columns", ()), getattr(source, "palette", ())
+    clusters = getattr(source, "clusters", None)
+    wrapper.clusters = None if clusters is None else clusters[chosen]
     labels = getattr(source, "labels", None)
     wrapper.labels = None if labels is None else labels[chosen]
     if not hasattr(source, "table"):
@@ -134,3 +160,7 @@ class Subset:
     def size_of(self, index: int) -> tuple[int, int]:
         """Returns (height, width) of an image without decoding it."""
         return size_of(self._source, self._indices[index])
+
+    def original_size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image as it is stored."""
+        return original_size_of(self._source, self._indices[index])

@@ -96,6 +96,15 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
     """Opens `tfds:NAME[/config]`.
 
     Raises:
+      ConfigError, DataError: as `open_builder`.
+    """
+    return TfdsSource(open_builder(argument, data_dir), split, image_size, resize)
+
+
+def open_builder(argument: str, data_dir: str | None) -> Any:
+    """Returns the `tfds.core.DatasetBuilder` of a prepared data set, NAME[/config].
+
+    Raises:
       ConfigError: for a name that TFDS does not know.
       DataError: when the data set is not prepared in `data_dir` as array_record; nothing is
         downloaded.
@@ -123,7 +132,7 @@ def open_tfds(argument: str, split: str, image_size: tuple[int, int], resize: st
             f"{prepared} is prepared as {', '.join(formats)}, not as {FORMAT}, which alone allows slices. "
             f"Move it away first. {how_to_provide(argument, root)}"
         )
-    return TfdsSource(builder, split, image_size, resize)
+    return builder
 
 
 def data_root(data_dir: str | None) -> Path:

@@ -3,10 +3,10 @@
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from drep_jax.data.source import Source, fit_of, image_size_of, pass_on, raw_item, size_of
+from drep_jax.data.source import Source, fit_of, image_size_of, original_size_of, pass_on, raw_item, size_of
 from drep_jax.errors import ConfigError, DataError, UnreadableError
 
 RECORD = "unreadable.jsonl"
@@ -49,8 +49,15 @@ class Tolerant:
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Returns (height, width) of an image without decoding it; (0, 0) if it cannot be read."""
+        return self._size(size_of, index)
+
+    def original_size_of(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image as it is stored; (0, 0) if it cannot be read."""
+        return self._size(original_size_of, index)
+
+    def _size(self, size: Callable[[Source, int], tuple[int, int]], index: int) -> tuple[int, int]:
         try:
-            return (0, 0) if self.known(index) else size_of(self._source, index)
+            return (0, 0) if self.known(index) else size(self._source, index)
         except UnreadableError as error:
             self.skip(index, error)
             return 0, 0

@@ -15,17 +15,20 @@ import jax
 import numpy as np
 
 from drep_jax.data import Source
-from drep_jax.data.buckets import Bucket, restore_order
+from drep_jax.data.buckets import Bucket, exact_buckets, restore_order
+from drep_jax.data.collate import read, read_or_mask
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.labels import check_range
 from drep_jax.data.loader import evaluation_batches
+from drep_jax.data.source import original_size_of, original_sizes_of, size_of, sizes_of, varies
+from drep_jax.data.steps import Size
 from drep_jax.errors import DataError
 from drep_jax.exporting.statistics import MixedStatistics, Statistics
 from drep_jax.parallel import devices
 from drep_jax.progress import bar
 from drep_jax.run.setup import Setup
 from drep_jax.tasks import Items, Task
-from drep_jax.typing import Tree
+from drep_jax.typing import Batch, Tree
 
 Network = Callable[[Tree, Any], Any]
 """(variables, images) ↦ outputs."""
@@ -78,7 +81,8 @@ def score_arms(
       statistics: name ↦ what the backbone's BatchNorms mix with their trained statistics, for arms
         that do. Over "batch" it is that of the evaluation, on all devices and without padding.
       buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`; one program
-        per bucket.
+        per bucket. None for one bucket per size if the source keeps the sizes of its images, so
+        that nothing is padded.
       progress: whether to show a progress bar.
 
     Returns:
@@ -91,12 +95,10 @@ def score_arms(
     """
     devices.check_batch(batch_size, "evaluate.batch_size")
     task = setup.task
-    programs = {
-        name: devices.on_devices(_network_statistics(task, networks[name]))
-        if name in networks
-        else backbone_program(task, setup.backbone, statistics.get(name))
-        for name in arms
-    }
+    if buckets is None and varies(source):
+        originals = original_sizes_of(source) if keeps_original(task) else None
+        buckets = exact_buckets(sizes_of(source), originals, parts=devices.device_count())
+    others = {name: devices.on_devices(_network_outputs(network)) for name, network in networks.items()}
     everywhere = {name: devices.replicate(variables) for name, variables in arms.items()}
     prepare = devices.on_devices(setup.inputs)
     for condition in conditions:
@@ -109,15 +111,21 @@ def score_arms(
         for batch in bar(batches, name, total, "batch", shown=progress):
             labels = {name: column for name, column in batch.items() if name != "image"}
             labeled = task.has_label(labels) | ~batch["mask"]
-            if (numbers := labels.get("label")) is not None and numbers.ndim == 1:
+            if (numbers := labels.get("label")) is not None and numbers.ndim in (1, 3):
                 check_range(numbers, source.num_classes, source.name, batch["index"])
             seen = corrupt(batch["image"], batch["index"], condition, seed, batch.get("size"))
             if corrupted is not None:
                 seen = np.where(corrupted[batch["index"]][:, None, None, None], seen, batch["image"])
             labels_there = devices.shard(labels)
             images = prepare({**labels_there, "image": devices.shard(seen)})
+            # Label maps may have another size than images, and the program of a network sees those alone.
+            known = {name: labels_there[name] for name, column in labels.items() if column.ndim < 3}
+            size = batch["image"].shape[1:3]
             for name, variables in everywhere.items():
-                rows[name].append(devices.unshard(programs[name](variables, images, labels_there)))
+                network = others.get(name) or backbone_program(task, setup.backbone, statistics.get(name), size)
+                outputs = network(variables, images, known)
+                counted = statistics_program(task, label_size(labels, size))(outputs, labels_there)
+                rows[name].append(devices.unshard(counted))
             labels = {**labels, "index": np.where(labeled, labels["index"], -1), UNLABELED: ~labeled}
             for name, column in labels.items():
                 if column.ndim == 1:
@@ -130,34 +138,80 @@ def score_arms(
         yield condition, result
 
 
-@functools.lru_cache(maxsize=8)
-def backbone_program(task: Task, backbone: nn.Module, mixed: Statistics | None = None) -> Callable[..., Any]:
-    """Returns (variables, images, labels) ↦ statistics of the task, compiled once per backbone.
+def one_image(task: Task, source: Source, index: int) -> Batch:
+    """Returns a batch of one image as `score_arms` reads it, without padding.
+
+    Args:
+      task: which declares label columns.
+      source: the images.
+      index: which.
+    """
+    where = np.array([index], np.int32)
+    if not varies(source):
+        return read(source, where, task.columns)
+    original = original_size_of(source, index) if keeps_original(task) else None
+    return read_or_mask(source, where, 1, task.columns, size_of(source, index), original)
+
+
+def keeps_original(task: Task) -> bool:
+    """Returns whether label maps of test images keep the size of the stored image."""
+    return any(column.original for column in task.columns)
+
+
+def label_size(labels: Mapping[str, np.ndarray], size: Size) -> Size:
+    """Returns the size of the label maps of a batch; that of its images if there are none."""
+    return next((column.shape[1:3] for _, column in sorted(labels.items()) if column.ndim == 3), size)
+
+
+PROGRAMS = 64
+"""Compiled programs that are kept, one for each size of images."""
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def backbone_program(task: Task, backbone: nn.Module, mixed: Statistics | None, size: Size) -> Callable[..., Any]:
+    """Returns (variables, images, columns) ↦ outputs of the task's network, compiled once per backbone.
 
     Args:
       task, backbone: of the run.
       mixed: what BatchNorms mix with their trained statistics, or None.
+      size: (height, width) of the images.
     """
+    del size
 
-    def statistics(variables: Tree, images: Any, labels: Tree) -> Tree:
+    def outputs(variables: Tree, images: Any, columns: Tree) -> Any:
         network: Any = backbone
         if mixed is not None:
-            network = MixedStatistics(backbone, mixed, labels["mask"], devices.AXIS)
-        return task.statistics(task.predict(network, variables, images, labels), labels)
+            network = MixedStatistics(backbone, mixed, columns["mask"], devices.AXIS)
+        return task.predict(network, variables, images, columns)
 
-    return devices.on_devices(statistics)
+    return devices.on_devices(outputs)
 
 
-def _network_statistics(task: Task, network: Network) -> Callable[..., Any]:
-    return lambda variables, images, labels: task.statistics(network(variables, images), labels)
+@functools.lru_cache(maxsize=PROGRAMS)
+def statistics_program(task: Task, size: Size) -> Callable[..., Any]:
+    """Returns (outputs, columns) ↦ statistics of the task.
+
+    It is a program of its own, so that images of several sizes that the network sees at one size
+    share the program of the network, which takes longest to compile.
+
+    Args:
+      task: of the run.
+      size: (height, width) of the label maps.
+    """
+    del size
+    return devices.on_devices(task.statistics)
+
+
+def _network_outputs(network: Network) -> Callable[..., Any]:
+    return lambda variables, images, columns: network(variables, images)
 
 
 def _gathered(rows: Mapping[str, list[Tree]], scalars: dict[str, list[np.ndarray]]) -> Scored:
     """Returns the rows of all batches and hosts in the order of the source, without padding."""
-    batches = len(scalars["index"])
 
     def everyone(*parts: np.ndarray) -> np.ndarray:
-        return in_order(np.concatenate(parts), batches)
+        by_host = devices.gather(np.concatenate(parts))  # the index restores the order
+        return by_host.reshape(-1, *by_host.shape[2:])
 
     index = everyone(*scalars["index"])
 
@@ -177,16 +231,3 @@ def items_of(setup: Setup, source: Source, scored: Scored, condition: str) -> di
         for arm, rows in scored.statistics.items()
     }
     return {arm: each._replace(left_out={**left_out, **each.left_out}) for arm, each in items.items()}
-
-
-def in_order(rows: np.ndarray, batches: int) -> np.ndarray:
-    """Returns the rows of all hosts in the order in which batches were made, on every host.
-
-    Args:
-      rows: the rows of this host, (batches · rows per batch and host, …); all hosts have equal
-        slices of each batch.
-      batches: number of batches.
-    """
-    by_host = devices.gather(rows)
-    by_batch = by_host.reshape(len(by_host), batches, -1, *rows.shape[1:])
-    return np.swapaxes(by_batch, 0, 1).reshape(-1, *rows.shape[1:])

@@ -10,8 +10,9 @@ from drep_jax.core.recipes import check_grid
 from drep_jax.core.reverse_map import site_steps
 from drep_jax.data import Source
 from drep_jax.data.corruptions import check_spec
-from drep_jax.data.labels import described, labeled_images
+from drep_jax.data.labels import check_form, described, labeled_images
 from drep_jax.errors import ConfigError, DataError, lookup
+from drep_jax.evaluation.placebo import PLACEBOS
 from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners import LEARNERS
@@ -21,6 +22,7 @@ from drep_jax.learners.noise import noise_sources
 from drep_jax.parallel import devices, processes
 from drep_jax.run import workdir
 from drep_jax.run.environment import environment
+from drep_jax.run.inputs import check_sizes
 from drep_jax.run.setup import Setup
 from drep_jax.run.stages import STAGES, Stage, optimizer_of
 from drep_jax.tasks import StagePlan
@@ -50,8 +52,10 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
         _at_least_one(name, config[name])
     for name in ("certificate_images", "latency_batch"):
         _at_least_one(f"evaluate.{name}", evaluate[name])
+    check_sizes(config, setup)
     for learner in (config["learner"], *config["compare"]):
         lookup(LEARNERS, learner, "learner")
+    lookup(dict.fromkeys(PLACEBOS), evaluate.get("placebo", "effect"), "evaluate.placebo")
     check_choosing(config, setup)
     sweep = {name: config["sweep"][name] for name in ("rules", "steps", "scales", "strengths")}
     check_grid(setup.schedule, **sweep)
@@ -116,6 +120,8 @@ def _check_stage(config: Config, setup: Setup, stage: Stage) -> None:
         )
     if section == name and train.num_classes is None:
         raise ConfigError(f"Stage {name} trains with labels, but {train.name} has none. Set --config.{name}.steps=0.")
+    if stage.labeled:
+        check_form(train, setup.task.columns)
     if stage.labeled and (labeled := labeled_images(train)) is not None and not labeled.any():
         raise DataError(
             f"Stage {name} trains with labels, but none of the {len(train):,} images of {train.name} has one."

@@ -43,10 +43,12 @@ def dry_run(config: Config) -> str:
         f"while learning, none after fusion.",
         f"Sites cover {setup.covered.layers} of {setup.covered.candidates} linear layers, "
         f"{100 * setup.covered.kernel_share:.0f} % of the weights.",
+        *setup.forms,
         "",
     ]
     lines += [
-        f"  t={','.join(map(str, site.times)):>5s}  {site.kind:9s} d={site.width:<5d} {', '.join(x.name for x in site.layers)}"
+        f"  t={','.join(map(str, site.times)):>5s}  {site.kind:9s} d={site.width:<5d} "
+        f"{site.name if site.layers[0].part else ', '.join(x.name for x in site.layers)}"
         for site in setup.sites
     ]
     text = "\n".join(lines)

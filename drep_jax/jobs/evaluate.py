@@ -14,7 +14,7 @@ from drep_jax.data.labels import check_classes
 from drep_jax.errors import CheckpointError, ConfigError, DataError, DrepError
 from drep_jax.files import expanded
 from drep_jax.jobs.checks import agree, check_evaluation
-from drep_jax.jobs.scores import compared, scores_of, with_statistics
+from drep_jax.jobs.scores import compared, protocol_of, scores_of, with_statistics
 from drep_jax.jobs.scoring_checks import UNKNOWN, check_scoring
 from drep_jax.learners import LEARNERS, denoisers_of
 from drep_jax.parallel import processes
@@ -30,7 +30,7 @@ from drep_jax.typing import Config, Tree
 FOLDER = "evaluations"
 
 
-FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "model.num_classes")
+FREE = (*workdir.FREE, "evaluate.", "data.source", "data.data_dir", "data.test_resize", "model.num_classes")
 """Settings in which an evaluation may differ from its run, beside those of the task."""
 
 
@@ -56,7 +56,7 @@ def configuration(
     if other := workdir.differences(saved, requested, (*FREE, *scoring)):
         raise CheckpointError(
             f"{directory} holds a run with another configuration, of which --eval_only can change the conditions and images of "
-            f"the evaluation only ({', '.join(['evaluate.…', *FREE[-3:], *scoring])}):\n{workdir.listed(other)}"
+            f"the evaluation only ({', '.join(['evaluate.…', *FREE[-4:], *scoring])}):\n{workdir.listed(other)}"
         )
     return requested
 
@@ -135,6 +135,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         "arms": described,
         "data": data,
         "metrics": compared(config, setup, results, controls),
+        **protocol_of(setup, results),
     }
     if processes.primary():
         report.write_evaluation(content, folder)

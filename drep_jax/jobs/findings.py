@@ -12,12 +12,13 @@ import numpy as np
 from drep_jax.core import closed_form
 from drep_jax.core.explicit import explicit_apply
 from drep_jax.core.fusion import composed_maps, fuse_variables_exact
+from drep_jax.core.matrix_form import part_of
 from drep_jax.core.moments import Moments
 from drep_jax.data import Source
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
 from drep_jax.evaluation import cost
-from drep_jax.evaluation.arms import Network, Scored, score_arms
+from drep_jax.evaluation.arms import Network, Scored, one_image, score_arms
 from drep_jax.learners import Learned
 from drep_jax.run.moments import MOMENTS, kept_moments, moments_of
 from drep_jax.run.run import Run
@@ -95,6 +96,19 @@ def exhibit_of(
             return batch["image"][0]
         return np.rint(corrupt(batch["image"], batch["index"], condition, config["seed"])[0])
 
+    def outputs(index: int) -> tuple[dict[str, np.ndarray], dict[str, Tree]]:
+        batch = one_image(setup.task, source, index)
+        seen = corrupt(batch["image"], batch["index"], condition, config["seed"], batch.get("size"))
+        seen = batch["image"] if corrupted is not None and not corrupted[index] else seen
+        columns = {name: column for name, column in batch.items() if name != "image"}
+        known = {name: column for name, column in columns.items() if column.ndim < 3}
+        images = setup.inputs({**known, "image": seen})
+        return columns, {arm: predicted(variables, images, known) for arm, variables in arms.items()}
+
+    @jax.jit
+    def predicted(variables: Tree, images: Any, columns: Tree) -> Tree:
+        return setup.task.predict(setup.backbone, variables, images, columns)
+
     def alone(name: str | None) -> Tree:
         if name is None:
             return variables
@@ -111,6 +125,7 @@ def exhibit_of(
         statistics={arm: scored.statistics[arm] for arm in arms},
         look=look,
         picture=picture,
+        outputs=outputs,
         sites=[site["path"] for site in order],
         alone=alone,
         seed=config["seed"],
@@ -128,7 +143,9 @@ def describe_sites(setup: Setup, before: Tree, after: Tree) -> list[dict[str, An
     for site in setup.sites:
         changes = []
         for layer in site.layers:
-            old, new = (np.asarray(get_in(tree, layer.path)["kernel"], np.float64) for tree in (before, after))
+            old, new = (
+                part_of(layer, np.asarray(get_in(tree, layer.path)["kernel"], np.float64)) for tree in (before, after)
+            )
             old, new = (leaf.reshape(site.stack or 1, -1) for leaf in (old, new))
             changes.append(np.linalg.norm(new - old, axis=1) / np.linalg.norm(old, axis=1))
         rows.append(

@@ -31,6 +31,7 @@ def check_scoring(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     """
     task, unknown = setup.task, config["evaluate"].get("unknown_classes", "refuse")
     data = described(setup.parts)
+    task.check_scoring(setup)
     if setup.test is not None:
         task.check_test(setup.test)
         data["test"]["notes"] += check_seen(task, setup)

@@ -13,14 +13,15 @@ QUALITY = 85
 """JPEG quality."""
 
 
-def small(image: np.ndarray) -> str:
-    """Returns an image as a base64 JPEG whose sides have at most 128 pixels.
+def small(image: np.ndarray, side: int = SIDE) -> str:
+    """Returns an image as a base64 JPEG whose sides have at most 128 pixels, or `side`.
 
     Args:
       image: uint8 (height, width, 3).
+      side: largest length of the longer side, in pixels.
     """
     thumbnail = Image.fromarray(np.asarray(image, np.uint8)).convert("RGB")
-    thumbnail.thumbnail((SIDE, SIDE))
+    thumbnail.thumbnail((side, side))
     buffer = io.BytesIO()
     thumbnail.save(buffer, "JPEG", quality=QUALITY)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -3,7 +3,9 @@
 Every entry makes a module that is called as `module(x, train=False)` on normalized images (batch,
 height, width, channels) and returns logits (batch, num_classes), or features when `num_classes=0`;
 those for re-identification always return features, and their method `outputs` returns what the training
-losses read. To add a model, add a line to `MODELS`. A module that is not in the registry is imported
+losses read. Those that classify every pixel return maps of logits (batch, rows, columns,
+num_classes) of a lower resolution, and with `train=True` those of an auxiliary head too, where there
+is one. To add a model, add a line to `MODELS`. A module that is not in the registry is imported
 by name, see `imported`.
 """
 
@@ -18,11 +20,14 @@ import jax.numpy as jnp
 from drep_jax.errors import ConfigError, lookup
 from drep_jax.models import imported
 from drep_jax.models.backbone import Backbone, BatchNormBackbone
+from drep_jax.models.bilinear import resize_bilinear
 from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.depthwise import depthwise_conv
+from drep_jax.models.fcn import FCN
 from drep_jax.models.imported import abstract_variables, output_shape
 from drep_jax.models.resnet import ResNet
 from drep_jax.models.resnet_reid import ResNetReID
+from drep_jax.models.segformer import SegFormer
 from drep_jax.models.swin import SwinV2
 from drep_jax.models.transreid import TransReID
 from drep_jax.models.vit import ViT
@@ -37,6 +42,7 @@ __all__ = [
     "depthwise_conv",
     "list_models",
     "output_shape",
+    "resize_bilinear",
     "takes_classes",
 ]
 
@@ -68,6 +74,14 @@ _swinv2_s = functools.partial(SwinV2, width=96, depths=(2, 2, 18, 2), num_heads=
 _swinv2_b = functools.partial(SwinV2, width=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
 
 _resnet50_reid = functools.partial(ResNetReID, stage_sizes=(3, 4, 6, 3), block="bottleneck")
+
+# mmsegmentation's R-50-D8 and R-101-D8, and torchvision's networks of the same name.
+_fcn_r50 = functools.partial(FCN, stage_sizes=(3, 4, 6, 3))
+_fcn_r101 = functools.partial(FCN, stage_sizes=(3, 4, 23, 3))
+
+_segformer = functools.partial(SegFormer, widths=(64, 128, 320, 512))
+# mmsegmentation's heads are 256 wide throughout.
+_segformer_wide = functools.partial(_segformer, head_width=(256, 768))
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -120,6 +134,18 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet_reid": ResNetReID,
     "resnet50_reid": _resnet50_reid,
     "resnet50_vanet": functools.partial(_resnet50_reid, branches=2),
+    "fcn": FCN,
+    "fcn_r50": _fcn_r50,
+    "fcn_r101": _fcn_r101,
+    "fcn_resnet50": functools.partial(_fcn_r50, implementation="torchvision"),
+    "fcn_resnet101": functools.partial(_fcn_r101, implementation="torchvision"),
+    "segformer": SegFormer,
+    "segformer_b0": functools.partial(SegFormer, widths=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
+    "segformer_b1": functools.partial(_segformer, depths=(2, 2, 2, 2)),
+    "segformer_b2": functools.partial(_segformer_wide, depths=(3, 4, 6, 3)),
+    "segformer_b3": functools.partial(_segformer_wide, depths=(3, 4, 18, 3)),
+    "segformer_b4": functools.partial(_segformer_wide, depths=(3, 8, 27, 3)),
+    "segformer_b5": functools.partial(_segformer_wide, depths=(3, 6, 40, 3)),
 }
 
 

@@ -97,6 +97,13 @@ def check_classes(net: Any) -> None:
         raise ConfigError(f"num_classes must be 0 (no head: features) or more, got {net.num_classes!r}.")
 
 
+def check_rate(net: Any, name: str) -> None:
+    """Raises ConfigError unless an attribute is a rate of dropping, in [0, 1)."""
+    rate = getattr(net, name)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ConfigError(f"{name} must be in [0, 1), got {rate!r}.")
+
+
 def check_known(net: Any, **known: Collection[str]) -> None:
     """Raises ConfigError for an attribute whose value is none of those that are known; names the nearest."""
     for name, values in known.items():

@@ -50,20 +50,21 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1 to `width`, 3x3 with the stride, 1x1 to 4·`width`, each with BatchNorm, plus the shortcut."""
+    """1x1 to `width`, 3x3 with stride and dilation, 1x1 to 4·`width`, each with BatchNorm, plus the shortcut."""
 
     width: int
     stride: int
     conv: Layer
     norm: Layer
     shortcut: str = "projection"
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, x: Images) -> Images:
         """Returns maps with 4·`width` channels, smaller by `stride`."""
         y = self.conv(self.width, kernel=1, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
-        y = self.conv(self.width, kernel=3, stride=self.stride, name="conv2")(y)
+        y = self.conv(self.width, kernel=3, stride=self.stride, dilation=self.dilation, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.width * _EXPANSION, kernel=1, name="conv3")(y)
         y = self.norm(name="bn3")(y)
@@ -177,14 +178,17 @@ def stage(x: Images, name: str, size: int, width: int, stride: int, make: Layer)
     return x
 
 
-def _conv(channels: int, *, kernel: int, stride: int = 1, name: str, dtype: Any, param_dtype: Any) -> nn.Conv:
-    """Returns a convolution without bias, padded by half its kernel on every side."""
-    pad = kernel // 2
+def _conv(
+    channels: int, *, kernel: int, stride: int = 1, dilation: int = 1, name: str, dtype: Any, param_dtype: Any
+) -> nn.Conv:
+    """Returns a convolution without bias, padded by half its window on every side."""
+    pad = kernel // 2 * dilation
     return nn.Conv(
         channels,
         (kernel, kernel),
         strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
+        kernel_dilation=dilation,
         use_bias=False,
         kernel_init=_he_fan_out,
         conv_general_dilated=pointwise_conv if kernel == 1 else None,

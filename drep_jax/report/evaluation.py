@@ -6,13 +6,13 @@ from typing import Any
 from drep_jax.report.as_markdown import drawn
 from drep_jax.report.blocks import Block, Heading, Table, Text
 from drep_jax.report.console import drawn_table
-from drep_jax.report.lines import data_lines, left_out_lines
+from drep_jax.report.lines import data_lines, left_out_lines, protocol_lines
 from drep_jax.report.tables import results_table
 
 
 def evaluation_text(content: Mapping[str, Any]) -> str:
     """Returns the text for the console: the state of every arm, and the results."""
-    left_out = "".join(f"\n{line}" for line in left_out_lines(content["metrics"]))
+    left_out = "".join(f"\n{line}" for line in (*left_out_lines(content["metrics"]), *protocol_lines(content)))
     return f"{drawn_table(_arms(content))}\n\n{drawn_table(_results(content))}{left_out}"
 
 
@@ -24,6 +24,7 @@ def evaluation_markdown(content: Mapping[str, Any]) -> str:
         _arms(content),
         Heading("Results"),
         _results(content),
+        *map(Text, protocol_lines(content)),
         *map(Text, left_out_lines(content["metrics"])),
         Heading("Images"),
         *map(Text, data_lines(content)),

@@ -49,6 +49,12 @@ def left_out_lines(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def protocol_lines(report: Mapping[str, Any]) -> list[str]:
+    """Returns one line on how the scores were computed, if the task says so."""
+    lines = report.get("protocol") or []
+    return [f"Protocol: {' '.join(lines)}"] if lines else []
+
+
 def unreadable_lines(report: Mapping[str, Any]) -> list[str]:
     """Returns one line for each part of the data with unreadable images, which were skipped."""
     lines = []

@@ -84,6 +84,20 @@ KEYS: dict[str, Any] = {
             | {"answers": {"*": dict.fromkeys(("answer", "confidence"))}}
         },
     },
+    "overlays??": {
+        "condition": None,
+        "arms": {"*": None},
+        "classes": {"*": None},
+        "ignored": None,
+        "improved": None,
+        "worsened": None,
+        "of": None,
+        "images": {
+            "*": dict.fromkeys(("index", "why", "image", "label")) | {"accuracy": {"*": None}, "answers": {"*": None}}
+        },
+    },
+    "protocol??": {"*": None},
+    "forms??": {"*": None},
     "items??": {"are": None, "resampled": None},
     "recovery??": {"*": {}},
     "sources??": {"*": {"gallery": None, "metrics": {"*": _METRICS}}},
@@ -176,6 +190,11 @@ def _picture_problems(report: Mapping[str, Any]) -> Iterator[str]:
         for arm in examples["arms"]:
             if arm not in image["answers"]:
                 yield f"examples.images.{index}.answers.{arm} is missing"
+    overlays = report.get("overlays") or {"images": ()}
+    for index, image in enumerate(overlays["images"]):
+        for arm in overlays["arms"]:
+            if arm not in image["answers"]:
+                yield f"overlays.images.{index}.answers.{arm} is missing"
     ranked = report.get("ranked") or {"queries": ()}
     for index, query in enumerate(ranked["queries"]):
         for arm in ranked["arms"]:

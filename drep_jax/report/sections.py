@@ -16,6 +16,7 @@ from drep_jax.report.lines import (
     neighbor_note,
     no_metrics_line,
     outcome,
+    protocol_lines,
     unreadable_lines,
     worst_site,
 )
@@ -35,6 +36,7 @@ def _in_short(report: Mapping[str, Any]) -> list[Block]:
         Verdict(certificate_lines(certificate)[0], passed),
         Text(cost_lines(report["cost"])[0]),
         Text(coverage_line(report)),
+        *map(Text, protocol_lines(report)),
         *map(Text, left_out_lines(report["metrics"])),
         *map(Text, unreadable_lines(report)),
     ]
@@ -46,7 +48,7 @@ def _data(report: Mapping[str, Any]) -> list[Block]:
 
 def _results(report: Mapping[str, Any]) -> list[Block]:
     if not report["metrics"]:
-        return [Text("No arms were compared."), *_front(report), *_examples(report), *_ranked(report)]
+        return [Text("No arms were compared."), *_front(report), *_pictures(report)]
     blocks: list[Block] = [
         results_table(report),
         Text(EXPORTED_NOTE),
@@ -61,7 +63,7 @@ def _results(report: Mapping[str, Any]) -> list[Block]:
                 "fine-tuned network is no control arm: it has seen labels."
             ),
         ]
-    blocks += [*_front(report), *_examples(report), *_ranked(report)]
+    blocks += [*_front(report), *_pictures(report)]
     return [*blocks, *_differences(report, report["metrics"])]
 
 
@@ -135,6 +137,28 @@ def _examples(report: Mapping[str, Any]) -> list[Block]:
     ]
 
 
+def _pictures(report: Mapping[str, Any]) -> list[Block]:
+    return [*_examples(report), *_overlays(report), *_ranked(report)]
+
+
+def _overlays(report: Mapping[str, Any]) -> list[Block]:
+    overlays = report.get("overlays")
+    if not overlays or not overlays["images"]:
+        return []
+    before, after = overlays["arms"]
+    return [
+        Heading("Test images"),
+        Text(
+            f"Of {overlays['of']} {overlays['condition']} images, {after} has more pixels right than {before} in "
+            f"{overlays['improved']}, and fewer in {overlays['worsened']}. Shown are those that gained and lost most, then "
+            "some at random: the first kinds show what can happen, only the last how often."
+        ),
+        Picture(
+            "overlays", "Test images with the classes of the labels and of both networks, and where these differ", True
+        ),
+    ]
+
+
 def _ranked(report: Mapping[str, Any]) -> list[Block]:
     if not report.get("ranked"):
         return []
@@ -178,6 +202,12 @@ def _certificate(report: Mapping[str, Any]) -> list[Block]:
                 text = outcome(row)
                 word = Word(text, {"passed": "passed", "FAILED": "failed"}.get(text, ""))
                 rows.append([name, where, *numbers, word])
+    for size, other in certificate.get("sizes", {}).items():
+        for name, result in other["results"].items():
+            numbers = [power(result["error"]), power(result["bound"]), percent(result["change"])]
+            text = outcome(result)
+            word = Word(text, {"passed": "passed", "FAILED": "failed"}.get(text, ""))
+            rows.append([name, f"end to end at {size}", *numbers, word])
     return [
         Text(lines[0], strong=True),
         Table(["precision", "where", "error", "bound", "change", "outcome"], rows, "llrrrl"),
@@ -227,6 +257,7 @@ def _sites(report: Mapping[str, Any]) -> list[Block]:
             if stacked
             else "One time step t and one relative change of the weights per site."
         ),
+        *(Text(line) for line in report.get("forms", ())),
         Picture("sites", "Relative change of the weights of every site"),
     ]
     if report.get("spectra"):

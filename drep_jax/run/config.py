@@ -70,9 +70,20 @@ def announce(old: str) -> None:
     print(f'Setting "{old}" is now called "{new_names()[old]}".', file=sys.stderr)
 
 
+def earlier_values() -> dict[str, Any]:
+    """Returns {name: value} of settings whose value in runs without them is not today's default."""
+    module = _module()
+    return module.EARLIER if module else {}
+
+
 def completed(config: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns an older run's configuration with current names and defaults for missing settings."""
-    return _merged(renamed(config)[0], defaults() if base is None else base)
+    """Returns an older run's configuration with current names and the values that missing settings had."""
+    base = {**(defaults() if base is None else base)}
+    for name, value in earlier_values().items():
+        section, _, key = name.rpartition(".")
+        if isinstance(base.get(section), Mapping):
+            base[section] = {**base[section], key: value}
+    return _merged(renamed(config)[0], base)
 
 
 def _merged(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import numpy as np
 
 from drep_jax.data.collate import read
 from drep_jax.data.datasets import Images
-from drep_jax.errors import CheckpointError
+from drep_jax.data.source import varies
+from drep_jax.errors import CheckpointError, ConfigError
 from drep_jax.files import whole
 from drep_jax.run.setup import Setup
 from drep_jax.typing import Config
@@ -66,8 +67,11 @@ class Inputs:
 
 
 def first_images(config: Config, setup: Setup) -> jax.Array:
-    """Returns the first few test images (training images if there is no test set), normalized."""
-    source = setup.test if setup.test is not None else setup.train
+    """Returns the first few test images, normalized.
+
+    They are training images if there is no test set, or if test images keep several sizes.
+    """
+    source = setup.test if setup.test is not None and not varies(setup.test) else setup.train
     count = min(config["evaluate"]["certificate_images"], len(source))
     return setup.inputs(read(source, np.arange(count)))
 
@@ -103,3 +107,47 @@ def certificate_images(config: Config, setup: Setup, directory: str) -> jax.Arra
     """Returns the images that certificates are measured on: those that the run has kept, or the first ones."""
     kept = load_inputs(directory)
     return first_images(config, setup) if kept is None else jnp.asarray(kept.images)
+
+
+def sizes_of(config: Config) -> dict[str, tuple[int, int]]:
+    """Returns {"height×width": (height, width)} of `evaluate.certificate_sizes`.
+
+    Raises:
+      ConfigError: for a size that is not understood.
+    """
+    sizes = {}
+    for text in config["evaluate"].get("certificate_sizes", ()):  # runs of earlier releases do not have it
+        parts = str(text).lower().replace("×", "x").split("x")
+        if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise ConfigError(
+                f'evaluate.certificate_sizes: "{text}" is no size; give height and width as in "512x683".'
+            )
+        height, width = map(int, parts)
+        sizes[f"{height}×{width}"] = (height, width)
+    return sizes
+
+
+def resized(images: jax.Array, size: tuple[int, int], channels: int = 3) -> jax.Array:
+    """Returns inputs of another size, without antialiasing; channels after the first ones by the nearest pixel."""
+    shape = (images.shape[0], *size)
+    pixels, rest = images[..., :channels], images[..., channels:]
+    pixels = jax.image.resize(pixels, (*shape, pixels.shape[-1]), "bilinear", antialias=False)
+    return jnp.concatenate([pixels, jax.image.resize(rest, (*shape, rest.shape[-1]), "nearest")], axis=-1)
+
+
+def check_sizes(config: Config, setup: Setup) -> None:
+    """Refuses sizes for certificates that the backbone cannot take.
+
+    Raises:
+      ConfigError: naming the size.
+    """
+    for name, size in sizes_of(config).items():
+        image = jax.ShapeDtypeStruct((1, *size, setup.images.shape[-1]), jnp.float32)
+        try:
+            jax.eval_shape(setup.backbone.apply, setup.abstract, image)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                f"evaluate.certificate_sizes: {config['model']['name']} takes no images of {name}: {reason} Leave the size "
+                "out; the certificate at data.image_size is made in any case."
+            ) from error

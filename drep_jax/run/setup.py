@@ -10,9 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from drep_jax.core.batchnorm import with_norms
+from drep_jax.core.forms import form_lines
+from drep_jax.core.idle import find_idle
 from drep_jax.core.layers import find_layers
 from drep_jax.core.schedule import RULES, Schedule, reverse_steps
-from drep_jax.core.sites import Coverage, Site, assign_times, coverage, select_sites, with_rank
+from drep_jax.core.sites import (
+    MAX_PATCH_WIDTH,
+    Coverage,
+    Site,
+    assign_times,
+    coverage,
+    select_sites,
+    with_rank,
+)
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
 from drep_jax.data.datasets import TEST, TRAIN, VALIDATION, Images, Labeled, open_images
@@ -52,6 +62,7 @@ class Setup:
       task: the meaning of outputs and labels.
       side: side-information columns with their cardinalities; see `inputs`.
       num_classes: of the first source; None if it is unlabeled.
+      forms: lines on denoisers of another form than the usual one, see `drep_jax.core.forms`.
       side_tables: for each of them, value of an image ↦ value that the backbone is told, -1 for none; ()
         where all are told as they are.
     """
@@ -73,6 +84,7 @@ class Setup:
     side: Side
     num_classes: int | None = None
     side_tables: SideTables = ()
+    forms: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, Source | None]:
@@ -155,12 +167,14 @@ def build(config: Config, kept: tuple[Images, Side] | None = None) -> Setup:
     if not features and not takes_classes(config["model"]["name"]):
         _check_outputs(config, output_shape(backbone, abstract, one_image)[-1], images, task)
     sites = _sites(config, backbone, one_image, schedule)
+    idle = find_idle(backbone, abstract, one_image)
     return Setup(
         backbone=backbone,
         abstract=abstract,
         schedule=schedule,
         sites=sites,
-        covered=coverage(sites, abstract["params"]),
+        covered=coverage(sites, abstract["params"], idle),
+        forms=tuple(form_lines(sites, config["sites"].get("max_width", MAX_PATCH_WIDTH), idle)),
         train=images.train,
         held_out=images.held_out,
         test=images.test,
@@ -185,6 +199,7 @@ def _opened(config: Config, task: Task, *, head: bool) -> tuple[Images, Side, Si
         seed=config["seed"],
         test_needs_head=task.test_needs_head,
         check_test=task.check_test,
+        test_resize=task.test_resize,
     )
     return images, *side_information(task, images)
 
@@ -194,6 +209,7 @@ def _check_augmentation(config: Config, task: Task) -> None:
     for stage in ("backbone", "control"):
         if config[stage]["steps"]:
             augmentation.check_batch(config[stage]["batch_size"], f"{stage}.batch_size")
+    augmentation.check_columns(task.columns)
     if augmentation.mixes and not task.mixes:
         raise ConfigError(f"data.mixup and data.cutmix mix labels, which task {task.name} cannot use; set both to 0.")
 
@@ -203,7 +219,13 @@ def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, sc
     layers = find_layers(backbone, images)
     if options.get("batchnorm_bias", False):  # runs of earlier releases do not have it
         layers = with_norms(layers, backbone, images)
-    selected = select_sites(layers, options["pattern"] or None, kind=options["kind"])
+    selected = select_sites(
+        layers,
+        options["pattern"] or None,
+        kind=options["kind"],
+        max_patch_width=options.get("max_width", MAX_PATCH_WIDTH),
+        concatenated=options.get("concatenated", "full"),
+    )
     sites = assign_times(
         selected, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"]
     )

@@ -9,7 +9,7 @@ from typing import Any
 from drep_jax.errors import CheckpointError
 from drep_jax.files import write_json
 from drep_jax.run import lock
-from drep_jax.run.config import announce, completed, renamed
+from drep_jax.run.config import announce, completed, earlier_values, renamed
 from drep_jax.run.environment import environment
 from drep_jax.training.checkpoint import FOLDER as CHECKPOINTS
 
@@ -28,6 +28,7 @@ FREE = (
     "profile",
     "wandb.",
     "evaluate.unknown_classes",
+    "evaluate.certificate_sizes",
     PIXELS,
 )
 """Settings, and sections as `section.`, that may differ on resuming: they do not affect learning."""
@@ -83,7 +84,7 @@ def _settle_config(workdir: str, config: Mapping[str, Any]) -> None:
         write_json(path, config)
         return
     saved = read_config(workdir)
-    changed = differences(saved, config)
+    changed = differences(saved, config, (*FREE, *_newer_settings(path)))
     section, _, name = PIXELS.partition(".")
     if not changed and name in config.get(section, {}) and saved.get(section, {}).get(name) != config[section][name]:
         write_json(path, {**saved, section: {**saved[section], name: config[section][name]}})
@@ -93,6 +94,16 @@ def _settle_config(workdir: str, config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{workdir} holds a run with another configuration. Choose another --workdir, or delete it:\n{listed(changed)}"
         )
+
+
+def _newer_settings(path: str) -> Iterator[str]:
+    """Yields the settings of `EARLIER` that a saved configuration does not have: its run did not choose them."""
+    with open(path, encoding="utf-8") as file:
+        saved = json.load(file)
+    for name in earlier_values():
+        section, _, key = name.rpartition(".")
+        if key not in saved.get(section, {}):
+            yield name
 
 
 def differences(

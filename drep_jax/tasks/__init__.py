@@ -6,6 +6,7 @@ from drep_jax.errors import lookup
 from drep_jax.tasks.base import Exhibit, Items, StagePlan, Task
 from drep_jax.tasks.classification import make_classification
 from drep_jax.tasks.retrieval import make_retrieval
+from drep_jax.tasks.segmentation import make_segmentation
 from drep_jax.typing import Config
 
 __all__ = ["DEFAULT", "TASKS", "Exhibit", "Items", "StagePlan", "Task", "make_task"]
@@ -13,6 +14,7 @@ __all__ = ["DEFAULT", "TASKS", "Exhibit", "Items", "StagePlan", "Task", "make_ta
 TASKS: dict[str, Callable[[Config], Task]] = {
     "classification": make_classification,
     "retrieval": make_retrieval,
+    "segmentation": make_segmentation,
 }
 
 DEFAULT = "classification"

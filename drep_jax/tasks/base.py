@@ -87,6 +87,8 @@ class Exhibit:
       statistics: arm ↦ statistics of these images under `condition`.
       look: {name: variables} ↦ {name: statistics} of the same images, for further networks.
       picture: index of an image ↦ the image under `condition`, uint8 (height, width, 3).
+      outputs: index of an image ↦ its label columns, and by arm the outputs of `predict` for it under
+        `condition`, all as batches of one image.
       sites: names of the sites, by decreasing change of their weights.
       alone: name of a site ↦ variables with only that site fused; None ↦ variables without fusion.
       seed: of random choices.
@@ -99,6 +101,7 @@ class Exhibit:
     statistics: Mapping[str, Tree]
     look: Callable[[Mapping[str, Tree]], dict[str, Tree]]
     picture: Callable[[int], np.ndarray]
+    outputs: Callable[[int], tuple[Mapping[str, np.ndarray], Mapping[str, Tree]]]
     sites: Sequence[str]
     alone: Callable[[str | None], Tree]
     seed: int
@@ -125,6 +128,9 @@ class Task:
 
     test_needs_head: ClassVar[bool] = True
     """Whether scoring test images needs a head for their labels."""
+
+    test_resize: ClassVar[str] = ""
+    """How test images get their size where `data.test_resize` does not say; "" as training images."""
 
     columns: ClassVar[tuple[Column, ...]] = ()
     """Label columns of the images; columns of one int32 per image need no declaration."""
@@ -166,7 +172,7 @@ class Task:
           DrepError: its subclasses say what is wrong with the source; by default `DataError` for
             images without labels and for labels outside the classes.
         """
-        check_scorable(source)
+        check_scorable(source, columns=self.columns)
 
     def has_label(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns which images have a label to be scored by, bool (n,); the others are left out.
@@ -311,6 +317,27 @@ class Task:
         """Returns the report's entries on single test images, {} for none (docs/report.md)."""
         del exhibit
         return {}
+
+    def protocol(self, source: Source, items: Items) -> tuple[str, ...]:
+        """Returns sentences for the report on how its scores were computed.
+
+        Args:
+          source: the test images.
+          items: of the unchanged backbone.
+        """
+        del source, items
+        return ()
+
+    def check_scoring(self, setup: Any) -> None:
+        """Refuses a backbone whose outputs this task cannot score, before any work.
+
+        Args:
+          setup: the `drep_jax.run.setup.Setup` of the run or evaluation.
+
+        Raises:
+          DrepError: its subclasses name the setting.
+        """
+        del setup
 
     def check(self, config: Config, setup: Any, plans: Sequence[StagePlan], *, chooses: bool) -> None:
         """Refuses settings, images or backbones that this task does not support, before any work.

@@ -1,4 +1,4 @@
-"""Label losses: cross-entropy, triplets (Hermans et al. 2017), centers (Wen et al. 2016).
+"""Label losses: cross-entropy of images and of pixels, triplets (Hermans et al. 2017), centers (Wen et al. 2016).
 
 Triplets are formed across all devices, so the loss does not depend on the number of devices.
 """
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from drep_jax.metrics.label_maps import in_blocks, largest
 from drep_jax.parallel import devices
 
 
@@ -38,6 +39,49 @@ def cross_entropy(
     if "share" not in batch:
         return jnp.mean(each(batch["label"]))
     return jnp.mean(batch["share"] * each(batch["label"]) + (1.0 - batch["share"]) * each(batch["label2"]))
+
+
+def pixel_cross_entropy(
+    logits: Float[Array, "batch h w outputs"],
+    labels: Int[Array, "batch height width"],
+    classes: int,
+    smoothing: float = 0.0,
+    *,
+    of_all: bool = False,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns this device's part of the mean cross-entropy of pixels in nats, and of their accuracy.
+
+        Σ −log p(label) / N, over the labeled pixels
+
+    N is the number of labeled pixels of all devices, or that of all pixels, as mmsegmentation has
+    it, where a mostly ignored image counts less. Without any labeled pixel the loss is 0.
+
+    Args:
+      logits: enlarged bilinearly to the size of the labels, a block of rows at a time.
+      labels: 0 … classes − 1; any other is ignored.
+      classes: number of classes; further outputs are never right.
+      smoothing: fraction of the target spread over all outputs.
+      of_all: whether N counts the ignored pixels, too.
+    """
+    outputs = logits.shape[-1]
+
+    def block(wide: Any, valid: Any, rows: Any) -> Any:
+        rows = rows.astype(jnp.int32)
+        known = (rows < classes) & valid[None, :, None]
+        log_p = jax.nn.log_softmax(wide.astype(jnp.float32), axis=-1)
+        places = jnp.arange(outputs, dtype=jnp.int32).reshape(1, 1, 1, outputs)
+        losses = -jnp.sum(jnp.where(rows[..., None] == places, log_p, 0.0), axis=-1)
+        losses = (1.0 - smoothing) * losses - smoothing * jnp.mean(log_p, axis=-1)
+        right = (largest(jax.lax.stop_gradient(wide)) == rows) & known
+        return jnp.sum(jnp.where(known, losses, 0.0)), jnp.sum(right)
+
+    loss, right = (jnp.sum(part) for part in in_blocks(logits, [labels.shape[1:3]], block, labels, backward=True))
+    labeled = jnp.sum(labels < classes).astype(jnp.float32)
+    known = devices.total(labeled)
+    number = float(labels.size * devices.axis_size()) if of_all else known
+    # The step takes the mean over devices.
+    share = devices.axis_size()
+    return share * loss / jnp.maximum(number, 1.0), share * right / jnp.maximum(known, 1.0)
 
 
 def triplet_loss(

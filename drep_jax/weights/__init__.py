@@ -4,7 +4,7 @@ from drep_jax.weights.api import read, write
 from drep_jax.weights.foreign import Foreign, load_foreign
 from drep_jax.weights.formats.table import read_table
 from drep_jax.weights.native import digest, is_native, load, names_of, save_orbax, save_safetensors
-from drep_jax.weights.translation import CONV, DENSE, SAME, Format, Layout, Rule, reshaped
+from drep_jax.weights.translation import CONV, DENSE, POINTWISE, SAME, Format, Layout, Rule, reshaped
 from drep_jax.weights.writing import (
     check_can_write_back,
     fused_name,
@@ -17,6 +17,7 @@ from drep_jax.weights.writing import (
 __all__ = [
     "CONV",
     "DENSE",
+    "POINTWISE",
     "SAME",
     "Foreign",
     "Format",

@@ -112,7 +112,12 @@ def load_foreign(
     accounted, left_out = _without_others(accounted, tensors, path, allow)
     _check_types(accounted, pieces, wanted, path)
     absent = _check_account(
-        accounted, fmt, path, (*allow, *fmt.fresh), lambda: prefix_hint(tensors, module, shapes, format_name, table)
+        accounted,
+        fmt,
+        path,
+        (*allow, *fmt.fresh),
+        lambda: prefix_hint(tensors, module, shapes, format_name, table),
+        _classes_hint(accounted, pieces, shapes, tensors, getattr(module, "num_classes", 0)),
     )
     read_as = f"{os.path.basename(path)}: {source.kind}, format {fmt.name}"
     notes = [read_as, *source.notes, *notes_on(computed), *resized, *converted, *left_out]
@@ -281,8 +286,39 @@ def _check_types(accounted: Account, pieces: Sequence[Piece], wanted: Mapping[st
         )
 
 
+def _classes_hint(
+    accounted: Account,
+    pieces: Sequence[Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, np.ndarray],
+    classes: int,
+) -> str:
+    """Returns the sentence for a file whose only misfit is the number of classes, with both ways out, or ""."""
+    counts, owners = set(), set()
+    for piece in pieces:
+        if piece.ours not in accounted.shaped:
+            continue
+        wanted = shapes[piece.ours]
+        try:
+            stored = piece.read(tensors[piece.theirs]).shape
+        except ValueError:
+            return ""
+        if not classes or wanted[-1] != classes or len(stored) != len(wanted) or stored[:-1] != wanted[:-1]:
+            return ""
+        counts.add(stored[-1])
+        owners.add(piece.ours.split("/", 1)[1].rpartition("/")[0])
+    if len(counts) != 1 or accounted.unexpected:
+        return ""
+    pattern = f".*({'|'.join(sorted(owners))})/.*" if len(owners) > 1 else f".*{owners.pop()}/.*"
+    return (
+        f" The file is for {counts.pop()} classes and the model for {classes}: --config.model.num_classes={stored[-1]} "
+        f"reads it with its classifier; --config.backbone.init_allow=\"('{pattern}',)\" reads all but the classifier, "
+        "which then stays as initialized."
+    )
+
+
 def _check_account(
-    accounted: Account, fmt: Format, path: str, allow: Sequence[str], hint: Callable[[], str]
+    accounted: Account, fmt: Format, path: str, allow: Sequence[str], hint: Callable[[], str], classes: str
 ) -> list[str]:
     """Returns the leaves to be left as initialized, or refuses what does not fit and is not allowed to."""
     missing = {
@@ -299,7 +335,7 @@ def _check_account(
             f"  unexpected: {_listed(unexpected)}\n"
             f"  mis-shaped: {_listed([f'{text} ({ours})' for ours, text in shaped.items()])}\n"
             "Choose the model that the file is of, or allow what may differ with "
-            "--config.backbone.init_allow=\"('regular expression',)\"." + (hint() if missing else "")
+            "--config.backbone.init_allow=\"('regular expression',)\"." + (hint() if missing else classes)
         )
     return [*accounted.missing, *accounted.shaped]
 

@@ -34,6 +34,16 @@ CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 
 """PyTorch's (out, in, height, width) and Flax's (height, width, in, out)."""
 
 
+def _one_pixel(array: np.ndarray) -> np.ndarray:
+    if array.ndim != 4 or array.shape[2:] != (1, 1):
+        raise ValueError(f"{array.shape} is no window of one pixel")
+    return array[:, :, 0, 0].T
+
+
+POINTWISE = Layout(_one_pixel, lambda a: a.T[:, :, None, None])
+"""PyTorch's convolution by one pixel (out, in, 1, 1), which is a Dense layer (in, out) of ours."""
+
+
 def reshaped(ours: Sequence[int], theirs: Sequence[int]) -> Layout:
     """Returns the layout between two shapes of the same numbers in the same order; other shapes are refused."""
 
@@ -60,7 +70,8 @@ class Rule:
       theirs: template for `re.Match.expand`, or a function of the match: the tensor's name if
         `ours` matched the leaf, the module's name otherwise, to which PyTorch's name of the leaf is
         added.
-      part: (i, n) if our leaf is the i-th of n equal parts of their tensor along its first axis.
+      part: (i, n) if our leaf is the i-th of n equal parts of their tensor.
+      axis: of their tensor, along which it has these parts.
       layout: None for the usual one of a kernel with 2 or 4 axes, and no change for all else.
     """
 
@@ -68,6 +79,7 @@ class Rule:
     theirs: str | Callable[[re.Match[str]], str]
     part: tuple[int, int] | None = None
     layout: Layout | None = None
+    axis: int = 0
 
     def place(self, path: str) -> str | None:
         """Returns the foreign name of a path, or None if the rule is not for it."""
@@ -142,6 +154,7 @@ class Piece:
     theirs: str
     part: tuple[int, int] | None
     layout: Layout
+    axis: int = 0
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
         """Returns our array, cut out of their tensor.
@@ -149,7 +162,11 @@ class Piece:
         Raises:
           ValueError: if the tensor has not the axes, or not the size, that this asks for.
         """
-        return self.layout.read(tensor if self.part is None else np.split(tensor, self.part[1])[self.part[0]])
+        if self.part is None:
+            return self.layout.read(tensor)
+        if tensor.ndim <= self.axis:
+            raise ValueError(f"{tensor.shape} has no axis {self.axis}")
+        return self.layout.read(np.split(tensor, self.part[1], self.axis)[self.part[0]])
 
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -195,9 +212,9 @@ def _place(path: str, axes: int, rules: Iterable[Rule]) -> Piece | None:
     for rule in rules:
         layout = rule.layout or ({2: DENSE, 4: CONV}.get(axes, SAME) if last == "kernel" else SAME)
         if (name := rule.place(leaf)) is not None:
-            return Piece(path, name, rule.part, layout)
+            return Piece(path, name, rule.part, layout, rule.axis)
         if last in LEAVES and (name := rule.place(owner)) is not None:
-            return Piece(path, f"{name}.{LEAVES[last]}", rule.part, layout)
+            return Piece(path, f"{name}.{LEAVES[last]}", rule.part, layout, rule.axis)
     return None
 
 
@@ -245,7 +262,9 @@ def account(
 def _expected(piece: Piece, shape: Sequence[int]) -> tuple[int, ...]:
     """Returns the shape that the foreign tensor of a leaf should have."""
     theirs = piece.layout.write(np.broadcast_to(np.float32(0), tuple(shape))).shape
-    return theirs if piece.part is None else (theirs[0] * piece.part[1], *theirs[1:])
+    if piece.part is None:
+        return theirs
+    return (*theirs[: piece.axis], theirs[piece.axis] * piece.part[1], *theirs[piece.axis + 1 :])
 
 
 def put_back(pieces: Sequence[Piece], arrays: Arrays, tensors: Arrays | None = None) -> dict[str, np.ndarray]:
@@ -281,18 +300,18 @@ def put_back(pieces: Sequence[Piece], arrays: Arrays, tensors: Arrays | None = N
 def _assemble(name: str, places: Mapping[tuple[int, int], Piece], arrays: Arrays, tensors: Arrays | None) -> np.ndarray:
     """Returns one foreign tensor."""
     parts = {part: piece.layout.write(np.asarray(arrays[piece.ours])) for part, piece in places.items()}
-    count = next(iter(parts))[1]
+    count, axis = next(iter(parts))[1], next(iter(places.values())).axis
     if tensors is not None:
         first = next(iter(parts.values()))
         held = tensors[name].astype(first.dtype)
-        whole = [held] if count == 1 else np.split(held, count)  # a number by itself has no axis to split
+        whole = [held] if count == 1 else np.split(held, count, axis)  # a number by itself has no axis to split
     elif len(parts) == count:
         whole = [np.empty(0)] * count
     else:
         raise CheckpointError(f"Only {len(parts)} of the {count} parts of {name} are there.")
     for (i, _), array in parts.items():
         whole[i] = array
-    return np.asarray(whole[0] if count == 1 else np.concatenate(whole), order="C")
+    return np.asarray(whole[0] if count == 1 else np.concatenate(whole, axis), order="C")
 
 
 def matches(patterns: Iterable[str], name: str) -> bool:

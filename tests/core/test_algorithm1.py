@@ -52,7 +52,9 @@ def test_noise_of_an_example_is_its_own():
     assert not np.allclose(whole[0], whole[1])
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg", "legacy"])
+@pytest.mark.parametrize(
+    "impl", ["threefry2x32", "rbg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unsafe_rbg", "legacy"))]
+)
 def test_any_generator_keeps_noise_with_its_example(impl):
     """The batch in two halves gives the loss of the whole, whichever generator the step's key is of."""
 

@@ -13,7 +13,7 @@ from drep_jax.core.fusion import fuse, fuse_variables, fuse_variables_exact
 from drep_jax.core.measured import measure
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
-from drep_jax.errors import FusionError, SiteError
+from drep_jax.errors import FusionError
 from drep_jax.learners.losses import augmented_objective
 from drep_jax.parallel import devices
 from drep_jax.trees import get_in, set_in
@@ -147,10 +147,18 @@ def test_what_would_lose_a_constant_is_refused():
         fuse(params, without, SCHEDULE)
 
 
-def test_measured_noise_refuses_such_constants():
-    streams = np.stack([X, X, X])
-    with pytest.raises(SiteError, match="constant would go into the BatchNorm behind it"):
-        measure(Net(), VARIABLES, SITES, streams, [1, 1])
+@pytest.mark.parametrize("pattern", [".*", "conv|single|scan.*"])
+def test_measured_noise_gives_what_the_fused_network_computes(pattern):
+    """The images go on to the next site with the constant, whether the layer has a bias or not."""
+    streams = np.stack([X, X, X + 0.3 * trees.normal(5, X.shape)])
+    sites = find_sites(Net(), X, pattern=pattern, batchnorm_bias=True)
+    measured = measure(Net(), VARIABLES, sites, streams, [1, 1], ridge=1e-3)
+    normed = [site for site in sites if site.layers[0].norm]
+    assert all(np.abs(get_in(measured.denoise, site.path)["bias"]).max() > 1e-4 for site in normed)
+    assert all(after <= before * (1 + 1e-9) < 1 for before, after in measured.errors.values())
+    fused = fuse_variables_exact(VARIABLES, measured.denoise, sites, SCHEDULE, rule="affine", steps=1)
+    for stream, variables in enumerate((VARIABLES, fused, fused)):
+        np.testing.assert_allclose(measured.outputs[stream], Net().apply(variables, streams[stream]), atol=2e-6)
 
 
 class Trained(nn.Module):

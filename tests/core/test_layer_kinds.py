@@ -108,11 +108,32 @@ def edges(x):
     return nn.Conv(3, (3, 3), padding="VALID", name="layer")(jnp.pad(x, sides, mode="edge"))
 
 
+def beside(layer):
+    """Reads two tensors side by side, the second one narrower."""
+    return lambda x: layer(jnp.concatenate([x, jnp.tanh(x[..., :3])], axis=-1))
+
+
 def borrowed(x):
     return Around(nn.Dense(3, name="layer"), name="around")(x)
 
 
+DECODERS = {
+    "dilation 2": conv((3, 3), padding=2, kernel_dilation=2),
+    "dilation 4": conv((3, 3), padding=4, kernel_dilation=4),
+    "stride 2": conv((3, 3), padding=1, strides=2),
+    "groups, dilated": conv((3, 3), outputs=4, feature_group_count=2, padding=2, kernel_dilation=2),
+    "depthwise": conv((3, 3), outputs=4, feature_group_count=4, padding=1),
+    "stride = kernel, the remainder cropped": conv((2, 2), padding="VALID", strides=2),
+    "7×7, stride 4": conv((7, 7), padding=3, strides=4),
+    "concatenation, conv": beside(conv((3, 3), padding=1)),
+    "concatenation, 1×1": beside(conv((1, 1))),
+    "concatenation, dense": beside(lambda x: nn.DenseGeneral((3, 2), name="layer")(x)),
+}
+"""Kinds of dense prediction, each with patch and with pointwise denoisers."""
+
+
 ONCE = {
+    **DECODERS,
     "dense": lambda x: nn.Dense(3, name="layer")(x),
     "dense without bias": lambda x: nn.Dense(3, use_bias=False, name="layer")(x),
     "general": lambda x: nn.DenseGeneral((2, 3), axis=(1, -1), name="layer")(x),
@@ -172,10 +193,10 @@ class Kind(nn.Module):
         return run(x).reshape(x.shape[0], -1)
 
 
-def case(names):
+def case(names, kind="auto"):
     """Returns the network, its sites, random variables and random denoisers."""
     net = SideBySide(tuple(names))
-    sites = find_sites(net, X, pattern=".*", train=False)
+    sites = find_sites(net, X, pattern=".*", kind=kind, train=False)
     variables = trees.zeros(jax.eval_shape(lambda: net.init(jax.random.key(0), X, train=False)))
     denoise = trees.zeros(jax.eval_shape(lambda: init_denoise(sites)))
     return net, sites, trees.randomize(variables, 0, 0.5), trees.randomize(denoise, 1, 0.1)
@@ -253,6 +274,48 @@ def test_measured_noise_refuses_layers_called_several_times(name):
     reason = "nn.vmap spreads its input" if "vmap" in name else rf"it is called {SEVERAL[name][1]} times in one forward"
     with pytest.raises(SiteError, match=rf"(?s)Measured noise solves a layer at its one call.*{reason}"):
         measure(net, variables, sites, np.stack([X, X]), [1], train=False)
+
+
+@pytest.mark.parametrize("kind", ["patch", "pointwise"])
+def test_dense_prediction(kind):
+    """Fusion is exact, the closed form is least, and measured noise gives what it has fused."""
+    names = [*DECODERS]
+    net, sites, variables, denoise = case(names, kind)
+    kinds = {names[int(site.path[0].removeprefix("kind"))]: site for site in sites}
+    assert {name: site.kind for name, site in kinds.items() if "dense" not in name and "1×1" not in name} == {
+        name: kind for name in names if "dense" not in name and "1×1" not in name
+    }
+    padded = [site for site in sites if site.layers[0].window and site.layers[0].window.fills_with_zeros]
+    assert len(padded) == 8 and all(site.bias == (kind == "patch") for site in padded)  # zeros that no constant reaches
+    assert all(site.bias for site in sites if site not in padded)
+    parts = {kind: [site.width for site in sites if f"kind{names.index(kind)}" in site.path] for kind in names[-3:]}
+    window = 9 if kind == "patch" else 1
+    assert [*parts.values()] == [[4 * window, 3 * window], [4, 3], [4, 3]]
+
+    certificate = certify(net, variables, denoise, sites, SCHEDULE, X, train=False)
+    assert certificate.passed, str(certificate)
+    assert len(certificate.sites["float64"]) == len(names)  # a layer is compared as a whole
+
+    mask = np.ones(len(X), np.float32)
+    moments = collect_moments(net, variables, sites, [(np.asarray(X), mask)], train=False)
+    best = closed_form(moments, sites, SCHEDULE, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    for site in sites:
+        leaves = get_in(best, site.path)
+        least = expected_loss(site, moments[site.path], SCHEDULE, leaves)
+        for name in leaves:
+            for _ in range(5):
+                moved = {**leaves, name: leaves[name] + 1e-3 * rng.normal(size=leaves[name].shape)}
+                assert expected_loss(site, moments[site.path], SCHEDULE, moved) > least, (site.name, name)
+
+    streams = np.stack([X, X, X + 0.3 * trees.normal(5, X.shape)])
+    measured = measure(net, variables, sites, streams, [1, 1], train=False)
+    fused = fuse_exact(
+        {"backbone": variables["params"], "denoise": measured.denoise}, sites, SCHEDULE, rule="affine", steps=1
+    )
+    outputs = net.apply({"params": fused}, streams[2], train=False)
+    np.testing.assert_allclose(measured.outputs[2], outputs, atol=2e-4)
+    assert np.abs(outputs - net.apply(variables, streams[2], train=False)).max() > 1e-3
 
 
 # ---- refused by find_sites --------------------------------------------------------------------------------------------

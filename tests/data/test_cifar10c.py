@@ -44,8 +44,9 @@ def test_results_are_whole_gray_levels_and_belong_to_the_image(name):
     np.testing.assert_array_equal(part, whole[[5, 2]])
 
 
-# Where the published constants ask for no more change at a higher severity (the elastic ones move the image ever less).
-@pytest.mark.parametrize("name", sorted(set(CIFAR10C) - {"elastic_transform", "frost", "glass_blur"}))
+# Where the published constants ask for no more change at a higher severity (the elastic ones move the image ever less);
+# zooms are compared with SciPy's at three severities below.
+@pytest.mark.parametrize("name", sorted(set(CIFAR10C) - {"elastic_transform", "frost", "glass_blur", "zoom_blur"}))
 def test_higher_severities_change_more(name):
     changes = [change(name, severity) for severity in SEVERITIES]
     assert all(later > 0.97 * earlier for earlier, later in itertools.pairwise(changes))

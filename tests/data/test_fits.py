@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from drep_jax.data.augment.flip_crop import flip_and_shift, flip_and_shift_transforms, transform_of_crop
 from drep_jax.data.columns import Column
 from drep_jax.data.decode import fit, fitted
-from drep_jax.data.fits import parse_fit, transform_of_fit
+from drep_jax.data.fits import interpolation_of, parse_fit, transform_of_fit
 from drep_jax.data.geometry import Transform
 from drep_jax.errors import ConfigError, DataError
 from tests.pictures import textured
 
 sides = st.integers(1, 24)
-FITS = ["crop", "crop:0.875", "squash", "pad", "keep", "keep:8"]
+FITS = ["crop", "crop:0.875", "squash", "pad", "keep", "keep:8", "short:7", "short:7:20", "short:7:20:4"]
 
 
 @settings(deadline=None, max_examples=80)
@@ -23,7 +23,15 @@ def test_every_fit_is_its_transform(height, width, rows, columns, how):
     image = textured(1, (height, width))[0]
     transform = transform_of_fit((height, width), (rows, columns), how)
     fitted_image = fit(image, (rows, columns), how)
-    np.testing.assert_array_equal(fitted_image, transform.image(image))
+    np.testing.assert_array_equal(fitted_image, transform.image(image, interpolation=interpolation_of(how)))
+    if how.startswith("short"):
+        _, short, long, multiple = parse_fit(how)
+        assert transform.shows().all() and not any(side % multiple for side in fitted_image.shape[:2])
+        scale = min(short / min(height, width), long / max(height, width))
+        for side, before in zip(fitted_image.shape[:2], (height, width), strict=True):
+            assert side - multiple < max(1, int(before * scale + 0.5)) <= side
+        assert fitted_image.shape[:2] == transform.size_out
+        return
     keeps = how.startswith("keep")
     multiple = int(parse_fit(how)[1]) if keeps else 1
     expected = tuple(-(-side // multiple) * multiple for side in (height, width)) if keeps else (rows, columns)
@@ -44,7 +52,13 @@ def test_every_fit_is_its_transform(height, width, rows, columns, how):
 
 def test_ways_of_fitting_are_parsed():
     assert parse_fit("keep") == ("keep", 1.0) and parse_fit("keep:32") == ("keep", 32.0)
-    for bad in ("keep:0", "keep:1.5", "keep:x", "pad:3", "crop:"):
+    assert parse_fit("short:512:2048:32") == ("short", 512, 2048, 32) and parse_fit("short:9") == (
+        "short",
+        9,
+        np.inf,
+        1,
+    )
+    for bad in ("short", "short:0", "short:1:2:3:4", "short:9.5", "keep:0", "keep:1.5", "keep:x", "pad:3", "crop:"):
         with pytest.raises(ConfigError, match="Unknown way of resizing"):
             parse_fit(bad)
     with pytest.raises(DataError, match=r"cat is 3 x 4 pixels .* 4 x 3 is wanted"):

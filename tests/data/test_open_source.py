@@ -38,9 +38,10 @@ def test_bad_arguments_say_what_was_meant(change, message):
 
 def test_the_registry_offers_the_documented_sources():
     plain = {"digits", "folder", "idx", "list", "npz", "random", "tfds"}
+    masks = {"ade20k", "camvid", "cityscapes", "coco_stuff", "seg_folder", "seg_npz", "seg_tfds", "voc"}
     reid = {"cuhk03", "duke", "market1501", "msmt17", "reid_folder", "reid_npz", "reid_tfds", "vehicleid", "veri"}
     boxes = {"coco", "det_folder", "det_npz", "det_voc"}
-    assert set(SOURCES) == plain | boxes | reid
+    assert set(SOURCES) == plain | masks | boxes | reid
 
 
 @pytest.mark.parametrize(

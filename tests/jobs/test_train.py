@@ -176,7 +176,11 @@ def test_a_finished_run_is_only_evaluated_again(finished, monkeypatch):
     assert file_bytes(finished.directory, "fused", "fused.safetensors") == made
 
 
-@pytest.mark.parametrize("error", [KeyError("label"), DataError("x.png cannot be read.")], ids=["bug", "bad input"])
+@pytest.mark.parametrize(
+    "error",
+    [pytest.param(KeyError("label"), marks=pytest.mark.slow), DataError("x.png cannot be read.")],
+    ids=["bug", "bad input"],
+)
 def test_an_evaluation_that_fails_at_the_end_loses_nothing(error, finished, tmp_path, monkeypatch, capsys):
     """Weights, certificate and what was learned are written, and the message says how to go on."""
     directory = str(tmp_path / "run")
@@ -232,7 +236,7 @@ print(jax.device_count(), weights.digest({"params": denoise, **{f"b_{k}": v for 
 """
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_eight_devices_saved_is_read_bit_for_bit_on_others(devices, finished):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
@@ -256,6 +260,7 @@ def write_digits(folder, first, last, labelled):
         Image.fromarray(grey).save(place / f"{number}.png")
 
 
+@pytest.mark.slow
 def test_labelled_folder_end_to_end(tmp_path):
     write_digits(tmp_path / "images" / "train", 0, 160, labelled=True)
     write_digits(tmp_path / "images" / "val", 160, 200, labelled=True)

@@ -14,6 +14,7 @@ from scipy.special import erf
 from drep_jax.errors import ConfigError
 from drep_jax.models import MODELS, Backbone, create_model, list_models
 from drep_jax.models.vit import ViT, stack_blocks
+from tests.pixel_classifiers import PIXEL_CLASSIFIERS
 
 TINY_VIT = {"patch_size": (2, 4), "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 TINY_RESNET = {"stage_sizes": (1, 1), "block": "basic", "width": 4, "stem": "cifar"}
@@ -100,8 +101,8 @@ TABLE = {
     "vmamba_b": ({}, (224, 224), 88_557_800),
     **{f"resnet{6 * n + 2}_cifar": ({}, (32, 32), cifar_parameters(n)) for n in (3, 5, 7, 9)},
 }
-# They return no logits, and what they return is counted in test_clip_reid.py and test_reid_resnet.py.
-ELSEWHERE = {"clip_reid", "clip_reid_b16", "resnet_reid", "resnet50_reid", "resnet50_vanet"}
+# They return no logits, or maps of them: counted in test_clip_reid.py, test_reid_resnet.py and test_pixel_classifiers.py.
+ELSEWHERE = {"clip_reid", "clip_reid_b16", "resnet_reid", "resnet50_reid", "resnet50_vanet", *PIXEL_CLASSIFIERS}
 
 
 def tiny(name="vit", num_classes=5, **overrides):

@@ -36,6 +36,12 @@ NARROW = {
         6,
     ),
     "vmamba": ({"depths": (1,), "width": 8, "ssm_ratio": 1.0}, (16, 16), 2),
+    "fcn": ({"stage_sizes": (1, 1, 1, 1), "width": 2}, (32, 32), None),
+    "segformer": (
+        {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "head_width": 8},
+        (32, 48),
+        8,
+    ),
 }
 
 
@@ -110,7 +116,7 @@ def test_every_family_has_a_narrow_network():
 
 
 # Those that take longest, or are mostly another one, run with `pytest -m slow`.
-LONG = ("vit", "resnet", "clip_reid", "resnet_reid", "swinv2", "transreid", "vmamba")
+LONG = ("vit", "resnet", "clip_reid", "resnet_reid", "swinv2", "transreid", "vmamba", "fcn", "segformer")
 # CLIP normalizes its class token before the blocks, and TransReID's is the output itself: with small kernels they would see
 # little of the images.
 SPREAD = {"clip_reid": 0.2, "transreid": 0.2}

@@ -29,7 +29,7 @@ from tests.tiny_config import RESNET, get_config
 STEPS = 3
 
 
-@pytest.mark.parametrize("tokens", [1.0, 0.5])
+@pytest.mark.parametrize("tokens", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_label_free_steps_on_eight_devices_are_those_on_one(tokens):
     config = get_config().to_dict()
     setup = build(config)

@@ -188,9 +188,16 @@ def test_every_image_is_measured_exactly_once(images, folds, hosts, count, monke
 
 
 def test_scores_of_hosts_come_back_in_the_order_of_the_source(monkeypatch):
-    rows = np.arange(24).reshape(3, 2, 4)  # batches, hosts, each host's part
-    monkeypatch.setattr(devices, "gather", lambda _: np.stack([rows[:, 0].reshape(-1), rows[:, 1].reshape(-1)]))
-    np.testing.assert_array_equal(arms.in_order(rows[:, 0].reshape(-1), 3), np.arange(24))
+    """Batches may have different numbers of images, and padding."""
+    batches = [np.arange(8).reshape(2, 4), np.array([[8, 9], [10, -1]])]  # a row is a host's part
+    monkeypatch.setattr(devices, "gather", lambda rows: np.stack([rows, others[rows.dtype.kind]]))
+    mine, other = (np.concatenate([batch[host] for batch in batches]) for host in (0, 1))
+    others = {"i": other, "f": other.astype(float), "b": other < 0}
+    columns = {"index": [batch[0] for batch in batches], arms.UNLABELED: [batch[0] < 0 for batch in batches]}
+    scored = arms._gathered({"arm": [{"score": batch[0].astype(float)} for batch in batches]}, columns)
+    assert len(mine) == len(other)
+    np.testing.assert_array_equal(scored.index, np.arange(11))
+    np.testing.assert_array_equal(scored.statistics["arm"]["score"], np.arange(11))
 
 
 def test_alone_there_is_nobody_to_wait_for():

@@ -250,7 +250,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if case in ("stacked", "240 slices") else []) for case in CASES],
+)
 def test_writes_everything_and_nothing_else(case, tmp_path):
     report = make_report(**CASES[case])
     before = copy.deepcopy(report)

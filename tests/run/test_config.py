@@ -144,3 +144,27 @@ def test_help_of_fuse_needs_no_work_directory():
 def test_bad_settings_beside_help_are_explained():
     call("train.py", "--config=configs/digit.py", "--help").refused("configs/digit.py", "configs/digits.py")
     call("train.py", TINY, "--help", "--config.sed=1").refused("sed", "seed")
+
+
+# ---- settings that earlier releases did not have ------------------------------------------------------------------------
+
+
+def test_old_runs_keep_the_form_of_their_denoisers(tmp_path):
+    """A run without `sites.concatenated` has one denoiser over a concatenation; new ones have one a source."""
+    old = json.loads(json.dumps(defaults()))
+    del old["sites"]["concatenated"]
+    assert defaults()["sites"]["concatenated"] == "blocks"
+    assert completed(old)["sites"]["concatenated"] == "full" and completed({})["sites"]["concatenated"] == "full"
+    assert completed(defaults()) == defaults()
+    write_json(str(tmp_path / CONFIG), old)
+    (tmp_path / "checkpoints" / "backbone" / "5").mkdir(parents=True)
+    assert read_config(str(tmp_path))["sites"]["concatenated"] == "full"
+    with claimed(str(tmp_path), defaults()):  # it did not choose, so it may go on
+        pass
+    chosen = defaults()
+    chosen["sites"]["max_width"] = 4608
+    with (
+        pytest.raises(CheckpointError, match=r"sites\.max_width: 2304 there, 4608 now"),
+        claimed(str(tmp_path), chosen),
+    ):
+        pass

@@ -8,6 +8,7 @@ from PIL import Image
 
 from configs.default import get_default
 from drep_jax.run.setup import build
+from tests import label_maps
 from tests.tiny_config import get_config
 
 PEOPLE = 8
@@ -49,10 +50,22 @@ def retrieval(folder, **changes):
     return config.to_dict()
 
 
+def segmentation(folder, **changes):
+    """Colored shapes of two sizes, by three convolutions."""
+    config = get_default()
+    config.task, config.progress = "segmentation", False
+    config.data.update({"source": label_maps.write(folder, (8, 8, 12), ((24, 32), (20, 38))), "image_size": (24, 32)})
+    config.model.name = f"{label_maps.__file__}:Tiny"
+    config.evaluate.update({"conditions": ("clean", "gaussian:60"), "batch_size": 16, "resamples": 200})
+    config.update_from_flattened_dict({"select.images": 8, **changes})
+    return config.to_dict()
+
+
 CASES = {
     "classification": classification,
     "classification without a head": functools.partial(classification, **{"model.num_classes": -1}),
     "retrieval": retrieval,
+    "segmentation": segmentation,
 }
 """Name of a task, with a word of what is special ↦ its configuration, given a folder to write images to."""
 

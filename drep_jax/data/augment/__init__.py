@@ -2,9 +2,10 @@
 
 Each image's draws depend on its position in the stream alone.
 
-Order: crop (before the image is fitted), flip, shift, RandAugment, erasing, then mixup or cutmix.
-Labels with geometry follow the first three; erasing leaves them as they are; RandAugment and mixing
-are refused with them.
+Order: crop, or scale and crop (before the image is fitted), flip, photometric distortion, shift,
+RandAugment, erasing, then mixup or cutmix. Labels with geometry follow crops, flips and shifts;
+photometric distortion and erasing leave them as they are; RandAugment and mixing are refused with
+them.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any
 from drep_jax.data.augment.erasing import erase
 from drep_jax.data.augment.flip_crop import flip_and_shift, flip_and_shift_transforms
 from drep_jax.data.augment.mixing import mix
+from drep_jax.data.augment.photometric import photometric
 from drep_jax.data.augment.randaugment import STRONGEST, randaugment
 from drep_jax.data.columns import Columns, geometric
 from drep_jax.data.geometry import Transform
@@ -37,6 +39,13 @@ class Augmentation:
       crop_scale: smallest and largest fraction of the area of a random resized crop; () for the
         fitted image as it is.
       crop_ratio: smallest and largest width over height of that crop.
+      scale: smallest and largest factor of a random resize with the aspect kept, after which a crop
+        of the fitted size is cut out, padded where the image is smaller; () for none.
+      scale_base: short and long side that the factor 1 stands for; () for the image's own size.
+      cat_max_ratio: with `scale`, a crop in which one class of the label map has this fraction of
+        the pixels is drawn again, up to ten times; 1 for any crop.
+      mean: color of that padding on the scale 0 to 1, that of the normalization.
+      photometric: brightness, contrast, saturation and hue at random.
       randaugment: random operations an image.
       randaugment_magnitude: their strength, from 0 to 30.
       erase: probability that a box of the image becomes noise.
@@ -52,6 +61,11 @@ class Augmentation:
     shift: int = 0
     crop_scale: tuple[float, ...] = ()
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    scale: tuple[float, ...] = ()
+    scale_base: tuple[float, ...] = ()
+    cat_max_ratio: float = 1.0
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    photometric: bool = False
     randaugment: int = 0
     randaugment_magnitude: float = 9.0
     erase: float = 0.0
@@ -87,6 +101,25 @@ class Augmentation:
                     f"{'' if most == math.inf else ' and at most 1, or () for no crop'}."
                 )
 
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        if not _number(self.cat_max_ratio) or not 0 < self.cat_max_ratio <= 1:
+            raise ConfigError(
+                f"data.cat_max_ratio={self.cat_max_ratio!r} is a fraction of the pixels and lies in (0, 1]."
+            )
+        for name, bounds in (("scale", self.scale), ("scale_base", self.scale_base)):
+            if bounds and (len(bounds) != 2 or not all(map(_number, bounds)) or not 0 < bounds[0] <= bounds[1]):
+                what = "(smallest, largest) factor" if name == "scale" else "(short, long) side in pixels"
+                raise ConfigError(f"data.{name}={bounds!r}: expected {what}, both above 0, or () for none.")
+        if self.scale and self.crop_scale:
+            raise ConfigError("data.scale and data.crop_scale are two ways to crop at random; set one of them to ().")
+        for name, default in (("scale_base", ()), ("cat_max_ratio", 1.0)):
+            if not self.scale and getattr(self, name) != default:
+                raise ConfigError(
+                    f"data.{name}={getattr(self, name)!r} is a part of random scaling; set data.scale, too."
+                )
+
     @property
     def mixes(self) -> bool:
         """Whether images are mixed, so that batches have two labels each."""
@@ -95,7 +128,17 @@ class Augmentation:
     @property
     def slow(self) -> bool:
         """Whether it takes so long that threads pay off even for images in memory."""
-        return bool(self.crop_scale or self.randaugment)
+        return bool(self.crop_scale or self.scale or self.photometric or self.randaugment)
+
+    @property
+    def pad_color(self) -> tuple[int, ...]:
+        """Color of padding, levels from 0 to 255, which is 0 once normalized."""
+        return tuple(round(255 * level) for level in self.mean)
+
+    @property
+    def after_crops(self) -> "Augmentation":
+        """What remains to be done once the image is cropped: with `scale`, flips and distortion are done before padding."""
+        return dataclasses.replace(self, flip=False, photometric=False) if self.scale else self
 
     def check_batch(self, size: int, what: str) -> None:
         """Raises `ConfigError` unless a batch, or a host's part, holds whole pairs to mix."""
@@ -139,6 +182,8 @@ class Augmentation:
         where = {"seed": seed, "first_position": first_position}
         if self.flip or self.shift:
             images = flip_and_shift(images, **where, flip=self.flip, shift=self.shift)
+        if self.photometric:
+            images = photometric(images, **where)
         if self.randaugment:
             images = randaugment(images, **where, count=self.randaugment, magnitude=self.randaugment_magnitude)
         if self.erase:
@@ -168,5 +213,7 @@ def augmentation_of(data: Mapping[str, Any], *, labeled: bool = True) -> Augment
         field.name: tuple(data[field.name]) if isinstance(field.default, tuple) else data[field.name]
         for field in fields
     }
+    if not given.get("scale"):
+        given.pop("mean", None)  # nothing is padded
     augmentation = Augmentation(**given)
     return augmentation if labeled else dataclasses.replace(augmentation, mixup=0.0, cutmix=0.0)

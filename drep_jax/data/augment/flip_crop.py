@@ -100,6 +100,11 @@ def transform_of_crop(size: Size, box: Box, target: Size) -> Transform:
     return Transform(size).crop(*box).resize(target)
 
 
+def flips(seed: int, first_position: int, count: int) -> np.ndarray:
+    """Returns which of `count` positions `flip_and_shift` flips, bool (count,)."""
+    return _draws(seed, first_position, count, 0)[0]
+
+
 def _draws(seed: int, first_position: int, count: int, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns for each position whether it is flipped, and its shift down and to the right."""
     raw = words(seed, FLIP_AND_SHIFT, first_position, count)

@@ -19,6 +19,8 @@ IDENTITIES = 2**64 - 7  # the order of identities in batches of P x K
 RESTS = 2**64 - 8  # identities that rest in a round
 INSTANCES = 2**64 - 9  # the order of the images of one identity
 LEFT_CLEAN = 2**64 - 10  # which images of a stage that corrupts its images stay clean
+SCALE = 2**64 - 11  # random scale and the crops that follow
+PHOTOMETRIC = 2**64 - 12
 
 WORDS = 4
 """Words of one step of Philox' counter."""

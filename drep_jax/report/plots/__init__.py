@@ -7,6 +7,7 @@ from drep_jax.report.plots.accuracy import plot_accuracy
 from drep_jax.report.plots.examples import plot_examples
 from drep_jax.report.plots.front import plot_front
 from drep_jax.report.plots.loss import plot_loss
+from drep_jax.report.plots.overlays import plot_overlays
 from drep_jax.report.plots.ranked import plot_ranked
 from drep_jax.report.plots.sites import plot_sites
 from drep_jax.report.plots.spectra import plot_spectra
@@ -18,6 +19,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
     "spectra": plot_spectra,
     "front": plot_front,
     "examples": plot_examples,
+    "overlays": plot_overlays,
     "ranked": plot_ranked,
 }
 """NAME ↦ function that draws plots/NAME.png, or returns None if there is nothing to show."""

@@ -9,8 +9,17 @@ from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
 from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
 from drep_jax.weights.formats.darknet import DARKNET
 from drep_jax.weights.formats.dinov2 import DINOV2
+from drep_jax.weights.formats.fcn import MMSEG_FCN, MMSEG_FCN_ENCODER, TORCHVISION_FCN, TORCHVISION_FCN_ENCODER
 from drep_jax.weights.formats.generic import GENERIC, generic_format
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
+from drep_jax.weights.formats.segformer import (
+    MMSEG_SEGFORMER,
+    MMSEG_SEGFORMER_ENCODER,
+    NVLABS_SEGFORMER,
+    NVLABS_SEGFORMER_ENCODER,
+    TRANSFORMERS_SEGFORMER,
+    TRANSFORMERS_SEGFORMER_ENCODER,
+)
 from drep_jax.weights.formats.swin import SWIN
 from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
 from drep_jax.weights.formats.timm_vit import TIMM_VIT
@@ -46,6 +55,16 @@ FORMATS: tuple[Format, ...] = (
     FAST_REID,
     TORCHVISION_REID,
     DARKNET,
+    MMSEG_FCN,
+    TORCHVISION_FCN,
+    MMSEG_SEGFORMER,
+    NVLABS_SEGFORMER,
+    TRANSFORMERS_SEGFORMER,
+    MMSEG_FCN_ENCODER,
+    TORCHVISION_FCN_ENCODER,
+    MMSEG_SEGFORMER_ENCODER,
+    NVLABS_SEGFORMER_ENCODER,
+    TRANSFORMERS_SEGFORMER_ENCODER,
 )
 
 
