@@ -7,6 +7,7 @@ import flax.linen as nn
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
 from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
 from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
+from drep_jax.weights.formats.darknet import DARKNET
 from drep_jax.weights.formats.dinov2 import DINOV2
 from drep_jax.weights.formats.fcn import MMSEG_FCN, MMSEG_FCN_ENCODER, TORCHVISION_FCN, TORCHVISION_FCN_ENCODER
 from drep_jax.weights.formats.generic import GENERIC, generic_format
@@ -55,6 +56,7 @@ FORMATS: tuple[Format, ...] = (
     STRONG_BASELINE,
     FAST_REID,
     TORCHVISION_REID,
+    DARKNET,
     MMSEG_FCN,
     TORCHVISION_FCN,
     MMSEG_SEGFORMER,
