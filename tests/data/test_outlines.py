@@ -34,6 +34,7 @@ def test_a_square_and_a_hole():
     assert both.sum() == 9 and both[0, 0]
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools, with NumPy 2
 def test_pycocotools_draws_and_writes_the_same():
     coco = pytest.importorskip("pycocotools.mask", reason="needs pycocotools: pip install -r requirements-dev.txt")
     rng = np.random.default_rng(0)
