@@ -88,14 +88,21 @@ def get_default() -> ConfigDict:
         "compute": "float32",  # or bfloat16; parameters and optimizer state stay float32
         "remat": False,  # recompute blocks in the backward pass: less memory, more time
     }
+    falling = {
+        "decay": "cosine",  # of the learning rate after the warm-up: cosine, or poly:POWER such as poly:0.9
+        "floor": 0.0,  # learning rate at the end
+        "no_decay": (),  # regular expressions over paths of parameters without weight decay; () for the usual ones
+        "rates": (),  # factors on the learning rate: ((regular expression over paths, factor), …)
+    }
     stage = {
         **computing,
+        **falling,
         "steps": 0,  # of training; 0 for no training
         "batch_size": 64,  # images per step, over all devices
-        "optimizer": "adamw",  # adam, adamw or sgd
-        "learning_rate": 1e-3,  # peak; cosine decay to 0
+        "optimizer": "adamw",  # adam, adamw, sgd (Nesterov) or momentum
+        "learning_rate": 1e-3,  # the peak
         "warmup": 0,  # steps of linear warm-up
-        "weight_decay": 0.0,  # for adamw and sgd
+        "weight_decay": 0.0,  # not for adam
         "clip": 0.0,  # largest gradient norm; 0 for no limit
         "label_smoothing": 0.0,  # fraction of the target spread over all classes
     }
@@ -165,6 +172,7 @@ def get_default() -> ConfigDict:
     config.denoise = ConfigDict(  # the denoisers, and how Algorithm 1 learns them
         {
             **computing,
+            **falling,
             "rule": "ddpm",  # reverse step: ddpm (Eq. 5), paper (Eq. 7 as printed), ddim, ddim:r
             "steps": 1,  # reverse steps per site
             "rank": 0,  # of each denoiser's matrix minus a multiple of the identity; 0 for full matrices
@@ -176,10 +184,10 @@ def get_default() -> ConfigDict:
             "tokens": 1.0,  # fraction of each image's tokens that Algorithm 1 learns from
             "train_steps": 1000,  # steps of Algorithm 1
             "batch_size": 64,  # images per step, over all devices
-            "optimizer": "adam",  # adam, adamw or sgd
-            "learning_rate": 4e-4,  # peak; cosine decay to 0
+            "optimizer": "adam",  # adam, adamw, sgd (Nesterov) or momentum
+            "learning_rate": 4e-4,  # the peak
             "warmup": 0,  # steps of linear warm-up
-            "weight_decay": 0.0,  # for adamw and sgd
+            "weight_decay": 0.0,  # not for adam
             "clip": 0.0,  # largest gradient norm; 0 for no limit
             "ema": 0.0,  # decay of a moving average of the denoisers, used in place of the last values; 0 for none
             "label_lambda": 0.01,  # λ of Eq. 12: weight of Algorithm 1's loss in labeled stages
@@ -207,14 +215,15 @@ def get_default() -> ConfigDict:
     config.distilled = ConfigDict(  # of learners distilled and distilled_backbone, which train on the clean answers
         {
             **computing,
+            **falling,
             "init_from": "",  # measured: start from the solution of that learner, which is compared; "" for the backbone
             "clean_share": 0.25,  # fraction of the images that are left clean
             "steps": 1000,  # of training
             "batch_size": 64,  # images per step, over all devices
-            "optimizer": "adam",  # adam, adamw or sgd
-            "learning_rate": 1e-4,  # peak; cosine decay to 0; distilled_backbone takes more, such as 1e-3
+            "optimizer": "adam",  # adam, adamw, sgd (Nesterov) or momentum
+            "learning_rate": 1e-4,  # the peak; distilled_backbone takes more, such as 1e-3
             "warmup": 0,  # steps of linear warm-up
-            "weight_decay": 0.0,  # for adamw and sgd
+            "weight_decay": 0.0,  # not for adam
             "clip": 0.0,  # largest gradient norm; 0 for no limit
         }
     )
@@ -230,6 +239,7 @@ def get_default() -> ConfigDict:
             "conditions": (),  # to choose by; () for those of the evaluation
             "images": 1000,  # held-out images used; 0 for all
             "labels": True,  # False: by agreement with the backbone's answers on clean images, even with labels
+            "weighted": False,  # classification without labels: answers count by the backbone's probability for them
             "max_clean_loss": 1.0,  # largest loss on clean images, in percentage points
         }
     )
@@ -250,6 +260,7 @@ def get_default() -> ConfigDict:
             "unknown_classes": "refuse",  # test images of classes without a training image; score: the backbone knows them
             "gallery": 2000,  # training images of each merged source among which nearest neighbors are sought
             "resamples": 10_000,  # bootstrap resamples
+            "placebo": "effect",  # random maps as large as the learned ones: by effect on clean features, or norm (of maps)
             "certificate_images": 16,  # images on which the fused network is compared with the explicit one
             "certificate_sizes": (),  # further sizes of these images to compare at, such as ("512x683", "97x131")
             "latency_batch": 64,  # images per batch of the latency measurement

@@ -2,15 +2,18 @@
 
 import importlib
 import io
+import itertools
+import os
 import pathlib
 import types
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from configs import cifar10_training, reid
+from configs import cifar10_training, reid, segmentation
 from drep_jax.core.schedule import Schedule, reverse_steps
 from drep_jax.data import prepare
 from drep_jax.data.augment import augmentation_of
@@ -22,6 +25,7 @@ from drep_jax.learners import LEARNERS
 from drep_jax.models import create_model
 from drep_jax.run.stages import stage_of
 from drep_jax.tasks import make_task
+from drep_jax.training.optimizers import parameter_groups
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted(
@@ -54,8 +58,17 @@ CATALOGUE = {
         {"file_name": tfds.features.Text()},
     ),
 }
-OTHERS = {"digits": 10, "resnet20_cifar10": 10, "vit_cifar10": 10, "vit_fashion_mnist": 10}
-SEVERAL = ("cifar10_training", "reid", "reid_pku")
+OTHERS = {
+    "digits": 10,
+    "espnet_camvid": 12,
+    "mcunet_imagenet": 1000,
+    "resnet20_cifar10": 10,
+    "vit_cifar10": 10,
+    "vit_fashion_mnist": 10,
+}
+SEVERAL = ("cifar10_training", "reid", "reid_pku", "segmentation")
+WITH_FILES = ("mcunet_imagenet",)
+"""Their network and noise are read from the files of DREP_DATA."""
 COUNT = 20
 
 
@@ -106,6 +119,33 @@ def test_transreid_is_configured_as_its_published_networks_were_trained(dataset,
     assert reid.get_config(f"{dataset}:transreid_ssl_b_ics").data.image_size[0] == (384 if shift == 5 else 256)
 
 
+@pytest.mark.parametrize("backbone", segmentation.BACKBONES)
+def test_every_cell_of_the_tables_on_segmentation_can_be_asked_for(backbone):
+    for dataset, mode in itertools.product(segmentation.DATASETS, segmentation.MODES):
+        config = segmentation.get_config(f"{dataset}:{backbone}:{mode}").to_dict()
+        assert make_task(config).fit == config["data"]["test_resize"]
+        augmentation_of(config["data"])
+        trained = {config["learner"], *config["compare"]} & {"algorithm1", "label_augmented", "alternating"}
+        budgets = {(stage_of(name).steps(config), stage_of(name).batch_size(config)) for name in trained}
+        if mode in segmentation.LABELED:
+            budgets.add((config["control"]["steps"], config["control"]["batch_size"]))
+        assert len(budgets) <= 1
+    # mmsegmentation's groups: no decay of norms but those after the stages, ten times the rate in the head
+    classes = 21
+    model = {**segmentation.get_config(f"voc:{backbone}").model.to_dict(), "num_classes": classes}
+    network = create_model(model.pop("name"), image_size=(64, 64), **model)
+    keys = {name: jax.random.key(0) for name in ("params", "dropout")}
+    logits, shapes = jax.eval_shape(network.init_with_output, keys, np.zeros((1, 64, 64, 3), np.float32))
+    assert jax.tree_util.tree_leaves(logits)[0].shape[-1] == classes
+    recipe = segmentation.BACKBONES[backbone]["recipe"]
+    if recipe is segmentation.SEGFORMER:
+        kept = parameter_groups("no_decay", [(pattern, False) for pattern in recipe["no_decay"]], True)
+        assert sum(not decays for decays in jax.tree_util.tree_leaves(kept({"backbone": shapes["params"]}))) == 52
+        parameter_groups("rates", recipe["rates"], 1.0)({"backbone": shapes["params"]})
+    with pytest.raises(ConfigError, match=r"DATASET:BACKBONE\[:MODE\]"):
+        segmentation.get_config("ade20k")
+
+
 def test_the_table_names_every_configuration():
     catalogue = [name for name in FILES if config_of(name)["data"]["source"].startswith("tfds:")]
     assert sorted(CATALOGUE) == catalogue
@@ -114,6 +154,8 @@ def test_the_table_names_every_configuration():
 
 @pytest.mark.parametrize("name", FILES)
 def test_names_and_settings_are_known(name):
+    if name in WITH_FILES and not os.environ.get("DREP_DATA"):
+        pytest.skip(f"configs/{name}.py needs the files of DREP_DATA")
     config = config_of(name)
     assert config["name"] == name or name in SEVERAL
     source = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from drep_jax.core.stretches import bytes_of
+from drep_jax.core.working import bytes_of
 from drep_jax.parallel import devices
 
 

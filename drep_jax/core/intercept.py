@@ -116,3 +116,21 @@ def sow(module: nn.Module, layer: Layer, name: str, value: Any) -> None:
         )
     name = name if layer.part is None else f"{layer.part.name}:{name}"
     module.sow(COLLECTION, name, value, init_fn=lambda: jnp.zeros_like(value), reduce_fn=jnp.add)
+
+
+def sum_calls(site: Site, sown: Mapping[str, Any], axes: Mapping[str, int], otherwise: int) -> dict[str, Any]:
+    """Sums what was sown over the calls of a layer that `nn.scan` repeats or `nn.vmap` spreads.
+
+    Args:
+      site: of the layer.
+      sown: name ↦ values; their axes are ([stack], calls…, [groups], own…).
+      axes: name ↦ number of own axes; with −1 there is none of the groups either.
+      otherwise: that of all other names.
+    """
+    stack, groups = int(site.stack is not None), int(site.groups > 1)
+
+    def add(name: str, value: Any) -> Any:
+        last = axes.get(name, otherwise)
+        return value.sum(axis=tuple(range(stack, value.ndim - (groups + last if last >= 0 else 0))))
+
+    return {name: add(name, value) for name, value in sown.items()}

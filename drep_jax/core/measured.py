@@ -26,6 +26,7 @@ memory, up to a bound; the others are computed again. The ridge of a site is cho
 images (`drep_jax.core.shrinkage`).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ from drep_jax.core.sites import Site
 from drep_jax.core.solutions import Measured, Progress, Solutions
 from drep_jax.core.stretches import Cut, Network, Place, name_of, parameters
 from drep_jax.core.walk import Leaves, Walk
+from drep_jax.core.working import WORKING
 from drep_jax.errors import DataError, NonFiniteError
 from drep_jax.parallel import devices
 from drep_jax.parallel.threads import blas_threads_for
@@ -64,10 +66,6 @@ from drep_jax.typing import AnyArray, Tree
 
 CHUNK = 64
 """Images that are computed at once on a device, at most."""
-
-
-WORKING = 2**28
-"""Bytes that a chunk may take on a device; larger images go through in smaller chunks."""
 
 
 @standard_promotion
@@ -126,8 +124,8 @@ def measuring(
       shortcut: whether layers cancel the noise of the shortcut that they are added to.
       chunk: images that are computed at once on a device, at most; large ones go through in smaller
         chunks.
-      memory_gib: GiB of features that may wait in the memory of a host between sites. What does not
-        fit is computed again at each site.
+      memory_gib: GiB of solutions, and of features that may wait in the memory of a host between
+        sites. Features that do not fit are computed again at each site.
       outputs: whether the result has the backbone's outputs.
       say: called with a line of text about memory, if features do not fit.
       **kwargs: for the backbone, such as `train=False`.
@@ -149,9 +147,8 @@ def measuring(
     if not memory_gib >= 0:
         raise DataError(f"memory_gib={memory_gib} is a number of GiB and at least 0.")
     streams = InMemory(np.asarray(images)) if isinstance(images, np.ndarray | jax.Array) else images
-    solver = _Solver(
-        backbone, variables, sites, streams, ridge, vectors, shortcut, chunk, memory_gib * 2**30, outputs, kwargs
-    )
+    limit = max(0.0, memory_gib * 2**30 - _solution_bytes(sites))
+    solver = _Solver(backbone, variables, sites, streams, ridge, vectors, shortcut, chunk, limit, outputs, kwargs)
     if say is not None and (line := solver.about_memory()):
         say(line)
 
@@ -168,6 +165,11 @@ def measuring(
         return solver.solve(mixture / mixture.sum(), watch)
 
     return standard_promotion(solve)
+
+
+def _solution_bytes(sites: Sequence[Site]) -> int:
+    """Returns the bytes of the denoisers and of the fused kernels of all sites."""
+    return 4 * sum(math.prod(site.denoiser_shape) + sum(layer.kernel_size for layer in site.layers) for site in sites)
 
 
 class _Solver:
@@ -246,8 +248,9 @@ class _Solver:
         widest = self.network.cuts[int(np.argmax(sizes))].place
         return (
             f"The features of {self.count[1]:,} images take up to {max(sizes) * len(self.rounds) / 2**30:.1f} GiB (at "
-            f"{name_of(widest)}), of which {self.limit / 2**30:g} GiB may wait in memory (measured.memory_gib). The rest is "
-            f"computed again at each site: about {passes(sizes, len(self.rounds), self.limit):.1f} forward passes in all."
+            f"{name_of(widest)}), of which {self.limit / 2**30:.3g} GiB may wait in memory (measured.memory_gib, less "
+            f"the solutions). The rest is computed again at each site: about "
+            f"{passes(sizes, len(self.rounds), self.limit):.1f} forward passes in all."
         )
 
     # ---- programs ---------------------------------------------------------------------------------------------------
@@ -281,7 +284,7 @@ class _Solver:
             fused: dict[Place, Leaves] = {}  # all parts of a layer are solved from its input as it is
             for site, first in self.parts[cut.place[0]]:
                 solution, shrinkage = self._solve_site(walk, number, cut, site, first, weights, fused)
-                result.add(site, cut.place[1], solution, shrinkage)
+                solution = result.add(site, cut.place[1], solution, shrinkage)
                 solved += 1
                 if watch is not None:
                     errors = (solution.before, solution.after, shrinkage.held_out)

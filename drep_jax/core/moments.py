@@ -14,14 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Num, UInt32
+from jaxtyping import Array, Float, Num, UInt32
 
-from drep_jax.core.intercept import sow, sown, visit_sites
+from drep_jax.core.intercept import sow, sown, sum_calls, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features, sampled_features
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.sampling import systematic
 from drep_jax.core.sites import Site
+from drep_jax.core.vector_sums import row_blocks, sums_in_parts, vector_sums
+from drep_jax.core.working import WORKING
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.parallel import devices
 from drep_jax.typing import AnyArray, Path, Tree
@@ -55,28 +57,12 @@ class Moments:
 # Sums over one batch
 # ---------------------------------------------------------------------------------------------------------------------
 
-ROW_BLOCKS = 4
-"""Largest number of row blocks of Σ (F − shift)(F − shift)ᵀ, which is symmetric.
-
-Only the part of each block from the diagonal on is summed. With four blocks that is 5/8 of all
-operations."""
-
-
-LEAST_BLOCK = 192
-"""Least number of rows in a block; smaller products lose more speed than they save operations."""
-
-
-def _blocks(width: int) -> list[tuple[int, int]]:
-    """Returns (first row, end row) of every block of a symmetric matrix."""
-    rows = max(LEAST_BLOCK, -(-width // ROW_BLOCKS))
-    return [(first, min(first + rows, width)) for first in range(0, width, rows)]
-
 
 def zero_sums(site: Site) -> dict[str, Float[np.ndarray, "..."]]:
     """Returns a site's sums before the first batch, laid out as in `batch_sums`."""
     *lead, _, width = site.denoiser_shape
     stack = () if site.stack is None else (site.stack,)
-    blocks = {f"second{n}": (*lead, end - first, width - first) for n, (first, end) in enumerate(_blocks(width))}
+    blocks = {f"second{n}": (*lead, end - first, width - first) for n, (first, end) in enumerate(row_blocks(width))}
     shapes = {"count": stack, "first": (*lead, width), **blocks}
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
@@ -149,48 +135,32 @@ def batch_sums(
             shift = extra["shift"]
             shape = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
             by_image = len(shape) > shift.ndim and shape[0] % batch == 0  # else a table for all images
+            total = math.prod(shape[: -shift.ndim]) // batch
+            picks = None
             if by_image and tokens < 1.0:
-                total = math.prod(shape[: -shift.ndim]) // batch
                 site_keys = jax.vmap(lambda k: jax.random.fold_in(k, extra["slot"]))(keys)
                 picks = jax.vmap(lambda k: systematic(k, total, tokens))(site_keys)
-                vectors: Any = sampled_features(layer, site.kind, x, picks)
+            used = total if picks is None else picks.shape[1]
+            rows = max(1, WORKING // (8 * batch * shift.size))  # of each image at once
+            if by_image and site.kind == "patch" and used > rows:
+                picks = jnp.tile(jnp.arange(total)[None], (batch, 1)) if picks is None else picks
+                sums = sums_in_parts(site, layer, x, picks, mask, shift, rows)
             else:
-                vectors = features(layer, site.kind, x)
-            vectors = vectors.reshape(-1, *shift.shape)
-            count = vectors.shape[0]
-            counted = jnp.repeat(mask > 0, count // batch) if by_image else jnp.ones(count, bool)
-            for name, value in _sums(vectors, counted, shift).items():
+                if picks is None:
+                    vectors: Any = features(layer, site.kind, x)
+                else:
+                    vectors = sampled_features(layer, site.kind, x, picks)
+                vectors = vectors.reshape(-1, *shift.shape)
+                count = vectors.shape[0]
+                counted = jnp.repeat(mask > 0, count // batch) if by_image else jnp.ones(count, bool)
+                sums = vector_sums(vectors, counted, shift)
+            for name, value in sums.items():
                 sow(module, layer, name, value)
         return call(x)
 
     _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
-    return {site.name: _sum_calls(site, sown(collected, site.layers[0])) for site in sites}
-
-
-def _sums(
-    vectors: Float[AnyArray, "n *groups d"], counted: Bool[AnyArray, " n"], shift: Float[AnyArray, "*groups d"]
-) -> dict[str, Float[Array, "..."]]:
-    """Returns the sums of the counted vectors around `shift`."""
-    selected = counted.reshape(-1, *(1,) * shift.ndim)
-    centered = jnp.where(selected, vectors.astype(shift.dtype) - shift[None], 0.0)
-    product = "nd,ne->de" if shift.ndim == 1 else "ngd,nge->gde"
-    sums = {"count": jnp.sum(counted, dtype=centered.dtype), "first": jnp.sum(centered, axis=0)}
-    for index, (first, end) in enumerate(_blocks(shift.shape[-1])):
-        rows, columns = centered[..., first:end], centered[..., first:]
-        sums[f"second{index}"] = jnp.einsum(product, rows, columns, precision=jax.lax.Precision.HIGHEST)
-    return sums
-
-
-def _sum_calls(site: Site, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Sums over calls of a layer that `nn.scan` repeats or `nn.vmap` spreads: axes after the stack."""
-    vector = len(site.denoiser_shape) - 1
-    stack = 0 if site.stack is None else 1
-
-    def add(name: str, value: Any) -> Any:
-        axes = {"count": stack, "first": vector}.get(name, vector + 1)
-        return value.sum(axis=tuple(range(stack, stack + value.ndim - axes)))
-
-    return {name: add(name, value) for name, value in leaves.items()}
+    axes = {"count": -1, "first": 1}
+    return {site.name: sum_calls(site, sown(collected, site.layers[0]), axes, 2) for site in sites}
 
 
 def moments_from_sums(
@@ -214,7 +184,7 @@ def moments_from_sums(
         return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
 
     offset, upper = mean(sums["first"]), np.zeros(site.denoiser_shape)
-    for index, (first, end) in enumerate(_blocks(site.width)):
+    for index, (first, end) in enumerate(row_blocks(site.width)):
         upper[..., first:end, first:] = mean(sums[f"second{index}"])
     upper = np.triu(upper - offset[..., :, None] * offset[..., None, :])
     return Moments(int(count.max()), shift + offset, upper + np.swapaxes(np.triu(upper, 1), -1, -2))

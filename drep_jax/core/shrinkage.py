@@ -31,7 +31,11 @@ COLUMNS = 128
 
 
 FOLDS, WIDE, WIDE_FOLDS = 5, 1024, 3
-"""Folds of the images; sites wider than 1,024 are judged on fewer, to hold and factor fewer matrices."""
+"""Folds of the images.
+
+Sites wider than 1,024 are judged on fewer and at every second candidate, to hold and factor fewer
+matrices.
+"""
 
 
 def folds_for(width: int) -> int:
@@ -78,7 +82,7 @@ def choose_ridge(
         return errors[number]
 
     best = START
-    for size in (2, 1):
+    for size in (2, 1) if whole.square.shape[-1] <= WIDE else (2,):
         for step in (size, -size):
             while 0 <= best + step < len(RIDGES) and error(best + step) < error(best):
                 best += step

@@ -68,13 +68,15 @@ class Solutions:
         self._leaves: dict[Path, Tree] = {}
         self._rows: dict[Place, tuple[Solution, Shrinkage]] = {}
 
-    def add(self, site: Site, copy: int | None, solution: Solution, shrinkage: Shrinkage) -> None:
-        """Takes the solution of a site's copy."""
+    def add(self, site: Site, copy: int | None, solution: Solution, shrinkage: Shrinkage) -> Solution:
+        """Takes the solution of a site's copy, and returns what is left of it without its matrix."""
         leaves, place = self._of(site), () if copy is None else (copy,)
         leaves["kernel"][place] = solution.kernel.reshape(leaves["kernel"][place].shape)
         if solution.constant is not None:
             leaves["bias"][place] = solution.constant.reshape(leaves["bias"][place].shape)
-        self._rows[site.path, copy] = (solution._replace(kernel=np.zeros(0)), shrinkage)  # a wide one is large
+        small = solution._replace(kernel=np.zeros(0))  # a wide one is large
+        self._rows[site.path, copy] = (small, shrinkage)
+        return small
 
     def _of(self, site: Site) -> Tree:
         if site.path not in self._leaves:

@@ -8,7 +8,6 @@ shapes have equal keys and share one compiled program.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.extend import core
 
 from drep_jax.core.interpreter import Junction, Program, correction, find_junctions, layer_of, tree_of
 from drep_jax.core.jaxpr import bind, bodies, varying_vars
+from drep_jax.core.working import bytes_of
 from drep_jax.errors import SiteError
 from drep_jax.typing import Path, Tree
 
@@ -334,11 +334,6 @@ class Network:
                 alive -= sum(map(bytes_of, ends.get(number, set())))
                 alive -= sum(bytes_of(v) for v in eqn.outvars if v not in last)
         return largest
-
-
-def bytes_of(var: Any) -> int:
-    """Returns the size of a variable."""
-    return math.prod(var.aval.shape) * np.dtype(getattr(var.aval, "dtype", np.float32)).itemsize
 
 
 def _key(rows: Sequence[tuple[Any, bool]], inputs: Sequence[Any], outputs: Sequence[Any]) -> str:

@@ -1,15 +1,37 @@
-"""The placebo arm: random maps of the learned denoisers' norms, fused at the same sites."""
+"""The placebo arm: random maps that change as much as the learned denoisers do, fused at the same sites.
 
-from collections.abc import Sequence
+As much can mean two things (`PLACEBOS`). *effect*: the features change as much, on clean images.
+*norm*: the matrices have equal norms. Learned maps act mostly along directions in which features
+hardly vary. A random map of that norm acts along all of them, so it changes features far more, and
+any gain over it would be no news.
+"""
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.fusion import composed_maps
+from drep_jax.core.intercept import sow, sown, sum_calls, visit_sites
+from drep_jax.core.layers import Layer
+from drep_jax.core.matrix_form import features, sampled_features
+from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site
-from drep_jax.trees import set_in
-from drep_jax.typing import Tree
+from drep_jax.trees import get_in, set_in
+from drep_jax.typing import Path, Tree
+
+PLACEBOS = ("effect", "norm")
+"""What a placebo has in common with the learned maps."""
+
+
+VECTORS = 64
+"""Feature vectors of an image that an effect is measured on, at most."""
 
 
 def placebo_denoisers(
@@ -24,8 +46,7 @@ def placebo_denoisers(
     """Returns random denoisers for rule "affine" with the norms of the learned ones.
 
     The learned map of a site is x̂ = x + x·M + c. Its placebo is x̂ = x + x·R + r with Gaussian R
-    and r, scaled to ‖R‖_F = ‖M‖_F and ‖r‖ = ‖c‖ in each group and stacked copy. The gain of
-    learning is the gain over the placebo.
+    and r, scaled to ‖R‖_F = ‖M‖_F and ‖r‖ = ‖c‖ in each group and stacked copy.
 
     Args:
       params: {"backbone": parameters, "denoise": the learned denoisers, a subtree or `Denoisers`}.
@@ -54,3 +75,121 @@ def _same_norm(key: jax.Array, like: jax.Array, rank: int) -> jax.Array:
     noise = jax.random.normal(key, like.shape, like.dtype)
     norm, target = (jnp.sqrt(jnp.sum(jnp.square(v), axis=axes, keepdims=True)) for v in (noise, like))
     return noise * (target / norm)
+
+
+@standard_promotion
+def placebo_of_effect(
+    backbone: nn.Module,
+    variables: Tree,
+    denoisers: Denoisers,
+    sites: Sequence[Site],
+    schedule: Schedule,
+    key: jax.Array,
+    batches: Iterable[Any],
+) -> Tree:
+    """Returns random denoisers for rule "affine" that change clean features as much as the learned ones.
+
+    The learned map x̂ = x + x·M + c changes a feature with mean m by (x − m)·M, which varies, and by
+    m·M + c, which does not. The placebo is x̂ = x + (x − m)·R + r with Gaussian R and r, where, in
+    each group and stacked copy,
+
+        E‖(x − m)·R‖² = E‖(x − m)·M‖²        ‖r‖ = ‖m·M + c‖
+
+    Where a site may have no constant, it is x̂ = x + x·R with E‖x·R‖² = E‖x·M‖². Where the network
+    hides features under `nn.scan` (`Layer.writable`), norms are equal instead.
+
+    Args:
+      backbone, variables: the unfused network, which gives the features.
+      denoisers: the learned ones.
+      sites: of the denoisers.
+      schedule: noise schedule.
+      key: of the random maps.
+      batches: clean images, normalized; they are gone through twice.
+
+    Returns:
+      A `denoise` subtree.
+    """
+    batches = list(batches)
+    learned = composed_maps({"denoise": denoisers}, sites, schedule)
+    equal_norm = placebo_denoisers({"denoise": denoisers}, sites, schedule, key)
+    seen = [site for site in sites if site.layers[0].writable]
+    matrices = {
+        site.path: {"learned": learned[site.path]["matrix"], "random": -get_in(equal_norm, site.path)["kernel"]}
+        for site in seen
+    }
+    program = jax.jit(lambda variables, extras, images: _sums(backbone, variables, seen, extras, images))
+
+    def sums(means: Mapping[Path, Any]) -> dict[Path, dict[str, np.ndarray]]:
+        extras = {path: {**matrices[path], "mean": jnp.asarray(mean, jnp.float32)} for path, mean in means.items()}
+        total: Any = None
+        for images in batches:
+            of_batch = jax.tree_util.tree_map(
+                lambda leaf: np.asarray(leaf, np.float64), program(variables, extras, images)
+            )
+            total = of_batch if total is None else jax.tree_util.tree_map(np.add, total, of_batch)
+        return {site.path: total[site.name] for site in seen}
+
+    def per_vector(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        count = values["count"]
+        return values[name] / count.reshape(count.shape + (1,) * (values[name].ndim - count.ndim))
+
+    shift = {site.path: np.zeros(site.denoiser_shape[:-1]) for site in seen}
+    means = {path: per_vector(values, "first") for path, values in sums(shift).items()}
+    about_means = sums(means)
+    tree: Tree = equal_norm
+    for site in seen:
+        values, mean = about_means[site.path], means[site.path]
+        power = {name: per_vector(values, name) for name in ("learned", "random")}
+        at_mean = {
+            name: np.einsum("...d,...de->...e", mean, np.asarray(matrix, np.float64))
+            for name, matrix in matrices[site.path].items()
+        }
+        if not site.bias:
+            power = {name: power[name] + (at_mean[name] ** 2).sum(-1) for name in power}
+        ratio = np.divide(
+            power["learned"], power["random"], out=np.zeros_like(power["random"]), where=power["random"] > 0
+        )
+        scale = np.sqrt(ratio)[..., None]
+        leaves = {"kernel": np.float32(-scale[..., None] * np.asarray(matrices[site.path]["random"], np.float64))}
+        if site.bias:
+            change = at_mean["learned"] + np.asarray(learned[site.path]["constant"], np.float64)
+            direction = np.asarray(get_in(equal_norm, site.path)["bias"], np.float64)
+            length = np.linalg.norm(direction, axis=-1, keepdims=True)
+            random = np.divide(direction, length, out=np.zeros_like(direction), where=length > 0)
+            constant = random * np.linalg.norm(change, axis=-1, keepdims=True) - scale * at_mean["random"]
+            leaves["bias"] = np.float32(-constant)
+        tree = set_in(tree, site.path, leaves)
+    return tree
+
+
+def _sums(backbone: nn.Module, variables: Tree, sites: Sequence[Site], extras: Mapping[Path, Tree], images: Any) -> Any:
+    """Returns {site name: sums over feature vectors of 1, x − mean, ‖(x − mean)·M‖² and ‖(x − mean)·R‖²}."""
+    batch = jax.tree_util.tree_leaves(images)[0].shape[0]
+
+    def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
+        if layer.path == site.layers[0].path:  # the other layers of a site read the same tensor
+            vectors = _some_vectors(site, layer, x, batch, extra["mean"])
+            centered = vectors - extra["mean"][None]
+            sow(module, layer, "count", jnp.asarray(vectors.shape[0], jnp.float32))
+            sow(module, layer, "first", centered.sum(0))
+            product = "nd,de->ne" if centered.ndim == 2 else "ngd,gde->nge"
+            for name in ("learned", "random"):
+                change = jnp.einsum(product, centered, extra[name], precision="highest")
+                sow(module, layer, name, jnp.square(change).sum((0, -1)))
+        return call(x)
+
+    _, collected = visit_sites(backbone, variables, sites, extras, visit, images, collect=True)
+    axes = {"count": -1, "first": 1}
+    return {site.name: sum_calls(site, sown(collected, site.layers[0]), axes, 0) for site in sites}
+
+
+def _some_vectors(site: Site, layer: Layer, x: Any, batch: int, mean: Any) -> Any:
+    """Returns up to `VECTORS` feature vectors of every image, (n, [groups], d), evenly spaced."""
+    shape = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
+    total = math.prod(shape[: -mean.ndim]) // batch
+    if len(shape) <= mean.ndim or shape[0] % batch or total <= VECTORS:  # a table for all images, or few vectors
+        vectors: Any = features(layer, site.kind, x)
+    else:
+        picks = jnp.asarray(np.linspace(0, total - 1, VECTORS).astype(np.int32))
+        vectors = sampled_features(layer, site.kind, x, jnp.tile(picks[None], (batch, 1)))
+    return vectors.reshape(-1, *mean.shape).astype(jnp.float32)

@@ -24,7 +24,7 @@ from drep_jax.data.loader import epoch_order
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.evaluation.summary import value_of
 from drep_jax.parallel import devices
-from drep_jax.progress import bar
+from drep_jax.progress import pulsing
 from drep_jax.run.setup import Setup
 from drep_jax.tasks import Items, Task
 from drep_jax.typing import Batch, Tree
@@ -245,7 +245,7 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     reference: Tree = None
     agreement: Percents = {}
     accuracy: Percents = {}
-    with bar(None, "choosing", total, "batch", shown=options.progress) as steps:
+    with pulsing("choosing", total, "batch", shown=options.progress) as steps:
         for condition in conditions:
             corrupted = corrupt(images["image"], mine, condition, options.seed + SELECTION_SEED)
             inputs = np.asarray(setup.inputs({**images, "image": corrupted}))

@@ -12,6 +12,7 @@ from drep_jax.data import Source
 from drep_jax.data.corruptions import check_spec
 from drep_jax.data.labels import check_form, described, labeled_images
 from drep_jax.errors import ConfigError, DataError, lookup
+from drep_jax.evaluation.placebo import PLACEBOS
 from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners import LEARNERS
@@ -54,6 +55,7 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     check_sizes(config, setup)
     for learner in (config["learner"], *config["compare"]):
         lookup(LEARNERS, learner, "learner")
+    lookup(dict.fromkeys(PLACEBOS), evaluate.get("placebo", "effect"), "evaluate.placebo")
     check_choosing(config, setup)
     sweep = {name: config["sweep"][name] for name in ("rules", "steps", "scales", "strengths")}
     check_grid(setup.schedule, **sweep)

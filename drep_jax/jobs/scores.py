@@ -4,13 +4,24 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from drep_jax.core.denoisers import Denoisers
 from drep_jax.data import Source
+from drep_jax.data.collate import read
 from drep_jax.evaluation import summary
 from drep_jax.evaluation.arms import items_of, score_arms
+from drep_jax.evaluation.placebo import placebo_denoisers, placebo_of_effect
 from drep_jax.exporting.statistics import Statistics
+from drep_jax.learners.base import direct_maps
+from drep_jax.run.run import Run
 from drep_jax.run.setup import Setup
+from drep_jax.run.stages import key_of
 from drep_jax.tasks import Items
 from drep_jax.typing import Config, Tree
+
+PLACEBO_IMAGES, PLACEBO_BATCH = 64, 16
+"""Training images on which the effect of denoisers is measured, and how many at once."""
 
 
 def reading(config: Config) -> dict[str, Any]:
@@ -68,6 +79,26 @@ def with_statistics(
     further = {f"{name}+{mixture}": (name, mixture) for mixture in mixtures for name in names}
     everything = {**arms, **{row: arms[name] for row, (name, _) in further.items()}}
     return everything, {row: mixture for row, (_, mixture) in further.items()}
+
+
+def placebo_of(run: Run, variables: Tree, denoisers: Denoisers) -> Denoisers:
+    """Returns the random maps that stand beside learned ones, alike as `evaluate.placebo` says.
+
+    Args:
+      run: the run.
+      variables: of the unfused backbone.
+      denoisers: the learned ones.
+    """
+    setup, key = run.setup, key_of(run.config, "placebo")
+    if run.config["evaluate"].get("placebo", "effect") == "norm":
+        return direct_maps(placebo_denoisers({"denoise": denoisers}, setup.sites, setup.schedule, key))
+    count, size = len(setup.train), min(PLACEBO_BATCH, len(setup.train))
+    spaced = np.linspace(0, count - 1, min(PLACEBO_IMAGES, count)).astype(int)
+    rows = [spaced[first : first + size] for first in range(0, len(spaced) - size + 1, size)]
+    batches = (setup.inputs(read(setup.train, index)) for index in rows)
+    return direct_maps(
+        placebo_of_effect(setup.backbone, variables, denoisers, setup.sites, setup.schedule, key, batches)
+    )
 
 
 def compared(

@@ -21,20 +21,19 @@ from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.core.recipes import Grid, make_grid, solve
 from drep_jax.data.corruptions import CLEAN
 from drep_jax.errors import ConfigError
-from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.evaluation.selection import Candidate, Choice, Point, choose
 from drep_jax.jobs.fuse import fuse_and_export, load_run
-from drep_jax.jobs.scores import compared, scores_of
+from drep_jax.jobs.scores import compared, placebo_of, scores_of
 from drep_jax.jobs.scoring_checks import check_scoring
 from drep_jax.learners.base import direct_maps, selection_of
 from drep_jax.parallel import processes
+from drep_jax.progress import pulsing
 from drep_jax.report.formatting import fixed
 from drep_jax.report.lines import NO_METRICS
 from drep_jax.run.environment import environment
 from drep_jax.run.export import Output
 from drep_jax.run.moments import run_moments
 from drep_jax.run.run import Run
-from drep_jax.run.stages import key_of
 from drep_jax.trees import check_finite
 from drep_jax.typing import Config, Tree
 
@@ -112,7 +111,8 @@ def sweep(
         print("\n".join(report.data_lines({"data": data})), flush=True)
     began = time.perf_counter()
     moments = run_moments(run, variables)
-    trees = solve(grid.recipes, moments, setup.sites, setup.schedule)
+    with pulsing("solving", 1, "grid", shown=config["progress"]):
+        trees = solve(grid.recipes, moments, setup.sites, setup.schedule)
     candidates = [Candidate(recipe.label, tree) for recipe, tree in zip(grid.recipes, trees, strict=True)]
     solving = time.perf_counter() - began
     print(f"{len(candidates)} maps a site solved from the run's moments in {solving:.1f} s.", flush=True)
@@ -157,8 +157,7 @@ def tested(run: Run, variables: Tree, denoisers: Denoisers, choice: Choice) -> d
     config, setup = run.config, run.setup
     if setup.test is None:
         return {}
-    key = key_of(config, "placebo")
-    placebo = direct_maps(placebo_denoisers({"denoise": denoisers}, setup.sites, setup.schedule, key))
+    placebo = placebo_of(run, variables, denoisers)
     arms = {"baseline": variables}
     for name, maps in (("placebo", placebo), (ARM, denoisers)):
         arms[name] = fuse_variables_exact(variables, maps, setup.sites, setup.schedule)

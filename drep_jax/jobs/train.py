@@ -20,14 +20,13 @@ from drep_jax.data.datasets import Labeled
 from drep_jax.errors import DrepError, EvaluationError
 from drep_jax.evaluation import knn, summary
 from drep_jax.evaluation.arms import Network, Scored, items_of, score_arms
-from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.checks import agree, check
 from drep_jax.jobs.findings import describe_sites, exhibit_of, measure_cost, spectra
-from drep_jax.jobs.scores import compared, protocol_of, reading, scores_of, with_statistics
+from drep_jax.jobs.scores import compared, placebo_of, protocol_of, reading, scores_of, with_statistics
 from drep_jax.learners import Learned, LearnerInputs, learn, train_labeled
-from drep_jax.learners.base import direct_maps
 from drep_jax.parallel import processes
+from drep_jax.progress import pulsing
 from drep_jax.run import workdir
 from drep_jax.run.backbone import fresh_variables, read_weights
 from drep_jax.run.environment import environment
@@ -35,7 +34,6 @@ from drep_jax.run.export import Output, fuse_and_certify, write
 from drep_jax.run.inputs import save_inputs
 from drep_jax.run.run import Run
 from drep_jax.run.setup import build
-from drep_jax.run.stages import key_of
 from drep_jax.training.logging import MetricWriter
 from drep_jax.training.signals import Interrupted
 from drep_jax.typing import Config, Tree
@@ -65,7 +63,8 @@ def run(config: Config, directory: str) -> dict[str, Any]:
         ) as writer:
             if primary:
                 unreadable.keep_records(directory, setup.parts)
-                save_inputs(directory, config, setup)
+                with pulsing("saving inputs", 1, "file", shown=config["progress"]):
+                    save_inputs(directory, config, setup)
             job = Run(config, setup, directory, writer)
             variables = make_backbone(job)
             continued = train_labeled(job, "control", variables) if config["control"]["steps"] else None
@@ -163,7 +162,8 @@ def finish(
         sources = {part.name: score_other(job, part, arms) for part in setup.others}
         site_spectra = spectra(job, variables, exported)
         if certificate is not None:
-            cost = measure_cost(job, variables, fused, exported, arms.networks)
+            with pulsing("latency", 1, "comparison", shown=config["progress"]):
+                cost = measure_cost(job, variables, fused, exported, arms.networks)
     except Interrupted:
         raise
     except Exception as error:
@@ -233,9 +233,9 @@ def arms_of(
     setup, name = job.setup, job.config["learner"]
     exported = learned[name]
     variables = exported.variables or baseline
-    key = key_of(job.config, "placebo")
-    random_maps = direct_maps(placebo_denoisers({"denoise": exported.denoisers}, setup.sites, setup.schedule, key))
-    placebo = fuse_variables_exact(variables, random_maps, setup.sites, setup.schedule)
+    with pulsing("placebo", 1, "arm", shown=job.config["progress"]):
+        random_maps = placebo_of(job, variables, exported.denoisers)
+        placebo = fuse_variables_exact(variables, random_maps, setup.sites, setup.schedule)
     arms: dict[str, Tree] = {"baseline": baseline, "placebo": placebo}
     if continued is not None:
         arms["continued"] = continued[0]

@@ -37,7 +37,7 @@ from drep_jax.learners.losses import denoising_objective
 from drep_jax.learners.noise import UNPAIRED, unpaired_candidates
 from drep_jax.learners.streams import CorruptedImages
 from drep_jax.parallel import processes
-from drep_jax.progress import pulsing
+from drep_jax.progress import bar, pulsing
 from drep_jax.run.moments import moment_images
 from drep_jax.typing import Tree
 
@@ -65,8 +65,10 @@ def learn_algorithm1(inputs: LearnerInputs) -> Learned:
 
 def learn_closed_form(inputs: LearnerInputs) -> Learned:
     """Solves for Algorithm 1's minimum."""
+    moments, sites = inputs.moments, inputs.setup.sites
     began = time.perf_counter()
-    solved = closed_form.closed_form(inputs.moments, inputs.setup.sites, inputs.setup.schedule)
+    with pulsing("solving", 1, "minimum", shown=inputs.config["progress"]):
+        solved = closed_form.closed_form(moments, sites, inputs.setup.schedule)
     seconds = inputs.moment_seconds + time.perf_counter() - began
     section = {
         "steps": 0,
@@ -87,11 +89,11 @@ def learn_closed_form(inputs: LearnerInputs) -> Learned:
 
 def learn_wiener(inputs: LearnerInputs) -> Learned:
     """Solves the Wiener filter of each noise power and selects one on held-out images."""
-    options = inputs.config["wiener"]
+    ratios, moments, sites = inputs.config["wiener"]["ratios"], inputs.moments, inputs.setup.sites
     began = time.perf_counter()
     candidates = [
-        Candidate(f"noise power {ratio:g}", closed_form.wiener_maps(inputs.moments, inputs.setup.sites, ratio))
-        for ratio in options["ratios"]
+        Candidate(f"noise power {ratio:g}", closed_form.wiener_maps(moments, sites, ratio))
+        for ratio in bar(ratios, "solving", len(ratios), "noise power", shown=inputs.config["progress"])
     ]
     solving = inputs.moment_seconds + time.perf_counter() - began
     return at_chosen_strength("wiener", inputs, candidates, solving, moment_images(inputs.run), {})
@@ -125,8 +127,7 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
             def watch(progress: Progress, sites: Any = sites) -> None:
                 held_out = "" if progress.held_out is None else f" (held out {progress.held_out:.3f})"
                 text = f"{progress.name}: error {progress.before:.3f} → {progress.after:.3f}{held_out}"
-                sites.set_postfix_str(text, refresh=False)
-                sites.update()
+                sites.update(text=text)
 
             measured = solve(weights, watch)
         candidates.append(Candidate(label, measured.denoise))

@@ -10,6 +10,7 @@ from drep_jax.data.pairs import NoisySource, PairedSource, open_noisy, open_pair
 from drep_jax.errors import ConfigError
 from drep_jax.evaluation.selection import Candidate
 from drep_jax.learners.base import LearnerInputs
+from drep_jax.progress import bar
 from drep_jax.run.moments import moment_images, noisy_moments
 from drep_jax.run.setup import Setup
 from drep_jax.typing import Config
@@ -77,7 +78,8 @@ def unpaired_candidates(inputs: LearnerInputs) -> tuple[list[Candidate], float, 
     began = time.perf_counter()
     noisy: Any = noisy_moments(inputs.run, inputs.variables, source)
     candidates, details = [], {}
-    for fraction in config["measured"]["clean_share"]:
+    fractions = config["measured"]["clean_share"]
+    for fraction in bar(fractions, "solving", len(fractions), "clean share", shown=config["progress"]):
         result = unpaired_maps(clean, noisy, inputs.setup.sites, fraction)
         candidates.append(Candidate(f"clean share {fraction:g}", result.denoise))
         details[candidates[-1].label] = {"per_site": {name: list(pair) for name, pair in result.errors.items()}}

@@ -21,6 +21,7 @@ from drep_jax.exporting.onnx_file import export_onnx
 from drep_jax.exporting.stablehlo import export_stablehlo
 from drep_jax.exporting.statistics import MixedStatistics, Statistics
 from drep_jax.files import expanded
+from drep_jax.progress import pulsing
 from drep_jax.run.backbone import init_options
 from drep_jax.run.inputs import certificate_images, resized, sizes_of
 from drep_jax.run.run import Run
@@ -93,16 +94,21 @@ class Output:
 def fuse_and_certify(run: Run, variables: Tree, denoisers: Denoisers) -> tuple[Tree, Certificate]:
     """Returns fused variables, rounded once to their own types, and their certificate at every size asked for."""
     setup = run.setup
-    fused = fuse_variables_exact(variables, denoisers, setup.sites, setup.schedule)
-    images = certificate_images(run.config, setup, run.directory)
-    backbone, sites, schedule = setup.backbone, setup.sites, setup.schedule
-    deployed = {"fused": fused["params"], "fused_statistics": fused.get("batch_stats")}
+    sizes = sizes_of(run.config)
+    with pulsing("fusion and certificate", 2 + len(sizes), "step", shown=run.config["progress"]) as steps:
+        fused = fuse_variables_exact(variables, denoisers, setup.sites, setup.schedule)
+        steps.update(text="fused")
+        images = certificate_images(run.config, setup, run.directory)
+        backbone, sites, schedule = setup.backbone, setup.sites, setup.schedule
+        deployed = {"fused": fused["params"], "fused_statistics": fused.get("batch_stats")}
 
-    def at(images: jax.Array) -> Certificate:
-        return certify(backbone, variables, denoisers, sites, schedule, images, **deployed)
+        def at(images: jax.Array, size: str) -> Certificate:
+            certificate = certify(backbone, variables, denoisers, sites, schedule, images, **deployed)
+            steps.update(text=f"certificate{size}")
+            return certificate
 
-    others = {name: at(resized(images, size)) for name, size in sizes_of(run.config).items()}
-    return fused, dataclasses.replace(at(images), sizes=others)
+        others = {name: at(resized(images, size), f" at {name}") for name, size in sizes.items()}
+        return fused, dataclasses.replace(at(images, ""), sizes=others)
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:

@@ -13,6 +13,7 @@ import numpy as np
 from drep_jax import weights
 from drep_jax.core.moments import SHIFT_IMAGES, Moments, collect_moments, passes
 from drep_jax.core.sites import Site
+from drep_jax.core.working import fitting_batch, forward_bytes
 from drep_jax.data import Source
 from drep_jax.data.collate import read
 from drep_jax.data.loader import evaluation_batches
@@ -161,6 +162,10 @@ def moments_of(
         return saved
     batch = config["denoise"]["batch_size"]
     count = -(-(min(config["denoise"]["moment_images"] or len(images), len(images))) // batch)
+    module = setup.backbone if backbone is None else backbone
+    one = setup.inputs(read(images, np.arange(1)))
+    fitting = fitting_batch(batch, devices.device_count(), forward_bytes(module, variables, one))
+    batch, count = fitting, count * batch // fitting
     shift_images = setup.inputs(read(images, np.arange(min(SHIFT_IMAGES, len(images)))))
     limit = config["denoise"]["moment_gib"] * 2**30
     groups = passes(sites, limit) if limit else [sites]
@@ -173,7 +178,6 @@ def moments_of(
         batches = ((setup.inputs(b), b["mask"].astype(np.float32)) for b in steps)
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
         sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
-        module = setup.backbone if backbone is None else backbone
         moments |= collect_moments(module, variables, group, batches, shift_images=shift_images, **sampling)
     if processes.primary():
         save_moments(path, moments, owner, tokens)

@@ -15,13 +15,13 @@ from drep_jax.parallel import devices, processes
 from drep_jax.run.run import Run
 from drep_jax.training.checkpoint import folder_of, open_checkpoints
 from drep_jax.training.loop import run_stage
+from drep_jax.training.optimizers import make_optimizer
 from drep_jax.training.profile import parse_profile
 from drep_jax.training.state import (
     TEACHER,
     create_state,
     extra_params,
     frozen_state,
-    make_optimizer,
     make_step,
     partitioned,
     split,
@@ -152,6 +152,7 @@ def _optimizer(options: Config, section: str, steps: int, sharded: bool) -> Any:
             weight_decay=options["weight_decay"],
             clip=options["clip"],
             sharded=sharded,
+            **{name: options[name] for name in ("decay", "floor", "no_decay", "rates") if name in options},
         )
     except ConfigError as error:
         raise ConfigError(f"{section}: {error}") from error

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drep_jax.errors import ConfigError, lookup
+from drep_jax.errors import ConfigError
 from drep_jax.parallel import devices
 from drep_jax.training import sharded_optimizer
 from drep_jax.typing import Tree
@@ -49,66 +49,6 @@ class TrainState(flax.struct.PyTreeNode):
     def averaged(self) -> Tree:
         """The trained parameters, with moving averages in place of last values, if any."""
         return {**self.params, **self.ema}
-
-
-def _adam(rate: Any, weight_decay: float) -> optax.GradientTransformation:
-    del weight_decay
-    return optax.adam(rate)
-
-
-def _adamw(rate: Any, weight_decay: float) -> optax.GradientTransformation:
-    def decayed(params: Tree) -> Tree:  # matrices only, as is usual
-        return jax.tree_util.tree_map(lambda leaf: leaf.ndim > 1, params)
-
-    return optax.adamw(rate, weight_decay=weight_decay, mask=decayed)
-
-
-def _sgd(rate: Any, weight_decay: float) -> optax.GradientTransformation:
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=0.9, nesterov=True))
-
-
-OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
-    "adam": _adam,
-    "adamw": _adamw,
-    "sgd": _sgd,
-}
-
-
-def make_optimizer(
-    name: str,
-    *,
-    learning_rate: float,
-    steps: int,
-    warmup: int = 0,
-    weight_decay: float = 0.0,
-    clip: float = 0.0,
-    sharded: bool = False,
-) -> optax.GradientTransformation:
-    """Returns an optimizer with linear warm-up and cosine decay to zero over `steps`.
-
-    Args:
-      name: "adam", "adamw" or "sgd" (Nesterov momentum 0.9).
-      learning_rate: the peak.
-      steps: total number of steps.
-      warmup: steps of linear warm-up.
-      weight_decay: for adamw and sgd.
-      clip: largest global gradient norm; 0 for none.
-      sharded: whether its state is sharded, see `drep_jax.training.sharded_optimizer`.
-
-    Raises:
-      ConfigError: for an unknown name, weight decay with adam, or a warm-up as long as the stage.
-    """
-    build = lookup(OPTIMIZERS, name, "optimizer")
-    if name == "adam" and weight_decay:
-        raise ConfigError("adam has no weight decay; use adamw.")
-    if not 0 <= warmup < max(steps, 1):
-        raise ConfigError(f"warmup={warmup} must be less than the stage's {steps} steps.")
-    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, 1))
-    if not warmup:
-        rate = optax.cosine_decay_schedule(learning_rate, max(steps, 1))
-    tx = build(rate, weight_decay)
-    clipping = sharded_optimizer.clip_by_global_norm if sharded else optax.clip_by_global_norm
-    return optax.chain(clipping(clip), tx) if clip else tx
 
 
 def partitioned(

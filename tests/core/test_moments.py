@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from drep_jax.core import moments as moments_module
 from drep_jax.core.measured import measure
-from drep_jax.core.moments import _blocks, collect_moments, moments_from_sums, zero_sums
+from drep_jax.core.moments import batch_sums, collect_moments, image_keys, moments_from_sums, zero_sums
 from drep_jax.core.sites import find_sites
+from drep_jax.core.vector_sums import row_blocks
+from drep_jax.core.working import fitting_batch, forward_bytes
 from drep_jax.errors import ConfigError, DataError, NonFiniteError
 from drep_jax.parallel import devices
 from drep_jax.run.moments import load_moments
@@ -282,7 +285,7 @@ def test_blocks_of_rows_make_the_whole_matrix(width):
     sums["count"] += len(x)
     sums["first"] += x.sum(0)
     operations = 0
-    for number, (first, end) in enumerate(_blocks(width)):
+    for number, (first, end) in enumerate(row_blocks(width)):
         sums[f"second{number}"] += x[:, first:end].T @ x[:, first:]
         operations += (end - first) * (width - first)
     site_moments = moments_from_sums(site, sums, np.full(width, 3.0))
@@ -431,3 +434,45 @@ def test_several_passes_over_fewer_sites_give_the_same_moments(finished, tmp_pat
         np.testing.assert_allclose(several.covariance, one.covariance, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(several.mean, one.mean, rtol=1e-6, atol=1e-7)
         assert several.count == one.count
+
+
+@pytest.mark.parametrize("tokens", [1.0, 0.3])
+def test_windows_of_large_images_are_gathered_in_parts(tokens, monkeypatch):
+    class Large(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3), strides=(2, 1), name="a")(x)
+            return nn.Conv(4, (3, 3), feature_group_count=2, use_bias=False, name="b")(x)
+
+    x = np.random.default_rng(0).normal(size=(3, 26, 25, 3)).astype(np.float32)
+    sites = find_sites(Large(), x, pattern=".*")
+    variables = Large().init(jax.random.key(0), x)
+    shifts = {site.name: np.zeros(site.denoiser_shape[:-1], np.float32) for site in sites}
+    keys = jax.random.wrap_key_data(image_keys(jax.random.key(0, impl="threefry2x32"), np.arange(3)))
+
+    def compiled():
+        def sums(x, mask):
+            return batch_sums(Large(), variables, sites, shifts, mask, x, tokens=tokens, keys=keys)
+
+        return jax.jit(sums).lower(x, np.array([1.0, 1.0, 0.0])).compile()
+
+    whole = compiled()
+    monkeypatch.setattr(moments_module, "WORKING", 8 * 3 * 27 * 40)
+    parts = compiled()
+    assert parts.memory_analysis().temp_size_in_bytes < 0.6 * whole.memory_analysis().temp_size_in_bytes
+    mask = np.array([1.0, 1.0, 0.0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), parts(x, mask), whole(x, mask))
+
+
+def test_the_batch_that_fits_follows_from_the_features_of_an_image():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = jnp.tanh(nn.Conv(16, (1, 1), name="a")(x))
+            return nn.Conv(2, (1, 1), name="b")(y)
+
+    x = jax.ShapeDtypeStruct((2, 10, 10, 3), np.float32)
+    variables = jax.eval_shape(Net().init, jax.random.key(0), x)
+    image = 4 * 10 * 10
+    assert 2 * 32 * image <= forward_bytes(Net(), variables, x) <= 2 * 52 * image  # a map of 16 before and after tanh
+    assert fitting_batch(64, 4, 2**28) == 4 and fitting_batch(48, 1, 2**25) == 8 and fitting_batch(7, 7, 1) == 7

@@ -12,7 +12,7 @@ from drep_jax.data.corruptions.cifar10c import PROTOCOL
 from drep_jax.learners import LEARNERS
 from drep_jax.models import MODELS
 from drep_jax.tasks import TASKS
-from drep_jax.training.state import OPTIMIZERS
+from drep_jax.training.optimizers import OPTIMIZERS
 from drep_jax.weights.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]

@@ -147,6 +147,7 @@ def test_measured_noise_needs_no_moments_unless_spectra_are_asked_for(finished, 
 
     directory, path = str(tmp_path / "run"), str(tmp_path / "run" / MOMENTS)
     monkeypatch.setattr("drep_jax.run.moments.collect_moments", never)
+    monkeypatch.setattr("drep_jax.progress.SHOWN_AFTER", 0.0)
     content = train.run(config, directory)
     assert content["certificate"]["passed"] and content["spectra"] is None and not os.path.exists(path)
     report.validate(report.plain(content))

@@ -22,7 +22,8 @@ from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.tasks.losses import cross_entropy
 from drep_jax.training.logging import MetricWriter
-from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
+from drep_jax.training.optimizers import make_optimizer
+from drep_jax.training.state import create_state, make_step, partitioned
 from tests.command import largest_difference
 from tests.tiny_config import RESNET, get_config
 

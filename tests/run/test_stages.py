@@ -16,8 +16,9 @@ from drep_jax.parallel import devices
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import CLOCK, MetricWriter, read_metrics
 from drep_jax.training.loop import run_stage
+from drep_jax.training.optimizers import make_optimizer
 from drep_jax.training.signals import Interrupted
-from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned, split
+from drep_jax.training.state import create_state, make_step, partitioned, split
 
 PARAMS = {
     "backbone": {"kernel": jax.random.normal(jax.random.key(0), (6, 4)), "negative_zero": jnp.array([-0.0])},

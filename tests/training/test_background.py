@@ -15,9 +15,10 @@ from drep_jax.errors import CheckpointError, NonFiniteError
 from drep_jax.training.checkpoint import Checkpointer
 from drep_jax.training.logging import MetricWriter, read_metrics
 from drep_jax.training.loop import run_stage
+from drep_jax.training.optimizers import make_optimizer
 from drep_jax.training.profile import Profile
 from drep_jax.training.signals import Interrupted
-from drep_jax.training.state import create_state, make_optimizer, make_step, partitioned
+from drep_jax.training.state import create_state, make_step, partitioned
 from tests.command import files_of_at_most, same_bits
 
 STEPS = 8

@@ -12,7 +12,8 @@ import pytest
 
 from drep_jax.errors import CheckpointError, NonFiniteError
 from drep_jax.training.checkpoint import Checkpointer
-from drep_jax.training.state import create_state, make_optimizer, partitioned
+from drep_jax.training.optimizers import make_optimizer
+from drep_jax.training.state import create_state, partitioned
 from tests.command import same_bits
 
 FROZEN = {"backbone": {"kernel": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "zero": np.float32([-0.0])}}

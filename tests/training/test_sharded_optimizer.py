@@ -7,16 +7,8 @@ import optax
 import pytest
 
 from drep_jax.parallel import devices
-from drep_jax.training.state import (
-    OPTIMIZERS,
-    collected,
-    create_state,
-    frozen_state,
-    make_optimizer,
-    make_step,
-    partitioned,
-    placed,
-)
+from drep_jax.training.optimizers import OPTIMIZERS, make_optimizer
+from drep_jax.training.state import collected, create_state, frozen_state, make_step, partitioned, placed
 from tests.command import same_bits
 
 PARAMS = {

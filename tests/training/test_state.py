@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from drep_jax.parallel import devices
-from drep_jax.training.state import OPTIMIZERS, create_state, make_optimizer, make_step, partitioned, split
+from drep_jax.training.optimizers import OPTIMIZERS, make_optimizer
+from drep_jax.training.state import create_state, make_step, partitioned, split
 
 PARAMS = {
     "backbone": {"kernel": jnp.arange(12.0).reshape(3, 4) / 7, "bias": jnp.ones(4)},

@@ -1,0 +1,1 @@
+"""ESPNet, a published network for street scenes that the registry does not know."""
