@@ -239,6 +239,7 @@ def get_default() -> ConfigDict:
             "conditions": (),  # to choose by; () for those of the evaluation
             "images": 1000,  # held-out images used; 0 for all
             "labels": True,  # False: by agreement with the backbone's answers on clean images, even with labels
+            "weighted": False,  # classification without labels: answers count by the backbone's probability for them
             "max_clean_loss": 1.0,  # largest loss on clean images, in percentage points
         }
     )

@@ -15,7 +15,20 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if pat
 WITH_DATA = {"camvid", "cifar10c", "real_noise", "reid", "ridge"}
 """They need the files of DREP_DATA."""
 
-LONG = {"camvid", "cifar10c", "distilled", "learn", "measured", "modes", "real_noise", "reid", "ridge", "step"}
+LONG = {
+    "camvid",
+    "cifar10c",
+    "distilled",
+    "front",
+    "learn",
+    "mcunet",
+    "measured",
+    "modes",
+    "real_noise",
+    "reid",
+    "ridge",
+    "step",
+}
 """They run all learners or modes, which takes a quarter of a minute or more to compile at any size."""
 
 FURTHER = {"step": (["--modes"],), "sites": (["resnet20_cifar", ".*"],)}
@@ -35,6 +48,8 @@ def test_every_benchmark_runs_at_the_tiny_size(name, arguments, capsys, tmp_path
         pytest.skip(f"benchmarks/{name}.py needs the images and weights of DREP_DATA")
     module = importlib.import_module(f"benchmarks.{name}")
     command = ["--tiny", *arguments]
+    if name == "mcunet":
+        command.append(f"--out={tmp_path}")
     if name in ("modes", "reid"):
         command.append(f"--workdir={tmp_path}")
     if name == "camvid":

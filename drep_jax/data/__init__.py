@@ -7,6 +7,7 @@ from drep_jax.data import digits, folder, idx_source, list_file, npz_source, ran
 from drep_jax.data.fits import parse_fit
 from drep_jax.data.masks import open_masks
 from drep_jax.data.masks.tfds_masks import open_seg_tfds
+from drep_jax.data.objects import open_objects
 from drep_jax.data.reid import open_reid
 from drep_jax.data.source import Source
 from drep_jax.errors import ConfigError, lookup
@@ -20,8 +21,12 @@ SOURCES: dict[str, Callable[[str, str, tuple[int, int], str, str | None], Source
     "ade20k": functools.partial(open_masks, "ade20k"),
     "camvid": functools.partial(open_masks, "camvid"),
     "cityscapes": functools.partial(open_masks, "cityscapes"),
+    "coco": functools.partial(open_objects, "coco"),
     "coco_stuff": functools.partial(open_masks, "coco_stuff"),
     "cuhk03": functools.partial(open_reid, "cuhk03"),
+    "det_folder": functools.partial(open_objects, "det_folder"),
+    "det_npz": functools.partial(open_objects, "det_npz"),
+    "det_voc": functools.partial(open_objects, "det_voc"),
     "digits": digits.open_digits,
     "duke": functools.partial(open_reid, "duke"),
     "folder": folder.open_folder,
@@ -55,7 +60,8 @@ def open_source(
         `market1501:DIR` (duke, msmt17, cuhk03, vehicleid, veri), `reid_folder:DIR`, `reid_npz:FILE`
         or `reid_tfds:NAME[/config]`, with options as in `?held_out=0.1`; or one with masks:
         `ade20k:DIR` (cityscapes, voc, coco_stuff, camvid), `seg_folder:DIR`, `seg_npz:FILE` or
-        `seg_tfds:NAME[/config]`.
+        `seg_tfds:NAME[/config]`; or one with boxes: `coco:DIR`, `det_voc:DIR`, `det_folder:DIR` or
+        `det_npz:FILE`.
       split: `train`, `validation` or `test`.
       image_size: (height, width) in pixels of every image that the source gives.
       resize: `crop` (short side to the target, then the center), `crop:0.875` (so that 87.5 % of

@@ -1,14 +1,16 @@
 """Images in NumPy files: `DIR/NAME_train.npz` and `DIR/NAME_test.npz`, or one `FILE.npz`.
 
 A file has either `images`, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), or pictures `webp_00`,
-`webp_01`, …, each a `grid` of (rows, columns) images in row-major order. Of other channels the
-option `?channels=…` says which are shown. It may have `labels` (N,), numbers from 0 or names; -1 or
-an empty name stands for a missing label.
+`webp_01`, …, each a `grid` of (rows, columns) images in row-major order, or encoded images one
+behind the other, `webp` (`jpeg`, `png`) with `webp_offsets` (N + 1). Of other channels the option
+`?channels=…` says which are shown. It may have `labels` (N,), numbers from 0 or names; -1 or an
+empty name stands for a missing label.
 """
 
 import os
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from drep_jax.data.arrays import shown, text_of
 from drep_jax.data.decode import as_rgb, decode, fit
 from drep_jax.data.labels import MISSING, check_range
 from drep_jax.data.options import parsed
-from drep_jax.data.splits import SPLITS, Part, plan
+from drep_jax.data.splits import SPLITS, Part, check_split, plan
+from drep_jax.data.stored import ENCODED, cut_encoded
 from drep_jax.errors import ConfigError, DataError, DrepError
 from drep_jax.files import expanded
 
@@ -89,16 +92,21 @@ def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str
 
     `npz:FILE.npz` is one file, whose path may be relative to `data_dir`. Of every ten images the
     first eight are train, one is validation and one test, so that a file sorted by class has all
-    classes in each.
+    classes in each. The option `?tenths=3+1+6` gives other numbers of them.
 
     Raises:
+      ConfigError: for options that it does not have.
       DataError: when there is no such file, or it does not hold images and labels that fit.
     """
     if not argument:
         raise ConfigError('The data source "npz" needs a name, as in "npz:cifar10" for cifar10_train.npz.')
-    path, options = parsed("npz", argument, ("channels",))
+    path, options = parsed("npz", argument, ("channels", "tenths"))
     if path.endswith(".npz"):
-        return _open_file(argument, path, options.get("channels"), split, image_size, resize, data_dir)
+        return _open_file(argument, path, options, split, image_size, resize, data_dir)
+    if "tenths" in options:
+        raise ConfigError(
+            f'"npz:{argument}": tenths divide one file, npz:FILE.npz; several files are the parts themselves.'
+        )
     folder = data_dir or os.environ.get("DREP_DATA", "")
     base = os.path.join(expanded(folder), path)
     stored = {name: f"{base}_{name}.npz" for name in SPLITS if os.path.isfile(f"{base}_{name}.npz")}
@@ -117,17 +125,17 @@ def open_npz(argument: str, split: str, image_size: tuple[int, int], resize: str
 def _open_file(
     argument: str,
     path: str,
-    channels: str | None,
+    options: Mapping[str, str],
     split: str,
     image_size: tuple[int, int],
     resize: str,
     data_dir: str | None,
 ) -> ArraySource:
+    part = _part(argument, path, options.get("tenths"), split)
     path = os.path.join(expanded(data_dir or ""), expanded(path))
     if not os.path.isfile(path):
         raise DataError(f"There is no file {path} (looked for {os.path.abspath(path)}).")
-    images, labels, names = read_npz(path, Part("train"), channels=channels)
-    part = plan(("train",), split, path)
+    images, labels, names = read_npz(path, Part("train"), channels=options.get("channels"))
     tenth = np.arange(len(images)) % 10
     chosen = (tenth >= part.start) & (tenth < part.stop)
     if not chosen.any():
@@ -137,6 +145,22 @@ def _open_file(
     whole = Part(part.stored, note=part.note)
     chosen_labels = None if labels is None else labels[chosen]
     return cut(f"npz:{argument}", whole, images[chosen], chosen_labels, names, image_size, resize)
+
+
+def _part(argument: str, path: str, tenths: str | None, split: str) -> Part:
+    """Returns which of every ten images are a split."""
+    if tenths is None:
+        return plan(("train",), split, path)
+    counts = [int(count) if count.isdecimal() else 0 for count in tenths.split("+")]
+    if len(counts) != len(SPLITS) or sum(counts) != 10 or not all(counts):
+        raise ConfigError(
+            f'"npz:{argument}": expected how many of every ten images are train, validation and test, each at least one, '
+            f'such as tenths=8+1+1; got "{tenths}".'
+        )
+    check_split(split)
+    start = sum(counts[: SPLITS.index(split)])
+    shares = ", ".join(f"{count} {name}" for count, name in zip(counts, SPLITS, strict=True))
+    return Part("train", start, start + counts[SPLITS.index(split)], f"Of every ten images of {path}: {shares}.")
 
 
 def _classes_of(paths: Mapping[str, str]) -> tuple[tuple[str, ...] | None, list[str]]:
@@ -187,10 +211,18 @@ def read_npz(
                 images = shown(file["images"], channels, path)
                 start, stop = (len(images) * tenth // 10 for tenth in (part.start, part.stop))
                 images, total, first = images[start:stop], len(images), start
+            elif encoded := next((name for name in ENCODED if f"{name}_offsets" in names), None):
+                pieces = cut_encoded(file[encoded], file[f"{encoded}_offsets"], path, encoded)
+                first, stop = (len(pieces) * tenth // 10 for tenth in (part.start, part.stop))
+                decoded = [decode(piece, f"{path}: image {first + i}") for i, piece in enumerate(pieces[first:stop])]
+                images, total = _together(decoded), len(pieces)
             else:
-                pictures = sorted(name for name in names if name.startswith("webp_"))
+                pictures = sorted(name for name in names if re.fullmatch(r"webp_\d+", name))
                 if not pictures or "grid" not in names:
-                    raise DataError(f'{path} holds neither "images" nor pictures "webp_…" with their "grid".')
+                    raise DataError(
+                        f'{path} holds neither "images", nor encoded ones such as "webp" with "webp_offsets", nor pictures '
+                        '"webp_00", … with their "grid".'
+                    )
                 rows, columns = map(int, file["grid"])
                 total = len(pictures) * rows * columns
                 start, stop = (total * tenth // 10 for tenth in (part.start, part.stop))
@@ -230,6 +262,15 @@ def _numbered(
     labels = labels.astype(np.int64)
     check_range(labels, MOST_CLASSES if classes is None else len(classes), path)
     return labels, classes or tuple(map(str, range(int(labels.max(initial=-1)) + 1)))
+
+
+def _together(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns images as one array, of objects if their sizes differ."""
+    if len({image.shape for image in images}) == 1:
+        return np.stack(images)
+    array = np.empty(len(images), object)
+    array[:] = list(images)
+    return array
 
 
 def _tiles(encoded: bytes, rows: int, columns: int, where: str) -> np.ndarray:

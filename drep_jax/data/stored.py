@@ -22,6 +22,7 @@ CLEAN, CORRUPTED = "clean", "corrupted"
 SIDES = (CLEAN, CORRUPTED)
 MEMBERS = {CLEAN: ("clean", "mean"), CORRUPTED: ("corrupted", "noisy", "real")}
 """Side of a pair ↦ the names that its images may have in an `.npz` file."""
+ENCODED = ("webp", "jpeg", "png")
 SHOWN = 3
 
 
@@ -211,22 +212,36 @@ def _side(path: str, arrays: Mapping[str, np.ndarray], side: str) -> Sequence[An
     for name in MEMBERS[side]:
         if name in arrays:
             return list(arrays[name])
-        encoded = next((arrays[key] for key in arrays if re.fullmatch(f"{name}_(jpeg|png|webp)", key)), None)
+        encoded = next((arrays[key] for key in arrays if re.fullmatch(f"{name}_({'|'.join(ENCODED)})", key)), None)
         if encoded is None:
             continue
         if f"{name}_offsets" not in arrays:
             raise DataError(
                 f'{path} holds encoded images "{name}" without "{name}_offsets", where each begins and ends.'
             )
-        offsets = arrays[f"{name}_offsets"].astype(np.int64)
-        if offsets.ndim != 1 or (np.diff(offsets) <= 0).any() or not 0 <= offsets[0] <= offsets[-1] <= encoded.size:
-            raise DataError(f'{path}: "{name}_offsets" does not divide the {encoded.size} bytes of the images.')
-        return [encoded[start:stop].tobytes() for start, stop in itertools.pairwise(offsets)]
+        return cut_encoded(encoded, arrays[f"{name}_offsets"], path, name)
     expected = " or ".join(f'"{name}"' for name in MEMBERS[side])
     raise DataError(
         f"{path} holds no {side} images: expected an array uint8 (n, H, W, 3) called {expected}, or encoded ones, such as "
         f'"{MEMBERS[side][0]}_jpeg" with "{MEMBERS[side][0]}_offsets".'
     )
+
+
+def cut_encoded(encoded: np.ndarray, offsets: np.ndarray, path: str, name: str) -> list[bytes]:
+    """Returns the bytes of each of the encoded images that lie one behind the other.
+
+    Args:
+      encoded: uint8, (bytes,).
+      offsets: where each begins and the last ends, (n + 1,).
+      path, name: of the file and of the images, for messages.
+
+    Raises:
+      DataError: if the offsets do not divide the bytes.
+    """
+    offsets = offsets.astype(np.int64)
+    if offsets.ndim != 1 or (np.diff(offsets) <= 0).any() or not 0 <= offsets[0] <= offsets[-1] <= encoded.size:
+        raise DataError(f'{path}: "{name}_offsets" does not divide the {encoded.size} bytes of the images.')
+    return [encoded[start:stop].tobytes() for start, stop in itertools.pairwise(offsets)]
 
 
 def _listed(what: str, names: set[str]) -> str:

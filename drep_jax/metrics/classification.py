@@ -37,6 +37,28 @@ def hits(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) ->
     return {f"acc@{k}": ((rank < k) & finite).astype(jnp.float32) for k in PLACES}
 
 
+def expected_hits(
+    logits: Float[Array, "batch classes"], chances: Float[Array, "batch classes"]
+) -> dict[str, Float[Array, " batch"]]:
+    """Returns the probability that the true class is among the k largest logits, per image and k.
+
+    >>> chances = jnp.array([[0.6, 0.3, 0.1]])
+    >>> round(float(expected_hits(jnp.array([[0.1, 0.7, 0.2]]), chances)["acc@1"][0]), 2)
+    0.3
+
+    Args:
+      logits: one row per image; one that is not finite counts as wrong.
+      chances: the probabilities of the classes, from elsewhere.
+
+    Returns:
+      {"acc@1": (batch,), "acc@5": (batch,)}.
+    """
+    finite = jnp.isfinite(logits).all(axis=1)
+    order = jax.lax.top_k(logits, min(max(PLACES), logits.shape[-1]))[1]
+    ranked = jnp.cumsum(jnp.take_along_axis(chances, order, axis=1), axis=1)
+    return {f"acc@{k}": ranked[:, min(k, ranked.shape[1]) - 1] * finite for k in PLACES}
+
+
 def answers(logits: Float[Array, "batch classes"]) -> dict[str, Array]:
     """Returns the predicted class and its softmax probability, {"answer", "confidence"}.
 

@@ -25,6 +25,7 @@ from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.fcn import FCN
 from drep_jax.models.imported import abstract_variables, output_shape
+from drep_jax.models.mcunet import MCUNet
 from drep_jax.models.resnet import ResNet
 from drep_jax.models.resnet_reid import ResNetReID
 from drep_jax.models.segformer import SegFormer
@@ -109,6 +110,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32_cifar": functools.partial(_cifar, stage_sizes=(5, 5, 5)),
     "resnet44_cifar": functools.partial(_cifar, stage_sizes=(7, 7, 7)),
     "resnet56_cifar": functools.partial(_cifar, stage_sizes=(9, 9, 9)),
+    "mcunet": MCUNet,
     "transreid": TransReID,
     "transreid_b16": functools.partial(_transreid_b, jigsaw=True),
     "transreid_b16_stride12": functools.partial(_transreid_b, jigsaw=True, patch_stride=12),

@@ -16,6 +16,9 @@ from drep_jax.tasks.base import Exhibit, Items, Task
 from drep_jax.tasks.losses import cross_entropy
 from drep_jax.typing import Config, Tree
 
+CHANCES = "chances"
+"""Pseudo-labels with the backbone's probabilities, (n, classes)."""
+
 SHOWN = 8
 """Number of test images in a report."""
 
@@ -28,9 +31,12 @@ class Classification(Task):
       headless: whether the backbone outputs features instead. Then nothing is scored against
         labels, and two networks agree on an image if, among all images, its features by the two are
         nearest to each other.
+      weighted: whether agreement weighs an answer by the probability that the backbone gives it on
+        the clean image, an estimate of the accuracy, instead of counting the backbone's answers.
     """
 
     headless: bool = False
+    weighted: bool = False
 
     name: ClassVar[str] = "classification"
     metrics: ClassVar[Mapping[str, Metric]] = classification.METRICS
@@ -64,11 +70,18 @@ class Classification(Task):
         """Returns hits, answer and confidence of each image, or its feature without a head."""
         if self.headless:
             return {"feature": outputs.reshape(len(outputs), -1)}
-        return {**classification.hits(outputs, batch["label"]), **classification.answers(outputs)}
+        if CHANCES in batch:
+            hits = classification.expected_hits(outputs, batch[CHANCES])
+        else:
+            hits = classification.hits(outputs, batch["label"])
+        return {**hits, **classification.answers(outputs)}
 
     def pseudo_labels(self, outputs: Any) -> dict[str, Any]:
-        """Returns the predicted classes."""
-        return {} if self.headless else {"label": jnp.argmax(outputs, axis=-1)}
+        """Returns the predicted classes, and with `weighted` the probabilities of all classes."""
+        if self.headless:
+            return {}
+        chances = {CHANCES: jax.nn.softmax(outputs)} if self.weighted else {}
+        return {"label": jnp.argmax(outputs, axis=-1), **chances}
 
     def agreement(self, statistics: Tree, reference: Tree) -> Items:
         """Returns hits on pseudo-labels, or without a head on the own clean feature as nearest."""
@@ -141,4 +154,5 @@ class Classification(Task):
 
 def make_classification(config: Config) -> Classification:
     """Returns the task; `num_classes` of −1 means a backbone without a head."""
-    return Classification(headless=config["model"].get("num_classes") == -1)
+    weighted = config["select"].get("weighted", False)
+    return Classification(headless=config["model"].get("num_classes") == -1, weighted=weighted)

@@ -64,6 +64,7 @@ def pixel_cross_entropy(
       of_all: whether N counts the ignored pixels, too.
     """
     outputs = logits.shape[-1]
+    height, width = labels.shape[1:]
 
     def block(wide: Any, valid: Any, rows: Any) -> Any:
         rows = rows.astype(jnp.int32)
@@ -75,7 +76,7 @@ def pixel_cross_entropy(
         right = (largest(jax.lax.stop_gradient(wide)) == rows) & known
         return jnp.sum(jnp.where(known, losses, 0.0)), jnp.sum(right)
 
-    loss, right = (jnp.sum(part) for part in in_blocks(logits, [labels.shape[1:3]], block, labels, backward=True))
+    loss, right = (jnp.sum(part) for part in in_blocks(logits, [(height, width)], block, labels, backward=True))
     labeled = jnp.sum(labels < classes).astype(jnp.float32)
     known = devices.total(labeled)
     number = float(labels.size * devices.axis_size()) if of_all else known

@@ -18,7 +18,7 @@ from drep_jax.core.recipes import Recipe, solve
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import coverage, find_sites
 from drep_jax.errors import ConfigError, FusionError, SiteError
-from drep_jax.trees import get_in, set_in
+from drep_jax.trees import get_in
 from tests import trees
 
 SCHEDULE = Schedule(beta_end=0.02)
@@ -114,11 +114,6 @@ def test_fusion_is_exact_at_every_strength():
     certificate = certify(NET, VARIABLES, denoise, SITES, SCHEDULE, X, steps=1)
     assert certificate.passed, str(certificate)
     assert [row.path for row in certificate.sites["float64"]].count("fuse") == 1
-    broken = set_in(denoise, ("fuse", "part1", "bias"), get_in(denoise, ("fuse", "part1", "bias")) + 1)
-    other = fuse_variables(VARIABLES, broken, SITES, SCHEDULE)
-    wrong = {"fused": other["params"], "fused_statistics": other["batch_stats"]}
-    assert not certify(NET, VARIABLES, denoise, SITES, SCHEDULE, X, steps=1, **wrong).passed
-
     plain = find_sites(NET, X, pattern="fuse", max_patch_width=40)
     denoise = random_denoisers(plain)
     params = {"backbone": VARIABLES["params"], "denoise": denoise}

@@ -40,7 +40,8 @@ def test_the_registry_offers_the_documented_sources():
     plain = {"digits", "folder", "idx", "list", "npz", "random", "tfds"}
     masks = {"ade20k", "camvid", "cityscapes", "coco_stuff", "seg_folder", "seg_npz", "seg_tfds", "voc"}
     reid = {"cuhk03", "duke", "market1501", "msmt17", "reid_folder", "reid_npz", "reid_tfds", "vehicleid", "veri"}
-    assert set(SOURCES) == plain | masks | reid
+    boxes = {"coco", "det_folder", "det_npz", "det_voc"}
+    assert set(SOURCES) == plain | masks | boxes | reid
 
 
 @pytest.mark.parametrize(

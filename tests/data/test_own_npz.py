@@ -1,7 +1,10 @@
 """`npz:FILE.npz`: images of the user's own in one file."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from drep_jax.data import open_source
 from drep_jax.errors import ConfigError, DataError
@@ -120,3 +123,39 @@ def test_labels_and_names_as_bytes(tmp_path):
     with pytest.raises(DataError, match=r"own\.npz holds the bytes b'h\\xfcndin', which are not UTF-8"):
         latin = np.array(["hündin".encode("latin-1")] * 30)
         open_source(write(tmp_path / "own.npz", labels=latin), "train", **SIZE)
+
+
+def encoded(count, sizes):
+    """Gray images, each one level of its number, as PNG one behind the other."""
+    pieces = []
+    for number in range(count):
+        stream = io.BytesIO()
+        Image.fromarray(np.full((*sizes[number % len(sizes)], 3), number, np.uint8)).save(stream, "PNG")
+        pieces.append(stream.getvalue())
+    offsets = np.cumsum([0, *map(len, pieces)])
+    return {"png": np.frombuffer(b"".join(pieces), np.uint8), "png_offsets": offsets, "labels": np.arange(count)}
+
+
+@pytest.mark.parametrize("sizes", [((4, 4),), ((4, 4), (6, 9))], ids=["one size", "several sizes"])
+def test_encoded_images_and_other_tenths(tmp_path, sizes):
+    np.savez(tmp_path / "own.npz", **encoded(20, sizes))
+    spec = f"npz:{tmp_path}/own.npz?tenths=3+1+6"
+    sources = [open_source(spec, split, **SIZE) for split in ("train", "validation", "test")]
+    levels = [[int(source[i]["image"][0, 0, 0]) for i in range(len(source))] for source in sources]
+    assert levels == [[0, 1, 2, 10, 11, 12], [3, 13], [*range(4, 10), *range(14, 20)]]
+    assert [[int(source[i]["label"]) for i in range(len(source))] for source in sources] == levels
+    assert "3 train, 1 validation, 6 test" in sources[0].note
+    plain = [len(open_source(spec.partition("?")[0], split, **SIZE)) for split in ("train", "validation", "test")]
+    assert plain == [16, 2, 2]
+    for wrong in ("3+1+5", "10+0+0", "8+2", "a+1+1"):
+        with pytest.raises(ConfigError, match="how many of every ten images"):
+            open_source(f"npz:{tmp_path}/own.npz?tenths={wrong}", "train", **SIZE)
+    with pytest.raises(ConfigError, match="several files are the parts themselves"):
+        open_source("npz:set?tenths=3+1+6", "train", data_dir=str(tmp_path), **SIZE)
+
+
+def test_offsets_that_do_not_divide_the_bytes_are_refused(tmp_path):
+    arrays = encoded(10, ((4, 4),))
+    np.savez(tmp_path / "own.npz", **{**arrays, "png_offsets": arrays["png_offsets"] + 1})
+    with pytest.raises(DataError, match='"png_offsets" does not divide'):
+        open_source(f"npz:{tmp_path}/own.npz", "train", **SIZE)

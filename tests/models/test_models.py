@@ -101,8 +101,17 @@ TABLE = {
     "vmamba_b": ({}, (224, 224), 88_557_800),
     **{f"resnet{6 * n + 2}_cifar": ({}, (32, 32), cifar_parameters(n)) for n in (3, 5, 7, 9)},
 }
-# They return no logits, or maps of them: counted in test_clip_reid.py, test_reid_resnet.py and test_pixel_classifiers.py.
-ELSEWHERE = {"clip_reid", "clip_reid_b16", "resnet_reid", "resnet50_reid", "resnet50_vanet", *PIXEL_CLASSIFIERS}
+# They return no logits, or maps of them, or are read from a file: counted in test_clip_reid.py, test_reid_resnet.py,
+# test_pixel_classifiers.py and test_mcunet.py.
+ELSEWHERE = {
+    "mcunet",
+    "clip_reid",
+    "clip_reid_b16",
+    "resnet_reid",
+    "resnet50_reid",
+    "resnet50_vanet",
+    *PIXEL_CLASSIFIERS,
+}
 
 
 def tiny(name="vit", num_classes=5, **overrides):

@@ -18,7 +18,11 @@ from tests.setups import make_setup
 
 
 def config(*sizes):
-    return {"evaluate": {"certificate_sizes": sizes, "certificate_images": 2}, "model": {"name": "net"}}
+    return {
+        "evaluate": {"certificate_sizes": sizes, "certificate_images": 2},
+        "model": {"name": "net"},
+        "progress": False,
+    }
 
 
 def test_sizes_are_read():

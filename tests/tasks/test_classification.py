@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 
-from drep_jax.metrics.classification import METRICS, PLACES, answers, hits
+from drep_jax.metrics.classification import METRICS, PLACES, answers, expected_hits, hits
 from drep_jax.tasks import Exhibit
 from drep_jax.tasks.classification import SHOWN, Classification
 from drep_jax.tasks.losses import cross_entropy
@@ -232,3 +232,24 @@ def test_a_run_shows_examples_with_the_names_of_its_classes(finished):
             assert tuple(right.values()) == expected[image["why"]]
     assert os.path.getsize(os.path.join(finished.directory, "plots", "examples.png")) > 2000
     assert "answers" in pathlib.Path(finished.directory, "report.md").read_text(encoding="utf-8")
+
+
+def test_weighted_agreement_is_the_expected_accuracy_under_the_backbones_probabilities():
+    """Labels drawn from the clean probabilities: the mean of the hits tends to the weighted agreement."""
+    task, clean = Classification(weighted=True), jnp.asarray(2 * LOGITS)
+    other = clean + np.random.default_rng(5).normal(size=clean.shape)
+    pseudo = task.pseudo_labels(clean)
+    chances = np.asarray(jax.nn.softmax(clean))
+    assert np.array_equal(pseudo["label"], np.argmax(clean, -1))
+    own, theirs = (np.asarray(task.statistics(logits, pseudo)["acc@1"]) for logits in (clean, other))
+    np.testing.assert_allclose(own, chances.max(-1), rtol=1e-5)
+    assert (theirs <= own + 1e-6).all() and theirs.mean() < own.mean()
+    rng, answer = np.random.default_rng(6), np.argmax(np.asarray(other), -1)
+    drawn = np.stack([rng.choice(12, 2000, p=row / row.sum()) for row in chances.astype(np.float64)], axis=1)
+    assert np.mean(answer == drawn) == pytest.approx(theirs.mean(), abs=0.01)
+    order = np.argsort(-np.asarray(other), axis=-1)[:, :5]
+    five = np.take_along_axis(chances, order, axis=-1).sum(-1)
+    np.testing.assert_allclose(expected_hits(other, chances)["acc@5"], five, rtol=1e-5)
+    broken = other.at[3, 2].set(np.nan)
+    assert expected_hits(broken, chances)["acc@1"][3] == 0
+    assert "chances" not in Classification().pseudo_labels(clean)

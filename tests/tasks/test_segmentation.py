@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,9 @@ def test_the_loss_is_divided_by_the_pixels_of_all_devices(batch, average, smooth
     assert value == pytest.approx(float(one), rel=1e-5)
     np.testing.assert_allclose(gradient / COUNT, slope, atol=1e-6)  # the step takes the mean over devices
     wide = jax.image.resize(logits, (*labels.shape, 3), "bilinear")
-    assert metrics["accuracy"] == pytest.approx(np.mean((np.argmax(wide, -1) == labels)[labels != VOID]), abs=1e-6)
+    assert metrics["accuracy"] == pytest.approx(
+        float(np.mean((np.argmax(wide, -1) == labels)[labels != VOID])), abs=1e-6
+    )
 
 
 def test_nothing_labeled_costs_nothing_and_the_auxiliary_head_counts_in_part(batch):
@@ -80,13 +83,16 @@ def test_nothing_labeled_costs_nothing_and_the_auxiliary_head_counts_in_part(bat
 
 def test_outputs_that_are_no_class_are_left_out_or_wrong():
     """The head has outputs of "nothing", then classes 0 and 1."""
-    logits = jnp.array([[[[5.0, 1.0, 0.0], [0.0, 1.0, 5.0]]]])
-    labels = {"label": jnp.array([[[0, 1]]], jnp.uint8)}
-    out, wrong = (Segmentation(void_outputs=(0,), void_answers=how) for how in ("never", "wrong"))
-    assert out.answers(logits, ()).tolist() == [[[0, 1]]] and wrong.answers(logits, ()).tolist() == [[[VOID, 1]]]
-    assert out.statistics(logits, labels)["pixels"].tolist() == [[[1, 1, 1], [1, 1, 1]]]
-    assert wrong.statistics(logits, labels)["pixels"].tolist() == [[[0, 1, 0], [1, 1, 1]]]
-    assert wrong.pseudo_labels(logits)["label"].tolist() == [[[VOID, 1]]]
+    logits = np.array([[[[5.0, 1.0, 0.0], [0.0, 1.0, 5.0]]]], np.float32)
+    labels = {"label": np.array([[[0, 1]]], np.uint8)}
+    expected = {"never": ([[[0, 1]]], [1, 1, 1]), "wrong": ([[[VOID, 1]]], [0, 1, 0])}
+    for how, (answers, of_first) in expected.items():
+        task = Segmentation(void_outputs=(0,), void_answers=how)
+        statistics, pseudo = jax.jit(lambda x, y, task=task: (task.statistics(x, y), task.pseudo_labels(x)))(
+            logits, labels
+        )
+        assert pseudo["label"].tolist() == answers
+        assert statistics["pixels"].tolist() == [[of_first, [1, 1, 1]]]
 
 
 def test_logits_of_test_images_go_by_the_size_of_the_network_input():
@@ -187,10 +193,13 @@ def test_void_outputs_make_a_larger_head_fit():
                 task.check_scoring(setup)
 
 
-def test_a_backbone_without_maps_is_refused(tmp_path):
-    config = configuration(tmp_path, **{"model.name": "vit"})
-    config["model"] |= {"patch_size": 8, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 24}
-    setup = build(config)
+def test_a_backbone_without_maps_is_refused():
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(4)(x.mean(axis=(1, 2)))
+
+    setup = make_setup(Flat(), np.zeros((1, 6, 8, 3)), source=Maps(some_maps(0, 1)), task=Segmentation())
     with pytest.raises(ConfigError, match=r"outputs of shape \(1, 4\).*any fraction of the image"):
         setup.task.check_scoring(setup)
 

@@ -74,7 +74,7 @@ def plot_overlays(report: Mapping[str, Any]) -> bytes | None:
         top -= _CELL * shape
         gray = _gray(image)
         pictures = (image, *(_colored(gray, each, classes, ignored) for each in (label, *answers)))
-        for place, picture in enumerate((*pictures, _differences(gray, label, *answers, ignored))):
+        for place, picture in enumerate((*pictures, _differences(gray, label, (answers[0], answers[1]), ignored))):
             left = _CELL * (_GAP + place * (1 + _GAP))
             axes = figure.add_axes((left / width, top / height, _CELL / width, _CELL * shape / height))
             axes.imshow(picture, interpolation="antialiased", aspect="auto")
@@ -112,7 +112,11 @@ def _legend(classes: Sequence[int], names: Sequence[str], rows: Sequence[Any], i
     entries = [(PALETTE[place], name(label)) for place, label in enumerate(classes)]
     entries += [(OTHERS, "other classes")] if shown - {*classes, ignored} else []
     entries += [(VOID, "no class")] if ignored in shown else []
-    entries += [(BLUE, "only the second right"), (RED, "only the first right"), (BOTH_WRONG, "differently wrong")]
+    entries += [
+        (BLUE, "last column: only the second right"),
+        (RED, "only the first right"),
+        (BOTH_WRONG, "differently wrong"),
+    ]
     return [Patch(facecolor=color, edgecolor="#555555", linewidth=0.5, label=text) for color, text in entries]
 
 
@@ -138,9 +142,10 @@ def _colored(gray: np.ndarray, labels: np.ndarray, classes: Sequence[int], ignor
 
 
 def _differences(
-    gray: np.ndarray, labels: np.ndarray, before: np.ndarray, after: np.ndarray, ignored: int
+    gray: np.ndarray, labels: np.ndarray, answers: tuple[np.ndarray, np.ndarray], ignored: int
 ) -> np.ndarray:
     """Returns where two maps differ, in colors over the faded image, uint8 (h, w, 3)."""
+    before, after = answers
     picture = np.broadcast_to(128 + gray / 2, (*labels.shape, 3)).copy()
     differ = (before != after) & (labels != ignored)
     for color, where in ((BOTH_WRONG, differ), (BLUE, differ & (after == labels)), (RED, differ & (before == labels))):

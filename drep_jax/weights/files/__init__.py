@@ -1,7 +1,8 @@
 """Checkpoint files of other projects: read as {foreign name: array}, and written again with some numbers changed.
 
 No part of a file is ever executed, and PyTorch is not needed. One module per container: `torch_file`
-(.pth, zip and legacy), `safetensors_file`, `npz_file`. The meaning of the names is decided in `formats`.
+(.pth, zip and legacy), `safetensors_file`, `npz_file`, `darknet_file` (.weights with its .cfg). The
+meaning of the names is decided in `formats`.
 """
 
 import json
@@ -17,7 +18,7 @@ import numpy as np
 
 from drep_jax.errors import CheckpointError, did_you_mean
 from drep_jax.files import replacing, temporary_of
-from drep_jax.weights.files import naming, npz_file, safetensors_file, shards, torch_file, zip_records
+from drep_jax.weights.files import darknet_file, naming, npz_file, safetensors_file, shards, torch_file, zip_records
 from drep_jax.weights.files.contents import (
     Contents,
     Path,
@@ -36,6 +37,7 @@ REWRITE: dict[str, Rewrite] = {
     "pth (zip)": torch_file.rewrite_zip,
     "pth (legacy)": torch_file.rewrite_legacy,
     "npz": npz_file.rewrite,
+    "darknet": darknet_file.rewrite,
 }
 CREATE: dict[str, Callable[[str, Mapping[str, np.ndarray], str], None]] = {
     ".safetensors": safetensors_file.create,
@@ -49,7 +51,7 @@ class ForeignFile:
 
     Attributes:
       path: where it lies.
-      kind: "safetensors", "pth (zip)", "pth (legacy)" or "npz".
+      kind: "safetensors", "pth (zip)", "pth (legacy)", "npz" or "darknet".
       tensors: {name without wrappers and prefixes: array in the stored dtype}; read-only, and parts
         of the mapped file where possible, so the file must stay as it is while they are used.
       stored: {name in `tensors`: full name in the file}, entries of wrappers first, with "/"
@@ -296,6 +298,8 @@ def _contents(path: str) -> Contents:
         return torch_file.read_legacy(path, buffer)
     if safetensors_file.is_safetensors(start):
         return safetensors_file.read(path, buffer)
+    if darknet_file.is_darknet(path):
+        return darknet_file.read(path, buffer)
     raise _unknown(path, _guess(start))
 
 
@@ -325,7 +329,9 @@ def _unknown(path: str, guess: str) -> CheckpointError:
 
 def _kind_of_suffix(path: str) -> str | None:
     suffix = os.path.splitext(path)[1].lower()
-    return {".safetensors": "safetensors", ".npz": "npz"}.get(suffix, "pth" if suffix in CREATE else None)
+    return {".safetensors": "safetensors", ".npz": "npz", ".weights": "darknet"}.get(
+        suffix, "pth" if suffix in CREATE else None
+    )
 
 
 def _others(contents: Contents, chosen: Iterable[Path]) -> list[str]:

@@ -7,9 +7,11 @@ import flax.linen as nn
 from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
 from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
 from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
+from drep_jax.weights.formats.darknet import DARKNET
 from drep_jax.weights.formats.dinov2 import DINOV2
 from drep_jax.weights.formats.fcn import MMSEG_FCN, MMSEG_FCN_ENCODER, TORCHVISION_FCN, TORCHVISION_FCN_ENCODER
 from drep_jax.weights.formats.generic import GENERIC, generic_format
+from drep_jax.weights.formats.mcunet import MCUNET
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
 from drep_jax.weights.formats.segformer import (
     MMSEG_SEGFORMER,
@@ -45,6 +47,7 @@ FORMATS: tuple[Format, ...] = (
     CIFAR_RESNET,
     TORCHVISION_RESNET,
     TIMM_RESNET,
+    MCUNET,
     VMAMBA,
     SWIN,
     TIMM_SWINV2,
@@ -53,6 +56,7 @@ FORMATS: tuple[Format, ...] = (
     STRONG_BASELINE,
     FAST_REID,
     TORCHVISION_REID,
+    DARKNET,
     MMSEG_FCN,
     TORCHVISION_FCN,
     MMSEG_SEGFORMER,
