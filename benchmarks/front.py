@@ -6,8 +6,8 @@
 For each number of unlabeled images the learner `measured` solves every clean share. Held-out
 training images choose the share and the strength for each largest clean loss in --losses; the
 chosen points alone are run on the test images. Changes are points against the backbone, with the
-paired 95 % interval. --out keeps the backbone's answers and each number of images, so that the
-script goes on where it was ended; change --test only with another folder.
+paired 95 % interval. --out keeps the backbone's answers, the solutions and the rows of each number
+of images, so that the script goes on where it was ended; for other rows delete those.
 """
 
 import json
@@ -18,6 +18,7 @@ import time
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tabulate import tabulate
 
 from benchmarks.common import Parser
@@ -38,8 +39,8 @@ CONFIGS = {"resnet20": resnet20_cifar10, "vit": vit_cifar10, "digits": digits}
 SEED = 11
 
 
-def solutions(config, setup, variables, shares):
-    """Returns a candidate for each clean share."""
+def solutions(config, setup, variables, shares, out=""):
+    """Returns a candidate for each clean share, and the number of images; out: files to keep the solutions in."""
     options = config.measured
     images = CorruptedImages(config.to_dict(), setup)
     held = images.bytes / 2**30 if images.resident else 0.0
@@ -55,8 +56,18 @@ def solutions(config, setup, variables, shares):
         shortcut=options.shortcut,
         chunk=options.chunk,
     )
-    weights = {share: [share, *[(1 - share) / images.corrupted] * images.corrupted] for share in shares}
-    return [Candidate(f"clean share {share:g}", solve(row).denoise) for share, row in weights.items()], images.shape[1]
+    candidates = []
+    for share in shares:
+        path = f"{out}_{share:g}.npz" if out else ""
+        if path and os.path.exists(path):
+            with np.load(path) as file:
+                denoise = unflatten_dict(dict(file), sep="/")
+        else:
+            denoise = solve([share, *[(1 - share) / images.corrupted] * images.corrupted]).denoise
+            if path:
+                np.savez(path, **flatten_dict(denoise, sep="/"))
+        candidates.append(Candidate(f"clean share {share:g}", denoise))
+    return candidates, images.shape[1]
 
 
 def scores(apply, setup, variables, count, conditions):
@@ -121,7 +132,8 @@ def main(command=None):
             continue
         config.measured.images = count
         began = time.perf_counter()
-        candidates, used = solutions(config, setup, variables, list(map(float, options.shares.split(","))))
+        shares = list(map(float, options.shares.split(",")))
+        candidates, used = solutions(config, setup, variables, shares, kept.removesuffix(".json"))
         solving = time.perf_counter() - began
         print(f"{used} images: solved in {solving:.0f} s", flush=True)
         choice = choose(setup, variables, candidates, selection_of(config.to_dict()))
