@@ -37,10 +37,11 @@ from drep_jax.run.setup import build
 
 CONFIGS = {"resnet20": resnet20_cifar10, "vit": vit_cifar10, "digits": digits}
 SEED = 11
+SECONDS = "seconds of the solution"
 
 
 def solutions(config, setup, variables, shares, out=""):
-    """Returns a candidate for each clean share, and the number of images; out: files to keep the solutions in."""
+    """Returns a candidate for each clean share, the number of images, and seconds; out: what kept files begin with."""
     options = config.measured
     images = CorruptedImages(config.to_dict(), setup)
     held = images.bytes / 2**30 if images.resident else 0.0
@@ -56,18 +57,23 @@ def solutions(config, setup, variables, shares, out=""):
         shortcut=options.shortcut,
         chunk=options.chunk,
     )
-    candidates = []
+    candidates, total = [], 0.0
     for share in shares:
         path = f"{out}_{share:g}.npz" if out else ""
         if path and os.path.exists(path):
             with np.load(path) as file:
-                denoise = unflatten_dict(dict(file), sep="/")
+                leaves = dict(file)
+            seconds = leaves.pop(SECONDS).item()
+            denoise = unflatten_dict(leaves, sep="/")
         else:
+            began = time.perf_counter()
             denoise = solve([share, *[(1 - share) / images.corrupted] * images.corrupted]).denoise
+            seconds = time.perf_counter() - began
             if path:
-                np.savez(path, **flatten_dict(denoise, sep="/"))
+                np.savez(path, **flatten_dict(denoise, sep="/"), **{SECONDS: seconds})
         candidates.append(Candidate(f"clean share {share:g}", denoise))
-    return candidates, images.shape[1]
+        total += seconds
+    return candidates, images.shape[1], total
 
 
 def scores(apply, setup, variables, count, conditions):
@@ -131,10 +137,8 @@ def main(command=None):
                 rows += json.load(file)
             continue
         config.measured.images = count
-        began = time.perf_counter()
         shares = list(map(float, options.shares.split(",")))
-        candidates, used = solutions(config, setup, variables, shares, kept.removesuffix(".json"))
-        solving = time.perf_counter() - began
+        candidates, used, solving = solutions(config, setup, variables, shares, kept.removesuffix(".json"))
         print(f"{used} images: solved in {solving:.0f} s", flush=True)
         choice = choose(setup, variables, candidates, selection_of(config.to_dict()))
         for number, point in enumerate(choice.points):
