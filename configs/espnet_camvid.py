@@ -2,7 +2,9 @@
 
     python train.py --config=configs/espnet_camvid.py       # expects camvid_360x480.npz and weights/ in DREP_DATA
 
-No label is learned from or chosen by. Results are in docs/results.md.
+No label is learned from or chosen by. All 233 test images: mIoU 55.8 clean and 17.3 under noise of 20
+gray levels; denoised −0.7 and +25.5. `--config.noise=gaussian:10..50,low_light:0..4,blur:0..2,jpeg:50..85`
+learns for several corruptions. benchmarks/camvid.py has further arms; results are in docs/results.md.
 """
 
 import os

@@ -3,7 +3,7 @@
     python train.py --config=configs/segformer_camvid.py             # expects camvid_360x480.npz in DREP_DATA
 
 The network has 0.9 million parameters and is made for comparing ways of learning, not for its
-accuracy. Results are in docs/results.md.
+accuracy. No results were measured yet.
 """
 
 import os

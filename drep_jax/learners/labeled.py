@@ -121,7 +121,7 @@ def learn_final_only(inputs: LearnerInputs) -> Learned:
     head = find_layers(setup.backbone, setup.images)[-1:]
     options = config["denoise"]
     sites = assign_times(
-        select_sites(head, ".*"),
+        select_sites(head, ".*", concatenated="full"),  # one denoiser of the whole feature
         timesteps=setup.schedule.timesteps,
         steps=options["steps"],
         time_scale=options["time_scale"],

@@ -132,7 +132,7 @@ def _attend(query: Tokens, key: Tokens, value: Tokens, num_heads: int) -> Tokens
         size = math.ceil(queries / blocks)
         q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * size - queries), (0, 0)))
         parts = jnp.moveaxis(q.reshape(batch, num_heads, blocks, size, dim), 2, 0)
-        parts = lax.map(jax.checkpoint(mix), parts)  # type: ignore[attr-defined]
+        parts = lax.map(jax.checkpoint(mix), parts)
         mixed = jnp.moveaxis(parts, 0, 2).reshape(batch, num_heads, blocks * size, dim)[:, :, :queries]
     return jnp.swapaxes(mixed, 1, 2).reshape(batch, queries, width)
 
@@ -173,7 +173,7 @@ class MixMlp(nn.Module):
     def __call__(self, x: Maps) -> Maps:
         """Returns maps of the same shape."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = functools.partial(nn.Dense, kernel_init=TRUNC_NORMAL, **dtypes)
+        dense = functools.partial(nn.Dense, kernel_init=TRUNC_NORMAL, dtype=self.dtype, param_dtype=self.param_dtype)
         hidden = dense(self.hidden, name="fc1")(_rows(x)).reshape(*x.shape[:3], self.hidden)
         hidden = gelu(DepthwiseConv(**dtypes, name="dwconv")(hidden))
         return dense(x.shape[-1], name="fc2")(_rows(hidden)).reshape(x.shape)
@@ -233,11 +233,11 @@ class SegFormerHead(nn.Module):
             nn.BatchNorm, not train, epsilon=1e-5, momentum=0.9, axis_name=self.axis_name, **dtypes
         )
         dense = functools.partial(nn.Dense, self.width, kernel_init=_he_fan_out, use_bias=False, **dtypes)
-        size, total = features[0].shape[1:3], 0.0
+        (height, width), total = features[0].shape[1:3], jnp.zeros((), jnp.float32)
         for i, x in enumerate(features, 1):
             y = dense(use_bias=not self.normed, name=f"linear{i}")(x)
             y = nn.relu(norm(name=f"linear{i}_bn")(y)) if self.normed else y
-            total = total + resize_bilinear(dense(name=f"fuse{i}")(y), size)
+            total = total + resize_bilinear(dense(name=f"fuse{i}")(y), (height, width))
         y = nn.relu(norm(name="fuse_bn")(total))
         y = nn.Dropout(self.dropout, (1, 2) if self.whole_channels else (), deterministic=not train)(y)
         if not self.num_classes:

@@ -119,7 +119,7 @@ def test_items_are_fitted_with_their_labels(height, width, how):
     assert 10 not in item["classes"] and 9 in item["classes"] and item["camera"] == 3 and "where" not in item
     for change, message in (
         ({"classes": [1, 2]}, "different numbers of objects"),
-        ({"label": np.zeros((height + 1, width), np.uint8)}, r'it: the column "label" has the shape'),
+        ({"label": np.zeros((height + 1, width), np.uint8)}, r'it: the map "label" is an array of'),
         ({"boxes": np.zeros((4, 3))}, r"expected \(objects, 4\)"),
     ):
         with pytest.raises(DataError, match=message):

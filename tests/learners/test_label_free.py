@@ -92,6 +92,7 @@ def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_pat
     assert sum(best.values()) >= sum(points[0]["scores"].values())
 
 
+@pytest.mark.slow
 def test_noise_without_pairs_is_learned_from_second_moments(finished, tmp_path):
     """Noisy images of other scenes; the noise of the evaluation is laid from a bank."""
     from PIL import Image

@@ -16,6 +16,7 @@ from drep_jax.core import closed_form
 from drep_jax.core.moments import collect_moments
 from drep_jax.core.schedule import Schedule
 from drep_jax.models import MODELS, create_model
+from tests.models import test_mcunet
 
 SCHEDULE = Schedule(beta_end=0.02)
 
@@ -36,6 +37,7 @@ NARROW = {
         6,
     ),
     "vmamba": ({"depths": (1,), "width": 8, "ssm_ratio": 1.0}, (16, 16), 2),
+    "mcunet": ({}, (12, 10), None),  # its options are a file
     "fcn": ({"stage_sizes": (1, 1, 1, 1), "width": 2}, (32, 32), None),
     "segformer": (
         {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "head_width": 8},
@@ -116,15 +118,17 @@ def test_every_family_has_a_narrow_network():
 
 
 # Those that take longest, or are mostly another one, run with `pytest -m slow`.
-LONG = ("vit", "resnet", "clip_reid", "resnet_reid", "swinv2", "transreid", "vmamba", "fcn", "segformer")
+LONG = ("vit", "resnet", "clip_reid", "resnet_reid", "swinv2", "transreid", "vmamba", "mcunet", "fcn", "segformer")
 # CLIP normalizes its class token before the blocks, and TransReID's is the output itself: with small kernels they would see
 # little of the images.
 SPREAD = {"clip_reid": 0.2, "transreid": 0.2}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in NARROW])
-def test_the_whole_method_runs_on_every_family(name):
+def test_the_whole_method_runs_on_every_family(name, tmp_path):
     options, size, expected = NARROW[name]
+    if name == "mcunet":
+        options = {"architecture": test_mcunet.written(tmp_path, test_mcunet.architecture())}
     model = create_model(name, num_classes=5, image_size=size, **options)
     check(model, size, 24, expected, spread=SPREAD.get(name, 0.02))
 

@@ -263,7 +263,7 @@ def test_what_dropout_leaves_out_depends_on_the_implementation(name, implementat
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        abstract(tiny(name, implementation=implementation))
+        abstract.__wrapped__(tiny(name, implementation=implementation))  # traced anew
     assert heads == [(whole_channels, 0.1)] * (2 if name == "fcn" else 1)
 
 

@@ -99,6 +99,7 @@ def test_sites_of_a_segformer():
     assert len(find_sites(full("segformer_b0"), IMAGE)) == 16  # the paper's: both linears of every MLP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fcn", "segformer"])
 def test_fusion_is_certified_on_odd_images(name):
     """97×131 is no multiple of anything: reduced keys drop rows, and stages round up. It compiles six networks."""

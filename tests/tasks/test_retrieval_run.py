@@ -125,6 +125,7 @@ def test_every_way_of_training_has_its_arms(people, tmp_path):
             assert content["metrics"][condition]["denoised"][arm] == pytest.approx(entry["denoised"][arm])
 
 
+@pytest.mark.slow
 def test_merged_sources_may_hold_out_nothing_and_have_no_identities_to_choose_by(people):
     other = f"reid_folder:{people}?test=0.5&seed=3&held_out="
     changes = {"retrieval.side": "", "backbone.steps": 0, "backbone.init_from": "x", "control.steps": 0, "compare": ()}

@@ -123,8 +123,9 @@ def test_the_report_states_the_protocol_and_shows_the_maps(run):
         assert label.shape == answer.shape and set(np.unique(answer)) <= set(range(len(CLASSES)))
         right = np.mean((label == answer)[label != VOID])
         assert one["accuracy"]["closed_form"] == pytest.approx(right, abs=1e-6)
-    picture = Image.open(f"{directory}/plots/overlays.png")
-    assert min(picture.size) > 200 and "plots/overlays.png" in text and page.count("data:image/png;base64") == 1
+    with Image.open(f"{directory}/plots/overlays.png") as picture:
+        assert min(picture.size) > 200
+    assert "plots/overlays.png" in text and page.count("data:image/png;base64") == 1
 
 
 def test_a_later_evaluation_may_take_another_protocol(run):

@@ -264,17 +264,17 @@ def encoder_of(tensors, prefix):
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix", "classifier"),
+    ("name", "prefix", "classifier", "format_name"),
     [
-        ("mmseg fcn", "backbone.", "fc"),
-        ("torchvision fcn", "backbone.", "fc"),
-        ("mmseg segformer", "backbone.", "head"),
-        ("nvlabs segformer", "backbone.", "head"),
-        ("transformers segformer", "segformer.", ""),
-        ("transformers segformer", "", "classifier"),
+        ("mmseg fcn", "backbone.", "fc", "mmseg_encoder"),
+        ("torchvision fcn", "backbone.", "fc", "torchvision_encoder"),
+        ("mmseg segformer", "backbone.", "head", "mmseg_encoder"),
+        ("nvlabs segformer", "backbone.", "head", "nvlabs_encoder"),
+        ("transformers segformer", "segformer.", "", "transformers_encoder"),
+        ("transformers segformer", "", "classifier", "transformers_encoder"),
     ],
 )
-def test_an_encoder_alone_leaves_the_heads_as_initialized_and_says_so(name, prefix, classifier, tmp_path):
+def test_an_encoder_alone_leaves_the_heads_as_initialized_and_says_so(name, prefix, classifier, format_name, tmp_path):
     fmt, make = FORMATS[name]
     module = make()
     variables, tensors = theirs(fmt, module)
@@ -282,7 +282,7 @@ def test_an_encoder_alone_leaves_the_heads_as_initialized_and_says_so(name, pref
     if classifier:
         encoder |= {f"{classifier}.weight": np.ones((7, 3), np.float32), f"{classifier}.bias": np.ones(7, np.float32)}
     found = load(save(tmp_path / "encoder.safetensors", encoder), module)
-    assert found.format.name == f"{fmt.name}_encoder"
+    assert found.format.name == format_name
     for collection, tree in found.variables.items():
         for part, leaves in tree.items():
             if part.endswith("_head"):

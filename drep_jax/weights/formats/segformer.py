@@ -151,7 +151,7 @@ _NEW_NAMES = (
 def _transformers_name(name: str) -> str:
     """Returns the name in transformers' files, for those of its modules since version 5 and of encoders too."""
     for pattern, replacement in _NEW_NAMES:
-        name = re.sub(pattern, replacement, name)  # type: ignore[call-overload]
+        name = re.sub(pattern, replacement, name)
     return name
 
 
