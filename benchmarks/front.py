@@ -6,8 +6,8 @@
 For each number of unlabeled images the learner `measured` solves every clean share. Held-out
 training images choose the share and the strength for each largest clean loss in --losses; the
 chosen points alone are run on the test images. Changes are points against the backbone, with the
-paired 95 % interval. --out keeps each number of images, so that the script goes on where it was
-ended.
+paired 95 % interval. --out keeps the backbone's answers, the solutions and the rows of each number
+of images, so that the script goes on where it was ended; for other rows delete those.
 """
 
 import json
@@ -18,6 +18,7 @@ import time
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tabulate import tabulate
 
 from benchmarks.common import Parser
@@ -36,10 +37,11 @@ from drep_jax.run.setup import build
 
 CONFIGS = {"resnet20": resnet20_cifar10, "vit": vit_cifar10, "digits": digits}
 SEED = 11
+SECONDS = "seconds of the solution"
 
 
-def solutions(config, setup, variables, shares):
-    """Returns a candidate for each clean share."""
+def solutions(config, setup, variables, shares, out=""):
+    """Returns a candidate for each clean share, the number of images, and seconds; out: what kept files begin with."""
     options = config.measured
     images = CorruptedImages(config.to_dict(), setup)
     held = images.bytes / 2**30 if images.resident else 0.0
@@ -55,8 +57,23 @@ def solutions(config, setup, variables, shares):
         shortcut=options.shortcut,
         chunk=options.chunk,
     )
-    weights = {share: [share, *[(1 - share) / images.corrupted] * images.corrupted] for share in shares}
-    return [Candidate(f"clean share {share:g}", solve(row).denoise) for share, row in weights.items()], images.shape[1]
+    candidates, total = [], 0.0
+    for share in shares:
+        path = f"{out}_{share:g}.npz" if out else ""
+        if path and os.path.exists(path):
+            with np.load(path) as file:
+                leaves = dict(file)
+            seconds = leaves.pop(SECONDS).item()
+            denoise = unflatten_dict(leaves, sep="/")
+        else:
+            began = time.perf_counter()
+            denoise = solve([share, *[(1 - share) / images.corrupted] * images.corrupted]).denoise
+            seconds = time.perf_counter() - began
+            if path:
+                np.savez(path, **flatten_dict(denoise, sep="/"), **{SECONDS: seconds})
+        candidates.append(Candidate(f"clean share {share:g}", denoise))
+        total += seconds
+    return candidates, images.shape[1], total
 
 
 def scores(apply, setup, variables, count, conditions):
@@ -71,6 +88,18 @@ def scores(apply, setup, variables, count, conditions):
     return hits
 
 
+def kept_scores(options, compute):
+    """Returns the backbone's hits, from --out if they are there."""
+    if not options.out:
+        return compute()
+    os.makedirs(options.out, exist_ok=True)
+    path = os.path.join(options.out, f"front_{options.network}_backbone_{options.test}.npz")
+    if not os.path.exists(path):
+        np.savez(path, **compute())
+    with np.load(path) as file:
+        return dict(file)
+
+
 def main(command=None):
     """Solves, chooses and tests what is not there yet, and prints the table."""
     tiny = {"network": "digits", "images": "30", "shares": "0.8", "losses": "100", "held_out": 20, "test": 20}
@@ -78,6 +107,7 @@ def main(command=None):
     parser.add_argument("--network", choices=CONFIGS, default="resnet20")
     parser.add_argument("--images", default="500,1500,5000,20000", help="numbers of images to learn from")
     parser.add_argument("--shares", default="0.5,0.65,0.8,0.9")
+    parser.add_argument("--strengths", default="0.25,0.5,0.75,1")
     parser.add_argument("--losses", default="0.5,1,2", help="largest clean losses on held-out images, in points")
     parser.add_argument("--held_out", type=int, default=2000)
     parser.add_argument("--test", type=int, default=0, help="test images; 0 for all")
@@ -85,7 +115,8 @@ def main(command=None):
     options = parser.parse_args(command)
     config = CONFIGS[options.network].get_config().unlock()
     config.progress = False
-    config.select.update({"images": options.held_out, "strengths": (0.25, 0.5, 0.75, 1.0)})
+    config.select.images = options.held_out
+    config.select.strengths = tuple(map(float, options.strengths.split(",")))
     if options.tiny:
         config.model.update({"patch_size": 4, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 24})
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,7 +126,9 @@ def main(command=None):
         variables = read_weights(run, path) if path else dict(fresh_variables(run))
     apply = jax.jit(setup.backbone.apply)
     conditions = tuple(config.evaluate.conditions)
-    base = scores(apply, setup, variables, options.test, conditions)
+    began = time.perf_counter()
+    base = kept_scores(options, lambda: scores(apply, setup, variables, options.test, conditions))
+    print(f"backbone: scored in {time.perf_counter() - began:.0f} s", flush=True)
     rows = [["backbone", "", "", "", *(f"{100 * hits.mean():.2f}" for hits in base.values()), "", ""]]
     for count in map(int, options.images.split(",")):
         kept = os.path.join(options.out, f"front_{options.network}_{count}.json") if options.out else ""
@@ -104,16 +137,24 @@ def main(command=None):
                 rows += json.load(file)
             continue
         config.measured.images = count
-        began = time.perf_counter()
-        candidates, used = solutions(config, setup, variables, list(map(float, options.shares.split(","))))
-        solving = time.perf_counter() - began
+        shares = list(map(float, options.shares.split(",")))
+        candidates, used, solving = solutions(config, setup, variables, shares, kept.removesuffix(".json"))
+        print(f"{used} images: solved in {solving:.0f} s", flush=True)
         choice = choose(setup, variables, candidates, selection_of(config.to_dict()))
+        for number, point in enumerate(choice.points):
+            values = ", ".join(f"{condition} {value:.1f}" for condition, value in choice.scores(number).items())
+            print(f"held-out: {point.label}, strength {point.strength:g}: {values}", flush=True)
+        print(f"chosen among in {choice.seconds:.0f} s", flush=True)
+        tested: dict[int, dict] = {}
         found = []
         for loss in map(float, options.losses.split(",")):
-            point = choice.points[best_point(choice.points, choice.criterion, loss)]
-            maps = direct_maps(candidates[point.candidate].denoise).scaled(point.strength)
-            fused = fuse_variables_exact(variables, maps, setup.sites, setup.schedule)
-            hits = scores(apply, setup, fused, options.test, conditions)
+            number = best_point(choice.points, choice.criterion, loss)
+            point = choice.points[number]
+            if number not in tested:
+                maps = direct_maps(candidates[point.candidate].denoise).scaled(point.strength)
+                fused = fuse_variables_exact(variables, maps, setup.sites, setup.schedule)
+                tested[number] = scores(apply, setup, fused, options.test, conditions)
+            hits = tested[number]
             cells, intervals = [], []
             for condition in conditions:
                 interval = paired_interval(100.0 * hits[condition], 100.0 * base[condition], resamples=2000)
