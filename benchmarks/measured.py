@@ -5,13 +5,14 @@
     PYTHONPATH=. python benchmarks/measured.py --tiny                 # one row in seconds
 
 A row is network:height[xwidth]:images:draws:GiB, in a process of its own on one device, so that its
-peak is that of nothing else. "before" is the peak with the network and the images made, "MiB more"
-what solving takes beyond it; it should stay below the bound and 1 GiB. Images are made when they
-are needed, as the learner does with more than fit. "CPU s" are seconds of processors, all threads
-together. The second solution of a process compiles nothing; its seconds are "again". Weights and
-images are random.
+peak is that of nothing else. "before" is in use with the network made, "MiB more" the peak beyond
+it of solving; it should stay below the bound (or the solutions, if these are larger) and 1 GiB.
+It is also said after every site. Images are made when they are needed, as the learner does with
+more than fit. "CPU s" are seconds of processors, all threads together. The second solution of a
+process compiles nothing; its seconds are "again". Weights and images are random.
 """
 
+import contextlib
 import resource
 import sys
 import time
@@ -37,7 +38,7 @@ def one(model: str, size: tuple[int, int], images: int, draws: int, gib: float, 
 
     import drep_jax
     from drep_jax.core.chunks import Streams
-    from drep_jax.core.measured import measuring
+    from drep_jax.core.measured import Progress, measuring
     from drep_jax.models import create_model
 
     class Random(Streams):
@@ -61,11 +62,15 @@ def one(model: str, size: tuple[int, int], images: int, draws: int, gib: float, 
     shape = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
     variables = jax.jit(net.init)(jax.random.key(0), np.zeros(shape.shape, np.float32))
     sites = drep_jax.find_sites(net, shape)
-    before, began = _peak(), (time.perf_counter(), time.process_time())
+    before, began = _resident(), (time.perf_counter(), time.process_time())
     solve = measuring(net, variables, sites, Random(), memory_gib=gib, outputs=False, say=_say)
+
+    def watch(progress: Progress) -> None:
+        _say(f"{model} {progress.done}/{progress.total} {progress.name}: {_peak() - before:.0f} MiB more")
+
     seconds: list[float] = []
     for _ in range(solutions):
-        solve([0.75, *[0.25 / draws] * draws])
+        solve([0.75, *[0.25 / draws] * draws], watch)
         now = (time.perf_counter(), time.process_time())
         seconds += [now[0] - began[0], now[1] - began[1]]
         began = now
@@ -75,6 +80,13 @@ def one(model: str, size: tuple[int, int], images: int, draws: int, gib: float, 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _resident() -> float:
+    """Returns the memory in use, in MiB, and makes it the peak from here on; the peak so far where no one can."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _peak()
 
 
 def _peak() -> float:

@@ -26,6 +26,7 @@ memory, up to a bound; the others are computed again. The ridge of a site is cho
 images (`drep_jax.core.shrinkage`).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -289,8 +290,7 @@ class _Solver:
                 if watch is not None:
                     errors = (solution.before, solution.after, shrinkage.held_out)
                     watch(Progress(solved, total, name_of((site.path, cut.place[1])), *errors))
-            walk.fused |= fused
-            walk.forget()
+            walk.fuse(fused)
         return result.measured(walk.outputs() if self.wants_outputs else None)
 
     def _solve_site(
@@ -340,24 +340,27 @@ class _Solver:
         kernel = None if matrix is None else jnp.asarray(matrix, jnp.float32)
         chain = () if cut.chain is None else tuple(jnp.asarray(self.fixed[v]) for v in cut.chain.fixed)
         mixture = jnp.asarray(weights, jnp.float32)
-        by_fold: dict[int, Sums] = {}
-        for round_number, images in enumerate(self.rounds):
-            values = walk.advance(round_number, number)
-            index, mask = images.mine()
-            other = () if cut.chain is None else (values[cut.other],)
-            sums = program(values[cut.x], other, chain, kernel, mixture, index.astype(np.int32), mask)
-            host_sums = [np.asarray(leaf) for leaf in sums]
-            fold = images.fold % folds_for(form.width)
-            for device in range(len(mask)):
-                part = Sums(*(leaf[device] for leaf in host_sums))
-                by_fold[fold] = joined(by_fold.get(fold), part)
         whole: Sums | None = None
         folds: list[Sums] = []
-        for fold in sorted(by_fold):
-            sums = of_all_hosts(by_fold.pop(fold))
-            whole = joined(whole, sums)
-            if self.ridge is None:
-                folds.append(sums._replace(square=sums.square.astype("f4"), cross=sums.cross.astype("f4")))
+        for _, members in itertools.groupby(self._by_fold(form.width), lambda pair: pair[0]):
+            sums: Sums | None = None  # of one fold at a time: those of a wide site are large
+            for _, round_number in members:
+                values = walk.advance(round_number, number)
+                index, mask = self.rounds[round_number].mine()
+                other = () if cut.chain is None else (values[cut.other],)
+                on_devices = program(values[cut.x], other, chain, kernel, mixture, index.astype(np.int32), mask)
+                leaves = [np.asarray(leaf) for leaf in on_devices]
+                for device in range(len(mask)):
+                    sums = joined(sums, Sums(*(leaf[device] for leaf in leaves)))
+            if sums is not None:
+                sums = of_all_hosts(sums)
+                whole = joined(whole, sums)
+                if self.ridge is None:
+                    folds.append(sums._replace(square=sums.square.astype("f4"), cross=sums.cross.astype("f4")))
         if whole is None:
             raise DataError(f"{name_of(cut.place)}: there are no images to measure on.")
         return whole, folds
+
+    def _by_fold(self, width: int) -> list[tuple[int, int]]:
+        """Returns (fold on which a site so wide is judged, index of a round) of all rounds, fold by fold."""
+        return sorted((images.fold % folds_for(width), index) for index, images in enumerate(self.rounds))

@@ -19,11 +19,7 @@ Leaves = tuple[AnyArray, ...]
 
 
 class Walk:
-    """The images of all rounds, each as far as it has come.
-
-    Attributes:
-      fused: parameters of the layers that are fused so far.
-    """
+    """The images of all rounds, each as far as it has come."""
 
     def __init__(
         self,
@@ -47,7 +43,7 @@ class Walk:
         self._network, self._images, self._rounds, self._fixed = network, images, rounds, fixed
         self._waiting, self._programs = Waiting(limit), programs
         self._placed: dict[int, tuple[Any, Any]] = {}
-        self.fused: dict[Place, Leaves] = {}
+        self._fused: dict[Place, Leaves] = {}
 
     def _program(self, stretch: Stretch) -> Callable[..., Any]:
         """Returns (live, fixed, ((clean leaves, fused leaves) of each layer)) ↦ outputs, on all devices."""
@@ -85,8 +81,9 @@ class Walk:
             self._waiting.put(round_number, cut, size, held)
         return values
 
-    def forget(self) -> None:
-        """Drops parameters of stretches that all images have behind them."""
+    def fuse(self, layers: Mapping[Place, Leaves]) -> None:
+        """Takes the fused parameters of layers, and drops those of stretches that all images have behind them."""
+        self._fused |= {place: tuple(map(jnp.asarray, leaves)) for place, leaves in layers.items()}
         earliest = self._waiting.earliest(len(self._rounds))
         self._placed = {number: placed for number, placed in self._placed.items() if number > earliest}
 
@@ -105,7 +102,7 @@ class Walk:
             leaves = []
             for place in stretch.places:
                 clean = tuple(jnp.asarray(values[v]) for v in network.leaves[place])
-                leaves.append((clean, tuple(map(jnp.asarray, self.fused[place]))))
+                leaves.append((clean, self._fused[place]))
             self._placed[number] = (tuple(jnp.asarray(values[v]) for v in stretch.fixed), tuple(leaves))
         return self._placed[number]
 
