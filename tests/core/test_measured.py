@@ -158,7 +158,7 @@ def test_junctions_are_found_in_a_resnet_and_in_both_kinds_of_vit():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"scan": True}, *(pytest.param(value, marks=pytest.mark.slow) for value in ({}, {"remat": True}))],
+    [{}, {"scan": True}, {"remat": True}],
     ids=str,
 )
 def test_scanned_and_rematerialized_blocks_give_the_same_network(options):
