@@ -94,7 +94,9 @@ def check(model, size, count, expected_sites=None, *, pattern=".*", spread=0.02)
     assert set(nothing) == set(optimum)
     for name, least in optimum.items():
         assert abs(nothing[name] - 1) < 0.2, name  # the mean of ε²
-        assert learned[name] < nothing[name] and abs(learned[name] - least) < 0.15 * (nothing[name] + least), name
+        # Where hardly anything can be learned, the sample says nothing of the order.
+        assert least > 0.98 or learned[name] < nothing[name], name
+        assert abs(learned[name] - least) < 0.15 * (nothing[name] + least), name
     gradient = jax.jit(jax.grad(lambda tree: sum(losses(1.0, tree).values())))(denoise)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree_util.tree_leaves(gradient))
 
