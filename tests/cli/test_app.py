@@ -149,6 +149,7 @@ def test_fusing_again_gives_the_weights_of_the_run(finished, fuse):
     assert passed(fuse()) == own(finished)
 
 
+@pytest.mark.slow
 def test_rules_and_steps_give_different_weights_and_all_pass(finished, fuse):
     ways = [["--rule=paper"], ["--rule=ddim:0", "--steps=1"], ["--rule=ddim", "--steps=2"]]
     assert len({passed(fuse(*way)) for way in ways} | {own(finished)}) == len(ways) + 1

@@ -183,6 +183,7 @@ def test_scanned_and_rematerialized_blocks_give_the_same_network(options):
     assert float(jnp.abs(expected - model.apply({"params": params}, images[2])).max()) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["auto", "pointwise"])
 def test_convolutions_with_groups_strides_and_borders(kind):
     class Net(nn.Module):

@@ -278,6 +278,7 @@ def test_sites_draw_different_noise():
     assert not np.allclose(table["a"], table["b"])
 
 
+@pytest.mark.slow
 def test_token_sample_is_unbiased_and_smaller():
     full = means(DENOISE)
     part = means(DENOISE, 192, tokens=0.3)

@@ -93,6 +93,7 @@ def test_a_new_file_and_a_table_that_has_moved(run, checkpoint, tmp_path):
     call("fuse.py", f"--workdir={run}", f"--out={tmp_path / 'b'}", where).refused("goes with --export only")
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_camera_costs_less_after_fusion(tmp_path):
     accuracy = camera_noise.main(str(tmp_path))
     assert accuracy["fused, noisy"] > accuracy["baseline, noisy"] + 0.02

@@ -145,6 +145,7 @@ def test_what_a_run_keeps_of_its_images(finished, tmp_path, without_images):
     call("fuse.py", f"--workdir={directory}", "--resolve").refused("There is no directory.")
 
 
+@pytest.mark.slow
 def test_what_was_trained_can_be_mixed_with_the_backbone(finished, tmp_path, without_images):
     setup = finished.setup
     for strength in (0.0, 0.25):
@@ -204,6 +205,7 @@ def test_moments_of_something_else_are_refused(damage, finished, tmp_path):
         call("fuse.py", f"--workdir={directory}", f"--out={tmp_path / 'out'}", way).refused(MOMENTS, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["--resolve", "--sweep"])
 def test_moments_that_are_absent_are_taken(way, finished, tmp_path):
     """A run whose learner needs none has kept none; what asks for them first takes them."""

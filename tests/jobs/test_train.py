@@ -275,6 +275,7 @@ def test_labelled_folder_end_to_end(tmp_path):
     assert content["metrics"]["clean"]["n"] == 100 and content["learning"]["algorithm1"]["images"] == 160
 
 
+@pytest.mark.slow
 def test_unlabelled_folder_needs_a_backbone_and_has_no_accuracy(finished, tmp_path):
     write_digits(tmp_path / "images", 0, 64, labelled=False)
     options = [TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder:{tmp_path / 'images'}"]

@@ -63,6 +63,7 @@ def test_maps_given_directly_have_no_time_steps(finished, tmp_path):
     assert call("fuse.py", *place, "--resolve", "--rule=ddpm", "--steps=2").status == 0
 
 
+@pytest.mark.slow
 def test_unlabelled_pairs_are_measured_and_chosen_by_agreement(finished, tmp_path):
     from PIL import Image
 

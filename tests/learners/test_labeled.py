@@ -175,6 +175,7 @@ def test_the_naive_alternative_costs_what_fusion_does_not(labelled):
     assert best < nothing and list(section["per_site"]) == ["head"]
 
 
+@pytest.mark.slow
 def test_a_trained_backbone_is_fused_again_and_resumed(labelled, tmp_path):
     from drep_jax.run.export import Output
 

@@ -204,6 +204,7 @@ def test_resizing_equals_numpy_larger_and_smaller():
         np.testing.assert_allclose(resized, np_resize(x.astype(np.float64), size), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_queries_in_blocks_give_the_same_and_the_same_gradients(monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, n, 8)), jnp.float32) for n in (23, 6, 6))

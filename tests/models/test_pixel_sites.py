@@ -99,6 +99,7 @@ def test_sites_of_a_segformer():
     assert len(find_sites(full("segformer_b0"), IMAGE)) == 16  # the paper's: both linears of every MLP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fcn", "segformer"])
 def test_auxiliary_head_is_no_site_and_left_as_it_is(name):
     """Nothing is compiled: sites and idle layers are traced, and fusion is arithmetic of the host."""

@@ -121,6 +121,7 @@ def test_parameters_and_feature_at_full_size(name, expected, width):
     assert (feature.shape, feature.dtype) == ((2, width), jnp.float32)
 
 
+@pytest.mark.slow
 def test_the_branches_begin_with_one_tensor_and_share_its_denoiser_and_classifiers_are_no_layers():
     module, x = tiny(branches=2, block="bottleneck"), pictures()
     assert not any("neck" in layer.name for layer in find_layers(module, x))

@@ -114,6 +114,7 @@ def test_a_backbone_of_no_foreign_file_goes_into_a_new_one(finished, tmp_path):
     assert same_bits(back.variables, ours) and back.source.fused["rule"] == "ddpm"
 
 
+@pytest.mark.slow
 def test_a_half_precision_file_must_keep_the_change(finished, foreign_file, tmp_path):
     halves = tmp_path / "half.npz"
     np.savez(halves, **{name: tensor.astype(np.float16) for name, tensor in files.read(foreign_file).tensors.items()})

@@ -317,6 +317,7 @@ def test_a_finished_run_can_be_evaluated_with_re_ranking_and_by_persons(run):
     assert entry["baseline"]["mAP"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_a_set_of_more_identities(run, people):
     run, _ = run
     config, directory, setup = run.config, run.directory, run.setup

@@ -128,6 +128,7 @@ def test_the_report_states_the_protocol_and_shows_the_maps(run):
     assert "plots/overlays.png" in text and page.count("data:image/png;base64") == 1
 
 
+@pytest.mark.slow
 def test_a_later_evaluation_may_take_another_protocol(run):
     config, directory, content = run
     again, _ = evaluate.evaluate(config, directory)
