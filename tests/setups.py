@@ -42,7 +42,7 @@ def make_setup(backbone, images, *, source=None, task=None, mean=(0.0,) * 3, std
         "std": std,
         "others": (),
         "headless": backbone,
-        "task": next(iter(TASKS.values()))({"model": {}}) if task is None else task,
+        "task": next(iter(TASKS.values()))({"model": {}, "select": {"weighted": False}}) if task is None else task,
         "side": (),
     }
     return Setup(**{**given, **changes})

@@ -55,7 +55,7 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     check_sizes(config, setup)
     for learner in (config["learner"], *config["compare"]):
         lookup(LEARNERS, learner, "learner")
-    lookup(dict.fromkeys(PLACEBOS), evaluate.get("placebo", "effect"), "evaluate.placebo")
+    lookup(dict.fromkeys(PLACEBOS), evaluate["placebo"], "evaluate.placebo")
     check_choosing(config, setup)
     sweep = {name: config["sweep"][name] for name in ("rules", "steps", "scales", "strengths")}
     check_grid(setup.schedule, **sweep)
@@ -167,7 +167,7 @@ def check_evaluation(config: Config) -> None:
         raise ConfigError('evaluate.conditions is empty; give at least "clean".')
     for condition in evaluate["conditions"]:
         check_spec(condition)
-    for text in evaluate.get("statistics", ()):
+    for text in evaluate["statistics"]:
         Statistics.parse(text)
 
 

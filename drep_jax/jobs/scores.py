@@ -75,7 +75,7 @@ def with_statistics(
     Returns:
       All arms, and {name of a further arm, such as "baseline+image:0.1": what it mixes}.
     """
-    mixtures = [Statistics.parse(text) for text in config["evaluate"].get("statistics", ())]
+    mixtures = [Statistics.parse(text) for text in config["evaluate"]["statistics"]]
     further = {f"{name}+{mixture}": (name, mixture) for mixture in mixtures for name in names}
     everything = {**arms, **{row: arms[name] for row, (name, _) in further.items()}}
     return everything, {row: mixture for row, (_, mixture) in further.items()}
@@ -90,7 +90,7 @@ def placebo_of(run: Run, variables: Tree, denoisers: Denoisers) -> Denoisers:
       denoisers: the learned ones.
     """
     setup, key = run.setup, key_of(run.config, "placebo")
-    if run.config["evaluate"].get("placebo", "effect") == "norm":
+    if run.config["evaluate"]["placebo"] == "norm":
         return direct_maps(placebo_denoisers({"denoise": denoisers}, setup.sites, setup.schedule, key))
     count, size = len(setup.train), min(PLACEBO_BATCH, len(setup.train))
     spaced = np.linspace(0, count - 1, min(PLACEBO_IMAGES, count)).astype(int)

@@ -40,7 +40,7 @@ def check_scoring(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
             also = setup.held_out if divided else None
             note = check_classes(setup.train, setup.test, unknown=unknown, setting=UNKNOWN, also=also)
             data["test"]["notes"] += [note] if note else []
-        mixtures = [Statistics.parse(text) for text in config["evaluate"].get("statistics", ())]
+        mixtures = [Statistics.parse(text) for text in config["evaluate"]["statistics"]]
         _trace(setup, task, setup.test, mixtures)
     for other in setup.others:
         if other.gallery is not None:

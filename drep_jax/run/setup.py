@@ -15,7 +15,6 @@ from drep_jax.core.idle import find_idle
 from drep_jax.core.layers import find_layers
 from drep_jax.core.schedule import RULES, Schedule, reverse_steps
 from drep_jax.core.sites import (
-    MAX_PATCH_WIDTH,
     Coverage,
     Site,
     assign_times,
@@ -174,7 +173,7 @@ def build(config: Config, kept: tuple[Images, Side] | None = None) -> Setup:
         schedule=schedule,
         sites=sites,
         covered=coverage(sites, abstract["params"], idle),
-        forms=tuple(form_lines(sites, config["sites"].get("max_width", MAX_PATCH_WIDTH), idle)),
+        forms=tuple(form_lines(sites, config["sites"]["max_width"], idle)),
         train=images.train,
         held_out=images.held_out,
         test=images.test,
@@ -217,14 +216,14 @@ def _check_augmentation(config: Config, task: Task) -> None:
 def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, schedule: Schedule) -> tuple[Site, ...]:
     options, denoise = config["sites"], config["denoise"]
     layers = find_layers(backbone, images)
-    if options.get("batchnorm_bias", False):  # runs of earlier releases do not have it
+    if options["batchnorm_bias"]:
         layers = with_norms(layers, backbone, images)
     selected = select_sites(
         layers,
         options["pattern"] or None,
         kind=options["kind"],
-        max_patch_width=options.get("max_width", MAX_PATCH_WIDTH),
-        concatenated=options.get("concatenated", "full"),
+        max_patch_width=options["max_width"],
+        concatenated=options["concatenated"],
     )
     sites = assign_times(
         selected, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"]

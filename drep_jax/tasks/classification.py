@@ -154,5 +154,5 @@ class Classification(Task):
 
 def make_classification(config: Config) -> Classification:
     """Returns the task; `num_classes` of −1 means a backbone without a head."""
-    weighted = config.get("select", {}).get("weighted", False)
-    return Classification(headless=config["model"].get("num_classes") == -1, weighted=weighted)
+    headless = config["model"].get("num_classes") == -1
+    return Classification(headless=headless, weighted=config["select"]["weighted"])
