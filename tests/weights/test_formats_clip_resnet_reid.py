@@ -6,14 +6,13 @@ import pytest
 import safetensors.numpy
 
 from drep_jax import weights
-from drep_jax.errors import CheckpointError
 from drep_jax.models import create_model
 from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
-from drep_jax.weights.native import names_of
 from drep_jax.weights.positions import bilinear_weights
-from drep_jax.weights.translation import find_pieces, put_back
+from tests import foreign_files
 from tests.command import same_bits
+from tests.foreign_files import save
 
 CLIP_OPTIONS = {"patch_size": 16, "width": 8, "depth": 2, "num_heads": 2, "projection": 6}
 RESNET_OPTIONS = {"stage_sizes": (1, 1), "block": "basic", "width": 4}
@@ -34,30 +33,15 @@ def abstract(module):
 
 
 def theirs(fmt, module):
-    """(random variables, the foreign tensors that hold them)."""
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract(module))
-    arrays = names_of(variables)
-    pieces = find_pieces(fmt, module, {name: a.shape for name, a in arrays.items()})
-    return variables, put_back(pieces, arrays)
-
-
-def save(path, tensors):
-    safetensors.numpy.save_file({n: np.asarray(t, order="C") for n, t in tensors.items()}, str(path))
-    return str(path)
+    return foreign_files.theirs(fmt, module, abstract(module))
 
 
 def load(path, module, **options):
-    like = abstract(module)
-    fresh = jax.tree.map(lambda leaf: np.full(leaf.shape, 7, leaf.dtype), like)
-    return weights.load_foreign(path, module, like, fresh=lambda: fresh, **options)
+    return foreign_files.load(path, module, abstract(module), **options)
 
 
 def refused(path, module, *parts, **options):
-    with pytest.raises(CheckpointError) as caught:
-        load(path, module, **options)
-    for part in parts:
-        assert part in str(caught.value), str(caught.value)
+    foreign_files.refused(path, module, abstract(module), *parts, **options)
 
 
 CLIP_REID_REST = {

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from drep_jax import weights
 from drep_jax.errors import CheckpointError, ConfigError
@@ -11,8 +10,10 @@ from drep_jax.models import create_model
 from drep_jax.weights import files
 from drep_jax.weights.formats import fcn, segformer
 from drep_jax.weights.native import names_of
-from drep_jax.weights.translation import find_pieces, put_back
+from drep_jax.weights.translation import find_pieces
+from tests import foreign_files
 from tests.command import same_bits
+from tests.foreign_files import save
 from tests.pixel_classifiers import abstract, tiny
 
 FORMATS = {
@@ -39,29 +40,15 @@ BESIDE = {
 
 
 def theirs(fmt, module):
-    """(random variables, the foreign tensors that hold them)."""
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract(module))
-    arrays = names_of(variables)
-    return variables, put_back(find_pieces(fmt, module, {name: a.shape for name, a in arrays.items()}), arrays)
-
-
-def save(path, tensors):
-    safetensors.numpy.save_file({n: np.asarray(t, order="C") for n, t in tensors.items()}, str(path))
-    return str(path)
+    return foreign_files.theirs(fmt, module, abstract(module))
 
 
 def load(path, module, **options):
-    like = abstract(module)
-    fresh = jax.tree.map(lambda leaf: np.full(leaf.shape, 7, leaf.dtype), like)
-    return weights.load_foreign(path, module, like, fresh=lambda: fresh, **options)
+    return foreign_files.load(path, module, abstract(module), **options)
 
 
 def refused(path, module, *parts, **options):
-    with pytest.raises(CheckpointError) as caught:
-        load(path, module, **options)
-    for part in parts:
-        assert part in str(caught.value), str(caught.value)
+    foreign_files.refused(path, module, abstract(module), *parts, **options)
 
 
 # Names and shapes as the public files have them, written out by hand for the tiny networks of tests/pixel_classifiers.py:
