@@ -75,19 +75,17 @@ class PatchPCA:
 
     def encode(self, patches: Float[AnyArray, "*lead numbers"]) -> Any:
         """Returns the latents z = V (x − μ) / s."""
-        return ((patches - self._as(patches, self.mean)) @ self._as(patches, self.directions.T)) / self._as(
-            patches, self.scale
-        )
+        latents = (patches - _row(self.mean, patches)) @ _matrix(self.directions.T, patches)
+        return latents / _row(self.scale, patches)
 
     def decode(self, latents: Float[AnyArray, "*lead components"]) -> Any:
         """Returns the patches Vᵀ (s z) + μ."""
-        return (latents * self._as(latents, self.scale)) @ self._as(latents, self.directions) + self._as(
-            latents, self.mean
-        )
+        patches = (latents * _row(self.scale, latents)) @ _matrix(self.directions, latents)
+        return patches + _row(self.mean, latents)
 
     def residual(self, difference: Float[AnyArray, "*lead numbers"]) -> Any:
         """Returns a difference of patches along all D directions, in units of their scales."""
-        return (difference @ self._as(difference, self.basis.T)) / self._as(difference, self.deviation)
+        return (difference @ _matrix(self.basis.T, difference)) / _row(self.deviation, difference)
 
     def digest(self) -> str:
         """Returns an identifier of these numbers."""
@@ -95,10 +93,14 @@ class PatchPCA:
         text = f"{self.components} {self.patch}".encode()
         return hashlib.sha256(b"".join([text, *parts])).hexdigest()[:16]
 
-    @staticmethod
-    def _as(like: Any, value: np.ndarray) -> np.ndarray:
-        dtype = np.asarray(like).dtype if isinstance(like, np.ndarray) else like.dtype
-        return value.astype(dtype)
+
+def _matrix(value: np.ndarray, like: Any) -> np.ndarray:
+    return value.astype(like.dtype)
+
+
+def _row(value: np.ndarray, like: Any) -> np.ndarray:
+    """Returns a vector with the type and the rank of an array whose last axis it is along."""
+    return value.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def patch_pca(

@@ -167,7 +167,7 @@ class Objective:
         squares = jnp.square(self._difference(prediction, patches, noise))
         if self.outputs == "image":
             weights = np.where(np.arange(self.pca.numbers) < self.pca.components, 1.0, self.residual_weight)
-            squares = squares * jnp.asarray(weights, squares.dtype)
+            squares = squares * jnp.asarray(weights, squares.dtype)[None, None]
         by_patch = squares.sum(axis=-1)
         if self.noise == "mask":
             hidden = noise[..., 0].astype(by_patch.dtype)

@@ -4,9 +4,9 @@
 
     W = (FᵀF + λ n I)⁻¹ FᵀY,
 
-λ the largest one whose accuracy on a fifth of the images is within a standard error of the best. `trained_probe` is the recipe's: cross-entropy, Adam, a cosine, no
-weight decay. Norm and layer together are one affine map of the features, so a probe can become the
-head of the network.
+λ the largest one whose accuracy on a fifth of the images is within a standard error of the best.
+`trained_probe` is the recipe's: cross-entropy, Adam, a cosine, no weight decay. Norm and layer together
+are one affine map of the features, so a probe can become the head of the network.
 """
 
 import dataclasses
@@ -127,7 +127,7 @@ def trained_probe(
     params = {"kernel": kernel, "bias": jnp.zeros(classes, jnp.float32)}
 
     def loss(params: Any, rows: Any) -> Any:
-        logits = standard[rows] @ params["kernel"] + params["bias"]
+        logits = standard[rows] @ params["kernel"] + params["bias"][None]
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets[rows]).mean()
 
     @jax.jit
