@@ -133,6 +133,7 @@ def get_default() -> ConfigDict:
             "mask_ratio": 0.6,  # probability that a patch is hidden, with noise mask
             "conditioned": True,  # whether the network is told the time step, by adaLN-Zero
             "time_width": 0,  # of the time embedding; 0 for a quarter of the width
+            "gate": 0.0,  # of every branch at the start: 0 as in the paper; 1 starts as a plain ViT, for short pre-training
             "blocks": 0,  # of encoder and decoder together, an even number; 0 for twice model.depth
             "t": 10,  # time step at which the encoder becomes a plain ViT
             "project": True,  # whether the ViT sees images projected on the components, as in pre-training

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
 
     config.pretrain.update({"steps": 1000, "batch_size": 128, "learning_rate": 2e-3, "warmup": 100})
     config.pretrain.update({"components": 4, "scale": "whiten", "sweep": (0, 100), "probe_every": 200})
+    config.pretrain.gate = 1.0
 
     config.evaluate.conditions = ("clean", "pca_latent:0.7", "pca_latent:1.4", "gaussian:80")
     config.evaluate.batch_size = 200

@@ -58,6 +58,7 @@ class ConditionedBlock(nn.Module):
 
     num_heads: int
     mlp_dim: int
+    gate: float = 0.0
     qkv_bias: bool = True
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -77,13 +78,24 @@ class ConditionedBlock(nn.Module):
                 x = x + branch(nn.LayerNorm(self.norm_eps, use_fast_variance=False, **dtypes, name=name)(x))
             return x
         zeros = nn.initializers.zeros
-        numbers = nn.Dense(6 * width, kernel_init=zeros, param_dtype=self.param_dtype, dtype=None, name="modulation")(
-            condition
-        ).astype(x.dtype)
+        layer = nn.Dense(
+            6 * width,
+            kernel_init=zeros,
+            bias_init=self._initial_modulation,
+            param_dtype=self.param_dtype,
+            dtype=None,
+            name="modulation",
+        )
+        numbers = layer(condition).astype(x.dtype)
         shifts_scales_gates = jnp.split(numbers[:, None], 6, axis=-1)
         for branch, (shift, scale, gate) in ((attention, shifts_scales_gates[:3]), (mlp, shifts_scales_gates[3:])):
             x = x + gate * branch(modulated(x, shift, scale, self.norm_eps, self.dtype))
         return x
+
+    def _initial_modulation(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Returns shift 0, scale 0 and the initial gate, twice."""
+        del key
+        return jnp.repeat(jnp.array([0.0, 0.0, self.gate] * 2, dtype), shape[0] // 6)
 
 
 def modulated(x: Array, shift: Array, scale: Array, eps: float, dtype: Any) -> Array:
@@ -103,7 +115,9 @@ class DenoisingAutoencoder(nn.Module):
       mlp_dim: hidden dimension of the MLPs.
       grid: number of patches along (height, width).
       outputs: numbers predicted for each patch.
-      time_width: width of the time embedding; 0 for a network that is not told t.
+      time_width: of the time embedding; 0 for a network that is not told t.
+      gate: of every branch before the first step: 0 in adaLN-Zero, where the encoder starts as its
+        patch embedding; with 1 it starts as a plain ViT.
       qkv_bias: whether query, key and value have biases.
       activation: of the MLPs; see `drep_jax.models.vit.ViT`.
       norm_eps: of every LayerNorm.
@@ -119,6 +133,7 @@ class DenoisingAutoencoder(nn.Module):
     grid: tuple[int, int]
     outputs: int
     time_width: int
+    gate: float = 0.0
     qkv_bias: bool = True
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -140,6 +155,7 @@ class DenoisingAutoencoder(nn.Module):
         options = {
             "num_heads": self.num_heads,
             "mlp_dim": self.mlp_dim,
+            "gate": self.gate,
             "qkv_bias": self.qkv_bias,
             "activation": self.activation,
             "norm_eps": self.norm_eps,

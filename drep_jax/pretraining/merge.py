@@ -55,7 +55,13 @@ def check_vit(vit: Any) -> None:
 
 
 def autoencoder_of(
-    vit: ViT, objective: Objective, *, decoder_depth: int | None = None, conditioned: bool = True, time_width: int = 0
+    vit: ViT,
+    objective: Objective,
+    *,
+    decoder_depth: int | None = None,
+    conditioned: bool = True,
+    time_width: int = 0,
+    gate: float = 0.0,
 ) -> DenoisingAutoencoder:
     """Returns the autoencoder whose encoder has the blocks of a ViT.
 
@@ -65,6 +71,7 @@ def autoencoder_of(
       decoder_depth: blocks of the decoder; None for as many as the encoder.
       conditioned: whether the network is told t.
       time_width: of the time embedding; 0 for a quarter of the width.
+      gate: of every branch before the first step.
     """
     check_vit(vit)
     return DenoisingAutoencoder(
@@ -76,6 +83,7 @@ def autoencoder_of(
         grid=vit.grid,
         outputs=objective.output_width,
         time_width=(time_width or -(-vit.width // 4)) if conditioned else 0,
+        gate=gate,
         qkv_bias=vit.qkv_bias,
         activation=vit.activation,
         norm_eps=vit.norm_eps,

@@ -108,6 +108,8 @@ def check_pretraining(config: Config, setup: Setup) -> None:
     patch = pair(vit.patch_size)
     check_components(options["components"], patch, patch[0] * patch[1] * 3)
     decoder_depth(options["blocks"], vit.depth)
+    if not np.isfinite(options["gate"]):
+        raise ConfigError(f"pretrain.gate={options['gate']} must be a finite number.")
     if options["time_width"] < 0:
         raise ConfigError(
             f"pretrain.time_width={options['time_width']} must be 0, for a quarter of the width, or more."
@@ -223,6 +225,7 @@ def pretraining_of(run: Run, pca: PatchPCA) -> Pretraining:
         decoder_depth=decoder_depth(options["blocks"], vit.depth),
         conditioned=options["conditioned"],
         time_width=options["time_width"],
+        gate=options["gate"],
     )
     abstract = jax.eval_shape(vit.init, jax.random.key(0), run.setup.images)["params"]
     return Pretraining(net, objective, vit, abstract, options["t"], options["project"])

@@ -53,7 +53,7 @@ def test_what_no_pca_can_be_made_of():
     for components in (0, NUMBERS + 1, True):
         with pytest.raises(ConfigError, match=rf"pretrain.components={components}.*between 1 and {NUMBERS}"):
             patch_pca(count, mean, covariance, components=components, patch=PATCH)
-    with pytest.raises(ConfigError, match='pretrain.scale="unit": expected one of global'):
+    with pytest.raises(ConfigError, match=r'pretrain.scale="unit": expected one of global'):
         patch_pca(count, mean, covariance, components=4, patch=PATCH, scale="unit")
     with pytest.raises(DataError, match=f"at least that many patches, and there are {NUMBERS - 1}"):
         patch_pca(NUMBERS - 1, mean, covariance, components=4, patch=PATCH)

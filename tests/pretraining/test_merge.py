@@ -92,15 +92,15 @@ def test_what_cannot_be_merged():
     vit = make_vit()
     _, params, objective, abstract, _ = make_case(vit)
     merged = merge(params, objective, vit, abstract, 10)
-    with pytest.raises(CheckpointError, match="cannot be merged twice"):
+    with pytest.raises(CheckpointError, match=r"cannot be merged twice"):
         merge(merged, objective, vit, abstract, 10)
-    with pytest.raises(ConfigError, match="pretrain.t=1000 is outside the schedule"):
+    with pytest.raises(ConfigError, match=r"pretrain.t=1000 is outside the schedule"):
         merge(params, objective, vit, abstract, 1000)
     with pytest.raises(CheckpointError, match="not those of a denoising autoencoder"):
         merge({"fc": params["head"]}, objective, vit, abstract, 10)
     latent = make_case(vit, inputs="latent")
     other = make_case(vit, components=5, inputs="latent")
-    with pytest.raises(CheckpointError, match="takes 6 numbers a patch.*make 5 numbers"):
+    with pytest.raises(CheckpointError, match=r"takes 6 numbers a patch.*make 5 numbers"):
         merge(latent[1], other[2], vit, abstract, 10)
     for changes, message in (
         ({"class_token": True}, "model.class_token=False"),
