@@ -20,6 +20,7 @@ LONG = {
     "cifar10c",
     "distilled",
     "front",
+    "ldae",
     "learn",
     "mcunet",
     "measured",
@@ -52,7 +53,7 @@ def test_every_benchmark_runs_at_the_tiny_size(name, arguments, capsys, tmp_path
         command.append(f"--out={tmp_path}")
     if name in ("modes", "reid"):
         command.append(f"--workdir={tmp_path}")
-    if name == "camvid":
+    if name in ("camvid", "ldae"):
         command.append(f"--cache={tmp_path}")
     if name == "cifar10c":
         command.append(f"--out={tmp_path / 'out.json'}")
