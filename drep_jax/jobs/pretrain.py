@@ -181,7 +181,7 @@ def random_encoder(run: Run, pretraining: Pretraining) -> Tree:
     """
     fresh = jax.device_get(fresh_autoencoder(run, pretraining))
     given = neutral(fresh) if pretraining.net.time_width else None
-    options = {"project": pretraining.project, "given": given}
+    options: dict[str, Any] = {"project": pretraining.project, "given": given}
     return {
         "params": merge(fresh, pretraining.objective, pretraining.vit, pretraining.abstract, pretraining.t, **options)
     }

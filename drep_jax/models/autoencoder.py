@@ -100,7 +100,7 @@ class ConditionedBlock(nn.Module):
 
 def modulated(x: Array, shift: Array, scale: Array, eps: float, dtype: Any) -> Array:
     """Returns LN(x)·(1 + scale) + shift, LN without parameters."""
-    norm = nn.LayerNorm(eps, use_bias=False, use_scale=False, use_fast_variance=False, dtype=dtype, parent=None)
+    norm: Any = nn.LayerNorm(eps, use_bias=False, use_scale=False, use_fast_variance=False, dtype=dtype, parent=None)
     return norm.apply({}, x) * (1 + scale) + shift
 
 

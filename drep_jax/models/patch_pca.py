@@ -194,7 +194,7 @@ def _deviation(variance: np.ndarray, components: int, scale: str) -> np.ndarray:
 def save_pca(path: str, pca: PatchPCA, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Writes a PCA with the normalization of the images that it is of, whole or not at all."""
     arrays: dict[str, Any] = {name: getattr(pca, name) for name in _FIELDS}
-    numbers = {"components": pca.components, "patch": pca.patch, "count": pca.count}
+    numbers: dict[str, Any] = {"components": pca.components, "patch": pca.patch, "count": pca.count}
     with whole(path, "wb") as file:
         np.savez(file, **arrays, **numbers, image_mean=mean, image_std=std)
 

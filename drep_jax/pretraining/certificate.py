@@ -84,8 +84,8 @@ class MergeCertificate:
 
 def pooled(vit: ViT, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
     """Returns the features of the encoder's tokens: their mean, with a norm without parameters where the ViT has one."""
-    norm = layer_norm("norm", vit.norm_eps, None, tokens.dtype)
-    identity = {"params": {"scale": jnp.ones(vit.width, tokens.dtype), "bias": jnp.zeros(vit.width, tokens.dtype)}}
+    norm: Any = layer_norm("norm", vit.norm_eps, None, tokens.dtype)
+    identity: Any = {"params": {"scale": jnp.ones(vit.width, tokens.dtype), "bias": jnp.zeros(vit.width, tokens.dtype)}}
     if not vit.final_norm:
         return tokens.mean(axis=1)
     if vit.pool == "mean":
@@ -105,7 +105,7 @@ def encoder_features(
 ) -> Float[Array, "batch width"]:
     """Returns the pooled features of clean images from the autoencoder itself, told t."""
     patches = encoder_input(objective, vit, images, t, project)
-    tokens = net.apply({"params": params}, patches, jnp.full(len(images), t, patches.dtype), method="encode")
+    tokens: Any = net.apply({"params": params}, patches, jnp.full(len(images), t, patches.dtype), method="encode")
     return pooled(vit, tokens)
 
 
@@ -149,14 +149,14 @@ def certify_merge(
         free = net.clone(dtype=None, param_dtype=jnp.float64)
         wide = jax.tree_util.tree_map(wide_leaf, (params, measured, base, images))
         with widened():
-            results = {
-                "float64": _measure(free, objective, vit.clone(dtype=None, param_dtype=jnp.float64), *wide, t, project)
-            }
+            wide_vit = vit.clone(dtype=None, param_dtype=jnp.float64)
+            results = {"float64": _measure(free, objective, wide_vit, wide, t, project)}
     name = type_name(jax.tree_util.tree_leaves(deployed))
     if name != "float64":
         base = jax.tree_util.tree_map(lambda leaf, like: leaf.astype(like.dtype), base, stored)
-        results[name] = _measure(net, objective, vit, params, deployed, base, images, t, project)
-    shapes = jax.tree_util.tree_structure(deployed) == jax.tree_util.tree_structure(abstract)
+        results[name] = _measure(net, objective, vit, (params, deployed, base, images), t, project)
+    trees: list[Any] = [jax.tree_util.tree_structure(tree) for tree in (deployed, abstract)]
+    shapes = trees[0] == trees[1]
     types = [np.asarray(leaf).dtype for leaf in jax.tree_util.tree_leaves(deployed)]
     return MergeCertificate(
         t=t,
@@ -177,15 +177,18 @@ def _measure(
     net: DenoisingAutoencoder,
     objective: Objective,
     vit: ViT,
-    params: Tree,
-    merged: Tree,
-    base: Tree,
-    images: Any,
+    trees: tuple[Tree, Tree, Tree, Any],
     t: int,
     project: bool,
 ) -> tuple[Figure, dict[str, Figure]]:
-    """Returns the figure of the pooled features and those of the blocks, in the numbers' own type."""
-    options = {"num_heads": vit.num_heads, "mlp_dim": vit.mlp_dim, "qkv_bias": vit.qkv_bias}
+    """Returns the figure of the pooled features and those of the blocks, in the numbers' own type.
+
+    Args:
+      net, objective, vit: the networks.
+      trees: parameters of the autoencoder, of the merged and of the neutral ViT, and the images.
+      t, project: see `certify_merge`.
+    """
+    options: dict[str, Any] = {"num_heads": vit.num_heads, "mlp_dim": vit.mlp_dim, "qkv_bias": vit.qkv_bias}
     options |= {"activation": vit.activation, "norm_eps": vit.norm_eps, "dtype": vit.dtype}
     names = [f"encoderblock_{number}" for number in range(vit.depth)]
 
@@ -199,7 +202,7 @@ def _measure(
         condition = None
         if net.time_width:
             condition = net.apply({"params": params}, jnp.full(len(images), t, patches.dtype), method="condition")
-        tokens = net.apply({"params": params}, patches, method="embed")
+        tokens: Any = net.apply({"params": params}, patches, method="embed")
         rows = []
         for number, name in enumerate(names):
             block = ConditionedBlock(**options, param_dtype=net.param_dtype)
@@ -213,8 +216,8 @@ def _measure(
         return _squares(nothing, pooled(vit, tokens), ours), rows
 
     with jax.default_matmul_precision("highest"):
-        end, rows = jax.device_get(jax.jit(run)(params, merged, base, images))
-    unit = epsilon([np.asarray(leaf).dtype for leaf in jax.tree_util.tree_leaves(merged)])
+        end, rows = jax.device_get(jax.jit(run)(*trees))
+    unit = epsilon([np.asarray(leaf).dtype for leaf in jax.tree_util.tree_leaves(trees[1])])
     # Errors of the blocks add up.
     return figure(end, unit, 1.0 + vit.depth), {n: figure(r, unit) for n, r in zip(names, rows, strict=True)}
 

@@ -104,6 +104,7 @@ class Objective:
         if self.schedule in ("linear", "single"):
             sigma = self.max_sigma * steps / (self.timesteps - 1)
             return np.ones(len(steps)), sigma if self.schedule == "linear" else np.full(len(steps), SINGLE)
+        square: np.ndarray
         if self.schedule == "variance":
             square = 1 - (steps + 1) / self.timesteps
         else:

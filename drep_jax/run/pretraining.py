@@ -84,7 +84,7 @@ class Pretraining:
         patches = patches_of(images, self.pca.patch)
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.objective.timesteps))(keys)
         noisy, noise = self.objective.corrupted(patches, t, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys))
-        prediction = self.net.apply({"params": params}, noisy, t.astype(jnp.float32))
+        prediction: Any = self.net.apply({"params": params}, noisy, t.astype(jnp.float32))
         return self.objective.loss(prediction.astype(jnp.float32), patches, t, noise)
 
 
