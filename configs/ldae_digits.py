@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
     config.model.update({"class_token": False, "pool": "mean", "final_norm": False})
     config.model.activation = "gelu_tanh"
 
-    config.pretrain.update({"steps": 1000, "batch_size": 128, "learning_rate": 2e-3, "warmup": 100})
-    config.pretrain.update({"components": 4, "scale": "whiten", "sweep": (0, 100), "probe_every": 200})
+    config.pretrain.update({"steps": 600, "batch_size": 64, "learning_rate": 2e-3, "warmup": 60})
+    config.pretrain.update({"components": 4, "scale": "whiten", "sweep": (100,), "probe_every": 200})
     config.pretrain.gate = 1.0
 
     config.evaluate.conditions = ("clean", "pca_latent:0.7", "pca_latent:1.4", "gaussian:80")

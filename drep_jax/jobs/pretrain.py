@@ -19,7 +19,7 @@ from drep_jax.metrics.pictures import small
 from drep_jax.models.autoencoder import images_of, patches_of
 from drep_jax.models.patch_pca import PatchPCA
 from drep_jax.parallel import processes
-from drep_jax.pretraining.merge import merge, neutral
+from drep_jax.pretraining.merge import merge, neutral, shifted
 from drep_jax.pretraining.probe import Probe, ridge_probe
 from drep_jax.progress import pulsing
 from drep_jax.run.inputs import certificate_images
@@ -81,8 +81,9 @@ def pretrained_backbone(run: Run) -> Tree:
         section |= {"certificate": certificate.to_json(), "pictures": pictures(run, pretraining, params)}
     head = None
     if can_probe(run.setup) and run.setup.test is not None:
-        probe, section["probe"] = probed(run, pretraining, params, run.setup.test)
-        head = probe.head
+        probe, mean, section["probe"] = probed(run, pretraining, params, run.setup.test)
+        head = probe.head(mean)
+        encoder = {"params": shifted(encoder["params"], pretraining.vit, mean)}
     variables = with_encoder(run, encoder, head)
     save_encoder(run, variables)
     if processes.primary():
@@ -187,8 +188,8 @@ def random_encoder(run: Run, pretraining: Pretraining) -> Tree:
     }
 
 
-def probed(run: Run, pretraining: Pretraining, params: Tree, test: Source) -> tuple[Probe, dict[str, Any]]:
-    """Returns the probe of the encoder, and the comparison of all arms under all conditions.
+def probed(run: Run, pretraining: Pretraining, params: Tree, test: Source) -> tuple[Probe, np.ndarray, dict[str, Any]]:
+    """Returns the probe of the encoder, the mean of its features, and the comparison of all arms under all conditions.
 
     Every probe is learned on clean training images and kept for all conditions.
     """
@@ -217,7 +218,8 @@ def probed(run: Run, pretraining: Pretraining, params: Tree, test: Source) -> tu
         }
         compared[condition] = compare_arms(hits, ENCODER, **bootstrap)
     section = {"images": len(labels), "conditions": compared, "sweep": [pretraining.t, *times]}
-    return ridge_probe(features[ENCODER], labels, classes), section
+    probe = ridge_probe(features[ENCODER], labels, classes)
+    return probe, features[ENCODER].mean(axis=0, dtype=np.float64), {**section, "strength": probe.strength}
 
 
 def pictures(run: Run, pretraining: Pretraining, params: Tree) -> dict[str, Any]:

@@ -207,6 +207,28 @@ def _embedding(layer: Tree, objective: Objective, vit: ViT, t: int, project: boo
     return {"kernel": kernel.reshape(height, width, pca.channels, vit.width), "bias": bias}
 
 
+def shifted(params: Tree, vit: ViT, shift: np.ndarray) -> Tree:
+    """Returns a merged ViT whose features are those before minus `shift`, (width,); exact, by a bias.
+
+    A head that standardizes features multiplies their mean by as much as their differences, so that
+    large terms cancel in its sums. Centered features have nothing to cancel.
+    """
+    if vit.final_norm:
+        return {**params, "norm": {**params["norm"], "bias": _minus(params["norm"]["bias"], shift)}}
+    # The features are the mean of what the last block returns.
+    name = "encoder" if vit.scan else f"encoderblock_{vit.depth - 1}"
+    block = params[name]
+    last = block["mlp"]["fc2"]
+    row = np.zeros(last["bias"].shape)
+    row.reshape(-1, vit.width)[-1] = shift  # of the last of stacked blocks
+    bias = _minus(last["bias"], row)
+    return {**params, name: {**block, "mlp": {**block["mlp"], "fc2": {**last, "bias": bias}}}}
+
+
+def _minus(leaf: Any, shift: np.ndarray) -> np.ndarray:
+    return (np.asarray(leaf, np.float64) - shift).astype(np.asarray(leaf).dtype)
+
+
 def check_unmerged(params: Tree, objective: Objective, vit: ViT) -> None:
     """Refuses parameters that are no autoencoder's, or of another size.
 

@@ -52,10 +52,10 @@ class Probe:
         """Returns whether the largest score is that of the label, 0 or 1."""
         return (self(features).argmax(axis=1) == labels).astype(np.float64)
 
-    @property
-    def head(self) -> dict[str, np.ndarray]:
-        """The parameters of a linear layer."""
-        return {"kernel": self.kernel.astype(np.float32), "bias": self.bias.astype(np.float32)}
+    def head(self, shift: Float[np.ndarray, " width"] | float = 0.0) -> dict[str, np.ndarray]:
+        """Returns the parameters of a linear layer on features that `shift` was subtracted from."""
+        bias = self.bias + np.broadcast_to(shift, len(self.kernel)) @ self.kernel
+        return {"kernel": self.kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
 def ridge_probe(

@@ -23,8 +23,9 @@ def test_ridge_is_the_minimum_for_standardized_features():
         standard.T @ standard + 0.1 * len(labels) * np.eye(6), standard.T @ (targets - targets.mean(axis=0))
     )
     np.testing.assert_allclose(probe(features), standard @ expected + targets.mean(axis=0), atol=1e-4)
-    head = probe.head
-    np.testing.assert_allclose(features @ head["kernel"] + head["bias"], probe(features), atol=1e-4)
+    for shift in (0.0, features.mean(axis=0)):
+        head = probe.head(shift)
+        np.testing.assert_allclose((features - shift) @ head["kernel"] + head["bias"], probe(features), atol=1e-4)
 
 
 def test_the_strength_is_the_largest_that_is_as_good():
