@@ -94,7 +94,7 @@ def get_default() -> ConfigDict:
         "no_decay": (),  # regular expressions over paths of parameters without weight decay; () for the usual ones
         "rates": (),  # factors on the learning rate: ((regular expression over paths, factor), …)
     }
-    stage = {
+    unlabeled = {
         **computing,
         **falling,
         "steps": 0,  # of training; 0 for no training
@@ -104,6 +104,9 @@ def get_default() -> ConfigDict:
         "warmup": 0,  # steps of linear warm-up
         "weight_decay": 0.0,  # not for adam
         "clip": 0.0,  # largest gradient norm; 0 for no limit
+    }
+    stage = {
+        **unlabeled,
         "label_smoothing": 0.0,  # fraction of the target spread over all classes
     }
     init = {
@@ -115,7 +118,6 @@ def get_default() -> ConfigDict:
         "init_channels": "",  # "sum", "mean" or "repeat": how a first convolution of other channels is read; "" refuses it
         "init_allow": (),  # regular expressions; names that may be missing, unused or of another shape
     }
-    unlabeled = {name: value for name, value in stage.items() if name != "label_smoothing"}
     config.pretrain = ConfigDict(  # the backbone, a ViT, first learns to denoise without labels (docs/pretraining.md)
         {
             **unlabeled,
