@@ -79,7 +79,7 @@ def hits_of(
         features_of(setup, arms, each, networks=networks, **options) for each in (train, setup.test)
     )
     recipe = {"epochs": arguments.epochs, "batch_size": 2048, "learning_rate": 0.01}
-    readers = probe_arms(features, labels, int(setup.train.num_classes), readers=READERS, **recipe)
+    readers = probe_arms(features, labels, int(setup.train.num_classes), readers=arguments.readers, **recipe)
     return {arm: {name: read(queries[arm], truth) for name, read in each.items()} for arm, each in readers.items()}
 
 
@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--train", type=int, default=20_000, help="training images of the probes")
+    parser.add_argument("--readers", type=lambda text: tuple(text.split(",")), default=READERS)
     parser.add_argument("--epochs", type=int, default=90, help="of the trained probe")
     parser.add_argument("--every", type=int, default=0, help="steps between points of the curve")
     parser.add_argument("--curve", type=int, default=4000, help="images of the curve's probes, training and test")
@@ -183,8 +184,9 @@ def table(done: dict[int, dict[str, dict[str, np.ndarray]]], arguments: Any) -> 
     rows = []
     for name in names:
         have = [seed for seed in done if name in done[seed]]
-        mean = {reader: 100 * np.mean([done[seed][name][reader].mean() for seed in have]) for reader in READERS}
-        row = [name, len(have), *(f"{mean[reader]:.2f}" for reader in READERS)]
+        readers = [reader for reader in READERS if all(reader in done[seed][name] for seed in have)]
+        mean = {reader: 100 * np.mean([done[seed][name][reader].mean() for seed in have]) for reader in readers}
+        row = [name, len(have), *(f"{mean[reader]:.2f}" if reader in mean else "–" for reader in READERS)]
         both = [seed for seed in seeds if seed in have]
         if name != ours and both:
             # An image's hits are averaged over the seeds: images are what is resampled.

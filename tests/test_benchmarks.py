@@ -25,6 +25,7 @@ LONG = {
     "mcunet",
     "measured",
     "modes",
+    "pretrain",
     "real_noise",
     "reid",
     "ridge",
