@@ -101,7 +101,7 @@ def kept(path: str, make: Any) -> dict[str, dict[str, np.ndarray]]:
 def trained(arguments: Any, arm: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
     """Returns the hits of an arm at its time steps, training it first if need be."""
     run = job_of(arguments, arm, seed)
-    path = os.path.join(run.directory, "hits.npz")
+    path = os.path.join(run.directory, f"hits_{arguments.train}.npz")
 
     def make() -> Any:
         pretraining = pretraining_of(run, pca_of(run))
@@ -138,7 +138,7 @@ def untrained(arguments: Any, seed: int) -> dict[str, dict[str, np.ndarray]]:
         arms = {RANDOM: random_encoder(run, pretraining), **{name: {"params": {}} for name in networks}}
         return hits_of(run, arguments, networks, arms)
 
-    return kept(os.path.join(run.directory, "hits.npz"), make)
+    return kept(os.path.join(run.directory, f"hits_{arguments.train}.npz"), make)
 
 
 def main(argv: list[str] | None = None) -> None:
