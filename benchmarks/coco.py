@@ -188,7 +188,9 @@ def main(command: Any = None) -> None:
     parser.add_argument("--config", default="yolo_fastest_coco", help="in configs/")
     parser.add_argument("--arms", default=".*", help="regular expression of the arms")
     parser.add_argument("--every", type=int, default=1, help="score every n-th test image")
-    parser.add_argument("--images", type=int, help="training images to learn from; all that are not held out by default")
+    parser.add_argument(
+        "--images", type=int, help="training images to learn from; all that are not held out by default"
+    )
     parser.add_argument("--conditions", default="", help="with commas between; those of the configuration by default")
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=1e6, help="no new work is begun after these")

@@ -124,7 +124,9 @@ class Detection(Task):
         """Returns the parts of the network's loss by name, see `Detector.losses`."""
         detector: Any = backbone
         targets = Targets(
-            boxes=batch["boxes"], classes=batch["classes"], crowd=batch["crowd"].astype(bool) | batch["ignore"].astype(bool)
+            boxes=batch["boxes"],
+            classes=batch["classes"],
+            crowd=batch["crowd"].astype(bool) | batch["ignore"].astype(bool),
         )
         size = self._size(batch)
         outputs = backbone.apply(variables, self._cleared(images, size), size=size, targets=targets, **options)

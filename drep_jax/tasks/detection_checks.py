@@ -81,10 +81,14 @@ def check_run(task: Any, config: Config, setup: Any, plans: Sequence[StagePlan],
         )
     explicit = [name for name in (config["learner"], *config["compare"]) if name in EXPLICIT]
     if explicit:
-        raise ConfigError(f"Learner {explicit[0]} denoises the one final feature of an image, and {task.name} has none.")
+        raise ConfigError(
+            f"Learner {explicit[0]} denoises the one final feature of an image, and {task.name} has none."
+        )
     for plan in plans:
         if plan.section in config and config[plan.section].get("label_smoothing"):
-            raise ConfigError(f"{plan.section}.label_smoothing: networks that find objects have their own loss; set it to 0.")
+            raise ConfigError(
+                f"{plan.section}.label_smoothing: networks that find objects have their own loss; set it to 0."
+            )
     if plans:
         check_objects(setup.train, "training images")
         if devices.host()[1] > 1 and not task.capacity:
