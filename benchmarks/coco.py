@@ -108,6 +108,10 @@ class Scorer:
         self.job = job
         self._programs: dict[Any, Callable[..., Any]] = {}
 
+    def pixels(self, images: np.ndarray, index: np.ndarray, condition: str) -> np.ndarray:
+        """Returns test images under a condition, applied to what the network gets."""
+        return corrupt(images, index, condition, SEED)
+
     def __call__(self, statistics: Statistics | None, variables: Any, condition: str) -> Any:
         """Returns the statistics of an arm whose BatchNorms mix `statistics`."""
         job, task = self.job, self.job.setup.task
@@ -120,8 +124,9 @@ class Scorer:
         for first in range(0, len(job.index), BATCH):
             places = np.arange(first, first + BATCH) % len(job.index)
             batch = read(job.setup.test, job.index[places], with_room(task.columns))
-            pixels = corrupt(batch["image"], job.index[places], condition, SEED)
-            inputs = np.asarray(job.setup.inputs({**batch, "image": pixels}))
+            inputs = np.asarray(
+                job.setup.inputs({**batch, "image": self.pixels(batch["image"], job.index[places], condition)})
+            )
             columns = {name: column for name, column in batch.items() if name != "image"}
             parts.append(jax.device_get(run(variables, inputs, columns)))
         return jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves)[: len(job.index)], *parts)

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/yolo_fastest_coco.py  # expects coco256_detseg.npz and weights/ in DREP_DATA
 
-A YOLOv3 of 0.92 million parameters for images of 320 × 320 pixels. Of the 128 training pictures three
-tenths are held out for choices; no label of them is read. The 128 pictures of val2017 are the test:
+A YOLOv3 of 0.92 million parameters for images of 320 × 320 pixels. Of the 128 training pictures 27 are
+held out for choices; no label is read. The 128 pictures of val2017 are the test:
 AP 22.0, AP50 43.5 clean (boxes from a score of 0.005, suppression at an IoU of 0.45, areas of the
 boxes in the stored pictures). benchmarks/coco.py has further arms; results are in docs/results.md.
 """

@@ -168,9 +168,9 @@ def _boxes(report: Mapping[str, Any]) -> list[Block]:
         Heading("Test images"),
         Text(
             f"Of {boxes['of']} {boxes['condition']} images, {after} finds more objects than {before}, less the wrong boxes, in "
-            f"{boxes['improved']}, and fewer in {boxes['worsened']}, with boxes of a score of {boxes['score']:g} or more. Shown "
-            "are those that gained and lost most, then some at random: the first kinds show what can happen, only the last how "
-            "often."
+            f"{boxes['improved']}, and fewer in {boxes['worsened']}, with boxes of a score of {boxes['score']:g} or more. "
+            "Shown are those that gained and lost most, then some at random: the first kinds show what can happen, only the "
+            "last how often."
         ),
         Picture(
             "boxes", "Test images with their objects, the boxes of both networks, and what was gained and lost", True
