@@ -5,8 +5,8 @@ height, width, channels) and returns logits (batch, num_classes), or features wh
 those for re-identification always return features, and their method `outputs` returns what the training
 losses read. Those that classify every pixel return maps of logits (batch, rows, columns,
 num_classes) of a lower resolution, and with `train=True` those of an auxiliary head too, where there
-is one. To add a model, add a line to `MODELS`. A module that is not in the registry is imported
-by name, see `imported`.
+is one. Those that find objects are `drep_jax.models.detectors.base.Detector`s. To add a model, add
+a line to `MODELS`. A module that is not in the registry is imported by name, see `imported`.
 """
 
 import fnmatch
@@ -23,6 +23,7 @@ from drep_jax.models.backbone import Backbone, BatchNormBackbone
 from drep_jax.models.bilinear import resize_bilinear
 from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.depthwise import depthwise_conv
+from drep_jax.models.detectors.darknet import Darknet
 from drep_jax.models.fcn import FCN
 from drep_jax.models.imported import abstract_variables, output_shape
 from drep_jax.models.mcunet import MCUNet
@@ -148,6 +149,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "segformer_b3": functools.partial(_segformer_wide, depths=(3, 4, 18, 3)),
     "segformer_b4": functools.partial(_segformer_wide, depths=(3, 8, 27, 3)),
     "segformer_b5": functools.partial(_segformer_wide, depths=(3, 6, 40, 3)),
+    "darknet": Darknet,
 }
 
 

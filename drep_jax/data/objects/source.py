@@ -46,6 +46,7 @@ class ObjectSource:
       category_ids: the set's own number of each class, as in COCO's files of results.
       image_ids: the set's own number of each image, int64 (n,).
       objects: number of objects of each image that are neither crowds nor ignored, int32 (n,).
+      has_areas: whether the set states areas other than those of the boxes.
       stored: the stored split that the images come from.
     """
 
@@ -71,6 +72,10 @@ class ObjectSource:
         self.image_ids = np.array([image.image_id for image in images], np.int64)
         self.objects = np.array([int((~(image.crowd | image.ignore)).sum()) for image in images], np.int32)
         self._images = list(images)
+        self.has_areas = any(
+            not np.allclose(image.area, np.prod(image.boxes[:, 2:] - image.boxes[:, :2], axis=1), rtol=1e-3)
+            for image in images
+        )
 
     def __len__(self) -> int:
         return len(self._images)
