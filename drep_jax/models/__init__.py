@@ -5,7 +5,8 @@ height, width, channels) and returns logits (batch, num_classes), or features wh
 those for re-identification always return features, and their method `outputs` returns what the training
 losses read. Those that classify every pixel return maps of logits (batch, rows, columns,
 num_classes) of a lower resolution, and with `train=True` those of an auxiliary head too, where there
-is one. Those that find objects return their predictions, see `drep_jax.models.detectors.base`. To add a model, add a line to `MODELS`. A module that is not in the registry is imported
+is one. Those that find objects are `drep_jax.models.detectors.base.Detector`s. To add a model, add a
+line to `MODELS`. A module that is not in the registry is imported
 by name, see `imported`.
 """
 
@@ -25,6 +26,7 @@ from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.detectors.atss import ATSS
 from drep_jax.models.detectors.centernet import CenterNet
+from drep_jax.models.detectors.darknet import Darknet
 from drep_jax.models.detectors.detr import DETR
 from drep_jax.models.detectors.yolov3 import yolov3
 from drep_jax.models.fcn import FCN
@@ -152,6 +154,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "segformer_b3": functools.partial(_segformer_wide, depths=(3, 4, 18, 3)),
     "segformer_b4": functools.partial(_segformer_wide, depths=(3, 8, 27, 3)),
     "segformer_b5": functools.partial(_segformer_wide, depths=(3, 6, 40, 3)),
+    "darknet": Darknet,
     # As published by mmdetection; detr_r50 also by facebookresearch and transformers (implementation="facebookresearch").
     "detr": DETR,
     "detr_r50": functools.partial(DETR, stage_sizes=(3, 4, 6, 3)),

@@ -46,7 +46,9 @@ class _Grid:
         self.starts = np.cumsum(counts) - counts
         self.points = np.concatenate([grid_points(*level) for level in zip(shapes, strides, strict=True)])
         self.stride = np.repeat(self.strides, counts).astype(np.float32)
-        self.low, self.high = (np.repeat(np.asarray(column, np.float32), counts) for column in zip(*RANGES, strict=True))
+        self.low, self.high = (
+            np.repeat(np.asarray(column, np.float32), counts) for column in zip(*RANGES, strict=True)
+        )
 
 
 def _half_diagonal(distances: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
@@ -54,9 +56,7 @@ def _half_diagonal(distances: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
     return jnp.sqrt((sides**2).sum(-1)) / 2
 
 
-def _heat_and_boxes(
-    grid: _Grid, boxes: Array, labels: Array, there: Array, classes: int
-) -> tuple[Array, Array, Array]:
+def _heat_and_boxes(grid: _Grid, boxes: Array, labels: Array, there: Array, classes: int) -> tuple[Array, Array, Array]:
     """Returns the heat map, the distances of the nearest object that a cell regresses, and whether there is one."""
     points, stride = jnp.asarray(grid.points)[:, None], jnp.asarray(grid.stride)[:, None]
     sides = jnp.concatenate([points - boxes[None, :, :2], boxes[None, :, 2:] - points], axis=-1)

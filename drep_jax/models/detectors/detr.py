@@ -32,7 +32,15 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from drep_jax.errors import ConfigError
-from drep_jax.models.backbone import Backbone, at_least_float32, check_batch, check_classes, check_known, check_rate, whole
+from drep_jax.models.backbone import (
+    Backbone,
+    at_least_float32,
+    check_batch,
+    check_classes,
+    check_known,
+    check_rate,
+    whole,
+)
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coco_ids import COCO_IDS
 from drep_jax.models.detectors.coders import clip_boxes, from_centers
@@ -88,9 +96,7 @@ class CrossAttention(nn.Module):
         """
         batch, queries, width = query.shape
         head = width // self.num_heads
-        dense = functools.partial(
-            nn.Dense, width, kernel_init=_xavier, dtype=self.dtype, param_dtype=self.param_dtype
-        )
+        dense = functools.partial(nn.Dense, width, kernel_init=_xavier, dtype=self.dtype, param_dtype=self.param_dtype)
         q, k, v = (
             jnp.swapaxes(dense(name=name)(x).reshape(batch, -1, self.num_heads, head), 1, 2)
             for name, x in (("query", query), ("key", key), ("value", value))

@@ -32,7 +32,9 @@ RARE = nn.initializers.constant(-math.log(99))
 """Bias with which every class begins at a probability of 0.01."""
 
 
-def tower_convs(levels: Sequence[Maps], depth: int, groups: int, dtypes: dict[str, Any]) -> tuple[list[Maps], list[Maps]]:
+def tower_convs(
+    levels: Sequence[Maps], depth: int, groups: int, dtypes: dict[str, Any]
+) -> tuple[list[Maps], list[Maps]]:
     """Returns all levels after the row for classes and after the row for boxes, layers of the module that calls.
 
     Args:

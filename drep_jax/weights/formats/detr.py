@@ -164,6 +164,4 @@ TRANSFORMERS_DETR = Format(
     suffix=".safetensors",
     canonical=_transformers_name,
 )
-RESNET_DETR = trunk_alone(
-    DETR, ("input_proj", "encoder", "decoder", "query_embedding", "class_embed", "bbox_embed")
-)
+RESNET_DETR = trunk_alone(DETR, ("input_proj", "encoder", "decoder", "query_embedding", "class_embed", "bbox_embed"))
