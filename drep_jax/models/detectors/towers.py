@@ -5,16 +5,14 @@ is one site with several calls, and what is learned for it has to see all its in
 given any output. The first convolutions of the two rows read the same maps, and are one site.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
 from drep_jax.models.backbone import at_least_float32, check_classes, whole
