@@ -142,8 +142,11 @@ class Dense(nn.Module):
         ]
 
     def detect(self, x, size):
+        return self.find(self(x), size)
+
+    def find(self, levels, size):
         found = []
-        for stride, maps in zip(STRIDES, self(x), strict=True):
+        for stride, maps in zip(STRIDES, levels, strict=True):
             rows, columns = maps[0].shape[2:]
             flat = [m[0].permute(1, 2, 0).reshape(rows * columns, -1) for m in maps]
             place, label, score = pairs_above(flat[0].sigmoid(), 0.05, 1000)
@@ -273,8 +276,11 @@ class YOLOv3(nn.Module):
         return self.bbox_head(self.neck(self.backbone(x)))
 
     def detect(self, x, size):
+        return self.find(self(x), size)
+
+    def find(self, levels, size):
         boxes, confidence, classes = [], [], []
-        for stride, anchors, maps in zip((32, 16, 8), self.ANCHORS, self(x), strict=True):
+        for stride, anchors, maps in zip((32, 16, 8), self.ANCHORS, levels, strict=True):
             rows, columns = maps.shape[2:]
             flat = maps[0].permute(1, 2, 0).reshape(rows, columns, 3, -1)
             y, x_ = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")

@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -r requi
 pytest.importorskip("torchvision", reason="needs torchvision: pip install -r requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-parity.txt")
 
+from scipy.optimize import linear_sum_assignment
+
 from drep_jax import weights
 from drep_jax.models import create_model
 from tests.models.detectors.networks import abstract
@@ -45,14 +47,28 @@ def padded(shape, sizes):
     return images
 
 
-def same_objects(found, expected, height):
-    """Boxes, scores and classes of one image, to a ten-thousandth of a score and of the image."""
+def same_objects(found, expected, side):
+    """Boxes, scores and classes of one image, to a ten-thousandth; equal scores may stand in another order."""
     boxes, scores, classes = (a.numpy() for a in expected)
     valid = np.asarray(found.valid)
-    assert valid.sum() == len(scores) > 10
-    np.testing.assert_array_equal(np.asarray(found.classes)[valid], classes)
+    assert valid.sum() == len(scores) > 10 and np.ptp(scores) > 0.01 and (scores == scores.max()).sum() < 5
     np.testing.assert_allclose(np.asarray(found.scores)[valid], scores, atol=1e-4)
-    np.testing.assert_allclose(np.asarray(found.boxes)[valid], boxes, atol=1e-3 * height)
+    ours = [np.asarray(leaf)[valid] for leaf in (found.boxes, found.scores, found.classes)]
+    differences = np.maximum(
+        np.abs(ours[0][:, None] - boxes[None]).max(-1) / side,
+        np.where(ours[2][:, None] == classes[None], np.abs(ours[1][:, None] - scores[None]), np.inf),
+    )
+    rows, columns = linear_sum_assignment(np.minimum(differences, 1e3))
+    print(f"\n{len(scores)} objects: largest difference {differences[rows, columns].max():.1e}", end="")
+    assert differences[rows, columns].max() < 1e-4
+
+
+def spread_out(net):
+    """Makes the last layers smaller, so that probabilities of random networks are not all 0 or 1, and few boxes huge."""
+    with torch.no_grad():
+        for name, tensor in net.named_parameters():
+            if any(part in name for part in ("convs_pred", "atss_", "conv_cls", "conv_reg", "fc_cls", "fc_reg")):
+                tensor *= 0.3
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -62,6 +78,7 @@ def test_dense_detectors(name, tmp_path):
     torch.manual_seed(0)
     net = kind(depths, 7)
     draw_weights(net)
+    spread_out(net)
     net.eval()
     module = create_model(name, num_classes=7, image_size=(64, 64))
     found = weights.load_foreign(save_network(net, tmp_path / "net.pth"), module, abstract(module))
