@@ -89,7 +89,7 @@ def get_default() -> ConfigDict:
         "remat": False,  # recompute blocks in the backward pass: less memory, more time
     }
     falling = {
-        "decay": "cosine",  # of the learning rate after the warm-up: cosine, or poly:POWER such as poly:0.9
+        "decay": "cosine",  # of the learning rate: cosine, poly:POWER such as poly:0.9, or steps:FRACTION,… (÷10 at each)
         "floor": 0.0,  # learning rate at the end
         "no_decay": (),  # regular expressions over paths of parameters without weight decay; () for the usual ones
         "rates": (),  # factors on the learning rate: ((regular expression over paths, factor), …)

@@ -27,7 +27,7 @@ class Reader:
 READERS: dict[str, Reader] = {
     "coco": Reader(coco.read_coco, ("year",)),
     "det_folder": Reader(own_folder.read_det_folder),
-    "det_npz": Reader(packed.read_packed),
+    "det_npz": Reader(packed.read_packed, ("held_out",)),
     "det_voc": Reader(voc.read_voc, ("year",)),
 }
 
