@@ -14,7 +14,6 @@ from drep_jax.data.objects.outlines import mask_of
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.data.steps import Size
 from drep_jax.errors import DataError
-from drep_jax.metrics.detection.overlaps import box_areas
 
 
 def object_columns(capacity: int = 0) -> tuple[Column, ...]:
@@ -73,7 +72,10 @@ class ObjectSource:
         self.image_ids = np.array([image.image_id for image in images], np.int64)
         self.objects = np.array([int((~(image.crowd | image.ignore)).sum()) for image in images], np.int32)
         self._images = list(images)
-        self.has_areas = any(not np.allclose(image.area, box_areas(image.boxes), rtol=1e-3) for image in images)
+        self.has_areas = any(
+            not np.allclose(image.area, np.prod(image.boxes[:, 2:] - image.boxes[:, :2], axis=1), rtol=1e-3)
+            for image in images
+        )
 
     def __len__(self) -> int:
         return len(self._images)

@@ -45,7 +45,7 @@ def yolo_losses(
       targets: the labeled objects. Crowds, empty boxes and classes below 0 are none.
       shape: (height, width) of the network's input.
     """
-    grids = [maps.shape[1:3] for maps in outputs]
+    grids = [(maps.shape[1], maps.shape[2]) for maps in outputs]
     strides = [(shape[0] / height, shape[1] / width) for height, width in grids]
     levels = list(zip(grids, strides, heads, strict=True))
     anchors = [yolo_anchors(grid, stride, head.anchors) for grid, stride, head in levels]

@@ -16,7 +16,8 @@ from drep_jax.report.plots.canvas import BLUE, COLORS, GRAY, NAME, RED, png, sho
 BOTH = COLORS[2]
 """Color of an object that both networks find, or a box that is right."""
 
-DASHED, DOTTED = (0, (3, 1.5)), (0, (1, 1.2))
+DASHED: Any = (0, (3, 1.5))
+DOTTED: Any = (0, (1, 1.2))
 
 _CELL = 2.4
 """Width of a picture in inches."""
@@ -58,7 +59,9 @@ def plot_boxes(report: Mapping[str, Any]) -> bytes | None:
             parse_math=False,
         )
         top -= _CELL * shape
-        truth = [(entry["box"], entry["class"], GRAY if entry["crowd"] else BLUE, "-") for entry in one["truth"]]
+        truth: list[Any] = [
+            (entry["box"], entry["class"], GRAY if entry["crowd"] else BLUE, "-") for entry in one["truth"]
+        ]
         cells = [(picture, truth)]
         for arm in arms:
             found = [
@@ -117,7 +120,7 @@ def _draw(axes: Any, picture: np.ndarray, entries: Sequence[Any], names: Sequenc
 
 def _legend(boxes: Mapping[str, Any]) -> list[Line2D]:
     score = f"score of {boxes['score']:g} or more"
-    entries = [
+    entries: list[tuple[str, Any, str]] = [
         (BLUE, "-", "object"),
         (GRAY, "-", "crowd"),
         (BOTH, "-", f"right box, {score}"),
