@@ -1,7 +1,8 @@
 """CenterNet-update: the anchor-free first stage of CenterNet2 (Zhou et al. 2021) as a detector, as in mmdetection.
 
-ResNet in Caffe's style (BGR, stride in the first 1x1 convolution; batch norms on their stored
-statistics), pyramid P3 to P7, heads with GroupNorm. A cell predicts classes, and the distances of
+ResNet in Caffe's style (stride in the first 1x1 convolution; batch norms on their stored
+statistics), pyramid P3 to P7, heads with GroupNorm. Images are RGB as everywhere, minus a mean and
+not divided: the public weights, which are for BGR, are turned around as they are read. A cell predicts classes, and the distances of
 its center to the four sides of a box in units of the stride, max(0, scale of the level · output).
 It is not the CenterNet of 2019.
 """
