@@ -23,7 +23,11 @@ from drep_jax.models.backbone import Backbone, BatchNormBackbone
 from drep_jax.models.bilinear import resize_bilinear
 from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.depthwise import depthwise_conv
+from drep_jax.models.detectors.atss import ATSS
+from drep_jax.models.detectors.centernet import CenterNet
 from drep_jax.models.detectors.darknet import Darknet
+from drep_jax.models.detectors.detr import DETR
+from drep_jax.models.detectors.yolov3 import yolov3
 from drep_jax.models.fcn import FCN
 from drep_jax.models.imported import abstract_variables, output_shape
 from drep_jax.models.mcunet import MCUNet
@@ -150,6 +154,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "segformer_b4": functools.partial(_segformer_wide, depths=(3, 8, 27, 3)),
     "segformer_b5": functools.partial(_segformer_wide, depths=(3, 6, 40, 3)),
     "darknet": Darknet,
+    # As published by mmdetection; detr_r50 also by facebookresearch and transformers (implementation="facebookresearch").
+    "detr": DETR,
+    "detr_r50": functools.partial(DETR, stage_sizes=(3, 4, 6, 3)),
+    "yolov3_d53": yolov3,
+    "atss": ATSS,
+    "atss_r50": functools.partial(ATSS, stage_sizes=(3, 4, 6, 3)),
+    "centernet": CenterNet,
+    "centernet_r50": functools.partial(CenterNet, stage_sizes=(3, 4, 6, 3)),
 }
 
 
