@@ -30,6 +30,7 @@ from drep_jax.models.resnet import ResNet
 from drep_jax.models.resnet_reid import ResNetReID
 from drep_jax.models.segformer import SegFormer
 from drep_jax.models.swin import SwinV2
+from drep_jax.models.swin_v1 import Swin
 from drep_jax.models.transreid import TransReID
 from drep_jax.models.vit import ViT
 from drep_jax.models.vmamba import VMamba
@@ -70,6 +71,8 @@ _transreid_b = functools.partial(TransReID, patch_size=16, width=768, depth=12, 
 
 _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
 
+# Microsoft's Swin-T and -S at 224 pixels.
+_swin = functools.partial(Swin, width=96, num_heads=(3, 6, 12, 24), window_size=7)
 _swinv2_t = functools.partial(SwinV2, width=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
 _swinv2_s = functools.partial(SwinV2, width=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
 _swinv2_b = functools.partial(SwinV2, width=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
@@ -124,6 +127,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vmamba_t": functools.partial(VMamba, depths=(2, 2, 8, 2), ssm_ratio=1.0, width=96),
     "vmamba_s": functools.partial(_vmamba_s2l15, width=96),
     "vmamba_b": functools.partial(_vmamba_s2l15, width=128),
+    "swin": Swin,
+    "swin_t": functools.partial(_swin, depths=(2, 2, 6, 2)),
+    "swin_s": functools.partial(_swin, depths=(2, 2, 18, 2)),
     "swinv2": SwinV2,
     "swinv2_t_w8": functools.partial(_swinv2_t, window_size=8),
     "swinv2_t_w16": functools.partial(_swinv2_t, window_size=16),
