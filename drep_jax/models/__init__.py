@@ -23,6 +23,7 @@ from drep_jax.models.backbone import Backbone, BatchNormBackbone
 from drep_jax.models.bilinear import resize_bilinear
 from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.depthwise import depthwise_conv
+from drep_jax.models.detectors.rcnn import RCNN
 from drep_jax.models.fcn import FCN
 from drep_jax.models.imported import abstract_variables, output_shape
 from drep_jax.models.mcunet import MCUNet
@@ -86,6 +87,11 @@ _fcn_r101 = functools.partial(FCN, stage_sizes=(3, 4, 23, 3))
 _segformer = functools.partial(SegFormer, widths=(64, 128, 320, 512))
 # mmsegmentation's heads are 256 wide throughout.
 _segformer_wide = functools.partial(_segformer, head_width=(256, 768))
+
+_mask_rcnn_swin = functools.partial(RCNN, masks=True, trunk="swin", width=96)
+_mask_rcnn_swinv2 = functools.partial(RCNN, masks=True, trunk="swinv2", width=96, window_size=8)
+# As torchvision's published COCO weights were trained: frozen batch norms without eps.
+_torchvision_rcnn = functools.partial(RCNN, implementation="torchvision", norm_eps=0.0)
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -154,6 +160,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "segformer_b3": functools.partial(_segformer_wide, depths=(3, 4, 18, 3)),
     "segformer_b4": functools.partial(_segformer_wide, depths=(3, 8, 27, 3)),
     "segformer_b5": functools.partial(_segformer_wide, depths=(3, 6, 40, 3)),
+    "rcnn": RCNN,
+    "faster_rcnn_r50": RCNN,
+    "mask_rcnn_r50": functools.partial(RCNN, masks=True),
+    "mask_rcnn_swin_t": functools.partial(_mask_rcnn_swin, depths=(2, 2, 6, 2)),
+    "mask_rcnn_swin_s": functools.partial(_mask_rcnn_swin, depths=(2, 2, 18, 2)),
+    "mask_rcnn_swinv2_t": functools.partial(_mask_rcnn_swinv2, depths=(2, 2, 6, 2)),
+    "mask_rcnn_swinv2_s": functools.partial(_mask_rcnn_swinv2, depths=(2, 2, 18, 2)),
+    "fasterrcnn_resnet50_fpn": _torchvision_rcnn,
+    "maskrcnn_resnet50_fpn": functools.partial(_torchvision_rcnn, masks=True),
 }
 
 
