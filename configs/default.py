@@ -153,6 +153,14 @@ def get_default() -> ConfigDict:
             "examples": 6,  # test images in the report; 0 for none
         }
     )
+    config.detection = ConfigDict(  # labeled training and evaluation in task detection (docs/detection.md)
+        {
+            "confidence": 0.3,  # score from which boxes of the clean unfused network are pseudo-labels, and are shown
+            "objects": 0,  # objects that every batch has room for, which several processes need; 0: those of the batch
+            "padding": 1,  # multiple of pixels that test images of several sizes are padded to, such as 32
+            "examples": 6,  # test images in the report; 0 for none
+        }
+    )
     config.schedule = ConfigDict(  # the noise schedule
         {
             "timesteps": 1000,  # T

@@ -5,7 +5,8 @@ height, width, channels) and returns logits (batch, num_classes), or features wh
 those for re-identification always return features, and their method `outputs` returns what the training
 losses read. Those that classify every pixel return maps of logits (batch, rows, columns,
 num_classes) of a lower resolution, and with `train=True` those of an auxiliary head too, where there
-is one. To add a model, add a line to `MODELS`. A module that is not in the registry is imported
+is one. Those that find objects are `drep_jax.models.detectors.base.Detector`s. To add a model, add a
+line to `MODELS`. A module that is not in the registry is imported
 by name, see `imported`.
 """
 
@@ -23,7 +24,12 @@ from drep_jax.models.backbone import Backbone, BatchNormBackbone
 from drep_jax.models.bilinear import resize_bilinear
 from drep_jax.models.clip_reid import CLIPReID
 from drep_jax.models.depthwise import depthwise_conv
+from drep_jax.models.detectors.atss import ATSS
+from drep_jax.models.detectors.centernet import CenterNet
+from drep_jax.models.detectors.darknet import Darknet
+from drep_jax.models.detectors.detr import DETR
 from drep_jax.models.detectors.rcnn import RCNN
+from drep_jax.models.detectors.yolov3 import yolov3
 from drep_jax.models.fcn import FCN
 from drep_jax.models.imported import abstract_variables, output_shape
 from drep_jax.models.mcunet import MCUNet
@@ -169,6 +175,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mask_rcnn_swinv2_s": functools.partial(_mask_rcnn_swinv2, depths=(2, 2, 18, 2)),
     "fasterrcnn_resnet50_fpn": _torchvision_rcnn,
     "maskrcnn_resnet50_fpn": functools.partial(_torchvision_rcnn, masks=True),
+    "darknet": Darknet,
+    # As published by mmdetection; detr_r50 also by facebookresearch and transformers (implementation="facebookresearch").
+    "detr": DETR,
+    "detr_r50": functools.partial(DETR, stage_sizes=(3, 4, 6, 3)),
+    "yolov3_d53": yolov3,
+    "atss": ATSS,
+    "atss_r50": functools.partial(ATSS, stage_sizes=(3, 4, 6, 3)),
+    "centernet": CenterNet,
+    "centernet_r50": functools.partial(CenterNet, stage_sizes=(3, 4, 6, 3)),
 }
 
 

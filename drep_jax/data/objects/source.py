@@ -14,6 +14,7 @@ from drep_jax.data.objects.outlines import mask_of
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.data.steps import Size
 from drep_jax.errors import DataError
+from drep_jax.metrics.detection.overlaps import box_areas
 
 
 def object_columns(capacity: int = 0) -> tuple[Column, ...]:
@@ -46,6 +47,7 @@ class ObjectSource:
       category_ids: the set's own number of each class, as in COCO's files of results.
       image_ids: the set's own number of each image, int64 (n,).
       objects: number of objects of each image that are neither crowds nor ignored, int32 (n,).
+      has_areas: whether the set states areas other than those of the boxes.
       stored: the stored split that the images come from.
     """
 
@@ -71,6 +73,7 @@ class ObjectSource:
         self.image_ids = np.array([image.image_id for image in images], np.int64)
         self.objects = np.array([int((~(image.crowd | image.ignore)).sum()) for image in images], np.int32)
         self._images = list(images)
+        self.has_areas = any(not np.allclose(image.area, box_areas(image.boxes), rtol=1e-3) for image in images)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -161,7 +161,10 @@ def suppressed(
 
 
 def best_pairs(scores: Float[Array, "boxes classes"], k: int, *, threshold: float) -> tuple[Candidates, Array, Array]:
-    """Returns the k best (box, class) pairs above a threshold.
+    """Returns the k best (box, class) pairs above a threshold; equal ones in their order.
+
+    Where there are more boxes than k, those k are looked at whose best class is best: no pair of
+    another box is among the k best ones, so the result is the same and much less is sorted.
 
     Args:
       scores: of each box and class.
@@ -172,6 +175,18 @@ def best_pairs(scores: Float[Array, "boxes classes"], k: int, *, threshold: floa
     Returns:
       The candidates, the box of each (k,), and its class (k,).
     """
-    candidates = best(scores.reshape(-1), k, threshold=threshold)
-    box, label = jnp.divmod(candidates.index, scores.shape[1])
+    boxes, classes = scores.shape
+    if boxes <= k or not classes:
+        candidates = best(scores.reshape(-1), k, threshold=threshold)
+        box, label = jnp.divmod(candidates.index, max(classes, 1))
+        return candidates, box, label
+    known = scores > threshold
+    ranked = jnp.where(known, scores, -jnp.inf)
+    chosen = jnp.sort(lax.top_k(ranked.max(axis=1), k)[1])
+    candidates = best(ranked[chosen].reshape(-1), k)
+    row, label = jnp.divmod(candidates.index, classes)
+    box = jnp.where(candidates.valid, chosen[row], 0)
+    candidates = candidates.replace(
+        index=box * classes + label, left_out=jnp.maximum(jnp.sum(known) - k, 0).astype(candidates.left_out.dtype)
+    )
     return candidates, box, label

@@ -26,6 +26,7 @@ from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import RCNN_STDS, clip_boxes, decode_deltas
 from drep_jax.models.detectors.fpn import FPN
 from drep_jax.models.detectors.nms import Form
+from drep_jax.models.detectors.padding import extents
 from drep_jax.models.detectors.proposals import Objects, best_pairs, each, suppressed
 from drep_jax.models.detectors.rcnn_losses import losses_of
 from drep_jax.models.detectors.roi_align import ADAPTIVE, level_of, roi_align
@@ -200,7 +201,7 @@ class RCNN(Backbone, kw_only=True):
         """
         check_batch(x, "An R-CNN")
         shape = (x.shape[1], x.shape[2])
-        limit = _limit(size, len(x), shape)
+        limit = extents(shape, size, len(x), jnp.float32)
         with valid_pixels(size, shape):
             maps = self._trunk_of(x, train)
             pyramid = FPN(self.pyramid_width, len(STRIDES), **self.dtypes, name="neck")(maps)
@@ -248,7 +249,7 @@ class RCNN(Backbone, kw_only=True):
             raise ConfigError("These outputs are of a call with targets, for losses: call the network without targets.")
         if outputs.found is not None:
             return outputs.found.replace(masks=jax.nn.sigmoid(outputs.mask_logits))
-        return self._find(outputs, _limit(size, len(outputs.boxes), shape))
+        return self._find(outputs, extents(shape, size, len(outputs.boxes), jnp.float32))
 
     def losses(
         self, outputs: Outputs, targets: Targets, shape: Shape, size: Size | None = None
@@ -381,8 +382,3 @@ class RCNN(Backbone, kw_only=True):
         index = jnp.maximum(classes, 0) + first
         chosen = jnp.take_along_axis(logits, index[..., None, None, None], axis=-1)[..., 0]
         return outputs.replace(found=found, mask_logits=chosen)
-
-
-def _limit(size: Size | None, batch: int, shape: Shape) -> Size:
-    """Returns the height and width of every image without its padding."""
-    return jnp.broadcast_to(jnp.asarray(shape, jnp.float32), (batch, 2)) if size is None else jnp.asarray(size)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +33,8 @@ def losses_of(
       anchors: of each level, for inputs of this size.
       shape: (height, width) of the network's input.
     """
-    samples, convention = outputs.samples, net.convention
-    assert samples is not None
+    samples: Any = outputs.samples
+    convention = net.convention
     first = 1 + convention.background
     truths = targets.boxes.astype(outputs.boxes.dtype)
 

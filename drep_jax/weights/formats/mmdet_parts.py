@@ -1,0 +1,56 @@
+"""Names of what mmdetection's detectors share: a ResNet and a pyramid; and ResNets alone, where training begins."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+
+from drep_jax.weights.translation import Format, Rule
+
+COUNTERS = (r".*\.num_batches_tracked",)
+
+
+def trunk_rules(theirs: str = "backbone.", ours: str = "backbone") -> tuple[Rule, ...]:
+    """Returns the rules of a `ResNetTrunk`, which has torchvision's names behind a prefix in all public detectors.
+
+    Args:
+      theirs: prefix of its names, with the dot.
+      ours: path of the trunk in the network.
+    """
+    return (
+        Rule(f"{ours}/(conv1|bn1)", rf"{theirs}\1"),
+        Rule(rf"{ours}/(layer\d)_(\d+)/downsample_conv", rf"{theirs}\1.\2.downsample.0"),
+        Rule(rf"{ours}/(layer\d)_(\d+)/downsample_bn", rf"{theirs}\1.\2.downsample.1"),
+        Rule(rf"{ours}/(layer\d)_(\d+)/((?:conv|bn)\d)", rf"{theirs}\1.\2.\3"),
+    )
+
+
+def fpn_rules(ours: str = "neck") -> tuple[Rule, ...]:
+    """Returns the rules of an `FPN` without norms."""
+    return (
+        Rule(rf"{ours}/lateral_(\d)", r"neck.lateral_convs.\1.conv"),
+        Rule(rf"{ours}/output_(\d)", r"neck.fpn_convs.\1.conv"),
+    )
+
+
+def trunk_alone(family: type[nn.Module], rest: Sequence[str]) -> Format:
+    """Returns the format of a ResNet's ImageNet weights, with which a detector's training begins.
+
+    Args:
+      family: of detectors with a `ResNetTrunk` called "backbone".
+      rest: names of the other parts, which stay as initialized.
+    """
+    parts = "|".join(rest)
+
+    def rules(net: Any) -> tuple[Rule, ...]:
+        del net
+        return (*trunk_rules(""), Rule(f"({parts})(.*)", r"not in the file: \1\2"))
+
+    return Format(
+        name="resnet",
+        family=family,
+        marks=(r"conv1\.weight", r"layer1\.0\.conv1\.weight", r"layer2\.0\.downsample\.0\.weight"),
+        rules=rules,
+        ignored=(r"fc\..*", *COUNTERS),
+        fresh=(rf"(params|batch_stats)/({parts}).*",),
+    )
