@@ -320,7 +320,7 @@ class RCNN(Backbone, kw_only=True):
                 low_quality=low_quality,
             )
             # Cells beyond the image, padded to a multiple of 32, are no negatives.
-            inside = (middles < (jnp.ceil(limit / 32) * 32)[::-1]).all(axis=-1)
+            inside = (middles < (jnp.ceil(limit / 32) * 32)[None, ::-1]).all(axis=-1)
             drawn = as_labels(sample(first, owner, RPN_SAMPLES, RPN_POSITIVE, usable=inside), len(laid))
             boxes, valid = jnp.concatenate([boxes, truths]), jnp.concatenate([valid, there])
             second_kind = "mmdet" if self.masks and low_quality == "mmdet" else "none"

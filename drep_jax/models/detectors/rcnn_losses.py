@@ -83,7 +83,7 @@ def _of_deltas(
     positive = matched >= 0
     objects = jnp.take_along_axis(truths, jnp.maximum(matched, 0)[..., None], axis=1)
     # Boxes without an object may have no area, whose logarithm would be NaN.
-    unit = jnp.asarray([0, 0, 1, 1], boxes.dtype)
+    unit = jnp.asarray([[[0, 0, 1, 1]]], boxes.dtype)
     boxes, objects = (jnp.where(positive[..., None], rows, unit) for rows in (boxes, objects))
     off = jnp.abs(deltas - encode_deltas(objects, boxes, stds=stds))
     loss = jnp.where(off < beta, off**2 / (2 * beta), off - beta / 2) if beta else off
@@ -116,8 +116,8 @@ def _weights(low: Array, high: Array, cells: int, pixels: int, aligned: bool) ->
     length = high - low if aligned else jnp.maximum(high - low, 1)
     cell = length / cells
     count = jnp.maximum(jnp.ceil(cell), 1)
-    sample = jnp.arange(max(1, math.ceil(pixels / cells)), dtype=low.dtype)
+    sample = jnp.arange(max(1, math.ceil(pixels / cells)), dtype=low.dtype)[None]
     place = low - (0.5 if aligned else 0) + (jnp.arange(cells)[:, None] + (sample + 0.5) / count) * cell
     seen = (place >= -1) & (place <= pixels) & (sample < count)
-    near = jnp.maximum(1 - jnp.abs(jnp.clip(place, 0, pixels - 1)[..., None] - jnp.arange(pixels)), 0)
+    near = jnp.maximum(1 - jnp.abs(jnp.clip(place, 0, pixels - 1)[..., None] - jnp.arange(pixels)[None, None]), 0)
     return jnp.sum(jnp.where(seen[..., None], near, 0), axis=1) / count

@@ -72,5 +72,5 @@ class MaskHead(nn.Module):
         x = x.reshape(*lead, rows, columns, 2, 2, width)
         x = jnp.moveaxis(x, -3, -4).reshape(*lead, 2 * rows, 2 * columns, width)
         bias = self.param("upsample_bias", nn.initializers.zeros, (width,), self.param_dtype)
-        x = nn.relu(x + bias.astype(x.dtype))
+        x = nn.relu(x + jnp.broadcast_to(bias.astype(x.dtype), x.shape))
         return nn.Dense(self.classes, kernel_init=_small, **dtypes, name="logits")(x)
