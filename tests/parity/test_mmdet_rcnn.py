@@ -140,7 +140,9 @@ def test_losses_of_the_same_samples(name, tmp_path):
             return SamplingResult(positive, negative, pred_instances.priors, gt_instances.bboxes, assigned, flags)
 
     net.rpn_head.sampler = Drawn()
-    one_class = [InstanceData(bboxes=t.bboxes, labels=torch.zeros_like(t.labels)) for t in truths]  # as TwoStageDetector
+    one_class = [
+        InstanceData(bboxes=t.bboxes, labels=torch.zeros_like(t.labels)) for t in truths
+    ]  # as TwoStageDetector
     theirs = net.rpn_head.loss_by_feat(*net.rpn_head(features), one_class, METAS)
     expected = {"rpn_class": sum(theirs["loss_rpn_cls"]), "rpn_box": sum(theirs["loss_rpn_bbox"])}
 
