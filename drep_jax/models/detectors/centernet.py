@@ -2,8 +2,9 @@
 
 ResNet in Caffe's style (stride in the first 1x1 convolution; batch norms on their stored
 statistics), pyramid P3 to P7, heads with GroupNorm. Images are RGB as everywhere, minus a mean and
-not divided: the public weights, which are for BGR, are turned around as they are read. A cell predicts classes, and the distances of
-its center to the four sides of a box in units of the stride, max(0, scale of the level · output).
+not divided: the public weights, which are for BGR, are turned around as they are read. A cell
+predicts classes, and the distances of its center to the four sides of a box in units of the stride,
+max(0, scale of the level · output).
 It is not the CenterNet of 2019.
 """
 
