@@ -89,7 +89,7 @@ def get_default() -> ConfigDict:
         "remat": False,  # recompute blocks in the backward pass: less memory, more time
     }
     falling = {
-        "decay": "cosine",  # of the learning rate after the warm-up: cosine, or poly:POWER such as poly:0.9
+        "decay": "cosine",  # of the learning rate: cosine, poly:POWER such as poly:0.9, or steps:FRACTION,… (÷10 at each)
         "floor": 0.0,  # learning rate at the end
         "no_decay": (),  # regular expressions over paths of parameters without weight decay; () for the usual ones
         "rates": (),  # factors on the learning rate: ((regular expression over paths, factor), …)
@@ -182,6 +182,15 @@ def get_default() -> ConfigDict:
             "examples": 6,  # test images in the report; 0 for none
         }
     )
+    config.detection = ConfigDict(  # labeled training and evaluation in task detection (docs/detection.md)
+        {
+            "confidence": 0.3,  # score from which boxes of the clean unfused network are pseudo-labels, and are shown
+            "objects": 0,  # objects that every batch has room for, which several processes need; 0: those of the batch
+            "masks": False,  # labels have masks, which networks with masks learn from in labeled stages
+            "padding": 1,  # multiple of pixels that test images of several sizes are padded to, such as 32
+            "examples": 6,  # test images in the report; 0 for none
+        }
+    )
     config.schedule = ConfigDict(  # the noise schedule
         {
             "timesteps": 1000,  # T
@@ -191,10 +200,11 @@ def get_default() -> ConfigDict:
     )
     config.sites = ConfigDict(  # the layers to denoise
         {
-            "pattern": "",  # regular expression over layer paths; "" for the layers of MLPs, or else all layers
+            "pattern": "",  # regular expression over layer paths; "": the network's own, or MLPs, or else all layers
             "kind": "auto",  # for convolutions: patch, pointwise or auto
             "max_width": 2304,  # auto: largest patch (k²·C per group) with a patch denoiser; wider: pointwise
             "concatenated": "blocks",  # where a layer reads a concatenation: blocks, one denoiser a source, or full
+            "call_weights": "positions",  # of layers called several times: all their positions weigh alike, or all calls
             "batchnorm_bias": False,  # constants also before layers without bias: in the running mean of their BatchNorm
         }
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from drep_jax.report.plots.accuracy import plot_accuracy
+from drep_jax.report.plots.boxes import plot_boxes
 from drep_jax.report.plots.examples import plot_examples
 from drep_jax.report.plots.front import plot_front
 from drep_jax.report.plots.loss import plot_loss
@@ -21,6 +22,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
     "front": plot_front,
     "examples": plot_examples,
     "overlays": plot_overlays,
+    "boxes": plot_boxes,
     "ranked": plot_ranked,
     "probe_curve": plot_probe_curve,
     "reconstructions": plot_reconstructions,
