@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     done: dict[int, dict[str, dict[str, np.ndarray]]] = {}
     try:
         for seed in arguments.seeds:
-            done[seed] = untrained(arguments, seed)
+            done[seed] = untrained(arguments, seed) if arguments.controls else {}
             for arm in ARMS:
                 if re.fullmatch(arguments.arms, arm):
                     done[seed] |= trained(arguments, arm, seed)
