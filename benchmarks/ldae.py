@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=90, help="of the trained probe")
     parser.add_argument("--every", type=int, default=0, help="steps between points of the curve")
     parser.add_argument("--curve", type=int, default=4000, help="images of the curve's probes, training and test")
+    parser.add_argument("--controls", type=int, default=1, help="0 leaves out the arms without training")
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="stops after so long, with a checkpoint; 0 for never"
     )
