@@ -1,6 +1,6 @@
 """A step of l-DAE's pre-training against a plain autoencoder of the same shape.
 
-    PYTHONPATH=. python benchmarks/pretrain.py [--width=96 --depth=2 --patch=4 --pixels=32]
+    PYTHONPATH=. python benchmarks/pretrain.py
 
 Both networks have the same blocks and the same loss function; the plain one gets patches without noise,
 is not told a time step, and has LayerNorms with parameters. Steps are interleaved, and the medians over
@@ -56,16 +56,13 @@ def stepper(vit: Any, objective: Objective, conditioned: bool, images: Any) -> A
 def main(argv: list[str] | None = None) -> None:
     """Prints both medians and their ratio."""
     parser = Parser(__doc__, width=16, depth=1, heads=2, pixels=8, batch=4, rounds=2)
-    for name, value in {
-        "width": 96,
-        "depth": 2,
-        "heads": 3,
-        "patch": 4,
-        "pixels": 32,
-        "batch": 128,
-        "rounds": 15,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--depth", type=int, default=2, help="blocks of the encoder, and of the decoder")
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--patch", type=int, default=4)
+    parser.add_argument("--pixels", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args(argv)
     sizes = {"patch_size": arguments.patch, "width": arguments.width, "depth": arguments.depth}
     sizes |= {"num_heads": arguments.heads, "mlp_dim": 4 * arguments.width, "class_token": False, "pool": "mean"}
