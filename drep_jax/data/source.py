@@ -36,6 +36,8 @@ class Source(Protocol):
         anything that `np.asarray` decodes.
       clusters: what images depend on each other, such as a video, int32 (n,), for intervals.
       palette: usual color of each class, (r, g, b).
+      objects: number of labeled objects of each image that count, int32 (n,).
+      masks(index): of labeled objects, bool (m, height, width); None where there are none.
 
     A source for re-identification also has `table`, the columns of its items without the images,
     int32 (n,) by name, without decoding; `protocol`, how it is evaluated; and `cameras` and
@@ -121,6 +123,8 @@ def pass_on(source: Any, wrapper: Any, indices: Sequence[int] | None = None) -> 
     wrapper.columns, wrapper.palette = getattr(source, "columns", ()), getattr(source, "palette", ())
     clusters = getattr(source, "clusters", None)
     wrapper.clusters = None if clusters is None else clusters[chosen]
+    objects = getattr(source, "objects", None)
+    wrapper.objects = None if objects is None else objects[chosen]
     labels = getattr(source, "labels", None)
     wrapper.labels = None if labels is None else labels[chosen]
     if not hasattr(source, "table"):

@@ -18,6 +18,7 @@ from drep_jax.data import Source
 from drep_jax.data.buckets import Bucket, exact_buckets, restore_order
 from drep_jax.data.collate import read, read_or_mask
 from drep_jax.data.corruptions import CLEAN, corrupt
+from drep_jax.data.fits import round_up
 from drep_jax.data.labels import check_range
 from drep_jax.data.loader import evaluation_batches
 from drep_jax.data.source import original_size_of, original_sizes_of, size_of, sizes_of, varies
@@ -82,7 +83,7 @@ def score_arms(
         that do. Over "batch" it is that of the evaluation, on all devices and without padding.
       buckets: for images of several sizes, see `drep_jax.data.buckets.make_buckets`; one program
         per bucket. None for one bucket per size if the source keeps the sizes of its images, so
-        that nothing is padded.
+        that nothing is padded beyond multiples of `Task.padding`.
       progress: whether to show a progress bar.
 
     Returns:
@@ -97,7 +98,8 @@ def score_arms(
     task = setup.task
     if buckets is None and varies(source):
         originals = original_sizes_of(source) if keeps_original(task) else None
-        buckets = exact_buckets(sizes_of(source), originals, parts=devices.device_count())
+        sizes = -(-sizes_of(source) // task.padding) * task.padding
+        buckets = exact_buckets(sizes, originals, parts=devices.device_count())
     others = {name: devices.on_devices(_network_outputs(network)) for name, network in networks.items()}
     everywhere = {name: devices.replicate(variables) for name, variables in arms.items()}
     prepare = devices.on_devices(setup.inputs)
@@ -139,7 +141,7 @@ def score_arms(
 
 
 def one_image(task: Task, source: Source, index: int) -> Batch:
-    """Returns a batch of one image as `score_arms` reads it, without padding.
+    """Returns a batch of one image as `score_arms` reads it, with the padding that the task asks for.
 
     Args:
       task: which declares label columns.
@@ -150,7 +152,7 @@ def one_image(task: Task, source: Source, index: int) -> Batch:
     if not varies(source):
         return read(source, where, task.columns)
     original = original_size_of(source, index) if keeps_original(task) else None
-    return read_or_mask(source, where, 1, task.columns, size_of(source, index), original)
+    return read_or_mask(source, where, 1, task.columns, round_up(size_of(source, index), task.padding), original)
 
 
 def keeps_original(task: Task) -> bool:

@@ -122,9 +122,11 @@ class Bootstrap:
 
         Args:
           difference: of the two arms on all items.
-          resampled: the difference on every resample, (resamples,).
+          resampled: the difference on every resample, (resamples,); NaN, which does not count, where a
+            metric is undefined, such as that of small objects on images without any.
         """
-        if not self.conclusive:
+        resampled = resampled[~np.isnan(resampled)]
+        if not self.conclusive or not len(resampled):
             return Interval(difference, -math.inf, math.inf)
         quantile = math.sqrt(self.units / (self.units - 1)) * stats.t.ppf((1 + self.level) / 2, self.units - 1)
         outside = (1.0 - (2 * stats.norm.cdf(quantile) - 1)) / 2

@@ -236,7 +236,8 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     task = setup.task
     columns = {name: column for name, column in images.items() if name != "image"}
     has_label = np.flatnonzero(_of_all_hosts(task.has_label(columns), 0, count))
-    labeled = options.labels and "label" in images and not (task.test_needs_head and setup.features)
+    labels_there = not images.keys().isdisjoint({"label", *(column.name for column in task.columns)})
+    labeled = options.labels and labels_there and not (task.test_needs_head and setup.features)
     labeled = labeled and len(has_label) > 0
     pseudo = _pseudo_labels(setup, variables, images, batch_size)
     statistics = grid_statistics(setup, variables, candidates, grid, against_labels=labeled or not pseudo)

@@ -108,7 +108,9 @@ def compared(
     controls: Sequence[str],
     **options: Any,
 ) -> dict[str, Any]:
-    """Returns the report's `metrics`; options replace the task's `metrics` and `exact_test`."""
-    options = {"metrics": setup.task.metrics, "exact_test": setup.task.exact_test, **options}
+    """Returns the report's `metrics`; options replace the task's metrics and `exact_test`."""
+    if "metrics" not in options:
+        options["metrics"] = setup.task.defined(next(iter(results.values()))["baseline"]) if results else {}
+    options = {"exact_test": setup.task.exact_test, **options}
     resamples = config["evaluate"]["resamples"]
     return summary.summarize(results, controls=controls, resamples=resamples, seed=config["seed"], **options)

@@ -50,7 +50,10 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1 to `width`, 3x3 with stride and dilation, 1x1 to 4·`width`, each with BatchNorm, plus the shortcut."""
+    """1x1 to `width`, 3x3 with stride and dilation, 1x1 to 4·`width`, each with BatchNorm, plus the shortcut.
+
+    With `stride_first` the stride is in the first convolution instead, as in the networks of Caffe.
+    """
 
     width: int
     stride: int
@@ -58,13 +61,15 @@ class BottleneckBlock(nn.Module):
     norm: Layer
     shortcut: str = "projection"
     dilation: int = 1
+    stride_first: bool = False
 
     @nn.compact
     def __call__(self, x: Images) -> Images:
         """Returns maps with 4·`width` channels, smaller by `stride`."""
-        y = self.conv(self.width, kernel=1, name="conv1")(x)
+        first, second = (self.stride, 1) if self.stride_first else (1, self.stride)
+        y = self.conv(self.width, kernel=1, stride=first, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
-        y = self.conv(self.width, kernel=3, stride=self.stride, dilation=self.dilation, name="conv2")(y)
+        y = self.conv(self.width, kernel=3, stride=second, dilation=self.dilation, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.width * _EXPANSION, kernel=1, name="conv3")(y)
         y = self.norm(name="bn3")(y)
@@ -152,10 +157,10 @@ class ResNet(BatchNormBackbone, kw_only=True):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def makers(train: bool, axis_name: str | None, dtype: Any, param_dtype: Any) -> tuple[Layer, Layer]:
+def makers(train: bool, axis_name: str | None, dtype: Any, param_dtype: Any, eps: float = 1e-5) -> tuple[Layer, Layer]:
     """Returns what makes the convolutions and the batch norms of a network, for its blocks and its stem."""
     conv = functools.partial(_conv, dtype=dtype, param_dtype=param_dtype)
-    options = {"epsilon": 1e-5, "momentum": 0.9, "axis_name": axis_name, "dtype": dtype, "param_dtype": param_dtype}
+    options = {"epsilon": eps, "momentum": 0.9, "axis_name": axis_name, "dtype": dtype, "param_dtype": param_dtype}
     return conv, functools.partial(nn.BatchNorm, not train, **options)
 
 

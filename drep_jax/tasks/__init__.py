@@ -5,6 +5,7 @@ from collections.abc import Callable
 from drep_jax.errors import lookup
 from drep_jax.tasks.base import Exhibit, Items, StagePlan, Task
 from drep_jax.tasks.classification import make_classification
+from drep_jax.tasks.detection import make_detection
 from drep_jax.tasks.retrieval import make_retrieval
 from drep_jax.tasks.segmentation import make_segmentation
 from drep_jax.typing import Config
@@ -15,6 +16,7 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "classification": make_classification,
     "retrieval": make_retrieval,
     "segmentation": make_segmentation,
+    "detection": make_detection,
 }
 
 DEFAULT = "classification"

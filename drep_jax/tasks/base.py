@@ -135,6 +135,9 @@ class Task:
     columns: ClassVar[tuple[Column, ...]] = ()
     """Label columns of the images; columns of one int32 per image need no declaration."""
 
+    padding: int = 1
+    """Multiple of pixels that test images of several sizes are padded to, by their batch."""
+
     mixes: ClassVar[bool] = False
     """Whether the labels of two images can be mixed (mixup, cutmix)."""
 
@@ -294,6 +297,15 @@ class Task:
         """
         del source, index, what
         return Items(statistics)
+
+    def defined(self, items: Items) -> Mapping[str, Metric]:
+        """Returns the metrics that a test split defines; others have no value for any network.
+
+        Args:
+          items: of the unchanged backbone.
+        """
+        del items
+        return self.metrics
 
     def held_out_items(self, statistics: Tree, source: Source, index: np.ndarray) -> Items:
         """Returns the items of held-out training images, for selection by labels."""

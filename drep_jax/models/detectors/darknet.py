@@ -6,7 +6,7 @@ convolutions take the fast forms for CPUs. [dropout] does nothing here, in train
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +17,12 @@ from jaxtyping import Array, Float
 from drep_jax.errors import ConfigError
 from drep_jax.models.backbone import BatchNormBackbone, check_batch
 from drep_jax.models.depthwise import depthwise_conv
+from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.darknet_cfg import IMAGE, Layer, Network, parse_cfg, read_cfg
 from drep_jax.models.detectors.fpn import upsample_nearest
+from drep_jax.models.detectors.proposals import Objects
+from drep_jax.models.detectors.yolo import RULES, find_objects
+from drep_jax.models.detectors.yolo_losses import yolo_distance, yolo_losses
 from drep_jax.models.pointwise import pointwise_conv
 
 Maps = Float[Array, "batch height width channels"]
@@ -35,37 +39,107 @@ ACTIVATE: dict[str, Callable[[Array], Array]] = {
 
 
 class Darknet(BatchNormBackbone, kw_only=True):
-    """The network of a `.cfg`, up to the inputs of its [yolo] layers.
+    """The network of a `.cfg`, up to the inputs of its [yolo] layers; a `Detector` by these.
 
     Attributes:
       cfg: path of the `.cfg` file, or its text.
+      num_classes: of the objects, which the `.cfg` states; 0 takes that number.
       epsilon: of the batch norms. AlexeyAB's darknet: 1e-5.
+      rule, score, objectness, iou, candidates, keep: of what is found, see
+        `drep_jax.models.detectors.yolo.find_objects`.
     """
 
     cfg: str
+    num_classes: int = 0
     epsilon: float = 1e-5
+    rule: str = "product"
+    score: float = 0.005
+    objectness: float = 0.005
+    iou: float = 0.45
+    candidates: int = 2000
+    keep: int = 100
 
     def check(self) -> None:
-        """Raises ConfigError for a `.cfg` that cannot be read, or has no [yolo] layer."""
-        if not self.network.heads:
+        """Raises ConfigError for a `.cfg` that cannot be read or finds no objects, and for another number of classes."""
+        heads = self.network.heads
+        if not heads:
             raise ConfigError(f"{self.cfg[:100]!r} has no [yolo] layer: it finds no objects.")
+        classes = {head.classes for head in heads}
+        if len(classes) > 1:
+            raise ConfigError(
+                f"The [yolo] layers of {self.cfg[:100]!r} have different numbers of classes: {sorted(classes)}."
+            )
+        (stated,) = classes
+        if self.num_classes not in (0, stated):
+            raise ConfigError(
+                f"The [yolo] layers of {self.cfg[:100]!r} have {stated} classes, and {self.num_classes} are asked for. Set "
+                f'"classes" in each [yolo] section, and "filters" of the convolution before it to anchors · (5 + classes).'
+            )
+        object.__setattr__(self, "num_classes", stated)
+        if self.rule not in RULES:
+            raise ConfigError(f'Boxes are chosen by "product" or "class"; got "{self.rule}".')
+        if min(self.candidates, self.keep) < 1:
+            raise ConfigError(f"candidates={self.candidates} and keep={self.keep} must be at least 1.")
 
     @property
     def network(self) -> Network:
         """The layers."""
         return parse_cfg(self.cfg) if "\n" in self.cfg else read_cfg(self.cfg)
 
+    def objects(
+        self, outputs: tuple[Maps, ...], shape: tuple[int, int], size: Float[Array, "batch 2"] | None = None
+    ) -> Objects:
+        """Returns what is found in each image; see `drep_jax.models.detectors.base.Detector.objects`."""
+        if size is None:
+            size = jnp.broadcast_to(jnp.asarray(shape, jnp.float32)[None], (outputs[0].shape[0], 2))
+        return find_objects(
+            outputs,
+            self.network.heads,
+            shape,
+            valid_size=size,
+            rule=self.rule,
+            score=self.score,
+            objectness=self.objectness,
+            iou=self.iou,
+            candidates=self.candidates,
+            keep=self.keep,
+        )
+
+    def losses(
+        self,
+        outputs: tuple[Maps, ...],
+        targets: Targets,
+        shape: tuple[int, int],
+        size: Float[Array, "batch 2"] | None = None,
+    ) -> Mapping[str, Float[Array, ""]]:
+        """Returns the parts of YOLOv3's loss; see `drep_jax.models.detectors.yolo_losses`."""
+        del size
+        return yolo_losses(outputs, self.network.heads, targets, shape)
+
+    def distance(self, outputs: tuple[Maps, ...], clean_outputs: tuple[Maps, ...]) -> Float[Array, ""]:
+        """Returns how far outputs are from those for clean images; see `yolo_distance`."""
+        return yolo_distance(outputs, clean_outputs, self.network.heads)
+
     @nn.compact
-    def __call__(self, x: Maps, train: bool = False) -> tuple[Maps, ...]:
+    def __call__(
+        self,
+        x: Maps,
+        train: bool = False,
+        size: Float[Array, "batch 2"] | None = None,
+        targets: Targets | None = None,
+    ) -> tuple[Maps, ...]:
         """Returns the input of each [yolo] layer, (batch, h, w, anchors · (5 + classes)), float32 at least.
 
         Args:
           x: RGB / 255, of any size whose halves meet again, such as multiples of 32.
           train: whether BatchNorm uses, and updates with, the statistics of this batch.
+          size: of the images without padding, which the convolutions do not look at.
+          targets: of training, which a network of one stage does not look at.
 
         Raises:
           ConfigError: when `x` is no batch of images.
         """
+        del size, targets
         network = self.network
         check_batch(x, "A network of darknet", network.channels)
         last_reader = {source: layer.number for layer in network.layers for source in layer.sources}

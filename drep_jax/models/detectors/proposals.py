@@ -1,7 +1,9 @@
 """Candidates of static number: the best by score, which of them are valid, and how many did not fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -40,6 +42,8 @@ class Objects:
       valid: (k,).
       left_out: () candidates above the threshold that did not fit into the static number of them,
         and so could not be found. Above 0 the result may differ from that without a limit.
+      masks: (k, m, m) probabilities of the pixels of each box, m × m cells over it; None where the
+        network finds boxes only. `pasting` brings them into the image.
     """
 
     boxes: Float[Array, "*batch k 4"]
@@ -47,6 +51,24 @@ class Objects:
     classes: Int[Array, "*batch k"]
     valid: Bool[Array, "*batch k"]
     left_out: Int[Array, "*batch"]
+    masks: Float[Array, "*batch k m m"] | None = None
+
+
+def each(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what a function of single items returns for all items, the first axis of every argument.
+
+    On CPUs one item after the other: under `vmap` a loop runs as long as the longest of the batch,
+    and computes what it skips. Elsewhere all at once.
+
+    Args:
+      function: called with the items and `form`, the form of suppression that suits the platform.
+      *arguments: arrays, or trees of them.
+    """
+    return lax.platform_dependent(
+        *arguments,
+        cpu=lambda *items: lax.map(lambda item: function(*item, form="sequential"), items),
+        default=lambda *items: jax.vmap(lambda *item: function(*item, form="fixed_point"))(*items),
+    )
 
 
 def best(
@@ -139,7 +161,10 @@ def suppressed(
 
 
 def best_pairs(scores: Float[Array, "boxes classes"], k: int, *, threshold: float) -> tuple[Candidates, Array, Array]:
-    """Returns the k best (box, class) pairs above a threshold.
+    """Returns the k best (box, class) pairs above a threshold; equal ones in their order.
+
+    Where there are more boxes than k, those k are looked at whose best class is best: no pair of
+    another box is among the k best ones, so the result is the same and much less is sorted.
 
     Args:
       scores: of each box and class.
@@ -150,6 +175,18 @@ def best_pairs(scores: Float[Array, "boxes classes"], k: int, *, threshold: floa
     Returns:
       The candidates, the box of each (k,), and its class (k,).
     """
-    candidates = best(scores.reshape(-1), k, threshold=threshold)
-    box, label = jnp.divmod(candidates.index, scores.shape[1])
+    boxes, classes = scores.shape
+    if boxes <= k or not classes:
+        candidates = best(scores.reshape(-1), k, threshold=threshold)
+        box, label = jnp.divmod(candidates.index, max(classes, 1))
+        return candidates, box, label
+    known = scores > threshold
+    ranked = jnp.where(known, scores, -jnp.inf)
+    chosen = jnp.sort(lax.top_k(ranked.max(axis=1), k)[1])
+    candidates = best(ranked[chosen].reshape(-1), k)
+    row, label = jnp.divmod(candidates.index, classes)
+    box = jnp.where(candidates.valid, chosen[row], 0)
+    candidates = candidates.replace(
+        index=box * classes + label, left_out=jnp.maximum(jnp.sum(known) - k, 0).astype(candidates.left_out.dtype)
+    )
     return candidates, box, label

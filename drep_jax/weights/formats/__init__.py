@@ -8,10 +8,19 @@ from drep_jax.errors import CheckpointError, ConfigError, did_you_mean
 from drep_jax.weights.formats.cifar_resnet import CIFAR_RESNET
 from drep_jax.weights.formats.clip_reid import CLIP, CLIP_REID
 from drep_jax.weights.formats.darknet import DARKNET
+from drep_jax.weights.formats.detr import FACEBOOK_DETR, MMDET_DETR, RESNET_DETR, TRANSFORMERS_DETR
 from drep_jax.weights.formats.dinov2 import DINOV2
 from drep_jax.weights.formats.fcn import MMSEG_FCN, MMSEG_FCN_ENCODER, TORCHVISION_FCN, TORCHVISION_FCN_ENCODER
 from drep_jax.weights.formats.generic import GENERIC, generic_format
 from drep_jax.weights.formats.mcunet import MCUNET
+from drep_jax.weights.formats.mmdet_dense import (
+    MMDET_ATSS,
+    MMDET_CENTERNET,
+    MMDET_YOLOV3,
+    RESNET_ATSS,
+    RESNET_CENTERNET,
+)
+from drep_jax.weights.formats.rcnn import MMDET_RCNN, RESNET_RCNN, SWIN_RCNN, SWINV2_RCNN, TORCHVISION_RCNN
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
 from drep_jax.weights.formats.segformer import (
     MMSEG_SEGFORMER,
@@ -22,6 +31,7 @@ from drep_jax.weights.formats.segformer import (
     TRANSFORMERS_SEGFORMER_ENCODER,
 )
 from drep_jax.weights.formats.swin import SWIN
+from drep_jax.weights.formats.swin_v1 import SWIN_V1, TIMM_SWIN
 from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
 from drep_jax.weights.formats.timm_vit import TIMM_VIT
 from drep_jax.weights.formats.torch_encoder_vit import TORCH_ENCODER_VIT
@@ -51,6 +61,8 @@ FORMATS: tuple[Format, ...] = (
     VMAMBA,
     SWIN,
     TIMM_SWINV2,
+    TIMM_SWIN,
+    SWIN_V1,
     CLIP,
     CLIP_REID,
     STRONG_BASELINE,
@@ -67,6 +79,20 @@ FORMATS: tuple[Format, ...] = (
     MMSEG_SEGFORMER_ENCODER,
     NVLABS_SEGFORMER_ENCODER,
     TRANSFORMERS_SEGFORMER_ENCODER,
+    MMDET_DETR,
+    FACEBOOK_DETR,
+    TRANSFORMERS_DETR,
+    MMDET_ATSS,
+    MMDET_CENTERNET,
+    MMDET_YOLOV3,
+    RESNET_DETR,
+    RESNET_ATSS,
+    RESNET_CENTERNET,
+    MMDET_RCNN,
+    TORCHVISION_RCNN,
+    RESNET_RCNN,
+    SWIN_RCNN,
+    SWINV2_RCNN,
 )
 
 

@@ -1,0 +1,175 @@
+"""ATSS (Zhang et al. 2020) as in mmdetection: one square anchor a cell, classes, boxes and centerness from a shared head.
+
+ResNet (batch norms on their stored statistics), pyramid P3 to P7, heads with GroupNorm. Boxes are
+deltas to the anchors times a learned number a level; the score of a box is that of its class times
+its centerness, √(min(l, r)/max(l, r) · min(t, b)/max(t, b)).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from drep_jax.models.backbone import Backbone, check_batch
+from drep_jax.models.detectors.anchors import anchors_of
+from drep_jax.models.detectors.atss_losses import atss_losses
+from drep_jax.models.detectors.base import Targets
+from drep_jax.models.detectors.coders import RCNN_STDS, decode_deltas
+from drep_jax.models.detectors.fpn import FPN
+from drep_jax.models.detectors.padding import extents
+from drep_jax.models.detectors.proposals import Objects
+from drep_jax.models.detectors.towers import (
+    RARE,
+    STRIDES,
+    Maps,
+    check_pyramid_head,
+    conv3x3,
+    flat,
+    found,
+    on_levels,
+    tower_convs,
+)
+from drep_jax.models.detectors.trunk import ResNetTrunk
+
+
+@struct.dataclass
+class Predictions:
+    """Maps of the levels P3 to P7, finest first.
+
+    Attributes:
+      classes: logits (batch, h, w, classes).
+      boxes: deltas to the anchors (batch, h, w, 4).
+      centerness: logits (batch, h, w, 1).
+    """
+
+    classes: tuple[Maps, ...]
+    boxes: tuple[Maps, ...]
+    centerness: tuple[Maps, ...]
+
+
+class ATSSHead(nn.Module):
+    """The head that all levels share."""
+
+    num_classes: int
+    depth: int
+    groups: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, levels: Sequence[Maps]) -> Predictions:
+        """Returns the maps of all levels."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        classes, boxes = tower_convs(levels, self.depth, self.groups, dtypes)
+        logits = on_levels(conv3x3("cls", self.num_classes, dtypes, bias_init=RARE), classes)
+        deltas = on_levels(conv3x3("reg", 4, dtypes), boxes)
+        centerness = on_levels(conv3x3("centerness", 1, dtypes), boxes)
+        scales = [self.param(f"scale_{i}", nn.initializers.ones, (), self.param_dtype) for i in range(len(levels))]
+        return Predictions(
+            logits,
+            tuple(scale.astype(x.dtype) * x for scale, x in zip(scales, deltas, strict=True)),
+            centerness,
+        )
+
+
+class ATSS(Backbone, kw_only=True):
+    """ATSS detector; takes images of any size.
+
+    Attributes:
+      stage_sizes: bottleneck blocks in each of the ResNet's four stages.
+      num_classes: number of classes.
+      trunk_width: channels of the ResNet's stem.
+      width: channels of the pyramid and the head.
+      depth: convolutions of each row of the head.
+      groups: of the GroupNorms.
+      score, iou: thresholds of what is found: of the class, and of non-maximum suppression.
+      candidates: most (cell, class) pairs of a level.
+      keep: most objects of an image.
+    """
+
+    stage_sizes: Sequence[int]
+    num_classes: int
+    trunk_width: int = 64
+    width: int = 256
+    depth: int = 4
+    groups: int = 32
+    score: float = 0.05
+    iou: float = 0.6
+    candidates: int = 1000
+    keep: int = 100
+
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
+        check_pyramid_head(self)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        train: bool = False,
+        size: Float[Array, "batch 2"] | None = None,
+        targets: Targets | None = None,
+    ) -> Predictions:
+        """Predicts classes, boxes and centerness in every cell of five levels.
+
+        Args:
+          x: normalized images, padded right and below to multiples of 32.
+          train, size, targets: change nothing here: there is no dropout, and batch norms have
+            stored statistics.
+
+        Raises:
+          ConfigError: when `x` is not a batch of images.
+        """
+        del train, size, targets
+        check_batch(x, "An ATSS")
+        trunk = ResNetTrunk(self.stage_sizes, self.trunk_width, remat=self.remat, **self.dtypes, name="backbone")
+        levels = FPN(self.width, extra="convs_on_output", **self.dtypes, name="neck")(trunk(x)[1:])
+        return ATSSHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")(levels)
+
+    def objects(
+        self, outputs: Predictions, shape: tuple[int, int], size: Float[Array, "batch 2"] | None = None
+    ) -> Objects:
+        """Returns what is found; see `Detector`."""
+        boxes = outputs.boxes[0]
+        anchors = [jnp.asarray(a, boxes.dtype)[None] for a in _anchors(outputs)]
+        return found(
+            [jax.nn.sigmoid(x.reshape(x.shape[0], -1, x.shape[-1])) for x in outputs.classes],
+            [jax.nn.sigmoid(x.reshape(x.shape[0], -1)) for x in outputs.centerness],
+            [
+                decode_deltas(x.reshape(x.shape[0], -1, 4), a, stds=RCNN_STDS)
+                for x, a in zip(outputs.boxes, anchors, strict=True)
+            ],
+            extents(shape, size, boxes.shape[0], boxes.dtype),
+            score=self.score,
+            iou=self.iou,
+            candidates=self.candidates,
+            keep=self.keep,
+        )
+
+    def losses(
+        self,
+        outputs: Predictions,
+        targets: Targets,
+        shape: tuple[int, int],
+        size: Float[Array, "batch 2"] | None = None,
+    ) -> Mapping[str, Float[Array, ""]]:
+        """Returns the losses of classes, boxes and centerness; see `Detector`."""
+        classes = flat(outputs.classes, outputs.classes[0].shape[-1])
+        return atss_losses(
+            classes,
+            flat(outputs.boxes, 4),
+            flat(outputs.centerness, 1)[..., 0],
+            _anchors(outputs),
+            [x.shape[1:3] for x in outputs.boxes],
+            STRIDES,
+            targets,
+            extents(shape, size, classes.shape[0], classes.dtype),
+        )
+
+
+def _anchors(outputs: Predictions) -> list[Any]:
+    return anchors_of("atss", [x.shape[1:3] for x in outputs.boxes])
