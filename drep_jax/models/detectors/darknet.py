@@ -24,6 +24,7 @@ from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.yolo import RULES, find_objects
 from drep_jax.models.detectors.yolo_losses import yolo_distance, yolo_losses
 from drep_jax.models.pointwise import pointwise_conv
+from drep_jax.rows import valid_pixels
 
 Maps = Float[Array, "batch height width channels"]
 
@@ -58,6 +59,8 @@ class Darknet(BatchNormBackbone, kw_only=True):
     iou: float = 0.45
     candidates: int = 2000
     keep: int = 100
+
+    site_pattern = ".*"
 
     def check(self) -> None:
         """Raises ConfigError for a `.cfg` that cannot be read or finds no objects, and for another number of classes."""
@@ -133,13 +136,13 @@ class Darknet(BatchNormBackbone, kw_only=True):
         Args:
           x: RGB / 255, of any size whose halves meet again, such as multiples of 32.
           train: whether BatchNorm uses, and updates with, the statistics of this batch.
-          size: of the images without padding, which the convolutions do not look at.
+          size: of the images without padding, which changes nothing but what denoisers learn from.
           targets: of training, which a network of one stage does not look at.
 
         Raises:
           ConfigError: when `x` is no batch of images.
         """
-        del size, targets
+        del targets
         network = self.network
         check_batch(x, "A network of darknet", network.channels)
         last_reader = {source: layer.number for layer in network.layers for source in layer.sources}
@@ -149,7 +152,8 @@ class Darknet(BatchNormBackbone, kw_only=True):
             if layer.kind == "yolo":
                 outputs.append(read[0].astype(jnp.promote_types(read[0].dtype, jnp.float32)))
             maps = {number: value for number, value in maps.items() if last_reader.get(number, -1) > layer.number}
-            maps[layer.number] = self._layer(layer, read, train)
+            with valid_pixels(size, x.shape[1:3]):
+                maps[layer.number] = self._layer(layer, read, train)
         return tuple(outputs)
 
     def _layer(self, layer: Layer, read: list[Maps], train: bool) -> Maps:
