@@ -222,7 +222,9 @@ def test_rows_that_count_differently_are_no_one_site():
 def test_a_padded_transformer_masks_tokens_and_not_queries(monkeypatch):
     """At 10 × 10 cells there are as many tokens as queries: their shapes do not tell keys of the image from others."""
     small = {"stage_sizes": (1, 1, 1, 1), "trunk_width": 4, "width": 8, "num_heads": 2, "mlp_dim": 12}
-    net = create_model("detr", num_classes=3, image_size=(320, 320), encoder_layers=1, decoder_layers=2, num_queries=100, **small)
+    net = create_model(
+        "detr", num_classes=3, image_size=(320, 320), encoder_layers=1, decoder_layers=2, num_queries=100, **small
+    )
     images, size = jax.ShapeDtypeStruct((1, 320, 320, 3), np.float32), np.array([[200.0, 320.0]])
     sites = find_sites(net, images, size=size)
     masked = {}
