@@ -98,7 +98,10 @@ def test_empty_proposals_count_for_nothing():
         assert sizes[0] < 0.1 * sizes[1], site.name
 
 
-def test_padded_pixels_count_for_nothing():
+@pytest.mark.parametrize("working", [moments_module.WORKING, 1], ids=["whole", "in parts"])
+def test_padded_pixels_count_for_nothing(working, monkeypatch):
+    monkeypatch.setattr(moments_module, "WORKING", working)
+
     class Padded(nn.Module):
         @nn.compact
         def __call__(self, x, size=None):
