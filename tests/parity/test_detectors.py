@@ -37,7 +37,9 @@ def to_torch(images):
 
 def error(got, expected):
     assert got.shape == expected.shape and np.ptp(expected) > 0
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
+    value = float(np.abs(got - expected).max() / np.abs(expected).max())
+    print(f"\n{got.shape}: max|Δ| / max|output| = {value:.1e}", end="")
+    return value
 
 
 def padded(shape, sizes):
