@@ -120,6 +120,7 @@ def get_config(text: str = "coco:faster_rcnn_r50") -> ConfigDict:
     config.data.update({"image_size": network["size"], "resize": "pad", "flip": True, "scale": (0.5, 1.5)})
     config.data.update({"scale_base": network["size"], "test_resize": network["test"]})
     config.detection.padding = network["padding"]
+    config.detection.masks = network_name.startswith("mask_") and mode in (*choice.LABELED, "baseline")
     config.model.name = network_name
     config.sites.pattern = network["sites"]
     labeled = {**recipe, "batch_size": batch, "decay": network["decay"], "rates": network.get("rates", ())}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import types
 from typing import Any
 
@@ -183,6 +184,67 @@ def test_images_without_objects_are_not_learned_from():
     assert sorted(TASK.order(source, 0).images) == [0, 2]
     assert TASK.order(types.SimpleNamespace(objects=np.array([2, 1])), 0) is None
     assert TASK.has_label({"classes": np.full((3, 4), -1)}).all()
+
+
+class Seen:
+    """A network that keeps the targets that it is given."""
+
+    def apply(self, variables, images, *, size=None, targets=None):
+        self.targets = targets
+        return jnp.zeros((len(images), 1))
+
+    def losses(self, outputs, targets, shape, size):
+        return {"all": jnp.sum(outputs)}
+
+
+def with_outlines(folder):
+    """Writes a picture of two squares, one within the other, and one without outlines, as COCO has them."""
+    square = [[2, 2, 14, 2, 14, 10, 2, 10]]
+    objects = [
+        {
+            "id": 1,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [2, 2, 12, 8],
+            "area": 96,
+            "iscrowd": 0,
+            "segmentation": square,
+        },
+        {"id": 2, "image_id": 1, "category_id": 2, "bbox": [4, 4, 2, 3], "area": 6, "iscrowd": 0}
+        | {"segmentation": [[4, 4, 6, 4, 6, 7, 4, 7]]},
+        {"id": 3, "image_id": 2, "category_id": 2, "bbox": [4, 4, 2, 3], "area": 6, "iscrowd": 0},
+    ]
+    images = [{"id": number, "file_name": f"{number}.png", "width": 16, "height": 12} for number in (1, 2)]
+    names = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
+    for split in ("train", "val", "test"):
+        (folder / split).mkdir()
+        for image in images:
+            Image.fromarray(np.full((12, 16, 3), 90, np.uint8)).save(folder / split / image["file_name"])
+        listed = {"images": images, "annotations": objects, "categories": names}
+        (folder / split / "_annotations.coco.json").write_text(json.dumps(listed))
+    return open_source(f"det_folder:{folder}", "train", image_size=(24, 32), resize="squash")
+
+
+def test_masks_reach_the_network_as_the_geometry_moves_them(tmp_path):
+    source, task, network = with_outlines(tmp_path), dataclasses.replace(TASK, masks=True, capacity=3), Seen()
+    place = int(np.flatnonzero(source.image_ids == 1)[0])
+    batch = read(source, np.array([place]), task.columns)
+    loss, parts = task.loss(task.apply(network, {}, jnp.zeros((1, 24, 32, 3)), batch), batch, 0.0, {})
+    assert loss.shape == () and parts.keys() == {"all_loss"}
+    masks = np.asarray(network.targets.masks)[0]
+    assert masks.shape == (3, 24, 32) and masks[1].sum() == 6 * 4 and not masks[2].any()
+    assert masks[0].sum() == (96 - 6) * 4 and not (masks[0] & masks[1]).any(), "the smaller object has its pixels"
+    assert masks[1, 8:14, 8:12].all()
+    assert read(source, np.array([place]), TASK.columns).keys() == batch.keys() - {"instances", "place"}
+    with pytest.raises(DataError, match="an object has no outline, so there is no mask to learn"):
+        read(source, np.array([1 - place]), task.columns)
+    bare = open_source(write(tmp_path / "bare", counts=(1, 1, 1)), "test", image_size=(32, 32), resize="squash")
+    setup = types.SimpleNamespace(others=(), train=bare, held_out=None, backbone=types.SimpleNamespace(masks=True))
+    plan = types.SimpleNamespace(section="backbone")
+    config = {"learner": "measured", "compare": (), "select": {"labels": False}, "backbone": {}}
+    for chosen, said in ((task, "have no outlines"), (TASK, r"learns masks, too: set --config\.detection\.masks=True")):
+        with pytest.raises(ConfigError, match=said):
+            check_run(chosen, config, setup, (plan,), chooses=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -83,9 +83,9 @@ def test_a_public_network_has_its_average_precision_on_real_pictures(tmp_path):
     config = yolo_fastest_coco.get_config().to_dict()
     setup = build(config)
     assert [len(part) for part in (setup.train, setup.held_out, setup.test)] == [101, 27, 128]
-    variables = read_weights(
-        Run(config, setup, str(tmp_path), MetricWriter(str(tmp_path))), config["backbone"]["init_from"]
-    )
+    writer = MetricWriter(str(tmp_path))
+    variables = read_weights(Run(config, setup, str(tmp_path), writer), config["backbone"]["init_from"])
+    writer.close()
     ((_, rows),) = score_arms(setup, {"baseline": variables}, setup.test, ("clean",), **reading(config))
     items = items_of(setup, setup.test, rows, "clean")["baseline"]
     values = {
