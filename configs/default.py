@@ -89,7 +89,7 @@ def get_default() -> ConfigDict:
         "remat": False,  # recompute blocks in the backward pass: less memory, more time
     }
     falling = {
-        "decay": "cosine",  # of the learning rate after the warm-up: cosine, or poly:POWER such as poly:0.9
+        "decay": "cosine",  # of the learning rate: cosine, poly:POWER such as poly:0.9, or steps:FRACTION,… (÷10 at each)
         "floor": 0.0,  # learning rate at the end
         "no_decay": (),  # regular expressions over paths of parameters without weight decay; () for the usual ones
         "rates": (),  # factors on the learning rate: ((regular expression over paths, factor), …)
@@ -157,6 +157,7 @@ def get_default() -> ConfigDict:
         {
             "confidence": 0.3,  # score from which boxes of the clean unfused network are pseudo-labels, and are shown
             "objects": 0,  # objects that every batch has room for, which several processes need; 0: those of the batch
+            "masks": False,  # labels have masks, which networks with masks learn from in labeled stages
             "padding": 1,  # multiple of pixels that test images of several sizes are padded to, such as 32
             "examples": 6,  # test images in the report; 0 for none
         }

@@ -22,8 +22,9 @@ docs/results.md.
 
 from ml_collections import ConfigDict
 
+from configs.choice import LABELED, MODES, parse_choice
 from configs.default import get_default
-from drep_jax.errors import ConfigError, lookup
+from drep_jax.errors import ConfigError
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -60,32 +61,17 @@ SIDE = {"veri": "camera+view", "vehicleid": ""}
 SMOOTHED = ("clip_reid", "resnet50", "resnet50_views")
 """Backbones published with label smoothing."""
 
-MODES = {
-    "measured": {"learner": "measured", "compare": ("algorithm1", "closed_form")},
-    "label_free": {"learner": "algorithm1", "compare": ("closed_form",)},
-    "label_augmented": {"learner": "label_augmented", "compare": ("algorithm1",)},
-    "alternating": {"learner": "alternating", "compare": ("label_augmented",)},
-    "control": {"learner": "continued", "compare": ()},
-    "final_only": {"learner": "closed_form", "compare": ("final_only",)},
-}
-LABELED = ("label_augmented", "alternating", "control")
+MODES = {**MODES, "final_only": {"learner": "closed_form", "compare": ("final_only",)}}
 STEPS = 24_000  # 120 epochs of 12,936 images in batches of 64, as in the paper
 
 
-def get_config(choice: str = "market1501:transreid_ssl_s") -> ConfigDict:
+def get_config(text: str = "market1501:transreid_ssl_s") -> ConfigDict:
     """Returns the configuration.
 
     Args:
-      choice: DATASET:BACKBONE or DATASET:BACKBONE:MODE.
+      text: DATASET:BACKBONE or DATASET:BACKBONE:MODE.
     """
-    dataset, _, rest = choice.partition(":")
-    name, _, mode = rest.partition(":")
-    size = lookup(DATASETS, dataset, "data set of this configuration")
-    if not name:
-        raise ConfigError(f"configs/reid.py takes DATASET:BACKBONE[:MODE]; got {choice!r}, without a backbone.")
-    backbone = lookup(BACKBONES, name, "backbone of this configuration")
-    mode = mode or "label_free"
-    chosen = lookup(MODES, mode, "way of training")
+    dataset, size, name, backbone, mode, chosen = parse_choice(text, "configs/reid.py", DATASETS, BACKBONES, MODES)
     if size == PERSONS:
         size = backbone.get("persons", PERSONS)
     if backbone.get("views") and dataset not in ("veri", "folder"):

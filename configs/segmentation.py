@@ -36,8 +36,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import choice
 from configs.default import get_default
-from drep_jax.errors import ConfigError, lookup
 
 IMAGENET = {"mean": (123.675 / 255, 116.28 / 255, 103.53 / 255), "std": (58.395 / 255, 57.12 / 255, 57.375 / 255)}
 
@@ -80,33 +80,20 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 NVLABS = "_nvlabs"
 
-MODES: dict[str, dict[str, Any]] = {
-    "measured": {"learner": "measured", "compare": ("algorithm1", "closed_form")},
-    "label_free": {"learner": "algorithm1", "compare": ("closed_form",)},
-    "label_augmented": {"learner": "label_augmented", "compare": ("algorithm1",)},
-    "alternating": {"learner": "alternating", "compare": ("label_augmented",)},
-    "control": {"learner": "continued", "compare": ()},
-    "baseline": {"learner": "closed_form", "compare": ()},
-}
-LABELED = ("label_augmented", "alternating", "control")
+MODES: dict[str, dict[str, Any]] = {**choice.MODES, "baseline": {"learner": "closed_form", "compare": ()}}
 STEPS = 20_000
 """Of learning denoisers, and of the control arm, which trains the backbone on for as long."""
 
 
-def get_config(choice: str = "ade20k:segformer_b0") -> ConfigDict:
+def get_config(text: str = "ade20k:segformer_b0") -> ConfigDict:
     """Returns the configuration.
 
     Args:
-      choice: DATASET:BACKBONE or DATASET:BACKBONE:MODE.
+      text: DATASET:BACKBONE or DATASET:BACKBONE:MODE.
     """
-    name, _, rest = choice.partition(":")
-    backbone_name, _, mode = rest.partition(":")
-    dataset = lookup(DATASETS, name, "data set of this configuration")
-    if not backbone_name:
-        raise ConfigError(f"configs/segmentation.py takes DATASET:BACKBONE[:MODE]; got {choice!r}, without a backbone.")
-    backbone = lookup(BACKBONES, backbone_name, "backbone of this configuration")
-    mode = mode or "label_free"
-    chosen = lookup(MODES, mode, "way of training")
+    name, dataset, backbone_name, backbone, mode, chosen = choice.parse_choice(
+        text, "configs/segmentation.py", DATASETS, BACKBONES, MODES
+    )
 
     config = get_default()
     config.name = f"segmentation_{name}_{backbone_name}_{mode}"
@@ -123,7 +110,7 @@ def get_config(choice: str = "ade20k:segformer_b0") -> ConfigDict:
     labeled = {**backbone["recipe"], "batch_size": 16}
     config.backbone.update({**labeled, "steps": backbone["steps"] if mode == "baseline" else 0})
     # Trained networks are trained on with a tenth of the rate.
-    config.control.update({**labeled, "steps": STEPS if mode in LABELED else 0, "floor": 0.0})
+    config.control.update({**labeled, "steps": STEPS if mode in choice.LABELED else 0, "floor": 0.0})
     config.control.learning_rate = labeled["learning_rate"] / 10
     config.denoise.update({"train_steps": STEPS, "batch_size": 16, "learning_rate": 4e-4, "tokens": 0.25})
     config.denoise.update({"moment_images": 2000, "moment_tokens": 0.25})

@@ -19,5 +19,5 @@ def named_weights(shapes, spread=0.3):
         bound = spread if spread != "fan_in" else math.sqrt(3 / math.prod(shape[1:])) if len(shape) in (2, 4) else 0.3
         draw = np.random.default_rng(zlib.crc32(name.encode())).uniform(-bound, bound, shape)
         factor = FACTOR.search(name) is not None
-        arrays[name] = (draw + factor).astype(np.float32)
+        arrays[name] = np.asarray(draw + factor, np.float32)  # a number by itself stays an array
     return arrays

@@ -12,12 +12,14 @@ from tests.command import whole_reports
 ROOT = Path(__file__).parents[1]
 SHARED = {"adaptation", "common", "single_thread"}
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
-WITH_DATA = {"camvid", "cifar10c", "real_noise", "reid", "ridge"}
+WITH_DATA = {"camvid", "cifar10c", "coco", "coco_c", "real_noise", "reid", "ridge"}
 """They need the files of DREP_DATA."""
 
 LONG = {
     "camvid",
     "cifar10c",
+    "coco",
+    "coco_c",
     "distilled",
     "front",
     "learn",
@@ -52,7 +54,7 @@ def test_every_benchmark_runs_at_the_tiny_size(name, arguments, capsys, tmp_path
         command.append(f"--out={tmp_path}")
     if name in ("modes", "reid"):
         command.append(f"--workdir={tmp_path}")
-    if name == "camvid":
+    if name in ("camvid", "coco", "coco_c"):
         command.append(f"--cache={tmp_path}")
     if name == "cifar10c":
         command.append(f"--out={tmp_path / 'out.json'}")

@@ -13,7 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from configs import cifar10_training, reid, segmentation
+from configs import choice as choices
+from configs import cifar10_training, detection, reid, segmentation
 from drep_jax.core.schedule import Schedule, reverse_steps
 from drep_jax.data import prepare
 from drep_jax.data.augment import augmentation_of
@@ -22,14 +23,17 @@ from drep_jax.data.datasets import open_images
 from drep_jax.data.loader import training_batches
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.learners import LEARNERS
-from drep_jax.models import create_model
+from drep_jax.models import MODELS, create_model
+from drep_jax.models.detectors.base import Detector
 from drep_jax.run.stages import stage_of
 from drep_jax.tasks import make_task
 from drep_jax.training.optimizers import parameter_groups
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted(
-    path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "default", "own_model")
+    path.stem
+    for path in (ROOT / "configs").glob("*.py")
+    if path.stem not in ("__init__", "choice", "default", "own_model")
 )
 # data set, classes, (height, width, channels) as stored, splits, features besides image and label
 CATALOGUE = {
@@ -65,9 +69,10 @@ OTHERS = {
     "resnet20_cifar10": 10,
     "vit_cifar10": 10,
     "vit_fashion_mnist": 10,
+    "yolo_fastest_coco": 80,
 }
-SEVERAL = ("cifar10_training", "reid", "reid_pku", "segmentation")
-WITH_FILES = ("mcunet_imagenet",)
+SEVERAL = ("cifar10_training", "detection", "reid", "reid_pku", "segmentation")
+WITH_FILES = ("mcunet_imagenet", "yolo_fastest_coco")
 """Their network and noise are read from the files of DREP_DATA."""
 COUNT = 20
 
@@ -102,7 +107,7 @@ def test_every_cell_of_the_tables_on_re_identification_can_be_asked_for(choice):
         for learner in {config["learner"], *config["compare"]} & {"algorithm1", "label_augmented", "alternating"}:
             budgets.add((stage_of(learner).steps(config), stage_of(learner).batch_size(config)))
         assert len(budgets) <= 1 and all(size == task.identities * task.instances for _, size in budgets)
-        assert mode not in reid.LABELED or config["control"]["steps"]
+        assert mode not in choices.LABELED or config["control"]["steps"]
         model = {**config["model"], "num_classes": 5}
         network = create_model(model.pop("name"), image_size=config["data"]["image_size"], **model)
         assert (getattr(network, "branches", 1) == 2) == task.views and hasattr(network, "outputs")
@@ -127,7 +132,7 @@ def test_every_cell_of_the_tables_on_segmentation_can_be_asked_for(backbone):
         augmentation_of(config["data"])
         trained = {config["learner"], *config["compare"]} & {"algorithm1", "label_augmented", "alternating"}
         budgets = {(stage_of(name).steps(config), stage_of(name).batch_size(config)) for name in trained}
-        if mode in segmentation.LABELED:
+        if mode in choices.LABELED:
             budgets.add((config["control"]["steps"], config["control"]["batch_size"]))
         assert len(budgets) <= 1
     # mmsegmentation's groups: no decay of norms but those after the stages, ten times the rate in the head
@@ -144,6 +149,30 @@ def test_every_cell_of_the_tables_on_segmentation_can_be_asked_for(backbone):
         parameter_groups("rates", recipe["rates"], 1.0)({"backbone": shapes["params"]})
     with pytest.raises(ConfigError, match=r"DATASET:BACKBONE\[:MODE\]"):
         segmentation.get_config("ade20k")
+
+
+@pytest.mark.parametrize("network", detection.NETWORKS)
+def test_every_cell_of_the_table_on_detection_can_be_asked_for(network):
+    for dataset, mode in itertools.product(detection.DATASETS, detection.MODES):
+        config = detection.get_config(f"{dataset}:{network}:{mode}").to_dict()
+        task = make_task(config)
+        assert task.fit.startswith("short:") and task.padding == (1 if network == "detr_r50" else 32)
+        augmentation_of(config["data"]).check_columns(task.columns)
+        trained = {config["learner"], *config["compare"]} & {"algorithm1", "label_augmented", "alternating"}
+        budgets = {(stage_of(name).steps(config), stage_of(name).batch_size(config)) for name in trained}
+        if mode in choices.LABELED:
+            budgets.add((config["control"]["steps"], config["control"]["batch_size"]))
+        assert len(budgets) <= 1
+        assert (config["backbone"]["steps"] > 0) == (mode == "baseline")
+    with pytest.raises(ConfigError, match=r"DATASET:BACKBONE\[:MODE\]"):
+        detection.get_config("coco")
+    if network not in MODELS:
+        pytest.skip(f"{network} is not in the registry of models")
+    model = {**detection.get_config(f"coco:{network}").model.to_dict(), "num_classes": 80}
+    made = create_model(model.pop("name"), image_size=(64, 64), **model)
+    assert isinstance(made, Detector) and made.num_classes == 80
+    shapes = jax.eval_shape(made.init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
+    parameter_groups("rates", detection.NETWORKS[network].get("rates", ()), 1.0)({"backbone": shapes["params"]})
 
 
 def test_the_table_names_every_configuration():
@@ -166,6 +195,8 @@ def test_names_and_settings_are_known(name):
     assert {config["learner"], *config["compare"]} <= set(LEARNERS)
     reverse_steps(Schedule(**config["schedule"]), 1000, 1, config["denoise"]["rule"])
     model = dict(config["model"])
+    if name == "detection" and model["name"] not in MODELS:
+        pytest.skip(f"{model['name']} is not in the registry of models")
     classes = CATALOGUE[name][1] if name in CATALOGUE else OTHERS.get(name, 10)
     wanted = model.pop("num_classes") or classes
     network = create_model(model.pop("name"), num_classes=wanted, image_size=config["data"]["image_size"], **model)

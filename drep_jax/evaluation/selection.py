@@ -236,7 +236,8 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     task = setup.task
     columns = {name: column for name, column in images.items() if name != "image"}
     has_label = np.flatnonzero(_of_all_hosts(task.has_label(columns), 0, count))
-    labeled = options.labels and labels_there(images, task) and not (task.test_needs_head and setup.features)
+    labels_there = not images.keys().isdisjoint({"label", *(column.name for column in task.columns)})
+    labeled = options.labels and labels_there and not (task.test_needs_head and setup.features)
     labeled = labeled and len(has_label) > 0
     pseudo = _pseudo_labels(setup, variables, images, batch_size)
     statistics = grid_statistics(setup, variables, candidates, grid, against_labels=labeled or not pseudo)
@@ -288,11 +289,6 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     criterion = task.criterion if labeled else AGREEMENT
     best = best_point(points, criterion, options.max_clean_loss)
     return Choice(tuple(points), best, criterion, conditions, count, time.perf_counter() - start_time)
-
-
-def labels_there(images: Batch, task: Task) -> bool:
-    """Returns whether a batch has labels: the column "label", or one that the task declares."""
-    return not images.keys().isdisjoint({"label", *(column.name for column in task.columns)})
 
 
 def best_point(points: Sequence[Point], criterion: str, max_clean_loss: float) -> int:

@@ -5,9 +5,8 @@ height, width, channels) and returns logits (batch, num_classes), or features wh
 those for re-identification always return features, and their method `outputs` returns what the training
 losses read. Those that classify every pixel return maps of logits (batch, rows, columns,
 num_classes) of a lower resolution, and with `train=True` those of an auxiliary head too, where there
-is one. Those that find objects are `drep_jax.models.detectors.base.Detector`s. To add a model, add a
-line to `MODELS`. A module that is not in the registry is imported
-by name, see `imported`.
+is one. Those that find objects are `drep_jax.models.detectors.base.Detector`s. To add a model, add
+a line to `MODELS`. A module that is not in the registry is imported by name, see `imported`.
 """
 
 import fnmatch

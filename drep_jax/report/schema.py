@@ -96,6 +96,17 @@ KEYS: dict[str, Any] = {
             "*": dict.fromkeys(("index", "why", "image", "label")) | {"accuracy": {"*": None}, "answers": {"*": None}}
         },
     },
+    "boxes??": {
+        **dict.fromkeys(("condition", "score", "improved", "worsened", "of")),
+        "arms": {"*": None},
+        "classes": {"*": None},
+        "images": {
+            "*": dict.fromkeys(("index", "why", "image"))
+            | {"truth": {"*": dict.fromkeys(("class", "crowd")) | {"box": {"*": None}}}}
+            | {"found": {"*": {"*": dict.fromkeys(("class", "score", "object")) | {"box": {"*": None}}}}}
+            | {"gained": {"*": None}, "lost": {"*": None}}
+        },
+    },
     "protocol??": {"*": None},
     "forms??": {"*": None},
     "items??": {"are": None, "resampled": None},
@@ -195,6 +206,11 @@ def _picture_problems(report: Mapping[str, Any]) -> Iterator[str]:
         for arm in overlays["arms"]:
             if arm not in image["answers"]:
                 yield f"overlays.images.{index}.answers.{arm} is missing"
+    boxes = report.get("boxes") or {"images": ()}
+    for index, image in enumerate(boxes["images"]):
+        for arm in boxes["arms"]:
+            if arm not in image["found"]:
+                yield f"boxes.images.{index}.found.{arm} is missing"
     ranked = report.get("ranked") or {"queries": ()}
     for index, query in enumerate(ranked["queries"]):
         for arm in ranked["arms"]:

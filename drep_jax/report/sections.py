@@ -138,7 +138,7 @@ def _examples(report: Mapping[str, Any]) -> list[Block]:
 
 
 def _pictures(report: Mapping[str, Any]) -> list[Block]:
-    return [*_examples(report), *_overlays(report), *_ranked(report)]
+    return [*_examples(report), *_overlays(report), *_boxes(report), *_ranked(report)]
 
 
 def _overlays(report: Mapping[str, Any]) -> list[Block]:
@@ -155,6 +155,25 @@ def _overlays(report: Mapping[str, Any]) -> list[Block]:
         ),
         Picture(
             "overlays", "Test images with the classes of the labels and of both networks, and where these differ", True
+        ),
+    ]
+
+
+def _boxes(report: Mapping[str, Any]) -> list[Block]:
+    boxes = report.get("boxes")
+    if not boxes or not boxes["images"]:
+        return []
+    before, after = boxes["arms"]
+    return [
+        Heading("Test images"),
+        Text(
+            f"Of {boxes['of']} {boxes['condition']} images, {after} finds more objects than {before}, less the wrong boxes, in "
+            f"{boxes['improved']}, and fewer in {boxes['worsened']}, with boxes of a score of {boxes['score']:g} or more. "
+            "Shown are those that gained and lost most, then some at random: the first kinds show what can happen, only the "
+            "last how often."
+        ),
+        Picture(
+            "boxes", "Test images with their objects, the boxes of both networks, and what was gained and lost", True
         ),
     ]
 

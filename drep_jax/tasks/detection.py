@@ -78,6 +78,7 @@ class Detection(Task):
       confidence: score from which a box of the unfused network on a clean image is a pseudo-label,
         and from which boxes are shown in pictures.
       capacity: objects that every batch has room for; 0 for those of the batch.
+      masks: whether labels have masks, which networks with masks learn from.
       padding: multiple of pixels that test images of several sizes are padded to.
       shown: number of test images in the report.
       fit: how test images get their size, see `drep_jax.data.fits`.
@@ -85,6 +86,7 @@ class Detection(Task):
 
     confidence: float = 0.3
     capacity: int = 0
+    masks: bool = False
     padding: int = 1
     shown: int = 6
     fit: str = ""
@@ -97,7 +99,7 @@ class Detection(Task):
     @property
     def columns(self) -> tuple[Column, ...]:  # type: ignore[override]
         """Label columns of the images."""
-        return object_columns(self.capacity)
+        return object_columns(self.capacity, masks=self.masks)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Images
@@ -128,6 +130,9 @@ class Detection(Task):
             classes=batch["classes"],
             crowd=batch["crowd"].astype(bool) | batch["ignore"].astype(bool),
         )
+        if self.masks:
+            places = batch["place"][:, :, None, None]
+            targets = targets.replace(masks=(batch["instances"][:, None] == places) & (places >= 0))
         size = self._size(batch)
         outputs = backbone.apply(variables, self._cleared(images, size), size=size, targets=targets, **options)
         outputs, *changed = outputs if options.get("mutable") else (outputs,)
@@ -325,6 +330,7 @@ def make_detection(config: Config) -> Detection:
     return Detection(
         confidence=float(options["confidence"]),
         capacity=int(options["objects"]),
+        masks=bool(options["masks"]),
         padding=int(options["padding"]),
         shown=int(options["examples"]),
         fit=config["data"].get("test_resize", "") or config["data"]["resize"],

@@ -91,6 +91,16 @@ def check_run(task: Any, config: Config, setup: Any, plans: Sequence[StagePlan],
             )
     if plans:
         check_objects(setup.train, "training images")
+        if getattr(setup.backbone, "masks", False) and not task.masks:
+            raise ConfigError(
+                f"{type(setup.backbone).__name__} learns masks, too: set --config.{task.name}.masks=True, for labels with "
+                "outlines, or take a network without them (model.masks=False)."
+            )
+        if task.masks and "instances" not in {column.name for column in getattr(setup.train, "columns", ())}:
+            raise ConfigError(
+                f"{task.name}.masks=True, but the objects of {setup.train.name} have no outlines. Give COCO's JSON with "
+                "segmentations, or set it to False."
+            )
         if devices.host()[1] > 1 and not task.capacity:
             raise ConfigError(
                 f"Several processes train on batches of one shape, so say how many objects an image may have: "

@@ -30,8 +30,8 @@ def protocol_of(task: Any, source: Source, items: Items) -> tuple[str, ...]:
     missing = f" No object of this set is {' or '.join(absent)}, so there is no such AP." if absent else ""
     areas = "as annotated" if getattr(source, "has_areas", True) else "of the boxes, since the set states none"
     return (
-        f"AP is COCO's: the mean over IoUs of 0.50 to 0.95 and over the {present} classes that have an object, of the precision "
-        f"interpolated at 101 recalls, with at most 100 boxes of a class in an image. {len(truths):,} images with "
+        f"AP is COCO's: the mean over IoUs of 0.50 to 0.95 and over the {present} classes that have an object, of the "
+        f"precision interpolated at 101 recalls, with at most 100 boxes of a class in an image. {len(truths):,} images with "
         f"{totals[0]:,} objects: {counts}.{missing}",
         f"Objects are small below 32² pixels of the stored image, and medium up to 96²; areas are {areas}.",
         _resizing(task, source),

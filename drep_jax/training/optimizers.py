@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from drep_jax.errors import ConfigError, lookup
@@ -46,13 +48,14 @@ def make_schedule(decay: str, learning_rate: float, steps: int, warmup: int = 0,
     """Returns step ↦ learning rate: a linear warm-up from 0 to the peak, then the decay to the floor.
 
     "cosine": floor + (peak − floor)·(1 + cos πx)/2 with x = k/T. "poly:p" is mmsegmentation's
-    floor + (peak − floor)·(1 − k/(T − 1))^p. k counts the T steps after the warm-up.
+    floor + (peak − floor)·(1 − k/(T − 1))^p. k counts the T steps after the warm-up. "steps:a,b"
+    divides the rate by ten at the fractions a and b of all steps, and by no more than to the floor.
 
     >>> [round(float(make_schedule("poly:1", 1.0, 5, floor=0.2)(k)), 3) for k in range(5)]
     [1.0, 0.8, 0.6, 0.4, 0.2]
 
     Args:
-      decay: "cosine" or "poly:POWER".
+      decay: "cosine", "poly:POWER" or "steps:FRACTION,…".
       learning_rate: the peak.
       steps: of the stage.
       warmup: of them, those of the warm-up.
@@ -62,12 +65,14 @@ def make_schedule(decay: str, learning_rate: float, steps: int, warmup: int = 0,
       ConfigError: for an unknown decay, or a floor that is negative or above the peak.
     """
     kind, _, power = decay.partition(":")
+    if kind == "steps":
+        return _stepped(decay, learning_rate, steps, warmup, floor)
     try:
         exponent = float(power) if kind == "poly" else 1.0
     except ValueError:
         exponent = math.nan
     if (kind == "cosine" and power) or kind not in ("cosine", "poly") or not 0 < exponent < math.inf:
-        raise ConfigError(f'decay="{decay}" is neither cosine nor poly:POWER, such as poly:0.9.')
+        raise ConfigError(f'decay="{decay}" is neither cosine nor poly:POWER, such as poly:0.9, nor steps:FRACTION,….')
     if not 0 <= floor <= learning_rate:
         raise ConfigError(f"floor={floor} must lie between 0 and the learning rate, {learning_rate}.")
     length = max(steps - warmup, 1)
@@ -80,6 +85,26 @@ def make_schedule(decay: str, learning_rate: float, steps: int, warmup: int = 0,
         if warmup
         else falling
     )
+
+
+def _stepped(decay: str, learning_rate: float, steps: int, warmup: int, floor: float) -> optax.Schedule:
+    """Returns the schedule of "steps:a,b"."""
+    try:
+        fractions = [float(text) for text in decay.partition(":")[2].split(",")]
+    except ValueError:
+        fractions = []
+    if not fractions or sorted(set(fractions)) != fractions or not 0 < fractions[0] <= fractions[-1] < 1:
+        raise ConfigError(f'decay="{decay}": expected rising fractions of the steps, such as steps:0.67,0.92.')
+    if not 0 <= floor <= learning_rate:
+        raise ConfigError(f"floor={floor} must lie between 0 and the learning rate, {learning_rate}.")
+    at = np.array([round(fraction * steps) for fraction in fractions])
+
+    def rate(step: Any) -> Any:
+        falls = jnp.sum(jnp.asarray(step) >= at)
+        rising = jnp.minimum(step / max(warmup, 1), 1.0) if warmup else 1.0
+        return jnp.maximum(rising * learning_rate * 10.0**-falls, jnp.minimum(floor, rising * learning_rate))
+
+    return rate
 
 
 def make_optimizer(

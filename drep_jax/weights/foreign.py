@@ -303,15 +303,16 @@ def _classes_hint(
             stored = piece.read(tensors[piece.theirs]).shape
         except ValueError:
             return ""
-        if not classes or wanted[-1] != classes or len(stored) != len(wanted) or stored[:-1] != wanted[:-1]:
+        background = wanted[-1] - classes  # an output for none of the classes, or there is none
+        if not classes or background not in (0, 1) or len(stored) != len(wanted) or stored[:-1] != wanted[:-1]:
             return ""
-        counts.add(stored[-1])
+        counts.add(stored[-1] - background)
         owners.add(piece.ours.split("/", 1)[1].rpartition("/")[0])
     if len(counts) != 1 or accounted.unexpected:
         return ""
-    pattern = f".*({'|'.join(sorted(owners))})/.*" if len(owners) > 1 else f".*{owners.pop()}/.*"
+    pattern, (count,) = f".*({'|'.join(sorted(owners))})/.*" if len(owners) > 1 else f".*{owners.pop()}/.*", counts
     return (
-        f" The file is for {counts.pop()} classes and the model for {classes}: --config.model.num_classes={stored[-1]} "
+        f" The file is for {count} classes and the model for {classes}: --config.model.num_classes={count} "
         f"reads it with its classifier; --config.backbone.init_allow=\"('{pattern}',)\" reads all but the classifier, "
         "which then stays as initialized."
     )

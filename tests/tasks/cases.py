@@ -8,7 +8,7 @@ from PIL import Image
 
 from configs.default import get_default
 from drep_jax.run.setup import build
-from tests import label_maps
+from tests import boxes, label_maps
 from tests.tiny_config import get_config
 
 PEOPLE = 8
@@ -61,11 +61,24 @@ def segmentation(folder, **changes):
     return config.to_dict()
 
 
+def detection(folder, **changes):
+    """Rectangles of three sizes, by three convolutions."""
+    config = get_default()
+    config.task, config.progress = "detection", False
+    config.data.update({"source": boxes.write(folder), "image_size": (32, 32), "resize": "squash"})
+    config.model.update({"name": "darknet", "cfg": boxes.CFG})
+    config.detection.confidence = 0.1
+    config.evaluate.update({"conditions": ("clean", "gaussian:60"), "batch_size": 16, "resamples": 200})
+    config.update_from_flattened_dict({"select.images": 6, **changes})
+    return config.to_dict()
+
+
 CASES = {
     "classification": classification,
     "classification without a head": functools.partial(classification, **{"model.num_classes": -1}),
     "retrieval": retrieval,
     "segmentation": segmentation,
+    "detection": detection,
 }
 """Name of a task, with a word of what is special ↦ its configuration, given a folder to write images to."""
 

@@ -36,6 +36,13 @@ def test_learning_rates_are_those_of_the_published_recipes():
     np.testing.assert_allclose([cosine(k) for k in range(11)], expected, rtol=1e-6)
 
 
+def test_rates_of_public_schedules_of_steps_fall_by_ten():
+    rate = make_schedule("steps:0.5,0.75", 0.02, 20, warmup=4, floor=1e-4)
+    expected = [0.02 * k / 4 for k in range(4)] + [0.02] * 6 + [0.002] * 5 + [2e-4] * 5
+    np.testing.assert_allclose([rate(k) for k in range(20)], expected, rtol=1e-5)
+    assert float(make_schedule("steps:0.1,0.2,0.3", 0.02, 20, floor=1e-4)(19)) == pytest.approx(1e-4)
+
+
 def change(name, grad=1.0, steps=1, **options):
     tx = make_optimizer(name, learning_rate=0.1, steps=10, **options)
     params, state = PARAMS, tx.init(PARAMS)
@@ -66,6 +73,8 @@ def test_momentum_has_no_nesterov_step_and_decays_everything():
     ("options", "said"),
     [
         ({"decay": "polynomial"}, "neither cosine nor poly:POWER"),
+        ({"decay": "steps:0.9,0.5"}, "rising fractions of the steps"),
+        ({"decay": "steps:1"}, "rising fractions of the steps"),
         ({"decay": "poly:x"}, "neither cosine nor poly:POWER"),
         ({"decay": "cosine:2"}, "neither cosine nor poly:POWER"),
         ({"floor": 0.2}, "floor=0.2 must lie between 0 and the learning rate"),

@@ -10,9 +10,10 @@ from jaxtyping import Float32, Int, Num
 
 from drep_jax.data.corruptions.bank import open_bank
 from drep_jax.data.corruptions.cifar10c import CIFAR10C, at_severity
+from drep_jax.data.corruptions.imagenet_c import TABLES
 from drep_jax.data.corruptions.like import open_like
 from drep_jax.data.corruptions.physical import CORRUPTIONS, Corruption
-from drep_jax.data.corruptions.spec import CLEAN, FILES, PROTOCOL_PREFIX, Part, parse_spec
+from drep_jax.data.corruptions.spec import CLEAN, FILES, PROTOCOLS, Part, parse_spec
 from drep_jax.data.options import parsed
 from drep_jax.errors import DataError
 
@@ -81,8 +82,8 @@ def _apply(part: Part, image: np.ndarray, seed: int, number: int) -> np.ndarray:
     # Noise from files does not depend on where they lie.
     rng = _generator(seed, number, kind if kind in FILES else part.name)
     strength = part.low + (part.high - part.low) * rng.random()
-    if part.name.startswith(PROTOCOL_PREFIX):
-        return at_severity(image, rng, part.name.removeprefix(PROTOCOL_PREFIX), int(strength))
+    if kind in PROTOCOLS:
+        return at_severity(image, rng, part.name.partition(":")[2], int(strength), TABLES[kind])
     function = noise_of(part) if kind in FILES else CORRUPTIONS[part.name].function
     return image if strength == 0 else function(image, rng, strength)
 

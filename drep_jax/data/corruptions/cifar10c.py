@@ -32,19 +32,22 @@ PANES = (
 LUMA = (0.299, 0.587, 0.114)
 
 
-def at_severity(image: np.ndarray, rng: Generator, name: str, severity: int) -> np.ndarray:
-    """Applies one of `CIFAR10C`.
+def at_severity(
+    image: np.ndarray, rng: Generator, name: str, severity: int, table: "Table | None" = None
+) -> np.ndarray:
+    """Applies one of `CIFAR10C`, or of another protocol.
 
     Args:
       image: float32 (h, w, c), levels 0 to 255.
       rng: of this image.
       name: of the corruption.
       severity: 1 to 5.
+      table: of the protocol; None for `PROTOCOL`.
 
     Returns:
       float32 (h, w, c), whole levels 0 to 255, rounded downwards as in the published files.
     """
-    function, constants = PROTOCOL[name]
+    function, constants = (PROTOCOL if table is None else table)[name]
     out = function(image.astype(np.float64) / 255, rng, *constants[severity - 1])
     # A thousandth more, so that the rounding of /255 · 255 does not lower an unchanged level.
     return np.floor(np.clip(out, 0, 1) * 255 + 1e-3).astype(np.float32)
@@ -97,11 +100,11 @@ def motion_blur(image: Image, rng: Generator, radius: int, sigma: float) -> Imag
     return _smear(image, radius, sigma, rng.uniform(-45, 45))
 
 
-def zoom_blur(image: Image, rng: Generator, end: float) -> Image:
-    """Averages the image with its magnifications `numpy.arange(1, end, 0.01)`."""
+def zoom_blur(image: Image, rng: Generator, end: float, step: float = 0.01) -> Image:
+    """Averages the image with its magnifications `numpy.arange(1, end, step)`."""
     del rng
     height, width, channels = image.shape
-    vertical, horizontal = _zooms(height, end), _zooms(width, end)
+    vertical, horizontal = _zooms(height, end, step), _zooms(width, end, step)
     count = len(vertical)
     tall = (vertical.reshape(-1, height) @ image.reshape(height, -1)).reshape(count, height, width, channels)
     pairs = tall.transpose(1, 3, 0, 2).reshape(height * channels, count * width)
@@ -197,8 +200,10 @@ def jpeg_compression(image: Image, rng: Generator, quality: int) -> Image:
     return jpeg(image * 255, quality) / 255
 
 
-# Name ↦ its function and its constants for the severities 1 to 5.
-PROTOCOL: dict[str, tuple[Callable[..., Image], tuple[tuple[Any, ...], ...]]] = {
+Table = dict[str, tuple[Callable[..., Image], tuple[tuple[Any, ...], ...]]]
+"""Name ↦ its function and its constants for the severities 1 to 5."""
+
+PROTOCOL: Table = {
     "gaussian_noise": (gaussian_noise, ((0.04,), (0.06,), (0.08,), (0.09,), (0.10,))),
     "shot_noise": (shot_noise, ((500,), (250,), (100,), (75,), (50,))),
     "impulse_noise": (impulse_noise, ((0.01,), (0.02,), (0.03,), (0.05,), (0.07,))),
@@ -253,8 +258,8 @@ def _sample(image: Image, rows: np.ndarray, columns: np.ndarray, border: str) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _zooms(side: int, end: float) -> np.ndarray:
-    return np.stack([_zoom_matrix(side, factor) for factor in np.arange(1, end, 0.01).tolist()])
+def _zooms(side: int, end: float, step: float) -> np.ndarray:
+    return np.stack([_zoom_matrix(side, factor) for factor in np.arange(1, end, step).tolist()])
 
 
 @functools.lru_cache(maxsize=64)

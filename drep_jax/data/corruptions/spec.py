@@ -5,12 +5,14 @@ import math
 from urllib.parse import quote
 
 from drep_jax.data.corruptions.cifar10c import CIFAR10C
+from drep_jax.data.corruptions.imagenet_c import TABLES
 from drep_jax.data.corruptions.physical import CORRUPTIONS
 from drep_jax.data.options import parsed
 from drep_jax.errors import ConfigError, did_you_mean
 
 CLEAN = "clean"
-PROTOCOL_PREFIX = "cifar10c:"
+PROTOCOLS = tuple(TABLES)
+"""Words that name a protocol, before the name and the severity."""
 FILES = ("bank", "like")
 """Corruptions that are read from files: NAME:PLACE?option=value."""
 STRONGEST = 10.0
@@ -25,8 +27,8 @@ class Part:
     """One corruption of a spec.
 
     Attributes:
-      name: `clean`, a key of `CORRUPTIONS`, `cifar10c:` and a name of `CIFAR10C`, or `bank:` or
-        `like:` with a place and its options other than the strength.
+      name: `clean`, a key of `CORRUPTIONS`, `cifar10c:` or `imagenet_c:` and a name of `CIFAR10C`, or
+        `bank:` or `like:` with a place and its options other than the strength.
       low: smallest strength, in the unit of the corruption, or the severity, or a factor.
       high: largest strength; that of each image is drawn uniformly between the two.
     """
@@ -44,8 +46,8 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
     Args:
       spec: `clean`; `NAME:STRENGTH`; `NAME:LOW..HIGH`, a strength drawn uniformly for each image;
         `NAME`, the same in the corruption's default range; `cifar10c:NAME:SEVERITY` with a severity
-        from 1 to 5; `bank:PLACE` and `like:PLACE`, noise from files, which takes
-        `?strength=LOW..HIGH` among its options.
+        from 1 to 5, and `imagenet_c:NAME:SEVERITY`, the same for photographs; `bank:PLACE` and
+        `like:PLACE`, noise from files, which takes `?strength=LOW..HIGH` among its options.
 
     Returns:
       One `Part` a corruption, in the order given.
@@ -62,8 +64,8 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
 
 def _part(text: str, spec: str) -> Part:
     name, colon, strength = text.partition(":")
-    if name + ":" == PROTOCOL_PREFIX:
-        return _protocol(strength, text)
+    if name in PROTOCOLS:
+        return _protocol(name, strength, text)
     if name in FILES:
         return _from_files(name, strength)
     if name == CLEAN:
@@ -100,16 +102,17 @@ def _strength(number: str, name: str, text: str) -> float:
     return value
 
 
-def _protocol(argument: str, text: str) -> Part:
+def _protocol(protocol: str, argument: str, text: str) -> Part:
     name, _, severity = argument.partition(":")
-    if name not in CIFAR10C:
+    if name not in TABLES[protocol]:
+        published = {"cifar10c": "CIFAR-10-C", "imagenet_c": "ImageNet-C"}[protocol]
         raise ConfigError(
-            f'Unknown CIFAR-10-C corruption "{name}" in "{text}"; the form is "{PROTOCOL_PREFIX}NAME:SEVERITY".'
-            f"{did_you_mean(name, CIFAR10C)}"
+            f'Unknown {published} corruption "{name}" in "{text}"; the form is "{protocol}:NAME:SEVERITY".'
+            f"{did_you_mean(name, TABLES[protocol])}"
         )
     if severity not in SEVERITIES:
-        raise ConfigError(f'The severity of "{PROTOCOL_PREFIX}{name}" is 1, 2, 3, 4 or 5; got "{text}".')
-    return Part(PROTOCOL_PREFIX + name, float(severity), float(severity))
+        raise ConfigError(f'The severity of "{protocol}:{name}" is 1, 2, 3, 4 or 5; got "{text}".')
+    return Part(f"{protocol}:{name}", float(severity), float(severity))
 
 
 def _from_files(name: str, argument: str) -> Part:
@@ -153,5 +156,5 @@ def _hint(name: str) -> str:
     if name == "unpaired":
         return " Noisy images are compared with clean ones by their features to learn from them; they corrupt no other images."
     if name in CIFAR10C:
-        return f' It belongs to the CIFAR-10-C protocol: write "{PROTOCOL_PREFIX}{name}:3".'
-    return did_you_mean(name, [CLEAN, *CORRUPTIONS, *FILES, PROTOCOL_PREFIX.rstrip(":")])
+        return f' It belongs to the CIFAR-10-C protocol: write "cifar10c:{name}:3".'
+    return did_you_mean(name, [CLEAN, *CORRUPTIONS, *FILES, *PROTOCOLS])

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from drep_jax.data.objects import coco, own_folder, packed, voc
 from drep_jax.data.objects.listing import ObjectSet
-from drep_jax.data.objects.source import ObjectSource, object_columns, split_source
+from drep_jax.data.objects.source import NO_OBJECT, ObjectSource, object_columns, split_source
 from drep_jax.data.options import parsed
 from drep_jax.data.steps import Size
 from drep_jax.errors import lookup
 from drep_jax.files import expanded
 
-__all__ = ["READERS", "ObjectSource", "Reader", "object_columns", "open_objects"]
+__all__ = ["NO_OBJECT", "READERS", "ObjectSource", "Reader", "object_columns", "open_objects"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Reader:
 READERS: dict[str, Reader] = {
     "coco": Reader(coco.read_coco, ("year",)),
     "det_folder": Reader(own_folder.read_det_folder),
-    "det_npz": Reader(packed.read_packed),
+    "det_npz": Reader(packed.read_packed, ("held_out",)),
     "det_voc": Reader(voc.read_voc, ("year",)),
 }
 

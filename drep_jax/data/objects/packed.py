@@ -16,9 +16,10 @@ import numpy as np
 
 from drep_jax.data.arrays import text_of
 from drep_jax.data.decode import stored_size
+from drep_jax.data.folder import tenth
 from drep_jax.data.objects.listing import Annotated, Counts, ObjectSet, annotated, class_range, no_duplicates
 from drep_jax.data.splits import SPLITS
-from drep_jax.errors import DataError
+from drep_jax.errors import ConfigError, DataError
 
 ENCODINGS = ("jpeg", "png", "webp")
 
@@ -26,10 +27,16 @@ ENCODINGS = ("jpeg", "png", "webp")
 def read_packed(path: Path, options: Mapping[str, str]) -> ObjectSet:
     """Reads a file.
 
+    Args:
+      path: of the file.
+      options: "held_out", tenths of the training images that are kept for choices, as a fraction. The
+        file's validation split is the test split then.
+
     Raises:
+      ConfigError: for another fraction.
       DataError: if it is absent, or its arrays do not fit.
     """
-    del options
+    tenths = _tenths(options)
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             wanted = [n for n in file.files if not n.startswith("mask_")]
@@ -67,6 +74,7 @@ def read_packed(path: Path, options: Mapping[str, str]) -> ObjectSet:
     split = arrays.get("split", np.zeros(count, np.int64))
     if split.shape != (count,) or ids.shape != (count,) or not np.isin(split, range(len(SPLITS))).all():
         raise DataError(f"{path}: expected one image_id and one split (0, 1 or 2) for each of {count} images.")
+    has_test = bool((split == SPLITS.index("test")).any())
     counts = Counts()
     splits: dict[str, list[Annotated]] = {}
     order = np.argsort(owner, kind="stable")
@@ -80,7 +88,7 @@ def read_packed(path: Path, options: Mapping[str, str]) -> ObjectSet:
         if boxes_are == "box_cxcywh":
             half = own[:, 2:] / 2
             own = np.concatenate([own[:, :2] - half, own[:, :2] + half], axis=1) * ([size[1], size[0]] * 2)
-        splits.setdefault(SPLITS[int(split[place])], []).append(
+        splits.setdefault(_split_of(int(split[place]), str(ids[place]), tenths, has_test), []).append(
             annotated(
                 image,
                 str(ids[place]),
@@ -95,3 +103,25 @@ def read_packed(path: Path, options: Mapping[str, str]) -> ObjectSet:
             )
         )
     return ObjectSet(str(path), splits, names, tuple(range(len(names))), counts.remarks())
+
+
+def _tenths(options: Mapping[str, str]) -> int:
+    text = options.get("held_out", "0")
+    try:
+        tenths = round(float(text) * 10)
+        fits = abs(float(text) * 10 - tenths) < 1e-6 and 0 <= tenths < 10
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ConfigError(f"held_out={text}: expected tenths of the training images, from 0.1 to 0.9.")
+    return tenths
+
+
+def _split_of(stored: int, name: str, tenths: int, has_test: bool) -> str:
+    """Returns the split of an image, of which some of train may be held out."""
+    split = SPLITS[stored]
+    if not tenths:
+        return split
+    if split == "train":
+        return "validation" if tenth(Path(name)) >= 10 - tenths else "train"
+    return "test" if not has_test else split

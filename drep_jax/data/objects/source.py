@@ -14,27 +14,63 @@ from drep_jax.data.objects.outlines import mask_of
 from drep_jax.data.splits import SPLITS, plan
 from drep_jax.data.steps import Size
 from drep_jax.errors import DataError
-from drep_jax.metrics.detection.overlaps import box_areas
+
+NO_OBJECT = 255
+"""Value of a map of instances where no object is."""
 
 
-def object_columns(capacity: int = 0) -> tuple[Column, ...]:
+def object_columns(capacity: int = 0, *, masks: bool = False) -> tuple[Column, ...]:
     """Returns the label columns of images with boxes.
 
     Args:
       capacity: objects that every batch has room for; 0 as for `drep_jax.data.columns.Column`.
+      masks: whether objects have masks.
 
     Returns:
       "boxes" float32 (m, 4) x0, y0, x1, y1 in pixels; "classes" int32 (m,), −1 where there is no
       object; "crowd" and "ignore" bool (m,); "area" float32 (m,) in pixels of the stored image, which
-      no resize changes.
+      no resize changes. With masks "instances", a map of the pixels, and "place" int32 (m,): the mask
+      of an object is where the map has its place. Where objects overlap, the smallest has the pixel.
     """
+    maps = (
+        Column("instances", np.uint8, geometry="mask", fill=NO_OBJECT),
+        Column("place", ragged=True, fill=-1, capacity=capacity),
+    )
     return (
+        *(maps if masks else ()),
         Column("boxes", np.float32, (4,), ragged=True, geometry="boxes", capacity=capacity),
         Column("classes", np.int32, ragged=True, fill=-1, capacity=capacity),
         Column("crowd", np.bool_, ragged=True, capacity=capacity),
         Column("ignore", np.bool_, ragged=True, capacity=capacity),
         Column("area", np.float32, ragged=True, capacity=capacity),
     )
+
+
+class Instances:
+    """The map of an image's objects, drawn when it is read."""
+
+    def __init__(self, source: "ObjectSource", index: int, where: str) -> None:
+        self._source, self._index, self._where = source, index, where
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Returns the map, uint8 (height, width).
+
+        Raises:
+          DataError: for an object without an outline, and for more objects than a map has numbers.
+        """
+        del dtype, copy
+        masks = self._source.masks(self._index)
+        if masks is None:
+            raise DataError(
+                f"{self._where}: an object has no outline, so there is no mask to learn. Give annotations with outlines, or "
+                "take a network without masks."
+            )
+        if len(masks) > NO_OBJECT:
+            raise DataError(f"{self._where}: {len(masks)} objects; a map of masks holds {NO_OBJECT} at most.")
+        drawn = np.full(masks.shape[1:], NO_OBJECT, np.uint8)
+        for place in np.argsort(-masks.sum(axis=(1, 2)), kind="stable"):
+            drawn[masks[place]] = place
+        return drawn
 
 
 class ObjectSource:
@@ -73,7 +109,12 @@ class ObjectSource:
         self.image_ids = np.array([image.image_id for image in images], np.int64)
         self.objects = np.array([int((~(image.crowd | image.ignore)).sum()) for image in images], np.int32)
         self._images = list(images)
-        self.has_areas = any(not np.allclose(image.area, box_areas(image.boxes), rtol=1e-3) for image in images)
+        if any(image.outlines for image in images):
+            self.columns = object_columns(masks=True)
+        self.has_areas = any(
+            not np.allclose(image.area, np.prod(image.boxes[:, 2:] - image.boxes[:, :2], axis=1), rtol=1e-3)
+            for image in images
+        )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -115,7 +156,14 @@ class ObjectSource:
             "ignore": image.ignore,
             "area": image.area,
             "image_id": np.int32(image.image_id),
+            **self._outlined(index, image),
         }
+
+    def _outlined(self, index: int, image: Annotated) -> dict[str, Any]:
+        """Returns the columns of masks, where the set has any."""
+        if len(self.columns) == len(object_columns()):
+            return {}
+        return {"instances": Instances(self, index, image.where), "place": np.arange(len(image.boxes), dtype=np.int32)}
 
     def masks(self, index: int) -> np.ndarray | None:
         """Returns the masks of an image's objects in the stored image, bool (m, height, width); None if one has none.

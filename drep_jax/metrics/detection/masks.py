@@ -59,7 +59,7 @@ def _of_image(
         list(truth["masks"]),
     )
     rows = statistics_of_lists(detected, truths, images=1, num_classes=num_classes)
-    out = {
+    out: Statistics = {
         "scores": np.zeros(width, np.float32),
         "classes": np.full(width, -1, np.int32),
         "matched": np.zeros((width, len(AREAS)), np.uint16),

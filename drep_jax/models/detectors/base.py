@@ -33,8 +33,13 @@ class Detector(Protocol):
     Its call is `module(x, train=False, size=None, targets=None)`: `x` are images (batch, height,
     width, channels); `size` (batch, 2) are the height and width of each without its padding, None
     where nothing is padded; `targets` are given in training to networks of two stages, which learn
-    from proposals that are sampled by them. Both methods are pure functions of the outputs and
-    need no parameters.
+    from proposals that are sampled by them: a call with them gives outputs for `losses`, with
+    `train=False`, too. Both methods are pure functions of the outputs and need no parameters. Each
+    array of the outputs has one row for each image.
+
+    A network may also have `distance(outputs, clean_outputs)`, the distance of what its heads give from
+    what they give for the clean images, at least 0; without it, that is the relative square of all
+    outputs. Of a network of two stages it must compare what has the same place in both.
     """
 
     num_classes: int

@@ -94,9 +94,9 @@ def _positives(grid: _Grid, boxes: Array, there: Array, predicted: Array) -> tup
     low, high = (jnp.asarray(column, boxes.dtype)[None] for column in zip(*RANGES, strict=True))
     own = (sides.min(-1) >= 0) & (half >= low) & (half <= high) & there[:, None]
     steps = jnp.asarray([(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)], boxes.dtype)
-    around = cell[:, :, None] + steps
+    around = cell[:, :, None] + steps[None, None]
     limits = jnp.asarray(grid.shapes[:, ::-1], boxes.dtype)[None, :, None]
-    wanted = (sides / stride)[:, :, None] + jnp.concatenate([steps, -steps], axis=-1)
+    wanted = (sides / stride)[:, :, None] + jnp.concatenate([steps, -steps], axis=-1)[None, None]
     inside = ((around >= 0) & (around < limits)).all(-1) & (wanted.min(-1) >= 0) & there[:, None, None]
     widths, starts = jnp.asarray(grid.shapes[:, 1])[None, :, None], jnp.asarray(grid.starts)[None, :, None]
     at = around.astype(jnp.int32)

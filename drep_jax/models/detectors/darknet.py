@@ -22,7 +22,7 @@ from drep_jax.models.detectors.darknet_cfg import IMAGE, Layer, Network, parse_c
 from drep_jax.models.detectors.fpn import upsample_nearest
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.yolo import RULES, find_objects
-from drep_jax.models.detectors.yolo_losses import yolo_losses
+from drep_jax.models.detectors.yolo_losses import yolo_distance, yolo_losses
 from drep_jax.models.pointwise import pointwise_conv
 
 Maps = Float[Array, "batch height width channels"]
@@ -115,6 +115,10 @@ class Darknet(BatchNormBackbone, kw_only=True):
         """Returns the parts of YOLOv3's loss; see `drep_jax.models.detectors.yolo_losses`."""
         del size
         return yolo_losses(outputs, self.network.heads, targets, shape)
+
+    def distance(self, outputs: tuple[Maps, ...], clean_outputs: tuple[Maps, ...]) -> Float[Array, ""]:
+        """Returns how far outputs are from those for clean images; see `yolo_distance`."""
+        return yolo_distance(outputs, clean_outputs, self.network.heads)
 
     @nn.compact
     def __call__(

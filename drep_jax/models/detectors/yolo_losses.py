@@ -45,7 +45,7 @@ def yolo_losses(
       targets: the labeled objects. Crowds, empty boxes and classes below 0 are none.
       shape: (height, width) of the network's input.
     """
-    grids = [maps.shape[1:3] for maps in outputs]
+    grids = [(maps.shape[1], maps.shape[2]) for maps in outputs]
     strides = [(shape[0] / height, shape[1] / width) for height, width in grids]
     levels = list(zip(grids, strides, heads, strict=True))
     anchors = [yolo_anchors(grid, stride, head.anchors) for grid, stride, head in levels]
@@ -127,3 +127,31 @@ def _cells(grid: tuple[int, int], anchors: int) -> np.ndarray:
 
 def _sum(values: Array, where: Array) -> Array:
     return jnp.sum(jnp.where(where[..., None], values, 0)).astype(jnp.float32)
+
+
+def yolo_distance(outputs: Sequence[Maps], clean_outputs: Sequence[Maps], heads: Sequence[Head]) -> Float[Array, ""]:
+    """Returns how far what the heads give is from what they give for clean images, with minimum 0.
+
+        1/n Σ_priors KL(o* ‖ o) + o*·[Σ_classes KL(c* ‖ c) + ‖xy − xy*‖² + ‖wh − wh*‖²]
+
+    with the objectness o, the class probabilities c and the cell's coordinates xy behind the sigmoid;
+    * marks the clean outputs. Boxes and classes matter where the clean network sees an object.
+
+    Args:
+      outputs, clean_outputs: maps of the heads.
+      heads: one a map.
+    """
+    total = jnp.float32(0)
+    for maps, clean, head in zip(outputs, clean_outputs, heads, strict=True):
+        rows, wanted = (each.reshape(-1, 5 + head.classes) for each in (maps, clean))
+        seen = jax.nn.sigmoid(wanted[:, 4])
+        moved = jnp.sum((jax.nn.sigmoid(rows[:, :2]) - jax.nn.sigmoid(wanted[:, :2])) ** 2, axis=1)
+        moved += jnp.sum((rows[:, 2:4] - wanted[:, 2:4]) ** 2, axis=1)
+        classes = jnp.sum(_divergence(wanted[:, 5:], rows[:, 5:]), axis=1)
+        total += jnp.sum(_divergence(wanted[:, 4], rows[:, 4]) + seen * (classes + moved))
+    return total / outputs[0].shape[0]
+
+
+def _divergence(wanted: Array, logits: Array) -> Array:
+    """Returns KL(σ(wanted) ‖ σ(logits)) of single events."""
+    return jax.nn.sigmoid(wanted) * (wanted - logits) + jax.nn.softplus(logits) - jax.nn.softplus(wanted)

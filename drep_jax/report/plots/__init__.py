@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from drep_jax.report.plots.accuracy import plot_accuracy
+from drep_jax.report.plots.boxes import plot_boxes
 from drep_jax.report.plots.examples import plot_examples
 from drep_jax.report.plots.front import plot_front
 from drep_jax.report.plots.loss import plot_loss
@@ -20,6 +21,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], bytes | None]] = {
     "front": plot_front,
     "examples": plot_examples,
     "overlays": plot_overlays,
+    "boxes": plot_boxes,
     "ranked": plot_ranked,
 }
 """NAME ↦ function that draws plots/NAME.png, or returns None if there is nothing to show."""

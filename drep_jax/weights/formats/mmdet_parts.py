@@ -52,5 +52,12 @@ def trunk_alone(family: type[nn.Module], rest: Sequence[str]) -> Format:
         marks=(r"conv1\.weight", r"layer1\.0\.conv1\.weight", r"layer2\.0\.downsample\.0\.weight"),
         rules=rules,
         ignored=(r"fc\..*", *COUNTERS),
+        refused=(
+            (
+                r"(neck|rpn_head|roi_head|bbox_head|decoder)\..*",
+                "beside a ResNet it has the parts of a detector of another kind than this model. Choose the model that it is "
+                "of, such as atss_r50, centernet_r50 or detr_r50.",
+            ),
+        ),
         fresh=(rf"(params|batch_stats)/({parts}).*",),
     )

@@ -1,0 +1,226 @@
+"""COCO pictures: every arm of a network that finds objects under noise, blur, low light and compression.
+
+    DREP_DATA=… PYTHONPATH=. python benchmarks/coco.py --cache=DIR
+    … --cache=DIR --arms="backbone|measured" --every=4                # every fourth test image
+
+What an arm has learned, its statistics under each condition, and the points of each choice are kept
+in DIR. A further call goes on from there, so the work can be divided: "--arms" names arms by a
+regular expression. "--minutes" ends a call after that time, with exit status 3 if work is left.
+Arms:
+
+- placebo: random maps of the norms of the measured ones;
+- BN α × n: BatchNorms with (1 − α)·trained + α·(statistics of a batch of n images of one condition);
+  nothing is learned;
+- closed form, wiener: from clean images only;
+- measured, measured mixed: on the noise of the configuration, and on sensor noise, low light, blur
+  and compression. Clean share, leading sites and strength are chosen by agreement with the network's
+  confident boxes on clean held-out training images;
+- distilled: the whole network, trained on its own clean answers, flipped at random.
+"""
+
+import dataclasses
+import functools
+import importlib
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tabulate import tabulate
+
+from benchmarks.camvid import Arm, Job, backbone, from_clean, measured, placebo
+from benchmarks.common import Parser
+from drep_jax.data.collate import read
+from drep_jax.data.corruptions import corrupt
+from drep_jax.evaluation.intervals import Bootstrap
+from drep_jax.exporting.statistics import MixedStatistics, Statistics
+
+SEED = 11
+BATCH = 16
+MIXED = "gaussian:5..45,gaussian:5..45,low_light:0..4,blur:0..2,jpeg:50..85"
+"""Noise of "measured mixed"; each image gets one of them."""
+
+UNFINISHED = 3
+"""Exit status of a call that ended after its minutes."""
+
+METRICS = ("AP", "AP50", "APs", "APm", "APl")
+
+
+def distilled(job: Job) -> Any:
+    """Returns the whole network trained on its own clean answers; BatchNorm statistics stay.
+
+    Adam with a cosine rate on whole images, flipped at random, of which a fraction
+    `distilled.clean_share` is left clean.
+    """
+    options, setup, task = job.config.distilled, job.setup, job.setup.task
+    others = {name: tree for name, tree in job.variables.items() if name != "params"}
+    tx = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.steps))
+    images = read(setup.train, np.arange(len(setup.train)), task.columns)["image"]
+
+    @jax.jit
+    def step(params: Any, state: Any, clean: Any, noisy: Any) -> Any:
+        answers = task.predict(setup.backbone, job.variables, clean, {})
+
+        def loss(params: Any) -> Any:
+            outputs = task.predict(setup.backbone, {**others, "params": params}, noisy, {})
+            return task.distillation_loss(outputs, answers)
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
+
+    params = job.variables["params"]
+    state, rng = tx.init(params), np.random.default_rng(SEED)
+    for number in range(options.steps):
+        clean = images[rng.choice(len(images), options.batch_size, replace=len(images) < options.batch_size)]
+        clean = clean[:, :, ::-1] if rng.random() < 0.5 else clean
+        noisy = corrupt(clean, number * len(clean) + np.arange(len(clean)), job.config.noise, SEED)
+        left = rng.random(len(clean)) < options.clean_share
+        noisy[left] = clean[left]
+        both = (np.asarray(setup.inputs({"image": pixels})) for pixels in (clean, noisy))
+        params, state, value = step(params, state, *both)
+        if number % 50 == 0:
+            print(f"  step {number}: {float(value):.4f}", flush=True)
+    return {**others, "params": params}
+
+
+ARMS: dict[str, Arm] = {
+    "backbone": Arm(backbone),
+    "placebo": Arm(placebo),
+    **{f"BN {alpha:g} × {BATCH}": Arm(backbone, Statistics("batch", alpha)) for alpha in (0.05, 0.1, 0.25)},
+    "closed form": Arm(functools.partial(from_clean, wiener=False)),
+    "wiener": Arm(functools.partial(from_clean, wiener=True)),
+    "measured": Arm(measured),
+    "measured mixed": Arm(functools.partial(measured, noise=MIXED)),
+    "measured, BN 0.1": Arm(measured, Statistics("batch", 0.1)),
+    "distilled": Arm(distilled),
+}
+
+
+class Scorer:
+    """(variables, condition) ↦ statistics of every test image, compiled once for each kind of arm."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def pixels(self, images: np.ndarray, index: np.ndarray, condition: str) -> np.ndarray:
+        """Returns test images under a condition, applied to what the network gets."""
+        return corrupt(images, index, condition, SEED)
+
+    def __call__(self, statistics: Statistics | None, variables: Any, condition: str) -> Any:
+        """Returns the statistics of an arm whose BatchNorms mix `statistics`."""
+        job, task = self.job, self.job.setup.task
+        run = self._programs.get(statistics)
+        if run is None:
+            net: Any = job.setup.backbone if statistics is None else MixedStatistics(job.setup.backbone, statistics)
+            run = jax.jit(lambda v, x, columns: task.statistics(task.predict(net, v, x, columns), columns))
+            self._programs[statistics] = run
+        parts = []
+        for first in range(0, len(job.index), BATCH):
+            places = np.arange(first, first + BATCH) % len(job.index)
+            batch = read(job.setup.test, job.index[places], with_room(task.columns))
+            inputs = np.asarray(
+                job.setup.inputs({**batch, "image": self.pixels(batch["image"], job.index[places], condition)})
+            )
+            columns = {name: column for name, column in batch.items() if name != "image"}
+            parts.append(jax.device_get(run(variables, inputs, columns)))
+        return jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves)[: len(job.index)], *parts)
+
+
+def with_room(columns: Any) -> Any:
+    """Returns label columns with room for as many objects as any image of COCO has, so that one program serves all."""
+    return tuple(dataclasses.replace(column, capacity=128) if column.ragged else column for column in columns)
+
+
+def scored(job: Job, score: Scorer, name: str, conditions: tuple[str, ...], deadline: float) -> dict[str, Any]:
+    """Returns the statistics of an arm by condition; its network is made if one of them is not kept."""
+    arm = ARMS[name]
+
+    @functools.cache
+    def network() -> Any:
+        return job.kept(name, lambda: arm.network(job)) if name == "distilled" else arm.network(job)
+
+    results = {}
+    for condition in conditions:
+        if time.monotonic() > deadline:
+            print(f"The minutes are over at {name}, {condition}; a further call goes on from here.")
+            sys.exit(UNFINISHED)
+        results[condition] = job.kept(
+            f"{name} {condition} {job.every}", lambda c=condition: score(arm.statistics, network(), c)
+        )
+    return results
+
+
+def tables(job: Job, results: dict[str, dict[str, Any]], conditions: tuple[str, ...], resamples: int) -> None:
+    """Prints AP of the backbone, and every arm's change in points with its interval over images."""
+    ones = np.ones(len(job.index))
+    bootstrap = Bootstrap(len(ones), resamples=resamples)
+    known = job.setup.task.metrics
+    for name in METRICS:
+        metric = known[name]
+        rows = []
+        drawn = {
+            condition: bootstrap.values({arm: (metric, results[arm][condition]) for arm in results})
+            for condition in (conditions if name == METRICS[0] else ())
+        }
+        whole = {arm: {c: 100 * float(metric(results[arm][c], ones)) for c in conditions} for arm in results}
+        for arm, values in whole.items():
+            gains = {c: value - whole["backbone"][c] for c, value in values.items()}
+            first = arm == "backbone"
+            rows.append([arm, *(f"{values[c]:.1f}" if first else f"{gains[c]:+.1f}" for c in conditions)])
+            if not first and drawn:
+                ends = []
+                for c in conditions:
+                    change = 100 * (drawn[c][arm] - drawn[c]["backbone"])
+                    interval = bootstrap.interval(gains[c], change)
+                    ends.append(f"[{interval.low:+.1f}, {interval.high:+.1f}]")
+                rows.append(["", *ends])
+        print(f"\n{name}, {len(ones)} test images, then changes in points, 95 % intervals over images")
+        print(tabulate(rows, ["", *conditions], tablefmt="github", disable_numparse=True))
+
+
+def main(command: Any = None) -> None:
+    """Learns what is not kept, scores, and prints."""
+    parser = Parser(
+        __doc__, every=64, images=2, conditions="clean,gaussian:20", arms="backbone|measured", resamples=100
+    )
+    parser.add_argument("--cache", required=True, help="folder of what is kept")
+    parser.add_argument("--config", default="yolo_fastest_coco", help="in configs/")
+    parser.add_argument("--arms", default=".*", help="regular expression of the arms")
+    parser.add_argument("--every", type=int, default=1, help="score every n-th test image")
+    parser.add_argument(
+        "--images", type=int, help="training images to learn from; all that are not held out by default"
+    )
+    parser.add_argument("--conditions", default="", help="with commas between; those of the configuration by default")
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=1e6, help="no new work is begun after these")
+    options = parser.parse_args(command)
+    deadline = time.monotonic() + 60 * options.minutes
+    wanted = [name for name in ARMS if re.fullmatch(options.arms, name)]
+    if not wanted:
+        parser.error(f"--arms={options.arms} matches none of {', '.join(ARMS)}")
+    config = importlib.import_module(f"configs.{options.config}").get_config().unlock()
+    if options.images:
+        config.measured.images = config.denoise.moment_images = options.images
+    if options.tiny:
+        config.measured.update({"clean_share": (0.8,), "ridge": 0.001, "draws": 1})
+        config.sites.pattern = "conv_[0-3]"
+        config.select.update({"images": 2, "strengths": (1.0,), "leading": (1.0,)})
+    conditions = tuple(options.conditions.split(",")) if options.conditions else tuple(config.evaluate.conditions)
+    job = Job(config, options.cache, options.every)
+    score = Scorer(job)
+    results = {name: scored(job, score, name, conditions, deadline) for name in wanted}
+    job.run.writer.close()
+    if "backbone" in results:
+        tables(job, results, conditions, options.resamples)
+    else:
+        print(f"Kept: {', '.join(results)}. The table needs the backbone.")
+
+
+if __name__ == "__main__":
+    main()
