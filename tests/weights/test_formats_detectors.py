@@ -164,6 +164,12 @@ def test_rows_of_a_packed_projection_are_layers_of_their_own():
     np.testing.assert_array_equal(tensors["decoder.layers.1.cross_attn.attn.in_proj_weight"], rows)
 
 
+def test_the_first_convolution_of_caffe_reads_the_colors_in_the_other_order():
+    variables, tensors = theirs("mmdet centernet", network("mmdet centernet"))
+    kernel = variables["params"]["backbone"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(tensors["backbone.conv1.weight"], kernel[:, :, ::-1].transpose(3, 2, 0, 1))
+
+
 OWN_TRUNK = {
     "conv1": "embedder.embedder.convolution",
     "bn1": "embedder.embedder.normalization",

@@ -34,6 +34,7 @@ from drep_jax.models.detectors.towers import (
     tower_convs,
 )
 from drep_jax.models.detectors.trunk import ResNetTrunk
+from drep_jax.rows import valid_pixels
 
 
 @struct.dataclass
@@ -102,6 +103,8 @@ class ATSS(Backbone, kw_only=True):
     candidates: int = 1000
     keep: int = 100
 
+    site_pattern = ".*"
+
     def check(self) -> None:
         """Raises ConfigError for attributes that cannot work together."""
         check_pyramid_head(self)
@@ -118,17 +121,21 @@ class ATSS(Backbone, kw_only=True):
 
         Args:
           x: normalized images, padded right and below to multiples of 32.
-          train, size, targets: change nothing here: there is no dropout, and batch norms have
-            stored statistics.
+          train, targets: change nothing here: there is no dropout, and batch norms have stored
+            statistics.
+          size: of the images without padding. It changes no output, but padding is no feature that
+            denoisers learn from.
 
         Raises:
           ConfigError: when `x` is not a batch of images.
         """
-        del train, size, targets
+        del train, targets
         check_batch(x, "An ATSS")
         trunk = ResNetTrunk(self.stage_sizes, self.trunk_width, remat=self.remat, **self.dtypes, name="backbone")
-        levels = FPN(self.width, extra="convs_on_output", **self.dtypes, name="neck")(trunk(x)[1:])
-        return ATSSHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")(levels)
+        pyramid = FPN(self.width, extra="convs_on_output", **self.dtypes, name="neck")
+        head = ATSSHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")
+        with valid_pixels(size, x.shape[1:3]):
+            return head(pyramid(trunk(x)[1:]))
 
     def objects(
         self, outputs: Predictions, shape: tuple[int, int], size: Float[Array, "batch 2"] | None = None

@@ -50,6 +50,7 @@ from drep_jax.models.detectors.positions import sine_positions
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.trunk import ResNetTrunk
 from drep_jax.models.transformer import layer_norm
+from drep_jax.rows import valid_pixels, valid_rows
 
 IMPLEMENTATIONS = ("mmdet", "facebookresearch")
 STAGES = 4
@@ -160,7 +161,8 @@ class Layer(nn.Module):
         y = attention(name="attn")(placed, placed, x, None if memory else valid, train)
         x = layer_norm("norm1", 1e-5, **dtypes)(x + drop(y))
         if memory is not None:
-            y = attention(name="cross_attn")(x + positions, *memory, valid, train)
+            with valid_rows(valid, only="key|value"):
+                y = attention(name="cross_attn")(x + positions, *memory, valid, train)
             x = layer_norm("norm2", 1e-5, **dtypes)(x + drop(y))
         y = FeedForward(self.mlp_dim, self.dropout, **dtypes, name="mlp")(x, train)
         return layer_norm("norm3" if memory else "norm2", 1e-5, **dtypes)(x + drop(y))
@@ -194,6 +196,8 @@ class DETR(Backbone, kw_only=True):
     dropout: float = 0.1
     implementation: str = "mmdet"
 
+    site_pattern = ".*"
+
     def check(self) -> None:
         """Raises ConfigError for attributes that cannot work together."""
         _check(self)
@@ -226,7 +230,9 @@ class DETR(Backbone, kw_only=True):
         """
         check_batch(x, "A DETR")
         trunk = ResNetTrunk(self.stage_sizes, self.trunk_width, remat=self.remat, **self.dtypes, name="backbone")
-        maps = nn.Conv(self.width, (1, 1), kernel_init=_xavier, **self.dtypes, name="input_proj")(trunk(x)[-1])
+        project = nn.Conv(self.width, (1, 1), kernel_init=_xavier, **self.dtypes, name="input_proj")
+        with valid_pixels(size, x.shape[1:3]):
+            maps = project(trunk(x)[-1])
         batch, rows, columns, _ = maps.shape
         valid = valid_cells(x.shape[1:3], (rows, columns), size, batch)
         positions = sine_positions(valid, self.width).astype(maps.dtype).reshape(batch, rows * columns, self.width)
@@ -235,7 +241,8 @@ class DETR(Backbone, kw_only=True):
         layer = functools.partial(block, self.num_heads, self.mlp_dim, self.dropout, **self.dtypes)
         tokens = maps.reshape(batch, rows * columns, self.width)
         for i in range(self.encoder_layers):
-            tokens = layer(name=f"encoder_{i}")(tokens, positions, mask, train)
+            with valid_rows(mask):
+                tokens = layer(name=f"encoder_{i}")(tokens, positions, mask, train)
         memory = (tokens + positions, tokens)
         embedding = self.param(
             "query_embedding", nn.initializers.normal(1.0), (self.num_queries, self.width), self.param_dtype
