@@ -20,7 +20,7 @@ from drep_jax.models.detectors.atss_losses import atss_losses
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import RCNN_STDS, decode_deltas
 from drep_jax.models.detectors.fpn import FPN
-from drep_jax.models.detectors.padding import extents
+from drep_jax.models.detectors.padding import extents, shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.towers import (
     RARE,
@@ -134,7 +134,7 @@ class ATSS(Backbone, kw_only=True):
         trunk = ResNetTrunk(self.stage_sizes, self.trunk_width, remat=self.remat, **self.dtypes, name="backbone")
         pyramid = FPN(self.width, extra="convs_on_output", **self.dtypes, name="neck")
         head = ATSSHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")
-        with valid_pixels(size, x.shape[1:3]):
+        with valid_pixels(size, shape_of(x)):
             return head(pyramid(trunk(x)[1:]))
 
     def objects(
@@ -171,7 +171,7 @@ class ATSS(Backbone, kw_only=True):
             flat(outputs.boxes, 4),
             flat(outputs.centerness, 1)[..., 0],
             _anchors(outputs),
-            [x.shape[1:3] for x in outputs.boxes],
+            [shape_of(x) for x in outputs.boxes],
             STRIDES,
             targets,
             extents(shape, size, classes.shape[0], classes.dtype),
@@ -179,4 +179,4 @@ class ATSS(Backbone, kw_only=True):
 
 
 def _anchors(outputs: Predictions) -> list[Any]:
-    return anchors_of("atss", [x.shape[1:3] for x in outputs.boxes])
+    return anchors_of("atss", [shape_of(x) for x in outputs.boxes])

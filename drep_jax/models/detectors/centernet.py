@@ -22,7 +22,7 @@ from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.centernet_losses import centernet_losses
 from drep_jax.models.detectors.coders import decode_distances
 from drep_jax.models.detectors.fpn import FPN
-from drep_jax.models.detectors.padding import extents
+from drep_jax.models.detectors.padding import extents, shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.towers import (
     RARE,
@@ -133,7 +133,7 @@ class CenterNet(Backbone, kw_only=True):
         )
         pyramid = FPN(self.width, extra="convs_on_output", relu_before_extra=True, **self.dtypes, name="neck")
         head = CenterNetHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")
-        with valid_pixels(size, x.shape[1:3]):
+        with valid_pixels(size, shape_of(x)):
             return head(pyramid(trunk(x)[1:]))
 
     def objects(
@@ -143,7 +143,7 @@ class CenterNet(Backbone, kw_only=True):
         first = outputs.boxes[0]
         boxes = []
         for x, stride in zip(outputs.boxes, STRIDES, strict=True):
-            points = jnp.asarray(grid_points(x.shape[1:3], stride), x.dtype)[None]
+            points = jnp.asarray(grid_points(shape_of(x), stride), x.dtype)[None]
             boxes.append(decode_distances(x.reshape(x.shape[0], -1, 4) * stride, points))
         return found(
             [jax.nn.sigmoid(x.reshape(x.shape[0], -1, x.shape[-1])) for x in outputs.classes],
@@ -168,7 +168,7 @@ class CenterNet(Backbone, kw_only=True):
         return centernet_losses(
             flat(outputs.classes, outputs.classes[0].shape[-1]),
             flat(outputs.boxes, 4),
-            [x.shape[1:3] for x in outputs.boxes],
+            [shape_of(x) for x in outputs.boxes],
             STRIDES,
             targets,
         )

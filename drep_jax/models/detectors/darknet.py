@@ -20,6 +20,7 @@ from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.darknet_cfg import IMAGE, Layer, Network, parse_cfg, read_cfg
 from drep_jax.models.detectors.fpn import upsample_nearest
+from drep_jax.models.detectors.padding import shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.yolo import RULES, find_objects
 from drep_jax.models.detectors.yolo_losses import yolo_distance, yolo_losses
@@ -153,7 +154,7 @@ class Darknet(BatchNormBackbone, kw_only=True):
             if layer.kind == "yolo":
                 outputs.append(read[0].astype(jnp.promote_types(read[0].dtype, jnp.float32)))
             maps = {number: value for number, value in maps.items() if last_reader.get(number, -1) > layer.number}
-            with valid_pixels(size if layer.kind == "convolutional" else None, x.shape[1:3]):
+            with valid_pixels(size if layer.kind == "convolutional" else None, shape_of(x)):
                 maps[layer.number] = self._layer(layer, read, train)
         return tuple(outputs)
 
