@@ -15,7 +15,8 @@ from there, so the work can be divided: "--arms" names arms by a regular express
   and compression. Clean share, leading sites and strength are chosen by agreement with the
   backbone's answers on clean validation images;
 - distilled: the whole backbone, trained on its own clean answers. labeled: with labels, on all
-  training images.
+  training images. The learning rate is chosen on the same validation images, for "distilled" by the
+  agreement, for "labeled" by their labels.
 """
 
 import dataclasses
@@ -42,6 +43,7 @@ from drep_jax.core.measured import measuring
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import epoch_order
+from drep_jax.data.source import Source
 from drep_jax.evaluation.intervals import Bootstrap
 from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.evaluation.selection import Candidate, choose
@@ -60,6 +62,8 @@ SEED = 11
 BATCH = 13
 MIXED = "gaussian:10..50,gaussian:10..50,low_light:0..4,blur:0..2,jpeg:50..85"
 """Noise of "measured mixed"; each image gets one of them."""
+RATES = (3e-5, 1e-4, 3e-4)
+"""Learning rates of the trained arms."""
 
 
 class Job:
@@ -166,6 +170,25 @@ def from_clean(job: Job, wiener: bool) -> Any:
 
 
 def trained(job: Job, labeled: bool) -> Any:
+    """Returns the backbone, trained at the rate whose mIoU is best on validation images, averaged over conditions."""
+    config, setup = job.config, job.setup
+    count = min(config.select.images or len(setup.held_out), len(setup.held_out))
+    index = np.sort(epoch_order(len(setup.held_out), config.seed, 0)[:count])
+    score = scorer(job, None, setup.held_out, index, labels=labeled)
+    means, networks = [], []
+    for rate in RATES:
+        name = f"{'labeled' if labeled else 'distilled'} {rate:g}"
+        networks.append(job.kept(name, lambda rate=rate: trained_at(job, labeled, rate)))
+        scores = [
+            100 * float(METRICS["mIoU"](score(networks[-1], condition), np.ones(count)))
+            for condition in config.select.conditions
+        ]
+        means.append(np.mean(scores))
+        print(f"{name}, {count} validation images:", *(f"{score:.1f}" for score in scores), flush=True)
+    return networks[int(np.argmax(means))]
+
+
+def trained_at(job: Job, labeled: bool, rate: float) -> Any:
     """Returns the backbone, trained on labels or on its own clean answers; BatchNorm statistics stay.
 
     Adam with a cosine rate, crops of half the height and width, flipped at random, of which a
@@ -173,7 +196,7 @@ def trained(job: Job, labeled: bool) -> Any:
     """
     options, setup, task = job.config.distilled, job.setup, job.setup.task
     others = {name: tree for name, tree in job.variables.items() if name != "params"}
-    tx = optax.adam(optax.cosine_decay_schedule(options.learning_rate, options.steps))
+    tx = optax.adam(optax.cosine_decay_schedule(rate, options.steps))
     count = len(setup.train) if labeled else job.config.measured.images or len(setup.train)
     index = np.sort(epoch_order(len(setup.train), job.config.seed, 0)[:count])
     images = read(setup.train, index, task.columns)
@@ -251,24 +274,33 @@ ARMS: dict[str, Arm] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def scorer(job: Job, statistics: Statistics | None) -> Callable[..., Any]:
-    """Returns (variables, condition) ↦ pixel counts of every test image."""
-    task, source = job.setup.task, job.setup.test
+def scorer(
+    job: Job, statistics: Statistics | None, source: Source, index: np.ndarray, *, labels: bool = True
+) -> Callable[..., Any]:
+    """Returns (variables, condition) ↦ pixel counts of the images, without labels against the backbone's clean answers."""
+    task = job.setup.task
     net: Any = job.setup.backbone if statistics is None else MixedStatistics(job.setup.backbone, statistics)
 
     @jax.jit
     def run(variables: Any, images: Any, columns: Any) -> Any:
         return task.statistics(task.predict(net, variables, images, columns), columns)
 
+    @jax.jit
+    def answers(images: Any, columns: Any) -> Any:
+        return task.pseudo_labels(task.predict(job.setup.backbone, job.variables, images, columns))
+
     def score(variables: Any, condition: str) -> Any:
         parts = []
-        for first in range(0, len(job.index), BATCH):
-            places = np.arange(first, first + BATCH) % len(job.index)
-            batch = read(source, job.index[places], task.columns)
-            pixels = corrupt(batch["image"], job.index[places], condition, SEED)
+        for first in range(0, len(index), BATCH):
+            places = np.arange(first, first + BATCH) % len(index)
+            batch = read(source, index[places], task.columns)
+            columns = {"label": batch["label"]}
+            if not labels:
+                columns |= answers(np.asarray(job.setup.inputs(batch)), columns)
+            pixels = corrupt(batch["image"], index[places], condition, SEED)
             inputs = np.asarray(job.setup.inputs({**batch, "image": pixels}))
-            parts.append(jax.device_get(run(variables, inputs, {"label": batch["label"]})))
-        return jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves)[: len(job.index)], *parts)
+            parts.append(jax.device_get(run(variables, inputs, columns)))
+        return jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves)[: len(index)], *parts)
 
     return score
 
@@ -276,7 +308,7 @@ def scorer(job: Job, statistics: Statistics | None) -> Callable[..., Any]:
 def scored(job: Job, name: str, conditions: tuple[str, ...]) -> dict[str, Any]:
     """Returns the counts of an arm by condition; its network is made if one of them is not kept."""
     arm = ARMS[name]
-    score = scorer(job, arm.statistics)
+    score = scorer(job, arm.statistics, job.setup.test, job.index)
 
     @functools.cache
     def network() -> Any:

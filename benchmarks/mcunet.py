@@ -49,6 +49,8 @@ SEED = 11
 WHITE = "gaussian:0..40"
 BATCH = 100
 MEASURED = "measured cameras"
+MAPS = "measured_maps.npz"
+"""File of the denoisers of "measured cameras", of whose size the placebo is."""
 ADAPTED = {
     "BN 0.1": ("backbone", Statistics("batch", 0.1)),
     "BN 0.25": ("backbone", Statistics("batch", 0.25)),
@@ -108,7 +110,7 @@ def experiment(options):
 def learned_arm(name, known, steps):
     """Returns the variables of an arm that learns, and what it took."""
     if name == "placebo":
-        _, denoisers, _ = known.learn("measured")
+        denoisers, _ = kept(os.path.join(known.out, MAPS), lambda: maps_of(known.learn("measured")))
         params = {"backbone": known.variables["params"], "denoise": denoisers}
         maps = placebo_denoisers(
             params, known.setup.sites, known.setup.schedule, jax.random.key(3), rule="affine", steps=1
@@ -131,8 +133,15 @@ def learned_arm(name, known, steps):
     more = {"distilled": {"steps": steps}} if name == "distilled" else {}
     if name == "distilled backbone":  # it takes larger steps (docs/results.md)
         more = {"distilled": {"steps": steps, "learning_rate": 5e-4}}
-    fused, _, facts = known.learn(*arguments, **more)
+    fused, _, facts = learned = known.learn(*arguments, **more)
+    if name == MEASURED:
+        kept(os.path.join(known.out, MAPS), lambda: maps_of(learned))
     return fused, facts
+
+
+def maps_of(learned):
+    """Returns the denoise subtree and the facts of what `Experiment.learn` returned."""
+    return learned[1].tree, learned[2]
 
 
 def fine_tuned(known, steps, batch=16, rate=1e-4):
@@ -167,10 +176,10 @@ def fine_tuned(known, steps, batch=16, rate=1e-4):
 
 
 def kept(path, make):
-    """Returns the variables and facts of an arm, from its file if there is one."""
+    """Returns a tree and facts from their file, which is made if it is not there."""
     if not os.path.exists(path):
-        variables, facts = make()
-        flat = {f"v/{name}": leaf for name, leaf in flatten_dict(variables, sep="/").items()}
+        tree, facts = make()
+        flat = {f"v/{name}": leaf for name, leaf in flatten_dict(tree, sep="/").items()}
         facts["GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         np.savez(path, **flat, **{f"f/{name}": value for name, value in facts.items()})
         print(path, facts, flush=True)

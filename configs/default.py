@@ -171,10 +171,11 @@ def get_default() -> ConfigDict:
     )
     config.sites = ConfigDict(  # the layers to denoise
         {
-            "pattern": "",  # regular expression over layer paths; "" for the layers of MLPs, or else all layers
+            "pattern": "",  # regular expression over layer paths; "": the network's own, or MLPs, or else all layers
             "kind": "auto",  # for convolutions: patch, pointwise or auto
             "max_width": 2304,  # auto: largest patch (k²·C per group) with a patch denoiser; wider: pointwise
             "concatenated": "blocks",  # where a layer reads a concatenation: blocks, one denoiser a source, or full
+            "call_weights": "positions",  # of layers called several times: all their positions weigh alike, or all calls
             "batchnorm_bias": False,  # constants also before layers without bias: in the running mean of their BatchNorm
         }
     )

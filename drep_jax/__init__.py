@@ -11,6 +11,7 @@ from drep_jax.core.module import DenoiseRep
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import Site, find_sites, select_sites
 from drep_jax.errors import DrepError
+from drep_jax.rows import clean_stream, valid_pixels, valid_rows
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "Site",
     "algorithm1_losses",
     "certify",
+    "clean_stream",
     "explicit_apply",
     "find_layers",
     "find_sites",
@@ -34,4 +36,6 @@ __all__ = [
     "init_denoise",
     "measure",
     "select_sites",
+    "valid_pixels",
+    "valid_rows",
 ]

@@ -33,7 +33,11 @@ LONG = {
 }
 """They run all learners or modes, which takes a quarter of a minute or more to compile at any size."""
 
-FURTHER = {"step": (["--modes"],), "sites": (["resnet20_cifar", ".*"],)}
+FURTHER = {
+    "measured": (["--moments", "--rows=resnet20_cifar:8:2"],),
+    "step": (["--modes"],),
+    "sites": (["resnet20_cifar", ".*"],),
+}
 """Further command lines of a script."""
 
 

@@ -24,12 +24,12 @@ LEVELS = (
     ("tasks",),
     ("data", "weights", "exporting", "training", "__init__"),
     ("core", "models", "metrics"),
-    ("parallel", "files", "trees", "imports", "progress"),
+    ("parallel", "files", "trees", "imports", "progress", "rows"),
     ("errors", "typing"),
 )
 """From top to bottom: whoever stands here imports from lower levels only; `__init__` holds the public names."""
 
-CORE_IMPORTS = {"core", "typing", "errors", "trees", "files", "parallel"}
+CORE_IMPORTS = {"core", "typing", "errors", "trees", "files", "parallel", "rows"}
 
 TASK_WORDS = {*TASKS, "classification", "retrieval", "segmentation", "detection"}
 

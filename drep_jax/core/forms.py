@@ -3,21 +3,24 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from drep_jax.core.layers import Layer
-from drep_jax.core.sites import Site
+from drep_jax.core.layers import NO_IMAGES, Layer
+from drep_jax.core.sites import POSITIONS, Site
 from drep_jax.typing import Path
 
 SHOWN = 8
 """Names in a line, at most."""
 
 
-def form_lines(sites: Sequence[Site], max_patch_width: int, idle: Sequence[Path] = ()) -> list[str]:
+def form_lines(
+    sites: Sequence[Site], max_patch_width: int, idle: Sequence[Path] = (), layers: Sequence[Layer] = ()
+) -> list[str]:
     """Returns a line on each form of denoisers that the network makes necessary.
 
     Args:
       sites: of the network.
       max_patch_width: see `drep_jax.core.sites.select_sites`.
       idle: layers that no output depends on, see `drep_jax.core.idle.find_idle`.
+      layers: all of the network, of which those that no image reaches are named.
 
     >>> import flax.linen as nn, jax
     >>> from drep_jax import find_sites
@@ -41,6 +44,12 @@ def form_lines(sites: Sequence[Site], max_patch_width: int, idle: Sequence[Path]
         lines.append(f"Pointwise, because a patch is wider than sites.max_width={max_patch_width}: {_listed(wide)}.")
     if sums:
         lines.append(f"One denoiser for each source of a concatenation: {_listed(sums)}.")
+    several = {layer.name: f"{layer.calls}×" for site in sites for layer in site.layers if layer.calls > 1}
+    if several:
+        alike = "all their feature vectors" if sites[0].call_weights == POSITIONS else "all calls"
+        lines.append(f"Called several times, with one denoiser, for which {alike} weigh alike: {_listed(several)}.")
+    if constant := {layer.name: "" for layer in layers if layer.refusal == NO_IMAGES}:
+        lines.append(f"No image reaches {_listed(constant)}: nothing to denoise there.")
     if idle:
         names = dict.fromkeys(map("/".join, idle), "")
         lines.append(

@@ -114,8 +114,17 @@ def sow(module: nn.Module, layer: Layer, name: str, value: Any) -> None:
             f"{layer.name} runs under nn.scan or nn.vmap, which hides the collection that its statistics are written to. Add "
             f"'{COLLECTION}': 0 to its axes, as in nn.scan(…, variable_axes={{'params': 0, '{COLLECTION}': 0}}, …)."
         )
-    name = name if layer.part is None else f"{layer.part.name}:{name}"
-    module.sow(COLLECTION, name, value, init_fn=lambda: jnp.zeros_like(value), reduce_fn=jnp.add)
+    module.sow(COLLECTION, _name(layer, name), value, init_fn=lambda: jnp.zeros_like(value), reduce_fn=jnp.add)
+
+
+def sown_before(module: nn.Module, layer: Layer, name: str) -> Any:
+    """Returns what earlier calls of a layer have sown, or None; the rounds of a loop do not see each other."""
+    name = _name(layer, name)
+    return module.get_variable(COLLECTION, name) if module.has_variable(COLLECTION, name) else None
+
+
+def _name(layer: Layer, name: str) -> str:
+    return name if layer.part is None else f"{layer.part.name}:{name}"
 
 
 def sum_calls(site: Site, sown: Mapping[str, Any], axes: Mapping[str, int], otherwise: int) -> dict[str, Any]:

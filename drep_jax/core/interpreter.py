@@ -9,7 +9,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from drep_jax.core.calls import counted_vectors, positions_of
 from drep_jax.core.intercept import place, visit_sites
 from drep_jax.core.jaxpr import (
     INLINED,
     PREFIX,
+    VALID,
     bind,
     bodies,
     body_of,
@@ -32,8 +34,10 @@ from drep_jax.core.jaxpr import (
     reach,
 )
 from drep_jax.core.layers import Layer, alone, leaves_of
+from drep_jax.core.regression import kind_of
 from drep_jax.core.sites import Site
 from drep_jax.errors import SiteError
+from drep_jax.rows import streams_of
 from drep_jax.typing import Path, Tree
 
 COPY = "~2"
@@ -57,10 +61,12 @@ class Program:
       closed: the program.
       layers: {layer path: (leaves, x) ↦ output}, for inputs of any batch size. The marked equations
         are for one size: what Flax reshapes or pads has numbers of it in them.
+      stacked: paths of the layers of which `nn.scan` has a copy for each round.
     """
 
     closed: core.ClosedJaxpr
     layers: Mapping[Path, Callable[[Tree, Any], Any]]
+    stacked: Collection[Path] = ()
 
     @property
     def jaxpr(self) -> core.Jaxpr:
@@ -74,39 +80,32 @@ class Program:
 
 
 def check_measurable(sites: Sequence[Site]) -> None:
-    """Checks that every layer of the sites is called once, on a batch of features, and keeps its constant.
-
-    Learning, fusion and the certificate pool the calls of a layer. Measured noise solves a layer
-    where it is called, with what the layers before it leave of the noise, which differs from call
-    to call.
+    """Checks that every layer of the sites is called on a batch of features.
 
     Raises:
       SiteError: listing the layers that measured noise cannot solve, each with the reason.
     """
-    reasons = {
-        layer.name: reason for site in sites for layer in site.layers if (reason := _unmeasurable(layer)) is not None
-    }
-    if reasons:
-        lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    spread = dict.fromkeys(layer.name for site in sites for layer in site.layers if layer.spread)
+    if spread:
+        lines = "\n".join(f"  {name}: nn.vmap spreads its input; call it on the whole batch" for name in spread)
         raise SiteError(
-            "Measured noise solves a layer at its one call in a forward pass; narrow sites.pattern, or take another learner "
+            "Measured noise follows the images of a batch through every layer; narrow sites.pattern, or take another learner "
             f"(Algorithm 1, the closed form) for:\n{lines}"
         )
 
 
-def _unmeasurable(layer: Layer) -> str | None:
-    """Returns why measured noise cannot solve a layer, or None if it can."""
-    if layer.calls > 1:
-        return f"it is called {layer.calls} times in one forward pass"
-    return "nn.vmap spreads its input over calls; call it on the whole batch" if layer.spread else None
-
-
 def trace(
-    backbone: nn.Module, variables: Tree, sites: Sequence[Site], images: Any, kwargs: Mapping[str, Any] | None = None
+    backbone: nn.Module,
+    variables: Tree,
+    sites: Sequence[Site],
+    images: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    streams: int = 1,
 ) -> Program:
     """Returns the equations of a backbone, with every layer of `sites` marked.
 
-    Nested calls are inlined, and loops around marked layers unrolled.
+    Nested calls are inlined, and loops around marked layers unrolled. Where the network says which
+    rows of a layer's input count (`drep_jax.rows`), a mark before the layer holds it.
 
     Args:
       backbone: an unbound Linen module.
@@ -114,6 +113,8 @@ def trace(
       sites: whose layers are marked.
       images: the batch, or its shape and type.
       kwargs: further arguments of the backbone, such as `train`.
+      streams: equal parts of the batch: clean images, then corrupted versions of them. What the
+        network says is the clean images' is theirs in all parts.
 
     Returns:
       The program. Its inputs are the leaves of (variables, images), in tree order.
@@ -126,14 +127,22 @@ def trace(
     def mark(site: Site, layer: Layer, module: nn.Module, extra: Any, x: Any, call: Any) -> Any:
         del site, extra, call
         functions[layer.path] = alone(module)
+        parts = [(part, part.layers[0], kind_of(part)) for part in sites if part.layers[0].path == layer.path]
+        valid = [counted_vectors(*part, x) for part in parts]
+        if any(one is not None for one in valid):
+            every = [jnp.ones(positions_of(*part, x), bool) for part in parts]
+            valid = [all_ if one is None else one for one, all_ in zip(valid, every, strict=True)]
+            x = marked(VALID, lambda x, *_: x)(x, *valid)
         return marked(mark_name(layer.path), functions[layer.path])(leaves_of(module), x)
 
     def forward(variables: Tree, images: Any) -> Any:
-        return visit_sites(backbone, variables, sites, _no_extras(sites), mark, images, **(kwargs or {}))
+        with streams_of(streams):
+            return visit_sites(backbone, variables, sites, _no_extras(sites), mark, images, **(kwargs or {}))
 
     closed = jax.make_jaxpr(forward)(variables, images)
     flat = jax.make_jaxpr(lambda *args: _flat(closed.jaxpr, closed.consts, args, None))(*closed.in_avals)
-    return Program(flat, functions)
+    stacked = {layer.path for site in sites for layer in site.layers if layer.stack is not None}
+    return Program(flat, functions, stacked)
 
 
 def _no_extras(sites: Sequence[Site]) -> Tree:
@@ -221,7 +230,7 @@ def _unrolled(eqn: Any, values: Sequence[Any]) -> list[Any]:
 def layer_of(eqn: Any) -> tuple[Path, int | None] | None:
     """Returns the path of the layer that an equation computes and the index of its copy, or None."""
     name = mark_of(eqn)
-    if name is None:
+    if name is None or name.startswith(VALID):
         return None
     path, _, copy = name.partition(COPY)
     return path_of(path), int(copy) if copy else None
@@ -277,7 +286,7 @@ def find_junctions(jaxpr: Any, varying: set[Any]) -> dict[int, Junction]:
     junctions: dict[int, Junction] = {}
     claimed: set[int] = set()  # sums that are some layer's junction
     for index, eqn in enumerate(jaxpr.eqns):
-        if mark_of(eqn) is None:
+        if layer_of(eqn) is None:
             continue
         var = eqn.outvars[0]
         chain: list[int] = []

@@ -17,6 +17,10 @@ PREFIX = "drep:"
 """Beginning of the names of marked calls."""
 
 
+VALID = "~valid"
+"""Name of a mark (x, which feature vectors count, …) ↦ x before a layer; no path begins so."""
+
+
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
 """Primitives of calls that `inline` replaces by their bodies; loops and branches stay."""
 

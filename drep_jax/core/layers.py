@@ -21,6 +21,7 @@ from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.reads import Marked, Use, find_reads
 from drep_jax.core.window import Window, window_of
 from drep_jax.errors import SiteError
+from drep_jax.rows import block_of
 from drep_jax.trees import get_in
 from drep_jax.typing import Path, Tree
 
@@ -191,7 +192,7 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
     variables = nn.unbox(jax.eval_shape(lambda *inputs: module.init(keys, *inputs, **kwargs), *args))
     params = variables.get("params", {})
     layers: dict[Path, Layer] = {}
-    tensors: list[Any] = []  # keeps every traced input alive, so that identities stay unique
+    tensors: list[tuple[Any, Any]] = []  # keeps every traced input alive, so that identities stay unique
     reads: dict[Path, list[int]] = {}  # index of the tensor that each call reads
     shapes: dict[Path, set[tuple[int, ...]]] = {}  # of the inputs
     bridged: list[str] = []  # modules of flax.nnx inside
@@ -205,8 +206,11 @@ def find_layers(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ..
         if inside or not isinstance(layer, LAYER_KINDS) or context.method_name != "__call__":
             return next_fun(*args, **kwargs)
         x = args[0] if args else kwargs["inputs"]
-        index = next((index for index, tensor in enumerate(tensors) if tensor is x), len(tensors))
-        tensors.append(x)
+        rows = block_of("/".join(layer.path[-1:]), x.shape[:-1], seeking=True)
+        what = (x, None if rows is None else rows.source)  # the tensor, and what says which of its rows count
+        same = (index for index, other in enumerate(tensors) if other[0] is what[0] and other[1] is what[1])
+        index = next(same, len(tensors))
+        tensors.append(what)
         reads.setdefault(layer.path, []).append(index)
         described = _describe(layer, x, get_in(params, layer.path), len(layers))
         first = layers.setdefault(layer.path, described)

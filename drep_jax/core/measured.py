@@ -19,6 +19,11 @@ is over the layer's outputs,
 where A* is the smallest denoiser that fuses to W*. If the layer has more outputs than inputs, it
 fuses to the nearest weights that a denoiser can reach.
 
+A layer that is called several times is solved once, before its first call, from the inputs of all
+of its calls: the sums of each call with its weight (`drep_jax.core.calls`). Inputs that depend on
+the layer's own output (weights reused in depth, a loop) are those that the network has at that
+moment: behind the sites solved so far, with the layer itself and later ones as they are.
+
 Sites are solved one after another. At each, the images pass in chunks through the short stretch of
 the network since the site before (`drep_jax.core.stretches`); every device takes chunks and sums
 over them, and the host solves from the sums of all. Between sites, features wait in the host's
@@ -26,42 +31,37 @@ memory, up to a bound; the others are computed again. The ridge of a site is cho
 images (`drep_jax.core.shrinkage`).
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
 from drep_jax.core.chunks import InMemory, Round, Streams, live_bytes, passes, rounds_of
+from drep_jax.core.gathering import Gathering
 from drep_jax.core.interpreter import check_batch_axis, check_measurable, trace, tree_of
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import kernel_matrix
+from drep_jax.core.order import Place
 from drep_jax.core.promotion import standard_promotion
 from drep_jax.core.regression import (
     Form,
     Solution,
-    Sums,
-    chunk_sums,
-    form_of,
     fused_leaves,
-    joined,
     kind_of,
-    of_all_hosts,
     regress,
 )
-from drep_jax.core.shrinkage import FOLDS, Shrinkage, choose_ridge, folds_for
+from drep_jax.core.shrinkage import FOLDS, Shrinkage, choose_ridge
 from drep_jax.core.sites import Site
 from drep_jax.core.solutions import Measured, Progress, Solutions
-from drep_jax.core.stretches import Cut, Network, Place, name_of, parameters
+from drep_jax.core.stretches import Call, Cut, Network, name_of, parameters
 from drep_jax.core.walk import Leaves, Walk
 from drep_jax.core.working import WORKING
 from drep_jax.errors import DataError, NonFiniteError
-from drep_jax.parallel import devices
 from drep_jax.parallel.threads import blas_threads_for
 from drep_jax.typing import AnyArray, Tree
 
@@ -138,7 +138,7 @@ def measuring(
     Raises:
       NonFiniteError: if features or solutions are not finite, naming the site.
       DataError: for fewer than two streams, or weights that do not fit them.
-      SiteError: if a site's features cannot be followed, or its layer is called several times.
+      SiteError: if a site's features cannot be followed.
     """
     check_measurable(sites)
     if len(images.shape) < 3 or images.shape[0] < 2 or images.shape[1] < 1:
@@ -191,12 +191,14 @@ class _Solver:
         kwargs: Mapping[str, Any],
     ) -> None:
         self.sites, self.images, self.ridge, self.limit, self.wants_outputs = sites, images, ridge, limit, outputs
-        self.count, self.vectors = images.shape[:2], vectors
+        self.count = (images.shape[0], images.shape[1])
+        self.gathering = Gathering(self.count, vectors, by_fold=ridge is None)
         self.parts: dict[
             Path, list[tuple[Site, Layer]]
         ] = {}  # of first layers; several where they read a concatenation
         for site in sites:
             self.parts.setdefault(site.layers[0].path, []).append((site, site.layers[0]))
+        first_of = {layer.path: site.layers[0].path for site in sites for layer in site.layers}
         corrected = {
             site.path
             for site in sites
@@ -207,7 +209,7 @@ class _Solver:
         def network(rounds: Sequence[Round]) -> Network:
             batch = self.count[0] * rounds[0].index.shape[1]
             shape = jax.ShapeDtypeStruct((batch, *first.shape[2:]), first.dtype)
-            return Network(trace(backbone, variables, sites, shape, kwargs), set(self.parts), corrected)
+            return Network(trace(backbone, variables, sites, shape, kwargs, self.count[0]), first_of, corrected)
 
         image = jax.ShapeDtypeStruct((1, *first.shape[2:]), first.dtype)
         check_batch_axis(backbone, variables, sites, image, kwargs)
@@ -220,25 +222,19 @@ class _Solver:
             self.network = network(self.rounds)
         self.fixed = self.network.fixed_values(jax.tree_util.tree_leaves(variables))
         self.stretch_programs: dict[str, Callable[..., Any]] = {}
-        self.programs: dict[Any, Callable[..., Any]] = {}
 
-    # ---- sizes ------------------------------------------------------------------------------------------------------
-
-    def _cuts_and_forms(self) -> list[tuple[Cut, Form]]:
-        return [(cut, self._form(cut, *part)) for cut in self.network.cuts for part in self.parts[cut.place[0]]]
-
-    def _form(self, cut: Cut, site: Site, layer: Layer) -> Form:
-        """Returns the form of the sums of a site at a cut."""
-        x = jax.ShapeDtypeStruct(cut.x.aval.shape, cut.x.aval.dtype)
-        return form_of(site, layer, x, self.rounds[0].index.shape[1], self.count[0], self.count[1], self.vectors)
+    def _calls(self, cut: Cut, site: Site, layer: Layer) -> list[tuple[Call, Form, Fraction]]:
+        """Returns the calls at a cut, with the form of their sums and their weights."""
+        forms = self.gathering.forms(cut, site, layer, self.rounds[0].index.shape[1])
+        return [(call, *form) for call, form in zip(cut.calls, forms, strict=True)]
 
     def _chunk_bytes(self) -> int:
         """Returns the bytes that a chunk takes on a device, at most."""
-        largest = self.network.working_bytes()
-        for cut, form in self._cuts_and_forms():
-            vectors = self.count[0] * self.rounds[0].index.shape[1] * form.picks * form.groups
-            largest = max(largest, 4 * vectors * (2 * form.width + (form.columns if cut.chain else 0)))
-        return largest
+        sites = [(cut, *part) for cut in self.network.cuts for part in self.parts[cut.place[0]]]
+        calls = [call for site in sites for call in self._calls(*site)]
+        chunk = self.rounds[0].index.shape[1]
+        sizes = (self.gathering.bytes(call, form, chunk) for call, form, _ in calls)
+        return max((self.network.working_bytes(), *sizes))
 
     def about_memory(self) -> str:
         """Returns a line about features that do not fit into memory, or ""."""
@@ -253,28 +249,6 @@ class _Solver:
             f"the solutions). The rest is computed again at each site: about "
             f"{passes(sizes, len(self.rounds), self.limit):.1f} forward passes in all."
         )
-
-    # ---- programs ---------------------------------------------------------------------------------------------------
-
-    def _sums_program(self, cut: Cut, form: Form) -> Callable[..., Any]:
-        """Returns (x, q, what L reads, K, weights, index, mask) ↦ `Sums`, on all devices."""
-        streams = self.count[0]
-
-        def run(x: Any, other: Any, fixed: Any, matrix: Any, weights: Any, index: Any, mask: Any) -> Any:
-            delta = None
-            if cut.chain is not None:
-                (q,) = other
-                by_stream = q.reshape(streams, -1, *q.shape[1:])
-                delta = cut.correction(fixed, (by_stream[:1] - by_stream).reshape(q.shape))
-                delta = delta[delta.shape[0] // streams :]
-            return chunk_sums(form, x, matrix, delta, weights, index, mask)
-
-        key = (form, cut.chain and cut.chain.key, cut.sign, cut.y.aval.str_short())
-        if key not in self.programs:
-            self.programs[key] = devices.on_devices(run, in_axes=(0, 0, None, None, None, 0, 0))
-        return self.programs[key]
-
-    # ---- from site to site ------------------------------------------------------------------------------------------
 
     def solve(self, weights: np.ndarray, watch: Callable[[Progress], None] | None) -> Measured:
         """Solves all sites for weights that sum to 1."""
@@ -304,12 +278,17 @@ class _Solver:
         fused: dict[Place, Leaves],
     ) -> tuple[Solution, Shrinkage]:
         """Solves a site at a cut, and adds its layers' parameters to `fused`."""
-        copy, form = cut.place[1], self._form(cut, site, first)
+        copy, calls = cut.place[1], self._calls(cut, site, first)
+        part, form = [one for one, _ in self.parts[cut.place[0]]].index(site), calls[0][1]
         matrices = [self._matrix(layer, site, copy) for layer in site.layers]
         matrix: Any = np.concatenate(matrices, axis=-1)
-        if cut.chain is None and (form.kind == "pointwise" or form.columns >= site.width):
+        if all(call.chain is None for call in cut.calls) and (form.kind == "pointwise" or form.columns >= site.width):
             matrix = None
-        whole, folds = self._sums(walk, number, cut, form, matrix, weights)
+        whole, folds = self.gathering.sums(walk, number, calls, part, matrix, weights)
+        if not whole.images > 0:
+            raise DataError(
+                f"{site.name}: no row of its input counts in any image; the network says that all are padding or empty."
+            )
         if not all(np.isfinite(value).all() for value in whole):
             raise NonFiniteError(
                 f"{site.name}: the features of the clean or corrupted images are not finite, so nothing can be fitted to "
@@ -331,36 +310,3 @@ class _Solver:
     def _matrix(self, layer: Layer, site: Site, copy: int | None) -> np.ndarray:
         kernel = self._leaves((layer.path, copy))["kernel"].astype(np.float64)
         return np.asarray(kernel_matrix(layer, kind_of(site), kernel))
-
-    def _sums(
-        self, walk: Walk, number: int, cut: Cut, form: Form, matrix: np.ndarray | None, weights: np.ndarray
-    ) -> tuple[Sums, list[Sums]]:
-        """Returns the sums of a site over the images of all hosts, and over each fold of them."""
-        program = self._sums_program(cut, form)
-        kernel = None if matrix is None else jnp.asarray(matrix, jnp.float32)
-        chain = () if cut.chain is None else tuple(jnp.asarray(self.fixed[v]) for v in cut.chain.fixed)
-        mixture = jnp.asarray(weights, jnp.float32)
-        whole: Sums | None = None
-        folds: list[Sums] = []
-        for _, members in itertools.groupby(self._by_fold(form.width), lambda pair: pair[0]):
-            sums: Sums | None = None  # of one fold at a time: those of a wide site are large
-            for _, round_number in members:
-                values = walk.advance(round_number, number)
-                index, mask = self.rounds[round_number].mine()
-                other = () if cut.chain is None else (values[cut.other],)
-                on_devices = program(values[cut.x], other, chain, kernel, mixture, index.astype(np.int32), mask)
-                leaves = [np.asarray(leaf) for leaf in on_devices]
-                for device in range(len(mask)):
-                    sums = joined(sums, Sums(*(leaf[device] for leaf in leaves)))
-            if sums is not None:
-                sums = of_all_hosts(sums)
-                whole = joined(whole, sums)
-                if self.ridge is None:
-                    folds.append(sums._replace(square=sums.square.astype("f4"), cross=sums.cross.astype("f4")))
-        if whole is None:
-            raise DataError(f"{name_of(cut.place)}: there are no images to measure on.")
-        return whole, folds
-
-    def _by_fold(self, width: int) -> list[tuple[int, int]]:
-        """Returns (fold on which a site so wide is judged, index of a round) of all rounds, fold by fold."""
-        return sorted((images.fold % folds_for(width), index) for index, images in enumerate(self.rounds))

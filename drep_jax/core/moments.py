@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt32
 
+from drep_jax.core.calls import counted_vectors, table_weight, vector_weight
 from drep_jax.core.intercept import sow, sown, sum_calls, visit_sites
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import features, sampled_features
@@ -34,7 +35,7 @@ class Moments:
     """Moments of the features at one site, float64; leading axes are ([stack], [groups]).
 
     Attributes:
-      count: number of feature vectors.
+      count: number of feature vectors; where calls weigh alike, as many as there are calls.
       mean: m = E F.
       covariance: Σ = E[(F − m)(F − m)ᵀ], of the population (divided by the count).
 
@@ -105,6 +106,9 @@ def batch_sums(
 ) -> dict[str, dict[str, Float[Array, "..."]]]:
     """Returns each site's sums over one batch: of F − shift, (F − shift)(F − shift)ᵀ and 1.
 
+    All calls of a layer are summed, weighted as `Site.call_weights` says, without what the network says
+    is padding (`drep_jax.rows`).
+
     Args:
       backbone, variables: the frozen backbone.
       sites: to take sums at.
@@ -142,9 +146,11 @@ def batch_sums(
                 picks = jax.vmap(lambda k: systematic(k, total, tokens))(site_keys)
             used = total if picks is None else picks.shape[1]
             rows = max(1, WORKING // (8 * batch * shift.size))  # of each image at once
+            valid = counted_vectors(site, layer, site.kind, x)
+            valid = None if valid is None else valid.reshape(batch if by_image else 1, -1)
             if by_image and site.kind == "patch" and used > rows:
                 picks = jnp.tile(jnp.arange(total)[None], (batch, 1)) if picks is None else picks
-                sums = sums_in_parts(site, layer, x, picks, mask, shift, rows)
+                sums = sums_in_parts(site, layer, x, picks, mask, shift, rows, valid)
             else:
                 if picks is None:
                     vectors: Any = features(layer, site.kind, x)
@@ -153,9 +159,13 @@ def batch_sums(
                 vectors = vectors.reshape(-1, *shift.shape)
                 count = vectors.shape[0]
                 counted = jnp.repeat(mask > 0, count // batch) if by_image else jnp.ones(count, bool)
+                if valid is not None:
+                    valid = valid if picks is None else jnp.take_along_axis(valid, picks, axis=1)
+                    counted = counted & valid.reshape(-1)
                 sums = vector_sums(vectors, counted, shift)
+            weight = vector_weight(site, total, used) if by_image else table_weight(site, layer, x, mask)
             for name, value in sums.items():
-                sow(module, layer, name, value)
+                sow(module, layer, name, value if isinstance(weight, float) and weight == 1.0 else weight * value)
         return call(x)
 
     _, collected = visit_sites(backbone, variables, sites, extras, visit, *args, collect=True, **kwargs)
@@ -177,7 +187,7 @@ def moments_from_sums(
             f"{site.name}: the features contain NaN or Inf; check the images and the backbone's weights."
         )
     count = np.asarray(sums["count"])
-    if count.min() < 1:
+    if not count.min() > 0:
         raise DataError(f"{site.name}: no feature vector was seen.")
 
     def mean(total: Any) -> np.ndarray:
@@ -187,7 +197,7 @@ def moments_from_sums(
     for index, (first, end) in enumerate(row_blocks(site.width)):
         upper[..., first:end, first:] = mean(sums[f"second{index}"])
     upper = np.triu(upper - offset[..., :, None] * offset[..., None, :])
-    return Moments(int(count.max()), shift + offset, upper + np.swapaxes(np.triu(upper, 1), -1, -2))
+    return Moments(max(1, round(float(count.max()))), shift + offset, upper + np.swapaxes(np.triu(upper, 1), -1, -2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ images in float32; sums are joined and solved on the host in float64, by Cholesk
 
 import dataclasses
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Bool, Float, Float64
 
 from drep_jax.core.layers import Layer
 from drep_jax.core.matrix_form import bias_from_columns, features, kernel_from_matrix, sampled_features, with_part
@@ -63,19 +64,30 @@ class Form:
         return max(1, self.positions // self.stride)
 
 
-def form_of(site: Site, layer: Layer, x: Any, chunk: int, streams: int, images: int, vectors: int) -> Form:
-    """Returns the form of a site's sums.
+def positions_in(site: Site, layer: Layer, x: Any, rows: int) -> int:
+    """Returns the number of feature vectors of an image at a call.
 
     Args:
       site, layer: the site and its first layer.
-      x: shape and type of the layer's input for a chunk.
-      chunk, streams, images: number of images in the chunk, of streams, and of images.
-      vectors: see `drep_jax.core.measured.measuring`.
+      x: shape and type of the layer's input.
+      rows: number of images in it, those of all streams.
+    """
+    shape = jax.eval_shape(lambda x: features(layer, kind_of(site), x), x).shape
+    return int(np.prod(shape)) // (site.groups * site.width * rows)
+
+
+def form_of(site: Site, layer: Layer, positions: int, share: Fraction, images: int, vectors: int) -> Form:
+    """Returns the form of the sums of a call.
+
+    Args:
+      site, layer: the site and its first layer.
+      positions: feature vectors of an image at the call.
+      share: weight of the call among those of the layer.
+      images: number of corrupted images, of all streams.
+      vectors: see `drep_jax.core.measured.measuring`; a call gets its share of them.
     """
     kind = kind_of(site)
-    shape = jax.eval_shape(lambda x: features(layer, kind, x), x).shape
-    positions = int(np.prod(shape)) // (site.groups * site.width * streams * chunk)
-    stride = max(1, positions * images * (streams - 1) // (vectors * site.width))
+    stride = max(1, int(positions / share) * images // (vectors * site.width))
     sizes = [layer.kernel_size // (layer.stack or 1) for layer in site.layers]
     columns = sum(sizes) // (site.groups * site.width)
     # without what tells equal layers apart
@@ -125,6 +137,7 @@ def chunk_sums(
     weights: Float[Array, " corrupted"],
     index: Any,
     mask: Float[Array, " images"],
+    valid: Bool[Array, "*positions"] | None = None,
 ) -> Sums:
     """Returns the sums over a chunk of images, corrupted streams only, in float32.
 
@@ -136,6 +149,9 @@ def chunk_sums(
       weights: of the corrupted streams; they sum to 1.
       index: (images,), which vectors are used depends on it.
       mask: 1 for images that count, else 0.
+      valid: which of all feature vectors count; a vector does if it does so in the clean stream, too.
+        The others are missing in the sums, and in the number of images as far as they are. None if
+        all count.
     """
     streams, images, groups = weights.shape[0] + 1, mask.shape[0], form.groups
     starts = index % form.stride if form.positions >= form.stride else index % form.positions
@@ -146,6 +162,12 @@ def chunk_sums(
     else:
         f = sampled_features(form.layer, form.kind, x, jnp.tile(picks, (streams, 1)))
     f = f.reshape(streams, images * form.picks, groups, -1).astype(jnp.float32)
+    if valid is not None:
+        valid = valid.reshape(streams, images, form.positions)
+        valid = valid if form.stride == 1 else jnp.take_along_axis(valid, picks[None], axis=2)
+        valid = valid.reshape(streams, -1)
+        valid = valid[:1] & valid[1:]
+        f = jnp.where(jnp.concatenate([valid.any(0, keepdims=True), valid])[:, :, None, None], f, 0.0)
     u, w = f[0], f[1:]
 
     def times_matrix(a: Any) -> Any:
@@ -161,11 +183,15 @@ def chunk_sums(
     t = jnp.broadcast_to(t, r.shape)
     count = mask.sum()
     each = (weights[:, None] * jnp.repeat(mask, form.picks)[None] / form.picks).astype(jnp.float32)
+    if valid is not None:
+        each = jnp.where(valid, each, 0.0)
+        count = each.sum()
+        t, r = (jnp.where(valid[:, :, None, None], a, 0.0) for a in (t, r))
 
     def center(a: Any) -> tuple[Any, Any]:
         if not form.centered:
             return jnp.zeros(a.shape[2:], a.dtype), a
-        mean = jnp.einsum("sn,sngd->gd", each, a, precision="highest") / jnp.maximum(count, 1.0)
+        mean = jnp.einsum("sn,sngd->gd", each, a, precision="highest") / jnp.where(count > 0, count, 1.0)
         return mean, a - mean[None, None]
 
     (mean_w, w), (mean_t, t), (mean_r, r) = center(w), center(t), center(r)
@@ -185,6 +211,17 @@ def chunk_sums(
 # ---------------------------------------------------------------------------------------------------------------------
 # On the host
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def weighted(sums: Sums, share: Fraction) -> Sums:
+    """Returns the sums of one of several calls with the weight of the call; the weights of all calls sum to 1."""
+    if share == 1:
+        return sums
+    images, square, cross, power_t, power_r = (
+        float(share) * np.asarray(value, np.float64)
+        for value in (sums.images, sums.square, sums.cross, sums.power_t, sums.power_r)
+    )
+    return Sums(images, sums.mean_w, sums.mean_t, sums.mean_r, square, cross, power_t, power_r)
 
 
 def joined(one: Sums | None, other: Sums) -> Sums:

@@ -32,6 +32,18 @@ CONCATENATED = (BLOCKS, "full")
 """Forms of the denoiser of a concatenation."""
 
 
+POSITIONS = "positions"
+"""Calls of a layer weigh as many feature vectors of an image as they read."""
+
+
+CALL_WEIGHTS = (POSITIONS, "calls")
+"""What weighs alike where a layer is called several times: its feature vectors, or its calls."""
+
+
+SITE_PATTERN = "site_pattern"
+"""Attribute of a module: the pattern that is taken where none is given."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
     """The place of one denoiser: its layers, the shape of its matrix and its time steps.
@@ -53,6 +65,7 @@ class Site:
       steps: reverse steps of each copy: t, t − 1, …, t − steps + 1.
       rank: rank of the matrix minus a multiple of the identity, see
         `drep_jax.core.linear_denoiser`; None for a full matrix.
+      call_weights: what weighs alike where the layers are called several times, see `CALL_WEIGHTS`.
     """
 
     path: Path
@@ -65,6 +78,7 @@ class Site:
     times: tuple[int, ...] = ()
     steps: int = 1
     rank: int | None = None
+    call_weights: str = POSITIONS
 
     @property
     def name(self) -> str:
@@ -104,6 +118,16 @@ def default_pattern(layers: Sequence[Layer]) -> str:
     return mlp if any(re.fullmatch(mlp, layer.name) and not layer.refusal for layer in layers) else ".*"
 
 
+def pattern_of(module: nn.Module) -> str | None:
+    """Returns the pattern that a network names for itself, or None.
+
+    A network whose features are not those of MLPs alone says which layers are denoised unless the
+    user says otherwise: `site_pattern = ".*"` in its class takes all that can be. Written without a
+    type, it is no field.
+    """
+    return getattr(module, SITE_PATTERN, None)
+
+
 def select_sites(
     layers: Sequence[Layer],
     pattern: str | Sequence[str] | None = None,
@@ -112,13 +136,15 @@ def select_sites(
     bias: bool = True,
     max_patch_width: int = MAX_PATCH_WIDTH,
     concatenated: str = BLOCKS,
+    call_weights: str = POSITIONS,
+    otherwise: str | None = None,
 ) -> tuple[Site, ...]:
     """Makes sites of the layers that match `pattern`, without time steps yet.
 
     Args:
       layers: from `find_layers`.
       pattern: a regular expression, or several, that must match a layer's whole path, as in
-        `".*/mlp/fc[12]"`. None takes `default_pattern` and skips layers that cannot be sites.
+        `".*/mlp/fc[12]"`. None takes `otherwise` and skips layers that cannot be sites.
         Layers whose input does not depend on the images, and those that no output depends on, are
         skipped too, unless a pattern matches no others.
       kind: for convolutions: "patch" denoises the whole window (exact at borders), "pointwise" the
@@ -127,6 +153,9 @@ def select_sites(
       max_patch_width: k²C per group.
       concatenated: for layers that read a concatenation of tensors along its channels: "blocks" for
         one denoiser a source, "full" for one over all of them.
+      call_weights: for layers that are called several times: "positions" for equal weights of all
+        feature vectors, "calls" for equal weights of all calls.
+      otherwise: the pattern to take for None, see `pattern_of`; None for `default_pattern`.
 
     Returns:
       Sites in execution order of their first layers.
@@ -140,11 +169,16 @@ def select_sites(
         raise ConfigError(
             f'Unknown form "{concatenated}" of the denoiser of a concatenation.{did_you_mean(concatenated, CONCATENATED)}'
         )
+    if call_weights not in CALL_WEIGHTS:
+        raise ConfigError(
+            f'Unknown weights "{call_weights}" of the calls of a layer.{did_you_mean(call_weights, CALL_WEIGHTS)}'
+        )
     if isinstance(max_patch_width, bool) or not max_patch_width >= 1:
         raise ConfigError(f"The largest width of a patch denoiser must be at least 1, got {max_patch_width!r}.")
     if kind not in ("auto", "patch", "pointwise"):
         raise ConfigError(f'Unknown kind of denoiser "{kind}".{did_you_mean(kind, ("auto", "patch", "pointwise"))}')
-    patterns = [default_pattern(layers)] if pattern is None else [pattern] if isinstance(pattern, str) else [*pattern]
+    usual = otherwise or default_pattern(layers)
+    patterns = [usual] if pattern is None else [pattern] if isinstance(pattern, str) else [*pattern]
     try:
         compiled = [re.compile(p) for p in patterns]
     except re.error as error:
@@ -171,7 +205,8 @@ def select_sites(
         zip(*(layer.parts() if concatenated == BLOCKS else (layer,) for layer in group), strict=True)
         for group in by_input.values()
     )
-    return tuple(_site(layers, kind, bias, max_patch_width) for parts in split for layers in parts)
+    sites = (_site(layers, kind, bias, max_patch_width) for parts in split for layers in parts)
+    return tuple(dataclasses.replace(site, call_weights=call_weights) for site in sites)
 
 
 def _site(layers: tuple[Layer, ...], kind: str, bias: bool, max_patch_width: int) -> Site:
@@ -275,6 +310,7 @@ def find_sites(
     batchnorm_bias: bool = False,
     max_patch_width: int = MAX_PATCH_WIDTH,
     concatenated: str = BLOCKS,
+    call_weights: str = POSITIONS,
     **kwargs: Any,
 ) -> tuple[Site, ...]:
     """Finds the sites of a network: `find_layers`, `select_sites` and `assign_times` in one call.
@@ -282,7 +318,8 @@ def find_sites(
     Args:
       module: an unbound Flax Linen module.
       *args: its inputs, as arrays or `jax.ShapeDtypeStruct`.
-      pattern, kind, bias, max_patch_width, concatenated: see `select_sites`.
+      pattern: see `select_sites`; None takes the module's own `site_pattern`, if it has one.
+      kind, bias, max_patch_width, concatenated, call_weights: see `select_sites`.
       timesteps, steps, time_scale: see `assign_times`.
       batchnorm_bias: whether denoisers may also have a constant before a layer without bias that a
         BatchNorm follows. It goes into the BatchNorm's running mean, so fusing then changes
@@ -306,7 +343,16 @@ def find_sites(
     if batchnorm_bias:
         layers = with_norms(layers, module, *args, **kwargs)
     return assign_times(
-        select_sites(layers, pattern, kind=kind, bias=bias, max_patch_width=max_patch_width, concatenated=concatenated),
+        select_sites(
+            layers,
+            pattern,
+            kind=kind,
+            bias=bias,
+            max_patch_width=max_patch_width,
+            concatenated=concatenated,
+            call_weights=call_weights,
+            otherwise=pattern_of(module),
+        ),
         timesteps=timesteps,
         steps=steps,
         time_scale=time_scale,

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Shaped
 
+from drep_jax.core.order import Place
 from drep_jax.core.regression import Solution
 from drep_jax.core.shrinkage import Shrinkage
 from drep_jax.core.sites import Site
-from drep_jax.core.stretches import Place, name_of
+from drep_jax.core.stretches import name_of
 from drep_jax.trees import set_in
 from drep_jax.typing import Path, Tree
 

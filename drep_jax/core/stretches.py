@@ -1,14 +1,14 @@
 """A traced backbone cut at its sites: stretches of equations, each a short program of its own.
 
-Solving goes from site to site, see `drep_jax.core.measured`. A *cut* lies before the first layer of
-a site. Between two cuts lies a *stretch*. It reads what is alive at its beginning, the fused layers
-in it and some parameters, and gives what is alive at its end. Stretches with equal equations and
-shapes have equal keys and share one compiled program.
+Solving goes from site to site, see `drep_jax.core.measured`. A *cut* lies before the first call of
+a site's layers. Between two cuts lies a *stretch*. It reads what is alive at its beginning, the
+fused layers in it and some parameters, and gives what is alive at its end. Stretches with equal
+equations and shapes have equal keys and share one compiled program.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,10 @@ import numpy as np
 from jax.extend import core
 
 from drep_jax.core.interpreter import Junction, Program, correction, find_junctions, layer_of, tree_of
-from drep_jax.core.jaxpr import bind, bodies, varying_vars
+from drep_jax.core.jaxpr import VALID, bind, bodies, mark_of, reach, varying_vars
+from drep_jax.core.order import Order, Place, Start
 from drep_jax.core.working import bytes_of
-from drep_jax.errors import SiteError
 from drep_jax.typing import Path, Tree
-
-Place = tuple[Path, int | None]
-"""Path of a layer, and the index of its copy under `nn.scan`."""
-
 
 SMALL = 2**16
 """Bytes up to which what depends on parameters alone is computed anew in each stretch."""
@@ -77,26 +73,30 @@ class Stretch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """Where a site is solved.
+class Call:
+    """One call of a site's first layer.
 
     Attributes:
-      place: of its first layer.
       x: variable that holds the layer's input.
       y: variable that holds its output; of interest are shape and type.
-      live: variables that depend on the images, are computed before it and needed at it or later.
-      other: variable that holds the shortcut q, or None if the layer is in no residual sum.
+      valid: variables that say which feature vectors count, one for each part of the layer; () if
+        all do.
+      other: variable that holds the shortcut q, or None if the call is in no residual sum.
       chain: the stretch from y to L(y), or None.
       sign: of q in the sum.
     """
 
-    place: Place
     x: Any
     y: Any
-    live: tuple[Any, ...]
+    valid: tuple[Any, ...] = ()
     other: Any = None
     chain: Stretch | None = None
     sign: float = 1.0
+
+    @property
+    def wanted(self) -> tuple[Any, ...]:
+        """Variables that solving needs."""
+        return (self.x, *self.valid, *(() if self.other is None else (self.other,)))
 
     def correction(self, fixed: Sequence[Any], change: Any) -> Any:
         """Returns the change of y that changes the sum as `change` of q does, see `correction`."""
@@ -104,6 +104,24 @@ class Cut:
         return correction(
             lambda y: y if self.chain is None else self.chain.run([y], fixed)[0], zeros, self.sign * change
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Where a site is solved.
+
+    Attributes:
+      place: of its first layer.
+      calls: all calls of it.
+      live: variables that depend on the images, are computed before it and needed at it or later.
+      ahead: what computes the inputs of the calls that depend on the layer's own output, from the
+        layers as they are here; None if there are none.
+    """
+
+    place: Place
+    calls: tuple[Call, ...]
+    live: tuple[Any, ...]
+    ahead: Stretch | None = None
 
 
 class Network:
@@ -115,121 +133,118 @@ class Network:
       leaves: {place: variables of the layer's parameters}, of every marked layer that depends on the
         images.
       layers: {layer path: (leaves, x) ↦ output}.
-      inputs: {place: variable of its input}.
       image: variable that holds the images.
       outputs: variables, or literals, that the backbone gives.
     """
 
-    def __init__(self, program: Program, first_layers: Collection[Path], junctions: Collection[Path]) -> None:
+    def __init__(self, program: Program, first_of: Mapping[Path, Path], junctions: Collection[Path]) -> None:
         """Cuts a program.
 
         Args:
           program: from `trace`; its last input are the images.
-          first_layers: paths of the layers before which to cut.
-          junctions: paths of those whose residual sums are of interest.
-
-        Raises:
-          SiteError: for a layer that is called several times.
+          first_of: {path of a layer: that of the first layer of its site}.
+          junctions: paths of the layers whose residual sums are of interest.
         """
         self._jaxpr, self._consts, self.layers = program.jaxpr, program.consts, program.layers
         jaxpr = self._jaxpr
         self.image, self.outputs = jaxpr.invars[-1], tuple(jaxpr.outvars)
-        self._varying = varying_vars(jaxpr, [False] * (len(jaxpr.invars) - 1) + [True])
         self._producer = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
         self._leaf_inputs = {*jaxpr.invars, *jaxpr.constvars}
-        self._places = self._find_places()
+        self._varying, self._places = self._find_places(program)
         self._junctions: dict[int, Junction] = {
             index: junction
             for index, junction in find_junctions(jaxpr, self._varying).items()
-            if index in self._places and self._places[index][0] in junctions
+            if index in self._places and self._places[index][0] in junctions and self._varies(junction.other)
         }
         self.leaves = {place: tuple(jaxpr.eqns[index].invars[:-1]) for index, place in self._places.items()}
-        self._needed_fixed: dict[Any, None] = {
-            v: None
-            for v in [*(v for leaves in self.leaves.values() for v in leaves), *jaxpr.outvars]
-            if not isinstance(v, core.Literal) and v not in self._varying and v not in self._leaf_inputs
-        }
-        self.inputs = {place: jaxpr.eqns[index].invars[-1] for index, place in self._places.items()}
-        order = self._order()
-        starts = [number for number, index in enumerate(order) if self._is_cut(index, first_layers)]
-        bounds = [0, *starts, len(order)]
+        self._needed_fixed: dict[Any, None] = {}
+        first_layers = set(first_of.values())
+        calls = {index: self._call(index) for index, (path, _) in self._places.items() if path in first_layers}
+        wanted = {index: call.wanted for index, call in calls.items()}
+        self._need([v for leaves in self.leaves.values() for v in leaves])
+        self._need([*jaxpr.outvars, *(v for variables in wanted.values() for v in variables)])
+        self._order = Order(jaxpr, self._varying, self._places, first_of, wanted.__getitem__)
+        order, starts = self._order.indices, self._order.starts
+        bounds = [0, *(start.position for start in starts), len(order)]
         self._pieces = [order[first:end] for first, end in itertools.pairwise(bounds)]
-        alive = self._alive()
+        ready = [[v for call in start.calls if call not in start.ahead for v in wanted[call]] for start in starts]
+        alive = self._alive(ready)
         self.stretches = tuple(self._stretch(piece, alive[number + 1]) for number, piece in enumerate(self._pieces))
-        self.cuts = tuple(self._cut(order[start], alive[number + 1]) for number, start in enumerate(starts))
+        self.cuts = tuple(self._cut(start, calls, alive[number + 1]) for number, start in enumerate(starts))
 
-    def _is_cut(self, index: int, first_layers: Collection[Path]) -> bool:
-        return index in self._places and self._places[index][0] in first_layers
+    def _find_places(self, program: Program) -> tuple[set[Any], dict[int, Place]]:
+        """Returns the variables that depend on the images, and the marked layers that do, by the index of their equation.
 
-    def _find_places(self) -> dict[int, Place]:
-        """Returns the marked layers that depend on the images, by the index of their equation."""
-        places: dict[int, Place] = {}
-        calls: dict[Place, int] = {}
-        for index, eqn in enumerate(self._jaxpr.eqns):
-            if (place := layer_of(eqn)) is not None:
-                calls[place] = calls.get(place, 0) + 1
-                if eqn.invars[-1] in self._varying:
-                    places[index] = place
-        for (path, _), count in calls.items():
-            if count > 1:
-                raise SiteError(
-                    f"{'/'.join(path)} is called {count} times with the same weights. Each call sees noise of its own, and one "
-                    "denoiser measured at one of them would be wrong at the others; leave the layer out with sites.pattern."
-                )
-        return places
+        If one call of a layer depends on the images, all do: what it computes changes when it is fused.
+        """
+        jaxpr = self._jaxpr
+        found = {index: place for index, eqn in enumerate(jaxpr.eqns) if (place := layer_of(eqn)) is not None}
+        found = {index: (path, copy if path in program.stacked else None) for index, (path, copy) in found.items()}
+        varying = varying_vars(jaxpr, [False] * (len(jaxpr.invars) - 1) + [True])
+        while True:
+            moving = {place for index, place in found.items() if jaxpr.eqns[index].invars[-1] in varying}
+            places = {index: place for index, place in found.items() if place in moving}
+            outputs = {jaxpr.eqns[index].outvars[0] for index in places}
+            if outputs <= varying:
+                return varying, places
+            varying = reach(jaxpr, varying | outputs)
 
     def _varies(self, atom: Any) -> bool:
         return not isinstance(atom, core.Literal) and atom in self._varying
 
-    def _order(self) -> list[int]:
-        """Returns the indices of all equations that depend on the images, in the order of execution.
+    def _need(self, atoms: Iterable[Any]) -> None:
+        """Notes what is computed of parameters alone and read outside of stretches."""
+        self._needed_fixed |= {
+            v: None
+            for v in atoms
+            if not isinstance(v, core.Literal) and v not in self._varying and v not in self._leaf_inputs
+        }
 
-        What a residual sum adds to a layer's output is computed before the layer.
+    def _alive(self, ready: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+        """Returns what is alive before each stretch and after the last one, in order of computation.
+
+        Args:
+          ready: variables that solving needs at each cut.
         """
-        eqns, order, done = self._jaxpr.eqns, list[int](), set[int]()
-        needed = set(self._before([*self._jaxpr.outvars, *(v for i in self._places for v in eqns[i].outvars)], done))
-
-        def run(index: int) -> None:
-            if index in done or index not in needed:
-                return
-            done.add(index)
-            if index in self._junctions:
-                for earlier in self._before([self._junctions[index].other], done):
-                    run(earlier)
-            order.append(index)
-
-        for index in range(len(eqns)):
-            run(index)
-        return order
-
-    def _before(self, atoms: Iterable[Any], done: Collection[int]) -> list[int]:
-        """Returns, in order, the varying equations that atoms need, apart from those that are done."""
-        pending, indices = [v for v in atoms if self._varies(v)], set[int]()
-        while pending:
-            index = self._producer.get(pending.pop())
-            if index is None or index in done or index in indices:
-                continue
-            indices.add(index)
-            pending += [v for v in self._jaxpr.eqns[index].invars if self._varies(v)]
-        return sorted(indices)
-
-    def _alive(self) -> list[tuple[Any, ...]]:
-        """Returns what is alive before each stretch and after the last one, in order of computation."""
         eqns = self._jaxpr.eqns
         needed = dict.fromkeys(v for v in self._jaxpr.outvars if self._varies(v))
         alive = [tuple(needed)]
-        for piece in self._pieces[::-1]:
-            used = [v for i in piece for v in eqns[i].invars if self._varies(v)]
-            used += [self._junctions[i].other for i in piece if i in self._junctions]
-            needed |= dict.fromkeys(v for v in used if self._varies(v))
+        for piece, solving in zip(self._pieces[::-1], [*ready[::-1], ()], strict=True):
             for var in (v for i in piece for v in eqns[i].outvars):
                 needed.pop(var, None)
+            used = [*(v for i in piece for v in eqns[i].invars), *solving]
+            inside = {v for i in piece for v in eqns[i].outvars}
+            needed |= dict.fromkeys(v for v in used if self._varies(v) and v not in inside)
             alive.append(tuple(sorted(needed, key=self._when)))
         return alive[::-1]
 
     def _when(self, var: Any) -> int:
         """Returns the index of the equation that computes a variable; −1 for the images."""
         return self._producer.get(var, -1)
+
+    def _call(self, index: int) -> Call:
+        eqn = self._jaxpr.eqns[index]
+        call = Call(eqn.invars[-1], eqn.outvars[0], self._valid(eqn.invars[-1]))
+        if (junction := self._junctions.get(index)) is None:
+            return call
+        if junction.chain:
+            chain = self._stretch(junction.chain, [junction.end])
+        else:
+            chain = Stretch((), (), (call.y,), (), (call.y,), "")
+        return dataclasses.replace(call, other=junction.other, chain=chain, sign=junction.sign)
+
+    def _valid(self, x: Any) -> tuple[Any, ...]:
+        """Returns the variables that say which rows of a layer's input count, from the mark before it."""
+        eqn = self._jaxpr.eqns[self._producer[x]] if x in self._producer else None
+        return tuple(eqn.invars[1:]) if eqn is not None and (mark_of(eqn) or "").startswith(VALID) else ()
+
+    def _cut(self, start: Start, calls: Mapping[int, Call], alive: tuple[Any, ...]) -> Cut:
+        cut = Cut(start.place, tuple(calls[index] for index in start.calls), alive)
+        if not start.ahead:
+            return cut
+        wanted = [v for index in start.ahead for v in calls[index].wanted]
+        piece = self._order.before(wanted, self._order.indices[: start.position])
+        return dataclasses.replace(cut, ahead=self._stretch(piece, dict.fromkeys(wanted)))
 
     def _stretch(self, piece: Sequence[int], wanted: Iterable[Any]) -> Stretch:
         """Makes a stretch of varying equations, with what it needs of parameters alone."""
@@ -273,18 +288,6 @@ class Network:
         size = bytes_of(var)
         grows = eqn.primitive.name == "broadcast_in_dim" and size > max(map(bytes_of, inputs))
         return size > SMALL and not grows
-
-    def _cut(self, index: int, alive: tuple[Any, ...]) -> Cut:
-        eqn, place = self._jaxpr.eqns[index], self._places[index]
-        cut = Cut(place, eqn.invars[-1], eqn.outvars[0], alive)
-        if (junction := self._junctions.get(index)) is None or not self._varies(junction.other):
-            return cut
-        if junction.chain:
-            chain = self._stretch(junction.chain, [junction.end])
-        else:
-            var = eqn.outvars[0]
-            chain = Stretch((), (), (var,), (), (var,), "")
-        return dataclasses.replace(cut, other=junction.other, chain=chain, sign=junction.sign)
 
     def fixed_values(self, args: Sequence[Any]) -> dict[Any, Any]:
         """Returns the value of every variable that stretches and layers need and no image changes.

@@ -42,8 +42,19 @@ def vector_sums(
     return sums
 
 
-def sums_in_parts(site: Site, layer: Layer, x: Any, picks: Any, mask: Any, shift: Any, rows: int) -> dict[str, Any]:
-    """Returns the sums of windows, of which only so many of each image are gathered at once."""
+def sums_in_parts(
+    site: Site, layer: Layer, x: Any, picks: Any, mask: Any, shift: Any, rows: int, valid: Any = None
+) -> dict[str, Any]:
+    """Returns the sums of windows, of which only so many of each image are gathered at once.
+
+    Args:
+      site, layer, x: a call.
+      picks: (batch, used) windows of each image.
+      mask: (batch,) 1 for images that count.
+      shift: near the mean.
+      rows: windows of an image that are gathered at once.
+      valid: (batch, windows) which of all windows count; None if all do.
+    """
     used = picks.shape[1]
     parts = -(-used // rows)
     places = jnp.arange(parts * rows).reshape(parts, rows)
@@ -51,7 +62,10 @@ def sums_in_parts(site: Site, layer: Layer, x: Any, picks: Any, mask: Any, shift
     def part(sums: Any, place: Any) -> tuple[Any, None]:
         here = jnp.take(picks, jnp.minimum(place, used - 1), axis=1)
         vectors = sampled_features(layer, site.kind, x, here).reshape(-1, *shift.shape)
-        counted = jnp.logical_and(mask[:, None] > 0, place[None] < used).reshape(-1)
+        counted = jnp.logical_and(mask[:, None] > 0, place[None] < used)
+        if valid is not None:
+            counted = counted & jnp.take_along_axis(valid, here, axis=1)
+        counted = counted.reshape(-1)
         return jax.tree_util.tree_map(jnp.add, sums, vector_sums(vectors, counted, shift)), None
 
     shapes = jax.eval_shape(lambda: vector_sums(jnp.zeros((1, *shift.shape)), jnp.ones(1, bool), shift))

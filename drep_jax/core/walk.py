@@ -10,7 +10,8 @@ from jaxtyping import Shaped
 
 from drep_jax.core.chunks import Round, Streams, Waiting
 from drep_jax.core.interpreter import tree_of
-from drep_jax.core.stretches import Network, Place, Stretch
+from drep_jax.core.order import Place
+from drep_jax.core.stretches import Network, Stretch
 from drep_jax.parallel import devices
 from drep_jax.typing import AnyArray
 
@@ -18,8 +19,16 @@ Leaves = tuple[AnyArray, ...]
 """A layer's parameters in the order in which its equation reads them."""
 
 
+AHEAD = -1
+"""Stands for the number of the stretch that looks ahead at the cut where the images are."""
+
+
 class Walk:
-    """The images of all rounds, each as far as it has come."""
+    """The images of all rounds, each as far as it has come.
+
+    Attributes:
+      rounds, fixed: as given.
+    """
 
     def __init__(
         self,
@@ -40,7 +49,7 @@ class Walk:
           limit: bytes of features that may wait between sites.
           programs: compiled stretches by key; new ones are added.
         """
-        self._network, self._images, self._rounds, self._fixed = network, images, rounds, fixed
+        self._network, self._images, self.rounds, self.fixed = network, images, rounds, fixed
         self._waiting, self._programs = Waiting(limit), programs
         self._placed: dict[int, tuple[Any, Any]] = {}
         self._fused: dict[Place, Leaves] = {}
@@ -69,7 +78,7 @@ class Walk:
             values = {network.image: self._take(round_number)}
         for number in range(base + 1, cut + 1):
             stretch = network.stretches[number]
-            program, (fixed, leaves) = self._program(stretch), self._parameters(number)
+            program, (fixed, leaves) = self._program(stretch), self._parameters(number, stretch)
             live = network.cuts[number].live if number < len(network.cuts) else network.outputs
             outs = program(tuple(values[v] for v in stretch.live), fixed, leaves) if stretch.outputs else ()
             values = {**values, **dict(zip(stretch.outputs, outs, strict=True))}
@@ -81,28 +90,47 @@ class Walk:
             self._waiting.put(round_number, cut, size, held)
         return values
 
+    def values_at(self, round_number: int, cut: int) -> Callable[[Any], Any]:
+        """Returns variable ↦ value of a round's images, for what solving at a cut needs, one a device."""
+        values = dict(self.advance(round_number, cut))
+        ahead = self._network.cuts[cut].ahead
+        if ahead is not None:
+            fixed, leaves = self._parameters(AHEAD, ahead)
+            outs = self._program(ahead)(tuple(values[v] for v in ahead.live), fixed, leaves)
+            values |= dict(zip(ahead.outputs, outs, strict=True))
+
+        def value_of(var: Any) -> Any:
+            if var in values:
+                return values[var]
+            value = np.asarray(var.val if isinstance(var, core.Literal) else self.fixed[var])
+            return np.broadcast_to(value, (len(self.rounds[round_number].mine()[0]), *value.shape))
+
+        return value_of
+
     def fuse(self, layers: Mapping[Place, Leaves]) -> None:
         """Takes the fused parameters of layers, and drops those of stretches that all images have behind them."""
         self._fused |= {place: tuple(map(jnp.asarray, leaves)) for place, leaves in layers.items()}
-        earliest = self._waiting.earliest(len(self._rounds))
+        earliest = self._waiting.earliest(len(self.rounds))
         self._placed = {number: placed for number, placed in self._placed.items() if number > earliest}
 
     def _take(self, round_number: int) -> np.ndarray:
         """Returns the images of a round, (devices, streams · chunk, *image_shape)."""
-        index, _ = self._rounds[round_number].mine()
+        index, _ = self.rounds[round_number].mine()
         images = self._images.take(index.reshape(-1))
         images = images.reshape(len(images), *index.shape, *images.shape[2:])
         return np.moveaxis(images, 0, 1).reshape(len(index), -1, *images.shape[3:])
 
-    def _parameters(self, number: int) -> tuple[Any, Any]:
-        """Returns what a stretch reads of parameters: fixed values, and its layers' leaves, clean and fused."""
+    def _parameters(self, number: int, stretch: Stretch) -> tuple[Any, Any]:
+        """Returns what a stretch reads of parameters: fixed values, and its layers' leaves, clean and fused.
+
+        Layers that are not solved yet, which are only looked ahead at, are as they are.
+        """
         if number not in self._placed:
-            network, values = self._network, self._fixed
-            stretch = network.stretches[number]
+            values = self.fixed
             leaves = []
             for place in stretch.places:
-                clean = tuple(jnp.asarray(values[v]) for v in network.leaves[place])
-                leaves.append((clean, self._fused[place]))
+                clean = tuple(jnp.asarray(values[v]) for v in self._network.leaves[place])
+                leaves.append((clean, self._fused.get(place, clean)))
             self._placed[number] = (tuple(jnp.asarray(values[v]) for v in stretch.fixed), tuple(leaves))
         return self._placed[number]
 
@@ -112,11 +140,11 @@ class Walk:
         streams, images = self._images.shape[:2]
         result = np.zeros(0)
         output = network.outputs[0]
-        for round_number, chunk in enumerate(self._rounds):
+        for round_number, chunk in enumerate(self.rounds):
             values = self.advance(round_number, len(network.cuts))
             index, _ = chunk.mine()
             if isinstance(output, core.Literal) or output not in values:  # it does not depend on the images
-                value = np.asarray(output.val if isinstance(output, core.Literal) else self._fixed[output])
+                value = np.asarray(output.val if isinstance(output, core.Literal) else self.fixed[output])
                 here = np.broadcast_to(value, (len(index), *value.shape))
             else:
                 here = np.asarray(values[output])

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drep_jax.core.calls import counted_vectors, positions_of, vector_weight
 from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.fusion import composed_maps
 from drep_jax.core.intercept import sow, sown, sum_calls, visit_sites
@@ -168,14 +169,19 @@ def _sums(backbone: nn.Module, variables: Tree, sites: Sequence[Site], extras: M
 
     def visit(site: Site, layer: Layer, module: nn.Module, extra: Tree, x: Any, call: Any) -> Any:
         if layer.path == site.layers[0].path:  # the other layers of a site read the same tensor
-            vectors = _some_vectors(site, layer, x, batch, extra["mean"])
+            vectors, each = _some_vectors(site, layer, x, batch, extra["mean"])
             centered = vectors - extra["mean"][None]
-            sow(module, layer, "count", jnp.asarray(vectors.shape[0], jnp.float32))
-            sow(module, layer, "first", centered.sum(0))
+
+            def total(values: Any) -> Any:
+                return values.sum(0) if each is None else jnp.tensordot(each, values, 1)
+
+            sow(module, layer, "count", jnp.asarray(vectors.shape[0], jnp.float32) if each is None else each.sum())
+            sow(module, layer, "first", total(centered))
             product = "nd,de->ne" if centered.ndim == 2 else "ngd,gde->nge"
             for name in ("learned", "random"):
                 change = jnp.einsum(product, centered, extra[name], precision="highest")
-                sow(module, layer, name, jnp.square(change).sum((0, -1)))
+                square = jnp.square(change)
+                sow(module, layer, name, square.sum((0, -1)) if each is None else total(square.sum(-1)))
         return call(x)
 
     _, collected = visit_sites(backbone, variables, sites, extras, visit, images, collect=True)
@@ -183,13 +189,25 @@ def _sums(backbone: nn.Module, variables: Tree, sites: Sequence[Site], extras: M
     return {site.name: sum_calls(site, sown(collected, site.layers[0]), axes, 0) for site in sites}
 
 
-def _some_vectors(site: Site, layer: Layer, x: Any, batch: int, mean: Any) -> Any:
-    """Returns up to `VECTORS` feature vectors of every image, (n, [groups], d), evenly spaced."""
-    shape = jax.eval_shape(lambda x: features(layer, site.kind, x), x).shape
-    total = math.prod(shape[: -mean.ndim]) // batch
-    if len(shape) <= mean.ndim or shape[0] % batch or total <= VECTORS:  # a table for all images, or few vectors
+def _some_vectors(site: Site, layer: Layer, x: Any, batch: int, mean: Any) -> tuple[Any, Any]:
+    """Returns up to `VECTORS` feature vectors of every image, evenly spaced, (n, [groups], d), and their weights.
+
+    The weights, (n,), are those of the moments; None if all weigh alike.
+    """
+    positions = positions_of(site, layer, site.kind, x)
+    total = math.prod(positions) // batch
+    valid = counted_vectors(site, layer, site.kind, x)
+    if not positions or positions[0] % batch or total <= VECTORS:  # a table for all images, or few vectors
         vectors: Any = features(layer, site.kind, x)
     else:
         picks = jnp.asarray(np.linspace(0, total - 1, VECTORS).astype(np.int32))
         vectors = sampled_features(layer, site.kind, x, jnp.tile(picks[None], (batch, 1)))
-    return vectors.reshape(-1, *mean.shape).astype(jnp.float32)
+        valid = None if valid is None else valid.reshape(batch, total)[:, picks]
+    vectors = vectors.reshape(-1, *mean.shape).astype(jnp.float32)
+    if site.layers[0].calls == 1 and valid is None:
+        return vectors, None
+    each = jnp.full(len(vectors), vector_weight(site, max(1, total), max(1, min(total, VECTORS))), jnp.float32)
+    if valid is None:
+        return vectors, each
+    counted = valid.reshape(-1)
+    return jnp.where(counted.reshape(-1, *(1,) * mean.ndim), vectors, 0), each * counted

@@ -12,6 +12,7 @@ The last two select the strength of fusion, and the noise power or the fraction 
 held-out images (`drep_jax.evaluation.selection`).
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ import jax
 
 from drep_jax.core import closed_form
 from drep_jax.core.measured import Progress, measuring
+from drep_jax.core.sites import Site
 from drep_jax.evaluation.selection import Candidate, choose
 from drep_jax.learners.base import (
     Learned,
@@ -39,7 +41,7 @@ from drep_jax.learners.streams import CorruptedImages
 from drep_jax.parallel import processes
 from drep_jax.progress import bar, pulsing
 from drep_jax.run.moments import moment_images
-from drep_jax.typing import Tree
+from drep_jax.typing import Config, Tree
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's assumption
@@ -112,7 +114,7 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
         setup.sites,
         images,
         ridge=options["ridge"] or None,
-        memory_gib=options["memory_gib"] - (images.bytes / 2**30 if images.resident else 0.0),
+        memory_gib=_memory_left(options, images, setup.sites),
         outputs=False,
         say=_say,
         **{name: options[name] for name in ("vectors", "shortcut", "chunk")},
@@ -143,6 +145,13 @@ def learn_measured(inputs: LearnerInputs) -> Learned:
                 f"holds on images it was not fitted to ({names})."
             )
     return at_chosen_strength("measured", inputs, candidates, time.perf_counter() - began, images.shape[1], details)
+
+
+def _memory_left(options: Config, images: CorruptedImages, sites: Sequence[Site]) -> float:
+    """Returns the GiB of `measured.memory_gib` that images in memory and denoisers of other clean shares leave."""
+    denoisers = 4 * sum(math.prod(site.denoiser_shape) for site in sites)
+    waiting = (len(options["clean_share"]) - 1) * denoisers + (images.bytes if images.resident else 0)
+    return max(0.0, options["memory_gib"] - waiting / 2**30)
 
 
 def _say(text: str) -> None:

@@ -85,8 +85,18 @@ def read_architecture(path: str) -> Architecture:
     """
     try:
         with open(expanded(path), encoding="utf-8") as stream:
-            fields = json.load(stream)
+            text = stream.read()
     except (OSError, ValueError) as error:
+        raise ConfigError(f"The architecture {path} cannot be read: {error}.") from error
+    return _parsed(text, path)
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str, path: str) -> Architecture:
+    """Returns the architecture that the text of that file describes; modules ask for it at every call."""
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
         raise ConfigError(f"The architecture {path} cannot be read: {error}.") from error
     try:
         norm = fields["bn"]

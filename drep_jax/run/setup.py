@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from drep_jax.core.batchnorm import with_norms
 from drep_jax.core.forms import form_lines
 from drep_jax.core.idle import find_idle
-from drep_jax.core.layers import find_layers
+from drep_jax.core.layers import Layer, find_layers
 from drep_jax.core.schedule import RULES, Schedule, reverse_steps
 from drep_jax.core.sites import (
     Coverage,
     Site,
     assign_times,
     coverage,
+    pattern_of,
     select_sites,
     with_rank,
 )
@@ -165,7 +166,8 @@ def build(config: Config, kept: tuple[Images, Side] | None = None) -> Setup:
     abstract = abstract_variables(backbone, one_image)
     if not features and not takes_classes(config["model"]["name"]):
         _check_outputs(config, output_shape(backbone, abstract, one_image)[-1], images, task)
-    sites = _sites(config, backbone, one_image, schedule)
+    layers = find_layers(backbone, one_image)
+    sites = _sites(config, backbone, layers, one_image, schedule)
     idle = find_idle(backbone, abstract, one_image)
     return Setup(
         backbone=backbone,
@@ -173,7 +175,7 @@ def build(config: Config, kept: tuple[Images, Side] | None = None) -> Setup:
         schedule=schedule,
         sites=sites,
         covered=coverage(sites, abstract["params"], idle),
-        forms=tuple(form_lines(sites, config["sites"]["max_width"], idle)),
+        forms=tuple(form_lines(sites, config["sites"]["max_width"], idle, layers)),
         train=images.train,
         held_out=images.held_out,
         test=images.test,
@@ -213,9 +215,14 @@ def _check_augmentation(config: Config, task: Task) -> None:
         raise ConfigError(f"data.mixup and data.cutmix mix labels, which task {task.name} cannot use; set both to 0.")
 
 
-def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, schedule: Schedule) -> tuple[Site, ...]:
+def _sites(
+    config: Config,
+    backbone: nn.Module,
+    layers: Sequence[Layer],
+    images: jax.ShapeDtypeStruct,
+    schedule: Schedule,
+) -> tuple[Site, ...]:
     options, denoise = config["sites"], config["denoise"]
-    layers = find_layers(backbone, images)
     if options["batchnorm_bias"]:
         layers = with_norms(layers, backbone, images)
     selected = select_sites(
@@ -224,6 +231,8 @@ def _sites(config: Config, backbone: nn.Module, images: jax.ShapeDtypeStruct, sc
         kind=options["kind"],
         max_patch_width=options["max_width"],
         concatenated=options["concatenated"],
+        call_weights=options["call_weights"],
+        otherwise=pattern_of(backbone),
     )
     sites = assign_times(
         selected, timesteps=schedule.timesteps, steps=denoise["steps"], time_scale=denoise["time_scale"]

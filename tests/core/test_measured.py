@@ -403,7 +403,12 @@ def test_alike_stretches_share_a_program():
         return (
             len(cuts),
             len(stretches),
-            {(form, cut.chain and cut.chain.key) for cut, form in solver._cuts_and_forms()},
+            {
+                (form, call.chain and call.chain.key)
+                for cut in cuts
+                for part in solver.parts[cut.place[0]]
+                for call, form, _ in solver._calls(cut, *part)
+            },
         )
 
     (few, stretches, forms), (many, again, same) = programs(3), programs(7)
@@ -418,19 +423,6 @@ def test_any_number_of_images_and_any_chunk_give_the_same():
     results = [measure(model, variables, sites, images, [1, 1], ridge=1e-2, chunk=chunk) for chunk in (64, 3)]
     for one, other in zip(*(jax.tree_util.tree_leaves(result.denoise) for result in results), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
-
-
-def test_a_layer_that_is_called_several_times_is_refused():
-    class Twice(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            layer = nn.Dense(x.shape[-1], name="a")
-            return layer(nn.relu(layer(x)))
-
-    images, model = streams(), Twice()
-    variables = model.init(KEY, images[0])
-    with pytest.raises(SiteError, match=r"(?s)at its one call.*a: it is called 2 times"):
-        measure(model, variables, find_sites(model, images[0]), images, [1, 1])
 
 
 class Separable(nn.Module):

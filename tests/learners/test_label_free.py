@@ -14,6 +14,7 @@ from drep_jax.core.moments import collect_moments
 from drep_jax.errors import ConfigError, DataError
 from drep_jax.evaluation.selection import Candidate
 from drep_jax.jobs import train
+from drep_jax.learners import label_free
 from drep_jax.learners.base import with_leading
 from drep_jax.learners.checks import check_choosing
 from drep_jax.learners.streams import CorruptedImages
@@ -22,6 +23,19 @@ from drep_jax.run.config import defaults
 from drep_jax.run.moments import MOMENTS, NOISY_MOMENTS, kept_moments
 from drep_jax.trees import get_in
 from tests.command import call, largest_difference, same_bits
+
+
+def test_denoisers_of_all_clean_shares_count_as_memory():
+    class Images:
+        bytes, resident = 2**28, True
+
+    class Site:
+        denoiser_shape = (2**12, 2**12)
+
+    options = {"memory_gib": 1.0, "clean_share": (0.5, 0.6, 0.75)}
+    assert label_free._memory_left({**options, "clean_share": (0.5,)}, Images, [Site]) == 0.75
+    assert label_free._memory_left(options, Images, [Site] * 3) == 0.75 - 2 * 3 * 2**-4
+    assert label_free._memory_left(options, Images, [Site] * 99) == 0.0
 
 
 @pytest.mark.slow

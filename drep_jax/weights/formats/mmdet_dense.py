@@ -1,5 +1,8 @@
 """ATSS, CenterNet-update and YOLOv3 of mmdetection.
 
+CenterNet-update's files are for images in the order blue, green, red; the channels of its first
+convolution are put into the order of the images here, red, green, blue.
+
 YOLOv3 is a network of darknet here, whose layers have numbers; mmdetection's names follow from
 their order, so its files fit every `.cfg` of this structure, darknet's own `yolov3.cfg` included.
 """
@@ -31,7 +34,7 @@ def _atss_rules(net: nn.Module) -> tuple[Rule, ...]:
 
 def _centernet_rules(net: nn.Module) -> tuple[Rule, ...]:
     del net
-    return (*trunk_rules(), *fpn_rules(), *_TOWERS, Rule("head/(cls|reg)", r"bbox_head.conv_\1"))
+    return (*trunk_rules(bgr=True), *fpn_rules(), *_TOWERS, Rule("head/(cls|reg)", r"bbox_head.conv_\1"))
 
 
 MMDET_ATSS = Format(
@@ -49,7 +52,7 @@ MMDET_CENTERNET = Format(
     ignored=COUNTERS,
 )
 RESNET_ATSS = trunk_alone(ATSS, ("neck", "head"))
-RESNET_CENTERNET = trunk_alone(CenterNet, ("neck", "head"))
+RESNET_CENTERNET = trunk_alone(CenterNet, ("neck", "head"), bgr=True)
 
 
 def _blocks(network: Network) -> Iterator[int]:

@@ -5,19 +5,23 @@ from typing import Any
 
 import flax.linen as nn
 
-from drep_jax.weights.translation import Format, Rule
+from drep_jax.weights.translation import CONV, Format, Layout, Rule
 
 COUNTERS = (r".*\.num_batches_tracked",)
+BGR = Layout(lambda a: CONV.read(a)[:, :, ::-1], lambda a: CONV.write(a[:, :, ::-1]))
+"""A first convolution of images in the order blue, green, red, which are red, green, blue here."""
 
 
-def trunk_rules(theirs: str = "backbone.", ours: str = "backbone") -> tuple[Rule, ...]:
+def trunk_rules(theirs: str = "backbone.", ours: str = "backbone", bgr: bool = False) -> tuple[Rule, ...]:
     """Returns the rules of a `ResNetTrunk`, which has torchvision's names behind a prefix in all public detectors.
 
     Args:
       theirs: prefix of its names, with the dot.
       ours: path of the trunk in the network.
+      bgr: whether the file is for images in the order blue, green, red, as Caffe's networks are.
     """
     return (
+        *([Rule(f"{ours}/conv1/kernel", f"{theirs}conv1.weight", layout=BGR)] if bgr else ()),
         Rule(f"{ours}/(conv1|bn1)", rf"{theirs}\1"),
         Rule(rf"{ours}/(layer\d)_(\d+)/downsample_conv", rf"{theirs}\1.\2.downsample.0"),
         Rule(rf"{ours}/(layer\d)_(\d+)/downsample_bn", rf"{theirs}\1.\2.downsample.1"),
@@ -33,18 +37,19 @@ def fpn_rules(ours: str = "neck") -> tuple[Rule, ...]:
     )
 
 
-def trunk_alone(family: type[nn.Module], rest: Sequence[str]) -> Format:
+def trunk_alone(family: type[nn.Module], rest: Sequence[str], bgr: bool = False) -> Format:
     """Returns the format of a ResNet's ImageNet weights, with which a detector's training begins.
 
     Args:
       family: of detectors with a `ResNetTrunk` called "backbone".
       rest: names of the other parts, which stay as initialized.
+      bgr: as for `trunk_rules`.
     """
     parts = "|".join(rest)
 
     def rules(net: Any) -> tuple[Rule, ...]:
         del net
-        return (*trunk_rules(""), Rule(f"({parts})(.*)", r"not in the file: \1\2"))
+        return (*trunk_rules("", bgr=bgr), Rule(f"({parts})(.*)", r"not in the file: \1\2"))
 
     return Format(
         name="resnet",

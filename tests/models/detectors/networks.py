@@ -68,15 +68,15 @@ def pictures(size, batch=2, seed=0):
     return np.random.default_rng(seed).normal(size=(batch, *size, 3)).astype(np.float32)
 
 
-def targets(seed=0, batch=2, most=4, size=(64, 96), classes=5):
-    """Returns objects; the last place is padding everywhere, and all are of the last image."""
+def targets(seed=0, batch=2, most=4, size=(64, 96), classes=5, empty=True):
+    """Returns objects; the last place is padding everywhere, and all are of the last image if that is to be empty."""
     rng = np.random.default_rng(seed)
     height, width = size
     low = rng.uniform(0, 0.6, (batch, most, 2)) * (width, height)
     high = low + rng.uniform(0.1, 0.4, (batch, most, 2)) * (width, height)
     labels = rng.integers(0, classes, (batch, most))
     labels[:, -1] = -1
-    labels[-1] = -1
+    labels[-1] = -1 if empty else labels[-1]
     return Targets(
         boxes=jnp.asarray(np.concatenate([low, high], -1), jnp.float32),
         classes=jnp.asarray(labels, jnp.int32),
