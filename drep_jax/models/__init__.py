@@ -27,6 +27,7 @@ from drep_jax.models.detectors.atss import ATSS
 from drep_jax.models.detectors.centernet import CenterNet
 from drep_jax.models.detectors.darknet import Darknet
 from drep_jax.models.detectors.detr import DETR
+from drep_jax.models.detectors.rcnn import RCNN
 from drep_jax.models.detectors.yolov3 import yolov3
 from drep_jax.models.fcn import FCN
 from drep_jax.models.imported import abstract_variables, output_shape
@@ -35,6 +36,7 @@ from drep_jax.models.resnet import ResNet
 from drep_jax.models.resnet_reid import ResNetReID
 from drep_jax.models.segformer import SegFormer
 from drep_jax.models.swin import SwinV2
+from drep_jax.models.swin_v1 import Swin
 from drep_jax.models.transreid import TransReID
 from drep_jax.models.vit import ViT
 from drep_jax.models.vmamba import VMamba
@@ -75,6 +77,8 @@ _transreid_b = functools.partial(TransReID, patch_size=16, width=768, depth=12, 
 
 _cifar = functools.partial(ResNet, block="basic", width=16, stem="cifar", shortcut="pad")
 
+# Microsoft's Swin-T and -S at 224 pixels.
+_swin = functools.partial(Swin, width=96, num_heads=(3, 6, 12, 24), window_size=7)
 _swinv2_t = functools.partial(SwinV2, width=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
 _swinv2_s = functools.partial(SwinV2, width=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
 _swinv2_b = functools.partial(SwinV2, width=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
@@ -88,6 +92,11 @@ _fcn_r101 = functools.partial(FCN, stage_sizes=(3, 4, 23, 3))
 _segformer = functools.partial(SegFormer, widths=(64, 128, 320, 512))
 # mmsegmentation's heads are 256 wide throughout.
 _segformer_wide = functools.partial(_segformer, head_width=(256, 768))
+
+_mask_rcnn_swin = functools.partial(RCNN, masks=True, trunk="swin", width=96)
+_mask_rcnn_swinv2 = functools.partial(RCNN, masks=True, trunk="swinv2", width=96, window_size=8)
+# As torchvision's published COCO weights were trained: frozen batch norms without eps.
+_torchvision_rcnn = functools.partial(RCNN, implementation="torchvision", norm_eps=0.0)
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
@@ -129,6 +138,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vmamba_t": functools.partial(VMamba, depths=(2, 2, 8, 2), ssm_ratio=1.0, width=96),
     "vmamba_s": functools.partial(_vmamba_s2l15, width=96),
     "vmamba_b": functools.partial(_vmamba_s2l15, width=128),
+    "swin": Swin,
+    "swin_t": functools.partial(_swin, depths=(2, 2, 6, 2)),
+    "swin_s": functools.partial(_swin, depths=(2, 2, 18, 2)),
     "swinv2": SwinV2,
     "swinv2_t_w8": functools.partial(_swinv2_t, window_size=8),
     "swinv2_t_w16": functools.partial(_swinv2_t, window_size=16),
@@ -153,6 +165,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "segformer_b3": functools.partial(_segformer_wide, depths=(3, 4, 18, 3)),
     "segformer_b4": functools.partial(_segformer_wide, depths=(3, 8, 27, 3)),
     "segformer_b5": functools.partial(_segformer_wide, depths=(3, 6, 40, 3)),
+    "rcnn": RCNN,
+    "faster_rcnn_r50": RCNN,
+    "mask_rcnn_r50": functools.partial(RCNN, masks=True),
+    "mask_rcnn_swin_t": functools.partial(_mask_rcnn_swin, depths=(2, 2, 6, 2)),
+    "mask_rcnn_swin_s": functools.partial(_mask_rcnn_swin, depths=(2, 2, 18, 2)),
+    "mask_rcnn_swinv2_t": functools.partial(_mask_rcnn_swinv2, depths=(2, 2, 6, 2)),
+    "mask_rcnn_swinv2_s": functools.partial(_mask_rcnn_swinv2, depths=(2, 2, 18, 2)),
+    "fasterrcnn_resnet50_fpn": _torchvision_rcnn,
+    "maskrcnn_resnet50_fpn": functools.partial(_torchvision_rcnn, masks=True),
     "darknet": Darknet,
     # As published by mmdetection; detr_r50 also by facebookresearch and transformers (implementation="facebookresearch").
     "detr": DETR,

@@ -14,6 +14,7 @@ from scipy.special import erf
 from drep_jax.errors import ConfigError
 from drep_jax.models import MODELS, Backbone, create_model, list_models
 from drep_jax.models.vit import ViT, stack_blocks
+from tests.models.detectors.rcnns import RCNNS
 from tests.pixel_classifiers import PIXEL_CLASSIFIERS
 
 TINY_VIT = {"patch_size": (2, 4), "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
@@ -36,6 +37,11 @@ def swin_block(width, heads):
     """Attention without a bias of the keys, the network of the position bias, an MLP of four times the width, norms."""
     attention = 4 * width * width + 3 * width + heads + 2 * 512 + 512 + 512 * heads
     return attention + 8 * width * width + 5 * width + 4 * width
+
+
+def swin_block_v1(width, heads):
+    """Attention with the table of windows of 2 × 3, an MLP of four times the width, norms."""
+    return 4 * width * width + 4 * width + 15 * heads + 8 * width * width + 5 * width + 4 * width
 
 
 def vmamba_block(width, inner):
@@ -74,6 +80,13 @@ TABLE = {
     "resnet34": ({}, (224, 224), 21_797_672),
     "resnet50": ({}, (224, 224), 25_557_032),
     "resnet101": ({}, (224, 224), 44_549_160),
+    "swin": (
+        {**TINY_SWIN, "num_heads": (2, 2)},
+        SIZE,
+        (12 * 4 + 4 + 8) + 2 * swin_block_v1(4, 2) + (32 + 16 * 8) + swin_block_v1(8, 2) + 16 + 9_000,
+    ),
+    "swin_t": ({}, (224, 224), 28_288_354),
+    "swin_s": ({}, (224, 224), 49_606_258),
     "swinv2": (
         TINY_SWIN,
         SIZE,
@@ -111,6 +124,8 @@ ELSEWHERE = {
     "resnet50_reid",
     "resnet50_vanet",
     *PIXEL_CLASSIFIERS,
+    "rcnn",
+    *RCNNS,
 }
 
 

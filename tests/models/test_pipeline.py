@@ -24,6 +24,11 @@ SCHEDULE = Schedule(beta_end=0.02)
 NARROW = {
     "vit": ({"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}, (8, 12), 4),
     "resnet": ({"stage_sizes": (1, 1), "block": "bottleneck", "width": 4, "stem": "cifar"}, (8, 8), 9),
+    "swin": (
+        {"patch_size": 2, "width": 8, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4},
+        (15, 18),
+        6,
+    ),
     "swinv2": (
         {"patch_size": 2, "width": 8, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4},
         (16, 16),
@@ -120,7 +125,19 @@ def test_every_family_has_a_narrow_network():
 
 
 # Those that take longest, or are mostly another one, run with `pytest -m slow`.
-LONG = ("vit", "resnet", "clip_reid", "resnet_reid", "swinv2", "transreid", "vmamba", "mcunet", "fcn", "segformer")
+LONG = (
+    "swin",
+    "vit",
+    "resnet",
+    "clip_reid",
+    "resnet_reid",
+    "swinv2",
+    "transreid",
+    "vmamba",
+    "mcunet",
+    "fcn",
+    "segformer",
+)
 # CLIP normalizes its class token before the blocks, and TransReID's is the output itself: with small kernels they would see
 # little of the images.
 SPREAD = {"clip_reid": 0.2, "transreid": 0.2}

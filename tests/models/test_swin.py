@@ -55,11 +55,17 @@ def np_bias(row, column, window, pretrained, p):
     return 16 * expit(np_dense(np.maximum(np_dense(table, p["fc1"]), 0), p["fc2"]))
 
 
+def np_fill(x, sides):
+    """Zeros on the right and below up to multiples of the sides."""
+    return np.pad(x, [*((0, -n % side) for n, side in zip(x.shape, sides, strict=False)), (0, 0)])
+
+
 def np_attention(x, p, window, shift, pretrained):
-    """Each pixel of one feature map (H, W, C) asks all others that lie in its window after the shift."""
+    """Each pixel of one feature map (H, W, C), padded to whole windows, asks all that lie in its window after the shift."""
+    seen, x = x.shape[:2], np_fill(x, window)
     size, heads, dim = x.shape[:2], len(p["logit_scale"]), x.shape[2] // len(p["logit_scale"])
     q, k, v = (np_dense(x, p[name]).reshape(*size, heads, dim) for name in ("query", "key", "value"))
-    q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
+    q, k = (a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-12) for a in (q, k))
     scale = np.minimum(np.exp(p["logit_scale"][:, 0, 0]), 100)
     pixels = list(itertools.product(*map(range, size)))
     moved = {px: tuple((a - s) % n for a, s, n in zip(px, shift, size, strict=True)) for px in pixels}
@@ -78,19 +84,20 @@ def np_attention(x, p, window, shift, pretrained):
         weights = np.exp(scores - np.max(scores, axis=0))
         weights /= weights.sum(0)
         out[i] = sum(w[:, None] * v[j] for w, j in zip(weights, others, strict=True))
-    return np_dense(out.reshape(x.shape), p["out"])
+    return np_dense(out.reshape(x.shape), p["out"])[: seen[0], : seen[1]]
 
 
 def np_swin(image, p, module):
     pair = module.window_size if isinstance(module.window_size, tuple) else (module.window_size,) * 2
     patch = module.patch_size
+    image = np_fill(image, (patch, patch))
     rows, columns = (n // patch for n in image.shape[:2])
     cut = image.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 1, 3, 4).reshape(rows, columns, -1)
     kernel = p["embedding"]["kernel"]
     x = np_norm(cut @ kernel.reshape(-1, kernel.shape[-1]) + p["embedding"]["bias"], p["embedding_norm"])
     for stage, depth in enumerate(module.depths):
         if stage:
-            merge = p[f"stage{stage}_merge"]
+            merge, x = p[f"stage{stage}_merge"], np_fill(x, (2, 2))
             fours = [x[row::2, column::2] for column in (0, 1) for row in (0, 1)]
             x = np_norm(np_dense(np.concatenate(fours, -1), merge["reduction"]), merge["norm"])
         window = [min(w, n) for w, n in zip(pair, x.shape[:2], strict=True)]
@@ -237,7 +244,10 @@ def test_default_sites_are_the_mlps_and_no_pattern_takes_the_position_bias():
 
 
 def test_names_of_the_family():
-    assert list_models("swin*") == ["swinv2", *(f"swinv2_{size}_w{window}" for size in "bst" for window in (16, 8))]
+    assert list_models("swin*") == [
+        *("swin", "swin_s", "swin_t", "swinv2"),
+        *(f"swinv2_{size}_w{window}" for size in "bst" for window in (16, 8)),
+    ]
 
 
 def test_one_set_of_weights_serves_other_windows_and_sizes():
@@ -249,24 +259,6 @@ def test_one_set_of_weights_serves_other_windows_and_sizes():
 @pytest.mark.parametrize(
     ("image_size", "overrides", "message"),
     [
-        (
-            (255, 256),
-            {},
-            "height 255 does not fit: it is not divisible by the patch size 4. The nearest that fit: 128 and 256",
-        ),
-        ((256, 250), {}, "Image width 250 does not fit: it is not divisible by the patch size 4"),
-        (
-            (224, 256),
-            {},
-            "height 224 does not fit: the feature map of stage 1 is 28 long, which windows of 8 do not divide. "
-            "The nearest that fit: 128 and 256.",
-        ),
-        (
-            (8, 8),
-            {},
-            "the feature map of stage 1 is 1 long, which is odd and cannot be halved. The nearest that fit: 32 and 32",
-        ),
-        ((256, 256), {"window_size": 7}, "which windows of 7 do not divide. The nearest that fit: 224 and 448"),
         ((256, 256), {"window_size": 0}, "window_size must be (height, width) in pixels, both at least 1, got 0"),
         ((256, 256), {"window_size": [8, 8, 8]}, "window_size must be (height, width)"),
         (256, {}, "image_size must be (height, width)"),
@@ -291,9 +283,13 @@ def test_bad_input_is_refused_before_anything_is_traced(image_size, overrides, m
         create_model("swinv2_t_w8", image_size=image_size, **given)
 
 
-@pytest.mark.parametrize("size", [(128, 256), (32, 64), (512, 384 // 3)])
-def test_sizes_that_fit(size):
-    assert create_model("swinv2_t_w8", num_classes=5, image_size=size).image_size == size
+@pytest.mark.parametrize("size", [(14, 21), (5, 30), (1, 1)])
+def test_any_size_is_padded_to_patches_windows_and_pairs(size):
+    module, x = tiny(size=size), images(size, batch=1)
+    variables = random_variables(tiny())
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
+    expected = np_swin(x[0].astype(np.float64), params, module)
+    np.testing.assert_allclose(applied(module)(variables, x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 16, 3), (16, 24, 3)])

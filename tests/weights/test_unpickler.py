@@ -294,3 +294,16 @@ def test_python_2_is_read(tmp_path):
     """Its pickles have byte texts and its own names of builtins."""
     program = b"\x80\x02}(U\x05fc\xe9.w" + tensor() + b"U\x01s" + name("__builtin__", "set") + b"]\x85Ru."
     assert list(files.read(pickles.zip_file(tmp_path / "a.pth", program)).tensors) == ["fcé.w"]
+
+
+def test_the_history_beside_the_weights_of_a_training_file_is_passed_over(wrap):
+    """mmengine's, which is data and methods of its own class by name; no other class gives an attribute."""
+    owner = name("mmengine.logging.history_buffer", "HistoryBuffer")
+    least = name("__builtin__", "getattr") + owner + b"U\x03min\x86R"
+    history = owner + b")R}(U\x03min" + least + b"U\x05stepsK\x05ub"
+    program = b"\x80\x02}(U\x0astate_dict}U\x01a" + tensor() + b"sU\x0bmessage_hub" + history + b"u."
+    read = files.read(wrap(program))
+    assert list(read.tensors) == ["a"] and read.tensors["a"].shape == (2, 3)
+    other = program.replace(least, name("__builtin__", "getattr") + name("torch", "Tensor") + b"U\x03min\x86R")
+    with pytest.raises(CheckpointError, match=r"wants builtins.getattr: refused; nothing was run"):
+        files.read(wrap(other))

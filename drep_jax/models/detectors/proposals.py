@@ -1,7 +1,9 @@
 """Candidates of static number: the best by score, which of them are valid, and how many did not fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -40,6 +42,8 @@ class Objects:
       valid: (k,).
       left_out: () candidates above the threshold that did not fit into the static number of them,
         and so could not be found. Above 0 the result may differ from that without a limit.
+      masks: (k, m, m) probabilities of the pixels of each box, m × m cells over it; None where the
+        network finds boxes only. `pasting` brings them into the image.
     """
 
     boxes: Float[Array, "*batch k 4"]
@@ -47,6 +51,24 @@ class Objects:
     classes: Int[Array, "*batch k"]
     valid: Bool[Array, "*batch k"]
     left_out: Int[Array, "*batch"]
+    masks: Float[Array, "*batch k m m"] | None = None
+
+
+def each(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what a function of single items returns for all items, the first axis of every argument.
+
+    On CPUs one item after the other: under `vmap` a loop runs as long as the longest of the batch,
+    and computes what it skips. Elsewhere all at once.
+
+    Args:
+      function: called with the items and `form`, the form of suppression that suits the platform.
+      *arguments: arrays, or trees of them.
+    """
+    return lax.platform_dependent(
+        *arguments,
+        cpu=lambda *items: lax.map(lambda item: function(*item, form="sequential"), items),
+        default=lambda *items: jax.vmap(lambda *item: function(*item, form="fixed_point"))(*items),
+    )
 
 
 def best(

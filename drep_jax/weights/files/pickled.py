@@ -5,6 +5,7 @@ name.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,16 @@ class Array:
         return True
 
 
+@dataclass(frozen=True)
+class Unpickled:
+    """What a pickle held; `end` is the position after it."""
+
+    value: Any  # of None, bool, int, float, str, bytes, tuple, list, dict, Global, Inert, Dtype, Array, Storage, Tensor
+    end: int
+    tensors: list[Tensor]  # all that were made on the way, those inside `Inert` objects too
+    storages: list[Storage]
+
+
 NUMPY_DTYPES: dict[str, np.dtype] = {
     f"{kind}{size}": np.dtype(f"{kind}{size}")
     for kind, sizes in {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,), "c": (8, 16)}.items()
@@ -140,12 +151,13 @@ _CONFIGURATIONS = {
     "DictConfig",
     "ListConfig",
 }
-_PACKAGES = {"yacs", "omegaconf", "mmcv", "mmengine", "easydict", "fvcore", "ml_collections", "pathlib"}
+# So are all names of these packages, and methods of their classes.
+PACKAGES = {"yacs", "omegaconf", "mmcv", "mmengine", "easydict", "fvcore", "ml_collections", "pathlib"}
 _NUMPY = {"dtype", "ndarray", "scalar", "_reconstruct", "_frombuffer"} | set(DTYPES) | {"bool_", "str_", "bytes_"}
 _PLAIN = {
     "collections": {"OrderedDict", "defaultdict", "Counter", "deque"},
     "builtins": {"set", "frozenset", "slice", "range", "complex", "bytearray", "dict", "list", "tuple", "int", "float"}
-    | {"str", "bool", "bytes"}
+    | {"str", "bool", "bytes", "getattr"}
     | {"long", "unicode", "xrange"},
     "datetime": {"datetime", "date", "time", "timedelta", "timezone"},
     "typing": {"Any", "Union", "Optional", "Dict", "List", "Tuple"},
@@ -177,6 +189,16 @@ def is_known(module: str, name: str) -> bool:
         name in _PLAIN.get(module, ())
         or (package == "numpy" and name in _NUMPY)
         or (package == "torch" and module.startswith("torch.optim."))
-        or package in _PACKAGES
+        or package in PACKAGES
         or name in _CONFIGURATIONS
     )
+
+
+def is_key(key: Any) -> bool:
+    """Returns whether a pickle may call a storage so."""
+    return isinstance(key, str) and re.fullmatch(r"[\w.-]{1,80}", key, re.ASCII) is not None
+
+
+def short(text: str) -> str:
+    """Returns a file's text as a message may quote it."""
+    return text if len(text) <= 120 and text.isprintable() else repr(text[:120])

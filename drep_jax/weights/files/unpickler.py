@@ -7,14 +7,26 @@ as data; configuration objects that training scripts save beside their weights b
 other name is refused. Opcodes are those of protocols 2 to 5 that torch.save writes.
 """
 
-import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from drep_jax.errors import CheckpointError
-from drep_jax.weights.files.pickled import DTYPES, STORAGES, Array, Dtype, Global, Inert, Storage, Tensor, is_known
+from drep_jax.weights.files.pickled import (
+    DTYPES,
+    PACKAGES,
+    STORAGES,
+    Array,
+    Dtype,
+    Global,
+    Inert,
+    Storage,
+    Tensor,
+    Unpickled,
+    is_key,
+    is_known,
+    short,
+)
 
 LONGEST_NAME = 256
 LONGEST_INTEGER = 64  # bytes
@@ -22,16 +34,6 @@ MOST_OPCODES = 20_000_000
 
 
 _KEYS = (str, bytes, int, float, type(None), Global, Inert)
-
-
-@dataclass(frozen=True)
-class Unpickled:
-    """What a pickle held; `end` is the position after it."""
-
-    value: Any  # of None, bool, int, float, str, bytes, tuple, list, dict, Global, Inert, Dtype, Array, Storage, Tensor
-    end: int
-    tensors: list[Tensor]  # all that were made on the way, those inside `Inert` objects too
-    storages: list[Storage]
 
 
 def unpickle(data: memoryview, start: int, where: str) -> Unpickled:
@@ -200,7 +202,7 @@ class _Machine:
     def refuse(self, name: str) -> NoReturn:
         divided = "Its tensors are divided among processes. " if name.startswith("torch.distributed.") else ""
         raise CheckpointError(
-            f"{self.where} wants {_short(name)}: refused; nothing was run. {divided}Only tensors and plain data are read here. "
+            f"{self.where} wants {short(name)}: refused; nothing was run. {divided}Only tensors and plain data are read here. "
             'If you trust the file, save its weights alone with PyTorch: torch.save(model.state_dict(), "weights.pth").'
         )
 
@@ -249,7 +251,7 @@ class _Machine:
             self.damaged("a persistent reference that is no storage")
         kind, key, _, size = reference[1:5]
         dtype = STORAGES.get(kind.name.rpartition(".")[2].removeprefix("_")) if isinstance(kind, Global) else None
-        if dtype is None or not _is_key(key) or type(size) is not int or size < 0:
+        if dtype is None or not is_key(key) or type(size) is not int or size < 0:
             self.damaged("a storage whose type, key or size cannot be")
         view = reference[5] if len(reference) == 6 else None
         start, seen = 0, None
@@ -306,6 +308,12 @@ class _Machine:
             self.refuse(f"a tensor of type {kind.name if isinstance(kind, Global) else type(kind).__name__}")
         return self.tensor(args, dtype)
 
+    def attribute(self, args: tuple[Any, ...]) -> Inert:
+        """A method of a class that is not looked into: mmengine's history of losses keeps some beside the weights."""
+        if len(args) != 2 or not isinstance(args[0], Global) or args[0].name.partition(".")[0] not in PACKAGES:
+            self.refuse("builtins.getattr")
+        return Inert("builtins.getattr")
+
     def parameter(self, args: tuple[Any, ...]) -> Tensor:
         if not args or not isinstance(args[0], Tensor):
             self.damaged("a parameter without a tensor")
@@ -320,20 +328,13 @@ class _Machine:
         return rebuild(self, args[2])
 
 
-def _is_key(key: Any) -> bool:
-    return isinstance(key, str) and re.fullmatch(r"[\w.-]{1,80}", key, re.ASCII) is not None
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 and text.isprintable() else repr(text[:120])
-
-
 _CORES = ("core", "_core")  # of NumPy 1 and 2
 _CALLS: dict[str, Callable[[_Machine, tuple[Any, ...]], Any]] = {
     "_codecs.encode": _Machine.encode,
     "numpy.dtype": lambda machine, args: Dtype(args[0]) if args and isinstance(args[0], str) else Inert("numpy.dtype"),
     **dict.fromkeys((f"numpy.{core}.multiarray._reconstruct" for core in _CORES), lambda machine, args: Array()),
     **dict.fromkeys((f"numpy.{core}.numeric._frombuffer" for core in _CORES), _Machine.numpy_buffer),
+    **dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), _Machine.attribute),
     "collections.OrderedDict": _Machine.ordered,
     "collections.defaultdict": lambda machine, args: {},
     "torch._utils._rebuild_tensor": _Machine.tensor,

@@ -20,6 +20,7 @@ from drep_jax.weights.formats.mmdet_dense import (
     RESNET_ATSS,
     RESNET_CENTERNET,
 )
+from drep_jax.weights.formats.rcnn import MMDET_RCNN, RESNET_RCNN, SWIN_RCNN, SWINV2_RCNN, TORCHVISION_RCNN
 from drep_jax.weights.formats.resnet_reid import FAST_REID, STRONG_BASELINE, TORCHVISION_REID
 from drep_jax.weights.formats.segformer import (
     MMSEG_SEGFORMER,
@@ -30,6 +31,7 @@ from drep_jax.weights.formats.segformer import (
     TRANSFORMERS_SEGFORMER_ENCODER,
 )
 from drep_jax.weights.formats.swin import SWIN
+from drep_jax.weights.formats.swin_v1 import SWIN_V1, TIMM_SWIN
 from drep_jax.weights.formats.timm_swinv2 import TIMM_SWINV2
 from drep_jax.weights.formats.timm_vit import TIMM_VIT
 from drep_jax.weights.formats.torch_encoder_vit import TORCH_ENCODER_VIT
@@ -59,6 +61,8 @@ FORMATS: tuple[Format, ...] = (
     VMAMBA,
     SWIN,
     TIMM_SWINV2,
+    TIMM_SWIN,
+    SWIN_V1,
     CLIP,
     CLIP_REID,
     STRONG_BASELINE,
@@ -84,6 +88,11 @@ FORMATS: tuple[Format, ...] = (
     RESNET_DETR,
     RESNET_ATSS,
     RESNET_CENTERNET,
+    MMDET_RCNN,
+    TORCHVISION_RCNN,
+    RESNET_RCNN,
+    SWIN_RCNN,
+    SWINV2_RCNN,
 )
 
 
