@@ -250,6 +250,7 @@ def main(command: Any = None) -> None:
     if not wanted:
         parser.error(f"--arms={options.arms} matches none of {', '.join(ARMS)}")
     config = importlib.import_module(f"configs.{options.config}").get_config().unlock()
+    config.progress = False
     if options.images:
         config.measured.images = config.denoise.moment_images = options.images
     if options.tiny:
