@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.distilled.update({"steps": 150, "batch_size": 8, "learning_rate": 3e-4, "clean_share": 0.5})
     config.wiener.ratios = (0.003, 0.03)
     config.select.update({"labels": False, "images": 0, "max_clean_loss": 10.0})
-    config.select.strengths, config.select.leading = (0.5, 1.0), (0.07, 0.15, 0.3, 0.6)
+    config.select.strengths, config.select.leading = (0.5, 0.75), (0.3, 0.6, 1.0)
     config.select.conditions = ("clean", "gaussian:20")
     config.evaluate.update({"conditions": CONDITIONS, "batch_size": 16, "resamples": 1000})
     config.evaluate.update({"certificate_images": 2, "latency_batch": 4})
