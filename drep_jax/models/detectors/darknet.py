@@ -20,10 +20,12 @@ from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.darknet_cfg import IMAGE, Layer, Network, parse_cfg, read_cfg
 from drep_jax.models.detectors.fpn import upsample_nearest
+from drep_jax.models.detectors.padding import shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.yolo import RULES, find_objects
 from drep_jax.models.detectors.yolo_losses import yolo_distance, yolo_losses
 from drep_jax.models.pointwise import pointwise_conv
+from drep_jax.rows import valid_pixels
 
 Maps = Float[Array, "batch height width channels"]
 
@@ -47,6 +49,7 @@ class Darknet(BatchNormBackbone, kw_only=True):
       epsilon: of the batch norms. AlexeyAB's darknet: 1e-5.
       rule, score, objectness, iou, candidates, keep: of what is found, see
         `drep_jax.models.detectors.yolo.find_objects`.
+      clip: whether boxes are clipped to the image, before they suppress each other.
     """
 
     cfg: str
@@ -58,6 +61,9 @@ class Darknet(BatchNormBackbone, kw_only=True):
     iou: float = 0.45
     candidates: int = 2000
     keep: int = 100
+    clip: bool = True
+
+    site_pattern = ".*"
 
     def check(self) -> None:
         """Raises ConfigError for a `.cfg` that cannot be read or finds no objects, and for another number of classes."""
@@ -96,7 +102,7 @@ class Darknet(BatchNormBackbone, kw_only=True):
             outputs,
             self.network.heads,
             shape,
-            valid_size=size,
+            valid_size=size if self.clip else None,
             rule=self.rule,
             score=self.score,
             objectness=self.objectness,
@@ -133,13 +139,14 @@ class Darknet(BatchNormBackbone, kw_only=True):
         Args:
           x: RGB / 255, of any size whose halves meet again, such as multiples of 32.
           train: whether BatchNorm uses, and updates with, the statistics of this batch.
-          size: of the images without padding, which the convolutions do not look at.
+          size: of the images without padding. It changes no output, but padding is no feature that
+            denoisers learn from.
           targets: of training, which a network of one stage does not look at.
 
         Raises:
           ConfigError: when `x` is no batch of images.
         """
-        del size, targets
+        del targets
         network = self.network
         check_batch(x, "A network of darknet", network.channels)
         last_reader = {source: layer.number for layer in network.layers for source in layer.sources}
@@ -149,7 +156,8 @@ class Darknet(BatchNormBackbone, kw_only=True):
             if layer.kind == "yolo":
                 outputs.append(read[0].astype(jnp.promote_types(read[0].dtype, jnp.float32)))
             maps = {number: value for number, value in maps.items() if last_reader.get(number, -1) > layer.number}
-            maps[layer.number] = self._layer(layer, read, train)
+            with valid_pixels(size if layer.kind == "convolutional" else None, shape_of(x)):
+                maps[layer.number] = self._layer(layer, read, train)
         return tuple(outputs)
 
     def _layer(self, layer: Layer, read: list[Maps], train: bool) -> Maps:
