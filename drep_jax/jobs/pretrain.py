@@ -11,6 +11,7 @@ import numpy as np
 
 from drep_jax.data.collate import read
 from drep_jax.data.source import Source, Subset
+from drep_jax.errors import FusionError
 from drep_jax.evaluation.arms import Network
 from drep_jax.evaluation.probes import NEIGHBOR, RIDGE, compare_arms, features_of, probe_arms
 from drep_jax.files import write_json
@@ -78,6 +79,11 @@ def pretrained_backbone(run: Run) -> Tree:
         with pulsing("merge and certificate", 1, "step", shown=run.config["progress"]):
             certificate = pretraining.certificate(params, images)
         print(certificate, flush=True)
+        if not certificate.passed:
+            raise FusionError(
+                "The plain ViT is not the encoder that was trained: the merge of the time step failed its certificate above. "
+                "Nothing was written; the autoencoder is in checkpoints/pretrain."
+            )
         section |= {"certificate": certificate.to_json(), "pictures": pictures(run, pretraining, params)}
     head = None
     if can_probe(run.setup) and run.setup.test is not None:

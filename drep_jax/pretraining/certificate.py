@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from drep_jax.core.certificate import wide_leaf
+from drep_jax.core.certificate import NO_CHANGE, wide_leaf
 from drep_jax.core.deployed import undo_rounding
 from drep_jax.core.figure import Figure, figure
 from drep_jax.core.precision import epsilon, type_name, widened
@@ -56,7 +56,7 @@ class MergeCertificate:
         figures = [*self.end_to_end.values(), *(one for rows in self.blocks.values() for one in rows.values())]
         return (
             all(one.passed for one in figures)
-            and all(one.decisive or one.change == 0 for one in exact)
+            and all(one.decisive or one.change <= NO_CHANGE for one in exact)
             and all(self.structure.values())
         )
 

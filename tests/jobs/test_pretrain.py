@@ -11,7 +11,7 @@ import pytest
 from configs import ldae_digits
 from drep_jax import weights
 from drep_jax.data.corruptions import latent
-from drep_jax.errors import CheckpointError, ConfigError
+from drep_jax.errors import CheckpointError, ConfigError, FusionError
 from drep_jax.jobs import checks, pretrain
 from drep_jax.models.patch_pca import load_pca, save_pca
 from drep_jax.report.plots.pretraining import plot_filters, plot_probe_curve, plot_reconstructions
@@ -102,8 +102,13 @@ def test_an_interrupted_pre_training_goes_on_to_the_same_bits(done, tmp_path, mo
         monkeypatch.setattr(pretrain, name, lambda *arguments: None)
     monkeypatch.setattr(pretrain, "probed", lambda run, *rest: (_Probe(variables), np.zeros(16), {}))
 
-    monkeypatch.setattr(run_pretraining.Pretraining, "certificate", lambda *arguments: _Passed())
+    certificate = _Certificate()
+    monkeypatch.setattr(run_pretraining.Pretraining, "certificate", lambda *arguments: certificate)
     with job(directory) as resumed:
+        with pytest.raises(FusionError, match="failed its certificate"):
+            pretrain.pretrained_backbone(resumed)
+        assert not os.path.exists(os.path.join(directory, run_pretraining.ENCODER))
+        certificate.passed = True
         again = pretrain.pretrained_backbone(resumed)
     assert weights.digest(unshifted(again)) == weights.digest(unshifted(variables))
     steps = [line["step"] for line in lines_of(directory, "pretrain") if "loss" in line]
@@ -135,9 +140,11 @@ class _Probe:
         return self.parameters
 
 
-class _Passed:
+class _Certificate:
+    passed = False
+
     def to_json(self):
-        return {"passed": True}
+        return {"passed": self.passed}
 
 
 def test_settings_are_refused_before_any_work(done):
