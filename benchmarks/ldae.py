@@ -38,7 +38,8 @@ MAIN = "l-DAE whitened"
 ARMS: dict[str, dict[str, Any]] = {
     MAIN: {"scale": "whiten"},
     "pixel noise": {"noise": "pixels"},
-    "l-DAE one scale": {"scale": "global"},
+    "l-DAE one scale": {"scale": "global", "whiten_loss": False},
+    "l-DAE whitened, loss of Eq. 4": {"scale": "whiten", "whiten_loss": False},
     "l-DAE latent in and out": {"scale": "whiten", "inputs": "latent", "outputs": "latent"},
     "l-DAE zero gates": {"scale": "whiten", "gate": 0.0},
     "hidden patches": {"noise": "mask", "conditioned": False},

@@ -132,6 +132,7 @@ def get_default() -> ConfigDict:
             "inputs": "image",  # image (by the inverse PCA) or latent
             "outputs": "image",  # image, projection (of it on the components) or latent
             "residual_weight": 0.1,  # weight of the loss outside the components, with outputs image
+            "whiten_loss": False,  # whether every direction counts alike in the loss, also those of little variance
             "mask_ratio": 0.6,  # probability that a patch is hidden, with noise mask
             "conditioned": True,  # whether the network is told the time step, by adaLN-Zero
             "time_width": 0,  # of the time embedding; 0 for a quarter of the width

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
 
     config.pretrain.update({"steps": 600, "batch_size": 64, "learning_rate": 2e-3, "warmup": 60})
     config.pretrain.update({"components": 4, "scale": "whiten", "sweep": (100,), "probe_every": 200})
-    config.pretrain.gate = 1.0
+    config.pretrain.update({"whiten_loss": True, "gate": 1.0})
 
     config.evaluate.conditions = ("clean", "pca_latent:0.7", "pca_latent:1.4", "gaussian:80")
     config.evaluate.batch_size = 200

@@ -23,7 +23,7 @@ SCALES = ("global", "whiten", "none")
 
 CONSTANT = 1e-10
 """Variance, relative to the largest, below which a direction is constant."""
-_FIELDS = ("mean", "basis", "variance", "deviation")
+_FIELDS = ("mean", "basis", "variance", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PatchPCA:
       mean: μ, (D,); zeros if patches are not centered.
       basis: all D directions as rows, orthonormal, by falling variance.
       variance: of the patches along them, (D,).
-      deviation: s of each direction, (D,); those beyond d have the last latent's.
+      scale: s of the latents, (d,).
       components: d, the number of latents.
       patch: (height, width) in pixels.
       count: number of patches that it was computed from.
@@ -43,7 +43,7 @@ class PatchPCA:
     mean: Float[np.ndarray, " numbers"]
     basis: Float[np.ndarray, "numbers numbers"]
     variance: Float[np.ndarray, " numbers"]
-    deviation: Float[np.ndarray, " numbers"]
+    scale: Float[np.ndarray, " components"]
     components: int
     patch: tuple[int, int]
     count: int = 0
@@ -64,11 +64,6 @@ class PatchPCA:
         return self.basis[: self.components]
 
     @property
-    def scale(self) -> Float[np.ndarray, " components"]:
-        """s of the latents."""
-        return self.deviation[: self.components]
-
-    @property
     def kept(self) -> float:
         """The fraction of the variance that the latents hold."""
         return float(self.variance[: self.components].sum() / self.variance.sum())
@@ -83,9 +78,19 @@ class PatchPCA:
         patches = (latents * _row(self.scale, latents)) @ _matrix(self.directions, latents)
         return patches + _row(self.mean, latents)
 
-    def residual(self, difference: Float[AnyArray, "*lead numbers"]) -> Any:
-        """Returns a difference of patches along all D directions, in units of their scales."""
-        return (difference @ _matrix(self.basis.T, difference)) / _row(self.deviation, difference)
+    def residual(self, difference: Float[AnyArray, "*lead numbers"], *, whiten: bool = False) -> Any:
+        """Returns a difference of patches along all D directions, in units of the latents' root mean variance.
+
+        Args:
+          difference: of patches.
+          whiten: whether each direction has its own standard deviation as unit; those beyond d have
+            the last latent's.
+        """
+        variance = self.variance[: self.components]
+        unit = np.full(self.numbers, np.sqrt(variance.mean()))
+        if whiten:
+            unit = np.sqrt(np.concatenate([variance, np.full(self.numbers - self.components, variance[-1])]))
+        return difference @ _matrix(self.basis.T / unit[None], difference)
 
     def digest(self) -> str:
         """Returns an identifier of these numbers."""
@@ -150,7 +155,7 @@ def patch_pca(
         mean=origin,
         basis=np.ascontiguousarray(basis),
         variance=variance,
-        deviation=_deviation(variance, components, scale),
+        scale=_scale(variance[:components], scale),
         components=components,
         patch=patch,
         count=count,
@@ -167,7 +172,7 @@ def pixel_basis(pca: PatchPCA) -> PatchPCA:
         pca,
         basis=np.eye(numbers),
         variance=np.full(numbers, total),
-        deviation=np.full(numbers, np.sqrt(total)),
+        scale=np.full(numbers, np.sqrt(total)),
         components=numbers,
     )
 
@@ -181,14 +186,10 @@ def check_components(components: int, patch: tuple[int, int], numbers: int) -> N
         )
 
 
-def _deviation(variance: np.ndarray, components: int, scale: str) -> np.ndarray:
-    if scale == "none":
-        return np.ones(len(variance))
-    if scale == "global":
-        return np.full(len(variance), np.sqrt(variance[:components].mean()))
-    deviation = np.sqrt(variance)
-    deviation[components:] = deviation[components - 1]
-    return deviation
+def _scale(variance: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "whiten":
+        return np.sqrt(variance)
+    return np.full(len(variance), 1.0 if kind == "none" else np.sqrt(variance.mean()))
 
 
 def save_pca(path: str, pca: PatchPCA, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

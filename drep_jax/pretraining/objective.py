@@ -2,9 +2,11 @@
 
     z_t = γ_t z + σ_t ε,   ε ~ N(0, I);   loss = λ_t Σ_i w_i r_i²,   λ_t = γ_t² / (γ_t² + σ_t²)
 
-r is the difference of target and prediction along all PCA directions, in units of their scales; w
-is 1 for the d latents and `residual_weight` for the other directions. Its rows of Table 3 are other
-values of these options. Predicted noise has λ = 1.
+r is the difference of target and prediction along all PCA directions, in units of the root of the
+latents' mean variance, or with `whiten_loss` of each one's own (and in the latents' own units where
+these are predicted); w is 1 for the d latents
+and `residual_weight` for the other directions. The rows of the paper's Table 3 are other values of
+these options. Predicted noise has λ = 1.
 
 | schedule | γ² | σ |
 |---|---|---|
@@ -54,6 +56,8 @@ class Objective:
       noise: in the "latent"; in "pixels", for which `pca` is a basis of pixels; "mask" hides whole
         patches in place of noise and counts only these; "none", a plain autoencoder.
       residual_weight: w of the directions beyond the latents.
+      whiten_loss: whether the residual along each direction is in units of its own deviation, so that
+        fine structure counts as much as brightness; False is Eq. 4.
       mask_ratio: probability that a patch is hidden.
     """
 
@@ -66,6 +70,7 @@ class Objective:
     outputs: str = "image"
     noise: str = "latent"
     residual_weight: float = 0.1
+    whiten_loss: bool = False
     mask_ratio: float = 0.6
 
     def __post_init__(self) -> None:
@@ -181,10 +186,11 @@ class Objective:
         if self.outputs == "latent":
             return latents - prediction
         if self.outputs == "projection":  # compared along the latents, all that a projection has
-            return latents - self.pca.encode(prediction)
+            difference = self.pca.decode(latents) - prediction
+            return self.pca.residual(difference, whiten=self.whiten_loss)[..., : self.pca.components]
         if self.predict == "noise":
             patches = self.pca.decode(latents)
-        return self.pca.residual(patches - prediction)
+        return self.pca.residual(patches - prediction, whiten=self.whiten_loss)
 
     def _weight(self, t: Any, dtype: Any) -> Any:
         if self.predict == "noise" or self.noise == "none":

@@ -117,9 +117,8 @@ def check_pretraining(config: Config, setup: Setup) -> None:
     if options["probe_every"] < 0 or options["probe_images"] < 0:
         raise ConfigError("pretrain.probe_every and pretrain.probe_images must be 0 or more.")
     numbers = patch[0] * patch[1] * 3
-    blank = PatchPCA(
-        np.zeros(numbers), np.eye(numbers), np.ones(numbers), np.ones(numbers), options["components"], patch
-    )
+    count = options["components"]
+    blank = PatchPCA(np.zeros(numbers), np.eye(numbers), np.ones(numbers), np.ones(count), count, patch)
     objective_of(options, blank).check_time(options["t"])
     for t in options["sweep"]:
         objective_of(options, blank).check_time(t)
@@ -169,7 +168,7 @@ def objective_of(options: Config, pca: PatchPCA) -> Objective:
       ConfigError: naming the setting.
     """
     names = ("schedule", "max_sigma", "timesteps", "predict", "inputs", "outputs", "noise")
-    settings = {name: options[name] for name in (*names, "residual_weight", "mask_ratio")}
+    settings = {name: options[name] for name in (*names, "residual_weight", "whiten_loss", "mask_ratio")}
     basis = pixel_basis(pca) if options["noise"] in ("pixels", "mask") else pca
     return Objective(basis, **settings)
 

@@ -29,7 +29,7 @@ def batch(seed=0):
 @pytest.mark.parametrize("scale", ["global", "whiten"])
 def test_the_loss_is_equation_4(scale):
     pca = make_pca(scale)
-    objective = Objective(pca)
+    objective = Objective(pca, whiten_loss=scale == "whiten")
     patches, t, keys = batch()
     noisy, noise = objective.corrupted(patches, t, keys)
     prediction = np.random.default_rng(2).standard_normal(patches.shape).astype(np.float32)
@@ -37,8 +37,9 @@ def test_the_loss_is_equation_4(scale):
     latents = (np.asarray(patches) - pca.mean) @ pca.directions.T / pca.scale
     expected = (latents + sigma[:, None, None] * np.asarray(noise)) * pca.scale @ pca.directions + pca.mean
     np.testing.assert_allclose(noisy, expected, rtol=1e-4, atol=1e-4)
-    unit = pca.deviation if scale == "whiten" else pca.deviation[0]
-    squares = (((np.asarray(patches) - prediction) @ pca.basis.T) / unit) ** 2
+    own = np.where(np.arange(NUMBERS) < COMPONENTS, pca.variance, pca.variance[COMPONENTS - 1])
+    unit = own if scale == "whiten" else pca.variance[:COMPONENTS].mean()
+    squares = ((np.asarray(patches) - prediction) @ pca.basis.T) ** 2 / unit
     weights = np.where(np.arange(NUMBERS) < COMPONENTS, 1.0, 0.1)
     loss = ((squares * weights).sum(-1).mean(-1) / (1 + sigma**2)).mean()
     np.testing.assert_allclose(objective.loss(prediction, patches, t, noise), loss, rtol=1e-4)
