@@ -4,9 +4,8 @@
 
 r is the difference of target and prediction along all PCA directions, in units of the root of the
 latents' mean variance, or with `whiten_loss` of each one's own (and in the latents' own units where
-these are predicted); w is 1 for the d latents
-and `residual_weight` for the other directions. The rows of the paper's Table 3 are other values of
-these options. Predicted noise has λ = 1.
+these are predicted); w is 1 for the d latents and `residual_weight` for the other directions. The
+rows of the paper's Table 3 are other values of these options. Predicted noise has λ = 1.
 
 | schedule | γ² | σ |
 |---|---|---|
