@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import time
 from typing import Any
 
 import jax
@@ -107,19 +106,23 @@ def trained(arguments: Any, arm: str, seed: int) -> dict[str, dict[str, np.ndarr
     def make() -> Any:
         pretraining = pretraining_of(run, pca_of(run))
         use_saved_pca(run.directory)
-        curve: list[tuple[float, float]] = []
 
-        def evaluate(params: Any) -> dict[str, float]:
-            few = Subset(run.setup.train, np.arange(0, len(run.setup.train), 5)[: arguments.curve])
-            test = Subset(run.setup.test, np.arange(0, len(run.setup.test), 5)[: arguments.curve])
-            options, arms = reading(run.config), {arm: pretraining.merged(params)}
+        def accuracy(variables: Any) -> float:
+            few, test = (
+                Subset(each, np.arange(0, len(each), 5)[: arguments.curve])
+                for each in (run.setup.train, run.setup.test)
+            )
             (features, labels), (queries, truth) = (
-                features_of(run.setup, arms, each, **options) for each in (few, test)
+                features_of(run.setup, {arm: variables}, each, **reading(run.config)) for each in (few, test)
             )
             readers = probe_arms(features, labels, int(run.setup.train.num_classes), readers=(RIDGE,))
-            curve.append((time.time(), 100 * float(readers[arm][RIDGE](queries[arm], truth).mean())))
-            return {"probe": curve[-1][1]}
+            return 100 * float(readers[arm][RIDGE](queries[arm], truth).mean())
 
+        def evaluate(params: Any) -> dict[str, float]:
+            return {"probe": accuracy(pretraining.merged(params))}
+
+        if arguments.every:
+            print(f"{arm}, before the first step: {accuracy(random_encoder(run, pretraining)):.2f} %", flush=True)
         params, seconds = train_autoencoder(run, pretraining, evaluate)
         with open(os.path.join(run.directory, "seconds.json"), "w", encoding="utf-8") as file:
             json.dump({"seconds": seconds, "steps": arguments.steps}, file)
