@@ -334,3 +334,42 @@ def test_measured_noise_is_the_pooled_regression(net, call_weights):
 
     fused = fused_params(variables, measured.denoise, sites)
     np.testing.assert_allclose(measured.outputs[2], net.apply({"params": fused}, streams[2])[0], atol=2e-4)
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, state, x):
+        return jnp.tanh(nn.Dense(3, name="layer")(state) + x), None
+
+
+class Rounds(nn.Module):
+    """Three rounds with the same weights, from zeros: as a loop, or one after another."""
+
+    loop: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x, state = x[:, 0, 0], jnp.zeros((len(x), 3))
+        if self.loop:
+            options = {"variable_broadcast": "params", "variable_axes": {"denoise": 0}, "split_rngs": {"params": False}}
+            return nn.scan(Step, **options, length=3)(name="step")(state, jnp.stack([x, 2 * x, x**2]))[0]
+        step = Step(name="step")
+        for part in (x, 2 * x, x**2):
+            state, _ = step(state, part)
+        return state
+
+
+def test_rounds_of_a_loop_are_calls():
+    streams = np.stack([X, X, X + 0.4 * trees.normal(5, X.shape)])
+    results = []
+    for net in (Rounds(True), Rounds(False)):
+        (site,), variables, _ = parts(net)
+        assert site.layers[0].calls == 3
+        moments = collect_moments(net, variables, [site], [(np.asarray(X), np.ones(len(X), np.float32))])[site.path]
+        measured = measuring(net, variables, [site], streams, ridge=1e-2, chunk=1)([0.3, 0.7])
+        fused = fused_params(variables, measured.denoise, [site])
+        np.testing.assert_allclose(measured.outputs[2], net.apply({"params": fused}, streams[2]), atol=1e-5)
+        results.append((moments.mean, moments.covariance, *measured.denoise["step"]["layer"].values()))
+    for loop, unrolled in zip(*results, strict=True):
+        np.testing.assert_allclose(loop, unrolled, atol=1e-5)
+    assert np.abs(results[0][-1]).max() > 1e-3
