@@ -279,6 +279,7 @@ class YOLOv3(nn.Module):
         return self.find(self(x), size)
 
     def find(self, levels, size):
+        del size  # boxes are not clipped
         boxes, confidence, classes = [], [], []
         for stride, anchors, maps in zip((32, 16, 8), self.ANCHORS, levels, strict=True):
             rows, columns = maps.shape[2:]
@@ -295,6 +296,4 @@ class YOLOv3(nn.Module):
         boxes, confidence, classes = boxes[kept], confidence[kept], classes[kept]
         place, label, score = pairs_above(classes, 0.05, 1000)
         boxes, score = boxes[place], score * confidence[place]
-        boxes[:, 0::2], boxes[:, 1::2] = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0, size[0])
-        valid = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        return suppressed(boxes[valid], score[valid], label[valid], 0.45)
+        return suppressed(boxes, score, label, 0.45)

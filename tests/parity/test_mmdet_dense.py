@@ -44,7 +44,8 @@ def pair(name, folder):
     config.bbox_head.num_classes = CLASSES
     net = MODELS.build(config).eval()
     draw_weights(net)
-    spread_out(net)
+    shape, sizes = (128, 160), [(128, 160)] * 2
+    spread_out(net, lambda x: net._forward(x, samples(shape, sizes)) if name == "detr_r50" else net._forward(x))
     module = create_model(name, num_classes=CLASSES, image_size=(64, 64))
     path = save_network(net, folder / "net.pth")
     return net, module, weights.load_foreign(path, module, abstract(module))
@@ -57,7 +58,7 @@ def samples(shape, sizes, truths=None):
             metainfo={
                 "img_shape": size,
                 "ori_shape": size,
-                "pad_shape": shape,
+                "pad_shape": tuple(-(-side // 32) * 32 for side in size),
                 "batch_input_shape": shape,
                 "scale_factor": (1.0, 1.0),
             }

@@ -20,7 +20,8 @@ from drep_jax.models.detectors.atss_losses import atss_losses
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import RCNN_STDS, decode_deltas
 from drep_jax.models.detectors.fpn import FPN
-from drep_jax.models.detectors.padding import extents
+from drep_jax.models.detectors.losses import dense_distance
+from drep_jax.models.detectors.padding import extents, shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.towers import (
     RARE,
@@ -123,7 +124,8 @@ class ATSS(Backbone, kw_only=True):
           x: normalized images, padded right and below to multiples of 32.
           train, targets: change nothing here: there is no dropout, and batch norms have stored
             statistics.
-          size: of the images without padding, which changes nothing but what denoisers learn from.
+          size: of the images without padding. It changes no output, but padding is no feature that
+            denoisers learn from.
 
         Raises:
           ConfigError: when `x` is not a batch of images.
@@ -131,9 +133,10 @@ class ATSS(Backbone, kw_only=True):
         del train, targets
         check_batch(x, "An ATSS")
         trunk = ResNetTrunk(self.stage_sizes, self.trunk_width, remat=self.remat, **self.dtypes, name="backbone")
-        with valid_pixels(size, x.shape[1:3]):
-            levels = FPN(self.width, extra="convs_on_output", **self.dtypes, name="neck")(trunk(x)[1:])
-            return ATSSHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")(levels)
+        pyramid = FPN(self.width, extra="convs_on_output", **self.dtypes, name="neck")
+        head = ATSSHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")
+        with valid_pixels(size, shape_of(x)):
+            return head(pyramid(trunk(x)[1:]))
 
     def objects(
         self, outputs: Predictions, shape: tuple[int, int], size: Float[Array, "batch 2"] | None = None
@@ -155,6 +158,14 @@ class ATSS(Backbone, kw_only=True):
             keep=self.keep,
         )
 
+    def distance(self, outputs: Predictions, clean_outputs: Predictions) -> Float[Array, ""]:
+        """Returns how far outputs are from those for clean images; see `dense_distance`."""
+        return dense_distance(
+            (flat(outputs.classes, self.num_classes), flat(clean_outputs.classes, self.num_classes)),
+            (flat(outputs.boxes, 4), flat(clean_outputs.boxes, 4)),
+            (flat(outputs.centerness, 1)[..., 0], flat(clean_outputs.centerness, 1)[..., 0]),
+        )
+
     def losses(
         self,
         outputs: Predictions,
@@ -169,7 +180,7 @@ class ATSS(Backbone, kw_only=True):
             flat(outputs.boxes, 4),
             flat(outputs.centerness, 1)[..., 0],
             _anchors(outputs),
-            [x.shape[1:3] for x in outputs.boxes],
+            [shape_of(x) for x in outputs.boxes],
             STRIDES,
             targets,
             extents(shape, size, classes.shape[0], classes.dtype),
@@ -177,4 +188,4 @@ class ATSS(Backbone, kw_only=True):
 
 
 def _anchors(outputs: Predictions) -> list[Any]:
-    return anchors_of("atss", [x.shape[1:3] for x in outputs.boxes])
+    return anchors_of("atss", [shape_of(x) for x in outputs.boxes])

@@ -15,6 +15,8 @@ from drep_jax.models.detectors.overlaps import box_iou
 
 NEAREST = 9
 """Anchors of a level that an object is compared with."""
+PADDED_TO = 32
+"""Multiple of pixels to which each image is padded by itself; only what the batch pads beyond that counts for nothing."""
 INSIDE = 0.01
 """Pixels by which an anchor's center must lie inside an object."""
 
@@ -22,10 +24,11 @@ INSIDE = 0.01
 def cells_of_image(
     shapes: Sequence[tuple[int, int]], strides: Sequence[int], extent: Float[Array, "2"]
 ) -> Bool[Array, " places"]:
-    """Returns which cells of the levels, one after the other, begin inside the image."""
+    """Returns which cells of the levels, one after the other, begin inside the image padded to a multiple of 32."""
+    padded = jnp.ceil(extent / PADDED_TO) * PADDED_TO
     parts = []
     for (height, width), stride in zip(shapes, strides, strict=True):
-        rows, columns = (jnp.arange(count) * stride < side for count, side in zip((height, width), extent, strict=True))
+        rows, columns = (jnp.arange(count) * stride < side for count, side in zip((height, width), padded, strict=True))
         parts.append((rows[:, None] & columns[None, :]).reshape(-1))
     return jnp.concatenate(parts)
 
@@ -102,7 +105,7 @@ def atss_losses(
       anchors: of each level, (n, 4).
       shapes, strides: of the levels.
       targets: the objects; crowds are left out.
-      extent: (height, width) of each image without its padding, whose anchors count for nothing.
+      extent: (height, width) of each image without its padding; see `PADDED_TO`.
     """
     laid = jnp.asarray(np.concatenate(anchors), deltas.dtype)
     there = (targets.classes >= 0) & ~targets.crowd
@@ -117,7 +120,7 @@ def atss_losses(
     boxes = jnp.take_along_axis(targets.boxes, place[..., None], axis=1).astype(deltas.dtype)
     label = jnp.where(positive, jnp.take_along_axis(targets.classes, place, axis=1), -1)
     count = jnp.maximum(positive.sum(), 1)
-    wanted = (label[..., None] == jnp.arange(classes.shape[-1])).astype(classes.dtype)
+    wanted = jax.nn.one_hot(label, classes.shape[-1], dtype=classes.dtype)
     of_classes = focal_loss(classes, wanted).sum(-1)
     predicted = decode_deltas(deltas, laid[None], stds=RCNN_STDS)
     centers = jnp.broadcast_to(((laid[:, :2] + laid[:, 2:]) / 2)[None], (*positive.shape, 2))

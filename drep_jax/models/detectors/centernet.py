@@ -4,8 +4,7 @@ ResNet in Caffe's style (stride in the first 1x1 convolution; batch norms on the
 statistics), pyramid P3 to P7, heads with GroupNorm. Images are RGB as everywhere, minus a mean and
 not divided: the public weights, which are for BGR, are turned around as they are read. A cell
 predicts classes, and the distances of its center to the four sides of a box in units of the stride,
-max(0, scale of the level · output).
-It is not the CenterNet of 2019.
+max(0, scale of the level · output). It is not the CenterNet of 2019.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,8 @@ from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.centernet_losses import centernet_losses
 from drep_jax.models.detectors.coders import decode_distances
 from drep_jax.models.detectors.fpn import FPN
-from drep_jax.models.detectors.padding import extents
+from drep_jax.models.detectors.losses import dense_distance
+from drep_jax.models.detectors.padding import extents, shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.towers import (
     RARE,
@@ -121,7 +121,8 @@ class CenterNet(Backbone, kw_only=True):
           x: normalized images, padded right and below to multiples of 32.
           train, targets: change nothing here: there is no dropout, and batch norms have stored
             statistics.
-          size: of the images without padding, which changes nothing but what denoisers learn from.
+          size: of the images without padding. It changes no output, but padding is no feature that
+            denoisers learn from.
 
         Raises:
           ConfigError: when `x` is not a batch of images.
@@ -133,7 +134,7 @@ class CenterNet(Backbone, kw_only=True):
         )
         pyramid = FPN(self.width, extra="convs_on_output", relu_before_extra=True, **self.dtypes, name="neck")
         head = CenterNetHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")
-        with valid_pixels(size, x.shape[1:3]):
+        with valid_pixels(size, shape_of(x)):
             return head(pyramid(trunk(x)[1:]))
 
     def objects(
@@ -143,7 +144,7 @@ class CenterNet(Backbone, kw_only=True):
         first = outputs.boxes[0]
         boxes = []
         for x, stride in zip(outputs.boxes, STRIDES, strict=True):
-            points = jnp.asarray(grid_points(x.shape[1:3], stride), x.dtype)[None]
+            points = jnp.asarray(grid_points(shape_of(x), stride), x.dtype)[None]
             boxes.append(decode_distances(x.reshape(x.shape[0], -1, 4) * stride, points))
         return found(
             [jax.nn.sigmoid(x.reshape(x.shape[0], -1, x.shape[-1])) for x in outputs.classes],
@@ -154,6 +155,13 @@ class CenterNet(Backbone, kw_only=True):
             iou=self.iou,
             candidates=self.candidates,
             keep=self.keep,
+        )
+
+    def distance(self, outputs: Predictions, clean_outputs: Predictions) -> Float[Array, ""]:
+        """Returns how far outputs are from those for clean images; see `dense_distance`."""
+        return dense_distance(
+            (flat(outputs.classes, self.num_classes), flat(clean_outputs.classes, self.num_classes)),
+            (flat(outputs.boxes, 4), flat(clean_outputs.boxes, 4)),
         )
 
     def losses(
@@ -168,7 +176,7 @@ class CenterNet(Backbone, kw_only=True):
         return centernet_losses(
             flat(outputs.classes, outputs.classes[0].shape[-1]),
             flat(outputs.boxes, 4),
-            [x.shape[1:3] for x in outputs.boxes],
+            [shape_of(x) for x in outputs.boxes],
             STRIDES,
             targets,
         )

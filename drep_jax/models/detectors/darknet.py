@@ -20,6 +20,7 @@ from drep_jax.models.depthwise import depthwise_conv
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.darknet_cfg import IMAGE, Layer, Network, parse_cfg, read_cfg
 from drep_jax.models.detectors.fpn import upsample_nearest
+from drep_jax.models.detectors.padding import shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.yolo import RULES, find_objects
 from drep_jax.models.detectors.yolo_losses import yolo_distance, yolo_losses
@@ -48,6 +49,7 @@ class Darknet(BatchNormBackbone, kw_only=True):
       epsilon: of the batch norms. AlexeyAB's darknet: 1e-5.
       rule, score, objectness, iou, candidates, keep: of what is found, see
         `drep_jax.models.detectors.yolo.find_objects`.
+      clip: whether boxes are clipped to the image, before they suppress each other.
     """
 
     cfg: str
@@ -59,6 +61,7 @@ class Darknet(BatchNormBackbone, kw_only=True):
     iou: float = 0.45
     candidates: int = 2000
     keep: int = 100
+    clip: bool = True
 
     site_pattern = ".*"
 
@@ -99,7 +102,7 @@ class Darknet(BatchNormBackbone, kw_only=True):
             outputs,
             self.network.heads,
             shape,
-            valid_size=size,
+            valid_size=size if self.clip else None,
             rule=self.rule,
             score=self.score,
             objectness=self.objectness,
@@ -136,7 +139,8 @@ class Darknet(BatchNormBackbone, kw_only=True):
         Args:
           x: RGB / 255, of any size whose halves meet again, such as multiples of 32.
           train: whether BatchNorm uses, and updates with, the statistics of this batch.
-          size: of the images without padding, which changes nothing but what denoisers learn from.
+          size: of the images without padding. It changes no output, but padding is no feature that
+            denoisers learn from.
           targets: of training, which a network of one stage does not look at.
 
         Raises:
@@ -152,7 +156,7 @@ class Darknet(BatchNormBackbone, kw_only=True):
             if layer.kind == "yolo":
                 outputs.append(read[0].astype(jnp.promote_types(read[0].dtype, jnp.float32)))
             maps = {number: value for number, value in maps.items() if last_reader.get(number, -1) > layer.number}
-            with valid_pixels(size, x.shape[1:3]):
+            with valid_pixels(size if layer.kind == "convolutional" else None, shape_of(x)):
                 maps[layer.number] = self._layer(layer, read, train)
         return tuple(outputs)
 

@@ -44,8 +44,8 @@ from drep_jax.models.backbone import (
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coco_ids import COCO_IDS
 from drep_jax.models.detectors.coders import clip_boxes, from_centers
-from drep_jax.models.detectors.detr_losses import detr_losses
-from drep_jax.models.detectors.padding import extents, valid_cells
+from drep_jax.models.detectors.detr_losses import detr_distance, detr_losses
+from drep_jax.models.detectors.padding import extents, shape_of, valid_cells
 from drep_jax.models.detectors.positions import sine_positions
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.trunk import ResNetTrunk
@@ -230,17 +230,18 @@ class DETR(Backbone, kw_only=True):
         """
         check_batch(x, "A DETR")
         trunk = ResNetTrunk(self.stage_sizes, self.trunk_width, remat=self.remat, **self.dtypes, name="backbone")
-        with valid_pixels(size, x.shape[1:3]):
-            maps = nn.Conv(self.width, (1, 1), kernel_init=_xavier, **self.dtypes, name="input_proj")(trunk(x)[-1])
+        project = nn.Conv(self.width, (1, 1), kernel_init=_xavier, **self.dtypes, name="input_proj")
+        with valid_pixels(size, shape_of(x)):
+            maps = project(trunk(x)[-1])
         batch, rows, columns, _ = maps.shape
-        valid = valid_cells(x.shape[1:3], (rows, columns), size, batch)
+        valid = valid_cells(shape_of(x), (rows, columns), size, batch)
         positions = sine_positions(valid, self.width).astype(maps.dtype).reshape(batch, rows * columns, self.width)
         mask = None if size is None else valid.reshape(batch, rows * columns)
         block: Any = nn.remat(Layer, static_argnums=(4,)) if self.remat else Layer
         layer = functools.partial(block, self.num_heads, self.mlp_dim, self.dropout, **self.dtypes)
         tokens = maps.reshape(batch, rows * columns, self.width)
-        with valid_rows(mask):
-            for i in range(self.encoder_layers):
+        for i in range(self.encoder_layers):
+            with valid_rows(mask):
                 tokens = layer(name=f"encoder_{i}")(tokens, positions, mask, train)
         memory = (tokens + positions, tokens)
         embedding = self.param(
@@ -258,7 +259,7 @@ class DETR(Backbone, kw_only=True):
         return self._heads(seen)
 
     def _heads(self, x: Float[Array, "batch layers queries width"]) -> Predictions:
-        dense = functools.partial(nn.Dense, **self.dtypes)
+        dense: Any = functools.partial(nn.Dense, **self.dtypes)
         outputs = self.class_outputs[-1] + 2 if self.class_outputs else 1
         logits = dense(outputs, name="class_embed")(x)
         for i in range(2):
@@ -290,6 +291,10 @@ class DETR(Backbone, kw_only=True):
             valid=valid,
             left_out=jnp.zeros(len(logits), jnp.int32),
         )
+
+    def distance(self, outputs: Predictions, clean_outputs: Predictions) -> Float[Array, ""]:
+        """Returns how far outputs are from those for clean images, query by query; see `detr_distance`."""
+        return detr_distance((outputs.logits, clean_outputs.logits), (outputs.boxes, clean_outputs.boxes))
 
     def losses(
         self,

@@ -6,6 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
+def shape_of(maps: Float[Array, "batch height width channels"]) -> tuple[int, int]:
+    """Returns (height, width) of images or maps."""
+    height, width = maps.shape[1:3]
+    return height, width
+
+
 def extents(
     shape: tuple[int, int], size: Float[Array, "batch 2"] | None, batch: int, dtype: Any
 ) -> Float[Array, "batch 2"]:

@@ -186,7 +186,6 @@ def best_pairs(scores: Float[Array, "boxes classes"], k: int, *, threshold: floa
     candidates = best(ranked[chosen].reshape(-1), k)
     row, label = jnp.divmod(candidates.index, classes)
     box = jnp.where(candidates.valid, chosen[row], 0)
-    candidates = candidates.replace(
-        index=box * classes + label, left_out=jnp.maximum(jnp.sum(known) - k, 0).astype(candidates.left_out.dtype)
-    )
-    return candidates, box, label
+    left_out = jnp.maximum(jnp.sum(known) - k, 0).astype(candidates.left_out.dtype)
+    index = jnp.where(candidates.valid, box * classes + label, 0)
+    return Candidates(index, candidates.scores, candidates.valid, left_out), box, label

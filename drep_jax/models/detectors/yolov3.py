@@ -28,6 +28,7 @@ def yolov3(
     iou: float = 0.45,
     candidates: int = 1000,
     keep: int = 100,
+    clip: bool = False,
     epsilon: float = 1e-5,
     axis_name: str | None = None,
     remat: bool = False,
@@ -43,6 +44,7 @@ def yolov3(
       rule, score, objectness, iou, candidates, keep: of what is found, see
         `drep_jax.models.detectors.yolo.find_objects`; as darknet does with rule="product",
         score=0.005.
+      clip: whether boxes are clipped to the image; mmdetection does not.
       epsilon: of the batch norms.
       axis_name, remat, dtype, param_dtype: as for every backbone.
     """
@@ -54,6 +56,7 @@ def yolov3(
         iou=iou,
         candidates=candidates,
         keep=keep,
+        clip=clip,
         epsilon=epsilon,
         axis_name=axis_name,
         remat=remat,
