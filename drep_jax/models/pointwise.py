@@ -1,4 +1,6 @@
-"""Convolution by a single pixel whose gradients are the matrix products that they are, for `nn.Conv(conv_general_dilated=…)`.
+"""Convolutions that are matrix products, computed as such, for `nn.Conv(conv_general_dilated=…)`.
+
+`pointwise_conv` is one by a single pixel, `whole_window_conv` one by a window of the whole maps.
 
 XLA's CPU compiler computes the kernel's gradient of a convolution from transposed copies of its
 input: for (8, 56, 56, 64) and 256 outputs on one core 46 ms, against 10 ms as a product. ResNet-50
@@ -68,3 +70,37 @@ _convolve.defvjp(_forward, _backward)
 # `drep_jax.core.layers` accepts layers that compute with a function marked like this: they are as
 # linear as any convolution.
 pointwise_conv.is_convolution = True  # type: ignore[attr-defined]
+
+
+def whole_window_conv(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "rows columns channels outputs"],
+    strides: Sequence[int],
+    padding: Any,
+    **options: Any,
+) -> Float[Array, "batch height width outputs"]:
+    """Computes `lax.conv_general_dilated`, as a matrix product where the window is all of the maps.
+
+    XLA's CPU compiler takes eleven times as long for its own operator: 4.0 s against 0.36 s for
+    (1000, 7, 7, 256) and 1,024 outputs on one core.
+
+    Args:
+      x: the maps.
+      kernel: of the convolution.
+      strides, padding, **options: as for `lax.conv_general_dilated`; smaller windows, groups,
+        dilation and padding are left to it.
+    """
+    groups = options.get("feature_group_count", 1)
+    dilations = [*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ())]
+    padded = padding != "VALID" if isinstance(padding, str) else any(side != 0 for sides in padding for side in sides)
+    if x.ndim != 4 or kernel.shape[:2] != x.shape[1:3] or groups != 1 or padded or any(d != 1 for d in dilations):
+        return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    columns = kernel.reshape(-1, kernel.shape[-1])
+    rows = x.reshape(len(x), columns.shape[0])
+    product = lax.dot(
+        rows, columns, precision=options.get("precision"), preferred_element_type=options.get("preferred_element_type")
+    )
+    return product.reshape(len(x), 1, 1, kernel.shape[-1])
+
+
+whole_window_conv.is_convolution = True  # type: ignore[attr-defined]

@@ -147,7 +147,7 @@ class ShiftedWindows(Backbone, kw_only=True):
         _check(self)
 
     @nn.compact
-    def __call__(self, x: Maps, train: bool = False) -> Float[Array, "batch outputs"]:
+    def __call__(self, x: Maps, train: bool = False) -> Any:
         """Classifies images.
 
         Args:

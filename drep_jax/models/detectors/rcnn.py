@@ -1,23 +1,21 @@
 """Faster R-CNN (Ren et al. 2015) and Mask R-CNN (He et al. 2017) on a feature pyramid, on ResNets and Swin Transformers.
 
 There are two public networks under each name, whose weights fit each other but whose boxes differ
-(`CONVENTIONS`): mmdetection's has anchors without rounding, RoIAlign with shifted coordinates and as
+(`rcnn_outputs.CONVENTIONS`): mmdetection's has anchors without rounding, RoIAlign with shifted coordinates and as
 many samples as a box needs, and the background as the last class; torchvision's rounds its anchors,
 takes two samples a side, and has the background first.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
 from drep_jax.models.backbone import Backbone, at_least_float32, check_batch, check_classes, check_known, whole
@@ -25,14 +23,16 @@ from drep_jax.models.detectors.anchors import anchors_of, level_shapes
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import RCNN_STDS, clip_boxes, decode_deltas
 from drep_jax.models.detectors.fpn import FPN
+from drep_jax.models.detectors.losses import dense_distance
 from drep_jax.models.detectors.nms import Form
 from drep_jax.models.detectors.padding import extents
 from drep_jax.models.detectors.proposals import Objects, best_pairs, each, suppressed
 from drep_jax.models.detectors.rcnn_losses import losses_of
-from drep_jax.models.detectors.roi_align import ADAPTIVE, level_of, roi_align
+from drep_jax.models.detectors.rcnn_outputs import CONVENTIONS, Convention, Outputs
+from drep_jax.models.detectors.roi_align import level_of, roi_align
 from drep_jax.models.detectors.roi_heads import BoxHead, MaskHead
 from drep_jax.models.detectors.rpn import RPNHead, propose
-from drep_jax.models.detectors.sampling import Samples, as_labels, assign, sample
+from drep_jax.models.detectors.sampling import LowQuality, Samples, as_labels, assign, sample
 from drep_jax.models.detectors.swin_trunk import SwinTrunk, SwinV2Trunk
 from drep_jax.models.detectors.trunk import STYLES, ResNetTrunk
 from drep_jax.rows import clean_stream, valid_pixels, valid_rows
@@ -46,80 +46,6 @@ BOX_CELLS, MASK_CELLS = 7, 14
 
 Size = Float[Array, "batch 2"]
 Shape = tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Convention:
-    """What differs between the public networks of one architecture.
-
-    Attributes:
-      anchors: entry of `ANCHORS`.
-      background: index of the background among the logits.
-      level_kind, samples, aligned: of RoIAlign.
-      clamp_below: of the coder.
-      least_proposal, least_object: least side in pixels; 0 asks for sides above 0, None for nothing.
-      train_per_level, train_keep: proposals in training.
-      low_quality: matches of the first stage that a box gets for an object's own best overlap.
-      least_low_quality: their least overlap.
-      beta: below which the loss of a delta is quadratic; 0: absolute differences.
-      hard_masks: whether masks to learn are rounded to 0 and 1.
-    """
-
-    anchors: str
-    background: int
-    level_kind: str
-    samples: int
-    aligned: bool
-    clamp_below: bool
-    least_proposal: float
-    least_object: float | None
-    train_per_level: int
-    train_keep: int
-    low_quality: Any
-    least_low_quality: float
-    beta: float
-    hard_masks: bool
-
-
-CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
-    {
-        "mmdet": Convention(
-            "faster", -1, "mmdet", ADAPTIVE, True, True, 0.0, None, 2000, 1000, "mmdet", 0.3, 0.0, True
-        ),
-        "torchvision": Convention(
-            "torchvision", 0, "torchvision", 2, False, False, 1e-3, 1e-2, 2000, 2000, "torchvision", 0.0, 1 / 9, False
-        ),
-    }
-)
-
-
-@struct.dataclass
-class Outputs:
-    """What an R-CNN returns; every array begins with the images of the batch.
-
-    Attributes:
-      objectness, anchor_deltas: of all anchors, see `RPNHead`.
-      boxes: proposals that the second stage read; in training those that were sampled.
-      valid: which of them there are.
-      logits: of the classes of each, the background counted.
-      deltas: of each and each class.
-      anchor_objects: the object that each anchor learns from, with `BACKGROUND` and `IGNORED`; None
-        without targets.
-      samples: which boxes were sampled; None without targets.
-      found: the objects, of networks with masks; None with targets.
-      mask_logits: of the class of each object, or of each positive sample.
-    """
-
-    objectness: Float[Array, "batch anchors"]
-    anchor_deltas: Float[Array, "batch anchors 4"]
-    boxes: Float[Array, "batch n 4"]
-    valid: Bool[Array, "batch n"]
-    logits: Float[Array, "batch n logits"]
-    deltas: Float[Array, "batch n boxes 4"]
-    anchor_objects: Any = None
-    samples: Samples | None = None
-    found: Objects | None = None
-    mask_logits: Any = None
 
 
 class RCNN(Backbone, kw_only=True):
@@ -248,7 +174,7 @@ class RCNN(Backbone, kw_only=True):
         if outputs.samples is not None:
             raise ConfigError("These outputs are of a call with targets, for losses: call the network without targets.")
         if outputs.found is not None:
-            return outputs.found.replace(masks=jax.nn.sigmoid(outputs.mask_logits))
+            return dataclasses.replace(outputs.found, masks=jax.nn.sigmoid(outputs.mask_logits))
         return self._find(outputs, extents(shape, size, len(outputs.boxes), jnp.float32))
 
     def losses(
@@ -258,12 +184,19 @@ class RCNN(Backbone, kw_only=True):
         del size
         if outputs.samples is None:
             raise ConfigError("These outputs have no samples to learn from: call the network with targets.")
-        return losses_of(self, outputs, targets, self._anchors(shape), shape)
+        return losses_of(self.convention, outputs, targets, self._anchors(shape))
+
+    def distance(self, outputs: Outputs, clean_outputs: Outputs) -> Float[Array, ""]:
+        """Returns how far the first stage is from that for clean images: the second reads other proposals; `dense_distance`."""
+        return dense_distance(
+            (outputs.objectness[..., None], clean_outputs.objectness[..., None]),
+            (outputs.anchor_deltas, clean_outputs.anchor_deltas),
+        )
 
     def _trunk_of(self, x: Array, train: bool) -> list[Array]:
         """Returns the maps of strides 4 to 32."""
         if self.trunk == "resnet":
-            options = {"style": self.style, "norm_eps": self.norm_eps, "remat": self.remat}
+            options: dict[str, Any] = {"style": self.style, "norm_eps": self.norm_eps, "remat": self.remat}
             return ResNetTrunk(self.depths, self.width, **options, **self.dtypes, name="backbone")(x)
         kind: Any = SwinTrunk if self.trunk == "swin" else SwinV2Trunk
         return kind(
@@ -323,12 +256,12 @@ class RCNN(Backbone, kw_only=True):
             inside = (middles < (jnp.ceil(limit / 32) * 32)[None, ::-1]).all(axis=-1)
             drawn = as_labels(sample(first, owner, RPN_SAMPLES, RPN_POSITIVE, usable=inside), len(laid))
             boxes, valid = jnp.concatenate([boxes, truths]), jnp.concatenate([valid, there])
-            second_kind = "mmdet" if self.masks and low_quality == "mmdet" else "none"
+            second_kind: LowQuality = "mmdet" if self.masks and low_quality == "mmdet" else "none"
             owner = assign(boxes, truths, there, positive=0.5, negative=0.5, least=0.5, low_quality=second_kind)
             samples = sample(second, owner, ROI_SAMPLES, ROI_POSITIVE, usable=valid)
             return drawn, jnp.where(samples.valid[:, None], boxes[samples.index], 0), samples
 
-        plain = targets.replace(masks=None)
+        plain = dataclasses.replace(targets, masks=None)
         return jax.vmap(of_image)(jax.random.split(key, len(boxes)), boxes, valid, plain, limit)
 
     def _find(self, outputs: Outputs, limit: Size) -> Objects:
@@ -381,4 +314,4 @@ class RCNN(Backbone, kw_only=True):
             logits = at_least_float32(head(self._read(pyramid, boxes, valid, MASK_CELLS)))
         index = jnp.maximum(classes, 0) + first
         chosen = jnp.take_along_axis(logits, index[..., None, None, None], axis=-1)[..., 0]
-        return outputs.replace(found=found, mask_logits=chosen)
+        return dataclasses.replace(outputs, found=found, mask_logits=chosen)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +12,12 @@ from jaxtyping import Array, Bool, Float
 
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import RCNN_STDS, encode_deltas
+from drep_jax.models.detectors.rcnn_outputs import Convention, Outputs
 from drep_jax.models.detectors.sampling import IGNORED
-
-if TYPE_CHECKING:
-    from drep_jax.models.detectors.rcnn import RCNN, Outputs
 
 
 def losses_of(
-    net: "RCNN", outputs: "Outputs", targets: Targets, anchors: Sequence[np.ndarray], shape: tuple[int, int]
+    convention: Convention, outputs: Outputs, targets: Targets, anchors: Sequence[np.ndarray]
 ) -> Mapping[str, Float[Array, ""]]:
     """Returns the parts of the loss: "rpn_class", "rpn_box", "class", "box", and "mask" of a network with masks.
 
@@ -27,14 +25,12 @@ def losses_of(
     positive samples, divided by the number of all samples.
 
     Args:
-      net: the network.
+      convention: whose network it is.
       outputs: of a call with these targets.
       targets: the labeled objects.
       anchors: of each level, for inputs of this size.
-      shape: (height, width) of the network's input.
     """
     samples: Any = outputs.samples
-    convention = net.convention
     first = 1 + convention.background
     truths = targets.boxes.astype(outputs.boxes.dtype)
 
@@ -51,7 +47,7 @@ def losses_of(
 
     positive = samples.valid & (samples.matched >= 0)
     classes = jnp.take_along_axis(targets.classes, jnp.maximum(samples.matched, 0), axis=1)
-    background = 0 if first else net.num_classes
+    background = convention.background % outputs.logits.shape[-1]
     entropy = optax.softmax_cross_entropy_with_integer_labels(
         outputs.logits, jnp.where(positive, classes + first, background)
     )

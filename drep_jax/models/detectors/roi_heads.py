@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from drep_jax.models.pointwise import whole_window_conv
+
 Regions = Float[Array, "batch n rows columns channels"]
 
 _small = nn.initializers.normal(0.01)
@@ -34,8 +36,8 @@ class BoxHead(nn.Module):
         """Returns logits and deltas of every region."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         xavier = nn.initializers.xavier_uniform()
-        window = x.shape[2:4]
-        x = nn.relu(nn.Conv(self.width, window, padding="VALID", kernel_init=xavier, **dtypes, name="fc1")(x))
+        options = {"padding": "VALID", "conv_general_dilated": whole_window_conv, "kernel_init": xavier}
+        x = nn.relu(nn.Conv(self.width, x.shape[2:4], **options, **dtypes, name="fc1")(x))
         x = x.reshape(*x.shape[:2], self.width)
         x = nn.relu(nn.Dense(self.width, kernel_init=xavier, **dtypes, name="fc2")(x))
         logits = nn.Dense(self.logits, kernel_init=_small, **dtypes, name="classes")(x)

@@ -9,8 +9,8 @@ from drep_jax import find_sites
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
 from drep_jax.models.detectors.base import Detector
-from drep_jax.models.detectors.rcnn import CONVENTIONS, Outputs
 from drep_jax.models.detectors.rcnn_losses import _to_learn
+from drep_jax.models.detectors.rcnn_outputs import CONVENTIONS, Outputs
 from drep_jax.models.detectors.roi_align import roi_align
 from drep_jax.models.detectors.rpn import propose
 from drep_jax.models.detectors.sampling import IGNORED, Samples, as_labels, assign, sample
