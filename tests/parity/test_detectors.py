@@ -58,7 +58,7 @@ def same_objects(found, expected, side):
     np.testing.assert_allclose(np.asarray(found.scores)[valid], scores, atol=1e-4)
     ours = [np.asarray(leaf)[valid] for leaf in (found.boxes, found.scores, found.classes)]
     differences = np.maximum(
-        np.abs(ours[0][:, None] - boxes[None]).max(-1) / side,
+        np.abs(ours[0][:, None] - boxes[None]).max(-1) / np.maximum(side, np.abs(boxes).max(-1))[None],
         np.where(ours[2][:, None] == classes[None], np.abs(ours[1][:, None] - scores[None]), np.inf),
     )
     rows, columns = linear_sum_assignment(np.minimum(differences, 1e3))
