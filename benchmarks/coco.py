@@ -35,9 +35,11 @@ from tabulate import tabulate
 from benchmarks.camvid import Arm, Job, backbone, from_clean, measured, placebo
 from benchmarks.common import Parser
 from drep_jax.data.collate import read
-from drep_jax.data.corruptions import corrupt
+from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.evaluation.intervals import Bootstrap
+from drep_jax.evaluation.selection import AGREEMENT, Candidate, Point, best_point, choose
 from drep_jax.exporting.statistics import MixedStatistics, Statistics
+from drep_jax.learners.base import direct_maps, leading_counts, selection_of, with_leading
 
 SEED = 11
 BATCH = 16
@@ -48,6 +50,50 @@ UNFINISHED = 3
 """Exit status of a call that ended after its minutes."""
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
+
+
+class Pictures(Job):
+    """The network, its pictures, and the folder of what is kept."""
+
+    def chosen(self, name: str, candidates: dict[str, Any]) -> Any:
+        """Returns maps at the leading sites and the strength that agree best on held-out images, see `best_point`.
+
+        AP by the labels of these images is printed beside the agreement. It chooses nothing.
+        """
+        sites = self.setup.sites
+        counts = leading_counts(len(sites), self.config.select.leading)
+        grid = [
+            with_leading(Candidate(label, tree), sites, count) for label, tree in candidates.items() for count in counts
+        ]
+        selection = selection_of(self.config, labels=True)
+        conditions = tuple(dict.fromkeys((CLEAN, *selection.conditions)))
+
+        def make() -> Any:
+            points = choose(self.setup, self.variables, grid, selection).points
+            rows = {key: [getattr(point, key) for point in points] for key in ("candidate", "strength", "change")}
+            for key in ("agreement", "accuracy"):
+                rows[key] = [[getattr(point, key)[condition] for condition in conditions] for point in points]
+            return {key: np.array(values) for key, values in rows.items()}
+
+        kept = self.kept(f"{name} points", make)
+        points = [
+            Point(
+                grid[int(kept["candidate"][row])].label if row else "backbone",
+                int(kept["candidate"][row]),
+                float(kept["strength"][row]),
+                float(kept["change"][row]),
+                dict(zip(conditions, kept["accuracy"][row].tolist(), strict=True)),
+                dict(zip(conditions, kept["agreement"][row].tolist(), strict=True)),
+            )
+            for row in range(len(kept["strength"]))
+        ]
+        best = best_point(points, AGREEMENT, self.config.select.max_clean_loss)
+        for row, point in enumerate(points):
+            scores = "  ".join(f"{c} {point.agreement[c]:.1f} ({(point.accuracy or {})[c]:.1f})" for c in conditions)
+            print(f"{'>' if row == best else ' '} {point.label}, strength {point.strength:g}: {scores}")
+        point = points[best]
+        print(f"{name}: {point.label}, strength {point.strength:g}", flush=True)
+        return direct_maps(grid[point.candidate].denoise).scaled(point.strength)
 
 
 def distilled(job: Job) -> Any:
@@ -90,14 +136,13 @@ def distilled(job: Job) -> Any:
 
 ARMS: dict[str, Arm] = {
     "backbone": Arm(backbone),
-    "placebo": Arm(placebo),
-    **{f"BN {alpha:g} × {BATCH}": Arm(backbone, Statistics("batch", alpha)) for alpha in (0.05, 0.1, 0.25)},
-    "closed form": Arm(functools.partial(from_clean, wiener=False)),
-    "wiener": Arm(functools.partial(from_clean, wiener=True)),
     "measured": Arm(measured),
+    "placebo": Arm(placebo),
     "measured mixed": Arm(functools.partial(measured, noise=MIXED)),
-    "measured, BN 0.1": Arm(measured, Statistics("batch", 0.1)),
+    **{f"BN {alpha:g} × {BATCH}": Arm(backbone, Statistics("batch", alpha)) for alpha in (0.1, 0.25)},
+    "closed form": Arm(functools.partial(from_clean, wiener=False)),
     "distilled": Arm(distilled),
+    "wiener": Arm(functools.partial(from_clean, wiener=True)),
 }
 
 
@@ -205,6 +250,7 @@ def main(command: Any = None) -> None:
     if not wanted:
         parser.error(f"--arms={options.arms} matches none of {', '.join(ARMS)}")
     config = importlib.import_module(f"configs.{options.config}").get_config().unlock()
+    config.progress = False
     if options.images:
         config.measured.images = config.denoise.moment_images = options.images
     if options.tiny:
@@ -212,7 +258,7 @@ def main(command: Any = None) -> None:
         config.sites.pattern = "conv_[0-3]"
         config.select.update({"images": 2, "strengths": (1.0,), "leading": (1.0,)})
     conditions = tuple(options.conditions.split(",")) if options.conditions else tuple(config.evaluate.conditions)
-    job = Job(config, options.cache, options.every)
+    job = Pictures(config, options.cache, options.every)
     score = Scorer(job)
     results = {name: scored(job, score, name, conditions, deadline) for name in wanted}
     job.run.writer.close()

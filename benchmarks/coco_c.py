@@ -20,7 +20,7 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks.camvid import Job
-from benchmarks.coco import ARMS, SEED, UNFINISHED, Scorer
+from benchmarks.coco import ARMS, SEED, UNFINISHED, Pictures, Scorer
 from benchmarks.common import Parser
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.corruptions.imagenet_c import PHOTOGRAPHS
@@ -111,7 +111,9 @@ def main(command: Any = None) -> None:
     severities = options.severities.split(",")
     names = [name for name in PHOTOGRAPHS if re.fullmatch(options.corruptions, name)]
     conditions = [CLEAN, *(f"imagenet_c:{name}:{severity}" for name in names for severity in severities)]
-    job = Job(importlib.import_module(f"configs.{options.config}").get_config().unlock(), options.cache, options.every)
+    job = Pictures(
+        importlib.import_module(f"configs.{options.config}").get_config().unlock(), options.cache, options.every
+    )
     score = StoredScorer(job)
     wanted = [name for name in ARMS if name == "backbone" or re.fullmatch(options.arms, name)]
 

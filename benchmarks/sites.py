@@ -18,6 +18,9 @@ from drep_jax.core.layers import find_layers
 from drep_jax.core.sites import coverage, find_sites
 from drep_jax.models import MODELS, create_model, list_models
 
+DETECTORS = ("detr_r50", "yolov3_d53", "atss_r50", "centernet_r50")
+"""They find objects."""
+
 
 def image_size(name):
     """Returns the size that a backbone is published for."""
@@ -29,12 +32,14 @@ def image_size(name):
         return 256, 128
     if name.startswith(("fcn", "segformer")):
         return 512, 512
+    if name in DETECTORS:
+        return 320, 320
     return (256, 256) if name.startswith("swin") or name == "resnet50_vanet" else (224, 224)
 
 
 def look(name, pattern=None):
     """Returns sites, parameters and coverage of one backbone."""
-    classes = 0 if name.startswith("dinov2") else 150 if image_size(name) == (512, 512) else 1000
+    classes = 0 if name.startswith("dinov2") else {(512, 512): 150, (320, 320): 80}.get(image_size(name), 1000)
     model = create_model(name, num_classes=classes, image_size=image_size(name))
     images = jax.ShapeDtypeStruct((1, *image_size(name), 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -59,7 +64,7 @@ def main(command=None):
         return
     rows = []
     # The families themselves have sizes to be given.
-    names = [name for name in list_models() if isinstance(MODELS[name], functools.partial)]
+    names = [name for name in list_models() if isinstance(MODELS[name], functools.partial) or name == "yolov3_d53"]
     for name in arguments.only or names:
         sites, params, covered, layers = look(name)
         every = look(name, ".*")[0]

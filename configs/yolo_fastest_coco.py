@@ -35,10 +35,11 @@ def get_config() -> ConfigDict:
     config.sites.pattern = r"conv_([1-5]?\d|60)"
     config.denoise.update({"moment_images": 90, "moment_tokens": 0.25})
     config.measured.update({"images": 0, "draws": 2, "clean_share": (0.6, 0.75, 0.9)})
-    config.distilled.update({"steps": 300, "batch_size": 8, "learning_rate": 3e-4, "clean_share": 0.5})
+    config.distilled.update({"steps": 150, "batch_size": 8, "learning_rate": 3e-4, "clean_share": 0.5})
+    config.wiener.ratios = (0.003, 0.03)
     config.select.update({"labels": False, "images": 0, "max_clean_loss": 10.0})
-    config.select.strengths, config.select.leading = (0.5, 0.75, 1.0), (0.15, 0.3, 0.6, 1.0)
-    config.select.conditions = ("clean", "gaussian:10", "gaussian:20", "gaussian:40")
+    config.select.strengths, config.select.leading = (0.5, 0.75), (0.3, 0.6, 1.0)
+    config.select.conditions = ("clean", "gaussian:20")
     config.evaluate.update({"conditions": CONDITIONS, "batch_size": 16, "resamples": 1000})
     config.evaluate.update({"certificate_images": 2, "latency_batch": 4})
     return config

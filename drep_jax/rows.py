@@ -58,7 +58,7 @@ class Block:
     def at(self, positions: tuple[int, ...]) -> Bool[Array, "*positions"]:
         """Returns which of the feature vectors count."""
         if self.size is not None:
-            sides = (jnp.arange(n) * (whole / n) for n, whole in zip(positions[1:], self.shape, strict=True))
+            sides = (jnp.arange(n) * whole // n for n, whole in zip(positions[1:], self.shape, strict=True))
             rows, columns = (side[None] < self.size[:, axis, None] for axis, side in enumerate(sides))
             return rows[:, :, None] & columns[:, None, :]
         flat = positions[: self.mask.ndim] != self.mask.shape
@@ -110,7 +110,8 @@ def valid_rows(mask: Bool[AnyArray, "*rows"] | None, only: str | None = None) ->
 def valid_pixels(size: Float[AnyArray, "batch 2"] | None, shape: tuple[int, int]) -> Iterator[None]:
     """Says which pixels of padded images count, for the layers on maps that are called inside the block.
 
-    Cell (i, j) of a map with h × w cells counts if i·height/h and j·width/w lie in the image.
+    Cell (i, j) of a map with h × w cells counts if its first pixel, ⌊i·height/h⌋ and ⌊j·width/w⌋, lies in the
+    image.
 
     Args:
       size: height and width of each image without its padding, in pixels; None where nothing is

@@ -20,6 +20,7 @@ LONG = {
     "cifar10c",
     "coco",
     "coco_c",
+    "detection_forward",
     "distilled",
     "front",
     "learn",

@@ -323,8 +323,9 @@ class Network:
     def working_bytes(self) -> int:
         """Returns the bytes that the largest stretch holds at once of what depends on the images."""
         largest = 0
-        for piece, stretch in zip(self._pieces, self.stretches, strict=True):
-            eqns = [self._jaxpr.eqns[i] for i in piece]
+        ahead = [cut.ahead for cut in self.cuts if cut.ahead is not None]
+        for stretch in [*self.stretches, *ahead]:
+            eqns = [eqn for eqn, _ in stretch.eqns if any(map(self._varies, eqn.outvars))]
             last = {v: number for number, eqn in enumerate(eqns) for v in eqn.invars if self._varies(v)}
             last |= dict.fromkeys(stretch.outputs, len(eqns))
             ends: dict[int, set[Any]] = {}

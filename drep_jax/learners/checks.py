@@ -110,7 +110,7 @@ def check_choosing(config: Config, setup: Setup) -> None:
 
     Raises:
       ConfigError: naming the setting.
-      SiteError: if measured noise cannot solve a layer, such as one that is called several times.
+      SiteError: if measured noise cannot solve a layer, such as one under `nn.vmap`.
     """
     options, select = config["measured"], config["select"]
     if "measured" in (config["learner"], *config["compare"]) and not config["noise"].startswith(UNPAIRED):

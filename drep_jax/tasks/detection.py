@@ -125,14 +125,12 @@ class Detection(Task):
     def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
         """Returns the parts of the network's loss by name, see `Detector.losses`."""
         detector: Any = backbone
-        targets = Targets(
-            boxes=batch["boxes"],
-            classes=batch["classes"],
-            crowd=batch["crowd"].astype(bool) | batch["ignore"].astype(bool),
-        )
+        masks = None
         if self.masks:
             places = batch["place"][:, :, None, None]
-            targets = targets.replace(masks=(batch["instances"][:, None] == places) & (places >= 0))
+            masks = (batch["instances"][:, None] == places) & (places >= 0)
+        crowd = batch["crowd"].astype(bool) | batch["ignore"].astype(bool)
+        targets = Targets(boxes=batch["boxes"], classes=batch["classes"], crowd=crowd, masks=masks)
         size = self._size(batch)
         outputs = backbone.apply(variables, self._cleared(images, size), size=size, targets=targets, **options)
         outputs, *changed = outputs if options.get("mutable") else (outputs,)

@@ -23,13 +23,16 @@ X = trees.normal(0, (8, 6, 6, 3))  # one image for each device
 
 
 class Pyramid(nn.Module):
-    """A head that three maps of different sizes share, level by level."""
+    """A head that three maps of different sizes share, level by level; the second map is made after the first is read."""
 
     @nn.compact
     def __call__(self, x):
         conv, last = nn.Conv(4, (3, 3), name="conv"), nn.Dense(2, name="last")
-        levels = [x, 2 * x[:, ::2, ::2] + 1, x[:, ::4, ::4] - 2]
-        return [last(jnp.tanh(conv(level))).reshape(len(x), -1) for level in levels]
+
+        def head(level):
+            return last(jnp.tanh(conv(level))).reshape(len(x), -1)
+
+        return [head(x), head(nn.Dense(3, name="lateral")(2 * x[:, ::2, ::2] + 1)), head(x[:, ::4, ::4] - 2)]
 
 
 class Sequences(nn.Module):
@@ -70,12 +73,22 @@ class Together(nn.Module):
         return [y for name, kind in NETS.items() for y in kind(name=name)(x)]
 
 
-NET = Together()
-VARIABLES = trees.randomize(trees.zeros(jax.eval_shape(NET.init, jax.random.key(0), X)), 0, 0.6)
+def parts(net, call_weights="positions", **options):
+    """Returns the sites of a network, its variables, and denoisers."""
+    sites = find_sites(net, X, call_weights=call_weights, **{"pattern": ".*", **options})
+    return sites, *trees.setup(net, X, sites)
 
 
-def sites_of(call_weights="positions", net=NET, x=X, **options):
-    return find_sites(net, x, call_weights=call_weights, **{"pattern": ".*", **options})
+weightings = pytest.mark.parametrize(
+    ("net", "call_weights"),
+    [
+        (Sequences(), "calls"),
+        (Sequences(), "positions"),
+        pytest.param(Together(), "calls", marks=pytest.mark.slow),
+        pytest.param(Together(), "positions", marks=pytest.mark.slow),
+    ],
+    ids=["some, calls", "some, positions", "all, calls", "all, positions"],
+)
 
 
 def inputs_of(net, variables, x):
@@ -114,27 +127,28 @@ def pooled(site, calls):
 
 
 def test_fused_equals_explicit_on_every_call():
-    sites = sites_of()
-    _, denoise = trees.setup(NET, X, sites)
+    net = Together()
+    sites, variables, denoise = parts(net)
     assert [(site.name.partition("/")[2], site.layers[0].calls) for site in sites] == [
-        *(("conv", 3), ("last", 3)),
+        *(("conv", 3), ("last", 3), ("lateral", 1)),
         *(("both", 2), ("one", 1)),
         *(("block/fc1", 2), ("block/fc2", 2)),
     ]
     with jax.enable_x64(True):
-        variables, denoise, x = trees.float64(VARIABLES), trees.float64(denoise), np.asarray(X, np.float64)
-        explicit = jax.jit(lambda v, d, x: explicit_apply(NET, v, d, sites, SCHEDULE, x))(variables, denoise, x)
+        variables, denoise, x = trees.float64(variables), trees.float64(denoise), np.asarray(X, np.float64)
+        explicit = jax.jit(lambda v, d, x: explicit_apply(net, v, d, sites, SCHEDULE, x))(variables, denoise, x)
         fused = fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, SCHEDULE)
-        base, after = jax.jit(lambda p, q, x: (NET.apply(p, x), NET.apply(q, x)))(variables, {"params": fused}, x)
+        base, after = jax.jit(lambda p, q, x: (net.apply(p, x), net.apply(q, x)))(variables, {"params": fused}, x)
     for number, (one, other, before) in enumerate(zip(explicit, after, base, strict=True)):
         assert np.abs(one - before).max() > 1e-3, number
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-11, err_msg=str(number))
 
 
+@pytest.mark.slow
 def test_the_certificate_of_layers_called_several_times():
-    sites = sites_of()
-    _, denoise = trees.setup(NET, X, sites)
-    certificate = certify(NET, VARIABLES, denoise, sites, SCHEDULE, X[:1])
+    net = Together()
+    sites, variables, denoise = parts(net)
+    certificate = certify(net, variables, denoise, sites, SCHEDULE, X[:1])
     assert certificate.passed, str(certificate)
 
 
@@ -152,11 +166,12 @@ def objective(site, vectors, weights, kernel, bias):
     return loss, 2 * slope / site.width, 2 * each @ error / site.width
 
 
-@pytest.mark.parametrize("call_weights", ["positions", "calls"])
-def test_the_closed_form_is_the_minimum_over_all_calls(call_weights):
-    sites, inputs = sites_of(call_weights), inputs_of(NET, VARIABLES, X)
+@weightings
+def test_the_closed_form_is_the_minimum_over_all_calls(net, call_weights):
+    sites, variables, _ = parts(net, call_weights)
+    inputs = inputs_of(net, variables, X)
     batches = [(np.asarray(X), np.ones(len(X), np.float32))]
-    moments = collect_moments(NET, VARIABLES, sites, batches)
+    moments = collect_moments(net, variables, sites, batches)
     best = closed_form(moments, sites, SCHEDULE, dtype=np.float64)
     least = expected_losses(moments, sites, SCHEDULE)
     random = np.random.default_rng(0)
@@ -177,8 +192,7 @@ def test_the_closed_form_is_the_minimum_over_all_calls(call_weights):
 def test_a_sample_of_the_vectors_keeps_the_weights_of_the_calls():
     """The short sequence has five vectors and the long one 36: a sample of a tenth takes one of five, and four of 36."""
     net = Sequences()
-    (site,) = sites_of(net=net, pattern="both")
-    variables, _ = trees.setup(net, X, [site])
+    (site,), variables, _ = parts(net, pattern="both")
     wide = jnp.broadcast_to(
         X[:, :1, :1], X.shape
     )  # all vectors of an image are equal, so that any sample says the same
@@ -188,15 +202,14 @@ def test_a_sample_of_the_vectors_keeps_the_weights_of_the_calls():
     np.testing.assert_allclose(some.covariance, every.covariance, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("call_weights", ["positions", "calls"])
-def test_algorithm1_descends_on_the_same_objective(call_weights):
+@weightings
+def test_algorithm1_descends_on_the_same_objective(net, call_weights):
     """Its mean over many ε is the objective of the closed form, in value and gradient; the gap is never below 0, and ends."""
-    sites, inputs = sites_of(call_weights), inputs_of(NET, VARIABLES, X)
-    _, denoise = trees.setup(NET, X, sites)
-    index = jnp.arange(len(X))
+    sites, variables, denoise = parts(net, call_weights)
+    inputs, index = inputs_of(net, variables, X), jnp.arange(len(X))
 
     def loss(denoise, key):
-        losses = algorithm1_losses(NET, VARIABLES, denoise, sites, SCHEDULE, key, index, X)
+        losses = algorithm1_losses(net, variables, denoise, sites, SCHEDULE, key, index, X)
         return sum(losses.values()), losses
 
     slope = jax.value_and_grad(loss, has_aux=True)
@@ -208,13 +221,13 @@ def test_algorithm1_descends_on_the_same_objective(call_weights):
     losses, slopes = jax.jit(average)(denoise, jax.random.split(jax.random.key(1), 300))
     for site in sites:
         leaves = get_in(denoise, site.path)
-        parts = {"bias": np.zeros(site.width), **trees.float64(leaves)}
-        expected, by_kernel, _ = objective(site, *pooled(site, inputs[site.path]), **parts)
+        terms = {"bias": np.zeros(site.width), **trees.float64(leaves)}
+        expected, by_kernel, _ = objective(site, *pooled(site, inputs[site.path]), **terms)
         np.testing.assert_allclose(losses[site.name], expected, rtol=0.01, err_msg=site.name)
         error = np.abs(get_in(slopes, site.path)["kernel"] - by_kernel).max()
         assert error < 0.05 * np.abs(by_kernel).max(), site.name
 
-    moments = collect_moments(NET, VARIABLES, sites, [(np.asarray(X), np.ones(len(X), np.float32))])
+    moments = collect_moments(net, variables, sites, [(np.asarray(X), np.ones(len(X), np.float32))])
     least = sum(expected_losses(moments, sites, SCHEDULE).values())
 
     def gap(denoise):
@@ -229,7 +242,7 @@ def test_algorithm1_descends_on_the_same_objective(call_weights):
         return jax.lax.scan(step, (denoise, jax.tree_util.tree_map(jnp.zeros_like, denoise)), keys)[0][0]
 
     learned = jax.jit(descend)(denoise, jax.random.split(jax.random.key(2), 400))
-    assert gap(denoise) > 1.0 and 0.0 <= gap(learned) < 0.05 * gap(denoise)
+    assert gap(denoise) > 0.3 and 0.0 <= gap(learned) < 0.05 * gap(denoise)
 
 
 def test_every_call_draws_noise_of_its_own():
@@ -243,8 +256,7 @@ def test_every_call_draws_noise_of_its_own():
 
     def loss(times):
         net = Again(times)
-        sites = sites_of(net=net)
-        variables, denoise = trees.setup(net, X, sites)
+        sites, variables, denoise = parts(net)
         fixed = jax.random.key(0), jnp.arange(len(X))
         return float(algorithm1_losses(net, variables, denoise, sites, SCHEDULE, *fixed, X)["layer"])
 
@@ -282,25 +294,32 @@ def fused_params(variables, denoise, sites):
     return fuse_exact({"backbone": variables["params"], "denoise": denoise}, sites, SCHEDULE, rule="affine", steps=1)
 
 
-@pytest.mark.parametrize("call_weights", ["positions", "calls"])
-def test_measured_noise_is_the_pooled_regression(call_weights):
+@pytest.mark.parametrize(
+    ("net", "call_weights"),
+    [(Sequences(), "calls"), (Together(), "positions"), pytest.param(Together(), "calls", marks=pytest.mark.slow)],
+    ids=["some, calls", "all, positions", "all, calls"],
+)
+def test_measured_noise_is_the_pooled_regression(net, call_weights):
     """At every site from the inputs of all calls, in the network in which the sites before it are fused and no others."""
-    sites, order = sites_of(call_weights), []
+    (sites, variables, _), order = parts(net, call_weights), []
     mixture, ridge = np.array([0.3, 0.7]), 1e-2
     streams = np.stack([X, X, X + 0.4 * trees.normal(5, X.shape)])
     by_name = {site.name: site for site in sites}
-    solve = measuring(NET, VARIABLES, sites, streams, ridge=ridge, chunk=1, vectors=10**6)
+    solve = measuring(net, variables, sites, streams, ridge=ridge, chunk=1, vectors=10**6)
     measured = solve(mixture, lambda progress: order.append(by_name[progress.name]))
-    assert sorted(site.name for site in order) == sorted(by_name)
-    clean = inputs_of(NET, VARIABLES, X)
+    names = [site.name for site in order]
+    assert sorted(names) == sorted(by_name)
+    if "pyramid/lateral" in names:  # what the head reads is ready before the head
+        assert names.index("pyramid/lateral") < names.index("pyramid/conv")
+    clean = inputs_of(net, variables, X)
     for number, site in enumerate(order):
-        before = fused_params(VARIABLES, measured.denoise, order[:number])
-        after = get_in(fused_params(VARIABLES, measured.denoise, order[: number + 1]), site.path)
-        leaves = get_in(jax.tree_util.tree_map(np.asarray, VARIABLES["params"]), site.path)
+        before = fused_params(variables, measured.denoise, order[:number])
+        after = get_in(fused_params(variables, measured.denoise, order[: number + 1]), site.path)
+        leaves = get_in(jax.tree_util.tree_map(np.asarray, variables["params"]), site.path)
         old = matrix_of(leaves["kernel"]).astype(np.float64)
         rows = []
         for weight, images in zip(mixture, streams[1:], strict=True):
-            inputs = inputs_of(NET, {"params": before}, images)
+            inputs = inputs_of(net, {"params": before}, images)
             (u, each), (w, _) = pooled(site, clean[site.path]), pooled(site, inputs[site.path])
             r = (u - w) @ old
             if site.path[-1] == "fc2":  # it is added to the input of its block, and answers for the noise there
@@ -313,5 +332,5 @@ def test_measured_noise_is_the_pooled_regression(call_weights):
         if site.bias:
             np.testing.assert_allclose(after["bias"], leaves["bias"] + constant, atol=1e-3 * scale)
 
-    fused = fused_params(VARIABLES, measured.denoise, sites)
-    np.testing.assert_allclose(measured.outputs[2], NET.apply({"params": fused}, streams[2])[0], atol=2e-4)
+    fused = fused_params(variables, measured.denoise, sites)
+    np.testing.assert_allclose(measured.outputs[2], net.apply({"params": fused}, streams[2])[0], atol=2e-4)

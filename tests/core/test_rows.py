@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import drep_jax.core.moments as moments_module
 from drep_jax.core.algorithm1 import algorithm1_losses
+from drep_jax.core.calls import counted_vectors
 from drep_jax.core.closed_form import closed_form, expected_losses
 from drep_jax.core.forms import form_lines
 from drep_jax.core.fusion import fuse_exact
@@ -16,6 +18,7 @@ from drep_jax.core.moments import batch_sums, collect_moments, moments_from_sums
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites
 from drep_jax.errors import ConfigError, DataError, SiteError
+from drep_jax.models import create_model
 from drep_jax.rows import block_of, clean_stream, valid_pixels, valid_rows
 from drep_jax.trees import get_in
 from tests import trees
@@ -95,7 +98,10 @@ def test_empty_proposals_count_for_nothing():
         assert sizes[0] < 0.1 * sizes[1], site.name
 
 
-def test_padded_pixels_count_for_nothing():
+@pytest.mark.parametrize("working", [moments_module.WORKING, 1], ids=["whole", "in parts"])
+def test_padded_pixels_count_for_nothing(working, monkeypatch):
+    monkeypatch.setattr(moments_module, "WORKING", working)
+
     class Padded(nn.Module):
         @nn.compact
         def __call__(self, x, size=None):
@@ -214,6 +220,31 @@ def test_rows_that_count_differently_are_no_one_site():
                 return y + nn.Dense(2, name="b")(x)
 
     assert [[len(site.layers) for site in find_sites(Net(same), X)] for same in (True, False)] == [[2], [1, 1]]
+
+
+def test_a_padded_transformer_masks_tokens_and_not_queries(monkeypatch):
+    """At 10 × 10 cells there are as many tokens as queries: their shapes do not tell keys of the image from others."""
+    small = {"stage_sizes": (1, 1, 1, 1), "trunk_width": 4, "width": 8, "num_heads": 2, "mlp_dim": 12}
+    net = create_model(
+        "detr", num_classes=3, image_size=(320, 320), encoder_layers=1, decoder_layers=2, num_queries=100, **small
+    )
+    images, size = jax.ShapeDtypeStruct((1, 320, 320, 3), np.float32), np.array([[200.0, 320.0]])
+    sites = find_sites(net, images, size=size)
+    masked = {}
+
+    def watch(site, layer, kind, x):
+        masked[layer.name] = (counted := counted_vectors(site, layer, kind, x)) is not None
+        return counted
+
+    monkeypatch.setattr(moments_module, "counted_vectors", watch)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    shifts = {site.name: np.zeros(site.denoiser_shape[:-1], np.float32) for site in sites}
+    jax.eval_shape(lambda v, x: batch_sums(net, v, sites, shifts, np.ones(1), x, size=size), variables, images)
+    of_image = ("backbone", "input_proj", "encoder")
+    assert all(there for name, there in masked.items() if name.startswith(of_image))
+    # The keys and values of all layers read the same memory, and are the sites of the first.
+    others = {name for name, there in masked.items() if there and not name.startswith(of_image)}
+    assert others == {"decoder_0/cross_attn/key", "decoder_0/cross_attn/value"}
 
 
 # ---- constants, and what is denoised by default ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from drep_jax.data import Source, open_source
 from drep_jax.data.collate import collate, item_of, read
 from drep_jax.data.columns import follow
+from drep_jax.data.folder import tenth
 from drep_jax.data.geometry import Transform
 from drep_jax.data.objects import READERS, object_columns
 from drep_jax.errors import ConfigError, DataError
@@ -340,6 +342,20 @@ def packed(tmp_path, **changes):
     path = tmp_path / "set.npz"
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
+
+
+def test_a_part_of_its_training_images_is_held_out(tmp_path):
+    path = packed(tmp_path, split=np.array([0, 0, 1]), image_id=np.array([3, 20, 10]))
+    whole = READERS["det_npz"].read(path, {}).splits
+    parts = READERS["det_npz"].read(path, {"held_out": "0.5"}).splits
+    assert {name: len(images) for name, images in whole.items()} == {"train": 2, "validation": 1}
+    assert [image.image_id for image in parts["test"]] == [10], "the validation split is the test then"
+    held = [image.image_id for image in parts.get("validation", ())]
+    assert sorted(held + [image.image_id for image in parts.get("train", ())]) == [3, 20]
+    assert held == [number for number in (3, 20) if tenth(pathlib.Path(str(number))) >= 5]
+    for text in ("x", "1", "0.25"):
+        with pytest.raises(ConfigError, match=f"held_out={text}: expected tenths"):
+            READERS["det_npz"].read(path, {"held_out": text})
 
 
 def test_one_file_of_images_with_boxes(tmp_path):

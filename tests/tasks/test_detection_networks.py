@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from drep_jax.models import create_model
 from drep_jax.tasks.detection import Detection
-from tests.models.detectors.networks import TINY, abstract, tiny
+from tests.models.detectors.networks import TINY, abstract
+
+SMALL = {"depths": (1, 1, 1, 1), "width": 4, "pyramid_width": 8, "head_width": 8, "per_level": 20, "proposals": 16}
+CASES = {**TINY, "faster_rcnn_r50": {**SMALL, "candidates": 50, "keep": 10}}
 
 SHAPES = {
     "boxes": (jnp.float32, 4, 4),
@@ -21,9 +25,10 @@ SHAPES = {
 
 
 @pytest.mark.slow  # tests/tasks/test_tasks.py does the same for a network of darknet
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CASES)
 def test_the_task_calls_what_networks_offer(name):
-    task, network, count = Detection(padding=32), tiny(name), 2
+    task, count = Detection(padding=32), 2
+    network = create_model(name, num_classes=5, image_size=(64, 64), **CASES[name])
     batch = {name: jax.ShapeDtypeStruct((count, *shape), dtype) for name, (dtype, *shape) in SHAPES.items()}
     images = jax.ShapeDtypeStruct((count, 64, 96, 3), jnp.float32)
 

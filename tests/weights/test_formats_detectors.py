@@ -230,7 +230,7 @@ def test_files_of_mmdetection_and_of_darknet_are_one_network(tmp_path):
     assert same_bits(load(str(path), module).variables, variables)
 
 
-@pytest.mark.parametrize("name", ["mmdet detr", "mmdet atss", "mmdet centernet"])
+@pytest.mark.parametrize("name", ["mmdet detr", "mmdet centernet"])
 def test_a_resnet_alone_leaves_the_rest_as_initialized_and_says_so(name, tmp_path):
     module = network(name)
     variables, tensors = theirs(name, module)
@@ -267,7 +267,7 @@ def test_files_of_other_networks_say_what_to_set(tmp_path):
     foreign_files.refused(path, small, abstract(small), "choose the model yolov3_d53")
 
 
-@pytest.mark.parametrize("name", ["mmdet detr", "mmdet atss", "mmdet centernet"])
+@pytest.mark.parametrize("name", ["mmdet detr", pytest.param("mmdet atss", marks=pytest.mark.slow)])
 def test_another_number_of_classes_names_both_ways_out(name, tmp_path):
     path = save(tmp_path / "a.safetensors", theirs(name, network(name))[1])
     layer = "class_embed" if "detr" in name else "head/cls"

@@ -20,6 +20,7 @@ from drep_jax.models.detectors.atss_losses import atss_losses
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import RCNN_STDS, decode_deltas
 from drep_jax.models.detectors.fpn import FPN
+from drep_jax.models.detectors.losses import dense_distance
 from drep_jax.models.detectors.padding import extents, shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.towers import (
@@ -155,6 +156,14 @@ class ATSS(Backbone, kw_only=True):
             iou=self.iou,
             candidates=self.candidates,
             keep=self.keep,
+        )
+
+    def distance(self, outputs: Predictions, clean_outputs: Predictions) -> Float[Array, ""]:
+        """Returns how far outputs are from those for clean images; see `dense_distance`."""
+        return dense_distance(
+            (flat(outputs.classes, self.num_classes), flat(clean_outputs.classes, self.num_classes)),
+            (flat(outputs.boxes, 4), flat(clean_outputs.boxes, 4)),
+            (flat(outputs.centerness, 1)[..., 0], flat(clean_outputs.centerness, 1)[..., 0]),
         )
 
     def losses(

@@ -40,6 +40,9 @@ class Detector(Protocol):
     A network may also have `distance(outputs, clean_outputs)`, the distance of what its heads give from
     what they give for the clean images, at least 0; without it, that is the relative square of all
     outputs. Of a network of two stages it must compare what has the same place in both.
+
+    Its class names what is denoised by default, `site_pattern = ".*"`, and its code says which rows are
+    padding or empty proposals (`drep_jax.rows`).
     """
 
     num_classes: int

@@ -22,6 +22,7 @@ from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.centernet_losses import centernet_losses
 from drep_jax.models.detectors.coders import decode_distances
 from drep_jax.models.detectors.fpn import FPN
+from drep_jax.models.detectors.losses import dense_distance
 from drep_jax.models.detectors.padding import extents, shape_of
 from drep_jax.models.detectors.proposals import Objects
 from drep_jax.models.detectors.towers import (
@@ -154,6 +155,13 @@ class CenterNet(Backbone, kw_only=True):
             iou=self.iou,
             candidates=self.candidates,
             keep=self.keep,
+        )
+
+    def distance(self, outputs: Predictions, clean_outputs: Predictions) -> Float[Array, ""]:
+        """Returns how far outputs are from those for clean images; see `dense_distance`."""
+        return dense_distance(
+            (flat(outputs.classes, self.num_classes), flat(clean_outputs.classes, self.num_classes)),
+            (flat(outputs.boxes, 4), flat(clean_outputs.boxes, 4)),
         )
 
     def losses(

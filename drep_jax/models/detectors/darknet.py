@@ -63,6 +63,8 @@ class Darknet(BatchNormBackbone, kw_only=True):
     keep: int = 100
     clip: bool = True
 
+    site_pattern = ".*"
+
     def check(self) -> None:
         """Raises ConfigError for a `.cfg` that cannot be read or finds no objects, and for another number of classes."""
         heads = self.network.heads

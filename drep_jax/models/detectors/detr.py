@@ -44,7 +44,7 @@ from drep_jax.models.backbone import (
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coco_ids import COCO_IDS
 from drep_jax.models.detectors.coders import clip_boxes, from_centers
-from drep_jax.models.detectors.detr_losses import detr_losses
+from drep_jax.models.detectors.detr_losses import detr_distance, detr_losses
 from drep_jax.models.detectors.padding import extents, shape_of, valid_cells
 from drep_jax.models.detectors.positions import sine_positions
 from drep_jax.models.detectors.proposals import Objects
@@ -291,6 +291,10 @@ class DETR(Backbone, kw_only=True):
             valid=valid,
             left_out=jnp.zeros(len(logits), jnp.int32),
         )
+
+    def distance(self, outputs: Predictions, clean_outputs: Predictions) -> Float[Array, ""]:
+        """Returns how far outputs are from those for clean images, query by query; see `detr_distance`."""
+        return detr_distance((outputs.logits, clean_outputs.logits), (outputs.boxes, clean_outputs.boxes))
 
     def losses(
         self,

@@ -71,3 +71,25 @@ def detr_losses(
         "box": DISTANCE * masked_sum(distance, used) / count,
         "giou": OVERLAP * masked_sum(1 - overlap, used) / count,
     }
+
+
+def detr_distance(
+    logits: tuple[Float[Array, "*queries outputs"], Float[Array, "*queries outputs"]],
+    boxes: tuple[Float[Array, "*queries 4"], Float[Array, "*queries 4"]],
+) -> Float[Array, ""]:
+    """Returns how far what the queries give is from what they give for clean images, at least 0.
+
+        1/n Σ_queries KL(p* ‖ p) + (1 − p*(no object)) · [5·L1 + 2·(1 − GIoU)]
+
+    with the probabilities p of an image's queries; * marks the clean outputs. A query is compared
+    with itself, and its box matters where the clean network sees an object.
+
+    Args:
+      logits: (those, clean ones).
+      boxes: (those, clean ones), center x, center y, width, height.
+    """
+    chance, wanted = (jax.nn.log_softmax(each) for each in logits)
+    divergence = jnp.sum(jnp.exp(wanted) * (wanted - chance), axis=-1)
+    apart = DISTANCE * jnp.abs(boxes[0] - boxes[1]).sum(-1)
+    apart += OVERLAP * (1 - paired_giou(from_centers(boxes[0]), from_centers(boxes[1])))
+    return jnp.sum(divergence + (1 - jnp.exp(wanted[..., -1])) * apart) / logits[0].shape[0]

@@ -29,6 +29,35 @@ def binary_cross_entropy(logits: Float[Array, "*n"], labels: Float[Array, "*n"])
     return jnp.maximum(logits, 0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))
 
 
+def binary_divergence(wanted: Float[Array, "*n"], logits: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns KL(σ(wanted) ‖ σ(logit)) of single events, at least 0."""
+    return jax.nn.sigmoid(wanted) * (wanted - logits) + jax.nn.softplus(logits) - jax.nn.softplus(wanted)
+
+
+def dense_distance(
+    classes: tuple[Float[Array, "batch places classes"], Float[Array, "batch places classes"]],
+    boxes: tuple[Float[Array, "batch places 4"], Float[Array, "batch places 4"]],
+    centerness: tuple[Float[Array, "batch places"], Float[Array, "batch places"]] | None = None,
+) -> Float[Array, ""]:
+    """Returns how far what a dense head gives is from what it gives for clean images, at least 0.
+
+        1/n Σ_cells Σ_classes KL(c* ‖ c) + max c* · [‖box − box*‖² + KL(centerness* ‖ centerness)]
+
+    with the probabilities c; * marks the clean outputs. Boxes matter where the clean network sees
+    an object.
+
+    Args:
+      classes, centerness: (logits, clean logits).
+      boxes: as the head gives them, and clean.
+    """
+    logits, clean = classes
+    apart = jnp.sum((boxes[0] - boxes[1]) ** 2, axis=-1)
+    if centerness is not None:
+        apart += binary_divergence(centerness[1], centerness[0])
+    cells = binary_divergence(clean, logits).sum(-1) + jax.nn.sigmoid(clean).max(-1) * apart
+    return jnp.sum(cells) / logits.shape[0]
+
+
 def paired_giou(boxes: Float[Array, "*n 4"], others: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
     """Returns the generalized IoU of each box with the other one in its place."""
     return generalized_iou(boxes[..., None, :], others[..., None, :])[..., 0, 0]

@@ -23,6 +23,7 @@ from drep_jax.models.detectors.anchors import anchors_of, level_shapes
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import RCNN_STDS, clip_boxes, decode_deltas
 from drep_jax.models.detectors.fpn import FPN
+from drep_jax.models.detectors.losses import dense_distance
 from drep_jax.models.detectors.nms import Form
 from drep_jax.models.detectors.padding import extents
 from drep_jax.models.detectors.proposals import Objects, best_pairs, each, suppressed
@@ -184,6 +185,13 @@ class RCNN(Backbone, kw_only=True):
         if outputs.samples is None:
             raise ConfigError("These outputs have no samples to learn from: call the network with targets.")
         return losses_of(self.convention, outputs, targets, self._anchors(shape))
+
+    def distance(self, outputs: Outputs, clean_outputs: Outputs) -> Float[Array, ""]:
+        """Returns how far the first stage is from that for clean images: the second reads other proposals; `dense_distance`."""
+        return dense_distance(
+            (outputs.objectness[..., None], clean_outputs.objectness[..., None]),
+            (outputs.anchor_deltas, clean_outputs.anchor_deltas),
+        )
 
     def _trunk_of(self, x: Array, train: bool) -> list[Array]:
         """Returns the maps of strides 4 to 32."""

@@ -44,7 +44,8 @@ def paths(tree):
     return [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-@pytest.mark.parametrize("name", ["atss_r50", pytest.param("centernet_r50", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["atss_r50", "centernet_r50"])
 def test_layers_shared_by_levels_are_one_site_with_a_call_for_each(name):
     shared, sites = readers(name)
     head = [site for site in sites if site.path[0] == "head"]

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drep_jax.errors import ConfigError
+from drep_jax.errors import CheckpointError, ConfigError
 from drep_jax.models.detectors.base import Detector, Targets
 from drep_jax.models.detectors.darknet import Darknet
 from drep_jax.models.detectors.overlaps import box_iou
 from drep_jax.models.detectors.yolo_losses import yolo_distance, yolo_losses
-from tests.models.detectors.test_darknet import CFG
+from drep_jax.weights.foreign import load_foreign
+from tests.models.detectors.test_darknet import CFG, darknet_bytes, net_and_variables, written
 
 HEADS = Darknet(cfg=CFG).network.heads
 SHAPE, GRIDS = (24, 16), ((12, 8), (6, 4))
@@ -98,6 +99,15 @@ def test_the_loss_is_that_of_loops_over_priors():
     assert float(total) == pytest.approx(sum(map(float, losses.values())), rel=1e-5)
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in slopes)
     assert float(distance) == pytest.approx(0, abs=1e-4)
+
+
+def test_weights_of_another_number_of_classes_are_refused_with_both_shapes(tmp_path):
+    _, variables = net_and_variables()
+    path = written(tmp_path, darknet_bytes(variables))
+    other = Darknet(cfg=CFG.replace("classes=2", "classes=3").replace("=14", "=16").replace("filters=7", "filters=8"))
+    like = jax.eval_shape(other.init, jax.random.key(0), jnp.zeros((1, 24, 16, 3)))
+    with pytest.raises(CheckpointError, match=r"layer12\.conv\.bias is \(7,\) in the file, \(8,\) in the model"):
+        load_foreign(path, other, like)
 
 
 def test_a_network_of_darknet_is_a_detector_of_the_classes_that_its_file_states():
