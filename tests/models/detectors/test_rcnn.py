@@ -45,7 +45,9 @@ def test_parameters_and_tensors_are_those_of_the_public_networks(name):
         assert len({piece.theirs for piece in find_pieces(fmt, module, shapes)}) == tensors[1]
 
 
-@pytest.mark.parametrize("trunk", ["resnet", "swin", pytest.param("swinv2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "trunk", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("swin", "swinv2"))]
+)
 def test_every_network_is_a_detector_for_images_of_any_size(trunk):
     """By tracing: outputs have the batch first, with and without targets; objects and losses come of them."""
     module, x = tiny(trunk=trunk, masks=trunk != "swinv2"), jax.ShapeDtypeStruct((2, 61, 97, 3), jnp.float32)
