@@ -3,7 +3,7 @@
     python train.py --config=configs/yolo_fastest_coco.py  # expects coco256_detseg.npz and weights/ in DREP_DATA
 
 A YOLOv3 of 0.92 million parameters for images of 320 × 320 pixels. Of the 128 training pictures 27 are
-held out for choices; no label is read. The 128 pictures of val2017 are the test:
+held out for choices, which need no label. The 128 pictures of val2017 are the test:
 AP 22.0, AP50 43.5 clean (boxes from a score of 0.005, suppression at an IoU of 0.45, areas of the
 boxes in the stored pictures). Denoised, it finds 3.9 points more under noise of 20 gray levels, of 9.5
 lost, and 0.2 more on clean pictures. benchmarks/coco.py has further arms; results are in
