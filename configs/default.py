@@ -94,7 +94,7 @@ def get_default() -> ConfigDict:
         "no_decay": (),  # regular expressions over paths of parameters without weight decay; () for the usual ones
         "rates": (),  # factors on the learning rate: ((regular expression over paths, factor), …)
     }
-    stage = {
+    unlabeled = {
         **computing,
         **falling,
         "steps": 0,  # of training; 0 for no training
@@ -104,6 +104,9 @@ def get_default() -> ConfigDict:
         "warmup": 0,  # steps of linear warm-up
         "weight_decay": 0.0,  # not for adam
         "clip": 0.0,  # largest gradient norm; 0 for no limit
+    }
+    stage = {
+        **unlabeled,
         "label_smoothing": 0.0,  # fraction of the target spread over all classes
     }
     init = {
@@ -115,6 +118,32 @@ def get_default() -> ConfigDict:
         "init_channels": "",  # "sum", "mean" or "repeat": how a first convolution of other channels is read; "" refuses it
         "init_allow": (),  # regular expressions; names that may be missing, unused or of another shape
     }
+    config.pretrain = ConfigDict(  # the backbone, a ViT, first learns to denoise without labels (docs/pretraining.md)
+        {
+            **unlabeled,
+            "components": 16,  # d, latents a patch
+            "scale": "global",  # unit of the noise: global (one standard deviation), whiten (each latent's own) or none
+            "center": True,  # whether the mean patch is subtracted before the PCA
+            "noise": "latent",  # latent (l-DAE), pixels (a classical denoiser), mask (whole patches) or none
+            "schedule": "linear",  # of the noise: linear (σ from 0 to max_sigma), single (√⅓), variance or ddpm
+            "max_sigma": 2**0.5,  # largest σ of schedule linear
+            "timesteps": 1000,  # time steps of the schedule, drawn uniformly
+            "predict": "clean",  # or noise
+            "inputs": "image",  # image (by the inverse PCA) or latent
+            "outputs": "image",  # image, projection (of it on the components) or latent
+            "residual_weight": 0.1,  # weight of the loss outside the components, with outputs image
+            "mask_ratio": 0.6,  # probability that a patch is hidden, with noise mask
+            "conditioned": True,  # whether the network is told the time step, by adaLN-Zero
+            "time_width": 0,  # of the time embedding; 0 for a quarter of the width
+            "gate": 0.0,  # of every branch at the start: 0 as in the paper; 1 starts as a plain ViT, for short pre-training
+            "blocks": 0,  # of encoder and decoder together, an even number; 0 for twice model.depth
+            "t": 10,  # time step at which the encoder becomes a plain ViT
+            "project": True,  # whether the ViT sees images projected on the components, as in pre-training
+            "sweep": (),  # further time steps to probe, such as (0, 20, 40, 80)
+            "probe_images": 0,  # training images of the linear probe; 0 for all
+            "probe_every": 0,  # steps between the points of the probe's curve; 0 for none
+        }
+    )
     config.backbone = ConfigDict({**init, **stage})  # the network to denoise: read from a file, or trained with labels
     # the arm that trains the backbone on for the budget of the denoisers; none if steps is 0
     config.control = ConfigDict(stage)

@@ -23,10 +23,12 @@ LONG = {
     "detection_forward",
     "distilled",
     "front",
+    "ldae",
     "learn",
     "mcunet",
     "measured",
     "modes",
+    "pretrain",
     "real_noise",
     "reid",
     "ridge",
@@ -59,7 +61,7 @@ def test_every_benchmark_runs_at_the_tiny_size(name, arguments, capsys, tmp_path
         command.append(f"--out={tmp_path}")
     if name in ("modes", "reid"):
         command.append(f"--workdir={tmp_path}")
-    if name in ("camvid", "coco", "coco_c"):
+    if name in ("camvid", "coco", "coco_c", "ldae"):
         command.append(f"--cache={tmp_path}")
     if name == "cifar10c":
         command.append(f"--out={tmp_path / 'out.json'}")

@@ -54,6 +54,16 @@ CATALOGUE = {
         {"segmentation_mask": tfds.features.Image(shape=(None, None, 1)), "file_name": tfds.features.Text()},
     ),
     "vit_fashion_mnist_tfds": ("fashion_mnist", 10, (28, 28, 1), ("train", "test"), {}),
+    **dict.fromkeys(
+        ("ldae_vit_b_imagenet", "ldae_vit_l_imagenet"),
+        (
+            "imagenet2012",
+            1000,
+            (None, None, 3),
+            ("train", "validation"),
+            {"file_name": tfds.features.Text()},
+        ),
+    ),
     "vit_s_imagenet": (
         "imagenet2012",
         1000,
@@ -65,6 +75,8 @@ CATALOGUE = {
 OTHERS = {
     "digits": 10,
     "espnet_camvid": 12,
+    "ldae_cifar10": 10,
+    "ldae_digits": 10,
     "mcunet_imagenet": 1000,
     "resnet20_cifar10": 10,
     "vit_cifar10": 10,

@@ -22,7 +22,7 @@ LEVELS = (
     ("evaluation",),
     ("run",),
     ("tasks",),
-    ("data", "weights", "exporting", "training", "__init__"),
+    ("data", "weights", "exporting", "training", "pretraining", "__init__"),
     ("core", "models", "metrics"),
     ("parallel", "files", "trees", "imports", "progress", "rows"),
     ("errors", "typing"),
@@ -163,7 +163,7 @@ def test_types_are_defined_once():
     assert not {module: names for module, names in again.items() if names}
 
 
-MECHANISM = ("core", "metrics", "training", "evaluation", "parallel", "models")
+MECHANISM = ("core", "metrics", "training", "pretraining", "evaluation", "parallel", "models")
 """Packages that get plain arguments; the configuration is read above them."""
 
 

@@ -10,6 +10,7 @@ from drep_jax.core.recipes import check_grid
 from drep_jax.core.reverse_map import site_steps
 from drep_jax.data import Source
 from drep_jax.data.corruptions import check_spec
+from drep_jax.data.corruptions.latent import needs_a_run, open_latent
 from drep_jax.data.labels import check_form, described, labeled_images
 from drep_jax.errors import ConfigError, DataError, lookup
 from drep_jax.evaluation.placebo import PLACEBOS
@@ -23,6 +24,7 @@ from drep_jax.parallel import devices, processes
 from drep_jax.run import workdir
 from drep_jax.run.environment import environment
 from drep_jax.run.inputs import check_sizes
+from drep_jax.run.pretraining import check_pretraining
 from drep_jax.run.setup import Setup
 from drep_jax.run.stages import STAGES, Stage, optimizer_of
 from drep_jax.tasks import StagePlan
@@ -66,11 +68,14 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
         if not 0.0 < denoise[name] <= 1.0:
             raise ConfigError(f"denoise.{name}={denoise[name]} is a fraction of the tokens and must lie in (0, 1].")
     site_steps(setup.sites, setup.schedule, denoise["rule"], denoise["steps"])
-    if not config["backbone"]["init_from"] and not config["backbone"]["steps"]:
+    trained = config["backbone"]["steps"] or config["pretrain"]["steps"]
+    if not config["backbone"]["init_from"] and not trained:
         raise ConfigError(
             "There is no backbone: give trained weights with --config.backbone.init_from=FILE, or train one from labeled "
             "images with --config.backbone.steps=N."
         )
+    check_pretraining(config, setup)
+    _check_latent_noise(config)
     check_labeled(config, setup)
     check_distilled(config, setup)
     choosing = choosing_learners(config)
@@ -94,6 +99,14 @@ def check(config: Config, setup: Setup) -> dict[str, dict[str, Any]]:
     return data
 
 
+def _check_latent_noise(config: Config) -> None:
+    """Refuses noise in the latents of the run's PCA where the run makes none."""
+    specs = (config["noise"], *config["evaluate"]["conditions"], *config["select"]["conditions"])
+    if config["pretrain"]["steps"] or not any(needs_a_run(spec) for spec in specs):
+        return
+    open_latent("", {})
+
+
 def choosing_learners(config: Config) -> list[str]:
     """Returns the learners of a run that select the strength of fusion on held-out images."""
     requested = dict.fromkeys((config["learner"], *config["compare"]))
@@ -114,11 +127,11 @@ def _check_stage(config: Config, setup: Setup, stage: Stage) -> None:
     if not steps:
         return
     check_computing(config[section], section, setup, batch)
-    if section == name and setup.features:
+    if stage.labeled and section == name and setup.features:
         raise ConfigError(
             f"Stage {name} trains with labels, but the backbone has no head. Set --config.{name}.steps=0."
         )
-    if section == name and train.num_classes is None:
+    if stage.labeled and section == name and train.num_classes is None:
         raise ConfigError(f"Stage {name} trains with labels, but {train.name} has none. Set --config.{name}.steps=0.")
     if stage.labeled:
         check_form(train, setup.task.columns)

@@ -22,6 +22,7 @@ from drep_jax.run import lock, workdir
 from drep_jax.run.backbone import read_weights
 from drep_jax.run.checkpoints import last_saved
 from drep_jax.run.environment import environment
+from drep_jax.run.pretraining import ENCODER, saved_encoder, use_saved_pca
 from drep_jax.run.run import Run
 from drep_jax.run.setup import Setup, build
 from drep_jax.tasks import make_task
@@ -101,6 +102,7 @@ def evaluate(config: Config, directory: str, files: Sequence[str] = ()) -> tuple
         raise DataError(
             "There are no labeled test images, or the backbone has no head, so there is nothing to evaluate."
         )
+    use_saved_pca(directory)
     check_evaluation(config)
     data = check_scoring(config, setup)
     _check_classes(config, directory, setup)
@@ -209,6 +211,8 @@ def _of_run(run: Run) -> tuple[dict[str, Tree], dict[str, dict[str, Any]]]:
         add("baseline", read_weights(run, path), weights=os.path.abspath(path))
     elif saved := last_saved(run, "backbone"):
         add("baseline", saved.variables, step=saved.step, steps=saved.steps)
+    elif not config["backbone"]["steps"] and (pretrained := saved_encoder(run)) is not None:
+        add("baseline", pretrained, weights=os.path.abspath(os.path.join(run.directory, ENCODER)))
     if saved := last_saved(run, "control"):
         add("continued", saved.variables, step=saved.step, steps=saved.steps)
     for name in run.learners:

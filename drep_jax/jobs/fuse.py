@@ -26,6 +26,7 @@ from drep_jax.run.checkpoints import last_saved
 from drep_jax.run.export import Output, fuse_and_certify, needs_exact, open_original, write
 from drep_jax.run.inputs import certificate_images, load_inputs
 from drep_jax.run.moments import kept_moments, run_moments
+from drep_jax.run.pretraining import use_saved_pca
 from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.trees import check_finite
@@ -47,6 +48,7 @@ def load_run(directory: str, *, images: bool = True) -> tuple[Run, Tree, Tree]:
     inputs = None if images else processes.from_primary(lambda: load_inputs(directory))
     kept = None if inputs is None else (inputs.unopened(config), inputs.side)
     run = Run(config, build(config, kept), directory)
+    use_saved_pca(directory)
     saved = last_saved(run, config["learner"])
     if saved is None:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """The main job: train or load a backbone, learn denoisers, fuse, certify, compare, report.
 
 Steps of a run in a work directory, each resumed, or skipped if it is done:
-backbone → control arm (backbone trained further) → denoisers → fusion, certificate, export
+pre-training → backbone → control arm (backbone trained further) → denoisers → fusion, certificate, export
 → evaluation → report.
 """
 
@@ -23,6 +23,7 @@ from drep_jax.evaluation.arms import Network, Scored, items_of, score_arms
 from drep_jax.exporting.statistics import Statistics
 from drep_jax.jobs.checks import agree, check
 from drep_jax.jobs.findings import describe_sites, exhibit_of, measure_cost, spectra
+from drep_jax.jobs.pretrain import pretrained_backbone, pretraining_section
 from drep_jax.jobs.scores import compared, placebo_of, protocol_of, reading, scores_of, with_statistics
 from drep_jax.learners import Learned, LearnerInputs, learn, train_labeled
 from drep_jax.parallel import processes
@@ -78,9 +79,11 @@ def run(config: Config, directory: str) -> dict[str, Any]:
 
 
 def make_backbone(job: Run) -> Tree:
-    """Returns the backbone's variables, read from a file or trained from scratch."""
-    path = job.config["backbone"]["init_from"]
-    return read_weights(job, path) if path else train_labeled(job, "backbone", fresh_variables(job))[0]
+    """Returns the backbone's variables: read from a file, pre-trained without labels, trained, or both of these."""
+    if path := job.config["backbone"]["init_from"]:
+        return read_weights(job, path)
+    variables = pretrained_backbone(job) if job.config["pretrain"]["steps"] else fresh_variables(job)
+    return train_labeled(job, "backbone", variables)[0] if job.config["backbone"]["steps"] else variables
 
 
 def learn_all(job: Run, variables: Tree, continued: tuple[Tree, float] | None = None) -> dict[str, Learned]:
@@ -190,6 +193,7 @@ def finish(
         "certificate": certificate.to_json(),
         "cost": cost,
         "spectra": site_spectra,
+        "pretraining": pretraining_section(job),
         "front": exported.choice.front() if exported.choice else None,
         **pictures,
     }

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
@@ -192,6 +193,13 @@ def encode(
     for i, name in enumerate(names):
         x = block(**options, name=name)(x, None if rates is None else rates[i])
     return x
+
+
+def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:
+    """Returns [sin xω, cos xω, sin yω, cos yω] of each patch's column x and row y, ω from 1 to 1e-4 in equal ratios."""
+    omega = 10_000.0 ** -np.linspace(0, 1, width // 4)
+    y, x = (axis.reshape(-1, 1) * omega for axis in np.mgrid[:rows, :columns])
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]
 
 
 def grid_of(image: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
@@ -30,6 +29,7 @@ from drep_jax.models.transformer import (
     layer_norm,
     pair,
     patch_embedding,
+    sincos_positions,
 )
 
 POOLS = ("cls", "mean", "gap")
@@ -52,6 +52,7 @@ class ViT(Backbone, kw_only=True):
       pool: "cls" reads the class token after the final norm; "mean" averages the patch tokens (no
         others), then normalizes the average, as timm does; "gap" normalizes the patch tokens, then
         averages, as big_vision does.
+      final_norm: whether there is that norm; False leaves it out, as l-DAE's features are.
       class_token: whether there is one.
       registers: number of further learned tokens; they have no positions.
       position_class_token: whether the class token has a position too (ViT, DeiT, DINOv2), or the
@@ -86,6 +87,7 @@ class ViT(Backbone, kw_only=True):
     num_classes: int
     image_size: tuple[int, int]
     pool: str = "cls"
+    final_norm: bool = True
     class_token: bool = True
     registers: int = 0
     position_class_token: bool = True
@@ -143,7 +145,7 @@ class ViT(Backbone, kw_only=True):
                 "Resize the images, or set image_size (which changes the number of position embeddings)."
             )
         x = self._encode(self._embed(x, train), train)
-        norm = layer_norm("norm", self.norm_eps, **self.dtypes)
+        norm = layer_norm("norm", self.norm_eps, **self.dtypes) if self.final_norm else lambda tokens: tokens
         patches = x[:, x.shape[1] - math.prod(self.grid) :]
         # The norm works token by token, so taking the class token first gives the same result for
         # less work.
@@ -176,7 +178,7 @@ class ViT(Backbone, kw_only=True):
     def _positions(self) -> Float[Array, "1 positions dim"]:
         """Returns what is added to the patches, behind what is added to the class token if that has a position."""
         if self.positions == "sincos2d":
-            return jnp.asarray(_sincos2d(*self.grid, self.width), self.param_dtype)
+            return jnp.asarray(sincos_positions(*self.grid, self.width), self.param_dtype)
         shape = (1, self.prefix_positions + math.prod(self.grid), self.width)
         return self.param("pos_embedding", TRUNC_NORMAL, shape, self.param_dtype)
 
@@ -234,13 +236,6 @@ def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     blocks = [params[f"encoderblock_{i}"] for i in range(count)]
     stacked = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *blocks)
     return {**{k: v for k, v in params.items() if not k.startswith("encoderblock_")}, "encoder": stacked}
-
-
-def _sincos2d(height: int, width: int, dim: int) -> np.ndarray:
-    """Returns [sin xω, cos xω, sin yω, cos yω] of each patch's column x and row y, ω from 1 to 1e-4 in equal ratios."""
-    omega = 10_000.0 ** -np.linspace(0, 1, dim // 4)
-    y, x = (axis.reshape(-1, 1) * omega for axis in np.mgrid[:height, :width])
-    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None]
 
 
 def _check(vit: ViT) -> None:

@@ -96,6 +96,15 @@ KEYS: dict[str, Any] = {
             "*": dict.fromkeys(("index", "why", "image", "label")) | {"accuracy": {"*": None}, "answers": {"*": None}}
         },
     },
+    "pretraining??": {
+        "steps": None,
+        "seconds": None,
+        "loss": {},
+        "curve": {},
+        "pca": dict.fromkeys(("components", "numbers", "kept", "scale")),
+        "certificate": {"passed": None, "results": {}},
+        "pictures": {"clean": {"*": None}, "filters": {"*": None}, "levels": {}},
+    },
     "boxes??": {
         **dict.fromkeys(("condition", "score", "improved", "worsened", "of")),
         "arms": {"*": None},

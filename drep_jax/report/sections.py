@@ -20,6 +20,7 @@ from drep_jax.report.lines import (
     unreadable_lines,
     worst_site,
 )
+from drep_jax.report.pretraining import pretraining_blocks
 from drep_jax.report.schema import NETWORKS
 from drep_jax.report.tables import EXPORTED_NOTE, recovery_table, results_table
 
@@ -362,6 +363,7 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Block]]] = {
     "In short": _in_short,
     "Images": _data,
+    "Pre-training": pretraining_blocks,
     "Results": _results,
     "Other sources": _other_sources,
     "Certificate": _certificate,

@@ -26,7 +26,7 @@ from drep_jax.run.backbone import init_options
 from drep_jax.run.inputs import certificate_images, resized, sizes_of
 from drep_jax.run.run import Run
 from drep_jax.run.setup import Setup
-from drep_jax.typing import Tree
+from drep_jax.typing import Config, Tree
 from drep_jax.weights.formats import formats_of
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -92,23 +92,45 @@ class Output:
 
 
 def fuse_and_certify(run: Run, variables: Tree, denoisers: Denoisers) -> tuple[Tree, Certificate]:
-    """Returns fused variables, rounded once to their own types, and their certificate at every size asked for."""
+    """Returns fused variables, rounded once to their own types, and their certificate at every size asked for.
+
+    Behind a pre-trained encoder stands a probe, which may read differences of features far smaller than
+    the features. Then these are compared, and the probe must be the very same numbers.
+    """
     setup = run.setup
     sizes = sizes_of(run.config)
     with pulsing("fusion and certificate", 2 + len(sizes), "step", shown=run.config["progress"]) as steps:
         fused = fuse_variables_exact(variables, denoisers, setup.sites, setup.schedule)
         steps.update(text="fused")
         images = certificate_images(run.config, setup, run.directory)
-        backbone, sites, schedule = setup.backbone, setup.sites, setup.schedule
-        deployed = {"fused": fused["params"], "fused_statistics": fused.get("batch_stats")}
+        sites, schedule = setup.sites, setup.schedule
+        probed = has_probe(run.config, setup)
+        backbone = setup.headless if probed else setup.backbone
+        base, deployed = (_without_head(tree) if probed else tree for tree in (variables, fused))
+        given = {"fused": deployed["params"], "fused_statistics": deployed.get("batch_stats")}
+        heads = [tree["params"]["head"] for tree in (variables, fused)] if probed else []
 
         def at(images: jax.Array, size: str) -> Certificate:
-            certificate = certify(backbone, variables, denoisers, sites, schedule, images, **deployed)
+            certificate = certify(backbone, base, denoisers, sites, schedule, images, **given)
             steps.update(text=f"certificate{size}")
-            return certificate
+            if not probed:
+                return certificate
+            same = all(np.array_equal(heads[0][name], heads[1][name]) for name in heads[0])
+            return dataclasses.replace(certificate, structure={**certificate.structure, "same_probe": same})
 
         others = {name: at(resized(images, size), f" at {name}") for name, size in sizes.items()}
         return fused, dataclasses.replace(at(images, ""), sizes=others)
+
+
+def has_probe(config: Config, setup: Setup) -> bool:
+    """Returns whether the head is the probe of a pre-trained encoder, and no site reads what it reads."""
+    layers = {layer.path for site in setup.sites for layer in site.layers}
+    pretrained = config["pretrain"]["steps"] and not config["backbone"]["steps"] and not config["backbone"]["init_from"]
+    return bool(pretrained) and "head" in setup.abstract["params"] and ("head",) not in layers
+
+
+def _without_head(variables: Tree) -> Tree:
+    return {**variables, "params": {name: leaf for name, leaf in variables["params"].items() if name != "head"}}
 
 
 def open_original(run: Run, variables: Tree, output: Output) -> weights.Foreign | None:

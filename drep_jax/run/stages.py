@@ -77,6 +77,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("backbone", "backbone", ("backbone",), True, 0, ("backbone", "steps"), "backbone"),
+        Stage("pretrain", "pretrain", ("backbone",), False, 0, ("pretrain", "steps"), "pretrain"),
         Stage("control", "control", ("backbone",), True, 1, ("control", "steps"), "control"),
         Stage("algorithm1", "denoise", ("denoise",), False, 2, ("denoise", "train_steps"), "denoise"),
         Stage("label_augmented", "denoise", ("denoise",), True, 1, ("denoise", "train_steps"), "denoise"),
@@ -104,6 +105,8 @@ KEYS = {
     "distilled": 14,
     "backbone_distillation": 15,
     "distilled_backbone": 16,
+    "pretrain": 17,
+    "pretrain_init": 18,
 }
 """Purpose of a random key ↦ number folded into the seed; numbers are unique and never reused."""
 
@@ -220,6 +223,8 @@ def run_training(
     loss_fn: Any,
     log_extra: Any = None,
     prepare_batch: Callable[[Batch, int], Batch] | None = None,
+    evaluate: Callable[[Tree], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
 ) -> tuple[Any, float]:
     """Runs or resumes a stage; returns its final state and its seconds.
 
@@ -228,7 +233,7 @@ def run_training(
       name: of the stage.
       params, others: before the first step, see `prepare`.
       loss_fn: that of `make_step`; for a stage in phases {subtree: loss_fn}.
-      log_extra: see `run_stage`.
+      log_extra, evaluate, evaluate_every: see `run_stage`.
       prepare_batch: (batch, position of its first image in the stream) ↦ batch, on the host.
     """
     config, stage, source = run.config, stage_of(name), run.setup.train
@@ -278,6 +283,8 @@ def run_training(
             log_extra=log_extra,
             sharded=sharded,
             profile=parse_profile(config["profile"], run.directory) if processes.primary() else None,
+            evaluate=evaluate,
+            evaluate_every=evaluate_every,
         )
     finally:
         checkpointer.close()

@@ -36,6 +36,8 @@ def run_stage(
     log_extra: Callable[[Tree], dict[str, float]] | None = None,
     profile: Profile | None = None,
     sharded: bool = False,
+    evaluate: Callable[[Tree], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
 ) -> tuple[TrainState, float]:
     """Trains until `steps`, resuming from the last checkpoint if there is one.
 
@@ -59,6 +61,8 @@ def run_stage(
         known optimum.
       profile: the steps to trace, if any.
       sharded: whether the optimizer's state is sharded, as in `make_step`.
+      evaluate: trained parameters ↦ numbers of an evaluation, a line of the log of their own.
+      evaluate_every: in steps; 0 for never.
 
     Returns:
       The final state (one copy) and the total seconds, earlier parts of a resumed stage included.
@@ -145,6 +149,10 @@ def run_stage(
                     log(number)
                 # Asked once per step: a signal that arrives while saving counts at the next step.
                 stopping = any_host(stop.raised, last=number == steps)
+                if evaluate and evaluate_every and number % evaluate_every == 0:
+                    check()
+                    writer.write(name, number, evaluate(devices.unreplicate(current.params)))
+                    pace.restart()
                 if number % checkpoint_every == 0 or number == steps or stopping:
                     save(wait=number == steps or stopping)
                 if stopping or (number == steps and stop.raised and processes.alone()):

@@ -58,7 +58,7 @@ def same_objects(found, expected, side):
     np.testing.assert_allclose(np.asarray(found.scores)[valid], scores, atol=1e-4)
     ours = [np.asarray(leaf)[valid] for leaf in (found.boxes, found.scores, found.classes)]
     differences = np.maximum(
-        np.abs(ours[0][:, None] - boxes[None]).max(-1) / side,
+        np.abs(ours[0][:, None] - boxes[None]).max(-1) / np.maximum(side, np.abs(boxes).max(-1))[None],
         np.where(ours[2][:, None] == classes[None], np.abs(ours[1][:, None] - scores[None]), np.inf),
     )
     rows, columns = linear_sum_assignment(np.minimum(differences, 1e3))
@@ -66,7 +66,9 @@ def same_objects(found, expected, side):
     assert differences[rows, columns].max() < 1e-4
 
 
-LAST = re.compile(r".*(convs_pred\.\d|atss_\w+|conv_cls|conv_reg|fc_cls|fc_reg)")
+LAST = re.compile(
+    r".*(convs_pred\.\d|atss_\w+|conv_cls|conv_reg|fc_cls|fc_reg|class_labels_classifier|bbox_predictor\.layers\.2)"
+)
 
 
 def spread_out(net, run):
@@ -137,6 +139,7 @@ def detr_pair(own_trunk, folder):
     torch.manual_seed(0)
     net = transformers_detr(own_trunk)
     draw_weights(net)
+    spread_out(net, lambda x: net(pixel_values=x))
     module = create_model(
         "detr_r50", num_classes=11, image_size=(64, 64), num_queries=30, implementation="facebookresearch"
     )

@@ -271,7 +271,9 @@ def test_writes_everything_and_nothing_else(case, tmp_path):
         "report.md",
     ]  # no temporary file is left
     missing = {"no labels": {"accuracy"}, "closed form": {"loss"}}.get(case, set())
-    missing |= {"overlays", "boxes"} | (set() if case == "pictures" else {"spectra", "front", "ranked", "examples"})
+    missing |= {"overlays", "boxes", "reconstructions", "probe_curve", "filters"} | (
+        set() if case == "pictures" else {"spectra", "front", "ranked", "examples"}
+    )
     assert plots == {f"plots/{name}.png" for name in PLOTS.keys() - missing}
     assert set(re.findall(r"!\[.*\]\((.*)\)", text)) == plots
     for site in report["sites"]:

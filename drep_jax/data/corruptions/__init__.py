@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int, Num
 from drep_jax.data.corruptions.bank import open_bank
 from drep_jax.data.corruptions.cifar10c import CIFAR10C, at_severity
 from drep_jax.data.corruptions.imagenet_c import TABLES
+from drep_jax.data.corruptions.latent import KIND, open_latent
 from drep_jax.data.corruptions.like import open_like
 from drep_jax.data.corruptions.physical import CORRUPTIONS, Corruption
 from drep_jax.data.corruptions.spec import CLEAN, FILES, PROTOCOLS, Part, parse_spec
@@ -19,7 +20,9 @@ from drep_jax.errors import DataError
 
 __all__ = ["CIFAR10C", "CLEAN", "CORRUPTIONS", "Corruption", "Part", "check_spec", "corrupt", "noise_of", "parse_spec"]
 
-OPENED: dict[str, Callable[[str, dict[str, str]], Any]] = dict(zip(FILES, (open_bank, open_like), strict=True))
+OPENED: dict[str, Callable[[str, dict[str, str]], Any]] = dict(
+    zip(FILES, (open_bank, open_like, open_latent), strict=True)
+)
 """Corruptions from files: (place, options) ↦ (image, generator, strength) ↦ image."""
 
 WORD = 2**64
@@ -44,7 +47,7 @@ def corrupt(
       index: (B,), each image's index in its source: the same image is always corrupted in the same
         way.
       spec: `clean`, `gaussian:20`, `gaussian:0..40`, `gaussian`, `cifar10c:fog:3`, `bank:DIR`,
-        `like:DIR`, or several of these with commas between; see `parse_spec`.
+        `like:DIR`, `pca_latent:1`, or several of these with commas between; see `parse_spec`.
       seed: another seed is other noise.
       size: (B, 2), height and width of each image without padding, the column "size" of a batch;
         None where there is no padding. Padding stays as it is, so that what happens to an image
@@ -98,11 +101,14 @@ def check_spec(spec: str) -> list[Any]:
       ConfigError: for a spec that cannot be parsed, or options that cannot be used.
       DataError: for files that cannot be.
     """
-    return [noise_of(part) for part in parse_spec(spec) if part.name.partition(":")[0] in FILES]
+    parts = [part for part in parse_spec(spec) if part.name.partition(":")[0] in FILES]
+    return [noise_of(part) for part in parts if part.name != f"{KIND}:"]  # which the run makes, or checks
 
 
 def noise_of(part: Part) -> Any:
     """Returns the bank or the noise model of a part, opened once in a process."""
+    if part.name == f"{KIND}:":  # which PCA that is, the run says
+        return open_latent("", {})
     return _opened(part.name)
 
 

@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 from drep_jax.data.corruptions.cifar10c import CIFAR10C
 from drep_jax.data.corruptions.imagenet_c import TABLES
+from drep_jax.data.corruptions.latent import KIND, place_and_options
 from drep_jax.data.corruptions.physical import CORRUPTIONS
 from drep_jax.data.options import parsed
 from drep_jax.errors import ConfigError, did_you_mean
@@ -13,8 +14,8 @@ from drep_jax.errors import ConfigError, did_you_mean
 CLEAN = "clean"
 PROTOCOLS = tuple(TABLES)
 """Words that name a protocol, before the name and the severity."""
-FILES = ("bank", "like")
-"""Corruptions that are read from files: NAME:PLACE?option=value."""
+FILES = ("bank", "like", KIND)
+"""Corruptions that are read from files: NAME:PLACE?option=value; that of latents may leave out the place."""
 STRONGEST = 10.0
 """Largest factor on noise that is read from files."""
 SAFE = "*+[]!/:.,"
@@ -28,7 +29,7 @@ class Part:
 
     Attributes:
       name: `clean`, a key of `CORRUPTIONS`, `cifar10c:` or `imagenet_c:` and a name of `CIFAR10C`, or
-        `bank:` or `like:` with a place and its options other than the strength.
+        `bank:`, `like:` or `pca_latent:` with a place and its options other than the strength.
       low: smallest strength, in the unit of the corruption, or the severity, or a factor.
       high: largest strength; that of each image is drawn uniformly between the two.
     """
@@ -47,7 +48,8 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
       spec: `clean`; `NAME:STRENGTH`; `NAME:LOW..HIGH`, a strength drawn uniformly for each image;
         `NAME`, the same in the corruption's default range; `cifar10c:NAME:SEVERITY` with a severity
         from 1 to 5, and `imagenet_c:NAME:SEVERITY`, the same for photographs; `bank:PLACE` and
-        `like:PLACE`, noise from files, which takes `?strength=LOW..HIGH` among its options.
+        `like:PLACE`, noise from files, which takes `?strength=LOW..HIGH` among its options; `pca_latent:σ`,
+        in the latents of the run's PCA, or of `pca_latent:FILE?strength=σ`.
 
     Returns:
       One `Part` a corruption, in the order given.
@@ -116,7 +118,7 @@ def _protocol(protocol: str, argument: str, text: str) -> Part:
 
 
 def _from_files(name: str, argument: str) -> Part:
-    path, options = parsed(name, argument)
+    path, options = place_and_options(argument) if name == KIND else parsed(name, argument)
     low, high = parse_range(options.pop("strength", "1"), f"{name}: strength", 0.0, STRONGEST)
     query = "&".join(f"{option}={quote(value, safe=SAFE)}" for option, value in options.items())
     return Part(f"{name}:{path}{'?' if query else ''}{query}", low, high)
