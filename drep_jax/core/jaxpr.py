@@ -142,6 +142,16 @@ def reach(jaxpr: Any, start: set[Any]) -> set[Any]:
     return reached
 
 
+def live_equations(jaxpr: Any) -> set[int]:
+    """Returns the indices of the equations at this level that an output depends on."""
+    needed, live = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}, set[int]()
+    for index in range(len(jaxpr.eqns) - 1, -1, -1):
+        if needed.intersection(jaxpr.eqns[index].outvars):
+            live.add(index)
+            needed.update(v for v in jaxpr.eqns[index].invars if not isinstance(v, core.Literal))
+    return live
+
+
 def varying_vars(jaxpr: Any, inputs: Sequence[bool]) -> set[Any]:
     """Returns the variables at this level that depend on the inputs so flagged."""
     return reach(jaxpr, {var for var, flag in zip(jaxpr.invars, inputs, strict=True) if flag})

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend import core
 
 from drep_jax.core.interpreter import Junction, Program, correction, find_junctions, layer_of, tree_of
-from drep_jax.core.jaxpr import VALID, bind, bodies, mark_of, reach, varying_vars
+from drep_jax.core.jaxpr import VALID, bind, bodies, live_equations, mark_of, reach, varying_vars
 from drep_jax.core.order import Order, Place, Start
 from drep_jax.core.working import bytes_of
 from drep_jax.typing import Path, Tree
@@ -175,15 +175,18 @@ class Network:
     def _find_places(self, program: Program) -> tuple[set[Any], dict[int, Place]]:
         """Returns the variables that depend on the images, and the marked layers that do, by the index of their equation.
 
-        If one call of a layer depends on the images, all do: what it computes changes when it is fused.
+        If one call of a layer depends on the images, all do that an output depends on: what they compute changes
+        when the layer is fused.
         """
         jaxpr = self._jaxpr
         found = {index: place for index, eqn in enumerate(jaxpr.eqns) if (place := layer_of(eqn)) is not None}
         found = {index: (path, copy if path in program.stacked else None) for index, (path, copy) in found.items()}
         varying = varying_vars(jaxpr, [False] * (len(jaxpr.invars) - 1) + [True])
+        live = live_equations(jaxpr)
         while True:
-            moving = {place for index, place in found.items() if jaxpr.eqns[index].invars[-1] in varying}
-            places = {index: place for index, place in found.items() if place in moving}
+            moves = {index for index in found if jaxpr.eqns[index].invars[-1] in varying}
+            moving = {found[index] for index in moves}
+            places = {i: place for i, place in found.items() if i in moves or (i in live and place in moving)}
             outputs = {jaxpr.eqns[index].outvars[0] for index in places}
             if outputs <= varying:
                 return varying, places

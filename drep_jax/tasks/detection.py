@@ -218,9 +218,8 @@ class Detection(Task):
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         ]
         rows |= {"left_out": objects.left_out, "broken": jnp.stack(broken).any(axis=0).astype(jnp.int32)}
-        masks = getattr(objects, "masks", None)
-        if masks is not None:
-            rows |= {"boxes": boxes, "mask": jnp.round(255 * masks).astype(jnp.uint8)}
+        if objects.masks is not None:
+            rows |= {"boxes": boxes, "mask": jnp.round(255 * objects.masks).astype(jnp.uint8)}
         return rows
 
     def pseudo_labels(self, outputs: Found) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import drep_jax.core.layers as layers_module
 import drep_jax.core.moments as moments_module
 from drep_jax.core.algorithm1 import algorithm1_losses
-from drep_jax.core.calls import counted_vectors
 from drep_jax.core.closed_form import closed_form, expected_losses
 from drep_jax.core.forms import form_lines
 from drep_jax.core.fusion import fuse_exact
@@ -16,7 +16,7 @@ from drep_jax.core.layers import NO_IMAGES, find_layers
 from drep_jax.core.measured import measure
 from drep_jax.core.moments import batch_sums, collect_moments, moments_from_sums
 from drep_jax.core.schedule import Schedule
-from drep_jax.core.sites import find_sites
+from drep_jax.core.sites import find_sites, pattern_of, select_sites
 from drep_jax.errors import ConfigError, DataError, SiteError
 from drep_jax.models import create_model
 from drep_jax.rows import block_of, clean_stream, valid_pixels, valid_rows
@@ -222,6 +222,7 @@ def test_rows_that_count_differently_are_no_one_site():
     assert [[len(site.layers) for site in find_sites(Net(same), X)] for same in (True, False)] == [[2], [1, 1]]
 
 
+@pytest.mark.slow
 def test_a_padded_transformer_masks_tokens_and_not_queries(monkeypatch):
     """At 10 × 10 cells there are as many tokens as queries: their shapes do not tell keys of the image from others."""
     small = {"stage_sizes": (1, 1, 1, 1), "trunk_width": 4, "width": 8, "num_heads": 2, "mlp_dim": 12}
@@ -229,22 +230,20 @@ def test_a_padded_transformer_masks_tokens_and_not_queries(monkeypatch):
         "detr", num_classes=3, image_size=(320, 320), encoder_layers=1, decoder_layers=2, num_queries=100, **small
     )
     images, size = jax.ShapeDtypeStruct((1, 320, 320, 3), np.float32), np.array([[200.0, 320.0]])
-    sites = find_sites(net, images, size=size)
-    masked = {}
+    seen = {}
 
-    def watch(site, layer, kind, x):
-        masked[layer.name] = (counted := counted_vectors(site, layer, kind, x)) is not None
-        return counted
+    def watch(name, positions, seeking=False):
+        block = block_of(name, positions, seeking=seeking)
+        seen.setdefault(name, []).append(block is not None)
+        return block
 
-    monkeypatch.setattr(moments_module, "counted_vectors", watch)
-    variables = jax.eval_shape(net.init, jax.random.key(0), images)
-    shifts = {site.name: np.zeros(site.denoiser_shape[:-1], np.float32) for site in sites}
-    jax.eval_shape(lambda v, x: batch_sums(net, v, sites, shifts, np.ones(1), x, size=size), variables, images)
-    of_image = ("backbone", "input_proj", "encoder")
-    assert all(there for name, there in masked.items() if name.startswith(of_image))
-    # The keys and values of all layers read the same memory, and are the sites of the first.
-    others = {name for name, there in masked.items() if there and not name.startswith(of_image)}
-    assert others == {"decoder_0/cross_attn/key", "decoder_0/cross_attn/value"}
+    monkeypatch.setattr(layers_module, "block_of", watch)
+    find_sites(net, images, size=size)
+    # in the encoder; of the two decoder layers, itself and the memory
+    assert seen.pop("query") == [True, False, False, False, False]
+    assert seen.pop("key") == seen.pop("value") == [True, False, True, False, True]
+    assert seen.pop("class_embed") == [False] and all(seen.pop("input_proj"))
+    assert seen.pop("fc1") == [True, False, False] and all(seen.pop("conv2"))
 
 
 # ---- constants, and what is denoised by default ----------------------------------------------------------------------
@@ -269,10 +268,10 @@ class Decoder(nn.Module):
 
 
 def test_layers_that_no_image_reaches_are_no_sites_and_are_said():
-    layers = find_layers(Decoder(), X)
+    layers = find_layers(Decoder(), X[:1])
     constant = {layer.name for layer in layers if layer.refusal == NO_IMAGES}
     assert constant == {"cross0/query", *(f"self0/{name}" for name in ("query", "key", "value", "out"))}
-    sites = find_sites(Decoder(), X)  # a network names its own pattern; by default it would be mlp.*/…
+    sites = select_sites(layers, otherwise=pattern_of(Decoder()))  # otherwise it would be those of MLPs
     assert {layer.name for site in sites for layer in site.layers} == {layer.name for layer in layers} - constant
     (memory,) = (site for site in sites if site.name == "cross0/key")
     assert [layer.name for layer in memory.layers] == [f"cross{n}/{name}" for n in (0, 1) for name in ("key", "value")]
@@ -281,7 +280,7 @@ def test_layers_that_no_image_reaches_are_no_sites_and_are_said():
         line
         == "No image reaches self0/query, self0/key, self0/value, self0/out, cross0/query: nothing to denoise there."
     )
-    assert [site.name for site in find_sites(Decoder(), X, pattern="classes")] == ["classes"]
+    assert [site.name for site in select_sites(layers, "classes", otherwise=".*")] == ["classes"]
 
 
 def test_what_is_read_in_later_calls_decides_too():

@@ -8,7 +8,7 @@ from jax import lax
 
 from drep_jax.core.layers import find_layers
 from drep_jax.models.activations import gelu
-from drep_jax.models.pointwise import pointwise_conv
+from drep_jax.models.pointwise import pointwise_conv, whole_window_conv
 from drep_jax.models.resnet import ResNet
 from tests.trees import normal
 
@@ -68,3 +68,15 @@ def test_gelu():
     half = x.astype(jnp.bfloat16)
     assert gelu(half).dtype == jnp.bfloat16
     np.testing.assert_allclose(gelu(half).astype(jnp.float32), gelu(half.astype(jnp.float32)), rtol=8e-3)
+
+
+@pytest.mark.parametrize(
+    ("window", "padding", "product"),
+    [((3, 4), "VALID", True), ((3, 4), ((0, 0), (1, 0)), False), ((2, 4), "VALID", False)],
+)
+def test_a_window_of_the_whole_maps_is_a_product(window, padding, product):
+    x, kernel = normal(0, (5, 3, 4, 2)), normal(1, (*window, 2, 6))
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=NAMES)
+    run = jax.jit(lambda x, kernel: whole_window_conv(x, kernel, (1, 1), padding, dimension_numbers=NAMES))
+    np.testing.assert_allclose(run(x, kernel), expected, rtol=1e-5, atol=1e-5)
+    assert ("conv_general_dilated" not in str(jax.make_jaxpr(run)(x, kernel))) == product

@@ -4,13 +4,11 @@ import dataclasses
 import io
 import json
 import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 from PIL import Image
 
 from configs.default import get_default
@@ -36,13 +34,6 @@ TRUTH = np.array([[10.0, 20, 60, 90], [100, 30, 180, 110], [0, 0, 15, 20], [120,
 KINDS = np.array([0, 1, 1, 0])
 
 
-@struct.dataclass
-class WithMasks(Objects):
-    """Objects with the probabilities of their masks."""
-
-    masks: Any = None
-
-
 def found_of(boxes, classes, scores, *, masks=None, left_out=0, nan=False):
     """What a network would give for one image, boxes in pixels of its input."""
     count = len(scores)
@@ -52,11 +43,8 @@ def found_of(boxes, classes, scores, *, masks=None, left_out=0, nan=False):
         classes=jnp.asarray(classes, jnp.int32)[None],
         valid=jnp.ones((1, count), bool),
         left_out=jnp.asarray([left_out], jnp.int32),
+        masks=masks,
     )
-    if masks is not None:
-        objects = WithMasks(
-            **{field.name: getattr(objects, field.name) for field in dataclasses.fields(objects)}, masks=masks
-        )
     return Found((jnp.full((1, 2, 2, 21), np.nan if nan else 0.5),), objects, NET)
 
 

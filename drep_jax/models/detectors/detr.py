@@ -169,7 +169,7 @@ class Layer(nn.Module):
 
 
 class DETR(Backbone, kw_only=True):
-    """Detection transformer; takes images of any size.
+    """DETR; takes images of any size.
 
     Attributes:
       stage_sizes: bottleneck blocks in each of the ResNet's four stages.

@@ -82,12 +82,18 @@ def nms(
 
 def _sequential(threshold: float, boxes: Array, classes: Array, valid: Array) -> Array:
     """Returns which of the boxes are kept; they are sorted, the valid ones first."""
-    later = jnp.arange(len(boxes))
+    # Side by side in memory, a coordinate of all boxes is read in vectors.
+    x0, y0, x1, y1 = (boxes[:, axis] for axis in range(4))
+    area = jnp.maximum(x1 - x0, 0) * jnp.maximum(y1 - y0, 0)
+    place = jnp.arange(len(boxes))
 
     def visit(i: Array, keep: Array) -> Array:
         def clear(keep: Array) -> Array:
-            overlap = box_iou(boxes[i][None], boxes)[0]
-            return keep & ~((overlap > threshold) & (classes == classes[i]) & (later > i))
+            width = jnp.maximum(jnp.minimum(x1, x1[i]) - jnp.maximum(x0, x0[i]), 0)
+            height = jnp.maximum(jnp.minimum(y1, y1[i]) - jnp.maximum(y0, y0[i]), 0)
+            shared = width * height
+            overlap = shared / jnp.where(shared > 0, area[i] + area - shared, 1)
+            return keep & ~((overlap > threshold) & (classes == classes[i]) & (place > i))
 
         return lax.cond(keep[i], clear, lambda keep: keep, keep)
 

@@ -36,7 +36,7 @@ class BoxHead(nn.Module):
         """Returns logits and deltas of every region."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         xavier = nn.initializers.xavier_uniform()
-        options = {"padding": "VALID", "conv_general_dilated": whole_window_conv, "kernel_init": xavier}
+        options: dict[str, Any] = {"padding": "VALID", "conv_general_dilated": whole_window_conv, "kernel_init": xavier}
         x = nn.relu(nn.Conv(self.width, x.shape[2:4], **options, **dtypes, name="fc1")(x))
         x = x.reshape(*x.shape[:2], self.width)
         x = nn.relu(nn.Dense(self.width, kernel_init=xavier, **dtypes, name="fc2")(x))

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drep_jax import find_sites
+from drep_jax import algorithm1_losses, certify, find_sites, fuse_exact, measure
+from drep_jax.core import closed_form
+from drep_jax.core.moments import collect_moments
+from drep_jax.core.schedule import Schedule
 from drep_jax.errors import ConfigError
 from drep_jax.models import create_model
 from drep_jax.models.detectors.base import Detector
@@ -19,6 +22,7 @@ from drep_jax.weights.native import names_of
 from drep_jax.weights.translation import find_pieces
 from tests.models.detectors.networks import abstract, pictures, random_variables, targets
 from tests.models.detectors.rcnns import RCNNS, TINY, tiny
+from tests.models.test_pipeline import smooth_images
 
 SIZE = (64, 96)
 PADDED = np.array([[64.0, 96.0], [40.0, 70.0]], np.float32)
@@ -41,7 +45,9 @@ def test_parameters_and_tensors_are_those_of_the_public_networks(name):
         assert len({piece.theirs for piece in find_pieces(fmt, module, shapes)}) == tensors[1]
 
 
-@pytest.mark.parametrize("trunk", ["resnet", "swin", pytest.param("swinv2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "trunk", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("swin", "swinv2"))]
+)
 def test_every_network_is_a_detector_for_images_of_any_size(trunk):
     """By tracing: outputs have the batch first, with and without targets; objects and losses come of them."""
     module, x = tiny(trunk=trunk, masks=trunk != "swinv2"), jax.ShapeDtypeStruct((2, 61, 97, 3), jnp.float32)
@@ -410,3 +416,27 @@ def test_objects_and_gradients_of_a_padded_batch(trunk):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients["mask_head"]))
     broken, _ = run(variables, np.full_like(x, np.nan))
     assert not np.asarray(broken.valid).any()
+
+
+@pytest.mark.slow
+def test_the_whole_method_on_a_faster_rcnn():
+    """Algorithm 1's losses are at the closed form's, fused equals explicit, measured noise is undone in paired proposals."""
+    schedule, count = Schedule(beta_end=0.02), 4
+    module, x = tiny(score=0.0), smooth_images(4, SIZE)
+    variables, sites = random_variables(module), find_sites(module, x)
+    moments = collect_moments(module, variables, sites, [(x, np.ones(count, np.float32))])
+    denoise = closed_form.closed_form(moments, sites, schedule)
+    key, images = jax.random.key(3), jnp.arange(count)
+    run = jax.jit(lambda tree: algorithm1_losses(module, variables, tree, sites, schedule, key, images, jnp.asarray(x)))
+    losses = run(denoise)
+    for name, least in closed_form.expected_losses(moments, sites, schedule).items():
+        assert abs(losses[name] - least) < 0.2 * (1 + least), name
+    certificate = certify(module, variables, denoise, sites, schedule, jnp.asarray(x[:1]))
+    assert certificate.passed, str(certificate)
+    noisy = x + 0.3 * np.random.default_rng(5).normal(size=x.shape).astype(np.float32)
+    found = measure(module, variables, sites, np.stack([x, noisy]), [1.0])
+    direct = {"rule": "affine", "steps": 1}
+    fused = fuse_exact({"backbone": variables["params"], "denoise": found.denoise}, sites, schedule, **direct)
+    forward = jax.jit(lambda params, x: module.apply({**variables, "params": params}, x).anchor_deltas)
+    clean, before = forward(variables["params"], x), forward(variables["params"], noisy)
+    assert np.linalg.norm(forward(fused, noisy) - clean) < 0.7 * np.linalg.norm(before - clean)
