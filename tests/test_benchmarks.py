@@ -29,6 +29,7 @@ LONG = {
     "measured",
     "modes",
     "pretrain",
+    "rcnn",
     "real_noise",
     "reid",
     "ridge",

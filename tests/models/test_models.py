@@ -14,6 +14,7 @@ from scipy.special import erf
 from drep_jax.errors import ConfigError
 from drep_jax.models import MODELS, Backbone, create_model, list_models
 from drep_jax.models.vit import ViT, stack_blocks
+from tests.models.detectors.networks import NETWORKS, class_of
 from tests.models.detectors.rcnns import RCNNS
 from tests.pixel_classifiers import PIXEL_CLASSIFIERS
 
@@ -115,7 +116,7 @@ TABLE = {
     **{f"resnet{6 * n + 2}_cifar": ({}, (32, 32), cifar_parameters(n)) for n in (3, 5, 7, 9)},
 }
 # They return no logits, or maps of them, or are read from a file: counted in test_clip_reid.py, test_reid_resnet.py,
-# test_pixel_classifiers.py and test_mcunet.py.
+# test_pixel_classifiers.py, test_mcunet.py and detectors/.
 ELSEWHERE = {
     "mcunet",
     "clip_reid",
@@ -124,8 +125,8 @@ ELSEWHERE = {
     "resnet50_reid",
     "resnet50_vanet",
     *PIXEL_CLASSIFIERS,
-    "rcnn",
-    *RCNNS,
+    *{"rcnn", *RCNNS, *NETWORKS},
+    *{"atss", "centernet", "darknet", "detr"},  # NETWORKS are of these
 }
 
 
@@ -216,11 +217,10 @@ def test_initialized_forward_and_gradients_are_finite_and_reach_every_parameter(
 
 
 def test_every_model_has_the_types_and_the_remat_of_the_base():
-    for name, entry in MODELS.items():
-        while isinstance(entry, functools.partial):
-            entry = entry.func
-        assert issubclass(entry, Backbone), name
-        assert {"dtype", "param_dtype", "remat"} <= entry.__dataclass_fields__.keys(), name
+    for name in MODELS:
+        kind = class_of(name)
+        assert issubclass(kind, Backbone), name
+        assert {"dtype", "param_dtype", "remat"} <= kind.__dataclass_fields__.keys(), name
 
 
 def test_adding_a_model_is_one_line(monkeypatch):

@@ -17,6 +17,7 @@ from drep_jax.core.moments import collect_moments
 from drep_jax.core.schedule import Schedule
 from drep_jax.models import MODELS, create_model
 from tests.models import test_mcunet
+from tests.models.detectors.networks import class_of, finds_objects
 
 SCHEDULE = Schedule(beta_end=0.02)
 
@@ -120,8 +121,8 @@ def check(model, size, count, expected_sites=None, *, pattern=".*", spread=0.02)
 
 
 def test_every_family_has_a_narrow_network():
-    family = {name: getattr(entry, "func", entry) for name, entry in MODELS.items()}
-    assert set(family.values()) == {family[name] for name in NARROW}
+    """Those that find objects have theirs in detectors/test_network_sites.py and detectors/test_rcnn.py."""
+    assert {class_of(name) for name in MODELS if not finds_objects(name)} == {class_of(name) for name in NARROW}
 
 
 # Those that take longest, or are mostly another one, run with `pytest -m slow`.
@@ -154,7 +155,7 @@ def test_the_whole_method_runs_on_every_family(name, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in NARROW])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NARROW and not finds_objects(name)])
 def test_the_whole_method_runs_at_full_size(name):
     size = (256, 256) if name.startswith("swin") else (32, 32) if name.endswith("cifar") else (224, 224)
     size = (256, 128) if name.startswith("transreid") else size

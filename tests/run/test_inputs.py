@@ -21,6 +21,7 @@ def config(*sizes):
     return {
         "evaluate": {"certificate_sizes": sizes, "certificate_images": 2},
         "model": {"name": "net"},
+        "pretrain": {"steps": 0},
         "progress": False,
     }
 

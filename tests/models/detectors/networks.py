@@ -1,12 +1,13 @@
 """The networks that find objects: their published numbers of parameters, tiny ones, and targets."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drep_jax.models import create_model
+from drep_jax.models import MODELS, create_model
 from drep_jax.models.detectors.base import Targets
 
 # name: (options, trainable parameters with 80 classes, parts of them, running statistics), of mmdetection 3.3.0 and, for
@@ -37,6 +38,19 @@ TINY = {
     "atss_r50": PYRAMID,
     "centernet_r50": PYRAMID,
 }
+
+
+def class_of(name):
+    """Returns the class of modules that an entry of the registry makes."""
+    entry = MODELS[name]
+    while isinstance(entry, functools.partial):
+        entry = entry.func
+    return entry if isinstance(entry, type) else typing.get_type_hints(entry)["return"]
+
+
+def finds_objects(name):
+    """Returns whether an entry of the registry makes networks that find objects."""
+    return hasattr(class_of(name), "objects")
 
 
 def tiny(name, num_classes=5, **options):
