@@ -3,7 +3,7 @@
     python train.py --config=configs/segformer_camvid.py             # expects camvid_360x480.npz in DREP_DATA
 
 The network has 0.9 million parameters and is made for comparing ways of learning, not for its
-accuracy. No results were measured yet.
+accuracy. After 700 steps it has a mIoU of 33.1 (docs/results.md); longer runs were not measured.
 """
 
 import os
