@@ -14,8 +14,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from drep_jax.errors import CheckpointError
 from drep_jax.models.detectors.detr import DETR
+from drep_jax.weights.formats.implementations import renaming, rules_of
 from drep_jax.weights.formats.mmdet_parts import COUNTERS, trunk_alone, trunk_rules
 from drep_jax.weights.formats.timm_vit import QKV
 from drep_jax.weights.translation import Format, Rule
@@ -120,48 +120,34 @@ _RENAMED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 )
 
 
-def _transformers_name(name: str) -> str:
-    """Returns the name in files with timm's ResNet, for those of its own and of its modules since version 5 as well."""
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _of(implementation: str, rules: Callable[[nn.Module], tuple[Rule, ...]]) -> Callable[[nn.Module], tuple[Rule, ...]]:
-    """Returns the rules for the networks of one implementation only."""
-
-    def find(net: Any) -> tuple[Rule, ...]:
-        if net.implementation != implementation:
-            raise CheckpointError(
-                f"This is a DETR of {implementation}, whose class outputs are others than this model's: set "
-                f"--config.model.implementation={implementation} (it is {net.implementation})."
-            )
-        return rules(net)
-
-    return find
+def _why(implementation: str, net: Any) -> str:
+    return (
+        f"This is a DETR of {implementation}, whose class outputs are others than this model's: set "
+        f"--config.model.implementation={implementation} (it is {net.implementation})."
+    )
 
 
 MMDET_DETR = Format(
     name="mmdet",
     family=DETR,
     marks=(r"query_embedding\.weight", r"encoder\.layers\.0\.self_attn\.attn\.in_proj_weight"),
-    rules=_of("mmdet", _mmdet_rules),
+    rules=rules_of("mmdet", _mmdet_rules, _why),
     ignored=COUNTERS,
 )
 FACEBOOK_DETR = Format(
     name="facebookresearch",
     family=DETR,
     marks=(r"query_embed\.weight", r"transformer\.encoder\.layers\.0\.self_attn\.in_proj_weight"),
-    rules=_of("facebookresearch", _facebook_rules),
+    rules=rules_of("facebookresearch", _facebook_rules, _why),
     ignored=COUNTERS,
 )
 TRANSFORMERS_DETR = Format(
     name="transformers",
     family=DETR,
     marks=(r"model\.query_position_embeddings\.weight", r"model\.encoder\.layers\.0\.self_attn\.q_proj\.weight"),
-    rules=_of("facebookresearch", _transformers_rules),
+    rules=rules_of("facebookresearch", _transformers_rules, _why),
     ignored=COUNTERS,
     suffix=".safetensors",
-    canonical=_transformers_name,
+    canonical=renaming(_RENAMED),
 )
 RESNET_DETR = trunk_alone(DETR, ("input_proj", "encoder", "decoder", "query_embedding", "class_embed", "bbox_embed"))

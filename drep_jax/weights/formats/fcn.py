@@ -11,10 +11,8 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-import flax.linen as nn
-
-from drep_jax.errors import CheckpointError
 from drep_jax.models.fcn import FCN
+from drep_jax.weights.formats.implementations import rules_of
 from drep_jax.weights.translation import POINTWISE, Format, Rule
 
 _COUNTERS = (r".*\.num_batches_tracked",)
@@ -44,19 +42,13 @@ _TORCHVISION = (
 )
 
 
-def _of(implementation: str, example: str, rules: tuple[Rule, ...]) -> Callable[[nn.Module], tuple[Rule, ...]]:
-    """Returns the rules for the networks of one implementation only."""
-
-    def find(net: Any) -> tuple[Rule, ...]:
-        if net.implementation != implementation:
-            raise CheckpointError(
-                f"{implementation}'s FCNs have another stem and other heads than this model, so their weights do not fit: "
-                f"set --config.model.implementation={implementation} (it is {net.implementation}), or choose a model "
-                f"such as {example}."
-            )
-        return rules
-
-    return find
+def _why(implementation: str, net: Any) -> str:
+    example = {"mmseg": "fcn_r50", "torchvision": "fcn_resnet50"}[implementation]
+    return (
+        f"{implementation}'s FCNs have another stem and other heads than this model, so their weights do not fit: "
+        f"set --config.model.implementation={implementation} (it is {net.implementation}), or choose a model "
+        f"such as {example}."
+    )
 
 
 def _unused(auxiliary: str, classifiers: str) -> Callable[[Any, Collection[str]], tuple[str, ...]]:
@@ -74,7 +66,7 @@ MMSEG_FCN = Format(
     name="mmseg",
     family=FCN,
     marks=(r"backbone\.stem\.0\.weight", r"backbone\.layer1\.0\.conv1\.weight", r"decode_head\.conv_seg\.weight"),
-    rules=_of("mmseg", "fcn_r50", _MMSEG),
+    rules=rules_of("mmseg", _MMSEG, _why),
     ignored=_COUNTERS,
     canonical=lambda name: f"backbone.{name}" if _TRUNK.match(name) else name,
     unused=_unused(r"auxiliary_head\..*", r"decode_head\.conv_seg\..*"),
@@ -92,7 +84,7 @@ TORCHVISION_FCN = Format(
     name="torchvision",
     family=FCN,
     marks=(r"backbone\.conv1\.weight", r"backbone\.layer1\.0\.conv1\.weight", r"classifier\.4\.weight"),
-    rules=_of("torchvision", "fcn_resnet50", _TORCHVISION),
+    rules=rules_of("torchvision", _TORCHVISION, _why),
     ignored=_COUNTERS,
     canonical=MMSEG_FCN.canonical,
     unused=_unused(r"aux_classifier\..*", r"classifier\.4\..*"),

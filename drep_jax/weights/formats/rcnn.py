@@ -8,7 +8,6 @@ torchvision's older files name their convolutions without the index of a layer i
 are read, and written back as they were.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from drep_jax.errors import CheckpointError
 from drep_jax.models.detectors.rcnn import BOX_CELLS, RCNN
+from drep_jax.weights.formats.implementations import renaming, rules_of
 from drep_jax.weights.formats.mmdet_parts import COUNTERS, fpn_rules, trunk_rules
 from drep_jax.weights.formats.swin_v1 import classifier_rules, merges, mmdet_rules
 from drep_jax.weights.formats.timm_swinv2 import BLOCK_RULES, BUFFERS
@@ -77,7 +77,6 @@ _TORCHVISION_RULES = (
 
 
 def _mmdet_rules(net: Any) -> tuple[Rule, ...]:
-    _check(net, "mmdet", "faster_rcnn_r50 or mask_rcnn_r50")
     if net.trunk == "swinv2":
         raise CheckpointError(
             "mmdetection has no SwinV2, so there are no names for it: choose a model such as mask_rcnn_swin_t, or write "
@@ -88,19 +87,21 @@ def _mmdet_rules(net: Any) -> tuple[Rule, ...]:
 
 
 def _torchvision_rules(net: Any) -> tuple[Rule, ...]:
-    _check(net, "torchvision", "fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn")
     if net.trunk != "resnet":
         raise CheckpointError(f"torchvision's R-CNNs are on ResNets; this one is on {net.trunk}: set trunk=resnet.")
     return _TORCHVISION_RULES
 
 
-def _check(net: Any, implementation: str, examples: str) -> None:
-    if net.implementation != implementation:
-        raise CheckpointError(
-            f"{implementation}'s R-CNNs have other anchors, another RoIAlign and the background at another place than this "
-            f"model, so its boxes would be wrong: set --config.model.implementation={implementation} (it is "
-            f"{net.implementation}), or choose {examples}."
-        )
+def _why(implementation: str, net: Any) -> str:
+    r50 = {
+        "mmdet": "faster_rcnn_r50 or mask_rcnn_r50",
+        "torchvision": "fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn",
+    }
+    return (
+        f"{implementation}'s R-CNNs have other anchors, another RoIAlign and the background at another place than this "
+        f"model, so its boxes would be wrong: set --config.model.implementation={implementation} (it is "
+        f"{net.implementation}), or choose {r50[implementation]}."
+    )
 
 
 def _mask_free(pattern: str) -> Callable[[Any, Any], tuple[str, ...]]:
@@ -115,18 +116,11 @@ _OLD_NAMES = (
 )
 
 
-def _torchvision_name(name: str) -> str:
-    """Returns the name since torchvision 0.13."""
-    for pattern, replacement in _OLD_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 MMDET_RCNN = Format(
     name="mmdet",
     family=RCNN,
     marks=(r"rpn_head\.rpn_conv\.weight", r"roi_head\.bbox_head\.shared_fcs\.0\.weight"),
-    rules=_mmdet_rules,
+    rules=rules_of("mmdet", _mmdet_rules, _why),
     ignored=(*COUNTERS, *BUFFERS),
     unused=_mask_free(r"roi_head\.mask_head\..*"),
 )
@@ -134,9 +128,9 @@ TORCHVISION_RCNN = Format(
     name="torchvision",
     family=RCNN,
     marks=(r"rpn\.head\.cls_logits\.weight", r"roi_heads\.box_head\.fc6\.weight"),
-    rules=_torchvision_rules,
+    rules=rules_of("torchvision", _torchvision_rules, _why),
     ignored=COUNTERS,
-    canonical=_torchvision_name,
+    canonical=renaming(_OLD_NAMES),
     unused=_mask_free(r"roi_heads\.mask_(head|predictor)\..*"),
 )
 

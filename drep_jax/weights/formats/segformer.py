@@ -21,8 +21,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from drep_jax.errors import CheckpointError
 from drep_jax.models.segformer import SegFormer
+from drep_jax.weights.formats.implementations import renaming, rules_of
 from drep_jax.weights.formats.timm_vit import QKV
 from drep_jax.weights.translation import POINTWISE, Format, Rule
 
@@ -148,25 +148,11 @@ _NEW_NAMES = (
 )
 
 
-def _transformers_name(name: str) -> str:
-    """Returns the name in transformers' files, for those of its modules since version 5 and of encoders too."""
-    for pattern, replacement in _NEW_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _of(implementation: str, rules: Callable[[nn.Module], tuple[Rule, ...]]) -> Callable[[nn.Module], tuple[Rule, ...]]:
-    """Returns the rules for the networks of one implementation only."""
-
-    def find(net: Any) -> tuple[Rule, ...]:
-        if net.implementation != implementation:
-            raise CheckpointError(
-                f"This is a SegFormer of {implementation}, which has another head or other eps in its norms than this model: "
-                f"set --config.model.implementation={implementation} (it is {net.implementation})."
-            )
-        return rules(net)
-
-    return find
+def _why(implementation: str, net: Any) -> str:
+    return (
+        f"This is a SegFormer of {implementation}, which has another head or other eps in its norms than this model: "
+        f"set --config.model.implementation={implementation} (it is {net.implementation})."
+    )
 
 
 def _encoder(whole: Format, rules: Callable[[nn.Module], tuple[Rule, ...]], classifier: str) -> Format:
@@ -199,7 +185,7 @@ MMSEG_SEGFORMER = Format(
         r"backbone\.layers\.0\.1\.0\.attn\.attn\.in_proj_weight",
         r"decode_head\.fusion_conv\.conv\.weight",
     ),
-    rules=_of("mmseg", _mmseg_rules),
+    rules=rules_of("mmseg", _mmseg_rules, _why),
     ignored=_COUNTERS,
     canonical=lambda name: re.sub(r"^layers\.(?=\d)", "backbone.layers.", name),
     unused=_unused(r"decode_head\.conv_seg\..*"),
@@ -212,7 +198,7 @@ NVLABS_SEGFORMER = Format(
         r"backbone\.block1\.0\.attn\.kv\.weight",
         r"decode_head\.linear_c1\.proj\.weight",
     ),
-    rules=_of("nvlabs", _nvlabs_rules),
+    rules=rules_of("nvlabs", _nvlabs_rules, _why),
     ignored=(r"decode_head\.conv_seg\..*", *_COUNTERS),
     canonical=lambda name: re.sub(r"^((patch_embed|block|norm)\d\.)", r"backbone.\1", name),
     unused=_unused(r"decode_head\.linear_pred\..*"),
@@ -225,10 +211,10 @@ TRANSFORMERS_SEGFORMER = Format(
         r"segformer\.encoder\.block\.0\.0\.attention\.self\.query\.weight",
         r"decode_head\.linear_c\.0\.proj\.weight",
     ),
-    rules=_of("transformers", _transformers_rules),
+    rules=rules_of("transformers", _transformers_rules, _why),
     ignored=_COUNTERS,
     suffix=".safetensors",
-    canonical=_transformers_name,
+    canonical=renaming(_NEW_NAMES),
     unused=_unused(r"decode_head\.classifier\..*"),
 )
 MMSEG_SEGFORMER_ENCODER = _encoder(MMSEG_SEGFORMER, _mmseg_rules, r"head\..*")
