@@ -29,6 +29,7 @@ from drep_jax.data.columns import Column
 from drep_jax.data.labels import MISSING, check_scorable, labeled_images
 from drep_jax.data.loader import Order, order_of
 from drep_jax.data.source import Source
+from drep_jax.errors import ConfigError
 from drep_jax.metrics.reducers import Metric
 from drep_jax.typing import Batch, Config, Tree
 
@@ -366,4 +367,22 @@ class Task:
         del config, setup, plans, chooses
 
 
-__all__ = ["Batch", "Exhibit", "Items", "Metric", "StagePlan", "Task"]
+def check_unmerged(others: Sequence[Source], what: str) -> None:
+    """Refuses merged sources with classes of their own.
+
+    Args:
+      others: sources beside the training images whose labels are other classes.
+      what: the task scores, "pixels".
+
+    Raises:
+      ConfigError: naming them.
+    """
+    if others:
+        names = ", ".join(other.name for other in others)
+        raise ConfigError(
+            f"data.merge: {names} has labels, which are the classes of other images, and {what} are not scored by nearest "
+            "neighbors. Merge images without labels (folder:DIR of images alone), or leave it out."
+        )
+
+
+__all__ = ["Batch", "Exhibit", "Items", "Metric", "StagePlan", "Task", "check_unmerged"]

@@ -10,7 +10,7 @@ from drep_jax.data.source import Source, raw_item
 from drep_jax.errors import ConfigError, DataError, UnreadableError
 from drep_jax.models.detectors.base import Detector
 from drep_jax.parallel import devices
-from drep_jax.tasks.base import StagePlan
+from drep_jax.tasks.base import StagePlan, check_unmerged
 from drep_jax.typing import Config
 
 LOOKED_AT = 32
@@ -73,12 +73,7 @@ def check_run(task: Any, config: Config, setup: Any, plans: Sequence[StagePlan],
     Raises:
       DrepError: its subclasses name the setting or the images.
     """
-    if setup.others:
-        names = ", ".join(other.name for other in setup.others)
-        raise ConfigError(
-            f"data.merge: {names} has labels, which are the classes of other images, and objects are not scored by nearest "
-            "neighbors. Merge images without labels (folder:DIR of images alone), or leave it out."
-        )
+    check_unmerged(setup.others, "objects")
     explicit = [name for name in (config["learner"], *config["compare"]) if name in EXPLICIT]
     if explicit:
         raise ConfigError(

@@ -11,7 +11,7 @@ from drep_jax.data.labels import spread
 from drep_jax.data.source import Source, original_size_of, raw_item
 from drep_jax.errors import ConfigError, DataError, UnreadableError
 from drep_jax.models import output_shape
-from drep_jax.tasks.base import StagePlan
+from drep_jax.tasks.base import StagePlan, check_unmerged
 from drep_jax.typing import Config
 
 LOOKED_AT = 16
@@ -33,12 +33,7 @@ def check_run(task: Any, config: Config, setup: Any, plans: Sequence[StagePlan],
     Raises:
       DrepError: its subclasses name the setting or the images.
     """
-    if setup.others:
-        names = ", ".join(other.name for other in setup.others)
-        raise ConfigError(
-            f"data.merge: {names} has labels, which are the classes of other images, and pixels are not scored by nearest "
-            "neighbors. Merge images without labels (folder:DIR of images alone), or leave it out."
-        )
+    check_unmerged(setup.others, "pixels")
     if plans:
         check_maps(setup.train, setup.train.num_classes, "training images")
     if chooses and config["select"]["labels"] and setup.held_out.num_classes is not None:
