@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from drep_jax.models.backbone import Backbone, check_batch
 from drep_jax.models.detectors.anchors import anchors_of
 from drep_jax.models.detectors.atss_losses import atss_losses
 from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import RCNN_STDS, decode_deltas
-from drep_jax.models.detectors.fpn import FPN
 from drep_jax.models.detectors.losses import dense_distance
 from drep_jax.models.detectors.padding import extents, shape_of
 from drep_jax.models.detectors.proposals import Objects
@@ -27,15 +25,13 @@ from drep_jax.models.detectors.towers import (
     RARE,
     STRIDES,
     Maps,
-    check_pyramid_head,
+    PyramidDetector,
     conv3x3,
     flat,
     found,
     on_levels,
     tower_convs,
 )
-from drep_jax.models.detectors.trunk import ResNetTrunk
-from drep_jax.rows import valid_pixels
 
 
 @struct.dataclass
@@ -78,65 +74,14 @@ class ATSSHead(nn.Module):
         )
 
 
-class ATSS(Backbone, kw_only=True):
-    """ATSS detector; takes images of any size.
+class ATSS(PyramidDetector, kw_only=True):
+    """ATSS detector; takes images of any size. Attributes are those of `PyramidDetector`."""
 
-    Attributes:
-      stage_sizes: bottleneck blocks in each of the ResNet's four stages.
-      num_classes: number of classes.
-      trunk_width: channels of the ResNet's stem.
-      width: channels of the pyramid and the head.
-      depth: convolutions of each row of the head.
-      groups: of the GroupNorms.
-      score, iou: thresholds of what is found: of the class, and of non-maximum suppression.
-      candidates: most (cell, class) pairs of a level.
-      keep: most objects of an image.
-    """
+    kind = "An ATSS"
 
-    stage_sizes: Sequence[int]
-    num_classes: int
-    trunk_width: int = 64
-    width: int = 256
-    depth: int = 4
-    groups: int = 32
-    score: float = 0.05
-    iou: float = 0.6
-    candidates: int = 1000
-    keep: int = 100
-
-    site_pattern = ".*"
-
-    def check(self) -> None:
-        """Raises ConfigError for attributes that cannot work together."""
-        check_pyramid_head(self)
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch height width channels"],
-        train: bool = False,
-        size: Float[Array, "batch 2"] | None = None,
-        targets: Targets | None = None,
-    ) -> Predictions:
-        """Predicts classes, boxes and centerness in every cell of five levels.
-
-        Args:
-          x: normalized images, padded right and below to multiples of 32.
-          train, targets: change nothing here: there is no dropout, and batch norms have stored
-            statistics.
-          size: of the images without padding. It changes no output, but padding is no feature that
-            denoisers learn from.
-
-        Raises:
-          ConfigError: when `x` is not a batch of images.
-        """
-        del train, targets
-        check_batch(x, "An ATSS")
-        trunk = ResNetTrunk(self.stage_sizes, self.trunk_width, remat=self.remat, **self.dtypes, name="backbone")
-        pyramid = FPN(self.width, extra="convs_on_output", **self.dtypes, name="neck")
-        head = ATSSHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")
-        with valid_pixels(size, shape_of(x)):
-            return head(pyramid(trunk(x)[1:]))
+    def head(self) -> nn.Module:
+        """Returns the layers that read the levels."""
+        return ATSSHead(self.num_classes, self.depth, self.groups, **self.dtypes, name="head")
 
     def objects(
         self, outputs: Predictions, shape: tuple[int, int], size: Float[Array, "batch 2"] | None = None

@@ -15,9 +15,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from drep_jax.errors import ConfigError
-from drep_jax.models.backbone import at_least_float32, check_classes, whole
+from drep_jax.models.backbone import Backbone, at_least_float32, check_batch, check_classes, whole
+from drep_jax.models.detectors.base import Targets
 from drep_jax.models.detectors.coders import clip_boxes
+from drep_jax.models.detectors.fpn import FPN
+from drep_jax.models.detectors.padding import shape_of
 from drep_jax.models.detectors.proposals import Objects, best_pairs, suppressed
+from drep_jax.models.detectors.trunk import ResNetTrunk
+from drep_jax.rows import valid_pixels
 
 Maps = Float[Array, "batch height width channels"]
 STRIDES = (8, 16, 32, 64, 128)
@@ -109,13 +114,89 @@ def found(
     return lax.map(lambda image: of_image(*image), (list(scores), factors, list(boxes), extent))
 
 
-def check_pyramid_head(net: Any) -> None:
-    """Raises ConfigError for attributes of a network with such a head that cannot work."""
-    if not whole(net.stage_sizes, 1) or len(net.stage_sizes) != STAGES:
-        raise ConfigError(f"stage_sizes must be the number of blocks of each of 4 stages, got {net.stage_sizes!r}.")
-    for name in ("trunk_width", "width", "groups", "depth", "candidates", "keep"):
-        if not whole((getattr(net, name),), 1):
-            raise ConfigError(f"{name} must be a whole number, at least 1, got {getattr(net, name)!r}.")
-    if net.width % net.groups:
-        raise ConfigError(f"width {net.width} is not divisible by groups {net.groups}.")
-    check_classes(net)
+class PyramidDetector(Backbone, kw_only=True):
+    """Base of the detectors of one stage with two rows of convolutions on P3 to P7; they take images of any size.
+
+    A subclass gives its head, `objects` and `losses`.
+
+    Attributes:
+      stage_sizes: bottleneck blocks in each of the ResNet's four stages.
+      num_classes: number of classes.
+      trunk_width: channels of the ResNet's stem.
+      width: channels of the pyramid and the head.
+      depth: convolutions of each row of the head.
+      groups: of the GroupNorms.
+      score, iou: thresholds of what is found: of the class, and of non-maximum suppression.
+      candidates: most (cell, class) pairs of a level.
+      keep: most objects of an image.
+    """
+
+    stage_sizes: Sequence[int]
+    num_classes: int
+    trunk_width: int = 64
+    width: int = 256
+    depth: int = 4
+    groups: int = 32
+    score: float = 0.05
+    iou: float = 0.6
+    candidates: int = 1000
+    keep: int = 100
+
+    site_pattern = ".*"
+    kind = ""
+    """Of the network with its article, for messages."""
+    trunk_style = "pytorch"
+    relu_before_extra = False
+
+    def check(self) -> None:
+        """Raises ConfigError for attributes that cannot work together."""
+        if not whole(self.stage_sizes, 1) or len(self.stage_sizes) != STAGES:
+            raise ConfigError(
+                f"stage_sizes must be the number of blocks of each of 4 stages, got {self.stage_sizes!r}."
+            )
+        for name in ("trunk_width", "width", "groups", "depth", "candidates", "keep"):
+            if not whole((getattr(self, name),), 1):
+                raise ConfigError(f"{name} must be a whole number, at least 1, got {getattr(self, name)!r}.")
+        if self.width % self.groups:
+            raise ConfigError(f"width {self.width} is not divisible by groups {self.groups}.")
+        check_classes(self)
+
+    def head(self) -> nn.Module:
+        """Returns the layers that read the levels, named "head"."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Maps,
+        train: bool = False,
+        size: Float[Array, "batch 2"] | None = None,
+        targets: Targets | None = None,
+    ) -> Any:
+        """Returns the head's predictions in every cell of five levels.
+
+        Args:
+          x: normalized images, padded right and below to multiples of 32.
+          train, targets: change nothing here: there is no dropout, and batch norms have stored
+            statistics.
+          size: of the images without padding. It changes no output, but padding is no feature that
+            denoisers learn from.
+
+        Raises:
+          ConfigError: when `x` is not a batch of images.
+        """
+        del train, targets
+        check_batch(x, self.kind)
+        trunk = ResNetTrunk(
+            self.stage_sizes, self.trunk_width, self.trunk_style, remat=self.remat, **self.dtypes, name="backbone"
+        )
+        pyramid = FPN(
+            self.width,
+            extra="convs_on_output",
+            relu_before_extra=self.relu_before_extra,
+            **self.dtypes,
+            name="neck",
+        )
+        head = self.head()
+        with valid_pixels(size, shape_of(x)):
+            return head(pyramid(trunk(x)[1:]))
