@@ -116,12 +116,15 @@ def check_pretraining(config: Config, setup: Setup) -> None:
         )
     if options["probe_every"] < 0 or options["probe_images"] < 0:
         raise ConfigError("pretrain.probe_every and pretrain.probe_images must be 0 or more.")
-    numbers = patch[0] * patch[1] * 3
-    count = options["components"]
-    blank = PatchPCA(np.zeros(numbers), np.eye(numbers), np.ones(numbers), np.ones(count), count, patch)
-    objective_of(options, blank).check_time(options["t"])
-    for t in options["sweep"]:
-        objective_of(options, blank).check_time(t)
+    objective = objective_of(options, blank_pca(options, patch))
+    for t in (options["t"], *options["sweep"]):
+        objective.check_time(t)
+
+
+def blank_pca(options: Config, patch: tuple[int, int]) -> PatchPCA:
+    """Returns a basis of pixels in place of a PCA, for what needs shapes and settings alone."""
+    numbers, count = patch[0] * patch[1] * 3, options["components"]
+    return PatchPCA(np.zeros(numbers), np.eye(numbers), np.ones(numbers), np.ones(count), count, patch)
 
 
 def vit_of(setup: Setup) -> ViT:
@@ -250,8 +253,18 @@ def train_autoencoder(
     Raises:
       CheckpointError: if the checkpoints there belong to another PCA.
     """
-    options = run.config[STAGE]
     _claim(run, pretraining)
+    params = {"backbone": fresh_autoencoder(run, pretraining)}
+    probing = None if evaluate is None else lambda trained: evaluate(trained["backbone"])
+    every = run.config[STAGE]["probe_every"]
+    loss_fn = training_loss(run, pretraining)
+    state, seconds = run_training(run, STAGE, params, {}, loss_fn, evaluate=probing, evaluate_every=every)
+    return state.params["backbone"], seconds
+
+
+def training_loss(run: Run, pretraining: Pretraining) -> Any:
+    """Returns the loss of the stage's steps, computed as `pretrain.compute` and `pretrain.remat` say."""
+    options = run.config[STAGE]
     changes: dict[str, Any] = {"remat": options["remat"], "dtype": jnp.dtype(options["compute"])}
     computing = dataclasses.replace(pretraining, net=pretraining.net.clone(**changes))
 
@@ -259,12 +272,7 @@ def train_autoencoder(
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
         return computing.loss(params["backbone"], run.setup.inputs(batch), keys), ({}, others)
 
-    params = {"backbone": fresh_autoencoder(run, pretraining)}
-    probing = None if evaluate is None else lambda trained: evaluate(trained["backbone"])
-    state, seconds = run_training(
-        run, STAGE, params, {}, loss_fn, evaluate=probing, evaluate_every=options["probe_every"]
-    )
-    return state.params["backbone"], seconds
+    return loss_fn
 
 
 def _claim(run: Run, pretraining: Pretraining) -> None:

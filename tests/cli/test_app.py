@@ -82,10 +82,21 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
     place = f"--workdir={tmp_path / 'run'}"
     ended = call("train.py", TINY, place, "--config.dry_run=true", "--config.data.source=tfds:imagenet2012")
     assert ended.status == 0, ended
-    for text in ("Model vit", "4 denoisers", "encoderblock_1/mlp/fc2", "step 2: loss", "images/s", "peak memory"):
+    for text in ("Model vit", "4 denoisers", "encoderblock_1/mlp/fc2", "algorithm1, step 2: loss", "images/s", "peak memory"):
         assert text in ended.output
     assert not os.path.exists(tmp_path / "run")
     call("train.py", TINY, "--config.dry_run=true", "--config.dry_run_batch=0").refused("dry_run_batch=0")
+
+
+def test_dry_run_counts_pretraining():
+    flags = ["--config.dry_run=true", "--config.dry_run_batch=2", "--config.data.source=tfds:imagenet2012"]
+    own = ["--config.pretrain.components=8", "--config.model.class_token=False", "--config.model.final_norm=False"]
+    ended = call("train.py", TINY, *flags, "--config.pretrain.steps=5", *own, "--config.model.pool=mean")
+    assert ended.status == 0, ended
+    for text in ("pretrain, step 2: loss", "pretrain, batch", "algorithm1, step 2: loss", "algorithm1, batch"):
+        assert text in ended.output
+    refused = call("train.py", TINY, *flags, "--config.pretrain.steps=5", *own, "--config.pretrain.blocks=3")
+    refused.refused("pretrain.blocks=3 is odd")
 
 
 def test_nan_in_given_weights_is_refused(finished, tmp_path):
