@@ -29,6 +29,11 @@ class Streams(abc.ABC):
     def take(self, index: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, "streams n *image_shape"]:
         """Returns some images of every stream."""
 
+    def arguments(self, index: Int[np.ndarray, " n"]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
+        """Returns what the backbone is given beside some images that have been taken, the same in every stream."""
+        del index
+        return {}
+
 
 class InMemory(Streams):
     """Streams that are one array."""

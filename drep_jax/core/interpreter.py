@@ -10,6 +10,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -101,6 +102,7 @@ def trace(
     images: Any,
     kwargs: Mapping[str, Any] | None = None,
     streams: int = 1,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> Program:
     """Returns the equations of a backbone, with every layer of `sites` marked.
 
@@ -115,9 +117,10 @@ def trace(
       kwargs: further arguments of the backbone, such as `train`.
       streams: equal parts of the batch: clean images, then corrupted versions of them. What the
         network says is the clean images' is theirs in all parts.
+      arguments: further ones of the backbone with a row for each image, or their shapes and types.
 
     Returns:
-      The program. Its inputs are the leaves of (variables, images), in tree order.
+      The program. Its inputs are the leaves of (variables, arguments, images), in tree order.
 
     Raises:
       SiteError: for a marked layer inside a branch or a `while` loop.
@@ -135,11 +138,12 @@ def trace(
             x = marked(VALID, lambda x, *_: x)(x, *valid)
         return marked(mark_name(layer.path), functions[layer.path])(leaves_of(module), x)
 
-    def forward(variables: Tree, images: Any) -> Any:
+    def forward(variables: Tree, arguments: Mapping[str, Any], images: Any) -> Any:
+        options = {**(kwargs or {}), **arguments}
         with streams_of(streams):
-            return visit_sites(backbone, variables, sites, _no_extras(sites), mark, images, **(kwargs or {}))
+            return visit_sites(backbone, variables, sites, _no_extras(sites), mark, images, **options)
 
-    closed = jax.make_jaxpr(forward)(variables, images)
+    closed = jax.make_jaxpr(forward)(variables, dict(arguments), images)
     flat = jax.make_jaxpr(lambda *args: _flat(closed.jaxpr, closed.consts, args, None))(*closed.in_avals)
     stacked = {layer.path for site in sites for layer in site.layers if layer.stack is not None}
     return Program(flat, functions, stacked)
@@ -157,12 +161,14 @@ def check_batch_axis(
     sites: Sequence[Site],
     image: jax.ShapeDtypeStruct,
     kwargs: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, jax.ShapeDtypeStruct] = MappingProxyType({}),
 ) -> None:
     """Checks that the first axis of every layer's input has an equal number of rows of each image.
 
     Args:
       backbone, variables, sites, kwargs: see `trace`.
       image: shape of a batch of one.
+      arguments: shapes of further arguments of the backbone, likewise.
 
     Raises:
       SiteError: naming the layer.
@@ -178,12 +184,14 @@ def check_batch_axis(
             )
         return call(x)
 
-    images = jax.ShapeDtypeStruct((batch, *image.shape[1:]), image.dtype)
+    def of_batch(one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *one.shape[1:]), one.dtype)
 
-    def forward(variables: Tree, images: Any) -> Any:
-        return visit_sites(backbone, variables, sites, _no_extras(sites), check, images, **(kwargs or {}))
+    def forward(variables: Tree, images: Any, arguments: Any) -> Any:
+        options = {**(kwargs or {}), **arguments}
+        return visit_sites(backbone, variables, sites, _no_extras(sites), check, images, **options)
 
-    jax.eval_shape(forward, variables, images)
+    jax.eval_shape(forward, variables, of_batch(image), {name: of_batch(one) for name, one in arguments.items()})
 
 
 def _flat(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], copy: int | None) -> list[Any]:

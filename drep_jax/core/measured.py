@@ -204,15 +204,22 @@ class _Solver:
             for site in sites
             if shortcut and len(site.layers) == 1 and site.layers[0].part is None and kind_of(site) != "pointwise"
         }
-        first, folds = images.take(np.zeros(1, int)), 1 if ridge is not None else FOLDS
+        first, folds = images.take(np.zeros(1, int))[0], 1 if ridge is not None else FOLDS
+        beside = images.arguments(np.zeros(1, int))
+
+        def shapes(batch: int) -> tuple[Any, Any]:
+            image, *others = (
+                jax.ShapeDtypeStruct((batch, *rows.shape[1:]), rows.dtype) for rows in (first, *beside.values())
+            )
+            return image, dict(zip(beside, others, strict=True))
 
         def network(rounds: Sequence[Round]) -> Network:
-            batch = self.count[0] * rounds[0].index.shape[1]
-            shape = jax.ShapeDtypeStruct((batch, *first.shape[2:]), first.dtype)
-            return Network(trace(backbone, variables, sites, shape, kwargs, self.count[0]), first_of, corrected)
+            image, arguments = shapes(self.count[0] * rounds[0].index.shape[1])
+            program = trace(backbone, variables, sites, image, kwargs, self.count[0], arguments)
+            return Network(program, first_of, corrected, len(arguments))
 
-        image = jax.ShapeDtypeStruct((1, *first.shape[2:]), first.dtype)
-        check_batch_axis(backbone, variables, sites, image, kwargs)
+        image, arguments = shapes(1)
+        check_batch_axis(backbone, variables, sites, image, kwargs, arguments)
         self.rounds = rounds_of(self.count[1], folds, chunk)
         self.network = network(self.rounds)
         size = self.rounds[0].index.shape[1]

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -213,9 +214,10 @@ def collect_moments(
     backbone: nn.Module,
     variables: Tree,
     sites: Sequence[Site],
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[tuple[Any, ...]],
     *,
     shift_images: Any = None,
+    shift_arguments: Mapping[str, Any] = MappingProxyType({}),
     tokens: float = 1.0,
     seed: int = 0,
     first_slot: int = 0,
@@ -230,10 +232,12 @@ def collect_moments(
     Args:
       backbone, variables: the frozen backbone.
       sites: to take moments at.
-      batches: (images, mask), normalized, (batch, …) and (batch,) with 0 for padding. With several
+      batches: (images, mask), normalized, (batch, …) and (batch,) with 0 for padding; where the
+        backbone is given more of each image, (images, mask, {argument: (batch, …)}). With several
         hosts: each host's equal part of every batch.
       shift_images: images whose mean feature is the shift, normalized, the same on every host.
         Needed with several hosts; by default the first images of the first batch.
+      shift_arguments: what the backbone is given beside them.
       tokens: fraction of each image's feature vectors to use, in (0, 1]. Which ones depends only on
         the seed, the site and the image's index in the stream. Neighboring tokens are so similar
         that a quarter of them gives nearly the same moments.
@@ -256,16 +260,18 @@ def collect_moments(
     key, seen = jax.random.key(seed, impl="threefry2x32"), 0
     host, host_count = devices.host()
 
-    def mean_feature(images: Any, mask: Any) -> Any:
-        return center(variables, images, mask, image_keys(key, np.arange(len(images), dtype=np.int32)))
+    def mean_feature(images: Any, mask: Any, arguments: Mapping[str, Any]) -> Any:
+        keys = image_keys(key, np.arange(len(images), dtype=np.int32))
+        return center(variables, images, mask, keys, *_given(arguments))
 
     shifts: Any = None
     if shift_images is not None:
-        shifts = mean_feature(shift_images, np.ones(len(shift_images), np.float32))
+        shifts = mean_feature(shift_images, np.ones(len(shift_images), np.float32), shift_arguments)
     replicated = devices.replicate(variables)
     state: Any = None
     replicated_shifts: Any = None
-    for images, mask in batches:
+    for images, mask, *further in batches:
+        arguments = dict(*further)
         index = seen + host * len(mask) + np.arange(len(mask), dtype=np.int32)
         seen += host_count * len(mask)
         if state is None:
@@ -274,9 +280,11 @@ def collect_moments(
                     raise ConfigError(
                         "With several hosts, moments need images that all of them have: give `shift_images`."
                     )
-                shifts = mean_feature(images[:SHIFT_IMAGES], np.asarray(mask[:SHIFT_IMAGES]))
+                first = {name: rows[:SHIFT_IMAGES] for name, rows in arguments.items()}
+                shifts = mean_feature(images[:SHIFT_IMAGES], np.asarray(mask[:SHIFT_IMAGES]), first)
             state, replicated_shifts = initial_state(sites), devices.replicate(shifts)
-        batch = tuple(devices.shard(part) for part in (images, mask, image_keys(key, index)))
+        parts = (images, mask, image_keys(key, index), *_given(arguments))
+        batch = tuple(devices.shard(part) for part in parts)
         state = add(state, replicated, replicated_shifts, *batch)
     if state is None:
         raise DataError("There are no images to take moments of.")
@@ -307,7 +315,7 @@ def programs(
     Returns:
       center: (variables, images, mask, keys) ↦ each site's mean feature, on one device.
       add: (state, variables, shifts, images, mask, keys) ↦ state on every device; donates the
-        state.
+        state. Both take what the backbone is given beside the images as a further argument.
       total: (sums, errors) ↦ (high, low), the sums over all devices and hosts in two float32
         numbers; donates both.
     """
@@ -327,9 +335,9 @@ def _programs(
 ) -> tuple[Callable[..., Any], ...]:
     origin = {site.name: jnp.zeros(site.denoiser_shape[:-1], jnp.float32) for site in sites}
 
-    def sums_of(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any) -> Any:
+    def sums_of(variables: Tree, shifts: Any, images: Any, mask: Any, key_data: Any, *given: Any) -> Any:
         keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
-        sampling = {"tokens": tokens, "keys": keys, "first_slot": first_slot, **dict(options)}
+        sampling = {"tokens": tokens, "keys": keys, "first_slot": first_slot, **dict(options), **dict(*given)}
         return batch_sums(backbone, variables, sites, shifts, mask, images, **sampling)
 
     def center(variables: Tree, *batch: Any) -> Any:
@@ -359,6 +367,11 @@ def initial_state(sites: Sequence[Site]) -> Any:
 def image_keys(key: jax.Array, index: Any) -> UInt32[Array, "batch 2"]:
     """Returns the raw random key of each image from its index in the stream."""
     return jax.random.key_data(jax.vmap(lambda i: jax.random.fold_in(key, i))(index))
+
+
+def _given(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Returns what a program takes beside images, mask and keys: nothing, if the backbone is given nothing."""
+    return (dict(arguments),) if arguments else ()
 
 
 def _like(count: Any, array: Any) -> Any:

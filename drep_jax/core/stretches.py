@@ -134,20 +134,26 @@ class Network:
         images.
       layers: {layer path: (leaves, x) ↦ output}.
       image: variable that holds the images.
+      arguments: variables that hold what the backbone is given beside them.
       outputs: variables, or literals, that the backbone gives.
     """
 
-    def __init__(self, program: Program, first_of: Mapping[Path, Path], junctions: Collection[Path]) -> None:
+    def __init__(
+        self, program: Program, first_of: Mapping[Path, Path], junctions: Collection[Path], arguments: int = 0
+    ) -> None:
         """Cuts a program.
 
         Args:
-          program: from `trace`; its last input are the images.
+          program: from `trace`; its last input are the images, those before it `arguments`.
           first_of: {path of a layer: that of the first layer of its site}.
           junctions: paths of the layers whose residual sums are of interest.
+          arguments: number of what the backbone is given beside the images.
         """
         self._jaxpr, self._consts, self.layers = program.jaxpr, program.consts, program.layers
         jaxpr = self._jaxpr
-        self.image, self.outputs = jaxpr.invars[-1], tuple(jaxpr.outvars)
+        *before, self.image = jaxpr.invars
+        self._params, self.arguments = before[: len(before) - arguments], before[len(before) - arguments :]
+        self.outputs = tuple(jaxpr.outvars)
         self._producer = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
         self._leaf_inputs = {*jaxpr.invars, *jaxpr.constvars}
         self._varying, self._places = self._find_places(program)
@@ -181,7 +187,8 @@ class Network:
         jaxpr = self._jaxpr
         found = {index: place for index, eqn in enumerate(jaxpr.eqns) if (place := layer_of(eqn)) is not None}
         found = {index: (path, copy if path in program.stacked else None) for index, (path, copy) in found.items()}
-        varying = varying_vars(jaxpr, [False] * (len(jaxpr.invars) - 1) + [True])
+        count = len(self._params)
+        varying = varying_vars(jaxpr, [False] * count + [True] * (len(jaxpr.invars) - count))
         live = live_equations(jaxpr)
         while True:
             moves = {index for index in found if jaxpr.eqns[index].invars[-1] in varying}
@@ -299,7 +306,7 @@ class Network:
           args: the leaves of the variables.
         """
         jaxpr = self._jaxpr
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars[:-1]], [*self._consts, *args], strict=True))
+        known = dict(zip([*jaxpr.constvars, *self._params], [*self._consts, *args], strict=True))
         wanted = list(self._needed_fixed)
         if not wanted:
             return known

@@ -75,7 +75,7 @@ class Walk:
         network = self._network
         base, values = self._waiting.get(round_number)
         if base < 0:
-            values = {network.image: self._take(round_number)}
+            values = self._take(round_number)
         for number in range(base + 1, cut + 1):
             stretch = network.stretches[number]
             program, (fixed, leaves) = self._program(stretch), self._parameters(number, stretch)
@@ -83,7 +83,9 @@ class Walk:
             outs = program(tuple(values[v] for v in stretch.live), fixed, leaves) if stretch.outputs else ()
             values = {**values, **dict(zip(stretch.outputs, outs, strict=True))}
             values = {v: values[v] for v in live if not isinstance(v, core.Literal) and v in values}
-        resident = self._images.resident and set(values) == {network.image}
+        resident = (
+            self._images.resident and network.image in values and set(values) <= {network.image, *network.arguments}
+        )
         if base < cut < len(network.cuts) and not resident:
             size = sum(value.nbytes for value in values.values())
             held = {v: np.asarray(value) for v, value in values.items()}
@@ -113,12 +115,19 @@ class Walk:
         earliest = self._waiting.earliest(len(self.rounds))
         self._placed = {number: placed for number, placed in self._placed.items() if number > earliest}
 
-    def _take(self, round_number: int) -> np.ndarray:
-        """Returns the images of a round, (devices, streams · chunk, *image_shape)."""
+    def _take(self, round_number: int) -> dict[Any, np.ndarray]:
+        """Returns the images of a round, (devices, streams · chunk, *image_shape), and what goes with them, by variable."""
         index, _ = self.rounds[round_number].mine()
         images = self._images.take(index.reshape(-1))
-        images = images.reshape(len(images), *index.shape, *images.shape[2:])
-        return np.moveaxis(images, 0, 1).reshape(len(index), -1, *images.shape[3:])
+        given = self._images.arguments(index.reshape(-1))
+
+        def arranged(rows: np.ndarray) -> np.ndarray:
+            rows = rows.reshape(len(images), *index.shape, *rows.shape[2:])
+            return np.moveaxis(rows, 0, 1).reshape(len(index), -1, *rows.shape[3:])
+
+        beside = [np.broadcast_to(given[name], (len(images), *given[name].shape)) for name in sorted(given)]
+        variables = (self._network.image, *self._network.arguments)
+        return dict(zip(variables, map(arranged, (images, *beside)), strict=True))
 
     def _parameters(self, number: int, stretch: Stretch) -> tuple[Any, Any]:
         """Returns what a stretch reads of parameters: fixed values, and its layers' leaves, clean and fused.

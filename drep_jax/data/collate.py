@@ -10,6 +10,7 @@ from drep_jax.data.augment import Augmentation
 from drep_jax.data.columns import Column, Columns, by_name, follow, geometric
 from drep_jax.data.cropping import random_crops, raw_with
 from drep_jax.data.decode import fitted
+from drep_jax.data.fits import pads
 from drep_jax.data.geometry import ROW, Transform
 from drep_jax.data.source import Source, fit_of, image_size_of
 from drep_jax.data.steps import Size
@@ -32,7 +33,7 @@ def collate(
 
     Args:
       items: with "image", uint8 (h, w, C), and the same labels each; "transform" where labels have
-        followed the image.
+        followed the image; "size", (height, width), where the image has padding of its own.
       columns: label columns that the task declares; any other holds one int32 an image.
       shape: (H, W) that images and maps are padded to, at the bottom and on the right; None for
         images of one size.
@@ -43,8 +44,8 @@ def collate(
     Returns:
       A batch of n images with these columns:
         "image": uint8 (n, H, W, C), padded with 0.
-        "size": int32 (n, 2), height and width without padding; with a `shape` only. `valid_pixels`
-        makes a mask of it.
+        "size": int32 (n, 2), height and width without padding; with a `shape` only, or where items
+        say it. `valid_pixels` makes a mask of it.
         Labels: of their dtype, (n, …); maps (n, H, W, …) and ragged columns (n, capacity, …) are
         padded with their `fill`.
         "objects_valid": bool (n, capacity), true where ragged columns have an object.
@@ -72,7 +73,7 @@ def collate(
         raise DataError(f"{where} has images of {max(sizes)} pixels (height, width), which {canvas} does not hold.")
     batch = {"image": _padded([item["image"] for item in items], canvas, 0)}
     ragged = {}
-    for name in names - {"image", "transform"}:
+    for name in names - {"image", "transform", "size"}:
         column = table.get(name)
         if column is None:
             batch[name] = _scalars(name, [item[name] for item in items], sizes[0], where)
@@ -90,8 +91,9 @@ def collate(
                 )
             batch[name] = _padded(values, place, column.fill) if column.geometry == "mask" else np.stack(values)
     batch |= _objects(ragged, table)
-    if shape is not None:
-        batch["size"] = np.array(sizes, np.int32).reshape(-1, 2)
+    if "size" in names or shape is not None:
+        shown = [item["size"] for item in items] if "size" in names else sizes
+        batch["size"] = np.array(shown, np.int32).reshape(-1, 2)
     if "transform" in names:
         batch |= _transforms([item["transform"] for item in items], canvas)
     return batch
@@ -154,13 +156,14 @@ def valid_pixels(size: Any, shape: Size) -> Any:
     return (rows[None, :, None] < size[:, 0, None, None]) & (columns[None, None, :] < size[:, 1, None, None])
 
 
-def read(source: Source, indices: np.ndarray, columns: Columns = ()) -> Batch:
+def read(source: Source, indices: np.ndarray, columns: Columns = (), *, sizes: bool = False) -> Batch:
     """Returns images, with the next readable one in the place of any that cannot be read.
 
     Args:
       source: the images.
       indices: which, (n,).
       columns: label columns that the task declares.
+      sizes: whether the batch has "size" where fitting pads the images (`Setup.sizes`).
 
     Returns:
       A batch of `collate` with "index", int32 (n,), of the images that were read. Where nothing is
@@ -170,7 +173,7 @@ def read(source: Source, indices: np.ndarray, columns: Columns = ()) -> Batch:
     Raises:
       DataError: for an image that cannot be read, unless the source tolerates it.
     """
-    load = functools.partial(item_of, source, columns=columns)
+    load = functools.partial(item_of, source, columns=columns, sizes=sizes)
     return _with_index(source, [_instead(source, int(index), load) for index in indices], columns)
 
 
@@ -181,6 +184,8 @@ def read_or_mask(
     columns: Columns = (),
     shape: Size | None = None,
     original: Size | None = None,
+    *,
+    sizes: bool = False,
 ) -> Batch:
     """Returns a batch of `rows` images, the first of which are these, with "mask", bool (rows,).
 
@@ -191,13 +196,14 @@ def read_or_mask(
       columns: label columns that the task declares.
       shape: that images are padded to; None for images of one size.
       original: as for `collate`.
+      sizes: as for `read`.
 
     Returns:
       A batch of `collate` with "index", int32 (rows,), and "mask": false on padding and on images
       that cannot be read where the source tolerates that. Their index is -1, their image 0, and
       their labels as of an image without any.
     """
-    load = functools.partial(item_of, source, columns=columns, original=original is not None)
+    load = functools.partial(item_of, source, columns=columns, original=original is not None, sizes=sizes)
     items = [_tried(source, int(index), load) for index in indices]
     items += [None] * (rows - len(items))
     form = next((item for item in items if item is not None), None)
@@ -219,35 +225,46 @@ def read_augmented(
     seed: int,
     first_position: int,
     stand_ins: np.ndarray | None = None,
+    sizes: bool = False,
 ) -> Batch:
     """Returns images as `read` does, augmented by their position in the stream; labels follow.
 
+    Where the batch has "size", also with random scales, flips and shifts are those of the picture
+    within its padding.
+
     Args:
-      source, indices, columns: as for `read`.
+      source, indices, columns, sizes: as for `read`.
       augmentation: of the images.
       seed: of the augmentation.
       first_position: of the first image in the stream.
       stand_ins: indices of the images that may replace an unreadable one; None for all.
     """
     where = {"seed": seed, "first_position": first_position}
-    loads = random_crops(source, augmentation, columns, **where, count=len(indices))
+    loads = random_crops(source, augmentation, columns, **where, count=len(indices), sizes=sizes)
     if loads is None:
-        loads = [functools.partial(item_of, source, columns=columns)] * len(indices)
+        loads = [functools.partial(item_of, source, columns=columns, sizes=sizes)] * len(indices)
     augmentation = augmentation.after_crops
     pairs = [_instead(source, int(index), load, stand_ins) for index, load in zip(indices, loads, strict=True)]
     if geometric(columns):
-        moves = augmentation.transforms([item["image"].shape[:2] for _, item in pairs], **where)
+        shapes = [item["image"].shape[:2] for _, item in pairs]
+        pictures = [item.get("size", shape) for (_, item), shape in zip(pairs, shapes, strict=True)]
+        moves = augmentation.transforms(shapes, pictures, **where)
         pairs = [
             (index, follow(item, move, columns, source.name)) for (index, item), move in zip(pairs, moves, strict=True)
         ]
     return augmentation(_with_index(source, pairs, columns), **where)
 
 
-def item_of(source: Source, index: int, columns: Columns = (), *, original: bool = False) -> Item:
-    """Returns an item, whose labels follow its image from the stored one if `columns` say so."""
-    if not geometric(columns) and not geometric(getattr(source, "columns", ())):
+def item_of(source: Source, index: int, columns: Columns = (), *, original: bool = False, sizes: bool = False) -> Item:
+    """Returns an item, whose labels follow its image from the stored one if `columns` say so.
+
+    With `sizes` it says the "size" of its picture, where fitting pads.
+    """
+    sizes = sizes and pads(fit_of(source))
+    if not sizes and not geometric(columns) and not geometric(getattr(source, "columns", ())):
         return source[index]
-    return fitted(raw_with(source, index, columns), image_size_of(source), fit_of(source), columns, original=original)
+    raw, how = raw_with(source, index, columns), fit_of(source)
+    return fitted(raw, image_size_of(source), how, columns, original=original, sizes=sizes)
 
 
 def _instead(source: Source, index: int, load: Load, stand_ins: np.ndarray | None = None) -> tuple[int, Item]:
@@ -285,10 +302,11 @@ def _empty(form: Item, columns: Columns, *, padded: bool) -> Item:
     table = by_name(columns)
     image = form["image"][:0, :0] if padded else np.zeros_like(form["image"])
     item: Item = {"image": image}
-    for name in form.keys() - {"image"}:
+    for name in form.keys() - {"image", "size"}:
         column = table.get(name, Column(name))
         fill = column.fill if column.geometry == "mask" else 0
         item[name] = np.full(column.value_shape(image.shape[:2], 0), fill, column.dtype)
+    item |= {"size": (0, 0)} if "size" in form else {}
     return {**item, "transform": None} if "transform" in form else item
 
 

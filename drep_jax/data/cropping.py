@@ -28,7 +28,14 @@ def raw_with(source: Source, index: int, columns: Columns) -> Item:
 
 
 def random_crops(
-    source: Source, augmentation: Augmentation, columns: Columns, *, seed: int, first_position: int, count: int
+    source: Source,
+    augmentation: Augmentation,
+    columns: Columns,
+    *,
+    seed: int,
+    first_position: int,
+    count: int,
+    sizes: bool = False,
 ) -> list[Load] | None:
     """Returns how the image of each of `count` positions is read and cropped; None without random crops.
 
@@ -39,6 +46,7 @@ def random_crops(
       seed: of the augmentation.
       first_position: of the first image in the stream.
       count: number of positions.
+      sizes: whether items of random scale say the "size" of their picture without its padding.
     """
     if augmentation.crop_scale:
         rows = crop_numbers(seed, first_position, count)
@@ -47,7 +55,9 @@ def random_crops(
         rows = scaled_crop_numbers(seed, first_position, count)
         flipped = flips(seed, first_position, count) & augmentation.flip
         return [
-            functools.partial(_scaled, source, augmentation, columns, row, bool(flip), (seed, first_position + place))
+            functools.partial(
+                _scaled, source, augmentation, columns, row, bool(flip), (seed, first_position + place), sizes
+            )
             for place, (row, flip) in enumerate(zip(rows, flipped, strict=True))
         ]
     return None
@@ -78,11 +88,13 @@ def _scaled(
     numbers: np.ndarray,
     flipped: bool,
     draw: tuple[int, int],
+    sizes: bool,
     index: int,
 ) -> Item:
     """Returns a random crop of a stored image at a random scale, flipped, distorted and padded.
 
-    `draw` is the seed and the position in the stream, of the distortion.
+    `draw` is the seed and the position in the stream, of the distortion; with `sizes` the item says
+    the "size" of the picture without its padding.
     """
     size = image_size_of(source)
     raw = raw_with(source, index, columns)
@@ -107,4 +119,5 @@ def _scaled(
         image = photometric(image[None], seed=draw[0], first_position=draw[1])[0]
     padding = Transform(crop.shown.size_out).window(0, 0, *size)
     item = {**raw, "image": padding.image(image, fill=augmentation.pad_color)}
+    item |= {"size": crop.shown.size_out} if sizes else {}
     return follow(item, crop.whole, columns, where) if geometric(columns) else item

@@ -15,7 +15,7 @@ from PIL import Image
 
 from drep_jax.data.augment.flip_crop import Box, transform_of_crop
 from drep_jax.data.columns import Columns, follow, geometric
-from drep_jax.data.fits import VARYING, interpolation_of, parse_fit, transform_of_fit
+from drep_jax.data.fits import VARYING, interpolation_of, parse_fit, picture_size, transform_of_fit
 from drep_jax.data.geometry import Transform
 from drep_jax.data.steps import Size
 from drep_jax.errors import ConfigError, DataError, UnreadableError
@@ -135,7 +135,13 @@ def resized_box(image: np.ndarray, choose: Callable[[int, int], Box], size: Size
 
 
 def fitted(
-    raw: Mapping[str, Any], size: Size, how: str, columns: Columns = (), *, original: bool = False
+    raw: Mapping[str, Any],
+    size: Size,
+    how: str,
+    columns: Columns = (),
+    *,
+    original: bool = False,
+    sizes: bool = False,
 ) -> dict[str, Any]:
     """Returns an item of a source's `raw`, decoded and fitted, with the labels that follow.
 
@@ -146,15 +152,19 @@ def fitted(
       how: a way of `drep_jax.data.fits.transform_of_fit`.
       columns: label columns that follow the image; with none, the labels are left alone.
       original: whether maps that are declared so keep the size of the stored image.
+      sizes: whether the item says the size of the picture without its padding.
 
     Returns:
-      The labels, "image", uint8 (height, width, 3), and, with columns that follow it, "transform".
+      The labels, "image", uint8 (height, width, 3), and, with columns that follow it, "transform";
+      with `sizes` also "size", (height, width).
     """
     stored, where = raw["image"], raw["where"]
     image = as_rgb(stored, where) if isinstance(stored, np.ndarray) else decode(stored, where)
     item = {name: value for name, value in raw.items() if name != "where"}
     transform = transform_of_fit(image.shape[:2], size, how, where)
     item["image"] = transform.image(image, interpolation=interpolation_of(how))
+    if sizes:
+        item["size"] = picture_size(transform)
     return follow(item, transform, columns, where, original=original) if geometric(columns) else item
 
 

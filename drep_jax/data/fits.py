@@ -7,7 +7,7 @@ from typing import Any
 
 from drep_jax.data.geometry import Transform
 from drep_jax.data.resampling import PLAIN
-from drep_jax.data.steps import Size
+from drep_jax.data.steps import Size, Window
 from drep_jax.errors import ConfigError, DataError, did_you_mean
 
 KEEP = "keep"
@@ -98,6 +98,28 @@ def parse_fit(how: str) -> tuple[Any, ...]:
         f'Unknown way of resizing "{how}": only "crop" takes the fraction of the short side that is kept, in (0, 1], as in '
         '"crop:0.875", and "keep" a whole number of pixels, as in "keep:32".'
     )
+
+
+def pads(how: str) -> bool:
+    """Returns whether a way of fitting may leave padding, below the picture and on its right."""
+    name, number, *_ = parse_fit(how)
+    return name == "pad" or (name == KEEP and number > 1)
+
+
+def picture_size(transform: Transform) -> Size:
+    """Returns (height, width) of the picture at the top left of what a fit gives, without padding.
+
+    Args:
+      transform: of `transform_of_fit`.
+
+    >>> picture_size(transform_of_fit((10, 20), (32, 32), "pad"))
+    (16, 32)
+    """
+    whole = transform.size_out
+    if not transform.steps or not isinstance(transform.steps[-1], Window):
+        return whole
+    before = Transform(transform.size_in, transform.steps[:-1]).size_out
+    return min(before[0], whole[0]), min(before[1], whole[1])
 
 
 def round_up(size: Size, multiple: int) -> Size:

@@ -51,6 +51,7 @@ def training_batches(
     shard: tuple[int, int] = (0, 1),
     order: Order | None = None,
     columns: Columns = (),
+    sizes: bool = False,
 ) -> Iterator[Batch]:
     """Yields batches for ever: epochs in new orders, one flowing into the next, so none is cut.
 
@@ -66,6 +67,7 @@ def training_batches(
       shard: (index, count) of the equal slices of every batch, one of which each host reads.
       order: of the images in each epoch; None for a permutation of all of them.
       columns: label columns that the task declares; any other holds one int32 an image.
+      sizes: whether batches have "size" where images are padded, see `read_augmented`.
 
     Returns:
       An iterator over batches of `drep_jax.data.collate.collate` with "index", int32 (B,), the
@@ -102,7 +104,7 @@ def training_batches(
         epochs, places = np.divmod(positions, length)
         indices = np.concatenate([order_at(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
         where = {"seed": seed, "first_position": int(positions[0])}
-        return read_augmented(source, indices, augmentation, columns, stand_ins=stand_ins, **where)
+        return read_augmented(source, indices, augmentation, columns, stand_ins=stand_ins, sizes=sizes, **where)
 
     if num_threads is None and augmentation.slow:
         num_threads = READING_THREADS
@@ -117,6 +119,7 @@ def evaluation_batches(
     shard: tuple[int, int] = (0, 1),
     columns: Columns = (),
     buckets: Sequence[Bucket] | None = None,
+    sizes: bool = False,
 ) -> Iterator[Batch]:
     """Yields every image once, in order or bucket by bucket; last batches are padded.
 
@@ -129,6 +132,7 @@ def evaluation_batches(
       buckets: of `drep_jax.data.buckets.make_buckets`, for images of several sizes: the images of
         one bucket after those of another, padded to its shape.
         `drep_jax.data.buckets.restore_order` puts results in the order of the source.
+      sizes: whether batches have "size" where fitting pads the images, too.
 
     Returns:
       An iterator over batches as `training_batches` gives, with "mask", bool (B,): false on padding
@@ -151,7 +155,7 @@ def evaluation_batches(
 
     def load(step: int) -> Batch:
         shape, original, rows, indices = steps[step]
-        return read_or_mask(source, indices[rows], rows.stop - rows.start, columns, shape, original)
+        return read_or_mask(source, indices[rows], rows.stop - rows.start, columns, shape, original, sizes=sizes)
 
     return _read_ahead(range(len(steps)), load, source, num_threads)
 

@@ -1,9 +1,11 @@
 """Pairs of a clean and a corrupted image of a scene, and noisy images without clean ones, fitted to a size."""
 
+from typing import Any
+
 import numpy as np
 
 from drep_jax.data.decode import fit
-from drep_jax.data.fits import parse_fit
+from drep_jax.data.fits import pads, parse_fit, picture_size, transform_of_fit
 from drep_jax.data.options import parsed
 from drep_jax.data.stored import CLEAN, CORRUPTED, Stored, stored_images, stored_pairs
 from drep_jax.errors import ConfigError
@@ -31,10 +33,14 @@ class PairedSource:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         images = dict(zip((CLEAN, CORRUPTED), self._stored.pair(index), strict=True))
-        return {
+        fitted = {
             side: fit(image, self._size, self._resize, self._stored.where(index, side))
             for side, image in images.items()
         }
+        if not pads(self._resize):
+            return fitted
+        transform = transform_of_fit(images[CLEAN].shape[:2], self._size, self._resize)
+        return {**fitted, "size": np.array(picture_size(transform), np.int32)}
 
 
 class NoisySource:
@@ -60,6 +66,10 @@ class NoisySource:
         where = self._stored.where(index)
         return {"image": fit(self._stored.image(index), self.image_size, self.resize, where)}
 
+    def raw(self, index: int) -> dict[str, Any]:
+        """Returns an item as it is stored, decoded."""
+        return {"image": self._stored.image(index), "where": self._stored.where(index)}
+
 
 def open_pairs(place: str, image_size: tuple[int, int], resize: str = "crop") -> PairedSource:
     """Opens pairs. The first pair is read at once, so that a wrong folder fails early.
@@ -72,7 +82,8 @@ def open_pairs(place: str, image_size: tuple[int, int], resize: str = "crop") ->
       resize: a way of `drep_jax.data.fits.transform_of_fit`, the same for both images of a pair.
 
     Returns:
-      A source of `{"clean": uint8 (height, width, 3), "corrupted": likewise}`.
+      A source of `{"clean": uint8 (height, width, 3), "corrupted": likewise}`; where `resize` pads,
+      with "size", int32 (2,), the height and width without padding.
 
     Raises:
       ConfigError: for an image size below 1, an unknown way of resizing, or an unknown column.

@@ -107,7 +107,9 @@ def score_arms(
         corrupted = None if condition == CLEAN else task.corrupted_rows(source)
         rows: dict[str, list[Tree]] = {name: [] for name in arms}
         scalars: dict[str, list[np.ndarray]] = {}
-        batches = evaluation_batches(source, batch_size, shard=devices.host(), columns=task.columns, buckets=buckets)
+        batches = evaluation_batches(
+            source, batch_size, shard=devices.host(), columns=task.columns, buckets=buckets, sizes=setup.sizes
+        )
         total = sum(len(bucket.steps(batch_size)) for bucket in buckets or ()) or -(-len(source) // batch_size)
         name = f"evaluation, {condition}"
         for batch in bar(batches, name, total, "batch", shown=progress):
@@ -140,19 +142,20 @@ def score_arms(
         yield condition, result
 
 
-def one_image(task: Task, source: Source, index: int) -> Batch:
+def one_image(setup: Setup, source: Source, index: int) -> Batch:
     """Returns a batch of one image as `score_arms` reads it, with the padding that the task asks for.
 
     Args:
-      task: which declares label columns.
+      setup: of the run.
       source: the images.
       index: which.
     """
-    where = np.array([index], np.int32)
+    task, where = setup.task, np.array([index], np.int32)
     if not varies(source):
-        return read(source, where, task.columns)
+        return read(source, where, task.columns, sizes=setup.sizes)
     original = original_size_of(source, index) if keeps_original(task) else None
-    return read_or_mask(source, where, 1, task.columns, round_up(size_of(source, index), task.padding), original)
+    shape = round_up(size_of(source, index), task.padding)
+    return read_or_mask(source, where, 1, task.columns, shape, original, sizes=setup.sizes)
 
 
 def keeps_original(task: Task) -> bool:

@@ -105,12 +105,13 @@ def placebo_of_effect(
       sites: of the denoisers.
       schedule: noise schedule.
       key: of the random maps.
-      batches: clean images, normalized; they are gone through twice.
+      batches: clean images, normalized, or (images, {argument: rows}) with what the network is given
+        beside them; they are gone through twice.
 
     Returns:
       A `denoise` subtree.
     """
-    batches = list(batches)
+    pairs = [batch if isinstance(batch, tuple) else (batch, {}) for batch in batches]
     learned = composed_maps({"denoise": denoisers}, sites, schedule)
     equal_norm = placebo_denoisers({"denoise": denoisers}, sites, schedule, key)
     seen = [site for site in sites if site.layers[0].writable]
@@ -118,14 +119,14 @@ def placebo_of_effect(
         site.path: {"learned": learned[site.path]["matrix"], "random": -get_in(equal_norm, site.path)["kernel"]}
         for site in seen
     }
-    program = jax.jit(lambda variables, extras, images: _sums(backbone, variables, seen, extras, images))
+    program = jax.jit(lambda variables, extras, *pair: _sums(backbone, variables, seen, extras, *pair))
 
     def sums(means: Mapping[Path, Any]) -> dict[Path, dict[str, np.ndarray]]:
         extras = {path: {**matrices[path], "mean": jnp.asarray(mean, jnp.float32)} for path, mean in means.items()}
         total: Any = None
-        for images in batches:
+        for pair in pairs:
             of_batch = jax.tree_util.tree_map(
-                lambda leaf: np.asarray(leaf, np.float64), program(variables, extras, images)
+                lambda leaf: np.asarray(leaf, np.float64), program(variables, extras, *pair)
             )
             total = of_batch if total is None else jax.tree_util.tree_map(np.add, total, of_batch)
         return {site.path: total[site.name] for site in seen}
@@ -163,7 +164,14 @@ def placebo_of_effect(
     return tree
 
 
-def _sums(backbone: nn.Module, variables: Tree, sites: Sequence[Site], extras: Mapping[Path, Tree], images: Any) -> Any:
+def _sums(
+    backbone: nn.Module,
+    variables: Tree,
+    sites: Sequence[Site],
+    extras: Mapping[Path, Tree],
+    images: Any,
+    arguments: Mapping[str, Any],
+) -> Any:
     """Returns {site name: sums over feature vectors of 1, x − mean, ‖(x − mean)·M‖² and ‖(x − mean)·R‖²}."""
     batch = jax.tree_util.tree_leaves(images)[0].shape[0]
 
@@ -184,7 +192,7 @@ def _sums(backbone: nn.Module, variables: Tree, sites: Sequence[Site], extras: M
                 sow(module, layer, name, square.sum((0, -1)) if each is None else total(square.sum(-1)))
         return call(x)
 
-    _, collected = visit_sites(backbone, variables, sites, extras, visit, images, collect=True)
+    _, collected = visit_sites(backbone, variables, sites, extras, visit, images, collect=True, **arguments)
     axes = {"count": -1, "first": 1}
     return {site.name: sum_calls(site, sown(collected, site.layers[0]), axes, 0) for site in sites}
 

@@ -231,7 +231,7 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     which, hosts = devices.host()
     part = -(-count // hosts)
     mine = index[(which * part + np.arange(part)) % count]
-    images = read(source, mine, setup.task.columns)
+    images = read(source, mine, setup.task.columns, sizes=setup.sizes)
     batch_size = min(max(1, options.batch_size // hosts), part)
     task = setup.task
     columns = {name: column for name, column in images.items() if name != "image"}
@@ -248,7 +248,7 @@ def choose(setup: Setup, variables: Tree, candidates: Sequence[Candidate], optio
     accuracy: Percents = {}
     with pulsing("choosing", total, "batch", shown=options.progress) as steps:
         for condition in conditions:
-            corrupted = corrupt(images["image"], mine, condition, options.seed + SELECTION_SEED)
+            corrupted = corrupt(images["image"], mine, condition, options.seed + SELECTION_SEED, images.get("size"))
             inputs = np.asarray(setup.inputs({**images, "image": corrupted}))
             parts = []
             for start in range(0, part, batch_size):

@@ -91,13 +91,13 @@ def exhibit_of(
         return result.statistics
 
     def picture(index: int) -> np.ndarray:
-        batch = read(source, np.array([index]))
+        batch = read(source, np.array([index]), sizes=setup.sizes)
         if corrupted is not None and not corrupted[index]:
             return batch["image"][0]
-        return np.rint(corrupt(batch["image"], batch["index"], condition, config["seed"])[0])
+        return np.rint(corrupt(batch["image"], batch["index"], condition, config["seed"], batch.get("size"))[0])
 
     def outputs(index: int) -> tuple[dict[str, np.ndarray], dict[str, Tree]]:
-        batch = one_image(setup.task, source, index)
+        batch = one_image(setup, source, index)
         seen = corrupt(batch["image"], batch["index"], condition, config["seed"], batch.get("size"))
         seen = batch["image"] if corrupted is not None and not corrupted[index] else seen
         columns = {name: column for name, column in batch.items() if name != "image"}

@@ -95,7 +95,8 @@ def placebo_of(run: Run, variables: Tree, denoisers: Denoisers) -> Denoisers:
     count, size = len(setup.train), min(PLACEBO_BATCH, len(setup.train))
     spaced = np.linspace(0, count - 1, min(PLACEBO_IMAGES, count)).astype(int)
     rows = [spaced[first : first + size] for first in range(0, len(spaced) - size + 1, size)]
-    batches = (setup.inputs(read(setup.train, index)) for index in rows)
+    read_batches = (read(setup.train, index, sizes=setup.sizes) for index in rows)
+    batches = ((setup.inputs(batch), setup.arguments(batch)) for batch in read_batches)
     return direct_maps(
         placebo_of_effect(setup.backbone, variables, denoisers, setup.sites, setup.schedule, key, batches)
     )

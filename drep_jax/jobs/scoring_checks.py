@@ -63,7 +63,7 @@ def _trace(setup: Setup, task: Task, source: Source, mixtures: Sequence[Statisti
       ConfigError: for a backbone without BatchNorms that could mix.
       DataError: for an image or labels that the task cannot use.
     """
-    batch = read_or_mask(source, np.zeros(1, np.int32), 1, task.columns)
+    batch = read_or_mask(source, np.zeros(1, np.int32), 1, task.columns, sizes=setup.sizes)
     labels = {name: column for name, column in batch.items() if name != "image"}
     try:
         task.has_label(labels)

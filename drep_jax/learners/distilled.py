@@ -84,7 +84,7 @@ def learn_distilled_backbone(inputs: LearnerInputs) -> Learned:
 def _train(inputs: LearnerInputs, stage: str, loss_fn: Any, start: dict[str, Tree]) -> Any:
     config, run = inputs.config, inputs.run
     if config["noise"].startswith(PAIRS):
-        setup = dataclasses.replace(inputs.setup, train=PairsInOne(pairs_of(config)))
+        setup = dataclasses.replace(inputs.setup, train=PairsInOne(pairs_of(config), sizes=inputs.setup.sizes))
         inputs = LearnerInputs(dataclasses.replace(run, setup=setup), inputs.variables)
     return train(inputs, stage, loss_fn, start=start, prepare_batch=with_corrupted(config))
 
@@ -123,7 +123,7 @@ def with_corrupted(config: Config) -> Callable[[Batch, int], Batch]:
             images, corrupted = np.split(images, 2, axis=-1)
             corrupted = corrupted.astype(np.float32)
         else:
-            corrupted = corrupt(images, first_position + np.arange(len(images)), noise, seed)
+            corrupted = corrupt(images, first_position + np.arange(len(images)), noise, seed, batch.get("size"))
         left_clean = uniform(words(seed, LEFT_CLEAN, first_position, len(images))[:, 0]) < clean_share
         corrupted[left_clean] = images[left_clean]
         return {**batch, "image": images, "corrupted": corrupted}
@@ -138,7 +138,9 @@ class PairsInOne:
       name, note, num_classes, class_names: see `drep_jax.data.source.Source`.
     """
 
-    def __init__(self, pairs: PairedSource) -> None:
+    def __init__(self, pairs: PairedSource, *, sizes: bool = False) -> None:
+        """Takes the pairs; with `sizes` items say the size of padded ones, as the pairs do."""
+        self._sizes = sizes
         self.name, self.note, self.num_classes = pairs.name, pairs.note, pairs.num_classes
         self.class_names: tuple[str, ...] | None = None
         self._pairs = pairs
@@ -148,4 +150,5 @@ class PairsInOne:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         pair = self._pairs[index]
-        return {"image": np.concatenate([pair["clean"], pair["corrupted"]], axis=-1)}
+        size = {"size": pair["size"]} if self._sizes and "size" in pair else {}
+        return {"image": np.concatenate([pair["clean"], pair["corrupted"]], axis=-1), **size}

@@ -36,6 +36,7 @@ def denoising_objective(
         setup.inputs(batch),
         loss=options["loss"],
         tokens=options["tokens"],
+        **setup.arguments(batch),
     )
     scalars = {
         name if value.ndim == 0 else f"{name}[{copy}]": value if value.ndim == 0 else value[copy]

@@ -45,6 +45,7 @@ class CorruptedImages(Streams):
         order = np.arange(available) if self._pairs is not None else epoch_order(available, config["seed"], 0)
         self._index = np.sort(order[:count])
         self._held: tuple[np.ndarray, ...] = ()
+        self._arguments: dict[str, np.ndarray] = {}
         self._image_shape = self._make(np.zeros(1, np.int64))[0].shape[1:]
         if self.bytes <= HELD * options["memory_gib"] * 2**30:
             self._held = self._make(np.arange(count))
@@ -69,6 +70,10 @@ class CorruptedImages(Streams):
         clean, *corrupted = (part[index] for part in self._held) if self._held else self._make(index)
         return np.stack([clean, clean, *corrupted])
 
+    def arguments(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns what the backbone is given beside some images that have been taken."""
+        return {name: rows[index] for name, rows in self._arguments.items()}
+
     def _make(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns the clean images, and each corrupted version of them."""
         chosen = self._index[index]
@@ -76,7 +81,12 @@ class CorruptedImages(Streams):
             pairs = [self._pairs[int(i)] for i in chosen]
             batch: dict[str, Any] = {"image": np.stack([pair["clean"] for pair in pairs])}
             corrupted = [np.stack([pair["corrupted"] for pair in pairs]).astype(np.float32)]
+            if self._setup.sizes and "size" in pairs[0]:
+                batch["size"] = np.stack([pair["size"] for pair in pairs])
         else:
-            batch = read(self._setup.train, chosen)
-            corrupted = [corrupt(batch["image"], chosen, self._noise, seed) for seed in self._seeds]
+            batch = read(self._setup.train, chosen, sizes=self._setup.sizes)
+            corrupted = [corrupt(batch["image"], chosen, self._noise, seed, batch.get("size")) for seed in self._seeds]
+        for name, rows in self._setup.arguments(batch).items():
+            every = self._arguments.setdefault(name, np.zeros((len(self._index), *rows.shape[1:]), rows.dtype))
+            every[index] = rows
         return tuple(np.asarray(self._setup.inputs({**batch, "image": x})) for x in (batch["image"], *corrupted))

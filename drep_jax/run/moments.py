@@ -16,7 +16,9 @@ from drep_jax.core.sites import Site
 from drep_jax.core.working import fitting_batch, forward_bytes
 from drep_jax.data import Source
 from drep_jax.data.collate import read
+from drep_jax.data.fits import pads
 from drep_jax.data.loader import evaluation_batches
+from drep_jax.data.source import fit_of
 from drep_jax.errors import CheckpointError
 from drep_jax.files import whole
 from drep_jax.parallel import devices, processes
@@ -31,7 +33,9 @@ NOISY_MOMENTS = "moments_noisy.npz"
 """Name of the file of the moments of noisy images, which `noise=unpaired:DIR` takes."""
 
 
-def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens: float = 1.0) -> None:
+def save_moments(
+    path: str, moments: Mapping[Path, Moments], owner: str, tokens: float = 1.0, *, sizes: bool = False
+) -> None:
     """Writes moments to a file, whole or not at all.
 
     Args:
@@ -39,8 +43,9 @@ def save_moments(path: str, moments: Mapping[Path, Moments], owner: str, tokens:
       moments: of every site.
       owner: identifier of the backbone and image size, see `owner_of`.
       tokens: fraction of each image's tokens used.
+      sizes: whether the backbone was told the size of padded images.
     """
-    arrays: dict[str, Any] = {"owner": np.array(owner), "tokens": np.array(tokens)}
+    arrays: dict[str, Any] = {"owner": np.array(owner), "tokens": np.array(tokens), "sizes": np.array(sizes)}
     for site_path, site_moments in moments.items():
         for field in dataclasses.fields(site_moments):
             arrays[f"{'/'.join(site_path)}:{field.name}"] = np.asarray(getattr(site_moments, field.name))
@@ -94,6 +99,12 @@ def load_moments(path: str, sites: Sequence[Site], owner: str, tokens: float = 1
             int(arrays[f"{site.name}:count"]), arrays_of_site["mean"], arrays_of_site["covariance"]
         )
     return moments
+
+
+def of_sizes(path: str) -> bool:
+    """Returns whether saved moments leave out padding: false for those of earlier releases, which count it."""
+    with np.load(path) as archive:
+        return "sizes" in archive and bool(archive["sizes"])
 
 
 def run_moments(run: Run, variables: Tree) -> dict[Path, Moments]:
@@ -157,7 +168,18 @@ def moments_of(
     tokens = config["denoise"]["moment_tokens"]
     images = setup.train if source is None else source
     owner = owner_of(setup, variables) + ("" if source is None else f" {source.name}")
-    saved = processes.from_primary(lambda: load_moments(path, sites, owner, tokens) if os.path.exists(path) else None)
+    padded = setup.sizes and pads(fit_of(images))
+
+    def load() -> dict[Path, Moments] | None:
+        if not os.path.exists(path):
+            return None
+        saved = load_moments(path, sites, owner, tokens)
+        if padded and not of_sizes(path):
+            print(f"{path} counts padded pixels; the moments are taken anew, without them.", flush=True)
+            return None
+        return saved
+
+    saved = processes.from_primary(load)
     if saved is not None:
         return saved
     batch = config["denoise"]["batch_size"]
@@ -166,21 +188,22 @@ def moments_of(
     one = setup.inputs(read(images, np.arange(1)))
     fitting = fitting_batch(batch, devices.device_count(), forward_bytes(module, variables, one))
     batch, count = fitting, count * batch // fitting
-    shift_images = setup.inputs(read(images, np.arange(min(SHIFT_IMAGES, len(images)))))
+    first = read(images, np.arange(min(SHIFT_IMAGES, len(images))), sizes=setup.sizes)
+    shift: dict[str, Any] = {"shift_images": setup.inputs(first), "shift_arguments": setup.arguments(first)}
     limit = config["denoise"]["moment_gib"] * 2**30
     groups = passes(sites, limit) if limit else [sites]
     moments: dict[Path, Moments] = {}
     for number, group in enumerate(groups):
-        first = itertools.islice(evaluation_batches(images, batch, shard=devices.host()), count)
+        every = evaluation_batches(images, batch, shard=devices.host(), sizes=setup.sizes)
         name = "moments" if source is None else "moments of noisy images"
         name += "" if len(groups) == 1 else f", pass {number + 1} of {len(groups)}"
-        steps = bar(first, name, count, "batch", shown=config["progress"])
-        batches = ((setup.inputs(b), b["mask"].astype(np.float32)) for b in steps)
+        steps = bar(itertools.islice(every, count), name, count, "batch", shown=config["progress"])
+        batches = ((setup.inputs(b), b["mask"].astype(np.float32), setup.arguments(b)) for b in steps)
         slot = sum(site.stack or 1 for earlier in groups[:number] for site in earlier)
         sampling = {"tokens": tokens, "seed": config["seed"], "first_slot": slot}
-        moments |= collect_moments(module, variables, group, batches, shift_images=shift_images, **sampling)
+        moments |= collect_moments(module, variables, group, batches, **shift, **sampling)
     if processes.primary():
-        save_moments(path, moments, owner, tokens)
+        save_moments(path, moments, owner, tokens, sizes=padded)
     return moments
 
 

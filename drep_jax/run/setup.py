@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from drep_jax.core.batchnorm import with_norms
 from drep_jax.core.forms import form_lines
@@ -25,11 +26,13 @@ from drep_jax.core.sites import (
 )
 from drep_jax.data import Source
 from drep_jax.data.augment import augmentation_of
+from drep_jax.data.collate import valid_pixels
 from drep_jax.data.datasets import TEST, TRAIN, VALIDATION, Images, Labeled, open_images
+from drep_jax.data.fits import pads
 from drep_jax.data.labels import check_classes
 from drep_jax.data.loader import normalize
-from drep_jax.data.source import image_size_of
-from drep_jax.errors import ConfigError
+from drep_jax.data.source import fit_of, image_size_of
+from drep_jax.errors import ConfigError, SiteError
 from drep_jax.models import abstract_variables, create_model, output_shape, takes_classes
 from drep_jax.run.side import Side, SideTables, side_information
 from drep_jax.tasks import Task, make_task
@@ -105,10 +108,15 @@ class Setup:
         same at every pixel: for columns a and b it is a · (cardinality of b) + b, or -1 for an image
         whose side information is not told.
 
+        Padding is 0, where the batch says what is padding and the backbone is told as well.
+
         Args:
           batch: "image", from 0 to 255, and the columns of `side`; a missing column counts as 0.
         """
         images = normalize(batch["image"], self.mean, self.std)
+        if self.sizes and "size" in batch:
+            _, height, width, _ = images.shape
+            images = jnp.where(valid_pixels(batch["size"], (height, width))[..., None], images, 0)
         if not self.side:
             return images
         index = jnp.zeros(images.shape[:1], jnp.float32)
@@ -122,6 +130,15 @@ class Setup:
         index = jnp.where(known, index, -1.0) if self.side_tables else index
         plane = jnp.broadcast_to(index[:, None, None, None], (*images.shape[:3], 1))
         return jnp.concatenate([images, plane], axis=-1)
+
+    def arguments(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the backbone is given beside its inputs, {argument: rows}; see `Task.arguments`."""
+        return self.task.arguments(self.backbone, batch)
+
+    @property
+    def sizes(self) -> bool:
+        """Whether batches are to say the size of padded images, "size", since the backbone is told it."""
+        return bool(self.arguments({"size": np.zeros((1, 2), np.int32)}))
 
     def without_head(self) -> "Setup":
         """Returns this setup with the backbone without its head, whose outputs are features."""
@@ -169,7 +186,7 @@ def build(config: Config, kept: tuple[Images, Side] | None = None) -> Setup:
     layers = find_layers(backbone, one_image)
     sites = _sites(config, backbone, layers, one_image, schedule)
     idle = find_idle(backbone, abstract, one_image)
-    return Setup(
+    made = Setup(
         backbone=backbone,
         abstract=abstract,
         schedule=schedule,
@@ -189,6 +206,31 @@ def build(config: Config, kept: tuple[Images, Side] | None = None) -> Setup:
         num_classes=images.num_classes,
         side_tables=side_tables,
     )
+    if kept is None and made.sizes and (pads(fit_of(images.train)) or augmentation_of(data).scale):
+        _check_padded(made)
+    return made
+
+
+def _check_padded(setup: Setup) -> None:
+    """Refuses a network that calls other layers where images are padded than where they are not, as sites are found.
+
+    Raises:
+      SiteError: naming the layers.
+    """
+    height, width = setup.images.shape[1:3]
+    arguments = setup.arguments({"size": np.array([[max(1, height // 2), width]], np.int32)})
+    padded = {layer.path: layer for layer in find_layers(setup.backbone, setup.images, **arguments)}
+    strange = [
+        layer.name
+        for layer in dict.fromkeys(layer for site in setup.sites for layer in site.layers)
+        if layer.path not in padded or padded[layer.path].calls != layer.calls or padded[layer.path].refusal
+    ]
+    if strange:
+        raise SiteError(
+            f"{type(setup.backbone).__name__} is told the size of padded images (data.resize=pad, data.scale), and then calls "
+            f"{', '.join(strange)} otherwise than without it, or not at all. Call the same layers in both cases, or narrow "
+            "sites.pattern."
+        )
 
 
 def _opened(config: Config, task: Task, *, head: bool) -> tuple[Images, Side, SideTables]:

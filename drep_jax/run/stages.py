@@ -247,6 +247,7 @@ def run_training(
     def batches(start: int) -> Iterator[dict[str, Any]]:
         size, host = stage.batch_size(config), devices.host()
         options: dict[str, Any] = {"augmentation": augmentation, "shard": host, "order": order, "columns": columns}
+        options["sizes"] = run.setup.sizes
         stream = training_batches(source, size, seed=seed, start_step=start, **options)
         if prepare_batch is not None:
             stream = _prepared(stream, prepare_batch, start * size + host[0] * (size // host[1]), size)

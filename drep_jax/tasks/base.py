@@ -216,6 +216,14 @@ class Task:
         """Returns the optimizers of `extra_params`, by name."""
         return {}
 
+    def arguments(self, backbone: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what stages without labels give the backbone beside images, {argument: rows}, one row an image.
+
+        A task that hands "size" on gets it in all batches of padded images.
+        """
+        del backbone, batch
+        return {}
+
     def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
         """Returns the outputs for `loss`; with option `mutable`, the changed collections, too.
 
@@ -271,8 +279,7 @@ class Task:
 
     def predict(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any]) -> Any:
         """Returns what `statistics` and `pseudo_labels` need of the backbone; see `apply`."""
-        del batch
-        return backbone.apply(variables, images)
+        return backbone.apply(variables, images, **self.arguments(backbone, batch))
 
     def statistics(self, outputs: Any, batch: Mapping[str, Any]) -> Tree:
         """Returns one row per image, on the device; rows of padding may hold any value."""

@@ -7,6 +7,7 @@ the inverse of its transform, where it is scored.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from drep_jax.data.collate import valid_pixels
 from drep_jax.data.columns import Column
 from drep_jax.data.loader import Order, order_of
 from drep_jax.data.objects import object_columns
@@ -122,6 +122,12 @@ class Detection(Task):
     # The network
     # -----------------------------------------------------------------------------------------------------------------
 
+    def arguments(self, backbone: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the size of each image without padding, where the batch says it and the network takes it."""
+        size = self._size(batch)
+        call = type(getattr(backbone, "module", backbone)).__call__
+        return {} if size is None or "size" not in inspect.signature(call).parameters else {"size": size}
+
     def apply(self, backbone: nn.Module, variables: Tree, images: Any, batch: Mapping[str, Any], **options: Any) -> Any:
         """Returns the parts of the network's loss by name, see `Detector.losses`."""
         detector: Any = backbone
@@ -132,7 +138,7 @@ class Detection(Task):
         crowd = batch["crowd"].astype(bool) | batch["ignore"].astype(bool)
         targets = Targets(boxes=batch["boxes"], classes=batch["classes"], crowd=crowd, masks=masks)
         size = self._size(batch)
-        outputs = backbone.apply(variables, self._cleared(images, size), size=size, targets=targets, **options)
+        outputs = backbone.apply(variables, images, size=size, targets=targets, **options)
         outputs, *changed = outputs if options.get("mutable") else (outputs,)
         losses = dict(detector.losses(outputs, targets, images.shape[1:3], size))
         return (losses, *changed) if changed else losses
@@ -153,23 +159,15 @@ class Detection(Task):
 
     def predict(self, backbone: Any, variables: Tree, images: Any, batch: Mapping[str, Any]) -> Found:
         """Returns the network's outputs and the objects that they stand for."""
-        size = self._size(batch)
-        padding = {} if size is None else {"size": size}
-        outputs = backbone.apply(variables, self._cleared(images, size), **padding)
+        outputs = backbone.apply(variables, images, **self.arguments(backbone, batch))
         network: Any = getattr(backbone, "module", backbone)  # that of mixed statistics
-        objects = network.objects(jax.lax.stop_gradient(outputs), images.shape[1:3], size)
+        objects = network.objects(jax.lax.stop_gradient(outputs), images.shape[1:3], self._size(batch))
         return Found(outputs, objects, network)
 
     def _size(self, batch: Mapping[str, Any]) -> Any:
         """Returns height and width of the images without padding, float32 (n, 2); None where nothing is padded."""
         size = batch.get("size")
         return None if size is None else size.astype(jnp.float32)
-
-    def _cleared(self, images: Any, size: Any) -> Any:
-        """Returns normalized images whose padding is 0, as the public networks have learned it."""
-        if size is None or self.padding == 1:
-            return images
-        return jnp.where(valid_pixels(size, images.shape[1:3])[..., None], images, 0)
 
     def distillation_loss(self, outputs: Found, clean_outputs: Found) -> Any:
         """Returns the distance of what the heads give from what they give for the clean images.

@@ -156,21 +156,25 @@ class Augmentation:
                     "0; flips, shifts, crops and erasing remain."
                 )
 
-    def transforms(self, sizes: Sequence[Size], *, seed: int, first_position: int) -> list[Transform]:
+    def transforms(
+        self, sizes: Sequence[Size], pictures: Sequence[Size], *, seed: int, first_position: int
+    ) -> list[Transform]:
         """Returns what flip and shift do to each image of a batch, for its labels to follow.
 
         Args:
           sizes: (height, width) of each image.
+          pictures: the same without padding.
           seed, first_position: as for a call.
         """
         where = {"seed": seed, "first_position": first_position}
-        return flip_and_shift_transforms(sizes, **where, flip=self.flip, shift=self.shift)
+        return flip_and_shift_transforms(sizes, pictures, **where, flip=self.flip, shift=self.shift)
 
     def __call__(self, batch: Batch, *, seed: int, first_position: int) -> Batch:
         """Returns a batch of images, already cropped, augmented as its position in the stream says.
 
         Args:
-          batch: with "image", uint8 (B, H, W, C), and "label" if it is mixed.
+          batch: with "image", uint8 (B, H, W, C), and "label" if it is mixed; with "size" flips and
+            shifts are those of the picture within its padding.
           seed: of the stage.
           first_position: position of the first image in the endless stream.
 
@@ -181,7 +185,7 @@ class Augmentation:
         images = batch["image"]
         where = {"seed": seed, "first_position": first_position}
         if self.flip or self.shift:
-            images = flip_and_shift(images, **where, flip=self.flip, shift=self.shift)
+            images = flip_and_shift(images, **where, flip=self.flip, shift=self.shift, size=batch.get("size"))
         if self.photometric:
             images = photometric(images, **where)
         if self.randaugment:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,9 @@ Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
 
-def flip_and_shift(images: np.ndarray, *, seed: int, first_position: int, flip: bool, shift: int) -> np.ndarray:
+def flip_and_shift(
+    images: np.ndarray, *, seed: int, first_position: int, flip: bool, shift: int, size: np.ndarray | None = None
+) -> np.ndarray:
     """Flips and shifts images at random, by their positions in the stream of training images.
 
     Args:
@@ -26,12 +29,20 @@ def flip_and_shift(images: np.ndarray, *, seed: int, first_position: int, flip: 
       first_position: the position of the first image.
       flip: flip horizontally with probability 1/2.
       shift: largest shift in pixels, vertical and horizontal; what comes in is 0.
+      size: (B, 2), height and width of each picture at the top left of its image, which is moved
+        within itself; padding stays where it is. None where nothing is padded.
 
     Returns:
       uint8 (B, H, W, C).
     """
     count, height, width, channels = images.shape
     flipped, down, right = _draws(seed, first_position, count, shift)
+    if size is not None:
+        images = images.copy()
+        for image, (rows, columns), *draws in zip(images, size.tolist(), flipped, down, right, strict=True):
+            picture = image[:rows, :columns]
+            picture[...] = _moved(Transform((rows, columns)), *draws, flip=flip).image(picture.copy())
+        return images
     if flip:
         images = np.array(images, order="C")
         pixels = images.view(f"V{channels}")  # whole pixels are copied three times as fast as their bytes
@@ -44,20 +55,35 @@ def flip_and_shift(images: np.ndarray, *, seed: int, first_position: int, flip: 
 
 
 def flip_and_shift_transforms(
-    sizes: Sequence[Size], *, seed: int, first_position: int, flip: bool, shift: int
+    sizes: Sequence[Size],
+    pictures: Sequence[Size] | None = None,
+    *,
+    seed: int,
+    first_position: int,
+    flip: bool,
+    shift: int,
 ) -> list[Transform]:
     """Returns what `flip_and_shift` does to each image of a batch, for its labels to follow.
 
     Args:
       sizes: (height, width) of each image.
+      pictures: the same without padding; None where nothing is padded.
       seed, first_position, flip, shift: as for `flip_and_shift`.
     """
     transforms = []
     draws = _draws(seed, first_position, len(sizes), shift)
-    for size, flipped, down, right in zip(sizes, *draws, strict=True):
-        transform = Transform(size).flip() if flip and flipped else Transform(size)
-        transforms.append(transform.shift(int(down), int(right)))
+    for size, picture, *numbers in zip(sizes, pictures or sizes, *draws, strict=True):
+        if flip or shift:
+            moved = _moved(Transform(size).window(0, 0, *picture), *numbers, flip=flip)
+            transforms.append(moved.window(0, 0, *size))
+        else:
+            transforms.append(Transform(size))
     return transforms
+
+
+def _moved(transform: Transform, flipped: Any, down: Any, right: Any, *, flip: bool) -> Transform:
+    """Returns a transform with the flip and the shift of one position."""
+    return (transform.flip() if flip and flipped else transform).shift(int(down), int(right))
 
 
 def crop_numbers(seed: int, first_position: int, count: int) -> np.ndarray:
