@@ -9,7 +9,9 @@ import pytest
 import drep_jax.core.layers as layers_module
 import drep_jax.core.moments as moments_module
 from drep_jax.core.algorithm1 import algorithm1_losses
+from drep_jax.core.chunks import InMemory
 from drep_jax.core.closed_form import closed_form, expected_losses
+from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.forms import form_lines
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.core.layers import NO_IMAGES, find_layers
@@ -18,6 +20,7 @@ from drep_jax.core.moments import batch_sums, collect_moments, moments_from_sums
 from drep_jax.core.schedule import Schedule
 from drep_jax.core.sites import find_sites, pattern_of, select_sites
 from drep_jax.errors import ConfigError, DataError, SiteError
+from drep_jax.evaluation.placebo import placebo_of_effect
 from drep_jax.models import create_model
 from drep_jax.rows import block_of, clean_stream, valid_pixels, valid_rows
 from drep_jax.trees import get_in
@@ -123,6 +126,61 @@ def test_padded_pixels_count_for_nothing(working, monkeypatch):
     ]
     assert moments.count == len(windows) == sum(-(-h // 2) * -(-w // 2) for h, w in size)
     np.testing.assert_allclose(moments.mean, np.mean(windows, 0), atol=1e-6)
+
+
+class Grid(nn.Module):
+    """Reads pixel by pixel, so that padding is nowhere in the features of the picture."""
+
+    @nn.compact
+    def __call__(self, x, size=None):
+        with valid_pixels(size, x.shape[1:3]):
+            x = jnp.tanh(nn.Conv(4, (1, 1), name="first")(x))
+            return nn.Conv(2, (1, 1), name="last")(x)
+
+
+class Told(InMemory):
+    """Images with what the network is given beside them."""
+
+    def __init__(self, images, **given):
+        super().__init__(images)
+        self.given = given
+
+    def arguments(self, index):
+        return {name: rows[index] for name, rows in self.given.items()}
+
+
+def test_padded_pictures_give_what_the_pictures_alone_give():
+    """Moments, measured noise and placebo: of a picture within whatever padding as of the picture by itself."""
+    net, pictures = Grid(), trees.normal(3, (3, 8, 4, 3, 2))  # clean, clean, noisy; eight images of 4 x 3 pixels
+    pictures = np.asarray(pictures.at[2].add(0.5 * trees.normal(4, (8, 4, 3, 2))).at[1].set(pictures[0]))
+    padded = np.array(50 * trees.normal(5, (3, 8, 6, 5, 2)))
+    padded[:, :, :4, :3] = pictures
+    size, ones = np.tile(np.float32([[4, 3]]), (8, 1)), np.ones(8, np.float32)
+    sites, variables = parts(net, pictures[0])
+    told = {"size": size}
+
+    taken = [
+        collect_moments(net, variables, sites, [batch])
+        for batch in ((pictures[0], ones), (padded[0], ones, told), (padded[0], ones))
+    ]
+    options = {"vectors": 10**6, "chunk": 1, "outputs": False, "ridge": 1e-3}
+    solved = [
+        measure(net, variables, sites, images, [0.5, 0.5], **options).denoise
+        for images in (pictures, Told(padded, **told))
+    ]
+    learned, key = Denoisers(solved[0], "affine", 1), jax.random.key(0)
+    random = [
+        placebo_of_effect(net, variables, learned, sites, SCHEDULE, key, [batch])
+        for batch in (pictures[0], (padded[0], told))
+    ]
+    for site in sites:
+        alone, within, unsaid = (moments[site.path] for moments in taken)
+        assert (alone.count, within.count, unsaid.count) == (96, 96, 240)
+        np.testing.assert_allclose(within.mean, alone.mean, atol=1e-5)
+        np.testing.assert_allclose(within.covariance, alone.covariance, atol=1e-5)
+    for trees_ in (solved, random):
+        for alone, within in zip(*map(jax.tree_util.tree_leaves, trees_), strict=True):
+            np.testing.assert_allclose(within, alone, rtol=1e-3, atol=1e-4 * np.abs(alone).max())
 
 
 def fused_params(variables, denoise, sites):
