@@ -9,7 +9,7 @@ import pytest
 
 from drep_jax import report
 from drep_jax.core.denoisers import init_denoise
-from drep_jax.core.measured import measuring
+from drep_jax.core.measured import measure, measuring
 from drep_jax.core.sites import find_sites
 from drep_jax.data import collate
 from drep_jax.data.augment import augmentation_of
@@ -20,13 +20,17 @@ from drep_jax.jobs import train
 from drep_jax.learners.distilled import with_corrupted
 from drep_jax.learners.losses import denoising_objective, distillation_objective, label_objective
 from drep_jax.learners.streams import CorruptedImages
+from drep_jax.models import create_model
 from drep_jax.models.detectors.darknet import Darknet
 from drep_jax.run.moments import MOMENTS, run_moments
 from drep_jax.run.run import Run
 from drep_jax.run.setup import _check_padded, build
 from drep_jax.tasks.detection import Detection
-from tests.models.detectors.networks import TINY, random_variables, tiny
+from drep_jax.trees import get_in
+from tests.core.test_rows import Told
+from tests.models.detectors.networks import TINY, pictures, random_variables, tiny
 from tests.tasks.cases import detection
+from tests.tasks.test_detection_networks import CASES
 
 PADDED = {
     "data.resize": "pad",
@@ -187,6 +191,30 @@ def test_sites_are_the_same_with_a_size(name):
     assert [[layer.calls for layer in site.layers] for site in plain] == [
         [layer.calls for layer in site.layers] for site in padded
     ]
+
+
+@pytest.mark.slow  # tests/core/test_rows.py has pictures in padding through two layers
+@pytest.mark.parametrize("name", ["detr_r50", "faster_rcnn_r50"])
+def test_noise_is_measured_where_padding_masks_attention_and_cuts_proposals(name):
+    """All of the image is what no size is; a smaller picture has another solution, at nearly all sites."""
+    net = create_model(name, num_classes=5, image_size=(64, 64), **CASES[name])
+    variables, clean = random_variables(net), pictures((64, 64), 4)
+    images = np.stack([clean, clean + 0.5 * pictures((64, 64), 4, 1)])
+    sites = find_sites(net, jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32))
+
+    def solved(height):
+        streams = images if height is None else Told(images, size=np.tile(np.float32([[height, 64]]), (4, 1)))
+        return measure(net, variables, sites, streams, [1.0], ridge=1e-2, vectors=10**4, chunk=4, outputs=False).denoise
+
+    none, whole, part = (
+        [np.asarray(get_in(denoise, site.path)["kernel"]) for site in sites] for denoise in map(solved, (None, 64, 40))
+    )
+    changes = []
+    for site, one, same, other in zip(sites, none, whole, part, strict=True):
+        np.testing.assert_allclose(same, one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=site.name)
+        assert np.isfinite(other).all(), site.name
+        changes.append(np.abs(other - one).max() > 0.01 * np.abs(one).max())
+    assert np.mean(changes) > 0.9
 
 
 @pytest.mark.slow  # tests above trace its parts
