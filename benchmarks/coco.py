@@ -20,51 +20,51 @@ Arms:
 
 import dataclasses
 import functools
-import importlib
-import re
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from tabulate import tabulate
 
-from benchmarks.camvid import Arm, Job, backbone, from_clean, measured, placebo
-from benchmarks.common import Parser
+from benchmarks.arms import (
+    SEED,
+    Arm,
+    Job,
+    Results,
+    backbone,
+    changes,
+    command_line,
+    configuration,
+    from_clean,
+    measured,
+    named,
+    placebo,
+    scored,
+)
 from drep_jax.data.collate import read
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.evaluation.intervals import Bootstrap
 from drep_jax.evaluation.selection import AGREEMENT, Candidate, Point, best_point, choose
 from drep_jax.exporting.statistics import MixedStatistics, Statistics
-from drep_jax.learners.base import direct_maps, leading_counts, selection_of, with_leading
+from drep_jax.learners.base import selection_of
 
-SEED = 11
 BATCH = 16
 MIXED = "gaussian:5..45,gaussian:5..45,low_light:0..4,blur:0..2,jpeg:50..85"
 """Noise of "measured mixed"; each image gets one of them."""
-
-UNFINISHED = 3
-"""Exit status of a call that ended after its minutes."""
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
 
 
 class Pictures(Job):
-    """The network, its pictures, and the folder of what is kept."""
+    """A job that keeps the scores of all points, and chooses from them in every call."""
 
-    def chosen(self, name: str, candidates: dict[str, Any]) -> Any:
-        """Returns maps at the leading sites and the strength that agree best on held-out images, see `best_point`.
+    def best(self, name: str, grid: Sequence[Candidate]) -> tuple[int, float]:
+        """Returns the candidate and strength that agree best on held-out images, see `best_point`.
 
         AP by the labels of these images is printed beside the agreement. It chooses nothing.
         """
-        sites = self.setup.sites
-        counts = leading_counts(len(sites), self.config.select.leading)
-        grid = [
-            with_leading(Candidate(label, tree), sites, count) for label, tree in candidates.items() for count in counts
-        ]
         selection = selection_of(self.config, labels=True)
         conditions = tuple(dict.fromkeys((CLEAN, *selection.conditions)))
 
@@ -91,9 +91,7 @@ class Pictures(Job):
         for row, point in enumerate(points):
             scores = "  ".join(f"{c} {point.agreement[c]:.1f} ({(point.accuracy or {})[c]:.1f})" for c in conditions)
             print(f"{'>' if row == best else ' '} {point.label}, strength {point.strength:g}: {scores}")
-        point = points[best]
-        print(f"{name}: {point.label}, strength {point.strength:g}", flush=True)
-        return direct_maps(grid[point.candidate].denoise).scaled(point.strength)
+        return points[best].candidate, points[best].strength
 
 
 def distilled(job: Job) -> Any:
@@ -141,7 +139,7 @@ ARMS: dict[str, Arm] = {
     "measured mixed": Arm(functools.partial(measured, noise=MIXED)),
     **{f"BN {alpha:g} × {BATCH}": Arm(backbone, Statistics("batch", alpha)) for alpha in (0.1, 0.25)},
     "closed form": Arm(functools.partial(from_clean, wiener=False)),
-    "distilled": Arm(distilled),
+    "distilled": Arm(distilled, keep=True),
     "wiener": Arm(functools.partial(from_clean, wiener=True)),
 }
 
@@ -182,74 +180,29 @@ def with_room(columns: Any) -> Any:
     return tuple(dataclasses.replace(column, capacity=128) if column.ragged else column for column in columns)
 
 
-def scored(job: Job, score: Scorer, name: str, conditions: tuple[str, ...], deadline: float) -> dict[str, Any]:
-    """Returns the statistics of an arm by condition; its network is made if one of them is not kept."""
-    arm = ARMS[name]
-
-    @functools.cache
-    def network() -> Any:
-        return job.kept(name, lambda: arm.network(job)) if name == "distilled" else arm.network(job)
-
-    results = {}
-    for condition in conditions:
-        if time.monotonic() > deadline:
-            print(f"The minutes are over at {name}, {condition}; a further call goes on from here.")
-            sys.exit(UNFINISHED)
-        results[condition] = job.kept(
-            f"{name} {condition} {job.every}", lambda c=condition: score(arm.statistics, network(), c)
-        )
-    return results
-
-
-def tables(job: Job, results: dict[str, dict[str, Any]], conditions: tuple[str, ...], resamples: int) -> None:
-    """Prints AP of the backbone, and every arm's change in points with its interval over images."""
+def tables(job: Job, results: Results, conditions: tuple[str, ...], resamples: int) -> None:
+    """Prints the metrics of the backbone, and every arm's changes in points, that of AP with its interval over images."""
     ones = np.ones(len(job.index))
-    bootstrap = Bootstrap(len(ones), resamples=resamples)
-    known = job.setup.task.metrics
+    units = {"": Bootstrap(len(ones), resamples=resamples)}
     for name in METRICS:
-        metric = known[name]
-        rows = []
-        drawn = {
-            condition: bootstrap.values({arm: (metric, results[arm][condition]) for arm in results})
-            for condition in (conditions if name == METRICS[0] else ())
-        }
-        whole = {arm: {c: 100 * float(metric(results[arm][c], ones)) for c in conditions} for arm in results}
-        for arm, values in whole.items():
-            gains = {c: value - whole["backbone"][c] for c, value in values.items()}
-            first = arm == "backbone"
-            rows.append([arm, *(f"{values[c]:.1f}" if first else f"{gains[c]:+.1f}" for c in conditions)])
-            if not first and drawn:
-                ends = []
-                for c in conditions:
-                    change = 100 * (drawn[c][arm] - drawn[c]["backbone"])
-                    interval = bootstrap.interval(gains[c], change)
-                    ends.append(f"[{interval.low:+.1f}, {interval.high:+.1f}]")
-                rows.append(["", *ends])
-        print(f"\n{name}, {len(ones)} test images, then changes in points, 95 % intervals over images")
-        print(tabulate(rows, ["", *conditions], tablefmt="github", disable_numparse=True))
+        intervals = ", 95 % intervals over images" if units else ""
+        print(f"\n{name}, {len(ones)} test images, then changes in points{intervals}")
+        print(changes(job.setup.task.metrics[name], results, conditions, ones, units))
+        units = {}
 
 
 def main(command: Any = None) -> None:
     """Learns what is not kept, scores, and prints."""
-    parser = Parser(
-        __doc__, every=64, images=2, conditions="clean,gaussian:20", arms="backbone|measured", resamples=100
-    )
-    parser.add_argument("--cache", required=True, help="folder of what is kept")
-    parser.add_argument("--config", default="yolo_fastest_coco", help="in configs/")
-    parser.add_argument("--arms", default=".*", help="regular expression of the arms")
-    parser.add_argument("--every", type=int, default=1, help="score every n-th test image")
+    tiny = {"every": 64, "images": 2, "conditions": "clean,gaussian:20", "arms": "backbone|measured"}
+    parser = command_line(__doc__, {**tiny, "resamples": 100}, config="yolo_fastest_coco", every=1, resamples=1000)
     parser.add_argument(
         "--images", type=int, help="training images to learn from; all that are not held out by default"
     )
     parser.add_argument("--conditions", default="", help="with commas between; those of the configuration by default")
-    parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--minutes", type=float, default=1e6, help="no new work is begun after these")
     options = parser.parse_args(command)
     deadline = time.monotonic() + 60 * options.minutes
-    wanted = [name for name in ARMS if re.fullmatch(options.arms, name)]
-    if not wanted:
-        parser.error(f"--arms={options.arms} matches none of {', '.join(ARMS)}")
-    config = importlib.import_module(f"configs.{options.config}").get_config().unlock()
+    names = named(parser, options, ARMS)
+    config = configuration(options.config)
     config.progress = False
     if options.images:
         config.measured.images = config.denoise.moment_images = options.images
@@ -260,7 +213,10 @@ def main(command: Any = None) -> None:
     conditions = tuple(options.conditions.split(",")) if options.conditions else tuple(config.evaluate.conditions)
     job = Pictures(config, options.cache, options.every)
     score = Scorer(job)
-    results = {name: scored(job, score, name, conditions, deadline) for name in wanted}
+    results = {}
+    for name in names:
+        of_arm = functools.partial(score, ARMS[name].statistics)
+        results[name] = scored(job, name, ARMS[name], of_arm, conditions, deadline)
     job.run.writer.close()
     if "backbone" in results:
         tables(job, results, conditions, options.resamples)

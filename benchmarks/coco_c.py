@@ -10,18 +10,15 @@ together. "noise" is the mean of gaussian, shot and impulse noise, "others" that
 """
 
 import functools
-import importlib
 import re
-import sys
 import time
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks.camvid import Job
-from benchmarks.coco import ARMS, SEED, UNFINISHED, Pictures, Scorer
-from benchmarks.common import Parser
+from benchmarks.arms import SEED, Job, command_line, configuration, end_after, network
+from benchmarks.coco import ARMS, Pictures, Scorer
 from drep_jax.data.corruptions import CLEAN, corrupt
 from drep_jax.data.corruptions.imagenet_c import PHOTOGRAPHS
 from drep_jax.data.decode import decode, fit
@@ -97,40 +94,28 @@ def tables(job: Job, results: dict[str, dict[str, Any]], severities: list[str], 
 
 def main(command: Any = None) -> None:
     """Scores what is not kept, condition by condition, and prints."""
-    parser = Parser(__doc__, every=64, arms="backbone", resamples=100, corruptions="fog|shot_noise")
-    parser.add_argument("--cache", required=True, help="folder of what is kept, shared with benchmarks/coco.py")
-    parser.add_argument("--config", default="yolo_fastest_coco", help="in configs/")
-    parser.add_argument("--arms", default="backbone|placebo|measured|measured mixed", help="regular expression")
-    parser.add_argument("--every", type=int, default=2, help="score every n-th test image")
+    tiny = {"every": 64, "arms": "backbone", "resamples": 100, "corruptions": "fog|shot_noise"}
+    arms = "backbone|placebo|measured|measured mixed"
+    parser = command_line(__doc__, tiny, config="yolo_fastest_coco", arms=arms, every=2, resamples=1000)
     parser.add_argument("--severities", default="3", help="with commas between")
     parser.add_argument("--corruptions", default=".*", help="regular expression")
-    parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--minutes", type=float, default=1e6, help="no new work is begun after these")
     options = parser.parse_args(command)
     deadline = time.monotonic() + 60 * options.minutes
     severities = options.severities.split(",")
     names = [name for name in PHOTOGRAPHS if re.fullmatch(options.corruptions, name)]
     conditions = [CLEAN, *(f"imagenet_c:{name}:{severity}" for name in names for severity in severities)]
-    job = Pictures(
-        importlib.import_module(f"configs.{options.config}").get_config().unlock(), options.cache, options.every
-    )
+    job = Pictures(configuration(options.config), options.cache, options.every)
     score = StoredScorer(job)
     wanted = [name for name in ARMS if name == "backbone" or re.fullmatch(options.arms, name)]
 
-    @functools.cache
-    def network(name: str) -> Any:
-        made = lambda: ARMS[name].network(job)  # noqa: E731
-        return job.kept(name, made) if name == "distilled" else made()
-
+    variables = functools.cache(lambda name: network(job, name, ARMS[name]))
     results: dict[str, dict[str, Any]] = {name: {} for name in wanted}
     for condition in conditions:
         for name in wanted:
-            if time.monotonic() > deadline:
-                print(f"The minutes are over at {name}, {condition}; a further call goes on from here.")
-                sys.exit(UNFINISHED)
+            end_after(deadline, f"{name}, {condition}")
             results[name][condition] = job.kept(
                 f"C {name} {condition} {job.every}",
-                lambda n=name, c=condition: score(ARMS[n].statistics, network(n), c),
+                lambda n=name, c=condition: score(ARMS[n].statistics, variables(n), c),
             )
     job.run.writer.close()
     tables(job, results, severities, options.resamples)

@@ -10,7 +10,7 @@ from benchmarks.common import Parser
 from tests.command import whole_reports
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"adaptation", "common", "single_thread"}
+SHARED = {"adaptation", "arms", "common", "single_thread"}
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 WITH_DATA = {"camvid", "cifar10c", "coco", "coco_c", "real_noise", "reid", "ridge"}
 """They need the files of DREP_DATA."""
@@ -29,7 +29,6 @@ LONG = {
     "measured",
     "modes",
     "pretrain",
-    "rcnn",
     "real_noise",
     "reid",
     "ridge",
@@ -82,3 +81,15 @@ def test_tiny_changes_defaults_only():
     assert parser.parse_args(["--tiny", "--rounds=3"]).rounds == 3
     with pytest.raises(ValueError, match=r"there are not: .*steps"):
         Parser("text", steps=1).parse_args(["--tiny"])
+
+
+def test_detectors_without_their_references_are_named(capsys, monkeypatch):
+    module = importlib.import_module("benchmarks.detection_forward")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    module.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(module.CASES)
+    assert all("left out, torch and " in line and "not installed" in line for line in lines)
+    with pytest.raises(SystemExit):
+        module.main(["--size", "100", "64"])
+    assert "--size 100 64: expected multiples of 32" in capsys.readouterr().err

@@ -82,7 +82,14 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
     place = f"--workdir={tmp_path / 'run'}"
     ended = call("train.py", TINY, place, "--config.dry_run=true", "--config.data.source=tfds:imagenet2012")
     assert ended.status == 0, ended
-    for text in ("Model vit", "4 denoisers", "encoderblock_1/mlp/fc2", "algorithm1, step 2: loss", "images/s", "peak memory"):
+    for text in (
+        "Model vit",
+        "4 denoisers",
+        "encoderblock_1/mlp/fc2",
+        "algorithm1, step 2: loss",
+        "images/s",
+        "peak memory",
+    ):
         assert text in ended.output
     assert not os.path.exists(tmp_path / "run")
     call("train.py", TINY, "--config.dry_run=true", "--config.dry_run_batch=0").refused("dry_run_batch=0")

@@ -63,6 +63,8 @@ def flags_of(script):
         sources += [ROOT / "drep_jax" / "cli" / "app.py"]
     if script == "train.py":
         sources += [ROOT / "drep_jax" / "parallel" / "hosts.py"]
+    if "benchmarks.arms import" in sources[0].read_text(encoding="utf-8"):
+        sources.append(ROOT / "benchmarks" / "arms.py")
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)) | set(re.findall(r'add_argument\(\s*"--(\w+)"', text))
     return defined | ABSL - ({"config"} if script != "train.py" else set()) | ({"tiny"} if "Parser(" in text else set())
@@ -168,6 +170,7 @@ def test_every_benchmark_is_quoted_in_its_page():
     )
     names = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {
         "adaptation.py",
+        "arms.py",
         "common.py",
         "single_thread.py",
     }
