@@ -331,7 +331,10 @@ GOLDEN = pathlib.Path(__file__).parent / "fixtures" / "measured.npz"
     "name, model, options",
     [
         ("basic", "resnet", {"stage_sizes": (1, 1), "width": 4, "block": "basic", "stem": "cifar", "shortcut": "pad"}),
-        ("scan", "vit", {"patch_size": 4, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12, "scan": True}),
+        pytest.param(
+            *("scan", "vit", {"patch_size": 4, "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12, "scan": True}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["resnet", "vit"],
 )

@@ -109,6 +109,7 @@ def merged(backbone, tmp_path_factory):
     return config, directory, train.run(config, directory)
 
 
+@pytest.mark.slow
 def test_a_merged_run_learns_from_all_and_evaluates_each(merged):
     config, directory, report = merged
     setup = build(config)

@@ -23,6 +23,7 @@ NETS = {
     "depthwise": Net((Conv(2, groups=0),), ()),
     "convolution": Net((Conv(3),), ()),
 }
+DEEPER = ("stacked by scan", "depthwise")
 
 
 def norms(values, rank):
@@ -86,7 +87,7 @@ def test_no_change_gives_no_placebo():
     assert not any(np.any(leaf) for leaf in jax.tree_util.tree_leaves(tree))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in DEEPER else []) for n in NETS])
 def test_features_change_as_much_in_their_mean_and_about_it(name):
     """Against the moments of the same images."""
     net, batches = NETS[name], [np.asarray(normal(seed, (8, 6, 6, 3))) + 0.5 for seed in (0, 1)]

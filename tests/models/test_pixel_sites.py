@@ -47,6 +47,7 @@ def certified(module, sites, size):
     return certify(module, variables, denoise, sites, SCHEDULE, x)
 
 
+@pytest.mark.slow
 def test_sites_of_an_fcn():
     """In order of execution: stem … stages, the shortcut after a block's third convolution, then the head."""
     net = full("fcn_r50")

@@ -71,6 +71,7 @@ def test_fuse_gives_the_weights_that_the_first_release_wrote(run):
     assert sorted(os.listdir(run / "checkpoints")) == ["backbone", "control", "denoise"]
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_stopped(run, monkeypatch):
     shutil.rmtree(run / "checkpoints" / "denoise" / "12")
     with open(run / "config.json", encoding="utf-8") as file:

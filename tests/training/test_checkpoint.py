@@ -81,7 +81,7 @@ def flip(path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons coroutines on damage
-@pytest.mark.parametrize("damage", [delete, truncate, flip])
+@pytest.mark.parametrize("damage", [delete, pytest.param(truncate, marks=pytest.mark.slow), flip])
 def test_damage_is_noticed_and_the_way_out_leads_to_the_earlier_checkpoint(damage, saved, tmp_path):
     files = [path.relative_to(saved) for path in sorted((saved / "3").rglob("*")) if path.is_file()]
     refused = set()
