@@ -150,7 +150,7 @@ class Branches(nn.Module):
         )
 
 
-@pytest.mark.parametrize("kind", ["patch", "pointwise"])
+@pytest.mark.parametrize("kind", [pytest.param("patch", marks=pytest.mark.slow), "pointwise"])
 def test_every_other_kind_of_layer(kind):
     inputs = normal(1, (2, 7, 6)), normal(2, (2, 4, 5, 3, 2))
     sites = find_sites(Branches(), *inputs, pattern=".*", kind=kind)

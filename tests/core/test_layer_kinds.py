@@ -275,7 +275,7 @@ def test_measured_noise_refuses_layers_under_vmap(name):
         measure(net, variables, sites, np.stack([X, X]), [1], train=False)
 
 
-@pytest.mark.parametrize("kind", ["patch", "pointwise"])
+@pytest.mark.parametrize("kind", [pytest.param("patch", marks=pytest.mark.slow), "pointwise"])
 def test_dense_prediction(kind):
     """Fusion is exact, the closed form is least, and measured noise gives what it has fused."""
     names = [*DECODERS]

@@ -86,7 +86,10 @@ def test_no_change_gives_no_placebo():
     assert not any(np.any(leaf) for leaf in jax.tree_util.tree_leaves(tree))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ("stacked by scan", "depthwise") else []) for n in NETS],
+)
 def test_features_change_as_much_in_their_mean_and_about_it(name):
     """Against the moments of the same images."""
     net, batches = NETS[name], [np.asarray(normal(seed, (8, 6, 6, 3))) + 0.5 for seed in (0, 1)]

@@ -77,6 +77,7 @@ def test_the_same_file_comes_back_fused_from_the_command_line(checkpoint, run, t
     call("train.py", f"--config={HERE / 'config.py'}", f"--workdir={tmp_path / 'run'}", again).refused("already fused")
 
 
+@pytest.mark.slow
 def test_a_new_file_and_a_table_that_has_moved(run, checkpoint, tmp_path):
     moved = tmp_path / "moved.py"
     moved.write_text((HERE / "names.py").read_text())
@@ -100,6 +101,7 @@ def test_the_noise_of_a_camera_costs_less_after_fusion(tmp_path):
     assert accuracy["fused, clean"] > accuracy["baseline, clean"] - 0.05
 
 
+@pytest.mark.slow
 def test_a_pth_with_timms_names_comes_back_with_the_same_names(tmp_path, capsys):
     path = str(tmp_path / "vit.pth")
     pth_back.stand_in(path)

@@ -166,6 +166,7 @@ def test_published_network_has_the_published_number_of_parameters(stride, side, 
     assert (feature.shape, feature.dtype) == ((2, 1280), jnp.float32)
 
 
+@pytest.mark.slow
 def test_fused_equals_explicit_in_float64_with_side_information():
     module = tiny(side_info=3)
     variables, x = variables_of(module), pictures(numbers=[2, 0, 1, 2])
