@@ -1,8 +1,9 @@
-"""Strict JAX, eight simulated devices, a cache of compiled programs, and one finished run that many tests look at."""
+"""Strict JAX, eight simulated devices, programs that compile quickly, and one finished run that many tests look at."""
 
 import ctypes
 import fcntl
 import gc
+import itertools
 import os
 import pathlib
 import pickle
@@ -10,7 +11,7 @@ import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes most of the tests' time. So programs are not optimized, XLA's fusion emitters (which go through MLIR and
-# cost twice the time of the plain ones) stay off, and this process shares its programs with all others of the tests.
+# cost twice the time of the plain ones) stay off.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -21,15 +22,18 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_parallel_codegen_split_count=1",
     ]
 )
+# Nor are they kept on disk: writing and reading one takes as long as compiling it so. Whoever runs one file again and again
+# gains a quarter by 1 here and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # reading a smaller one takes as long
 os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")  # which nobody reads
 
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
 from tests import medium, shapes
@@ -41,6 +45,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
+
+
+def shared_contexts(make, programs=50):
+    """Returns what gives the same context of MLIR for so many programs; making one takes a fifth of a small program's time.
+
+    Not for ever, because a context keeps every type, attribute and place of a source that it has seen.
+    """
+    numbers, last = itertools.count(), []
+
+    def shared():
+        if next(numbers) % programs == 0 or not last:
+            last[:] = [make()]
+        return last[0]
+
+    return shared
+
+
+if hasattr(mlir, "make_ir_context"):  # of JAX's own, which another version may not have
+    mlir.make_ir_context = shared_contexts(mlir.make_ir_context)
 
 
 LONG_FIRST = ("tasks", "learners", "jobs", "core", "models", "evaluation", "run")
@@ -58,7 +81,7 @@ def pytest_collection_finish():
     """What was imported stays: the garbage collector need not walk through it again and again, nor so often."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(100_000, 20, 50)
 
 
 def resident() -> float:

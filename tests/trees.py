@@ -1,6 +1,7 @@
 """Random modules for property tests, and a straightforward NumPy version of a denoised layer as the oracle."""
 
 import dataclasses
+import functools
 import itertools
 
 import flax.linen as nn
@@ -175,6 +176,12 @@ def setup(net, x, sites, seed=0):
     inputs = x if isinstance(x, tuple) else (x,)
     variables = zeros(jax.eval_shape(net.init, jax.random.key(0), *inputs))
     return randomize(variables, seed, 0.5), randomize(zeros(jax.eval_shape(lambda: init_denoise(sites))), seed + 1, 0.2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(module, variables, *inputs):
+    """What `module` computes, in one program instead of one for each operation."""
+    return module.apply(variables, *inputs)
 
 
 def zeros(shapes):

@@ -113,14 +113,14 @@ def test_the_running_mean_loses_what_the_kernel_makes_of_the_constant():
 
 
 def test_fused_is_explicit_and_the_certificate_sees_every_mean():
-    noisy = sample_noise(DENOISE, SITES, jax.random.key(0))
+    noisy = jax.jit(lambda key: sample_noise(DENOISE, SITES, key))(jax.random.key(0))
     with jax.enable_x64(True):
         wide, noise, x = (trees.float64(tree) for tree in (VARIABLES, noisy, X))
         fused = jax.jit(lambda v, d: fuse_variables(v, d, SITES, SCHEDULE))(wide, noise)
         assert jax.tree.structure(fused) == jax.tree.structure(wide)
-        explicit = explicit_apply(Net(), wide, noise, SITES, SCHEDULE, x)
-        np.testing.assert_allclose(Net().apply(fused, x), explicit, rtol=1e-11, atol=1e-11)
-        assert np.abs(explicit - Net().apply({**fused, "batch_stats": wide["batch_stats"]}, x)).max() > 1e-3
+        explicit = jax.jit(lambda v, d: explicit_apply(Net(), v, d, SITES, SCHEDULE, x))(wide, noise)
+        np.testing.assert_allclose(trees.outputs(Net(), fused, x), explicit, rtol=1e-11, atol=1e-11)
+        assert np.abs(explicit - trees.outputs(Net(), {**fused, "batch_stats": wide["batch_stats"]}, x)).max() > 1e-3
     fused = fuse_variables_exact(VARIABLES, DENOISE, SITES, SCHEDULE)
     before, after = (tree["batch_stats"]["norm2"]["mean"] for tree in (VARIABLES, fused))
     moved = {**fused["batch_stats"]["norm2"], "mean": after + 0.01 * (after - before)}
@@ -158,7 +158,9 @@ def test_measured_noise_gives_what_the_fused_network_computes(pattern):
     assert all(after <= before * (1 + 1e-9) < 1 for before, after in measured.errors.values())
     fused = fuse_variables_exact(VARIABLES, measured.denoise, sites, SCHEDULE, rule="affine", steps=1)
     for stream, variables in enumerate((VARIABLES, fused, fused)):
-        np.testing.assert_allclose(measured.outputs[stream], Net().apply(variables, streams[stream]), atol=2e-6)
+        np.testing.assert_allclose(
+            measured.outputs[stream], trees.outputs(Net(), variables, streams[stream]), atol=2e-6
+        )
 
 
 class Trained(nn.Module):

@@ -134,7 +134,7 @@ def test_junctions_are_found_in_a_resnet_and_in_both_kinds_of_vit():
     def junctions(name, size, **overrides):
         model = create_model(name, num_classes=3, image_size=size, **overrides)
         x = jnp.zeros((2, *size, 3))
-        variables = model.init(KEY, x)
+        variables = trees.zeros(jax.eval_shape(model.init, KEY, x))
         sites = find_sites(model, x, pattern=".*")
         closed = interpreter.trace(model, variables, sites, x)
         count = len(jax.tree_util.tree_leaves(variables))
@@ -174,13 +174,13 @@ def test_scanned_and_rematerialized_blocks_give_the_same_network(options):
         sites = find_sites(module, images[0], pattern=".*(query|key|value|out|fc1|fc2)")
         measured = measure(module, {"params": params}, sites, images, [1, 1], ridge=1e-2)
         new = fused_params(params, measured.denoise, sites)
-        return module.apply({"params": new}, images[2]), measured.errors
+        return trees.outputs(module, {"params": new}, images[2]), measured.errors
 
     expected, errors = logits(model, params)
     got, others = logits(other, stack_blocks(params) if options.get("scan") else params)
     np.testing.assert_allclose(got, expected, atol=2e-4)
     assert sorted(np.round(list(errors.values()), 4).tolist()) == sorted(np.round(list(others.values()), 4).tolist())
-    assert float(jnp.abs(expected - model.apply({"params": params}, images[2])).max()) > 0.01
+    assert float(jnp.abs(expected - trees.outputs(model, {"params": params}, images[2])).max()) > 0.01
 
 
 @pytest.mark.slow
@@ -203,12 +203,16 @@ def test_convolutions_with_groups_strides_and_borders(kind):
     new = fused_params(variables["params"], result.denoise, sites)
 
     def error(params):
-        return float(np.mean((model.apply({"params": params}, images[1]) - model.apply(variables, images[0])) ** 2))
+        return float(
+            np.mean(
+                (trees.outputs(model, {"params": params}, images[1]) - trees.outputs(model, variables, images[0])) ** 2
+            )
+        )
 
     assert error(new) < {"auto": 0.6, "pointwise": 0.9}[kind] * error(variables["params"])
     # What was measured on the way is what the fused network does.
-    np.testing.assert_allclose(result.outputs[1], model.apply({"params": new}, images[1]), atol=1e-4)
-    np.testing.assert_allclose(result.outputs[0], model.apply(variables, images[0]), atol=1e-4)
+    np.testing.assert_allclose(result.outputs[1], trees.outputs(model, {"params": new}, images[1]), atol=1e-4)
+    np.testing.assert_allclose(result.outputs[0], trees.outputs(model, variables, images[0]), atol=1e-4)
     assert all(after <= before * (1 + 1e-9) for before, after in result.errors.values())
 
 
@@ -357,11 +361,11 @@ def test_the_result_is_that_of_one_program_for_all_sites(name, model, options):
 # ---- from site to site -------------------------------------------------------------------------------------------------
 
 
-def blocks(depth, images, init=jax.jit):
+def blocks(depth, images):
     """A ViT of so many blocks, its parameters and its sites."""
     small = {"patch_size": 4, "width": 8, "num_heads": 2, "mlp_dim": 12}
     model = create_model("vit", num_classes=3, image_size=(8, 8), depth=depth, **small)
-    variables = init(model.init)(KEY, images[0, :1])
+    variables = trees.setup(model, images[0, :1], ())[0]
     return model, variables, find_sites(model, images[0, :1], pattern=".*(fc1|fc2)")
 
 
@@ -390,17 +394,14 @@ def test_features_wait_within_the_bound_or_are_computed_again(monkeypatch):
     assert re.search(r"up to 0.0 GiB \(at .*measured.memory_gib.*about 2.5 forward passes", line)
     np.testing.assert_allclose(results[20_000], results[2.0**32], atol=1e-6)
     np.testing.assert_allclose(results[0], results[2.0**32], atol=1e-6)
-    assert np.abs(results[0][2] - model.apply(variables, images[2])).max() > 1e-3
+    assert np.abs(results[0][2] - trees.outputs(model, variables, images[2])).max() > 1e-3
 
 
 def test_alike_stretches_share_a_program():
     images = np.zeros((2, 9, 8, 8, 3), np.float32)
 
-    def shapes_only(function):
-        return lambda *arguments: trees.zeros(jax.eval_shape(function, *arguments))
-
     def programs(depth):
-        solver = _Solver(*blocks(depth, images, shapes_only), InMemory(images), 1.0, 9, True, 9, 1e9, False, {})
+        solver = _Solver(*blocks(depth, images), InMemory(images), 1.0, 9, True, 9, 1e9, False, {})
         cuts = solver.network.cuts
         stretches = {stretch.key for stretch in solver.network.stretches}
         return (
@@ -544,10 +545,10 @@ def test_more_images_never_hurt_where_few_say_nothing():
         images = streams((count, 6), seed=9, count=2)[:, :count]
         images = np.concatenate([images[:1], images[2:]])
         denoise = measure(model, variables, sites, images, [1.0], ridge=ridge, outputs=False).denoise
-        outputs = model.apply({"params": fused_params(variables["params"], denoise, sites)}, test[2])
-        return float(np.mean((outputs - model.apply(variables, test[0])) ** 2))
+        outputs = trees.outputs(model, {"params": fused_params(variables["params"], denoise, sites)}, test[2])
+        return float(np.mean((outputs - trees.outputs(model, variables, test[0])) ** 2))
 
-    nothing = float(np.mean((model.apply(variables, test[2]) - model.apply(variables, test[0])) ** 2))
+    nothing = float(np.mean((trees.outputs(model, variables, test[2]) - trees.outputs(model, variables, test[0])) ** 2))
     few, many = error(5, None), error(200, None)
     assert few < 1.1 * nothing and many < 0.95 * nothing
     assert error(5, 1e-3) > 1.2 * nothing

@@ -268,8 +268,7 @@ def test_what_dropout_leaves_out_depends_on_the_implementation(name, implementat
     assert heads == [(whole_channels, 0.1)] * (2 if name == "fcn" else 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fcn", "segformer"])
+@pytest.mark.parametrize("name", ["fcn", pytest.param("segformer", marks=pytest.mark.slow)])
 def test_training_reaches_every_parameter_and_evaluation_returns_one_map(name):
     module, x = tiny(name), pictures((32, 64))  # with a single key there would be no choice among keys
     variables = random_variables(module, x)
