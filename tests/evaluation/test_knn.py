@@ -15,6 +15,7 @@ from drep_jax.evaluation import knn
 from drep_jax.jobs import checks, train
 from drep_jax.report import console_table
 from drep_jax.run.setup import build
+from tests import trees
 from tests.tiny_config import get_config
 
 
@@ -78,9 +79,9 @@ def test_features_are_what_the_head_reads(backbone):
     setup, variables, _ = backbone
     assert setup.others == ()
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
-    features = setup.headless.apply(variables, images)
+    features = trees.outputs(setup.headless, variables, images)
     head = variables["params"]["head"]
-    logits = setup.backbone.apply(variables, images)
+    logits = trees.outputs(setup.backbone, variables, images)
     np.testing.assert_allclose(
         np.asarray(features) @ np.asarray(head["kernel"]) + np.asarray(head["bias"]), logits, atol=1e-5
     )

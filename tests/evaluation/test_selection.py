@@ -23,6 +23,7 @@ from drep_jax.parallel import devices
 from drep_jax.run.setup import build
 from drep_jax.tasks import Task
 from drep_jax.trees import get_in
+from tests import trees
 from tests.setups import make_setup
 from tests.tiny_config import get_config
 
@@ -98,7 +99,7 @@ def test_the_grid_is_fusing_point_by_point_in_one_trace():
     for row, (number, tau) in zip(got, points, strict=True):
         params = {"backbone": variables["params"], "denoise": candidates[number].denoise}
         fused = fuse_exact(params, sites, schedule, rule="affine", steps=1, strength=tau)
-        np.testing.assert_allclose(row, net.apply({"params": fused}, x), atol=1e-5)
+        np.testing.assert_allclose(row, trees.outputs(net, {"params": fused}, x), atol=1e-5)
         full = fuse_exact(
             {**params, "denoise": scaled(candidates[number].denoise, tau)}, sites, schedule, rule="affine", steps=1
         )
@@ -160,9 +161,7 @@ def tiny():
 
 def test_choosing_scores_held_out_images_by_labels_and_by_agreement(tiny):
     config, known = tiny
-    rng = np.random.default_rng(1)  # untrained, but not blind
-    fresh = known.backbone.init(jax.random.key(1), jnp.zeros(known.images.shape))
-    variables = jax.tree_util.tree_map(lambda leaf: leaf + jnp.float32(0.3 * rng.normal(size=leaf.shape)), dict(fresh))
+    variables = dict(trees.setup(known.backbone, known.images, ())[0])  # untrained, but not blind
     candidates = [
         Candidate("random", random_maps(known.sites, 3)),
         Candidate("huge", random_maps(known.sites, 4, 1e30)),
@@ -173,7 +172,7 @@ def test_choosing_scores_held_out_images_by_labels_and_by_agreement(tiny):
     first = choice.points[0]
     images = np.stack([known.held_out[i]["image"] for i in range(197)])
     labels = np.array([known.held_out[i]["label"] for i in range(197)])
-    logits = known.backbone.apply(variables, normalize(images, known.mean, known.std))
+    logits = trees.outputs(known.backbone, variables, normalize(images, known.mean, known.std))
     assert first.accuracy["clean"] == pytest.approx(100 * np.mean(np.argmax(logits, -1) == labels))
     assert first.agreement["clean"] == 100.0 and first.agreement["gaussian:60"] < 100.0
     # The two criteria differ by at most the backbone's clean error.

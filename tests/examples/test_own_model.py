@@ -77,7 +77,6 @@ def test_the_same_file_comes_back_fused_from_the_command_line(checkpoint, run, t
     call("train.py", f"--config={HERE / 'config.py'}", f"--workdir={tmp_path / 'run'}", again).refused("already fused")
 
 
-@pytest.mark.slow
 def test_a_new_file_and_a_table_that_has_moved(run, checkpoint, tmp_path):
     moved = tmp_path / "moved.py"
     moved.write_text((HERE / "names.py").read_text())

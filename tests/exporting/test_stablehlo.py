@@ -13,7 +13,7 @@ from drep_jax.errors import CheckpointError, ConfigError, ExportError
 from drep_jax.exporting import checked_file
 from drep_jax.exporting.stablehlo import export_stablehlo, load_stablehlo
 from tests.exporting.tiny import FAMILIES, SIZE, TINY_VIT, network
-from tests.trees import normal
+from tests.trees import normal, outputs
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_file_that_computes_something_else_replaces_nothing(tmp_path, monkeypa
     path = tmp_path / "fused.stablehlo"
     path.write_bytes(b"the good one")
     monkeypatch.setattr(
-        "drep_jax.exporting.stablehlo.load_stablehlo", lambda p: lambda x: wrong(module.apply(variables, x))
+        "drep_jax.exporting.stablehlo.load_stablehlo", lambda p: lambda x: wrong(outputs(module, variables, x))
     )
     with pytest.raises(ExportError, match="the exported network differs from the live one"):
         export_stablehlo(module, variables, SIZE, str(path), platforms=("cpu",))

@@ -57,16 +57,16 @@ def normalized(name, x, alpha, axes, epsilon):
 def test_the_mixture_against_numpy(text):
     mixture = Statistics.parse(text)
     by_image = mixture.over == "image"
-    y = nn.Conv(4, (3, 3), use_bias=False).apply({"params": VARIABLES["params"]["conv"]}, X)
+    y = trees.outputs(nn.Conv(4, (3, 3), use_bias=False), {"params": VARIABLES["params"]["conv"]}, X)
     y = normalized("maps", y, mixture.alpha, (1, 2) if by_image else (0, 1, 2), 1e-5)
     y = np.tanh(y).mean((1, 2)) @ np.asarray(VARIABLES["params"]["dense"]["kernel"])
     expected = normalized("vectors", y, 0.0 if by_image else mixture.alpha, (0,), 1e-3)
-    outputs = MixedStatistics(Net(), mixture).apply(VARIABLES, X)
+    outputs = trees.outputs(MixedStatistics(Net(), mixture), VARIABLES, X)
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
     if not mixture.alpha:
-        np.testing.assert_array_equal(outputs, Net().apply(VARIABLES, X))
+        np.testing.assert_array_equal(outputs, trees.outputs(Net(), VARIABLES, X))
     elif by_image:  # an image by itself gives what it gives among others
-        alone = MixedStatistics(Net(), mixture).apply(VARIABLES, X[2:3])
+        alone = trees.outputs(MixedStatistics(Net(), mixture), VARIABLES, X[2:3])
         np.testing.assert_allclose(outputs[2:3], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -91,8 +91,8 @@ def test_a_constant_in_the_running_mean_is_explicit_with_mixed_statistics_too():
 
         for text in ("image:0.3", "batch:0.25", "batch:1"):
             mixture = Statistics.parse(text)
-            explicit = MixedStatistics(Biased(), mixture).apply(biased, x)
-            np.testing.assert_allclose(MixedStatistics(Net(), mixture).apply(fused, x), explicit, rtol=1e-9)
+            explicit = trees.outputs(MixedStatistics(Biased(), mixture), biased, x)
+            np.testing.assert_allclose(trees.outputs(MixedStatistics(Net(), mixture), fused, x), explicit, rtol=1e-9)
 
 
 def test_batches_divided_and_padded_count_every_image_once():
@@ -107,7 +107,7 @@ def test_batches_divided_and_padded_count_every_image_once():
     batches = [x[:8], x[8:]]
     for name, mixture in {"net": None, **mixed}.items():
         network = Net() if mixture is None else MixedStatistics(Net(), mixture)
-        logits = np.concatenate([network.apply(VARIABLES, batch) for batch in batches])
+        logits = np.concatenate([trees.outputs(network, VARIABLES, batch) for batch in batches])
         statistics = setup.task.statistics(logits, {"label": np.arange(10) % 3, "mask": np.ones(10, bool)})
         for row, expected in zip(*map(jax.tree.leaves, (scored.statistics[name], statistics)), strict=True):
             np.testing.assert_allclose(row, expected, rtol=1e-5, err_msg=name)
@@ -117,7 +117,7 @@ def test_a_file_computes_with_mixed_statistics_at_any_batch_size(tmp_path):
     network = MixedStatistics(Net(), Statistics.parse("image:0.3"))
     path = str(tmp_path / "mixed.stablehlo")
     assert export_stablehlo(network, VARIABLES, SIZE, path, platforms=("cpu",)).passed
-    np.testing.assert_allclose(load_stablehlo(path)(X), network.apply(VARIABLES, X), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(load_stablehlo(path)(X), trees.outputs(network, VARIABLES, X), rtol=1e-4, atol=1e-5)
     output = Output(str(tmp_path), forms=("stablehlo",), statistics=Statistics.parse("image:0.3"))
     assert output.program("stablehlo").endswith("fused_image_0.3.stablehlo")
 

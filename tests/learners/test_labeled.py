@@ -62,22 +62,29 @@ def noisy_denoisers(denoise, scale=0.3):
     return jax.tree_util.tree_unflatten(tree, [scale * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
-def test_the_loss_is_equation_12(finished, batch, weight):
+def test_the_loss_is_equation_12(finished, batch):
     setup, variables = finished.setup, finished.variables
     config = configured(finished)
     options = {**config["denoise"], "label_smoothing": 0.1}
     params = {"backbone": variables["params"], "denoise": noisy_denoisers(finished.denoise)}
     key = jax.random.key(1)
-    found, _ = augmented_objective(setup, options, params, {}, batch, key, weight=weight, train=False)
-
     how = {"rule": options["rule"], "steps": options["steps"]}
-    images = normalize(batch["image"], setup.mean, setup.std)
-    logits = explicit_apply(setup.backbone, variables, params["denoise"], setup.sites, setup.schedule, images, **how)
-    targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], 10), 0.1)
-    label = -float(jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)))
-    denoising = float(denoising_objective(setup, options, params, {}, batch, key)[0])
-    np.testing.assert_allclose(found, (1 - weight) * label + weight * denoising, rtol=2e-5)
+
+    @jax.jit
+    def expected(params):
+        images = normalize(batch["image"], setup.mean, setup.std)
+        logits = explicit_apply(
+            setup.backbone, variables, params["denoise"], setup.sites, setup.schedule, images, **how
+        )
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], 10), 0.1)
+        label = -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1))
+        return label, denoising_objective(setup, options, params, {}, batch, key)[0]
+
+    label, denoising = map(float, expected(params))
+    for weight in (0.0, 0.25, 1.0):
+        loss = functools.partial(augmented_objective, setup, options, weight=weight, train=False)
+        found, _ = jax.jit(lambda p, loss=loss: loss(p, {}, batch, key))(params)
+        np.testing.assert_allclose(found, (1 - weight) * label + weight * denoising, rtol=2e-5)
 
 
 def test_labels_reach_the_denoisers_through_fusion(finished, batch):

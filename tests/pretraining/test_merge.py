@@ -14,6 +14,7 @@ from drep_jax.models.patch_pca import patch_pca
 from drep_jax.pretraining.certificate import certify_merge, encoder_features
 from drep_jax.pretraining.merge import autoencoder_of, check_vit, merge, shifted
 from drep_jax.pretraining.objective import Objective
+from tests.trees import outputs
 
 PLAIN = {"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "class_token": False, "pool": "gap"}
 
@@ -70,16 +71,16 @@ def test_inputs_pools_and_positions(changes, vit_changes, project):
     vit = make_vit(**vit_changes)
     net, params, objective, abstract, images = make_case(vit, **changes)
     merged = {"params": merge(params, objective, vit, abstract, 7, project=project)}
-    expected = encoder_features(net, params, objective, vit, images, 7, project=project)
-    np.testing.assert_allclose(vit.apply(merged, images), expected, rtol=2e-4, atol=2e-4)
+    expected = jax.jit(lambda p, x: encoder_features(net, p, objective, vit, x, 7, project=project))(params, images)
+    np.testing.assert_allclose(outputs(vit, merged, images), expected, rtol=2e-4, atol=2e-4)
     assert ("norm" in merged["params"]) == vit.final_norm
     shift = np.linspace(-1, 1, 16)
     centered = {"params": shifted(merged["params"], vit, shift)}
-    np.testing.assert_allclose(vit.apply(centered, images), expected - shift[None], rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(outputs(vit, centered, images), expected - shift[None], rtol=2e-4, atol=2e-4)
     # The projection is part of the patch embedding: what lies beyond the components makes no difference.
     beyond = objective.pca.basis[-1].astype(np.float32) * np.ones((3, 4, 1), np.float32)
     moved = images + np.asarray(images_of(jnp.asarray(beyond), (2, 2), (4, 4)))
-    same = np.abs(np.asarray(vit.apply(merged, moved) - expected)).max() < 1e-3
+    same = np.abs(np.asarray(outputs(vit, merged, moved) - expected)).max() < 1e-3
     assert same == project
 
 
