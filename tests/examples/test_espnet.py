@@ -103,7 +103,6 @@ def test_every_convolution_is_a_site(variables):
     assert len(layers) == len(kernels) == 5 * 6 + 7 and not any(layer.refusal for layer in layers)
 
 
-@pytest.mark.slow
 def test_fusion_is_exact_at_odd_sizes():
     """Dilated windows wider than their maps, pixels of a doubled map that are cut off."""
     net = ESPNet(num_classes=12, p=0, q=0)
