@@ -153,9 +153,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arms", default=".*", help="regular expression over the trained arms")
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=(0, 1, 2))
     parser.add_argument("--times", type=lambda text: tuple(map(int, text.split(","))), default=(0, 10, 80))
-    parser.add_argument("--steps", type=int, default=ldae_cifar10.get_config().pretrain.steps)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    recipe = ldae_cifar10.get_config().pretrain
+    parser.add_argument("--steps", type=int, default=recipe.steps)
+    parser.add_argument("--batch", type=int, default=recipe.batch_size)
+    parser.add_argument("--rate", type=float, default=recipe.learning_rate)
     parser.add_argument("--train", type=int, default=20_000, help="training images of the probes")
     parser.add_argument("--readers", type=lambda text: tuple(text.split(",")), default=READERS)
     parser.add_argument("--epochs", type=int, default=90, help="of the trained probe")

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.model.update({"class_token": False, "pool": "mean", "final_norm": False})
     config.model.activation = "gelu_tanh"
 
-    config.pretrain.update({"steps": 2000, "batch_size": 128, "learning_rate": 1e-3, "warmup": 100})
+    config.pretrain.update({"steps": 2000, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100})
     config.pretrain.update({"components": 16, "scale": "whiten", "whiten_loss": True, "gate": 1.0})
     config.pretrain.update({"sweep": (0, 40, 80), "probe_every": 500, "probe_images": 20_000})
 
