@@ -97,13 +97,13 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
 
 def test_dry_run_counts_pretraining():
     flags = ["--config.dry_run=true", "--config.dry_run_batch=2", "--config.data.source=tfds:imagenet2012"]
-    own = ["--config.pretrain.components=8", "--config.model.class_token=False", "--config.model.final_norm=False"]
-    ended = call("train.py", TINY, *flags, "--config.pretrain.steps=5", *own, "--config.model.pool=mean")
+    flags += ["--config.pretrain.steps=5", "--config.pretrain.components=8"]
+    flags += ["--config.model.class_token=False", "--config.model.final_norm=False", "--config.model.pool=mean"]
+    ended = call("train.py", TINY, *flags)
     assert ended.status == 0, ended
     for text in ("pretrain, step 2: loss", "pretrain, batch", "algorithm1, step 2: loss", "algorithm1, batch"):
         assert text in ended.output
-    refused = call("train.py", TINY, *flags, "--config.pretrain.steps=5", *own, "--config.pretrain.blocks=3")
-    refused.refused("pretrain.blocks=3 is odd")
+    call("train.py", TINY, *flags, "--config.pretrain.blocks=3").refused("pretrain.blocks=3 is odd")
 
 
 def test_nan_in_given_weights_is_refused(finished, tmp_path):
