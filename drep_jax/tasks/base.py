@@ -217,7 +217,7 @@ class Task:
         return {}
 
     def arguments(self, backbone: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what stages without labels give the backbone beside images, {argument: rows}, one row an image.
+        """Returns what the backbone is given beside images where labels are not, {argument: rows}, one row an image.
 
         A task that hands "size" on gets it in all batches of padded images.
         """
