@@ -61,6 +61,22 @@ def segmentation(folder, **changes):
     return config.to_dict()
 
 
+QUICK = {
+    "backbone.batch_size": 8,
+    "backbone.learning_rate": 1e-2,
+    "control.steps": 2,
+    "control.batch_size": 8,
+    "denoise.train_steps": 2,
+    "measured.vectors": 20,
+    "distilled.steps": 2,
+    "distilled.batch_size": 8,
+    "select.strengths": (0.0, 1.0),
+    "evaluate.batch_size": 8,
+    "evaluate.certificate_images": 2,
+}
+"""What a whole job on `detection` needs to be done within a minute or two."""
+
+
 def detection(folder, **changes):
     """Rectangles of three sizes, by three convolutions."""
     config = get_default()

@@ -29,7 +29,7 @@ from drep_jax.tasks.detection import Detection
 from drep_jax.trees import get_in
 from tests.core.test_rows import Told
 from tests.models.detectors.networks import TINY, pictures, random_variables, tiny
-from tests.tasks.cases import detection
+from tests.tasks.cases import QUICK, detection
 from tests.tasks.test_detection_networks import CASES
 
 PADDED = {
@@ -220,20 +220,10 @@ def test_noise_is_measured_where_padding_masks_attention_and_cuts_proposals(name
 @pytest.mark.slow  # tests above trace its parts
 def test_the_whole_job_on_padded_images(tmp_path, monkeypatch):
     changes = {
+        **QUICK,
         "learner": "measured",
         "compare": ("closed_form", "wiener", "algorithm1", "distilled", "label_augmented"),
         "backbone.steps": 100,
-        "backbone.batch_size": 8,
-        "backbone.learning_rate": 1e-2,
-        "control.steps": 2,
-        "control.batch_size": 8,
-        "denoise.train_steps": 2,
-        "measured.vectors": 20,
-        "distilled.steps": 2,
-        "distilled.batch_size": 8,
-        "select.strengths": (0.0, 1.0),
-        "evaluate.batch_size": 8,
-        "evaluate.certificate_images": 2,
         "detection.confidence": 0.01,
     }
     monkeypatch.setattr(report, "PLOTS", {})

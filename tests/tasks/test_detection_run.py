@@ -18,7 +18,7 @@ from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.training.logging import MetricWriter
 from tests.boxes import CLASSES
-from tests.tasks.cases import detection
+from tests.tasks.cases import QUICK, detection
 
 CONDITION = "gaussian:60"
 
@@ -26,24 +26,14 @@ CONDITION = "gaussian:60"
 @pytest.mark.slow
 def test_the_whole_job(tmp_path):
     changes = {
+        **QUICK,
         "learner": "measured",
         "compare": ("closed_form", "label_augmented", "distilled"),
         "noise": CONDITION,
         "backbone.steps": 250,
-        "backbone.batch_size": 8,
-        "backbone.learning_rate": 1e-2,
         "data.flip": True,
-        "control.steps": 2,
-        "control.batch_size": 8,
-        "denoise.train_steps": 2,
         "denoise.batch_size": 8,
         "measured.images": 8,
-        "measured.vectors": 20,
-        "distilled.steps": 2,
-        "distilled.batch_size": 8,
-        "select.strengths": (0.0, 1.0),
-        "evaluate.batch_size": 8,
-        "evaluate.certificate_images": 2,
         "detection.examples": 3,
         "log_every": 10,
     }
