@@ -25,14 +25,14 @@ TINY = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
 
 
 @contextlib.contextmanager
-def whole_reports():
-    """Jobs inside draw their plots and time their networks, which the other jobs of the tests do not."""
+def whole_reports(drawn=True):
+    """Jobs inside draw their plots, if so, and time their networks, which the other jobs of the tests do not."""
     from drep_jax import report
     from drep_jax.jobs import findings, train
     from drep_jax.report import plots
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "PLOTS", plots.PLOTS)
+        patch.setattr(report, "PLOTS", plots.PLOTS if drawn else {})
         patch.setattr(train, "measure_cost", findings.measure_cost)
         yield
 

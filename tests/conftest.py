@@ -34,13 +34,11 @@ import hypothesis
 import jax
 import pytest
 from jax._src.interpreters import mlir
-from jaxtyping import install_import_hook
 
 from tests import medium, shapes
 from tests.medium import pytest_addoption, pytest_configure  # noqa: F401, hooks of pytest
 
-# Before anything imports the core: what its annotations state is checked at every call.
-install_import_hook("drep_jax.core", f"{shapes.__name__}.checked")
+shapes.install()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -116,6 +114,13 @@ def bounded_memory():
 
 
 @pytest.fixture(scope="module", autouse=True)
+def checked_core(request):
+    """Shapes and types are checked where the core is tested (see tests/shapes.py)."""
+    with shapes.checking(request.path.is_relative_to(pathlib.Path(__file__).parent / "core")):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def lean_jobs(request):
     """Jobs draw no plots and time no networks, which takes six seconds of a processor each.
 
@@ -152,7 +157,7 @@ def finished(tmp_path_factory):
     with open(common / "finished_lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not report_file.exists():
-            with whole_reports():
+            with whole_reports(), shapes.checking():
                 report_file.write_bytes(pickle.dumps(train.run(config, str(made))))
     directory = str(made if alone else shutil.copytree(made, place / "run", symlinks=True))
     report = pickle.loads(report_file.read_bytes())

@@ -46,7 +46,7 @@ def configured(finished, **changes):
 def labelled(finished, tmp_path_factory):
     config = configured(finished)
     directory = str(tmp_path_factory.mktemp("labelled") / "run")
-    with whole_reports():
+    with whole_reports(drawn=False):
         return config, directory, train.run(config, directory)
 
 

@@ -355,7 +355,8 @@ def test_examples_show_both_pictures_and_whether_each_answer_is_right(right):
     assert PLOTS["examples"]({}) is None
 
 
-def test_the_pages_say_how_many_answers_changed(tmp_path):
+def test_the_pages_say_how_many_answers_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr("drep_jax.report.PLOTS", {})
     write_report(make_report(pictures=True), str(tmp_path))
     for kind in ("md", "html"):
         text = read(tmp_path / f"report.{kind}")
