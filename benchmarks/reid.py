@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid          # DREP_DATA has reid_pku74.npz
     PYTHONPATH=. python benchmarks/reid.py --workdir=runs/reid_t --backbone=transreid
+    … --learners measured wiener --control_steps=0                      # some of the arms only
 
 Each seed is one run of configs/reid_pku.py: a backbone is trained from scratch on 38 persons, then
 every learner learns from it, the label-free ones without labels even for the choice of their
@@ -33,7 +34,7 @@ METRICS = ("mAP", "rank1")
 def run(arguments, seed):
     """Returns the report of one seed."""
     config = get_config(f"{arguments.backbone}:{seed}")
-    config.compare = tuple(name for name in LEARNERS if name != config.learner)
+    config.compare = tuple(name for name in arguments.learners if name != config.learner)
     config.progress = False
     for name in ("backbone", "control"):
         config[name].update({"steps": getattr(arguments, f"{name}_steps")})
@@ -60,7 +61,7 @@ def rows(reports, condition):
     """Returns the table of one condition."""
     entries = [report["metrics"][condition] for report in reports]
     table = []
-    for arm in ("baseline", *ARMS):
+    for arm in (name for name in ("baseline", *ARMS) if name in arms_of(entries[0])):
         scores = [arms_of(entry)[arm] for entry in entries]
         row = [arm, *(f"{np.mean([score[metric] for score in scores]):.1f}" for metric in METRICS)]
         for metric in METRICS if arm != "baseline" else ():
@@ -82,6 +83,7 @@ def main(command=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--backbone_steps", type=int, default=400)
     parser.add_argument("--control_steps", type=int, default=60, help="of every arm that is trained")
+    parser.add_argument("--learners", nargs="+", default=LEARNERS, choices=LEARNERS, help="beside the exported one")
     arguments = parser.parse_args(command)
     reports = []
     for seed in arguments.seeds:
@@ -93,7 +95,7 @@ def main(command=None):
     for condition in reports[0]["metrics"]:
         print(f"\n{condition}")
         print(tabulate(rows(reports, condition), headers, disable_numparse=True))
-    for name in ("fused", "final_only", "explicit"):
+    for name in reports[0]["cost"]["latency_ratio"]:
         latency = np.median([report["cost"]["latency_ratio"][name] for report in reports])
         flops = np.median([report["cost"]["flop_ratio"][name] for report in reports])
         print(f"{name}: latency {latency:.3f}×, FLOPs {flops:.4f}× of the baseline's")
