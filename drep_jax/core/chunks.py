@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 
 from drep_jax.core.working import bytes_of
 from drep_jax.parallel import devices
+from drep_jax.typing import AnyArray
 
 
 class Streams(abc.ABC):
@@ -113,6 +115,28 @@ def rounds_of(images: int, folds: int, most: int) -> tuple[Round, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+PAGES = 2**21
+"""Bytes from which an array that waits has pages of its own; a process may have some 65,000 mappings."""
+
+
+def apart(value: Shaped[AnyArray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Returns a copy in pages of its own, which the system has back as soon as the copy is dropped.
+
+    Between sites arrays of many sizes come and go. glibc takes blocks of up to 32 MiB from its heap once
+    it has seen one freed, and cannot return what lies between others: twice the bound was in use.
+    """
+    array = np.asarray(value)
+    if array.nbytes < PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return np.array(array)
+    try:
+        pages = mmap.mmap(-1, array.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # too many mappings
+        return np.array(array)
+    copy = np.frombuffer(pages, np.uint8).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 class Waiting:
     """What is alive at a cut, of every round, for as many rounds as a bound allows.
 
@@ -134,12 +158,16 @@ class Waiting:
         cut, _, values = self._held.get(number, (-1, 0, {}))
         return cut, values
 
+    def fits(self, number: int, size: int) -> bool:
+        """Returns whether so many bytes of a round fit instead of what is held of it."""
+        return self._used - self._held.get(number, (-1, 0, {}))[1] + size <= self._limit
+
     def put(self, number: int, cut: int, size: int, values: Mapping[Any, Any]) -> bool:
         """Holds a round at a cut instead of an earlier one, if it fits; returns whether it does."""
-        used = self._used - self._held.get(number, (-1, 0, {}))[1] + size
-        if used > self._limit:
+        if not self.fits(number, size):
             return False
-        self._held[number], self._used = (cut, size, values), used
+        self._used += size - self._held.get(number, (-1, 0, {}))[1]
+        self._held[number] = (cut, size, values)
         return True
 
     @property
