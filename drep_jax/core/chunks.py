@@ -119,22 +119,35 @@ PAGES = 2**21
 """Bytes from which an array that waits has pages of its own; a process may have some 65,000 mappings."""
 
 
-def apart(value: Shaped[AnyArray, "..."]) -> Shaped[np.ndarray, "..."]:
+def apart(array: Shaped[np.ndarray, "..."], spare: list[np.ndarray]) -> Shaped[np.ndarray, "..."]:
     """Returns a copy in pages of its own, which the system has back as soon as the copy is dropped.
 
     Between sites arrays of many sizes come and go. glibc takes blocks of up to 32 MiB from its heap once
     it has seen one freed, and cannot return what lies between others: twice the bound was in use.
+
+    Args:
+      array: to copy.
+      spare: copies that nobody needs; one of the same size is taken from the list and overwritten.
     """
-    array = np.asarray(value)
-    if array.nbytes < PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return np.array(array)
-    try:
-        pages = mmap.mmap(-1, array.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # too many mappings
-        return np.array(array)
-    copy = np.frombuffer(pages, np.uint8).view(array.dtype).reshape(array.shape)
+    for number, old in enumerate(spare):
+        if old.nbytes == array.nbytes:
+            copy = spare.pop(number).reshape(-1).view(np.uint8).view(array.dtype).reshape(array.shape)
+            break
+    else:
+        copy = _paged(array)
     copy[...] = array
     return copy
+
+
+def _paged(like: np.ndarray) -> np.ndarray:
+    """Returns an array of the same shape and type, in pages of its own if it is large and the system has them."""
+    if like.nbytes < PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return np.empty(like.shape, like.dtype)
+    try:
+        pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # too many mappings
+        return np.empty(like.shape, like.dtype)
+    return np.frombuffer(pages, np.uint8).view(like.dtype).reshape(like.shape)
 
 
 class Waiting:
@@ -158,16 +171,17 @@ class Waiting:
         cut, _, values = self._held.get(number, (-1, 0, {}))
         return cut, values
 
-    def fits(self, number: int, size: int) -> bool:
-        """Returns whether so many bytes of a round fit instead of what is held of it."""
-        return self._used - self._held.get(number, (-1, 0, {}))[1] + size <= self._limit
-
-    def put(self, number: int, cut: int, size: int, values: Mapping[Any, Any]) -> bool:
-        """Holds a round at a cut instead of an earlier one, if it fits; returns whether it does."""
-        if not self.fits(number, size):
+    def put(self, number: int, cut: int, size: int, values: Mapping[Any, AnyArray]) -> bool:
+        """Holds copies of a round's values at a cut instead of those at an earlier one, if they fit; returns whether."""
+        _, old_size, before = self._held.get(number, (-1, 0, {}))
+        if self._used - old_size + size > self._limit:
             return False
-        self._used += size - self._held.get(number, (-1, 0, {}))[1]
-        self._held[number] = (cut, size, values)
+        kept = {v: before[v] for v, value in values.items() if before.get(v) is value}
+        new = {v: np.asarray(value) for v, value in values.items() if v not in kept}
+        spare = [old for v, old in before.items() if v not in kept]
+        spare = [old for old in spare if not any(np.may_share_memory(old, array) for array in new.values())]
+        held = {v: kept[v] if v in kept else apart(new[v], spare) for v in values}
+        self._held[number], self._used = (cut, size, held), self._used - old_size + size
         return True
 
     @property

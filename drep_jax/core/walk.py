@@ -8,7 +8,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Shaped
 
-from drep_jax.core.chunks import Round, Streams, Waiting, apart
+from drep_jax.core.chunks import Round, Streams, Waiting
 from drep_jax.core.interpreter import tree_of
 from drep_jax.core.order import Place
 from drep_jax.core.stretches import Network, Stretch
@@ -88,10 +88,7 @@ class Walk:
         )
         if base < cut < len(network.cuts) and not resident:
             size = sum(value.nbytes for value in values.values())
-            if self._waiting.fits(round_number, size):
-                _, before = self._waiting.get(round_number)
-                held = {v: value if before.get(v) is value else apart(value) for v, value in values.items()}
-                self._waiting.put(round_number, cut, size, held)
+            self._waiting.put(round_number, cut, size, values)
         return values
 
     def values_at(self, round_number: int, cut: int) -> Callable[[Any], Any]:
