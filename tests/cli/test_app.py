@@ -98,6 +98,7 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
 def test_dry_run_counts_pretraining():
     flags = ["--config.dry_run=true", "--config.dry_run_batch=2", "--config.data.source=tfds:imagenet2012"]
     flags += ["--config.pretrain.steps=5", "--config.pretrain.components=8"]
+    flags += ["--config.model.depth=1", "--config.control.steps=0", "--config.compare=()"]
     flags += ["--config.model.class_token=False", "--config.model.final_norm=False", "--config.model.pool=mean"]
     ended = call("train.py", TINY, *flags)
     assert ended.status == 0, ended
