@@ -1,18 +1,24 @@
 """Distillation tuned on held-out images: each trial is a learner with its learning rate and clean share.
 
     DREP_DATA=… PYTHONPATH=. python benchmarks/distilled.py --trials distilled_backbone:1e-3:0.25 distilled:1e-4:0.25
+    … --trials distilled:3e-5:0.5:0.8 --out=runs/distilled [--test=2500]
 
-A trial is LEARNER:RATE:CLEAN_SHARE. Every trial learns from the same training images in the same
-order, flipped and shifted by up to 4 pixels. The table gives changes of accuracy in points on
-held-out images, under noise drawn otherwise than in training, for each strength τ: the weights are
-(1 − τ) of the backbone's and τ of the learned ones. No test image is read.
+A trial is LEARNER:RATE:CLEAN_SHARE, with :SHARE behind it to start from the noise measured with
+that share of clean images, which is a row of its own. Every trial learns from the same training
+images in the same order, flipped and shifted by up to 4 pixels. The table gives changes of accuracy
+in points with the paired 95 % interval on held-out images, under noise drawn otherwise than in
+training, for each strength τ: the weights are (1 − τ) of the backbone's and τ of the learned ones.
+--out keeps what was learned. No test image is read, but with --test, which scores the trials and
+strengths that were chosen before on that many test images instead.
 """
 
+import os
+import shutil
 import tempfile
-import time
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tabulate import tabulate
 
 from benchmarks.common import Parser
@@ -21,6 +27,7 @@ from drep_jax import learners
 from drep_jax.core.fusion import fuse_exact
 from drep_jax.data.corruptions import corrupt
 from drep_jax.data.loader import epoch_order, read_images, read_labels
+from drep_jax.evaluation.intervals import paired_interval
 from drep_jax.evaluation.selection import SELECTION_SEED
 from drep_jax.run.backbone import fresh_variables, read_weights
 from drep_jax.run.run import Run
@@ -29,8 +36,12 @@ from drep_jax.training.logging import MetricWriter
 
 CONDITIONS = ("clean", "gaussian:10", "gaussian:20", "gaussian:40")
 
+BATCH = 500
+
 ORDER_SEED = 7
 """Of the choice of held-out images, which is not that of the learners."""
+
+SECONDS, LOSS = "seconds", "last loss"
 
 
 def configuration(arguments):
@@ -43,66 +54,136 @@ def configuration(arguments):
     config.noise = arguments.noise
     config.data.update({"flip": not arguments.tiny, "shift": 1 if arguments.tiny else 4})
     config.distilled.update({"steps": arguments.steps, "batch_size": arguments.batch})
+    config.measured.images = arguments.measured
     # The full strength, whatever it loses: the table has the others.
     config.select.update({"images": 50, "conditions": (arguments.noise,), "strengths": (1.0,), "max_clean_loss": 100.0})
     return config
 
 
-def learned_weights(config, setup, variables, trial):
-    """Returns the full-strength weights of a trial, the seconds of training, and the last logged loss."""
-    learner, rate, clean_share = trial.split(":")
-    config = config.copy_and_resolve_references().unlock()
-    config.distilled.update({"learning_rate": float(rate), "clean_share": float(clean_share)})
-    with tempfile.TemporaryDirectory() as directory:
+def learned(config, setup, variables, directory, learner, name, out, **sections):
+    """Returns the full-strength weights that a learner gives, the seconds it took, and its last logged loss.
+
+    Args:
+      config, setup, variables: of the run.
+      directory: of the run; distillation finds there the solution that it starts from.
+      learner: its name.
+      name: of the file that keeps the weights.
+      out: folder of that file; "" to keep none.
+      **sections: changes of sections of the configuration.
+    """
+    path = os.path.join(out, name.replace(":", "_") + ".npz") if out else ""
+    if not path or not os.path.exists(path):
+        config = config.copy_and_resolve_references().unlock()
+        for section, values in sections.items():
+            config[section].update(values)
         writer = MetricWriter(directory)
         run = Run(config.to_dict(), setup, directory, writer)
-        learned = learners.learn(learner, learners.LearnerInputs(run, variables))
+        result = learners.learn(learner, learners.LearnerInputs(run, variables))
         writer.close()
-    backbone = learned.variables or variables
-    params = {"backbone": backbone["params"], "denoise": learned.denoisers}
-    return fuse_exact(params, setup.sites, setup.schedule), learned.section["seconds"], learned.section["loss"][-1][1]
+        params = {"backbone": (result.variables or variables)["params"], "denoise": result.denoisers}
+        weights, loss = fuse_exact(params, setup.sites, setup.schedule), result.section["loss"]
+        facts = {SECONDS: result.section["seconds"], LOSS: loss[-1][1] if loss else np.nan}
+        print(f"{name}: {facts[SECONDS]:.0f} s", flush=True)
+        if not path:
+            return weights, facts[SECONDS], facts[LOSS]
+        os.makedirs(out, exist_ok=True)
+        np.savez(path, **flatten_dict(weights, sep="/"), **facts)
+    with np.load(path) as file:
+        leaves = dict(file)
+    seconds, loss = leaves.pop(SECONDS).item(), leaves.pop(LOSS).item()
+    return unflatten_dict(leaves, sep="/"), seconds, loss
+
+
+def trained(config, setup, variables, trial, arguments):
+    """Returns {row: (weights, seconds, last loss)} of a trial and of what it starts from."""
+    learner, rate, clean_share, *start = trial.split(":")
+    distilled = {"learning_rate": float(rate), "clean_share": float(clean_share)}
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if start:
+            directory = os.path.join(arguments.out, f"measured_{start[0]}") if arguments.out else scratch
+            shares = {"clean_share": (float(start[0]),)}
+            name = f"measured:{start[0]}"
+            rows[name] = learned(config, setup, variables, directory, "measured", name, arguments.out, measured=shares)
+            distilled["init_from"] = "measured"
+            scratch = shutil.copytree(directory, os.path.join(scratch, "run")) if arguments.out else directory
+        rows[trial] = learned(config, setup, variables, scratch, learner, trial, arguments.out, distilled=distilled)
+    return rows
 
 
 def main(command=None):
     """Runs the trials and prints the table."""
-    tiny = {"steps": 2, "batch": 16, "images": 16, "strengths": [1.0]}
-    parser = Parser(__doc__, **tiny, trials=["distilled:1e-3:0.25", "distilled_backbone:1e-3:0.25"])
-    parser.add_argument("--trials", nargs="+", default=["distilled:1e-4:0.25"], help="LEARNER:RATE:CLEAN_SHARE each")
+    tiny = {"steps": 2, "batch": 16, "images": 16, "strengths": [1.0], "measured": 30}
+    parser = Parser(__doc__, **tiny, trials=["distilled:1e-3:0.25:0.8", "distilled_backbone:1e-3:0.25"])
+    parser.add_argument(
+        "--trials", nargs="+", default=["distilled:1e-4:0.25"], help="LEARNER:RATE:CLEAN_SHARE[:SHARE] each"
+    )
     parser.add_argument("--noise", default="gaussian:10..50")
+    parser.add_argument("--conditions", nargs="+", default=CONDITIONS, help="of the table")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--measured", type=int, default=1500, help="images from which noise is measured")
     parser.add_argument("--images", type=int, default=500, help="held-out images")
+    parser.add_argument("--test", type=int, default=0, help="test images in place of held-out ones")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 0.75, 1.0])
+    parser.add_argument("--out", default="", help="folder to keep what was learned in")
     arguments = parser.parse_args(command)
     config = configuration(arguments)
     setup = build(config)
     run = Run(config, setup, "")
     path = config.backbone.init_from
     variables = read_weights(run, path) if path else dict(fresh_variables(run))
-    index = np.sort(epoch_order(len(setup.held_out), ORDER_SEED, 0)[: arguments.images])
-    images, labels = read_images(setup.held_out, index), read_labels(setup.held_out, index)
+    if arguments.test:
+        source, index = setup.test, np.arange(min(arguments.test, len(setup.test)))
+    else:
+        source = setup.held_out
+        index = np.sort(epoch_order(len(source), ORDER_SEED, 0)[: arguments.images])
+    images, labels = read_images(source, index), read_labels(source, index)
     apply = jax.jit(setup.backbone.apply)
-    noisy = {name: corrupt(images, index, name, config.seed + SELECTION_SEED) for name in CONDITIONS}
-    inputs = {name: setup.inputs({"image": pixels}) for name, pixels in noisy.items()}
+    seed = config.seed + SELECTION_SEED
+    inputs = [np.asarray(setup.inputs({"image": corrupt(images, index, name, seed)})) for name in arguments.conditions]
 
-    def accuracy(params):
-        return [
-            100 * np.mean(np.argmax(np.asarray(apply({**variables, "params": params}, x)), -1) == labels)
-            for x in inputs.values()
+    def hits(params):
+        network = {**variables, "params": params}
+        answers = [
+            np.concatenate(
+                [np.argmax(np.asarray(apply(network, x[i : i + BATCH])), -1) for i in range(0, len(x), BATCH)]
+            )
+            for x in inputs
         ]
+        return [100.0 * (answer == labels) for answer in answers]
 
-    base = accuracy(variables["params"])
-    rows = [["backbone", "", "", "", *(f"{value:.1f}" for value in base)]]
+    base = hits(variables["params"])
+    rows = {"backbone": [["backbone", "", "", "", *(f"{value.mean():.1f}" for value in base)]]}
     for trial in arguments.trials:
-        began = time.perf_counter()
-        params, seconds, loss = learned_weights(config, setup, variables, trial)
-        print(f"{trial}: {time.perf_counter() - began:.0f} s", flush=True)
-        for tau in arguments.strengths:
-            mixed = jax.tree_util.tree_map(lambda a, b, tau=tau: (1 - tau) * a + tau * b, variables["params"], params)
-            changes = (f"{value - first:+.1f}" for value, first in zip(accuracy(mixed), base, strict=True))
-            rows.append([trial, f"{seconds:.0f}", f"{loss:.3f}", tau, *changes])
-    print(f"{arguments.steps} steps of {arguments.batch} images, {len(labels)} held-out images")
-    print(tabulate(rows, ["trial", "s", "last loss", "τ", *CONDITIONS], tablefmt="github", disable_numparse=True))
+        for name, (params, seconds, loss) in trained(config, setup, variables, trial, arguments).items():
+            if name in rows:
+                continue
+            rows[name] = []
+            for tau in arguments.strengths:
+                mixed = jax.tree_util.tree_map(
+                    lambda a, b, tau=tau: (1 - tau) * a + tau * b, variables["params"], params
+                )
+                found = [
+                    paired_interval(value, first, resamples=2000)
+                    for value, first in zip(hits(mixed), base, strict=True)
+                ]
+                rows[name] += [
+                    [
+                        name,
+                        f"{seconds:.0f}",
+                        "" if np.isnan(loss) else f"{loss:.3f}",
+                        tau,
+                        *(f"{each.difference:+.1f}" for each in found),
+                    ],
+                    ["", "", "", "", *(f"[{each.low:+.1f}, {each.high:+.1f}]" for each in found)],
+                ]
+                print(*rows[name][-2], flush=True)
+    print(
+        f"{arguments.steps} steps of {arguments.batch} images, {len(labels)} {'test' if arguments.test else 'held-out'} images"
+    )
+    headers = ["trial", "s", "last loss", "τ", *arguments.conditions]
+    print(tabulate([row for each in rows.values() for row in each], headers, tablefmt="github", disable_numparse=True))
 
 
 if __name__ == "__main__":

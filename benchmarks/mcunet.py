@@ -12,15 +12,17 @@ script goes on where it was ended.
 
 Arms: placebo (random maps of the same norm); BatchNorms that mix the statistics of the images, of
 a batch of 100 of one condition ("BN α") or of each image ("image α"); Wiener filters from clean
-images; noise measured on white noise and on the cameras; distilled (the denoisers, or
-the backbone, trained on the backbone's clean answers under the cameras' noise); labeled (the backbone fine-tuned on the 400
-photographs with labels under the cameras' noise, clean ones among them).
+images; noise measured on white noise and on the cameras; distilled (the denoisers, from zero or,
+as "measured, distilled", from the measured ones, or the backbone, trained on the backbone's clean
+answers under the cameras' noise); labeled (the backbone fine-tuned on the 400 photographs with
+labels under the cameras' noise, clean ones among them).
 """
 
 import dataclasses
 import os
 import re
 import resource
+import tempfile
 import time
 
 import jax
@@ -39,6 +41,7 @@ from drep_jax.data.loader import normalize, read_images, read_labels
 from drep_jax.evaluation.intervals import paired_interval
 from drep_jax.evaluation.placebo import placebo_denoisers
 from drep_jax.exporting.statistics import Statistics
+from drep_jax.learners.base import Learned, direct_maps, keep
 from drep_jax.run.backbone import fresh_variables, read_weights
 from drep_jax.run.moments import run_moments
 from drep_jax.run.run import Run
@@ -49,6 +52,13 @@ SEED = 11
 WHITE = "gaussian:0..40"
 BATCH = 100
 MEASURED = "measured cameras"
+CONTINUED = "measured, distilled"
+MIXTURES = (0.25, 0.5, 0.75, 1.0)
+"""Strengths of what was distilled, among which is chosen."""
+
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
+"""Strengths of the filters that were not made for the cameras."""
+
 MAPS = "measured_maps.npz"
 """File of the denoisers of "measured cameras", of whose size the placebo is."""
 ADAPTED = {
@@ -72,16 +82,23 @@ class Experiment:
     variables: dict
     out: str
 
-    def learn(self, learner, noise=None, **sections):
-        """Returns a learner's fused variables and facts."""
+    def learn(self, learner, noise=None, start=None, **sections):
+        """Returns a learner's fused variables and facts; start: the measured solution that distillation starts from."""
         config = self.config.copy_and_resolve_references().unlock()
         config.noise = noise or config.noise
         for section, values in sections.items():
             config[section].update(values)
+        config.distilled.init_from = "" if start is None else "measured"
         run = dataclasses.replace(self.run, config=config.to_dict())
         began = time.perf_counter()
-        learned = learners.learn(learner, learners.LearnerInputs(run, self.variables))
+        with tempfile.TemporaryDirectory() as scratch:
+            if start is not None:
+                run = dataclasses.replace(run, directory=scratch)
+                keep("measured", learners.LearnerInputs(run, self.variables), Learned(direct_maps(start), {}))
+            learned = learners.learn(learner, learners.LearnerInputs(run, self.variables))
         seconds = time.perf_counter() - began
+        for number, point in enumerate(learned.choice.points if learned.choice else ()):
+            print(point.label, point.strength, learned.choice.scores(number), flush=True)
         backbone = learned.variables or self.variables
         fused = fuse_variables_exact(backbone, learned.denoisers, self.setup.sites, self.setup.schedule)
         chosen = learned.section.get("chosen") or {}
@@ -107,10 +124,15 @@ def experiment(options):
     return Experiment(config, setup, run, read_weights(run, path) if path else dict(fresh_variables(run)), options.out)
 
 
-def learned_arm(name, known, steps):
+def learned_arm(name, known, steps, rate):
     """Returns the variables of an arm that learns, and what it took."""
+    distilled = {"steps": steps, "learning_rate": rate}
+    if name in ("placebo", CONTINUED):
+        denoisers, took = kept(os.path.join(known.out, MAPS), lambda: maps_of(known.learn("measured")))
+    if name == CONTINUED:
+        fused, _, facts = known.learn("distilled", start=denoisers, distilled=distilled, select={"strengths": MIXTURES})
+        return fused, {**facts, "seconds": facts["seconds"] + took["seconds"]}
     if name == "placebo":
-        denoisers, _ = kept(os.path.join(known.out, MAPS), lambda: maps_of(known.learn("measured")))
         params = {"backbone": known.variables["params"], "denoise": denoisers}
         maps = placebo_denoisers(
             params, known.setup.sites, known.setup.schedule, jax.random.key(3), rule="affine", steps=1
@@ -123,16 +145,13 @@ def learned_arm(name, known, steps):
         return fine_tuned(known, steps)
     if name == "wiener":
         run_moments(known.run, known.variables)
-    arguments = {
-        "wiener": ("wiener",),
-        "measured white": ("measured", WHITE),
-        MEASURED: ("measured",),
-        "distilled": ("distilled",),
-        "distilled backbone": ("distilled_backbone",),
+    arguments, more = {
+        "wiener": (("wiener",), {"select": {"strengths": STRENGTHS}}),
+        "measured white": (("measured", WHITE), {"select": {"strengths": STRENGTHS}}),
+        MEASURED: (("measured",), {}),
+        "distilled": (("distilled",), {"distilled": distilled, "select": {"strengths": MIXTURES}}),
+        "distilled backbone": (("distilled_backbone",), {"distilled": distilled}),
     }[name]
-    more = {"distilled": {"steps": steps}} if name == "distilled" else {}
-    if name == "distilled backbone":  # it takes larger steps (docs/results.md)
-        more = {"distilled": {"steps": steps, "learning_rate": 5e-4}}
     fused, _, facts = learned = known.learn(*arguments, **more)
     if name == MEASURED:
         kept(os.path.join(known.out, MAPS), lambda: maps_of(learned))
@@ -213,11 +232,12 @@ def main(command=None):
     parser.add_argument("--arms", default=".*", help="regular expression of the arms beside the backbone")
     parser.add_argument("--images", type=int, default=0, help="test images; 0 for all")
     parser.add_argument("--steps", type=int, default=100, help="of the arms distilled and labeled")
+    parser.add_argument("--rate", type=float, default=2e-5, help="learning rate of the arms distilled")
     parser.add_argument("--out", default="runs/mcunet")
     options = parser.parse_args(command)
     known = experiment(options)
     conditions = tuple(known.config.evaluate.conditions)
-    learned = ["placebo", "wiener", "measured white", MEASURED, "distilled", "distilled backbone", "labeled"]
+    learned = ["placebo", "wiener", "measured white", MEASURED, "distilled", "distilled backbone", CONTINUED, "labeled"]
     names = ["backbone", *(name for name in (*ADAPTED, *learned) if re.fullmatch(options.arms, name))]
     table, cost = {}, []
     for name in names:
@@ -225,7 +245,9 @@ def main(command=None):
         variables, facts = known.variables, {"images": 0, "seconds": 0.0, "chosen": "", "GiB": 0.0}
         if network != "backbone":
             path = os.path.join(known.out, re.sub(r"\W+", "_", network) + ".npz")
-            variables, facts = kept(path, lambda network=network: learned_arm(network, known, options.steps))
+            variables, facts = kept(
+                path, lambda network=network: learned_arm(network, known, options.steps, options.rate)
+            )
         adaptation = Adaptation(statistics, BATCH)
         table[name] = score(known, name, variables, adaptation, conditions, options.images)
         cost.append([name, facts["images"], f"{facts['seconds']:.0f}", f"{facts['GiB']:.1f}", facts["chosen"]])
