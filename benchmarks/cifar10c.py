@@ -6,15 +6,15 @@
 The protocol has 15 corruptions × 5 severities. Arms: the backbone; a placebo (random maps of the
 same norm as the measured ones); Algorithm 1 and its closed form at the paper's settings; the Wiener
 filter (clean images only); noise measured on Gaussian noise alone ("gaussian": every other
-corruption is unseen) and on a mixture of sensor noise, blur and compression ("mixed");
-self-distillation (the whole backbone learns its own clean answers on noisy images: same images,
-same wall time, no labels); and, as the upper bound, the backbone fine-tuned with labels on the same
-Gaussian noise.
+corruption is unseen) and on a mixture of sensor noise, blur and compression ("mixed"); the
+denoisers of that mixture, trained on by distillation; self-distillation (the whole backbone learns
+its own clean answers on noisy images: same images, same wall time, no labels); and, as the upper
+bound, the backbone fine-tuned with labels on the same Gaussian noise.
 
 Arms that adapt while they are tested (benchmarks/adaptation.py), of the backbone: BatchNorms with
 (1 − α)·trained + α·batch statistics, "BN α × images a batch", one image's statistics ("image α"),
-and TENT; of the measured mixture: "+ BN" and "+ image". Their batches hold one corruption, or, with
-", mixed" in the name, all corruptions shuffled image by image.
+and TENT; of the two networks of the mixture: "+ BN" and "+ image". Their batches hold one
+corruption, or, with ", mixed" in the name, all corruptions shuffled image by image.
 """
 
 import dataclasses
@@ -54,12 +54,20 @@ FAMILIES = {
 GAUSSIAN = "gaussian:10..50"
 MIXED = "gaussian:0..50,shot:0..60,blur:0..2,motion:0..6,jpeg:0..80,impulse:0..10"
 SEED = 11
+MEASURED, CONTINUED = "measured mixed", "measured mixed, distilled"
 ADAPTED = {
-    "measured mixed + image 0.1": Adaptation(Statistics("image", 0.1)),
-    "measured mixed + BN 0.25 × 200": Adaptation(Statistics("batch", 0.25), 200),
-    "measured mixed + BN 0.25 × 200, mixed": Adaptation(Statistics("batch", 0.25), 200, MIXED_STREAM),
+    "image 0.1": Adaptation(Statistics("image", 0.1)),
+    "BN 0.25 × 200": Adaptation(Statistics("batch", 0.25), 200),
+    "BN 0.25 × 200, mixed": Adaptation(Statistics("batch", 0.25), 200, MIXED_STREAM),
 }
-"""The measured mixture with BatchNorms that adapt, too."""
+"""How the networks learned from the mixture adapt, too."""
+
+DISTILLED = {
+    "distilled": {"init_from": "measured", "learning_rate": 5e-5, "clean_share": 0.75, "steps": 2000},
+    "data": {"flip": True, "shift": 4},
+    "select": {"conditions": (MIXED,), "max_clean_loss": 1.0},
+}
+"""How the measured mixture is trained on; rates and shares were compared on held-out images (docs/results.md)."""
 
 
 @dataclasses.dataclass
@@ -149,11 +157,15 @@ def make_arms(directory, wanted):
             learn(name, learner)
     gaussian = any(map(wanted, ("measured gaussian", "placebo", "distilled")))  # these follow it
     params = learn("measured gaussian", "measured", noise=GAUSSIAN) if gaussian else None
-    if any(map(wanted, ("measured mixed", *ADAPTED))):
-        learn("measured mixed", "measured", noise=MIXED)
-        for name, adaptation in ADAPTED.items():
-            if wanted(name):
-                arms[name] = dataclasses.replace(arms["measured mixed"], adaptation=adaptation)
+    adapted = {arm: {f"{arm} + {name}": how for name, how in ADAPTED.items()} for arm in (MEASURED, CONTINUED)}
+    mixed = [arm for arm, names in adapted.items() if any(map(wanted, (arm, *names)))]
+    if mixed:
+        learn(MEASURED, "measured", noise=MIXED)
+    if CONTINUED in mixed:
+        learn(CONTINUED, "distilled", noise=MIXED, **DISTILLED)
+        arms[CONTINUED].seconds += arms[MEASURED].seconds
+    for arm in mixed:
+        arms |= {name: dataclasses.replace(arms[arm], adaptation=how) for name, how in adapted[arm].items()}
     writer.close()
 
     if wanted("placebo"):

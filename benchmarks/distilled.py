@@ -114,7 +114,7 @@ def trained(config, setup, variables, trial, arguments):
 def main(command=None):
     """Runs the trials and prints the table."""
     tiny = {"steps": 2, "batch": 16, "images": 16, "strengths": [1.0], "measured": 30}
-    parser = Parser(__doc__, **tiny, trials=["distilled:1e-3:0.25:0.8", "distilled_backbone:1e-3:0.25"])
+    parser = Parser(__doc__, **tiny, trials=["distilled:1e-3:0.25:0.8"])
     parser.add_argument(
         "--trials", nargs="+", default=["distilled:1e-4:0.25"], help="LEARNER:RATE:CLEAN_SHARE[:SHARE] each"
     )

@@ -53,6 +53,9 @@ WHITE = "gaussian:0..40"
 BATCH = 100
 MEASURED = "measured cameras"
 CONTINUED = "measured, distilled"
+RATES = {"distilled": 2e-5, CONTINUED: 2e-5, "distilled backbone": 5e-5, "labeled": 5e-5}
+"""Learning rates of the arms that are trained."""
+
 MIXTURES = (0.25, 0.5, 0.75, 1.0)
 """Strengths of what was distilled, among which is chosen."""
 
@@ -126,6 +129,7 @@ def experiment(options):
 
 def learned_arm(name, known, steps, rate):
     """Returns the variables of an arm that learns, and what it took."""
+    rate = rate or RATES.get(name, 0.0)
     distilled = {"steps": steps, "learning_rate": rate}
     if name in ("placebo", CONTINUED):
         denoisers, took = kept(os.path.join(known.out, MAPS), lambda: maps_of(known.learn("measured")))
@@ -142,7 +146,7 @@ def learned_arm(name, known, steps, rate):
         )
         return fused, {"images": 0, "seconds": 0.0, "chosen": ""}
     if name == "labeled":
-        return fine_tuned(known, steps)
+        return fine_tuned(known, steps, rate)
     if name == "wiener":
         run_moments(known.run, known.variables)
     arguments, more = {
@@ -163,7 +167,7 @@ def maps_of(learned):
     return learned[1].tree, learned[2]
 
 
-def fine_tuned(known, steps, batch=16, rate=1e-4):
+def fine_tuned(known, steps, rate, batch=16):
     """Returns the backbone trained with labels on the images to learn from and to choose on, half of them clean."""
     setup = known.setup
     sources = (setup.train, setup.held_out)
@@ -232,7 +236,9 @@ def main(command=None):
     parser.add_argument("--arms", default=".*", help="regular expression of the arms beside the backbone")
     parser.add_argument("--images", type=int, default=0, help="test images; 0 for all")
     parser.add_argument("--steps", type=int, default=100, help="of the arms distilled and labeled")
-    parser.add_argument("--rate", type=float, default=2e-5, help="learning rate of the arms distilled")
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="learning rate of an arm that is trained; 0 for its own"
+    )
     parser.add_argument("--out", default="runs/mcunet")
     options = parser.parse_args(command)
     known = experiment(options)
