@@ -19,6 +19,7 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks.common import Parser
+from benchmarks.keeping import kept
 from drep_jax.core.closed_form import closed_form, wiener_maps
 from drep_jax.core.denoisers import Denoisers
 from drep_jax.core.fusion import fuse_variables_exact
@@ -35,7 +36,6 @@ from drep_jax.run.moments import run_moments
 from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.training.logging import MetricWriter
-from drep_jax.trees import set_in
 
 SEED = 11
 UNFINISHED = 3
@@ -59,20 +59,7 @@ class Job:
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """Returns the tree of arrays in the file of that name, which is made if it is not there."""
-        path = os.path.join(self.cache, re.sub(r"[^\w.-]+", "_", name) + ".npz")
-        if not os.path.exists(path):
-            began = time.perf_counter()
-            leaves = jax.tree_util.tree_leaves_with_path(make())
-            arrays = {"/".join(str(key.key) for key in where): np.asarray(leaf) for where, leaf in leaves}
-            with open(path + ".part", "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(path + ".part", path)
-            print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-        tree: Any = {}
-        with np.load(path) as arrays:
-            for where in arrays.files:
-                tree = set_in(tree, tuple(where.split("/")), arrays[where])
-        return tree
+        return kept(os.path.join(self.cache, re.sub(r"[^\w.-]+", "_", name) + ".npz"), make)
 
     def fused(self, denoisers: Denoisers) -> Any:
         """Returns the backbone with denoisers fused into it."""

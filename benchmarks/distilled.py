@@ -18,10 +18,10 @@ import tempfile
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from tabulate import tabulate
 
 from benchmarks.common import Parser
+from benchmarks.keeping import kept
 from configs import digits, resnet20_cifar10
 from drep_jax import learners
 from drep_jax.core.fusion import fuse_exact
@@ -37,11 +37,10 @@ from drep_jax.training.logging import MetricWriter
 CONDITIONS = ("clean", "gaussian:10", "gaussian:20", "gaussian:40")
 
 BATCH = 500
+"""Images of a pass of scoring."""
 
 ORDER_SEED = 7
 """Of the choice of held-out images, which is not that of the learners."""
-
-SECONDS, LOSS = "seconds", "last loss"
 
 
 def configuration(arguments):
@@ -71,27 +70,22 @@ def learned(config, setup, variables, directory, learner, name, out, **sections)
       out: folder of that file; "" to keep none.
       **sections: changes of sections of the configuration.
     """
-    path = os.path.join(out, name.replace(":", "_") + ".npz") if out else ""
-    if not path or not os.path.exists(path):
-        config = config.copy_and_resolve_references().unlock()
+
+    def learn():
+        changed = config.copy_and_resolve_references().unlock()
         for section, values in sections.items():
-            config[section].update(values)
+            changed[section].update(values)
         writer = MetricWriter(directory)
-        run = Run(config.to_dict(), setup, directory, writer)
+        run = Run(changed.to_dict(), setup, directory, writer)
         result = learners.learn(learner, learners.LearnerInputs(run, variables))
         writer.close()
         params = {"backbone": (result.variables or variables)["params"], "denoise": result.denoisers}
         weights, loss = fuse_exact(params, setup.sites, setup.schedule), result.section["loss"]
-        facts = {SECONDS: result.section["seconds"], LOSS: loss[-1][1] if loss else np.nan}
-        print(f"{name}: {facts[SECONDS]:.0f} s", flush=True)
-        if not path:
-            return weights, facts[SECONDS], facts[LOSS]
-        os.makedirs(out, exist_ok=True)
-        np.savez(path, **flatten_dict(weights, sep="/"), **facts)
-    with np.load(path) as file:
-        leaves = dict(file)
-    seconds, loss = leaves.pop(SECONDS).item(), leaves.pop(LOSS).item()
-    return unflatten_dict(leaves, sep="/"), seconds, loss
+        return {"weights": weights, "seconds": result.section["seconds"], "loss": loss[-1][1] if loss else np.nan}
+
+    found = kept(os.path.join(out, name.replace(":", "_") + ".npz") if out else "", learn)
+    print(f"{name}: learned in {found['seconds']:.0f} s", flush=True)
+    return found["weights"], float(found["seconds"]), float(found["loss"])
 
 
 def trained(config, setup, variables, trial, arguments):
@@ -114,7 +108,7 @@ def trained(config, setup, variables, trial, arguments):
 def main(command=None):
     """Runs the trials and prints the table."""
     tiny = {"steps": 2, "batch": 16, "images": 16, "strengths": [1.0], "measured": 30}
-    parser = Parser(__doc__, **tiny, trials=["distilled:1e-3:0.25:0.8"])
+    parser = Parser(__doc__, **tiny, trials=["distilled:1e-3:0.25:0.8", "distilled_backbone:1e-3:0.25"])
     parser.add_argument(
         "--trials", nargs="+", default=["distilled:1e-4:0.25"], help="LEARNER:RATE:CLEAN_SHARE[:SHARE] each"
     )

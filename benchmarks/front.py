@@ -18,10 +18,10 @@ import time
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from tabulate import tabulate
 
 from benchmarks.common import Parser
+from benchmarks.keeping import kept
 from configs import digits, resnet20_cifar10, vit_cifar10
 from drep_jax.core.fusion import fuse_variables_exact
 from drep_jax.core.measured import measuring
@@ -59,20 +59,15 @@ def solutions(config, setup, variables, shares, out=""):
     )
     candidates, total = [], 0.0
     for share in shares:
-        path = f"{out}_{share:g}.npz" if out else ""
-        if path and os.path.exists(path):
-            with np.load(path) as file:
-                leaves = dict(file)
-            seconds = leaves.pop(SECONDS).item()
-            denoise = unflatten_dict(leaves, sep="/")
-        else:
+
+        def solution(share=share):
             began = time.perf_counter()
             denoise = solve([share, *[(1 - share) / images.corrupted] * images.corrupted]).denoise
-            seconds = time.perf_counter() - began
-            if path:
-                np.savez(path, **flatten_dict(denoise, sep="/"), **{SECONDS: seconds})
+            return {**denoise, SECONDS: time.perf_counter() - began}
+
+        denoise = kept(f"{out}_{share:g}.npz" if out else "", solution)
+        total += float(denoise.pop(SECONDS))
         candidates.append(Candidate(f"clean share {share:g}", denoise))
-        total += seconds
     return candidates, images.shape[1], total
 
 
@@ -86,18 +81,6 @@ def scores(apply, setup, variables, count, conditions):
         logits = [np.asarray(apply(variables, x[i : i + 500])) for i in range(0, len(x), 500)]
         hits[condition] = np.argmax(np.concatenate(logits), -1) == labels
     return hits
-
-
-def kept_scores(options, compute):
-    """Returns the backbone's hits, from --out if they are there."""
-    if not options.out:
-        return compute()
-    os.makedirs(options.out, exist_ok=True)
-    path = os.path.join(options.out, f"front_{options.network}_backbone_{options.test}.npz")
-    if not os.path.exists(path):
-        np.savez(path, **compute())
-    with np.load(path) as file:
-        return dict(file)
 
 
 def main(command=None):
@@ -127,18 +110,19 @@ def main(command=None):
     apply = jax.jit(setup.backbone.apply)
     conditions = tuple(config.evaluate.conditions)
     began = time.perf_counter()
-    base = kept_scores(options, lambda: scores(apply, setup, variables, options.test, conditions))
+    path = os.path.join(options.out, f"front_{options.network}_backbone_{options.test}.npz") if options.out else ""
+    base = kept(path, lambda: scores(apply, setup, variables, options.test, conditions))
     print(f"backbone: scored in {time.perf_counter() - began:.0f} s", flush=True)
     rows = [["backbone", "", "", "", *(f"{100 * hits.mean():.2f}" for hits in base.values()), "", ""]]
     for count in map(int, options.images.split(",")):
-        kept = os.path.join(options.out, f"front_{options.network}_{count}.json") if options.out else ""
-        if kept and os.path.exists(kept):
-            with open(kept, encoding="utf-8") as file:
+        table = os.path.join(options.out, f"front_{options.network}_{count}.json") if options.out else ""
+        if table and os.path.exists(table):
+            with open(table, encoding="utf-8") as file:
                 rows += json.load(file)
             continue
         config.measured.images = count
         shares = list(map(float, options.shares.split(",")))
-        candidates, used, solving = solutions(config, setup, variables, shares, kept.removesuffix(".json"))
+        candidates, used, solving = solutions(config, setup, variables, shares, table.removesuffix(".json"))
         print(f"{used} images: solved in {solving:.0f} s", flush=True)
         choice = choose(setup, variables, candidates, selection_of(config.to_dict()))
         for number, point in enumerate(choice.points):
@@ -168,8 +152,8 @@ def main(command=None):
             found.append(["", "", "", "", *intervals, "", ""])
             print(*found[-2], flush=True)
         rows += found
-        if kept:
-            with open(kept, "w", encoding="utf-8") as file:
+        if table:
+            with open(table, "w", encoding="utf-8") as file:
                 json.dump(found, file)
     headers = ["images", "loss allowed", "share", "strength", *conditions, "s", "peak GiB"]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))

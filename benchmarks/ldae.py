@@ -11,6 +11,7 @@ that start at zero as in the paper, noise in pixels, and hidden patches. Probes 
 features of --train training images; hits of all test images are kept in DIR.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks.common import Parser
+from benchmarks.keeping import kept
 from configs import ldae_cifar10, ldae_digits
 from drep_jax.data.source import Subset
 from drep_jax.evaluation.probes import NEIGHBOR, RIDGE, TRAINED, compare_arms, features_of, probe_arms
@@ -83,19 +85,10 @@ def hits_of(
     return {arm: {name: read(queries[arm], truth) for name, read in each.items()} for arm, each in readers.items()}
 
 
-def kept(path: str, make: Any) -> dict[str, dict[str, np.ndarray]]:
+def kept_hits(path: str, make: Any) -> dict[str, dict[str, np.ndarray]]:
     """Returns the hits in a file, which is made if it is not there."""
-    if not os.path.exists(path):
-        arrays = {f"{arm}|{name}": value for arm, each in make().items() for name, value in each.items()}
-        with open(f"{path}.part", "wb") as file:
-            np.savez_compressed(file, **{name: value.astype(bool) for name, value in arrays.items()})
-        os.replace(f"{path}.part", path)
-    hits: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(path) as file:
-        for name in file.files:
-            arm, reader = name.split("|")
-            hits.setdefault(arm, {})[reader] = file[name].astype(np.float64)
-    return hits
+    hits = kept(path, lambda: jax.tree_util.tree_map(lambda value: value.astype(bool), make()))
+    return jax.tree_util.tree_map(lambda value: value.astype(np.float64), hits)
 
 
 def trained(arguments: Any, arm: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
@@ -129,7 +122,8 @@ def trained(arguments: Any, arm: str, seed: int) -> dict[str, dict[str, np.ndarr
         arms = {f"{arm}, t = {t}": pretraining.merged(params, t) for t in arguments.times}
         return hits_of(run, arguments, {}, arms)
 
-    return kept(path, make)
+    with contextlib.closing(run.writer):
+        return kept_hits(path, make)
 
 
 def untrained(arguments: Any, seed: int) -> dict[str, dict[str, np.ndarray]]:
@@ -142,7 +136,8 @@ def untrained(arguments: Any, seed: int) -> dict[str, dict[str, np.ndarray]]:
         arms = {RANDOM: random_encoder(run, pretraining), **{name: {"params": {}} for name in networks}}
         return hits_of(run, arguments, networks, arms)
 
-    return kept(os.path.join(run.directory, f"hits_{arguments.train}.npz"), make)
+    with contextlib.closing(run.writer):
+        return kept_hits(os.path.join(run.directory, f"hits_{arguments.train}.npz"), make)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,11 +28,11 @@ import time
 import jax
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from tabulate import tabulate
 
 from benchmarks.adaptation import Adaptation, predict
 from benchmarks.common import Parser
+from benchmarks.keeping import kept
 from configs import digits, mcunet_imagenet
 from drep_jax import learners
 from drep_jax.core.fusion import fuse_variables_exact
@@ -132,7 +132,7 @@ def learned_arm(name, known, steps, rate):
     rate = rate or RATES.get(name, 0.0)
     distilled = {"steps": steps, "learning_rate": rate}
     if name in ("placebo", CONTINUED):
-        denoisers, took = kept(os.path.join(known.out, MAPS), lambda: maps_of(known.learn("measured")))
+        denoisers, took = kept_arm(os.path.join(known.out, MAPS), lambda: maps_of(known.learn("measured")))
     if name == CONTINUED:
         fused, _, facts = known.learn("distilled", start=denoisers, distilled=distilled, select={"strengths": MIXTURES})
         return fused, {**facts, "seconds": facts["seconds"] + took["seconds"]}
@@ -158,7 +158,7 @@ def learned_arm(name, known, steps, rate):
     }[name]
     fused, _, facts = learned = known.learn(*arguments, **more)
     if name == MEASURED:
-        kept(os.path.join(known.out, MAPS), lambda: maps_of(learned))
+        kept_arm(os.path.join(known.out, MAPS), lambda: maps_of(learned))
     return fused, facts
 
 
@@ -198,18 +198,17 @@ def fine_tuned(known, steps, rate, batch=16):
     return {**others, "params": params}, facts
 
 
-def kept(path, make):
-    """Returns a tree and facts from their file, which is made if it is not there."""
-    if not os.path.exists(path):
+def kept_arm(path, make):
+    """Returns a tree and facts, and keeps them with the peak of the process, see `kept`."""
+
+    def both():
         tree, facts = make()
-        flat = {f"v/{name}": leaf for name, leaf in flatten_dict(tree, sep="/").items()}
         facts["GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        np.savez(path, **flat, **{f"f/{name}": value for name, value in facts.items()})
         print(path, facts, flush=True)
-    with np.load(path) as file:
-        flat = {name[2:]: file[name] for name in file.files if name.startswith("v/")}
-        facts = {name[2:]: file[name].item() for name in file.files if name.startswith("f/")}
-    return unflatten_dict(flat, sep="/"), facts
+        return {"v": tree, "f": facts}
+
+    saved = kept(path, both)
+    return saved["v"], {name: value.item() for name, value in saved["f"].items()}
 
 
 def score(known, name, variables, adaptation, conditions, count):
@@ -251,13 +250,14 @@ def main(command=None):
         variables, facts = known.variables, {"images": 0, "seconds": 0.0, "chosen": "", "GiB": 0.0}
         if network != "backbone":
             path = os.path.join(known.out, re.sub(r"\W+", "_", network) + ".npz")
-            variables, facts = kept(
+            variables, facts = kept_arm(
                 path, lambda network=network: learned_arm(network, known, options.steps, options.rate)
             )
         adaptation = Adaptation(statistics, BATCH)
         table[name] = score(known, name, variables, adaptation, conditions, options.images)
         cost.append([name, facts["images"], f"{facts['seconds']:.0f}", f"{facts['GiB']:.1f}", facts["chosen"]])
         print(name, {c[-24:]: f"{100 * hits.mean():.1f}" for c, hits in table[name].items()}, flush=True)
+    known.run.writer.close()
     rows = []
     for name, scores in table.items():
         cells, intervals = [name], [""]

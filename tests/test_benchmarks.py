@@ -10,7 +10,7 @@ from benchmarks.common import Parser
 from tests.command import whole_reports
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"adaptation", "arms", "common", "single_thread"}
+SHARED = {"adaptation", "arms", "common", "keeping", "single_thread"}
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 WITH_DATA = {"camvid", "cifar10c", "coco", "coco_c", "real_noise", "reid", "ridge"}
 """They need the files of DREP_DATA."""
