@@ -12,7 +12,9 @@ training, for each strength τ: the weights are (1 − τ) of the backbone's and
 strengths that were chosen before on that many test images instead.
 """
 
+import argparse
 import os
+import re
 import shutil
 import tempfile
 
@@ -34,6 +36,7 @@ from drep_jax.run.run import Run
 from drep_jax.run.setup import build
 from drep_jax.training.logging import MetricWriter
 
+LEARNERS = ("distilled", "distilled_backbone")
 CONDITIONS = ("clean", "gaussian:10", "gaussian:20", "gaussian:40")
 
 BATCH = 500
@@ -88,16 +91,35 @@ def learned(config, setup, variables, directory, learner, name, out, **sections)
     return found["weights"], float(found["seconds"]), float(found["loss"])
 
 
+def parts(trial):
+    """Returns learner, rate, clean share and, if there is one, the share of the start of LEARNER:RATE:SHARE[:SHARE]."""
+    learner, *numbers = trial.split(":")
+    if learner not in LEARNERS or not 2 <= len(numbers) <= 3:
+        raise argparse.ArgumentTypeError(
+            f"{trial}: expected LEARNER:RATE:CLEAN_SHARE[:SHARE], LEARNER one of {', '.join(LEARNERS)}"
+        )
+    try:
+        return [learner, *map(float, numbers)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{trial}: {error}; expected numbers behind the learner") from error
+
+
+def trial_name(text):
+    """Returns a trial as it was written, once it can be read."""
+    parts(text)
+    return text
+
+
 def trained(config, setup, variables, trial, arguments):
     """Returns {row: (weights, seconds, last loss)} of a trial and of what it starts from."""
-    learner, rate, clean_share, *start = trial.split(":")
-    distilled = {"learning_rate": float(rate), "clean_share": float(clean_share)}
+    learner, rate, clean_share, *start = parts(trial)
+    distilled = {"learning_rate": rate, "clean_share": clean_share}
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         if start:
-            directory = os.path.join(arguments.out, f"measured_{start[0]}") if arguments.out else scratch
-            shares = {"clean_share": (float(start[0]),)}
-            name = f"measured:{start[0]}"
+            name = f"measured:{start[0]:g}"
+            directory = os.path.join(arguments.out, name.replace(":", "_")) if arguments.out else scratch
+            shares = {"clean_share": (start[0],)}
             rows[name] = learned(config, setup, variables, directory, "measured", name, arguments.out, measured=shares)
             distilled["init_from"] = "measured"
             scratch = shutil.copytree(directory, os.path.join(scratch, "run")) if arguments.out else directory
@@ -110,7 +132,11 @@ def main(command=None):
     tiny = {"steps": 2, "batch": 16, "images": 16, "strengths": [1.0], "measured": 30}
     parser = Parser(__doc__, **tiny, trials=["distilled:1e-3:0.25:0.8", "distilled_backbone:1e-3:0.25"])
     parser.add_argument(
-        "--trials", nargs="+", default=["distilled:1e-4:0.25"], help="LEARNER:RATE:CLEAN_SHARE[:SHARE] each"
+        "--trials",
+        nargs="+",
+        type=trial_name,
+        default=["distilled:1e-4:0.25"],
+        help="LEARNER:RATE:CLEAN_SHARE[:SHARE] each",
     )
     parser.add_argument("--noise", default="gaussian:10..50")
     parser.add_argument("--conditions", nargs="+", default=CONDITIONS, help="of the table")
@@ -122,6 +148,9 @@ def main(command=None):
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 0.75, 1.0])
     parser.add_argument("--out", default="", help="folder to keep what was learned in")
     arguments = parser.parse_args(command)
+    if arguments.out:  # what was learned otherwise is another thing
+        settings = f"{arguments.noise} {arguments.measured} {arguments.steps} x {arguments.batch}"
+        arguments.out = os.path.join(arguments.out, re.sub(r"[^\w.-]+", "_", settings))
     config = configuration(arguments)
     setup = build(config)
     run = Run(config, setup, "")

@@ -8,7 +8,7 @@ from, 200 to choose on, 600 to test, without labels but for the arm "labeled". T
 is the residuals of its PolyU pairs, laid on the photographs with regard to their brightness, as
 they are and two and three times as strong. The arms that learn it have the residuals of three
 cameras, the test those of the two others. What was learned and scored is kept in --out, so that the
-script goes on where it was ended.
+script goes on where it was ended; other steps or rates take another folder.
 
 Arms: placebo (random maps of the same norm); BatchNorms that mix the statistics of the images, of
 a batch of 100 of one condition ("BN α") or of each image ("image α"); Wiener filters from clean

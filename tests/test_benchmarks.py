@@ -4,9 +4,11 @@ import importlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.common import Parser
+from benchmarks.keeping import kept
 from tests.command import whole_reports
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,34 @@ def test_tiny_changes_defaults_only():
     assert parser.parse_args(["--tiny", "--rounds=3"]).rounds == 3
     with pytest.raises(ValueError, match=r"there are not: .*steps"):
         Parser("text", steps=1).parse_args(["--tiny"])
+
+
+def test_what_is_kept_is_made_once_and_never_in_part(tmp_path):
+    path, made = str(tmp_path / "new" / "tree.npz"), []
+
+    def make():
+        made.append(1)
+        return {"weights": {"conv": np.arange(3)}, "seconds": 1.5, "chosen": "all sites"}
+
+    def fail():
+        raise RuntimeError("ended")
+
+    with pytest.raises(RuntimeError, match="ended"):
+        kept(path, fail)
+    assert not (tmp_path / "new").exists()
+    for _ in range(2):
+        tree = kept(path, make)
+        assert tree["weights"]["conv"].tolist() == [0, 1, 2]
+        assert tree["seconds"].item() == 1.5 and tree["chosen"].item() == "all sites"
+    assert len(made) == 1 and os.listdir(tmp_path / "new") == ["tree.npz"]
+    assert kept("", make)["chosen"] == "all sites" and len(made) == 2
+
+
+@pytest.mark.parametrize("trial", ["distilled:1e-4", "wiener:1e-4:0.5", "distilled:fast:0.5", "distilled:1:2:3:4"])
+def test_a_trial_that_cannot_be_read_is_named(trial, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.distilled").main(["--trials", trial])
+    assert f"--trials: {trial}: " in capsys.readouterr().err
 
 
 def test_detectors_without_their_references_are_named(capsys, monkeypatch):
