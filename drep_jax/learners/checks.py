@@ -125,6 +125,13 @@ def check_choosing(config: Config, setup: Setup) -> None:
     for name in ("draws", "vectors", "chunk"):
         if options[name] < 1:
             raise ConfigError(f"measured.{name}={options[name]} must be at least 1.")
+    for place, count in (
+        ("measured.images", options["images"]),
+        ("select.images", select["images"]),
+        ("denoise.moment_images", config["denoise"]["moment_images"]),
+    ):
+        if count < 0:
+            raise ConfigError(f"{place}={count} is a number of images, or 0 for all.")
     if not options["clean_share"] or not all(0.0 <= fraction < 1.0 for fraction in options["clean_share"]):
         raise ConfigError(
             f"measured.clean_share={options['clean_share']} are fractions of clean images; each must lie in [0, 1)."
